@@ -1,0 +1,21 @@
+"""Packages: ebwm_scale (the framework) and ebwm_kernels (the folder kernels/). Versions known to work: constraints.txt."""
+from setuptools import find_packages, setup
+
+setup(
+    name="ebwm_scale",
+    version="0.1.0",
+    description="Pretraining framework for energy-based world models and Energy-Based Transformers",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ebwm_scale", "ebwm_scale.*"]) + ["ebwm_kernels"],
+    package_dir={"ebwm_kernels": "kernels"},
+    install_requires=["torch>=2.11", "deepspeed>=0.19", "webdataset>=1.0", "sentencepiece>=0.2", "safetensors>=0.5",
+                      "numpy>=1.26", "pyyaml>=6", "matplotlib>=3.8"],
+    extras_require={
+        "gpu": ["flash-attn>=2.7"],
+        "video": ["av>=15", "pillow>=10"],
+        "tracking": ["wandb>=0.20"],
+        "cluster": ["submitit>=1.5"],
+        "test": ["pytest>=8"],
+    },
+)
