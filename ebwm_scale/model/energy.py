@@ -1,0 +1,95 @@
+"""The energy transformer: E(context, candidate next state), one number per position.
+
+    context = network.encode(observed)              once per landscape: K and V of every layer
+    energy  = network.energy(predicted, context)    any number of times
+
+Step conditioning (`model.conditioning`) tells refinement steps apart by a landscape index:
+    default         not at all
+    time_embed      a learned token per landscape stands in front of the context, at rotary position 0
+    adaln           shift, scale and gate of every block and of the final norm come from a landscape embedding
+    adaln_zero      the same, starting from zero: every block starts as the identity, the energy as 0
+    predicted_only  the same for the predicted stream alone, starting as `default`; so all landscapes share one context
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..config import ModelConfig
+from .transformer import Block, Modulation, RMSNorm, RotaryTable, initialize_released, modulate
+
+
+@dataclass(frozen=True)
+class Context:
+    """The observed stream as the predicted one sees it: (K, V) per layer, each (B, H_kv, C, d), and how many keys precede o_1."""
+    keys_values: list[tuple[Tensor, Tensor]]
+    offset: int
+
+
+class EnergyTransformer(nn.Module):
+    def __init__(self, config: ModelConfig, num_landscapes: int):
+        super().__init__()
+        self.conditioning, self.num_landscapes = config.conditioning, num_landscapes
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.head = nn.Linear(config.width, 1, bias=False)
+        self.rotary = RotaryTable(config.width // config.num_heads, config.rope_theta)
+        self.landscape_embedding = nn.Embedding(num_landscapes, config.width) if self.conditioning != "default" else None
+        self.modulations, self.final_modulation = None, None
+        if self.conditioning in ("adaln", "adaln_zero", "predicted_only"):
+            self.modulations = nn.ModuleList(nn.Linear(config.width, 6 * config.width) for _ in self.layers)
+            self.final_modulation = nn.Linear(config.width, 2 * config.width)
+        initialize_released(self)
+        if self.conditioning in ("adaln_zero", "predicted_only"):
+            for linear in [*self.modulations, self.final_modulation]:
+                nn.init.zeros_(linear.weight)
+        if self.conditioning == "adaln_zero":
+            nn.init.zeros_(self.head.weight)
+
+    @property
+    def shares_context(self) -> bool:
+        """Whether one encoded context serves every landscape."""
+        return self.conditioning in ("default", "predicted_only") or self.num_landscapes == 1
+
+    def encode(self, observed: Tensor, landscape: int = 0) -> Context:
+        """Keys and values of the observed stream. observed: (B, S, D)."""
+        offset = 0
+        if self.conditioning == "time_embed":
+            token = self.landscape_embedding.weight[landscape].expand(observed.shape[0], 1, -1)
+            observed, offset = torch.cat([token, observed], 1), 1
+        modulations, _ = self._modulations(landscape, predicted=False)
+        rotary = self.rotary(observed.shape[1], observed)
+        keys_values = []
+        for index, (layer, modulation) in enumerate(zip(self.layers, modulations)):
+            keys, values = layer.keys_values(observed, rotary, modulation)
+            keys_values.append((keys, values))
+            if index + 1 < len(self.layers):            # of the last block only the keys and values are ever read
+                observed = layer.observe(observed, keys, values, rotary, modulation)
+        return Context(keys_values, offset)
+
+    def energy(self, predicted: Tensor, context: Context, landscape: int = 0, *, checkpoint_blocks: bool = False) -> Tensor:
+        """Energies (B, S) of candidates (B, S, D): row t is a candidate for position t + 1, given observed positions 0 .. t."""
+        modulations, final = self._modulations(landscape, predicted=True)
+        first = context.offset + 1                      # p_t stands where the real o_(t+1) would
+        rotary = self.rotary(first + predicted.shape[1], predicted).slice(first, predicted.shape[1])
+        for layer, keys_values, modulation in zip(self.layers, context.keys_values, modulations):
+            arguments = (predicted, keys_values, rotary, context.offset, modulation)
+            predicted = checkpoint(layer.predict, *arguments, use_reentrant=False) if checkpoint_blocks else layer.predict(*arguments)
+        predicted = self.norm(predicted)
+        if final is not None:
+            predicted = modulate(predicted, *final)
+        return self.head(predicted).squeeze(-1)
+
+    def _modulations(self, landscape: int, *, predicted: bool):
+        """(one Modulation or None per layer, (shift, scale) of the final norm or None) for a stream."""
+        if self.modulations is None or (self.conditioning == "predicted_only" and not predicted):
+            return [None] * len(self.layers), None
+        signal = F.silu(self.landscape_embedding.weight[landscape])
+        modulations = [Modulation(*linear(signal).chunk(6)) for linear in self.modulations]
+        if self.conditioning == "predicted_only":       # gates count from 1, so that zero weights mean `default`
+            modulations = [m._replace(attention_gate=1 + m.attention_gate, feed_forward_gate=1 + m.feed_forward_gate) for m in modulations]
+        return modulations, self.final_modulation(signal).chunk(2)

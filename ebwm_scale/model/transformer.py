@@ -1,0 +1,163 @@
+"""The blocks: RMSNorm, rotary attention and SwiGLU, evaluated on two streams that share every weight.
+
+    observed  o_1 .. o_S   ordinary causal self-attention; yields K and V per layer (a decoder's prefill)
+    predicted p_1 .. p_S   p_t attends to o_1 .. o_t and to itself, given those K and V (`energy_attention`)
+
+Legend: B batch, S positions, D width, H heads, H_kv key/value heads, d head dimension.
+Source: Energy-Based Transformers, arXiv 2507.02092; blocks as in Llama 2, arXiv 2307.09288.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebwm_kernels import energy_attention
+
+from ..config import ModelConfig
+
+
+class Modulation(NamedTuple):
+    """Shift, scale and gate of a block's attention, then of its feed-forward (adaLN, arXiv 2212.09748); each (D,)."""
+    attention_shift: Tensor
+    attention_scale: Tensor
+    attention_gate: Tensor
+    feed_forward_shift: Tensor
+    feed_forward_scale: Tensor
+    feed_forward_gate: Tensor
+
+
+class Rotary(NamedTuple):
+    """Rotation of adjacent pairs by position (RoPE, arXiv 2104.09864): cosine and signed sine, each (S, d)."""
+    cosine: Tensor
+    sine: Tensor
+
+    def rotate(self, x_BHSd: Tensor) -> Tensor:
+        swapped = x_BHSd.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return (x_BHSd * self.cosine + swapped * self.sine).to(x_BHSd.dtype)
+
+    def slice(self, start: int, count: int) -> "Rotary":
+        return Rotary(self.cosine[start:start + count], self.sine[start:start + count])
+
+
+class RotaryTable(nn.Module):
+    """Rotary tables of positions 0 .. n - 1, computed in float64, kept per device in float64 or float32 (also for low precision)."""
+
+    def __init__(self, head_dimension: int, theta: float):
+        super().__init__()
+        self.head_dimension, self.theta = head_dimension, theta
+        self._tables: dict[tuple, Rotary] = {}
+
+    def forward(self, num_positions: int, like: Tensor) -> Rotary:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        key = (dtype, like.device)
+        if key not in self._tables or len(self._tables[key].cosine) < num_positions:
+            frequencies = self.theta ** (-torch.arange(0, self.head_dimension, 2, dtype=torch.float64) / self.head_dimension)
+            angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
+            sine = torch.stack([-angles.sin(), angles.sin()], -1).flatten(-2)
+            self._tables[key] = Rotary(angles.cos().repeat_interleave(2, -1).to(like.device, dtype), sine.to(like.device, dtype))
+        return self._tables[key].slice(0, num_positions)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, epsilon: float):
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.ones(width)), epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x     # a sum of squares needs the range of float32
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dimension = config.width // config.num_heads
+        self.backend = config.attention_backend
+        self.wq = nn.Linear(config.width, config.width, bias=False)
+        self.wk = nn.Linear(config.width, self.num_kv_heads * self.head_dimension, bias=False)
+        self.wv = nn.Linear(config.width, self.num_kv_heads * self.head_dimension, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+
+    def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        return rotary.rotate(self._heads(self.wk(x))), self._heads(self.wv(x))
+
+    def observe(self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary) -> Tensor:
+        """Causal self-attention of the observed stream; first order only, so any fused kernel serves."""
+        q = rotary.rotate(self._heads(self.wq(x)))
+        seen = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=self.num_kv_heads != self.num_heads)
+        return self.wo(seen.transpose(1, 2).flatten(2))
+
+    def predict(self, p: Tensor, context: tuple[Tensor, Tensor], rotary: Rotary, offset: int) -> Tensor:
+        """The predicted stream, given the observed keys and values (B, H_kv, C, d); differentiable twice."""
+        q = rotary.rotate(self._heads(self.wq(p)))
+        k_self, v_self = self.keys_values(p, rotary)
+        if self.num_kv_heads != self.num_heads:
+            k_self, v_self = (u.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for u in (k_self, v_self))
+        seen = energy_attention(q, k_self, v_self, *context, context_offset=offset, backend=self.backend)
+        return self.wo(seen.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dimension)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.feed_forward_width, bias=False)
+        self.w2 = nn.Linear(config.feed_forward_width, config.width, bias=False)
+        self.w3 = nn.Linear(config.width, config.feed_forward_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.feed_forward = FeedForward(config)
+
+    def keys_values(self, o: Tensor, rotary: Rotary, modulation: Modulation | None = None) -> tuple[Tensor, Tensor]:
+        """What the predicted stream needs of this layer: (K, V), each (B, H_kv, S, d)."""
+        return self.attention.keys_values(self._attention_input(o, modulation), rotary)
+
+    def observe(self, o: Tensor, keys: Tensor, values: Tensor, rotary: Rotary, modulation: Modulation | None = None) -> Tensor:
+        """The observed stream (B, S, D) through the block, its keys and values given."""
+        return self._finish(o, self.attention.observe(self._attention_input(o, modulation), keys, values, rotary), modulation)
+
+    def predict(self, p: Tensor, context: tuple[Tensor, Tensor], rotary: Rotary, offset: int, modulation: Modulation | None = None) -> Tensor:
+        """The predicted stream (B, S, D) through the block."""
+        return self._finish(p, self.attention.predict(self._attention_input(p, modulation), context, rotary, offset), modulation)
+
+    def _attention_input(self, x: Tensor, modulation: Modulation | None) -> Tensor:
+        x = self.attention_norm(x)
+        return x if modulation is None else modulate(x, modulation.attention_shift, modulation.attention_scale)
+
+    def _finish(self, x: Tensor, attended: Tensor, modulation: Modulation | None) -> Tensor:
+        if modulation is None:
+            x = x + attended
+            return x + self.feed_forward(self.ffn_norm(x))
+        x = x + modulation.attention_gate * attended
+        normed = modulate(self.ffn_norm(x), modulation.feed_forward_shift, modulation.feed_forward_scale)
+        return x + modulation.feed_forward_gate * self.feed_forward(normed)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def initialize_released(module: nn.Module) -> None:
+    """The released initialisation: Xavier normal for every Linear, zero biases; embeddings stay N(0, 1), norms stay 1."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_normal_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)

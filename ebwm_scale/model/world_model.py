@@ -1,0 +1,112 @@
+"""The model that is trained: observed states in, a loss out; energy-based or Transformer++, for text or for frame embeddings.
+
+    observed stream -> K, V (network.encode) -> refinement -> loss          (kind: energy)
+    observed stream -> hidden state -> next state -> loss                   (kind: baseline)
+
+The whole loss, inner gradient included, is computed inside `forward`, so that an engine sees one ordinary module.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ebwm_kernels import vocabulary_cross_entropy
+
+from ..config import Config
+from ..draws import SampledDraws
+from ..noise import NoiseSource
+from ..refinement import refine
+from .baseline import BaselineTransformer
+from .energy import EnergyTransformer
+from .states import EmbeddingState, VocabularyState
+
+
+@dataclass
+class StepOutput:
+    """loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph. state: final states or None."""
+    loss: Tensor
+    loss_per_step: Tensor
+    energy_per_step: Tensor | None
+    state: Tensor | None = None
+
+
+class WorldModel(nn.Module):
+    """Build from a resolved Config whose model.vocabulary_size (text) or state.dimension (frames) is set."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        model, width = config.model, config.model.width
+        if config.state.kind == "vocabulary":
+            if model.vocabulary_size is None:
+                raise ValueError("model.vocabulary_size is absent: set it, or take it from the data's manifest")
+            self.token_embedding = nn.Embedding(model.vocabulary_size, width)                       # N(0, 1), as released
+        else:
+            self.frame_projection = nn.Linear(config.state.dimension, width)
+            nn.init.xavier_normal_(self.frame_projection.weight)
+            nn.init.zeros_(self.frame_projection.bias)
+        if model.kind == "baseline":
+            self.network = BaselineTransformer(model)
+            self.output = nn.Linear(width, model.vocabulary_size or config.state.dimension, bias=config.state.kind == "embedding")
+            nn.init.xavier_normal_(self.output.weight)
+            if self.output.bias is not None:
+                nn.init.zeros_(self.output.bias)
+            return
+        refinement = config.refinement
+        self.network = EnergyTransformer(model, refinement.num_steps if refinement.landscapes == "per_step" else 1)
+        self.step_size = nn.Parameter(torch.tensor(float(refinement.step_size)), requires_grad=refinement.learnable)
+        if config.state.kind == "vocabulary" and not config.state.tie_embedding:
+            self.state_map = nn.Parameter(torch.empty(model.vocabulary_size, width))
+            nn.init.xavier_normal_(self.state_map)
+
+    @property
+    def state(self) -> VocabularyState | EmbeddingState:
+        """The state space, on this model's parameters."""
+        if self.config.state.kind == "embedding":
+            return EmbeddingState(self.frame_projection)
+        weight = self.token_embedding.weight if self.config.state.tie_embedding else self.state_map
+        return VocabularyState(weight, self.config.refinement.update)
+
+    def embed_observed(self, observed: Tensor) -> Tensor:
+        """(B, S) token ids or (B, S, dimension) frame embeddings -> (B, S, D)."""
+        if self.config.state.kind == "vocabulary":
+            return self.token_embedding(observed)
+        return self.frame_projection(observed.to(self.frame_projection.weight.dtype))
+
+    def predicted_rows(self, embedded: Tensor, observed: Tensor) -> Tensor:
+        """What enters the predicted stream: the embedded state, `anchored` on the last observed one (position t's is o_t)."""
+        return embedded + observed if self.config.model.predicted_input == "anchored" else embedded
+
+    def landscapes(self, num_steps: int) -> list[int]:
+        """The landscape of each of num_steps steps; steps beyond the trained ones stay in the last landscape."""
+        return [min(i, self.network.num_landscapes - 1) for i in range(num_steps)]
+
+    def forward(self, observed: Tensor, targets: Tensor, *, sample_ids: Tensor, source: NoiseSource, num_steps: int | None = None,
+                noise_scale: float = 1.0, step_size_scale: float = 1.0, keep_state: bool = False,
+                restart: tuple[Tensor, Tensor] | None = None) -> StepOutput:
+        """The loss of a batch. observed, targets: (B, S) ids or (B, S, dimension) embeddings; sample_ids: (B,) int64.
+
+        num_steps, noise_scale, step_size_scale: this step's point of the schedules. In eval mode: the largest number of steps, no
+        randomness but x_0, no second-order graph. restart: (rows, states) from the replay buffer.
+        """
+        embedded = self.embed_observed(observed)
+        if self.config.model.kind == "baseline":
+            loss = self._baseline_loss(self.network(embedded), targets)
+            return StepOutput(loss, loss.detach()[None], None)
+        rules, training = self.config.refinement, self.training
+        weight = self.network.head.weight
+        draws = SampledDraws(source, rules, sample_ids, (*observed.shape[:2], self.state.size), kind=self.config.state.initial,
+                             noise_scale=noise_scale, step_size_scale=step_size_scale, randomize=training, device=weight.device,
+                             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+                             start=observed if self.config.state.kind == "embedding" else None, restart=restart)
+        result = refine(self, embedded, targets, rules=rules, landscapes=self.landscapes(num_steps or rules.num_steps), draws=draws,
+                        training=training, keep_state=keep_state)
+        return StepOutput(result.loss, torch.stack(result.loss_per_step), torch.stack(result.energy_per_step), result.state)
+
+    def _baseline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        if self.config.state.kind == "vocabulary":
+            return vocabulary_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+        return F.smooth_l1_loss(self.output(hidden).float(), targets.float(), beta=1.0)

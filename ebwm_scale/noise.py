@@ -1,0 +1,74 @@
+"""Every random number of training, addressed instead of drawn: a counter-based generator keyed by what the number is for.
+
+    key = (seed, step)      counter = (0, position, sample, purpose)
+
+so that the noise of a position is the same on whatever process, worker, micro-batch or tile it is generated, and no state has to be
+saved or restored. On a CPU the generator is NumPy's Philox4x64, one stream per (sample, position) row. On a GPU it is PyTorch's own
+Philox, seeded per sample by a hash of the same address: independent of the number of processes too, but other numbers than a CPU's.
+"""
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Purpose(IntEnum):
+    """What a random number is for; Langevin noise of refinement step i uses LANGEVIN + i, so it must stay last."""
+    INITIAL_STATE = 0
+    STEP_SIZE = 1
+    NUM_STEPS = 2
+    REPLAY = 3
+    EVALUATION = 4
+    LANGEVIN = 16
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """The random numbers of one training step (or of evaluation, where step is fixed)."""
+    seed: int
+    step: int
+
+    def normal(self, sample_ids: Tensor, num_positions: int, size: int, *, purpose: int, device: torch.device | str = "cpu",
+               dtype: torch.dtype = torch.float32, first_position: int = 0) -> Tensor:
+        """N(0, 1) of shape (B, num_positions, size) for the samples (B,) int64; row (b, t) depends on the address alone."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            result = np.empty((len(sample_ids), num_positions, size), np.float64 if dtype == torch.float64 else np.float32)
+            for b, sample in enumerate(sample_ids.tolist()):
+                for t in range(num_positions):
+                    self._generator(purpose, sample, first_position + t).standard_normal(out=result[b, t], dtype=result.dtype)
+            return torch.from_numpy(result).to(dtype)
+        result = torch.empty(len(sample_ids), num_positions, size, device=device, dtype=dtype)
+        for b, sample in enumerate(sample_ids.tolist()):
+            generator = torch.Generator(device)
+            generator.manual_seed(_hash(self.seed, self.step, purpose, sample, first_position))
+            result[b].normal_(generator=generator)
+        return result
+
+    def uniform(self, sample_ids: Tensor, num_positions: int, *, purpose: int, device: torch.device | str = "cpu",
+                dtype: torch.dtype = torch.float32) -> Tensor:
+        """U[0, 1) of shape (B, num_positions, 1); the same numbers on every device."""
+        rows = [self._generator(purpose, sample, 0).random(num_positions) for sample in sample_ids.tolist()]
+        return torch.from_numpy(np.stack(rows)[..., None]).to(device=device, dtype=dtype)
+
+    def integer(self, low: int, high: int, *, purpose: int, index: int = 0) -> int:
+        """One integer of low..high, both included; the same on every rank."""
+        return int(self._generator(purpose, index, 0).integers(low, high + 1))
+
+    def _generator(self, purpose: int, sample: int, position: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=_words(self.seed, self.step), counter=_words(0, position, sample, int(purpose))))
+
+
+def _words(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.uint64)
+
+
+def _hash(*values: int) -> int:
+    """63 bits of an address, for generators that take a seed only."""
+    digest = hashlib.blake2b(b"".join(int(v).to_bytes(8, "little") for v in values), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,121 @@
+"""The refinement loop: a prediction starts as noise and descends the energy; the loss sees every step, or the last.
+
+    x_0 ~ N(0, 1)
+    for i in 0 .. N - 1:
+        e       = embed(x_i)                                the state's own linear map
+        E, g    = energy(e, context), dE/de                 the inner gradient
+        x_(i+1) = descend(x_i, g, alpha)                    x - alpha * dE/dx
+        loss_i  = criterion(x_(i+1), target)
+    loss = mean of loss_i, or loss_(N-1)                    its gradient goes through g: a double backward
+
+Three independent choices (design: EBWM arXiv 2406.08862, EBT arXiv 2507.02092):
+    graph   detach: each step on its own;  truncate: only the last step has a graph;  full: back-propagate through all steps
+    loss    every: the mean over steps;    last: the last step's
+    update  of the state, see model/states.py
+S1 = detach + every; S2 = truncate + last; the paper's Algorithm 1 = full + last.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Protocol, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .config import RefinementConfig
+from .model.energy import Context
+
+MIN_STEP_SIZE = 1e-4
+
+
+class Draws(Protocol):
+    """The random numbers of one refinement, wherever they come from (training: draws.py; parity: recorded ones)."""
+
+    def initial(self) -> Tensor:
+        """x_0 (B, S, size)."""
+
+    def step_size_factor(self) -> Tensor | float:
+        """Factor on alpha: a number or (B, S, 1)."""
+
+    def langevin(self, step: int) -> Tensor | None:
+        """(B, S, size) added to the state before a step, or None."""
+
+
+@dataclass
+class Refinement:
+    """loss: scalar with graph (None without targets); the rest is detached. energy_per_step[i] is before step i, loss_per_step after."""
+    loss: Tensor | None
+    loss_per_step: list[Tensor]
+    energy_per_step: list[Tensor]
+    state: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step in full, for inspection: energy (B, S), gradient dE/d embed(x) (B, S, D), next state (B, S, size)."""
+    energy: Tensor
+    gradient: Tensor
+    state: Tensor
+
+
+def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: RefinementConfig, landscapes: Sequence[int], draws: Draws,
+           training: bool, keep_state: bool = False, record: Callable[[StepRecord], None] | None = None) -> Refinement:
+    """Refine one candidate per position of the observed embeddings (B, S, D); `landscapes` has one landscape index per step.
+
+    targets: token ids (B, S) or embeddings (B, S, size), or None (inference). keep_state: return the final state.
+    training False builds no second-order graph. The returned loss is exact for every combination of graph, loss and update.
+    """
+    network, state = world_model.network, world_model.state
+    step_size = world_model.step_size.clamp(min=MIN_STEP_SIZE) * draws.step_size_factor()
+
+    contexts: dict[int, Context] = {}       # one per landscape, or one for all: the observed stream is never encoded twice
+    losses, energies, x = [], [], draws.initial()
+    for i, landscape in enumerate(landscapes):
+        last = i == len(landscapes) - 1
+        has_graph = training and (rules.graph == "full" or last or (rules.graph == "detach" and rules.loss == "every"))
+        connected = has_graph and rules.graph == "full"
+        counts = last or rules.loss == "every"
+        langevin = draws.langevin(i)
+        if langevin is not None:
+            x = x + langevin
+
+        with torch.set_grad_enabled(training):
+            key = 0 if network.shares_context else landscape
+            if key not in contexts:
+                contexts[key] = network.encode(observed, landscape)
+        with torch.set_grad_enabled(has_graph):
+            embedded = world_model.predicted_rows(state.embed(x), observed)
+        energy, gradient = energy_and_gradient(network, embedded, contexts[key], landscape, create_graph=has_graph, mode=rules.checkpoint)
+        with torch.set_grad_enabled(connected or (has_graph and counts)):
+            x, loss = state.descend(x, gradient, step_size, targets, connected=connected,
+                                    keep_state=keep_state or record is not None or not last)
+        losses.append(loss)
+        energies.append(energy.detach().mean())
+        if record is not None:
+            record(StepRecord(energy.detach(), gradient.detach(), x.detach()))
+
+    total = None
+    if targets is not None:
+        total = losses[-1] if rules.loss == "last" else torch.stack(losses).mean()
+    return Refinement(total, [] if targets is None else [loss.detach() for loss in losses], energies, None if x is None else x.detach())
+
+
+def energy_and_gradient(network, embedded: Tensor, context: Context, landscape: int, *, create_graph: bool,
+                        mode: str = "none") -> tuple[Tensor, Tensor]:
+    """E (B, S) and g = d(sum E)/d embedded (B, S, D). With create_graph both are differentiable with respect to everything.
+
+    mode: "none", or activation checkpointing of the whole "step" or of each "block".
+    """
+    if not create_graph:
+        embedded = embedded.detach().requires_grad_()
+
+    def compute(embedded: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            energy = network.energy(embedded, context, landscape, checkpoint_blocks=create_graph and mode == "block")
+            gradient, = torch.autograd.grad(energy.sum(), embedded, create_graph=create_graph)
+        return energy, gradient
+
+    if create_graph and mode == "step":
+        return checkpoint(compute, embedded, context, use_reentrant=False)
+    return compute(embedded, context)

@@ -1,0 +1,95 @@
+"""The released EBT code's names: its state dicts and hyper-parameters <-> ours.
+
+    alpha                                       step_size
+    embeddings.weight (V, D)                    token_embedding.weight
+    vocab_to_embed.weight (D, V)                state_map (V, D)   , transposed; absent when tied (vocab_to_embed_uses_prob_dist)
+    encoder_down_projection.*                   frame_projection.*
+    output.*                                    output.*
+    transformer.layers.N.*                      network.layers.N.*
+    transformer.layers.N.adaLN_modulation.1.*   network.modulations.N.*
+    transformer.final_layer.weight              network.head.weight          (final_layer.linear.weight with adaln)
+    transformer.final_layer.adaLN_modulation.1  network.final_modulation
+    transformer.time_embeddings.weight          network.landscape_embedding.weight
+    transformer.norm.weight                     network.norm.weight
+    langevin_dynamics_noise_std                 refinement.noise, a setting and not a weight
+"""
+from __future__ import annotations
+
+import re
+from typing import Any, Mapping
+
+from torch import Tensor
+
+from .config import Config, config_from_dict
+from .errors import ConfigError
+
+_NAMES = [                      # (released, ours) as regular expressions with the same groups
+    (r"alpha", r"step_size"),
+    (r"embeddings\.weight", r"token_embedding.weight"),
+    (r"vocab_to_embed\.weight", r"state_map"),
+    (r"encoder_down_projection\.(weight|bias)", r"frame_projection.\1"),
+    (r"output\.(weight|bias)", r"output.\1"),
+    (r"transformer\.layers\.(\d+)\.adaLN_modulation\.1\.(weight|bias)", r"network.modulations.\1.\2"),
+    (r"transformer\.layers\.(\d+)\.(.+)", r"network.layers.\1.\2"),
+    (r"transformer\.final_layer\.adaLN_modulation\.1\.(weight|bias)", r"network.final_modulation.\1"),
+    (r"transformer\.final_layer\.(?:linear\.)?weight", r"network.head.weight"),
+    (r"transformer\.time_embeddings\.weight", r"network.landscape_embedding.weight"),
+    (r"transformer\.norm\.weight", r"network.norm.weight"),
+]
+SETTINGS = {"langevin_dynamics_noise_std"}      # entries of a released state dict that are no weights of ours
+
+
+def our_name(released: str) -> str | None:
+    """Our parameter's name for a released one; None for a setting. Raises ConfigError for a name that neither knows."""
+    if released in SETTINGS:
+        return None
+    for pattern, name in _NAMES:
+        if re.fullmatch(pattern, released):
+            return re.sub(f"^{pattern}$", name, released)
+    raise ConfigError(f"{released}: not a parameter of the released EBT layout")
+
+
+def to_ours(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A released state dict (or gradients under its names) under our names and shapes."""
+    result = {}
+    for name, tensor in released.items():
+        ours = our_name(name)
+        if ours is not None:
+            result[ours] = tensor.T.contiguous() if ours == "state_map" else tensor
+    return result
+
+
+def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Config:
+    """The Config of a released run, from its hyper-parameters and the shapes of its state dict."""
+    if hparams.get("ebt_norm", "rms") != "rms":
+        raise ConfigError(f"ebt_norm is {hparams['ebt_norm']!r}: only rms is supported")
+    text, energy = hparams["modality"] == "NLP", hparams["model_name"] == "ebt"
+    if text and energy and not hparams["normalize_initial_condition"]:
+        raise ConfigError("normalize_initial_condition is false: text states are embedded through a softmax here; only true is supported")
+    kind = hparams["denoising_initial_condition"]
+    initial = {"random_noise": "random_noise", "zeros": "zeros", "most_recent_embedding": "most_recent"}.get(kind)
+    if initial is None:
+        raise ConfigError(f"denoising_initial_condition is {kind!r}: supported are random_noise, zeros, most_recent_embedding")
+    width = hparams["embedding_dim"]
+    head = width // hparams["multiheaded_attention_heads"]
+    truncated, random_steps = hparams["truncate_mcmc"], hparams["randomize_mcmc_num_steps"]
+    model = {"kind": "energy" if energy else "baseline", "num_layers": hparams["num_transformer_blocks"], "width": width,
+             "num_heads": hparams["multiheaded_attention_heads"], "conditioning": hparams["ebt_type"] if energy else "default",
+             "num_kv_heads": shapes["transformer.layers.0.attention.wk.weight"][0] // head,
+             "feed_forward_width": shapes["transformer.layers.0.feed_forward.w1.weight"][0]}
+    state = {"kind": "vocabulary" if text else "embedding", "initial": initial}
+    if text:
+        model["vocabulary_size"] = shapes["embeddings.weight"][0]
+        state["tie_embedding"] = energy and hparams["vocab_to_embed_uses_prob_dist"]
+    else:
+        state["dimension"] = shapes["encoder_down_projection.weight"][1]
+    landscapes = hparams["mcmc_num_steps"]
+    refinement = {"num_steps": landscapes + random_steps, "landscapes": "per_step" if landscapes > 1 else "one",
+                  "step_size": hparams["mcmc_step_size"], "learnable": hparams["mcmc_step_size_learnable"],
+                  "learning_rate_multiplier": hparams["mcmc_step_size_lr_multiplier"],
+                  "step_size_random_factor": hparams["randomize_mcmc_step_size_scale"], "noise": hparams["langevin_dynamics_noise"],
+                  "graph": "truncate" if truncated else "full" if hparams["no_mcmc_detach"] else "detach",
+                  "loss": "last" if truncated else "every"}
+    optimizer = {"learning_rate": hparams["peak_learning_rate"], "beta1": hparams["beta1"], "beta2": hparams["beta2"],
+                 "weight_decay": hparams["weight_decay"], "gradient_clipping": hparams["gradient_clip_val"]}
+    return config_from_dict({"model": model, "state": state, "refinement": refinement, "optimizer": optimizer})

@@ -1,0 +1,8 @@
+"""ebwm_kernels: operations that are differentiable twice, each with a plain reference beside it.
+
+Legend used throughout: B batch, H query heads, H_kv key/value heads, S query positions, C context positions, d head dimension.
+"""
+from .energy_attention import energy_attention
+from .vocabulary import vocabulary_cross_entropy, vocabulary_descend, vocabulary_embed
+
+__all__ = ["energy_attention", "vocabulary_cross_entropy", "vocabulary_descend", "vocabulary_embed"]

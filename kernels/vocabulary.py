@@ -1,0 +1,200 @@
+"""The vocabulary side of a refinement step, in chunks of rows: nothing of size (rows, V) is kept but the state itself.
+
+A vocabulary state x holds V numbers per row. With p = softmax(x), a map W (V, D) and the energy's gradient g with respect to the
+embedded state e = p W, one refinement step and its cross-entropy against a target y are
+
+    probabilities:  x' = p - alpha * W g                     dE/dp = W g: the softmaxed variable is the one that descends
+    logits:         x' = x - alpha * p * (W g - e.g)         dE/dx: through the softmax
+    loss = mean over rows of  logsumexp(x') - x'_y
+
+`vocabulary_embed` and `vocabulary_descend` are these two lines for a state that carries no gradient (refinement.graph detach and
+truncate). Since nothing differentiates the loss a second time, its gradient r = (softmax(x') - onehot(y)) / n is turned into the
+gradients of g, W and alpha while x' is at hand: 3 products of size rows * V * D per step instead of a stored (rows, V) tensor per
+operation. `vocabulary_descend_reference` is the same in plain autograd; a state that does carry a gradient (graph full) uses that.
+
+Rows are the flattened (batch, position) pairs. States are float32 (float64 in tests) whatever the dtype of W.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100               # target of a row that does not count
+CHUNK_BYTES = 16 * 2**20    # of state per chunk: large enough for efficient products, small beside the state
+
+
+def vocabulary_embed(x: Tensor, weight: Tensor) -> Tensor:
+    """softmax(x) @ weight: x (rows, V), weight (V, D) -> (rows, D) in weight's dtype. No gradient flows into x."""
+    return _Embed.apply(x, weight)
+
+
+def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """The same, differentiable as often as one likes in both arguments."""
+    return x.softmax(-1).to(weight.dtype) @ weight
+
+
+def vocabulary_descend(x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, update: str,
+                       keep_state: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """One descent step and its loss: (x' (rows, V) without graph or None, mean cross-entropy, a scalar, or None without targets).
+
+    x (rows, V); weight (V, D); gradient (rows, D) = dE/d embed(x); step_size a scalar or (rows, 1) tensor; targets (rows,) int64,
+    IGNORE where a row does not count; update: "probabilities" or "logits"; keep_state False: x' is not wanted and not stored.
+    The loss has first-order gradients with respect to weight, gradient and step_size.
+    """
+    if targets is None:
+        with torch.no_grad():
+            return _descend(x, weight, gradient, step_size, update), None
+    wanted = torch.is_grad_enabled() and (weight.requires_grad or gradient.requires_grad or step_size.requires_grad)
+    loss, state = _DescendAndScore.apply(x, weight, gradient, step_size, targets, update, keep_state, wanted)
+    return (state if keep_state else None), loss
+
+
+def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D), targets (rows,) int64 -> scalar float32.
+
+    The same trick for a model that predicts logits directly: the logits of a chunk are turned into gradients while they are at hand.
+    """
+    wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
+    return _CrossEntropy.apply(hidden, weight, targets, wanted)
+
+
+def vocabulary_descend_reference(x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, *, update: str) -> Tensor:
+    """x' in plain differentiable operations."""
+    probabilities = x.softmax(-1)
+    slope = (gradient @ weight.T).to(x.dtype)                       # dE/dp
+    if update == "probabilities":
+        return probabilities - step_size * slope
+    return x - step_size * (probabilities * (slope - (probabilities * slope).sum(-1, keepdim=True)))
+
+
+def _chunks(num_rows: int, vocabulary_size: int):
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary_size))
+    for start in range(0, num_rows, rows):
+        yield slice(start, min(start + rows, num_rows))
+
+
+def _rows_of(step_size: Tensor, rows: slice) -> Tensor:
+    return step_size if step_size.ndim == 0 else step_size[rows]
+
+
+def _descend(x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, update: str) -> Tensor:
+    result = torch.empty_like(x)
+    for rows in _chunks(*x.shape):
+        result[rows] = vocabulary_descend_reference(x[rows], weight, gradient[rows], _rows_of(step_size, rows), update=update)
+    return result
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        result = weight.new_empty(x.shape[0], weight.shape[1])
+        for rows in _chunks(*x.shape):
+            torch.mm(x[rows].softmax(-1).to(weight.dtype), weight, out=result[rows])
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None
+        grad_weight = torch.zeros(weight.shape, dtype=x.dtype, device=weight.device)
+        for rows in _chunks(*x.shape):
+            probabilities = x[rows].softmax(-1).to(weight.dtype)
+            _accumulate(grad_weight, probabilities.T, grad[rows])
+        return None, grad_weight.to(weight.dtype)
+
+
+class _DescendAndScore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, gradient, step_size, targets, update, keep_state, wanted):
+        count = (targets != IGNORE).sum().clamp(min=1).to(x.dtype)
+        state = torch.empty_like(x) if keep_state else x.new_empty(0)
+        loss = x.new_zeros(())
+        grad_weight = torch.zeros(weight.shape, dtype=x.dtype, device=weight.device) if wanted else None
+        grad_gradient = torch.empty_like(gradient) if wanted else None
+        grad_step = x.new_zeros(step_size.shape) if wanted else None
+        for rows in _chunks(*x.shape):
+            alpha = _rows_of(step_size, rows)
+            slope = (gradient[rows] @ weight.T).to(x.dtype)         # dE/dp
+            probabilities = x[rows].softmax(-1)
+            if update == "logits":
+                slope = slope.sub_((probabilities * slope).sum(-1, keepdim=True)).mul_(probabilities)     # dE/dx
+            moved = torch.addcmul(x[rows] if update == "logits" else probabilities, alpha.to(x.dtype), slope, value=-1)
+            if keep_state:
+                state[rows] = moved
+            chunk_loss, residual = _score(moved, targets[rows], count, wanted)
+            loss += chunk_loss
+            if not wanted:
+                continue
+            descent = torch.einsum("rv,rv->r", residual, slope)     # -dloss/dalpha per row
+            if step_size.ndim == 0:
+                grad_step -= descent.sum()
+            else:
+                grad_step[rows] = -descent[:, None]
+            if update == "logits":                                  # pull r back through p * (W g - p.W g), p fixed
+                residual.mul_(probabilities)
+                residual.sub_(probabilities.mul_(residual.sum(-1, keepdim=True)))
+            residual.mul_(-alpha.to(x.dtype))
+            residual = residual.to(weight.dtype)
+            torch.mm(residual, weight, out=grad_gradient[rows])
+            _accumulate(grad_weight, residual.T, gradient[rows])
+        if wanted:
+            ctx.save_for_backward(grad_weight.to(weight.dtype), grad_gradient, grad_step.to(step_size.dtype))
+        ctx.mark_non_differentiable(state)
+        return loss, state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        grad_weight, grad_gradient, grad_step = (tensor * grad_loss.to(tensor.dtype) for tensor in ctx.saved_tensors)
+        return None, grad_weight, grad_gradient, grad_step, None, None, None, None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, wanted):
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        count = (targets != IGNORE).sum().clamp(min=1).to(dtype)
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wanted else None
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        for rows in _chunks(len(hidden), len(weight)):
+            chunk_loss, residual = _score((hidden[rows] @ weight.T).to(dtype), targets[rows], count, wanted)
+            loss += chunk_loss
+            if wanted:
+                residual = residual.to(weight.dtype)
+                torch.mm(residual, weight, out=grad_hidden[rows])
+                _accumulate(grad_weight, residual.T, hidden[rows])
+        if wanted:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = (tensor * grad_loss.to(tensor.dtype) for tensor in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None
+
+
+def _score(logits: Tensor, targets: Tensor, count: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """(sum of cross-entropies / count, their gradient r = (softmax(logits) - onehot) / count, written over the logits)."""
+    counted = (targets != IGNORE).to(logits.dtype)
+    target = targets.clamp(min=0)[:, None]
+    log_normalizer = logits.logsumexp(-1, keepdim=True)
+    loss = ((log_normalizer - logits.gather(-1, target)).squeeze(-1) * counted).sum() / count
+    if not wanted:
+        return loss, None
+    residual = logits.sub_(log_normalizer).exp_()
+    residual.scatter_add_(-1, target, residual.new_full((), -1.0).expand_as(target))
+    return loss, residual.mul_((counted / count)[:, None])
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in total's precision."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
