@@ -1,0 +1,188 @@
+"""Writing shards: plain WebDataset tars with an index beside each, inside a folder that appears as a whole or not at all.
+
+The dataset is built in a sibling folder `.NAME.partial`, synced to disk, and renamed into place. The lock on that folder
+lets one process build while others with the same output wait and then find it there; what a killed process leaves is
+cleared by the next one.
+"""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .manifest import MANIFEST_NAME, canonical_json, file_sha256
+
+INDEX_VERSION = 1
+
+
+class ShardWriter:
+    """Writes the samples of one split into shards `PREFIX-000000.tar` of at most samples_per_shard samples.
+
+    `add(arrays, num_tokens=)` takes one sample: {"tokens.npy": array}. `close()` returns the manifest's list of shards.
+    Each finished shard is indexed by reading it back with `tarfile`, so the index describes what is on the disk.
+    """
+
+    def __init__(self, folder: Path, prefix: str, *, samples_per_shard: int):
+        self.folder, self.prefix, self.samples_per_shard = folder, prefix, samples_per_shard
+        self.num_samples = 0
+        self._shards: list[dict[str, Any]] = []
+        self._token_counts: list[int] = []
+        self._tar = self._file = None
+
+    def add(self, arrays: Mapping[str, np.ndarray], *, num_tokens: int) -> None:
+        if self._tar is None:
+            self._path = self.folder / f"{self.prefix}-{len(self._shards):06d}.tar"
+            self._file = self._path.open("wb")
+            self._tar = _webdataset().TarWriter(self._file, encoder=False, mtime=0)     # no clock: equal inputs give equal files
+        self._tar.write({"__key__": f"{self.prefix}-{self.num_samples:09d}", **{field: _npy(array) for field, array in arrays.items()}})
+        self._token_counts.append(num_tokens)
+        self.num_samples += 1
+        if len(self._token_counts) == self.samples_per_shard:
+            self._finish_shard()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Finish the last shard; the manifest's entries of all shards."""
+        if self._tar is not None:
+            self._finish_shard()
+        return self._shards
+
+    def abandon(self) -> None:
+        """Close the open file of a shard that will never be finished."""
+        if self._file is not None:
+            self._file.close()
+
+    def _finish_shard(self) -> None:
+        self._tar.close()
+        self._file.close()
+        self._tar = self._file = None
+        index = {"index_version": INDEX_VERSION, "shard": self._path.name, "num_tokens": self._token_counts, **read_tar_index(self._path)}
+        index_path = self._path.with_suffix(".index.json")
+        index_path.write_bytes(canonical_json(index))
+        self._shards.append({
+            "path": self._path.name, "num_samples": len(index["keys"]), "num_tokens": sum(self._token_counts), "size": self._path.stat().st_size,
+            "sha256": file_sha256(self._path), "index_path": index_path.name, "index_sha256": file_sha256(index_path)})
+        self._token_counts = []
+
+
+def read_tar_index(path: Path) -> dict[str, Any]:
+    """{"keys": [...], "fields": {field: {"offsets", "sizes", "crc32"}}} of a tar, found by walking it with tarfile.
+
+    Raises tarfile.TarError for a damaged tar and ValueError for members that do not form samples of equal fields.
+    """
+    keys: list[str] = []
+    fields: dict[str, dict[str, list[int]]] = {}
+    with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+        for member in tar:
+            key, _, field = member.name.partition(".")
+            if not keys or keys[-1] != key:
+                keys.append(key)
+            column = fields.setdefault(field, {"offsets": [], "sizes": [], "crc32": []})
+            file.seek(member.offset_data)
+            column["offsets"].append(member.offset_data)
+            column["sizes"].append(member.size)
+            column["crc32"].append(zlib.crc32(file.read(member.size)))
+            if len(column["offsets"]) != len(keys):
+                raise ValueError(f"{path}: sample {key} and those before it do not have the same fields")
+    if any(len(column["offsets"]) != len(keys) for column in fields.values()):
+        raise ValueError(f"{path}: the last sample does not have the fields of the others")
+    return {"keys": keys, "fields": fields}
+
+
+@contextlib.contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """A locked, empty sibling folder to build in; renamed to `output` at the end of the block, cleared if the block raises.
+
+    An earlier `output` is replaced only by a finished one. A block that finds nothing to do can remove the folder.
+    Raises DataError if `output` holds files that no dataset writer made.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging, previous = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.replaced")
+    lock = _lock_folder(staging)
+    ours = True         # once renamed or removed, the name may be another process's folder
+    try:
+        for leftover in staging.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield staging
+        ours = staging.exists()
+        if ours:
+            _sync(staging)
+            if output.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                os.rename(output, previous)
+            os.rename(staging, output)
+            ours = False
+            _sync_entry(output.parent)
+            shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        if ours:
+            shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def refuse_foreign_files(output: Path, *, ours: tuple[str, ...]) -> None:
+    """DataError if an existing output folder has entries that do not match the patterns `ours`: they would be deleted."""
+    if output.exists() and not output.is_dir():
+        raise DataError(f"{output}: is a file; name a folder for the dataset")
+    foreign = [entry.name for entry in sorted(output.glob("*")) if not any(entry.match(pattern) for pattern in ours)]
+    if foreign:
+        raise DataError(f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are not part of a dataset; "
+                        "name a new or empty folder")
+
+
+def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    """The last file of a dataset folder."""
+    with (folder / MANIFEST_NAME).open("wb") as file:
+        file.write((json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8"))
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _lock_folder(folder: Path) -> int:
+    """An open, exclusively locked descriptor of the folder, made if need be; waits while another process builds in it."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if os.stat(folder).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass        # the other process finished and renamed it while we waited
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync_entry(path)
+    _sync_entry(folder)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _webdataset():
+    try:
+        import webdataset
+    except ImportError:
+        raise DataError("writing shards needs the package webdataset; install it with: python -m pip install webdataset") from None
+    return webdataset
