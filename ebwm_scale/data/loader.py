@@ -1,0 +1,193 @@
+"""Batches: what one rank trains on at one step.
+
+    stream position     0 ............ G | G ............ 2G | ...           optimizer step s: positions s G .. (s + 1) G
+    inside a step       [ rank 0 ][ rank 1 ] ... [ rank R-1 ]                 contiguous slices
+    inside a rank       [ micro batch ][ micro batch ] ...                    contiguous slices of micro_batch_size
+
+The main process asks SampleOrder which samples these are; workers are stateless and only read them. So the same step has
+the same global batch for every world size, accumulation, number of workers and resume. A run's position in the data is
+its step; DataState is all there is to save.
+"""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import CheckpointError, DataError, UserError
+from .order import SampleOrder
+from .shards import ShardedSplit
+
+STATE_VERSION = 1
+_TOKENS = "tokens.npy"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b samples of S + 1 tokens: observed = tokens[:, :-1], targets = tokens[:, 1:]."""
+    tokens: torch.Tensor        # (b, S + 1) int64
+    sample_ids: torch.Tensor    # (b,) int64, index in the split
+    positions: torch.Tensor     # (b,) int64, global stream positions (in validation: the sample ids)
+
+
+@dataclass(frozen=True)
+class DataState:
+    """Where a run is in its data; `step` is the next optimizer step."""
+    fingerprint: str
+    seed: int
+    step: int
+    version: int = STATE_VERSION
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def load_state_dict(cls, values: dict[str, Any], *, fingerprint: str, seed: int) -> DataState:
+        """The saved state, if it belongs to this data and seed; CheckpointError that names both otherwise."""
+        try:
+            state = cls(fingerprint=str(values["fingerprint"]), seed=int(values["seed"]), step=int(values["step"]), version=values["version"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume from an earlier checkpoint") from None
+        if state.version != STATE_VERSION:
+            raise CheckpointError(f"the checkpoint's data state has version {state.version!r}, this release reads {STATE_VERSION}; "
+                                  "resume with the release that wrote it")
+        if state.fingerprint != fingerprint:
+            raise CheckpointError(f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, data.manifest has {fingerprint}; "
+                                  "resume with the same dataset, or start a new run")
+        if state.seed != seed:
+            raise CheckpointError(f"the checkpoint was trained with train.seed {state.seed}, the configuration says {seed}; resume with "
+                                  f"train.seed={state.seed}, or start a new run")
+        return state
+
+
+class BatchLoader:
+    """An endless iterator over this rank's micro batches, from the first one of optimizer step `first_step` on.
+
+    split: as opened by open_split.  context_length: observed tokens per sample, at most what the shards were packed
+    for.  seed, window_shards: of SampleOrder.  num_workers: reading processes; with any number the batches are the same.
+    Raises DataError at construction if the blocks are too short, and from next() for a damaged sample; ValueError if
+    global_batch_size does not divide over the ranks and micro batches.
+    """
+
+    def __init__(self, split: ShardedSplit, *, context_length: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int,
+                 seed: int, window_shards: int, num_workers: int, first_step: int = 0):
+        _check_context(split, context_length)
+        if not 0 <= rank < world_size or first_step < 0 or num_workers < 0:
+            raise ValueError(f"rank {rank} of {world_size}, first_step {first_step}, num_workers {num_workers}: out of range")
+        if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % (world_size * micro_batch_size):
+            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size {micro_batch_size}")
+        self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
+        order = SampleOrder(split.samples_per_shard, seed=seed, window_shards=window_shards)
+        requests = _Requests(order, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size,
+                             first_step=first_step)
+        options: dict[str, Any] = {}
+        if num_workers:
+            # fork: no second import of torch per worker, and workers touch neither CUDA nor any thread of the parent
+            options = {"multiprocessing_context": multiprocessing.get_context("fork"), "persistent_workers": True, "prefetch_factor": 4,
+                       "worker_init_fn": _stay_until_the_parent_ends_it}
+        # The loader draws a base seed; without a generator of its own it would take it from the global one.
+        self._loader = DataLoader(_Reader(split, context_length), batch_size=None, sampler=requests, num_workers=num_workers, collate_fn=_same,
+                                  generator=torch.Generator().manual_seed(0), **options)
+        self._iterator: Iterator | None = None
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = iter(self._loader)
+        return _batch(*next(self._iterator))
+
+    def close(self) -> None:
+        """Stop the workers; the loader cannot be used afterwards."""
+        self._iterator = None
+        self._loader = None
+
+
+def validation_batches(split: ShardedSplit, *, context_length: int, batch_size: int, max_samples: int, rank: int, world_size: int) -> Iterator[Batch]:
+    """This rank's part of the first max_samples samples, in their order: ranks take contiguous slices of equal size (+-1).
+
+    The last batch can be smaller, and a rank can have none when there are fewer samples than ranks. Raises DataError.
+    """
+    _check_context(split, context_length)
+    if not 0 <= rank < world_size or batch_size < 1 or max_samples < 1:
+        raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, max_samples {max_samples}: out of range")
+    reader, count = _Reader(split, context_length), min(max_samples, len(split))
+    first, end = count * rank // world_size, count * (rank + 1) // world_size
+    for start in range(first, end, batch_size):
+        ids = np.arange(start, min(start + batch_size, end), dtype=np.int64)
+        yield _batch(*reader[(ids, ids)])
+
+
+class _Requests:
+    """(sample ids, positions) of each micro batch of a rank, without end: what the sampler is to a DataLoader."""
+
+    def __init__(self, order: SampleOrder, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, first_step: int):
+        self.order, self.global_batch_size, self.micro_batch_size = order, global_batch_size, micro_batch_size
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        per_rank, step = self.global_batch_size // self.world_size, self.first_step
+        while True:
+            start = step * self.global_batch_size + self.rank * per_rank
+            for first in range(start, start + per_rank, self.micro_batch_size):
+                yield self.order.samples(first, self.micro_batch_size), np.arange(first, first + self.micro_batch_size, dtype=np.int64)
+            step += 1
+
+
+class _Reader(Dataset):
+    """Reads requests. Errors come back as values: a raised one would reach the user as a worker's traceback."""
+
+    def __init__(self, split: ShardedSplit, context_length: int):
+        self.split, self.context_length = split, context_length
+
+    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]):
+        sample_ids, positions = request
+        try:
+            return np.stack([self.split.read(int(i))[_TOKENS][:self.context_length + 1] for i in sample_ids]), sample_ids, positions
+        except UserError as error:
+            return error, sample_ids, positions
+
+
+def _batch(tokens: np.ndarray | UserError, sample_ids: np.ndarray, positions: np.ndarray) -> Batch:
+    if isinstance(tokens, UserError):
+        raise tokens
+    return Batch(tokens=torch.from_numpy(tokens.astype(np.int64)), sample_ids=torch.from_numpy(sample_ids), positions=torch.from_numpy(positions))
+
+
+def _same(item: Sequence) -> Sequence:
+    """No collation: numpy arrays travel through the pipe; tensors would need shared memory, which containers often lack."""
+    return item
+
+
+def _check_context(split: ShardedSplit, context_length: int) -> None:
+    packed = split.manifest.block_length - 1
+    if not 1 <= context_length <= packed:
+        raise DataError(f"data.context_length is {context_length}: the shards of {split.manifest.path} were packed for {packed}; use 1 to {packed}, "
+                        f"or pack again with tools/make_text_shards.py --context-length {context_length}")
+
+
+def _stay_until_the_parent_ends_it(worker: int) -> None:
+    """A scheduler signals every process of a job; the rank saves and leaves on its own, so its workers must outlive the signal.
+
+    SIGTERM still works from the parent, which uses it to end its workers; and a worker whose parent is gone leaves by itself.
+    """
+    parent = os.getppid()
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (parent, 0):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,63 @@
+"""Check a whole dataset: every file's size and hash, the tars against their indexes, every sample's checksum and decoding."""
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+from ..errors import DataError
+from .manifest import Manifest, ShardInfo, file_sha256, load_manifest
+from .shards import ShardedSplit, load_index, sample_problems, split_problems
+from .writer import read_tar_index
+
+
+def verify_dataset(manifest_path: str | Path) -> tuple[list[str], int]:
+    """(problems, samples checked): one line per problem, naming shard, sample and offset. Raises DataError for the manifest itself."""
+    manifest = load_manifest(manifest_path)
+    problems = _tokenizer_problems(manifest)
+    num_samples = 0
+    for name, split in manifest.splits.items():
+        problems += split_problems(manifest, name, hashes=True)
+        reader = ShardedSplit(manifest, name)
+        first_id = 0
+        for shard in split.shards:
+            problems += _shard_problems(manifest, shard, reader, first_id)
+            first_id += shard.num_samples
+            num_samples += shard.num_samples
+        reader.close()
+    return list(dict.fromkeys(problems)), num_samples
+
+
+def _shard_problems(manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, first_id: int) -> list[str]:
+    path = manifest.folder / shard.path
+    try:
+        index = load_index(manifest, shard)
+        damaged = sample_problems(manifest, shard)
+    except DataError as error:
+        return [str(error)]
+    except OSError:
+        return []       # a missing shard is in the list already
+    if damaged:
+        return damaged
+    problems = []
+    for row in range(shard.num_samples):
+        try:
+            reader.read(first_id + row)
+        except DataError as error:
+            problems.append(str(error))
+    try:
+        found = read_tar_index(path)
+    except (tarfile.TarError, ValueError) as error:
+        return problems + [f"{path}: not a sound tar file ({error}); other WebDataset readers will lose samples"]
+    expected = {name: {"offsets": f.offsets.tolist(), "sizes": f.sizes.tolist(), "crc32": f.crc32.tolist()} for name, f in index.fields.items()}
+    if found["keys"] != index.keys or found["fields"] != expected:
+        problems.append(f"{path}: its index {shard.index_path} describes other samples than the {len(found['keys'])} in the tar")
+    return problems
+
+
+def _tokenizer_problems(manifest: Manifest) -> list[str]:
+    if not manifest.tokenizer_path.is_file():
+        return [f"{manifest.tokenizer_path}: the tokenizer is missing"]
+    found = file_sha256(manifest.tokenizer_path)
+    if found != manifest.tokenizer_sha256:
+        return [f"{manifest.tokenizer_path}: sha256 of the tokenizer is {found[:12]}..., the manifest says {manifest.tokenizer_sha256[:12]}...: damaged"]
+    return []
