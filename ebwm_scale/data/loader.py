@@ -28,6 +28,7 @@ from .shards import ShardedSplit
 
 STATE_VERSION = 1
 _TOKENS = "tokens.npy"
+_JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,11 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = iter(self._loader)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)   # workers inherit it: see _stay_until_the_parent_ends_it
+            try:
+                self._iterator = iter(self._loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return _batch(*next(self._iterator))
 
     def close(self) -> None:
@@ -178,15 +183,13 @@ def _check_context(split: ShardedSplit, context_length: int) -> None:
 def _stay_until_the_parent_ends_it(worker: int) -> None:
     """A scheduler signals every process of a job; the rank saves and leaves on its own, so its workers must outlive the signal.
 
-    SIGTERM still works from the parent, which uses it to end its workers; and a worker whose parent is gone leaves by itself.
+    Workers start with the job's signals blocked. SIGTERM is still obeyed when it comes from the parent, which ends its
+    workers that way; and a worker whose parent is gone leaves by itself.
     """
     parent = os.getppid()
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid not in (parent, 0):
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
         os._exit(0)
 
