@@ -16,7 +16,8 @@ from ebwm_scale.errors import UserError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the corpus; made if need be")
-    parser.add_argument("--archive", metavar="FILE_OR_FOLDER", help="a copy of django-5.2.8.tar.gz, or the folder it is in; default: download it")
+    parser.add_argument("--archive", metavar="FILE_OR_FOLDER",
+                        help="a copy of django-5.2.8.tar.gz, or the folder it is in; default: download it")
     arguments = parser.parse_args()
     try:
         fetch_sample_corpus(arguments.output, archive=arguments.archive)

@@ -19,13 +19,15 @@ def main() -> int:
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset folder")
     parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a model of tools/train_tokenizer.py")
     parser.add_argument("--context-length", required=True, type=int, metavar="N", help="observed tokens per block; a block has one more")
-    parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="X", help="share of documents held out (default %(default)s)")
+    parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="X",
+                        help="share of documents held out (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the split and of the packing order (default %(default)s)")
     parser.add_argument("--samples-per-shard", type=int, default=4096, metavar="N", help="blocks per shard (default %(default)s)")
     arguments = parser.parse_args()
     start = time.monotonic()
     try:
-        manifest = make_text_dataset(arguments.inputs, arguments.output, tokenizer=arguments.tokenizer, context_length=arguments.context_length,
+        manifest = make_text_dataset(arguments.inputs, arguments.output, tokenizer=arguments.tokenizer,
+                                     context_length=arguments.context_length,
                                      validation_fraction=arguments.validation_fraction, seed=arguments.seed,
                                      samples_per_shard=arguments.samples_per_shard)
     except UserError as error:

@@ -18,7 +18,8 @@ def main() -> int:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text files or folders: *.txt, *.md, *.rst, *.jsonl with a text field")
     parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
     parser.add_argument("--vocabulary-size", required=True, type=int, metavar="N", help="number of pieces, 256 bytes included")
-    parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="X", help="share of documents held out (default %(default)s)")
+    parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="X",
+                        help="share of documents held out (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (default %(default)s)")
     arguments = parser.parse_args()
     start = time.monotonic()

@@ -54,15 +54,17 @@ class DataState:
     def load_state_dict(cls, values: dict[str, Any], *, fingerprint: str, seed: int) -> DataState:
         """The saved state, if it belongs to this data and seed; CheckpointError that names both otherwise."""
         try:
-            state = cls(fingerprint=str(values["fingerprint"]), seed=int(values["seed"]), step=int(values["step"]), version=values["version"])
+            state = cls(fingerprint=str(values["fingerprint"]), seed=int(values["seed"]), step=int(values["step"]),
+                        version=values["version"])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume from an earlier checkpoint") from None
+            raise CheckpointError(f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume from an earlier "
+                                  "checkpoint") from None
         if state.version != STATE_VERSION:
             raise CheckpointError(f"the checkpoint's data state has version {state.version!r}, this release reads {STATE_VERSION}; "
                                   "resume with the release that wrote it")
         if state.fingerprint != fingerprint:
-            raise CheckpointError(f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, data.manifest has {fingerprint}; "
-                                  "resume with the same dataset, or start a new run")
+            raise CheckpointError(f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, data.manifest has "
+                                  f"{fingerprint}; resume with the same dataset, or start a new run")
         if state.seed != seed:
             raise CheckpointError(f"the checkpoint was trained with train.seed {state.seed}, the configuration says {seed}; resume with "
                                   f"train.seed={state.seed}, or start a new run")
@@ -78,25 +80,26 @@ class BatchLoader:
     global_batch_size does not divide over the ranks and micro batches.
     """
 
-    def __init__(self, split: ShardedSplit, *, context_length: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int,
-                 seed: int, window_shards: int, num_workers: int, first_step: int = 0):
+    def __init__(self, split: ShardedSplit, *, context_length: int, global_batch_size: int, micro_batch_size: int, rank: int,
+                 world_size: int, seed: int, window_shards: int, num_workers: int, first_step: int = 0):
         _check_context(split, context_length)
         if not 0 <= rank < world_size or first_step < 0 or num_workers < 0:
             raise ValueError(f"rank {rank} of {world_size}, first_step {first_step}, num_workers {num_workers}: out of range")
         if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % (world_size * micro_batch_size):
-            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size {micro_batch_size}")
+            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size "
+                             f"{micro_batch_size}")
         self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
         order = SampleOrder(split.samples_per_shard, seed=seed, window_shards=window_shards)
-        requests = _Requests(order, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size,
-                             first_step=first_step)
+        requests = _Requests(order, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, rank=rank,
+                             world_size=world_size, first_step=first_step)
         options: dict[str, Any] = {}
         if num_workers:
             # fork: no second import of torch per worker, and workers touch neither CUDA nor any thread of the parent
             options = {"multiprocessing_context": multiprocessing.get_context("fork"), "persistent_workers": True, "prefetch_factor": 4,
                        "worker_init_fn": _stay_until_the_parent_ends_it}
         # The loader draws a base seed; without a generator of its own it would take it from the global one.
-        self._loader = DataLoader(_Reader(split, context_length), batch_size=None, sampler=requests, num_workers=num_workers, collate_fn=_same,
-                                  generator=torch.Generator().manual_seed(0), **options)
+        self._loader = DataLoader(_Reader(split, context_length), batch_size=None, sampler=requests, num_workers=num_workers,
+                                  collate_fn=_same, generator=torch.Generator().manual_seed(0), **options)
         self._iterator: Iterator | None = None
 
     def __iter__(self) -> BatchLoader:
@@ -117,7 +120,8 @@ class BatchLoader:
         self._loader = None
 
 
-def validation_batches(split: ShardedSplit, *, context_length: int, batch_size: int, max_samples: int, rank: int, world_size: int) -> Iterator[Batch]:
+def validation_batches(split: ShardedSplit, *, context_length: int, batch_size: int, max_samples: int, rank: int,
+                       world_size: int) -> Iterator[Batch]:
     """This rank's part of the first max_samples samples, in their order: ranks take contiguous slices of equal size (+-1).
 
     The last batch can be smaller, and a rank can have none when there are fewer samples than ranks. Raises DataError.
@@ -165,7 +169,8 @@ class _Reader(Dataset):
 def _batch(tokens: np.ndarray | UserError, sample_ids: np.ndarray, positions: np.ndarray) -> Batch:
     if isinstance(tokens, UserError):
         raise tokens
-    return Batch(tokens=torch.from_numpy(tokens.astype(np.int64)), sample_ids=torch.from_numpy(sample_ids), positions=torch.from_numpy(positions))
+    return Batch(tokens=torch.from_numpy(tokens.astype(np.int64)), sample_ids=torch.from_numpy(sample_ids),
+                 positions=torch.from_numpy(positions))
 
 
 def _same(item: Sequence) -> Sequence:
@@ -176,8 +181,8 @@ def _same(item: Sequence) -> Sequence:
 def _check_context(split: ShardedSplit, context_length: int) -> None:
     packed = split.manifest.block_length - 1
     if not 1 <= context_length <= packed:
-        raise DataError(f"data.context_length is {context_length}: the shards of {split.manifest.path} were packed for {packed}; use 1 to {packed}, "
-                        f"or pack again with tools/make_text_shards.py --context-length {context_length}")
+        raise DataError(f"data.context_length is {context_length}: the shards of {split.manifest.path} were packed for {packed}; use 1 to "
+                        f"{packed}, or pack again with tools/make_text_shards.py --context-length {context_length}")
 
 
 def _stay_until_the_parent_ends_it(worker: int) -> None:

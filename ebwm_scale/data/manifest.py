@@ -134,7 +134,8 @@ class _Taker:
         value = values.get(key)
         number = kind is float and isinstance(value, int)
         if not (isinstance(value, kind) or number) or isinstance(value, bool):
-            raise self.wrong(prefix + key, value, {int: "a whole number", float: "a number", str: "text", dict: "an object", list: "a list"}[kind])
+            raise self.wrong(prefix + key, value, {int: "a whole number", float: "a number", str: "text", dict: "an object",
+                                                   list: "a list"}[kind])
         if kind in (int, float) and value < 0:
             raise self.wrong(prefix + key, value, "0 or more")
         return value
@@ -144,7 +145,8 @@ class _Taker:
         text = self(values, key, str, prefix)
         path = PurePosixPath(text)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in text or "\0" in text:
-            raise DataError(f"{self.path}: {prefix}{key} is {text!r}: refused, a path must be relative and stay inside the dataset folder; {_REMAKE}")
+            raise DataError(f"{self.path}: {prefix}{key} is {text!r}: refused, a path must be relative and stay inside the dataset "
+                            f"folder; {_REMAKE}")
         return text
 
     def wrong(self, field: str, value: Any, expected: str) -> DataError:
@@ -160,10 +162,12 @@ def _split_info(take: _Taker, split: dict, name: str) -> SplitInfo:
         if not isinstance(shard, dict):
             raise take.wrong(here.rstrip("."), shard, "an object")
         shards.append(ShardInfo(
-            path=take.relative(shard, "path", here), num_samples=take(shard, "num_samples", int, here), num_tokens=take(shard, "num_tokens", int, here),
-            size=take(shard, "size", int, here), sha256=take(shard, "sha256", str, here), index_path=take.relative(shard, "index_path", here),
+            path=take.relative(shard, "path", here), num_samples=take(shard, "num_samples", int, here),
+            num_tokens=take(shard, "num_tokens", int, here), size=take(shard, "size", int, here),
+            sha256=take(shard, "sha256", str, here), index_path=take.relative(shard, "index_path", here),
             index_sha256=take(shard, "index_sha256", str, here)))
-    counts = {key: take(split, key, int, prefix) for key in ("num_documents", "num_samples", "num_tokens", "num_dropped_tokens", "num_text_bytes")}
+    counts = {key: take(split, key, int, prefix) for key in ("num_documents", "num_samples", "num_tokens", "num_dropped_tokens",
+                                                             "num_text_bytes")}
     if counts["num_samples"] != sum(s.num_samples for s in shards) or counts["num_samples"] == 0:
         raise DataError(f"{take.path}: split {name} has {counts['num_samples']} samples and its {len(shards)} shards "
                         f"{sum(s.num_samples for s in shards)}: must be equal and above 0 (empty split?); {_REMAKE}")

@@ -75,7 +75,8 @@ def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts or "\\" in member.name:
-                    raise DataError(f"{archive}: holds the path {member.name!r}, which leads out of the archive: refused; nothing was extracted")
+                    raise DataError(f"{archive}: holds the path {member.name!r}, which leads out of the archive: refused; nothing was "
+                                    "extracted")
                 inside = PurePosixPath(*path.parts[1:])
                 is_text = inside.parts[:1] == ("docs",) and inside.suffix == ".txt"
                 if not member.isfile() or not (is_text or str(inside) == "LICENSE"):
@@ -115,15 +116,18 @@ def _download(folder: Path, report: Report) -> Path:
     (stand_in / "build_meta.py").write_text(_BUILD_STAND_IN)
     (folder / "requirements.txt").write_text(f"{NAME}=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n")
     paths = [str(stand_in.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "2", "--timeout", "20", "--no-deps",
-               "--no-binary", NAME, "--no-build-isolation", "--require-hashes", "--requirement", str(folder / "requirements.txt"), "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "2", "--timeout", "20",
+               "--no-deps", "--no-binary", NAME, "--no-build-isolation", "--require-hashes",
+               "--requirement", str(folder / "requirements.txt"), "--dest", str(folder)]
     try:
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=_TIMEOUT_S)
-        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:] or ["it gave no reason"]
+        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
+                              timeout=_TIMEOUT_S)
+        lines = done.stderr.splitlines()
+        reasons = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["it gave no reason"]
         reason = reasons[-1].removeprefix("ERROR:").strip()
     except subprocess.TimeoutExpired:
         reason = f"no answer within {_TIMEOUT_S} s"
     if not (folder / ARCHIVE_NAME).is_file():
-        raise DataError(f"{ARCHIVE_NAME}: pip could not fetch it ({reason}); without a network, give a copy with --archive, or skip this corpus: "
-                        "tools/make_text_shards.py takes any folder of text")
+        raise DataError(f"{ARCHIVE_NAME}: pip could not fetch it ({reason}); without a network, give a copy with --archive, or skip this "
+                        "corpus: tools/make_text_shards.py takes any folder of text")
     return folder / ARCHIVE_NAME

@@ -9,9 +9,11 @@ line with the shard, the sample's key and byte offset, what is wrong and what to
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
+import math
 import os
 import zlib
 from collections import OrderedDict
@@ -27,6 +29,7 @@ from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes, load_manifest
 from .writer import INDEX_VERSION
 
 HASH_LIMIT_BYTES = 4 * 2**30        # above this, verify="hashes" checks sizes only
+_NPY_HEADER_BYTES = 128             # numpy pads the header of a small array to this
 _OPEN_SHARDS = 64                   # file descriptors and indexes kept per process
 _REMAKE = "copy the dataset again, or make it again with tools/make_text_shards.py"
 
@@ -87,7 +90,8 @@ class ShardedSplit:
             if len(content) != size:
                 raise DataError(f"{where}: the shard ends after {len(content)} of them: truncated; {_REMAKE}")
             if zlib.crc32(content) != int(field.crc32[row]):
-                raise DataError(f"{where}: checksum is {zlib.crc32(content):08x}, the index says {int(field.crc32[row]):08x}: damaged; {_REMAKE}")
+                raise DataError(f"{where}: checksum is {zlib.crc32(content):08x}, the index says {int(field.crc32[row]):08x}: damaged; "
+                                f"{_REMAKE}")
             result[name] = self._decode(content, where)
         return result
 
@@ -105,7 +109,8 @@ class ShardedSplit:
 
     def _decode(self, content: bytes, where: str) -> np.ndarray:
         try:
-            tokens = np.load(io.BytesIO(content), allow_pickle=False)
+            dtype, shape, start = _npy_header(content[:_NPY_HEADER_BYTES])
+            tokens = np.frombuffer(content, dtype, count=math.prod(shape), offset=start).reshape(shape)
         except (ValueError, EOFError, OSError) as error:
             raise DataError(f"{where}: not a .npy array ({' '.join(str(error).split())}); {_REMAKE}") from None
         if tokens.shape != (self.manifest.block_length,) or tokens.dtype.kind != "u" or int(tokens.max()) >= self.manifest.vocabulary_size:
@@ -129,7 +134,8 @@ class ShardedSplit:
         return descriptor, index
 
 
-def open_split(manifest_path: str | Path, split: str, *, verify: Literal["sizes", "hashes"], report: Callable[[str], None] = print) -> ShardedSplit:
+def open_split(manifest_path: str | Path, split: str, *, verify: Literal["sizes", "hashes"],
+               report: Callable[[str], None] = print) -> ShardedSplit:
     """Open a split after checking its files: their sizes, or also their hashes (unless above 4 GiB; then says so).
 
     Raises DataError for a manifest, an index or a shard that is missing, truncated, damaged or does not fit the others.
@@ -168,8 +174,8 @@ def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]
     if hashes:
         for shard, found in zip(sound, file_hashes([manifest.folder / shard.path for shard in sound])):
             if found != shard.sha256:
-                problems.append(f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the manifest says {shard.sha256[:12]}...: "
-                                f"damaged{_first_damage(manifest, shard)}; {_REMAKE}")
+                problems.append(f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the manifest says "
+                                f"{shard.sha256[:12]}...: damaged{_first_damage(manifest, shard)}; {_REMAKE}")
         for shard in sound:
             try:
                 load_index(manifest, shard)
@@ -202,15 +208,18 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
         raise DataError(f"{path}: cannot read the index of shard {shard.path}: {error.strerror}; {_REMAKE}") from None
     found = hashlib.sha256(content).hexdigest()
     if found != shard.index_sha256:
-        raise DataError(f"{path}: sha256 of the index is {found[:12]}..., the manifest says {shard.index_sha256[:12]}...: damaged or of another shard; {_REMAKE}")
+        raise DataError(f"{path}: sha256 of the index is {found[:12]}..., the manifest says {shard.index_sha256[:12]}...: damaged or of "
+                        f"another shard; {_REMAKE}")
     try:
         values = json.loads(content)
         version, name = values["index_version"], values["shard"]
         index = ShardIndex(keys=[str(key) for key in values["keys"]], num_tokens=values["num_tokens"], fields={
-            field: Field(np.array(c["offsets"], dtype=np.int64), np.array(c["sizes"], dtype=np.int64), np.array(c["crc32"], dtype=np.uint32))
+            field: Field(np.array(c["offsets"], dtype=np.int64), np.array(c["sizes"], dtype=np.int64),
+                         np.array(c["crc32"], dtype=np.uint32))
             for field, c in values["fields"].items()})
         lengths = {len(index.num_tokens), *(len(column) for f in index.fields.values() for column in (f.offsets, f.sizes, f.crc32))}
-        inside = all((f.offsets >= 0).all() and (f.sizes >= 0).all() and (f.offsets + f.sizes <= shard.size).all() for f in index.fields.values())
+        inside = all((f.offsets >= 0).all() and (f.sizes >= 0).all() and (f.offsets + f.sizes <= shard.size).all()
+                     for f in index.fields.values())
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(f"{path}: not an index ({type(error).__name__}: {error}); {_REMAKE}") from None
     if version != INDEX_VERSION:
@@ -219,6 +228,18 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
         raise DataError(f"{path}: does not fit shard {shard.path}: it describes {name} with {len(index.keys)} samples, the manifest says "
                         f"{shard.num_samples} samples in {shard.size} bytes; {_REMAKE}")
     return index
+
+
+@functools.lru_cache(maxsize=16)
+def _npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
+    """(dtype, shape, where the data starts) of a .npy file; cached, because parsing it took most of the time of a read."""
+    stream = io.BytesIO(content)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("not version 1.0 of the format")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran_order or dtype.hasobject:
+        raise ValueError("objects or Fortran order")
+    return dtype, shape, stream.tell()
 
 
 def _first_damage(manifest: Manifest, shard: ShardInfo) -> str:

@@ -79,7 +79,8 @@ def make_text_dataset(inputs: Sequence[str | Path], output: str | Path, *, token
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "modality": "text", "block_length": context_length + 1, "vocabulary_size": model.vocabulary_size,
         "eos_id": model.eos_id, "tokenizer": {"path": "tokenizer.model", "sha256": file_sha256(model.path)},
-        "source": {"inputs": [Path(i).resolve().name for i in inputs], "num_documents": len(documents), "documents_sha256": digest_of(documents)},
+        "source": {"inputs": [Path(i).resolve().name for i in inputs], "num_documents": len(documents),
+                   "documents_sha256": digest_of(documents)},
         "settings": {"validation_fraction": validation_fraction, "seed": seed, "samples_per_shard": samples_per_shard},
     }
     with staged_folder(output) as staging:
@@ -88,7 +89,8 @@ def make_text_dataset(inputs: Sequence[str | Path], output: str | Path, *, token
             report(f"already there: {output / MANIFEST_NAME}")
         else:
             shutil.copyfile(model.path, staging / "tokenizer.model")
-            values["splits"] = {name: _write_split(staging, name, splits[name], model, context_length, samples_per_shard) for name in splits}
+            values["splits"] = {name: _write_split(staging, name, splits[name], model, context_length, samples_per_shard)
+                                for name in splits}
             write_manifest(staging, values)
     manifest = load_manifest(output)
     for name, split in manifest.splits.items():
@@ -108,8 +110,10 @@ def _write_split(folder: Path, name: str, documents: Sequence[Document], tokeniz
         writer.abandon()
     if not shards:
         raise DataError(f"the {name} split has {packer.num_tokens} tokens in {len(documents)} documents: one block of context length "
-                        f"{context_length} needs {context_length + 1}; give more text, a shorter context, or another validation fraction or seed")
-    return {"shards": shards, "num_documents": len(documents), "num_samples": writer.num_samples, "num_tokens": writer.num_samples * context_length,
+                        f"{context_length} needs {context_length + 1}; give more text, a shorter context, or another validation fraction "
+                        "or seed")
+    return {"shards": shards, "num_documents": len(documents), "num_samples": writer.num_samples,
+            "num_tokens": writer.num_samples * context_length,
             "num_dropped_tokens": packer.num_dropped, "num_text_bytes": sum(len(d.read().encode("utf-8")) for d in documents),
             "unigram_entropy": packer.unigram_entropy()}
 
@@ -144,7 +148,8 @@ def _already_there(output: Path, values: dict[str, Any]) -> bool:
     if manifest.source.get("documents_sha256") != values["source"]["documents_sha256"]:
         different.append("documents")
     if different:
-        raise DataError(f"{output}: already holds a dataset that differs in {', '.join(different)}; name another folder, or delete this one first")
+        raise DataError(f"{output}: already holds a dataset that differs in {', '.join(different)}; name another folder, or delete this "
+                        "one first")
     return True
 
 

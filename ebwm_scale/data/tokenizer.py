@@ -29,7 +29,8 @@ class Tokenizer:
         try:
             model = self.path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot read the tokenizer: {error.strerror or error}; make one with tools/train_tokenizer.py") from None
+            raise DataError(f"{path}: cannot read the tokenizer: {error.strerror or error}; "
+                            "make one with tools/train_tokenizer.py") from None
         try:
             if not model:
                 raise RuntimeError
@@ -39,7 +40,8 @@ class Tokenizer:
         self.vocabulary_size = int(self._processor.vocab_size())
         self.eos_id = int(self._processor.eos_id())
         if self.eos_id < 0:
-            raise DataError(f"{path}: the model has no end-of-sequence piece, which packing puts after each document; train one with eos_id set")
+            raise DataError(f"{path}: the model has no end-of-sequence piece, which packing puts after each document; train one with "
+                            "eos_id set")
         self._space_bytes = [int(self._processor.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE.encode("utf-8")]
         self._has_bytes = all(self._processor.is_byte(i) for i in self._space_bytes)
 
@@ -79,7 +81,8 @@ def train_tokenizer(inputs: Sequence[str | Path], output: str | Path, vocabulary
     file, byte for byte. Raises DataError when the corpus cannot fill the vocabulary, naming the largest possible size.
     """
     if vocabulary_size < _SMALLEST:
-        raise DataError(f"vocabulary size is {vocabulary_size}: must be at least {_SMALLEST} (256 bytes, newline, tab, unknown, end, and pieces to learn)")
+        raise DataError(f"vocabulary size is {vocabulary_size}: must be at least {_SMALLEST} (256 bytes, newline, tab, unknown, end, and "
+                        "pieces to learn)")
     documents = split_documents(find_documents(inputs, report=report), validation_fraction=validation_fraction, seed=seed)["train"]
     model = io.BytesIO()
     try:
@@ -117,8 +120,8 @@ def _why_training_failed(message: str, vocabulary_size: int) -> str:
                 "take that, or give more text")
     too_small = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
     if too_small:
-        return (f"vocabulary size {vocabulary_size} is too small for this corpus: its characters and the 256 bytes alone need {too_small.group(1)}; "
-                "take more")
+        return (f"vocabulary size {vocabulary_size} is too small for this corpus: its characters and the 256 bytes alone need "
+                f"{too_small.group(1)}; take more")
     return f"the tokenizer cannot be trained on this text: {' '.join(message.split())}"
 
 

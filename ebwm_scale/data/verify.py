@@ -48,7 +48,8 @@ def _shard_problems(manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, 
         found = read_tar_index(path)
     except (tarfile.TarError, ValueError) as error:
         return problems + [f"{path}: not a sound tar file ({error}); other WebDataset readers will lose samples"]
-    expected = {name: {"offsets": f.offsets.tolist(), "sizes": f.sizes.tolist(), "crc32": f.crc32.tolist()} for name, f in index.fields.items()}
+    expected = {name: {"offsets": f.offsets.tolist(), "sizes": f.sizes.tolist(), "crc32": f.crc32.tolist()}
+                for name, f in index.fields.items()}
     if found["keys"] != index.keys or found["fields"] != expected:
         problems.append(f"{path}: its index {shard.index_path} describes other samples than the {len(found['keys'])} in the tar")
     return problems
@@ -59,5 +60,6 @@ def _tokenizer_problems(manifest: Manifest) -> list[str]:
         return [f"{manifest.tokenizer_path}: the tokenizer is missing"]
     found = file_sha256(manifest.tokenizer_path)
     if found != manifest.tokenizer_sha256:
-        return [f"{manifest.tokenizer_path}: sha256 of the tokenizer is {found[:12]}..., the manifest says {manifest.tokenizer_sha256[:12]}...: damaged"]
+        return [f"{manifest.tokenizer_path}: sha256 of the tokenizer is {found[:12]}..., the manifest says "
+                f"{manifest.tokenizer_sha256[:12]}...: damaged"]
     return []

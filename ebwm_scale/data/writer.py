@@ -70,7 +70,8 @@ class ShardWriter:
         index_path = self._path.with_suffix(".index.json")
         index_path.write_bytes(canonical_json(index))
         self._shards.append({
-            "path": self._path.name, "num_samples": len(index["keys"]), "num_tokens": sum(self._token_counts), "size": self._path.stat().st_size,
+            "path": self._path.name, "num_samples": len(index["keys"]), "num_tokens": sum(self._token_counts),
+            "size": self._path.stat().st_size,
             "sha256": file_sha256(self._path), "index_path": index_path.name, "index_sha256": file_sha256(index_path)})
         self._token_counts = []
 

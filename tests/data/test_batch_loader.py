@@ -24,7 +24,8 @@ def split(pristine):
 
 
 def loader(split, **changes):
-    return BatchLoader(split, **{**dict(context_length=CONTEXT_LENGTH, global_batch_size=GLOBAL, micro_batch_size=1, rank=0, world_size=1, seed=SEED,
+    return BatchLoader(split, **{**dict(context_length=CONTEXT_LENGTH, global_batch_size=GLOBAL, micro_batch_size=1, rank=0, world_size=1,
+                                        seed=SEED,
                                         window_shards=2, num_workers=0), **changes})
 
 
@@ -35,7 +36,8 @@ def steps_of(split, *, world_size=1, micro=1, num_workers=0, first_step=0, count
         batches = loader(split, rank=rank, world_size=world_size, micro_batch_size=micro, num_workers=num_workers, first_step=first_step)
         taken = list(itertools.islice(batches, count * batches.micro_batches_per_step))
         assert all(b.tokens.shape == (micro, CONTEXT_LENGTH + 1) for b in taken)
-        joined = [torch.cat([getattr(b, f) for b in taken]).view(count, GLOBAL // world_size, -1) for f in ("tokens", "sample_ids", "positions")]
+        joined = [torch.cat([getattr(b, f) for b in taken]).view(count, GLOBAL // world_size, -1)
+                  for f in ("tokens", "sample_ids", "positions")]
         per_rank.append(joined)
         batches.close()
     return [torch.cat([r[i] for r in per_rank], dim=1) for i in range(3)]
@@ -81,7 +83,8 @@ def test_loading_does_not_touch_any_global_generator(split, num_workers):
         next(batches)
     list(validation_batches(split, context_length=4, batch_size=3, max_samples=9, rank=0, world_size=1))
     batches.close()
-    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1]) and before[2] == random.getstate()
+    assert torch.equal(before[0], torch.get_rng_state()) and before[2] == random.getstate()
+    assert np.array_equal(before[1], np.random.get_state()[1])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -140,7 +143,8 @@ def test_impossible_divisions_are_refused(split, changes):
 @pytest.mark.parametrize("max_samples", [1, 10, 10_000])
 def test_validation_covers_the_first_samples_once_in_order(pristine, world_size, max_samples):
     held_out = open_split(pristine, "validation", verify="sizes")
-    parts = [list(validation_batches(held_out, context_length=CONTEXT_LENGTH, batch_size=4, max_samples=max_samples, rank=r, world_size=world_size))
+    parts = [list(validation_batches(held_out, context_length=CONTEXT_LENGTH, batch_size=4, max_samples=max_samples, rank=r,
+                                     world_size=world_size))
              for r in range(world_size)]
     count = min(max_samples, len(held_out))
     sizes = [sum(len(b.tokens) for b in part) for part in parts]

@@ -38,10 +38,12 @@ def contents(folder):
 def test_only_documentation_text_and_the_licence_are_extracted(tmp_path):
     archive = make_archive(tmp_path / ARCHIVE_NAME, GOOD, links=[("django-5.2.8/docs/link.txt", "/etc/passwd")])
     fetch(tmp_path / "corpus", archive)
-    assert contents(tmp_path / "corpus") == {"docs/index.txt": "welcome", "docs/ref/models.txt": "models", "docs/deep/er/x.txt": "deeper", "LICENSE": "BSD"}
+    assert contents(tmp_path / "corpus") == {"docs/index.txt": "welcome", "docs/ref/models.txt": "models", "docs/deep/er/x.txt": "deeper",
+                                             "LICENSE": "BSD"}
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "django-5.2.8/docs/../../../evil.txt", "/django-5.2.8/docs/evil.txt", "django-5.2.8/docs/..\\evil.txt"])
+@pytest.mark.parametrize("name", ["../evil.txt", "django-5.2.8/docs/../../../evil.txt", "/django-5.2.8/docs/evil.txt",
+                                  "django-5.2.8/docs/..\\evil.txt"])
 def test_paths_that_leave_the_archive_are_refused_and_nothing_is_left(tmp_path, name):
     archive = make_archive(tmp_path / ARCHIVE_NAME, {**GOOD, name: "evil"})
     with pytest.raises(DataError, match="leads out of the archive"):
@@ -84,7 +86,8 @@ def test_unusable_archive_is_one_clear_error(tmp_path, content, expected):
 
 
 def test_truncated_archive_leaves_nothing(tmp_path):
-    archive = make_archive(tmp_path / ARCHIVE_NAME, {**GOOD, "django-5.2.8/docs/z.txt": "".join(chr(33 + i * i % 90) for i in range(50_000))})
+    archive = make_archive(tmp_path / ARCHIVE_NAME, {**GOOD, "django-5.2.8/docs/z.txt": "".join(chr(33 + i * i % 90)
+                                                                                                for i in range(50_000))})
     archive.write_bytes(archive.read_bytes()[:-200])
     with pytest.raises(DataError, match="cannot be extracted"):
         fetch(tmp_path / "corpus", archive)

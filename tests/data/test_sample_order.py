@@ -60,7 +60,8 @@ def test_order_does_not_touch_the_global_generator():
     assert np.array_equal(before, np.random.get_state()[1])
 
 
-@pytest.mark.parametrize("arguments", [dict(sizes=[]), dict(sizes=[0, 0]), dict(sizes=[3, -1]), dict(seed=-1), dict(seed=2**64), dict(window_shards=0)])
+@pytest.mark.parametrize("arguments", [dict(sizes=[]), dict(sizes=[0, 0]), dict(sizes=[3, -1]), dict(seed=-1), dict(seed=2**64),
+                                       dict(window_shards=0)])
 def test_impossible_arguments_are_refused(arguments):
     with pytest.raises(ValueError):
         order(**arguments)

@@ -63,7 +63,8 @@ MANIFEST_DAMAGE = {
     "counts do not add up": (lambda m: edit(m, lambda v: v["splits"]["train"].update(num_samples=3)), "split train has 3 samples and its"),
     "no split": (lambda m: edit(m, lambda v: v["splits"].pop("train")), "has no split 'train'; it has validation"),
     "absent field": (lambda m: edit(m, lambda v: v.pop("eos_id")), "eos_id is None: expected a whole number"),
-    "wrong type": (lambda m: edit(m, lambda v: first_train_shard(v).update(size="big")), r"splits.train.shards\[0\].size is 'big': expected a whole number"),
+    "wrong type": (lambda m: edit(m, lambda v: first_train_shard(v).update(size="big")), r"splits.train.shards\[0\].size is 'big': "
+                                                                                         "expected a whole number"),
     "negative size": (lambda m: edit(m, lambda v: first_train_shard(v).update(size=-1)), "size is -1: expected 0 or more"),
     "split is a list": (lambda m: edit(m, lambda v: v["splits"].update(train=[])), "splits.train is .*: expected an object"),
     "absolute path": (lambda m: edit(m, lambda v: first_train_shard(v).update(path="/etc/passwd")), "'/etc/passwd': refused"),
@@ -81,13 +82,18 @@ FILE_DAMAGE = {
 }
 HASH_DAMAGE = {
     "flipped bit in a sample": (lambda m: flip(m.parent / SHARD, payload(m)[1] + 140),
-                                f"{SHARD}: sha256 of the shard .*damaged, 1 samples, the first is sample train-000000025 .tokens.npy, offset"),
-    "flipped bit in a header": (lambda m: flip(m.parent / SHARD, payload(m)[1] - 512), f"{SHARD}: sha256 .*damaged, outside of its samples"),
+                                f"{SHARD}: sha256 of the shard .*damaged, 1 samples, the first is sample train-000000025 .tokens.npy, "
+                                "offset"),
+    "flipped bit in a header": (lambda m: flip(m.parent / SHARD, payload(m)[1] - 512), f"{SHARD}: sha256 .*damaged, outside of its "
+                                                                                       "samples"),
     "flipped bit in an index": (lambda m: flip(m.parent / INDEX, 100), f"{INDEX}: sha256 of the index"),
-    "index of another shard": (lambda m: (m.parent / INDEX).write_bytes((m.parent / "train-000000.index.json").read_bytes()), f"{INDEX}: sha256 of the index"),
+    "index of another shard": (lambda m: (m.parent / INDEX).write_bytes((m.parent / "train-000000.index.json").read_bytes()),
+                               f"{INDEX}: sha256 of the index"),
     "index with fewer samples": (lambda m: edit_index(m, lambda v: v["keys"].pop()), f"{INDEX}: does not fit shard {SHARD}"),
-    "index that points outside": (lambda m: edit_index(m, lambda v: v["fields"]["tokens.npy"]["offsets"].__setitem__(3, 10**9)), f"{INDEX}: does not fit"),
-    "index for another name": (lambda m: edit_index(m, lambda v: v.update(shard="train-000000.tar")), f"{INDEX}: does not fit shard {SHARD}"),
+    "index that points outside": (lambda m: edit_index(m, lambda v: v["fields"]["tokens.npy"]["offsets"].__setitem__(3, 10**9)),
+                                  f"{INDEX}: does not fit"),
+    "index for another name": (lambda m: edit_index(m, lambda v: v.update(shard="train-000000.tar")),
+                               f"{INDEX}: does not fit shard {SHARD}"),
     "index of nonsense": (lambda m: edit_index(m, lambda v: v.update(fields=7)), f"{INDEX}: not an index"),
     "index version": (lambda m: edit_index(m, lambda v: v.update(index_version=2)), "index_version is 2"),
 }
@@ -140,7 +146,8 @@ def test_damaged_sample_is_named_with_key_and_offset(dataset):
     refuses(lambda: split.read(25), f"{SHARD}: sample {key} .*truncated")
 
 
-@pytest.mark.parametrize("value, expected", [(np.zeros(17, "<u2") + 60000, "vocabulary size"), (np.zeros(9, "<u2"), r"\(9,\)"), (np.zeros(17, "<f4"), "float32")])
+@pytest.mark.parametrize("value, expected", [(np.zeros(17, "<u2") + 60000, "vocabulary size"), (np.zeros(9, "<u2"), r"\(9,\)"),
+                                             (np.zeros(17, "<f4"), "float32")])
 def test_sample_that_does_not_fit_the_manifest_is_refused(pristine, value, expected):
     split = open_split(pristine, "train", verify="sizes")
     stream = io.BytesIO()

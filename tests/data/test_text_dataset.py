@@ -29,7 +29,8 @@ def blocks_of(manifest, split):
     return np.stack([opened.read(i)["tokens.npy"] for i in range(len(opened))]).astype(np.int64)
 
 
-@pytest.mark.parametrize("pieces, length", [([[1, 2, 3], [4], [], [5, 6, 7, 8, 9]], 3), ([list(range(100))], 7), ([[1]] * 30, 4), ([[1, 2]], 5), ([], 2),
+@pytest.mark.parametrize("pieces, length", [([[1, 2, 3], [4], [], [5, 6, 7, 8, 9]], 3), ([list(range(100))], 7), ([[1]] * 30, 4),
+                                            ([[1, 2]], 5), ([], 2),
                                             ([list(range(9))], 8), ([list(range(9))], 1)])
 def test_every_token_is_a_target_exactly_once(pieces, length):
     packer = Packer(context_length=length, vocabulary_size=200)
@@ -106,7 +107,8 @@ def test_each_side_gets_a_document(tmp_path, fraction):
 
 
 def test_jsonl_lines_are_documents_and_bad_ones_are_named(tmp_path):
-    lines = [json.dumps({"text": "first é"}), "not json", json.dumps({"other": 1}), "", json.dumps({"text": "second", "url": "x"}), json.dumps({"text": 3})]
+    lines = [json.dumps({"text": "first é"}), "not json", json.dumps({"other": 1}), "", json.dumps({"text": "second", "url": "x"}),
+             json.dumps({"text": 3})]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     said = []
     documents = find_documents([tmp_path], report=said.append)
@@ -223,6 +225,7 @@ def test_a_killed_build_leaves_no_dataset_and_the_next_succeeds(corpus, tokenize
 def test_two_builders_of_one_dataset_wait_for_each_other(corpus, tokenizer_path, tmp_path):
     program = KILLED.replace("text.write_manifest", "ignored")
     command = [sys.executable, "-c", program, corpus, tmp_path / "out", tokenizer_path]
-    outputs = [p.communicate(timeout=60)[0] for p in [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"]]
+    outputs = [p.communicate(timeout=60)[0] for p in [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                                                       text=True) for _ in "ab"]]
     assert sum("already there" in o for o in outputs) == 1 and all("train: " in o for o in outputs), outputs
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -4,7 +4,8 @@ from ebwm_scale.data.documents import find_documents, split_documents
 from ebwm_scale.data.tokenizer import Tokenizer, train_tokenizer
 from ebwm_scale.errors import DataError
 
-TEXTS = ["", "plain", "  two leading, two trailing  ", "a\nb\n\n\tc\r\n", "\n", " ", "日本語 😀 naïve ﬁ Ω", "</s> <unk> <0x41> <s>", "nul \0 inside",
+TEXTS = ["", "plain", "  two leading, two trailing  ", "a\nb\n\n\tc\r\n", "\n", " ", "日本語 😀 naïve ﬁ Ω", "</s> <unk> <0x41> <s>",
+         "nul \0 inside",
          "\ufeffmark", "literal \u2581 and \u2581\u2581", "a\u00a0b\u2028c", "x" * 9000, "e\u0301 is not é"]
 
 
