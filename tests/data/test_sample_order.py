@@ -35,6 +35,8 @@ def test_epochs_and_seeds_and_windows_differ():
     assert not np.array_equal(first, np.arange(TOTAL))
     equal = SampleOrder([50, 50], seed=3, window_shards=1).samples(0, 100)
     assert not np.array_equal(equal[:50] % 50, equal[50:] % 50)
+    one_shard = SampleOrder([50], seed=3, window_shards=1).samples(0, 100)
+    assert not np.array_equal(one_shard[:50], one_shard[50:])       # not only the shards: the samples inside a window differ too
 
 
 def test_samples_stay_in_their_window_of_shards():
