@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .contract import refuse_graph
 
 IGNORE = -100               # target of a row that does not count
 CHUNK_BYTES = 16 * 2**20    # of state per chunk: large enough for efficient products, small beside the state
@@ -95,8 +96,8 @@ class _Embed(torch.autograd.Function):
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        refuse_graph("vocabulary_embed", "second")
         x, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return None, None
@@ -147,8 +148,8 @@ class _DescendAndScore(torch.autograd.Function):
         return loss, state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
+        refuse_graph("vocabulary_descend", "second")
         grad_weight, grad_gradient, grad_step = (tensor * grad_loss.to(tensor.dtype) for tensor in ctx.saved_tensors)
         return None, grad_weight, grad_gradient, grad_step, None, None, None, None
 
@@ -173,21 +174,21 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
+        refuse_graph("vocabulary_cross_entropy", "second")
         grad_hidden, grad_weight = (tensor * grad_loss.to(tensor.dtype) for tensor in ctx.saved_tensors)
         return grad_hidden, grad_weight, None, None
 
 
 def _score(logits: Tensor, targets: Tensor, count: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """(sum of cross-entropies / count, their gradient r = (softmax(logits) - onehot) / count, written over the logits)."""
+    """(sum of cross-entropies / count, their gradient r = (softmax(logits) - onehot) / count or None)."""
     counted = (targets != IGNORE).to(logits.dtype)
     target = targets.clamp(min=0)[:, None]
-    log_normalizer = logits.logsumexp(-1, keepdim=True)
-    loss = ((log_normalizer - logits.gather(-1, target)).squeeze(-1) * counted).sum() / count
     if not wanted:
-        return loss, None
-    residual = logits.sub_(log_normalizer).exp_()
+        return ((logits.logsumexp(-1, keepdim=True) - logits.gather(-1, target)).squeeze(-1) * counted).sum() / count, None
+    residual = logits.softmax(-1)
+    log_normalizer = logits.amax(-1, keepdim=True) - residual.amax(-1, keepdim=True).log()      # the largest p is 1 / sum exp(x - max)
+    loss = ((log_normalizer - logits.gather(-1, target)).squeeze(-1) * counted).sum() / count
     residual.scatter_add_(-1, target, residual.new_full((), -1.0).expand_as(target))
     return loss, residual.mul_((counted / count)[:, None])
 

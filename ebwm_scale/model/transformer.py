@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebwm_kernels import energy_attention
+from ebwm_kernels import energy_attention, rms_norm, swiglu
 
 from ..config import ModelConfig
 
@@ -67,8 +67,7 @@ class RMSNorm(nn.Module):
         self.weight, self.epsilon = nn.Parameter(torch.ones(width)), epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x     # a sum of squares needs the range of float32
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)).to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.epsilon)
 
 
 class Attention(nn.Module):
@@ -114,7 +113,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.width, config.feed_forward_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):

@@ -1,0 +1,141 @@
+"""Time and memory of one training step (forward, backward, AdamW), on random tokens.
+
+    python tools/bench_step.py --model energy --size xxs --sequence 256 --vocabulary 32000 --batch 4 \
+        --num-refinement-steps 2 --conditioning default --steps 3 [--compare baseline]
+
+Prints one JSON line: median wall and CPU seconds per step, tokens/s, peak memory over the process's start (resident memory on a CPU,
+allocator peak on a GPU), FLOPs per step by part, MFU on a GPU. With --compare baseline, Transformer++ steps are interleaved in the same
+process and `cpu_ratio`, `wall_ratio` are the medians of the ratios of neighbouring steps (memory is then that of both; measure it alone).
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["energy", "baseline"], default="energy")
+    parser.add_argument("--size", default="xxs")
+    parser.add_argument("--sequence", type=int, default=256, help="observed positions per sample")
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--batch", type=int, default=4, help="samples per step")
+    parser.add_argument("--num-refinement-steps", type=int, default=2)
+    parser.add_argument("--conditioning", default="default")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
+    parser.add_argument("--threads", type=int, default=None, help="PyTorch threads; default: PyTorch's own choice")
+    parser.add_argument("--compare", choices=["baseline"], default=None)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="further configuration")
+    arguments = parser.parse_args()
+
+    start_memory = resident_bytes()
+    import torch
+    from ebwm_scale.accounting import peak_flops_per_s, step_flops
+    from ebwm_scale.config import load_config
+    from ebwm_scale.errors import UserError
+
+    torch.set_flush_denormal(True)      # as in training: the tails of a softmax over a vocabulary are denormal, and 100 times slower
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    def configuration(kind: str):
+        return load_config(None, [
+            f"model.kind={kind}", f"model.size={arguments.size}", f"model.vocabulary_size={arguments.vocabulary}",
+            f"model.conditioning={arguments.conditioning if kind == 'energy' else 'default'}",
+            f"refinement.num_steps={arguments.num_refinement_steps}", f"data.context_length={arguments.sequence}",
+            f"train.global_batch_size={arguments.batch}", f"train.precision={arguments.precision}", *arguments.set])
+
+    try:
+        config = configuration(arguments.model)
+        runs = [(config, Stepper(config, arguments))]
+        if arguments.compare:
+            baseline = configuration(arguments.compare)
+            runs.append((baseline, Stepper(baseline, arguments)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    for _, stepper in runs:
+        stepper.step()
+    times: list[list[tuple[float, float]]] = [[] for _ in runs]
+    for _ in range(arguments.steps):
+        for index, (_, stepper) in enumerate(runs):
+            times[index].append(timed(stepper))
+    wall, cpu = (statistics.median(t[i] for t in times[0]) for i in (0, 1))
+    flops = step_flops(config, samples=arguments.batch)
+    peak = peak_flops_per_s(arguments.precision)
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes() - start_memory
+    result = {
+        "model": arguments.model, "size": arguments.size, "sequence": arguments.sequence, "vocabulary": arguments.vocabulary,
+        "batch": arguments.batch, "num_refinement_steps": arguments.num_refinement_steps if arguments.model == "energy" else None,
+        "conditioning": config.model.conditioning, "precision": arguments.precision, "steps": arguments.steps,
+        "wall_s": wall, "cpu_s": cpu, "tokens_per_s": arguments.batch * arguments.sequence / wall, "peak_memory_gib": memory / 2**30,
+        "flops": flops, "flops_total": sum(flops.values()), "tflops_per_s": sum(flops.values()) / wall / 1e12,
+        "mfu": sum(flops.values()) / wall / peak if peak else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if arguments.compare:
+        result["compared_with"] = arguments.compare
+        for key, i in (("wall_ratio", 0), ("cpu_ratio", 1)):
+            result[key] = statistics.median(ours[i] / theirs[i] for ours, theirs in zip(*times))
+        result["compared_cpu_s"] = statistics.median(t[1] for t in times[1])
+        result["compared_wall_s"] = statistics.median(t[0] for t in times[1])
+        result["compared_flops"] = step_flops(runs[1][0], samples=arguments.batch)
+    print(json.dumps(result))
+    return 0
+
+
+class Stepper:
+    """One model with its optimizer and a fixed random batch."""
+
+    def __init__(self, config, arguments):
+        import torch
+        from ebwm_scale.model.world_model import WorldModel
+        from ebwm_scale.training.optimizer import parameter_groups
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)
+        self.model = WorldModel(config).to(device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), lr=1e-4, betas=(0.9, 0.999))
+        tokens = torch.randint(arguments.vocabulary, (arguments.batch, arguments.sequence + 1), device=device)
+        self.observed, self.targets, self.ids, self.count = tokens[:, :-1], tokens[:, 1:], torch.arange(arguments.batch), 0
+
+    def step(self) -> None:
+        from ebwm_scale.noise import NoiseSource
+        output = self.model(self.observed, self.targets, sample_ids=self.ids, source=NoiseSource(33, self.count))
+        output.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.count += 1
+
+
+def timed(stepper: Stepper) -> tuple[float, float]:
+    import torch
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    stepper.step()
+    synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def resident_bytes() -> int:
+    """Resident memory now (Linux); elsewhere the peak so far."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
