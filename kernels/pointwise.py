@@ -40,7 +40,11 @@ def swiglu_reference(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _mean(x: Tensor, y: Tensor) -> Tensor:
-    return torch.einsum("...d,...d->...", x, y).unsqueeze(-1) / x.shape[-1]
+    return (x * y).mean(-1, keepdim=True)
+
+
+def _sum_rows(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).flatten(0, -2).sum(0)
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -67,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
             return _RMSNormGradient.apply(grad, x, weight, ctx.epsilon), None, None
         g, wide, w = _wide(grad, x, weight)
         r, n = _normalize(wide, ctx.epsilon)
-        grad_weight = torch.einsum("...d,...d->d", g, n).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = _sum_rows(g, n).to(weight.dtype) if ctx.needs_input_grad[1] else None
         h = g * w
         return torch.addcmul(h, n, _mean(h, n), value=-1).mul_(r).to(x.dtype), grad_weight, None
 
@@ -91,7 +95,7 @@ class _RMSNormGradient(torch.autograd.Function):
         h = g * w
         a_n, h_n, a_h = _mean(a, n), _mean(h, n), _mean(a, h)
         tangent = torch.addcmul(a, n, a_n, value=-1).mul_(r)
-        grad_weight = torch.einsum("...d,...d->d", g, tangent).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        grad_weight = _sum_rows(g, tangent).to(weight.dtype) if ctx.needs_input_grad[2] else None
         grad_x = (n.mul_(a_h - 3 * a_n * h_n).addcmul_(h, a_n).addcmul_(a, h_n)).mul_(-r * r)
         return tangent.mul_(w).to(grad.dtype), grad_x.to(x.dtype), grad_weight, None
 

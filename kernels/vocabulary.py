@@ -69,10 +69,32 @@ def vocabulary_descend_reference(x: Tensor, weight: Tensor, gradient: Tensor, st
     return x - step_size * (probabilities * (slope - (probabilities * slope).sum(-1, keepdim=True)))
 
 
-def _chunks(num_rows: int, vocabulary_size: int):
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary_size))
-    for start in range(0, num_rows, rows):
-        yield slice(start, min(start + rows, num_rows))
+class _Chunks:
+    """Row slices of a (rows, V) state and reusable buffers of a slice's size: fresh pages for every operation cost more than its arithmetic."""
+
+    def __init__(self, num_rows: int, vocabulary_size: int, dtype: torch.dtype, device: torch.device):
+        self.num_rows, self.size = num_rows, max(1, min(num_rows, CHUNK_BYTES // (4 * vocabulary_size)))
+        self.options = {"dtype": dtype, "device": device}
+        self.vocabulary_size, self.buffers = vocabulary_size, {}
+
+    def __iter__(self):
+        for start in range(0, self.num_rows, self.size):
+            yield slice(start, min(start + self.size, self.num_rows))
+
+    def buffer(self, name: str, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(self.size, self.vocabulary_size, **{**self.options, "dtype": dtype or self.options["dtype"]})
+        return self.buffers[name][:rows.stop - rows.start]
+
+    def softmax(self, x: Tensor, rows: slice, name: str = "probabilities") -> Tensor:
+        """softmax of x (the rows' slice) in a buffer."""
+        return torch.softmax(x, -1, out=self.buffer(name, rows))
+
+    def product(self, left: Tensor, weight: Tensor, rows: slice, name: str) -> Tensor:
+        """left (n, D) @ weight (V, D)' in a buffer, in the state's dtype."""
+        if left.dtype == self.options["dtype"]:
+            return torch.mm(left, weight.T, out=self.buffer(name, rows))
+        return self.buffer(name, rows).copy_(torch.mm(left, weight.T, out=self.buffer(f"{name}, half", rows, left.dtype)))
 
 
 def _rows_of(step_size: Tensor, rows: slice) -> Tensor:
@@ -80,19 +102,29 @@ def _rows_of(step_size: Tensor, rows: slice) -> Tensor:
 
 
 def _descend(x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, update: str) -> Tensor:
-    result = torch.empty_like(x)
-    for rows in _chunks(*x.shape):
-        result[rows] = vocabulary_descend_reference(x[rows], weight, gradient[rows], _rows_of(step_size, rows), update=update)
+    result, chunks = torch.empty_like(x), _Chunks(*x.shape, x.dtype, x.device)
+    for rows in chunks:
+        _move(chunks, rows, x, weight, gradient, step_size, update, result[rows])
     return result
+
+
+def _move(chunks: _Chunks, rows: slice, x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, update: str, out: Tensor):
+    """Write x' of the rows into out; (p, dE/dp or dE/dx: whatever the update descends), both in buffers."""
+    slope = chunks.product(gradient[rows], weight, rows, "slope")
+    probabilities = chunks.softmax(x[rows], rows)
+    if update == "logits":
+        slope.sub_((probabilities * slope).sum(-1, keepdim=True)).mul_(probabilities)
+    torch.addcmul(x[rows] if update == "logits" else probabilities, _rows_of(step_size, rows).to(x.dtype), slope, value=-1, out=out)
+    return probabilities, slope
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        result = weight.new_empty(x.shape[0], weight.shape[1])
-        for rows in _chunks(*x.shape):
-            torch.mm(x[rows].softmax(-1).to(weight.dtype), weight, out=result[rows])
+        result, chunks = weight.new_empty(x.shape[0], weight.shape[1]), _Chunks(*x.shape, x.dtype, x.device)
+        for rows in chunks:
+            torch.mm(chunks.softmax(x[rows], rows).to(weight.dtype), weight, out=result[rows])
         return result
 
     @staticmethod
@@ -101,10 +133,9 @@ class _Embed(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
             return None, None
-        grad_weight = torch.zeros(weight.shape, dtype=x.dtype, device=weight.device)
-        for rows in _chunks(*x.shape):
-            probabilities = x[rows].softmax(-1).to(weight.dtype)
-            _accumulate(grad_weight, probabilities.T, grad[rows])
+        grad_weight, chunks = torch.zeros(weight.shape, dtype=x.dtype, device=weight.device), _Chunks(*x.shape, x.dtype, x.device)
+        for rows in chunks:
+            _accumulate(grad_weight, chunks.softmax(x[rows], rows).to(weight.dtype).T, grad[rows])
         return None, grad_weight.to(weight.dtype)
 
 
@@ -117,16 +148,12 @@ class _DescendAndScore(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=x.dtype, device=weight.device) if wanted else None
         grad_gradient = torch.empty_like(gradient) if wanted else None
         grad_step = x.new_zeros(step_size.shape) if wanted else None
-        for rows in _chunks(*x.shape):
-            alpha = _rows_of(step_size, rows)
-            slope = (gradient[rows] @ weight.T).to(x.dtype)         # dE/dp
-            probabilities = x[rows].softmax(-1)
-            if update == "logits":
-                slope = slope.sub_((probabilities * slope).sum(-1, keepdim=True)).mul_(probabilities)     # dE/dx
-            moved = torch.addcmul(x[rows] if update == "logits" else probabilities, alpha.to(x.dtype), slope, value=-1)
-            if keep_state:
-                state[rows] = moved
-            chunk_loss, residual = _score(moved, targets[rows], count, wanted)
+        chunks = _Chunks(*x.shape, x.dtype, x.device)
+        for rows in chunks:
+            moved = state[rows] if keep_state else chunks.buffer("moved", rows)
+            probabilities, slope = _move(chunks, rows, x, weight, gradient, step_size, update, moved)
+            # p is read again for the logits update only; otherwise r takes its buffer
+            chunk_loss, residual = _score(moved, targets[rows], count, chunks, rows, "residual" if update == "logits" else "probabilities", wanted)
             loss += chunk_loss
             if not wanted:
                 continue
@@ -138,7 +165,7 @@ class _DescendAndScore(torch.autograd.Function):
             if update == "logits":                                  # pull r back through p * (W g - p.W g), p fixed
                 residual.mul_(probabilities)
                 residual.sub_(probabilities.mul_(residual.sum(-1, keepdim=True)))
-            residual.mul_(-alpha.to(x.dtype))
+            residual.mul_(-_rows_of(step_size, rows).to(x.dtype))
             residual = residual.to(weight.dtype)
             torch.mm(residual, weight, out=grad_gradient[rows])
             _accumulate(grad_weight, residual.T, gradient[rows])
@@ -162,8 +189,10 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wanted else None
         grad_hidden = torch.empty_like(hidden) if wanted else None
-        for rows in _chunks(len(hidden), len(weight)):
-            chunk_loss, residual = _score((hidden[rows] @ weight.T).to(dtype), targets[rows], count, wanted)
+        chunks = _Chunks(len(hidden), len(weight), dtype, hidden.device)
+        for rows in chunks:
+            logits = chunks.product(hidden[rows], weight, rows, "logits")
+            chunk_loss, residual = _score(logits, targets[rows], count, chunks, rows, "residual", wanted)
             loss += chunk_loss
             if wanted:
                 residual = residual.to(weight.dtype)
@@ -180,13 +209,13 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _score(logits: Tensor, targets: Tensor, count: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """(sum of cross-entropies / count, their gradient r = (softmax(logits) - onehot) / count or None)."""
+def _score(logits: Tensor, targets: Tensor, count: Tensor, chunks: _Chunks, rows: slice, buffer: str, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """(sum of cross-entropies / count, their gradient r = (softmax(logits) - onehot) / count in a buffer, or None)."""
     counted = (targets != IGNORE).to(logits.dtype)
     target = targets.clamp(min=0)[:, None]
     if not wanted:
         return ((logits.logsumexp(-1, keepdim=True) - logits.gather(-1, target)).squeeze(-1) * counted).sum() / count, None
-    residual = logits.softmax(-1)
+    residual = chunks.softmax(logits, rows, buffer)
     log_normalizer = logits.amax(-1, keepdim=True) - residual.amax(-1, keepdim=True).log()      # the largest p is 1 / sum exp(x - max)
     loss = ((log_normalizer - logits.gather(-1, target)).squeeze(-1) * counted).sum() / count
     residual.scatter_add_(-1, target, residual.new_full((), -1.0).expand_as(target))

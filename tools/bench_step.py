@@ -100,7 +100,7 @@ class Stepper:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         self.model = WorldModel(config).to(device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), lr=1e-4, betas=(0.9, 0.999))
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), lr=1e-4, betas=(0.9, 0.999), fused=True)
         tokens = torch.randint(arguments.vocabulary, (arguments.batch, arguments.sequence + 1), device=device)
         self.observed, self.targets, self.ids, self.count = tokens[:, :-1], tokens[:, 1:], torch.arange(arguments.batch), 0
 
