@@ -67,7 +67,7 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
     training False builds no second-order graph. The returned loss is exact for every combination of graph, loss and update.
     """
     network, state = world_model.network, world_model.state
-    step_size = world_model.step_size.clamp(min=MIN_STEP_SIZE) * draws.step_size_factor()
+    step_size = world_model.step_size.squeeze(0).clamp(min=MIN_STEP_SIZE) * draws.step_size_factor()
 
     contexts: dict[int, Context] = {}       # one per landscape, or one for all: the observed stream is never encoded twice
     losses, energies, x = [], [], draws.initial()

@@ -1,6 +1,6 @@
 """The released EBT code's names: its state dicts and hyper-parameters <-> ours.
 
-    alpha                                       step_size
+    alpha ()                                    step_size (1,)
     embeddings.weight (V, D)                    token_embedding.weight
     vocab_to_embed.weight (D, V)                state_map (V, D)   , transposed; absent when tied (vocab_to_embed_uses_prob_dist)
     encoder_down_projection.*                   frame_projection.*
@@ -55,7 +55,7 @@ def to_ours(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in released.items():
         ours = our_name(name)
         if ours is not None:
-            result[ours] = tensor.T.contiguous() if ours == "state_map" else tensor
+            result[ours] = tensor.T.contiguous() if ours == "state_map" else tensor.reshape(1) if ours == "step_size" else tensor
     return result
 
 

@@ -26,11 +26,15 @@ from .states import EmbeddingState, VocabularyState
 
 @dataclass
 class StepOutput:
-    """loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph. state: final states or None."""
+    """loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph. state: final states or None.
+
+    initial_loss: the criterion of x_0 itself, in eval mode.
+    """
     loss: Tensor
     loss_per_step: Tensor
     energy_per_step: Tensor | None
     state: Tensor | None = None
+    initial_loss: Tensor | None = None
 
 
 class WorldModel(nn.Module):
@@ -57,7 +61,7 @@ class WorldModel(nn.Module):
             return
         refinement = config.refinement
         self.network = EnergyTransformer(model, refinement.num_steps if refinement.landscapes == "per_step" else 1)
-        self.step_size = nn.Parameter(torch.tensor(float(refinement.step_size)), requires_grad=refinement.learnable)
+        self.step_size = nn.Parameter(torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable)    # (1,): engines want no 0-d ones
         if config.state.kind == "vocabulary" and not config.state.tie_embedding:
             self.state_map = nn.Parameter(torch.empty(model.vocabulary_size, width))
             nn.init.xavier_normal_(self.state_map)
@@ -104,7 +108,8 @@ class WorldModel(nn.Module):
                              start=observed if self.config.state.kind == "embedding" else None, restart=restart)
         result = refine(self, embedded, targets, rules=rules, landscapes=self.landscapes(num_steps or rules.num_steps), draws=draws,
                         training=training, keep_state=keep_state)
-        return StepOutput(result.loss, torch.stack(result.loss_per_step), torch.stack(result.energy_per_step), result.state)
+        initial_loss = None if training else self.state.loss(draws.initial(), targets).detach()
+        return StepOutput(result.loss, torch.stack(result.loss_per_step), torch.stack(result.energy_per_step), result.state, initial_loss)
 
     def _baseline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":

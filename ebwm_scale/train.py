@@ -1,0 +1,172 @@
+"""Train an energy-based world model or the Transformer++ baseline.
+
+    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume] [--dry-run]
+
+The same file runs under python, torchrun and srun. Exit codes: 0 finished; 2 bad configuration or data, nothing started; 75 saved after a
+signal or time limit, run again with --resume; 76 stopped because loss or gradients were not finite; 1 anything else.
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    # Started as a file: Python put this folder on the path, where `data`, `model` and `config` would hide other people's modules.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import dataclasses
+import os
+import time
+
+from ebwm_scale.config import Config, batch_arithmetic, load_config
+from ebwm_scale.errors import EXIT_FINISHED, CheckpointError, ConfigError, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
+    parser.add_argument("--run-dir", type=Path, default=None, metavar="DIR", help="default: runs/<name of the configuration file>")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest good checkpoint of the run folder, if there is one")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run and what it costs; train nothing")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)      # the deepspeed launcher passes it
+    options = parser.parse_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        return run(config, options)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def run(config: Config, options: argparse.Namespace) -> int:
+    """Everything between the parsed command line and the exit code."""
+    import torch
+
+    from ebwm_scale.accounting import describe
+    from ebwm_scale.data.shards import open_split
+    from ebwm_scale.model.world_model import WorldModel
+    from ebwm_scale.training.checkpoint import check_same_run, find_latest, saved_config
+    from ebwm_scale.training.distributed import join_world
+    from ebwm_scale.training.engine import Engine
+    from ebwm_scale.training.run_folder import RunFolder
+    from ebwm_scale.training.stop import StopFlag
+    from ebwm_scale.training.trainer import Trainer
+
+    if config.data.manifest is None:
+        raise ConfigError("data.manifest is absent: make a dataset with tools/make_text_shards.py and name its manifest.json")
+    torch.set_flush_denormal(True)      # the tails of a softmax over a vocabulary are denormal, and 100 times slower to multiply
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS") or "1"))
+    batch_arithmetic(config.train, world_size, paired=config.refinement.replay)     # before anything is started or read
+
+    say = print if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0 else (lambda *_, **__: None)
+    splits = {name: open_split(config.data.manifest, name, verify=config.data.verify, report=say) for name in ("train", "validation")}
+    config = fill_from_data(config, splits["train"].manifest)
+    torch.manual_seed(config.train.seed)
+    if options.dry_run:
+        model = WorldModel(config)
+        seconds = measure_step(config, model, world_size)
+        say(config.to_yaml())
+        say(describe(config, model, world_size=world_size, data_summary=data_summary(config, splits), seconds_per_step=seconds))
+        return EXIT_FINISHED
+
+    path = options.run_dir or Path("runs") / Path(options.config).stem
+    checkpoints = path / "checkpoints"
+    saved = find_latest(checkpoints, lambda text: say(f"warning: {text}", file=sys.stderr)) if options.resume else None
+    if saved is None and (path / "metrics.jsonl").exists() and not options.resume:
+        raise CheckpointError(f"{path} already holds a run: continue it with --resume, or name another folder with --run-dir")
+    changes = []
+    if saved is not None:
+        before = {"world_size": saved.trainer["world_size"]}
+        changes = check_same_run(saved_config(saved.folder), config)
+        if before["world_size"] != world_size:
+            raise CheckpointError(f"{saved.folder} was written by {before['world_size']} processes, this is {world_size}: "
+                                  f"resume with {before['world_size']}")
+
+    world = join_world()
+    stop = StopFlag(config.train.max_minutes)
+    model = WorldModel(config)
+    micro_batch, accumulation = batch_arithmetic(config.train, world.size, paired=config.refinement.replay)
+    if world.is_main and saved is None:
+        say(describe(config, model, world_size=world.size, data_summary=data_summary(config, splits), seconds_per_step=None), flush=True)
+    engine = Engine(config, model, world, micro_batch=micro_batch, accumulation=accumulation)
+    folder = RunFolder(path, config, is_main=world.is_main)
+    trainer = Trainer(config, engine, world, folder, stop, splits["train"], splits["validation"], micro_batch=micro_batch)
+    if saved is not None:
+        trainer.resume(saved)
+        folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=changes)
+        folder.say("\n".join([f"resumed at step {trainer.step} of {config.train.max_steps} from {saved.folder}", *changes]))
+    else:
+        folder.forget_after(0)
+        folder.event("start", world_size=world.size, command=sys.argv)
+    code = trainer.fit()
+    if code == EXIT_FINISHED:
+        finish(config, folder, engine.module, splits, world)
+    folder.close()
+    return code
+
+
+def finish(config: Config, folder, model, splits, world) -> None:
+    """After the last step: samples to read, the summary, and the report."""
+    from ebwm_scale.accounting import count_parameters
+    from ebwm_scale.data.tokenizer import Tokenizer
+    from ebwm_scale.generation import sample_continuations
+    from ebwm_scale.report import write_report
+
+    if world.is_main:
+        manifest = splits["train"].manifest
+        folder.write("summary.json", {"parameters": count_parameters(model), "data": data_summary(config, splits)})
+        folder.write("samples.json", {"step": config.train.max_steps, "continuations": sample_continuations(
+            model, Tokenizer(manifest.tokenizer_path), splits["validation"], seed=config.train.seed)})
+        folder.event("finish", step=config.train.max_steps)
+        folder.say(f"finished; report: {write_report(folder.path)}")
+    world.barrier()
+
+
+def fill_from_data(config: Config, manifest) -> Config:
+    """The configuration with vocabulary size and context length taken from the data where they are absent; ConfigError if they clash."""
+    size = config.model.vocabulary_size or manifest.vocabulary_size
+    if size != manifest.vocabulary_size:
+        raise ConfigError(f"model.vocabulary_size is {size}, the dataset {config.data.manifest} has {manifest.vocabulary_size}; leave the key out")
+    if config.state.kind != "vocabulary":
+        raise ConfigError(f"state.kind is {config.state.kind}, but {config.data.manifest} holds text; use state.kind=vocabulary")
+    context_length = config.data.context_length or manifest.block_length - 1
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary_size=size),
+                               data=dataclasses.replace(config.data, context_length=context_length))
+
+
+def data_summary(config: Config, splits: dict) -> dict:
+    train, validation = splits["train"], splits["validation"]
+    manifest = train.manifest
+    return {"manifest": str(config.data.manifest), "fingerprint": train.fingerprint, "train_samples": len(train),
+            "train_tokens": manifest.splits["train"].num_tokens, "validation_samples": len(validation),
+            "validation_tokens": manifest.splits["validation"].num_tokens, "vocabulary_size": manifest.vocabulary_size,
+            "context_length": config.data.context_length}
+
+
+def measure_step(config: Config, model, world_size: int) -> float:
+    """Seconds of one optimizer step of this rank on random tokens: forward and backward of one micro-batch, times the accumulation."""
+    import torch
+
+    from ebwm_scale.noise import NoiseSource
+    micro_batch, accumulation = batch_arithmetic(config.train, world_size, paired=config.refinement.replay)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    tokens = torch.randint(config.model.vocabulary_size, (micro_batch, config.data.context_length + 1), device=device)
+    for _ in range(2):                  # the first one warms up
+        start = time.perf_counter()
+        output = model(tokens[:, :-1], tokens[:, 1:], sample_ids=torch.arange(micro_batch), source=NoiseSource(0, 0))
+        output.loss.backward()
+        model.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds * accumulation
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.exit(code)

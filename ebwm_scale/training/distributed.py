@@ -1,0 +1,89 @@
+"""Processes: who am I, start the group, and the few things ranks agree on. The same code under python, deepspeed, torchrun and srun."""
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..errors import ConfigError
+
+TIMEOUT = datetime.timedelta(minutes=10)     # of a collective; validation and saving stay far below
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce(self, tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+        """In place over all ranks, and returned."""
+        if self.size > 1:
+            dist.all_reduce(tensor, operation)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; every rank must call it."""
+        if self.size == 1:
+            return flag
+        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device), dist.ReduceOp.MAX).item())
+
+    def agree(self, value: str) -> str:
+        """Rank 0's text on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def place_in_world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from the launcher's environment; sets what torch.distributed reads."""
+    environment = os.environ
+    if "RANK" not in environment and int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in environment:
+        environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_NTASKS"]
+        environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+        for key in ("MASTER_ADDR", "MASTER_PORT"):
+            if key not in environment:
+                raise ConfigError(f"{key} is not set: {environment['SLURM_NTASKS']} srun tasks need an address to meet at; "
+                                  "start through slurm/pretrain_nlp.sh, or export it in the job script")
+    environment.setdefault("RANK", "0")
+    environment.setdefault("WORLD_SIZE", "1")
+    environment.setdefault("LOCAL_RANK", "0")
+    if environment["WORLD_SIZE"] == "1":
+        environment.setdefault("MASTER_ADDR", "127.0.0.1")
+        environment.setdefault("MASTER_PORT", str(_free_port()))
+    return int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment["LOCAL_RANK"])
+
+
+def join_world() -> World:
+    """Start the process group: NCCL where every rank has a GPU, gloo otherwise."""
+    rank, size, local_rank = place_in_world()
+    import deepspeed
+    # On a CPU DeepSpeed would compile a shared-memory transport at this point: minutes, and a lock that outlives a killed job.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False)
+    return World(rank, size, local_rank, device)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

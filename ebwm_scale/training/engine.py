@@ -1,0 +1,91 @@
+"""The DeepSpeed engine of a run: configuration in, an engine with a client AdamW out."""
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..errors import ConfigError
+from .distributed import World
+from .optimizer import parameter_groups
+from .schedule import learning_rate_factor
+
+
+def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """What DeepSpeed is given. Gradient clipping is always set: its default is 1.0, not off."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0 if _clips_itself(config) else config.optimizer.gradient_clipping,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "bf16": {"enabled": config.train.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+    if config.deepspeed.offload == "optimizer":
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        settings["zero_force_ds_cpu_optimizer"] = False
+    return _merge(settings, config.deepspeed.raw)
+
+
+def _clips_itself(config: Config) -> bool:
+    """DeepSpeed's fp32 path without ZeRO clips but keeps the norm to itself, so Engine.step does it there."""
+    return config.deepspeed.zero_stage == 0 and config.train.precision == "fp32"
+
+
+class Engine:
+    """A thin, typed face of deepspeed.DeepSpeedEngine: forward, backward, step with the norm, learning rates."""
+
+    def __init__(self, config: Config, model: nn.Module, world: World, *, micro_batch: int, accumulation: int):
+        import deepspeed
+        if config.deepspeed.offload == "optimizer" and config.deepspeed.zero_stage == 0:
+            raise ConfigError("deepspeed.offload is optimizer with deepspeed.zero_stage 0: offloading needs stage 1 or 2")
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.config, self.accumulation = config, accumulation
+        options = config.optimizer
+        model.to(world.device)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=options.learning_rate, betas=(options.beta1, options.beta2),
+                                      eps=options.epsilon, fused=True)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation))
+
+    @property
+    def module(self) -> nn.Module:
+        return self.deepspeed.module
+
+    def set_learning_rates(self, step: int) -> float:
+        """Every group's learning rate at an optimizer step; returns the model's."""
+        rate = self.config.optimizer.learning_rate * learning_rate_factor(step, self.config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate_scale"]
+        return rate
+
+    def forward(self, *arguments, **options):
+        return self.deepspeed(*arguments, **options)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.deepspeed.backward(loss)
+
+    def step(self) -> torch.Tensor | float | None:
+        """Advance one micro-batch; at the end of an accumulation update the weights and return the gradient norm before clipping."""
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        norm = None
+        if boundary and _clips_itself(self.config):
+            limit = self.config.optimizer.gradient_clipping or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        self.deepspeed.step()
+        if boundary and norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        return norm
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """extra over base, section by section."""
+    result = dict(base)
+    for key, value in extra.items():
+        result[key] = _merge(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+    return result

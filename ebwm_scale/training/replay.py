@@ -1,0 +1,68 @@
+"""The replay buffer: half of a batch restarts from final states of earlier steps, with the context they belong to.
+
+Samples of a global batch come in pairs (2 i, 2 i + 1). The even one is always fresh; the odd one is replaced by an entry of the pair's own
+queue once there is one. After the step both final states enter the queue, and the oldest leave. So what is replayed depends on the
+step's place in the order of data alone: not on the number of processes or micro-batches, as long as a pair stays on one rank. Which entry
+of a queue is drawn is addressed by (seed, step, pair).
+
+Memory: `capacity` samples over all ranks, each S x size numbers in bfloat16 (8 bits of mantissa: a state restarts within 0.4 % of where it
+ended) and its tokens.
+"""
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..noise import NoiseSource, Purpose
+
+
+@dataclass(frozen=True)
+class ReplayedBatch:
+    """The batch with replayed samples in place. restart: (rows (n,) int64, states (n, S, size)) or None."""
+    tokens: Tensor
+    restart: tuple[Tensor, Tensor] | None
+
+
+class ReplayBuffer:
+    VERSION = 1
+
+    def __init__(self, *, capacity: int, global_batch_size: int):
+        self.num_pairs = global_batch_size // 2
+        self.per_pair = max(1, capacity // self.num_pairs)
+        self.queues: dict[int, deque[tuple[Tensor, Tensor]]] = {}
+
+    def restart(self, tokens: Tensor, positions: Tensor, source: NoiseSource) -> ReplayedBatch:
+        """Replace the odd samples of tokens (b, S + 1) by stored ones; positions (b,) are global stream positions."""
+        rows, states, tokens = [], [], tokens.clone()
+        for row, pair in self._rows(positions, odd=True):
+            queue = self.queues.get(pair)
+            if queue:
+                entry = queue[source.integer(0, len(queue) - 1, purpose=Purpose.REPLAY, index=pair)]
+                tokens[row] = entry[0]
+                rows.append(row)
+                states.append(entry[1])
+        return ReplayedBatch(tokens, (torch.tensor(rows), torch.stack(states)) if rows else None)
+
+    def store(self, tokens: Tensor, positions: Tensor, states: Tensor) -> None:
+        """Remember the final states (b, S, size) of a batch."""
+        stored = states.detach().to("cpu", torch.bfloat16)
+        for odd in (False, True):
+            for row, pair in self._rows(positions, odd=odd):
+                self.queues.setdefault(pair, deque(maxlen=self.per_pair)).append((tokens[row].cpu().clone(), stored[row].clone()))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": self.VERSION, "num_pairs": self.num_pairs, "queues": {pair: list(queue) for pair, queue in self.queues.items()}}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        if values["version"] != self.VERSION or values["num_pairs"] != self.num_pairs:
+            raise ValueError(f"replay buffer of version {values['version']} with {values['num_pairs']} pairs; expected {self.VERSION}, {self.num_pairs}")
+        self.queues = {pair: deque(entries, maxlen=self.per_pair) for pair, entries in values["queues"].items()}
+
+    def _rows(self, positions: Tensor, *, odd: bool) -> list[tuple[int, int]]:
+        """(row, pair) of the batch's even or odd samples."""
+        slots = (positions % (2 * self.num_pairs)).tolist()
+        return [(row, slot // 2) for row, slot in enumerate(slots) if slot % 2 == odd]

@@ -1,0 +1,201 @@
+"""The training loop.
+
+    observed stream -> K, V -> refinement of a noisy candidate per position -> loss -> double backward -> AdamW
+
+One optimizer step: draw this step's point of the schedules, take this rank's micro-batches of the global batch, let the model refine and
+score them, step the engine. Everything else (validation, checkpoints, metrics, stopping) happens between steps and changes no loss.
+"""
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..accounting import peak_flops_per_s, step_flops
+from ..config import Config
+from ..data.loader import BatchLoader, DataState
+from ..data.shards import ShardedSplit
+from ..errors import EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
+from ..noise import NoiseSource
+from .checkpoint import Saved, load_into, load_replay, save_checkpoint
+from .distributed import World
+from .engine import Engine
+from .replay import ReplayBuffer
+from .run_folder import RunFolder
+from .schedule import refinement_point
+from .stop import StopFlag
+from .validation import validate
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over this rank's part of a global batch: (1 + N + N,) = loss, loss_per_step, energy_per_step; what the optimizer used."""
+    values: torch.Tensor
+    num_steps: int
+    gradient_norm: torch.Tensor | float
+    learning_rate: float
+
+
+class Trainer:
+    def __init__(self, config: Config, engine: Engine, world: World, run: RunFolder, stop: StopFlag, train: ShardedSplit,
+                 validation: ShardedSplit, *, micro_batch: int):
+        self.config, self.engine, self.world, self.run, self.stop = config, engine, world, run, stop
+        self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
+        self.replay = ReplayBuffer(capacity=config.refinement.replay_capacity, global_batch_size=config.train.global_batch_size) \
+            if config.refinement.replay and config.model.kind == "energy" else None
+        self.step, self.loader, self.saved_step = 0, None, None
+
+    def resume(self, saved: Saved) -> None:
+        """Continue after a checkpoint: weights, optimizer, replay buffer and the place in the data."""
+        data = DataState.load_state_dict(saved.trainer["data"], fingerprint=self.train_split.fingerprint, seed=self.config.train.seed)
+        load_into(saved, self.engine, self.world)
+        if self.replay is not None:
+            self.replay.load_state_dict(load_replay(saved))
+        self.step = self.saved_step = data.step
+        self.run.forget_after(self.step)
+
+    def fit(self) -> int:
+        """Train to train.max_steps; returns the exit code."""
+        self.loader = self._loader()
+        timer, last_evaluated = Interval(self.step), None
+        while self.step < self.config.train.max_steps:
+            result = self.train_step()
+            self.step += 1
+            if self._due(self.config.logging.every_steps):
+                if not self.log(result, timer):
+                    return EXIT_NOT_FINITE
+            if self._due(self.config.evaluation.every_steps):
+                self.evaluate()
+                last_evaluated = self.step
+                timer.restart(self.step)
+            reason = self.stop.wanted(self.world)
+            if reason is not None and self.step < self.config.train.max_steps:
+                self.save()
+                self.run.event("signal", step=self.step, reason=reason)
+                self.run.say(f"stopped at step {self.step} ({reason}); run the same command with --resume to go on")
+                return EXIT_RUN_AGAIN
+            if self.config.checkpoint.every_steps and self._due(self.config.checkpoint.every_steps):
+                self.save()
+                timer.restart(self.step)
+        if last_evaluated != self.step:
+            self.evaluate()
+        self.save()
+        return EXIT_FINISHED
+
+    def train_step(self) -> StepResult:
+        """One optimizer step over this rank's micro-batches."""
+        source = NoiseSource(self.config.train.seed, self.step)
+        point = refinement_point(self.config, self.step, source)
+        rate = self.engine.set_learning_rates(self.step)
+        total, norm = 0.0, None
+        for _ in range(self.loader.micro_batches_per_step):
+            batch = next(self.loader)
+            tokens, restart = batch.tokens, None
+            if self.replay is not None:
+                tokens, restart = self.replay.restart(tokens, batch.positions, source)
+            on_device = tokens.to(self.world.device)
+            output = self.engine.forward(on_device[:, :-1], on_device[:, 1:], sample_ids=batch.sample_ids, source=source,
+                                         num_steps=point.num_steps, noise_scale=point.noise_scale, step_size_scale=point.step_size_scale,
+                                         keep_state=self.replay is not None, restart=restart)
+            self.engine.backward(output.loss)
+            norm = self.engine.step()
+            if self.replay is not None:
+                self.replay.store(tokens, batch.positions, output.state)
+            parts = [output.loss.detach()[None], output.loss_per_step]
+            total = total + torch.cat(parts if output.energy_per_step is None else [*parts, output.energy_per_step]).double()
+        num_steps = len(output.loss_per_step)
+        return StepResult(total / self.loader.micro_batches_per_step, num_steps, norm, rate)
+
+    def log(self, result: StepResult, timer: "Interval") -> bool:
+        """Write the step's metrics; False if they are not finite (nothing is saved after that)."""
+        values = (self.world.all_reduce(result.values) / self.world.size).tolist()
+        norm = float(result.gradient_norm)
+        config, num_steps = self.config, result.num_steps
+        seconds = timer.seconds_per_step(self.step)
+        flops = sum(step_flops(config, samples=config.train.global_batch_size).values()) / self.world.size
+        peak, on_gpu = peak_flops_per_s(config.train.precision), self.world.device.type == "cuda"
+        tokens_per_step = config.train.global_batch_size * config.data.context_length
+        energy = config.model.kind == "energy"
+        remaining_s = seconds * (config.train.max_steps - self.step)
+        row = {
+            "step": self.step, "tokens_seen": self.step * tokens_per_step, "loss": values[0], "loss_per_step": values[1:1 + num_steps],
+            "energy_per_step": values[1 + num_steps:] if energy else None, "grad_norm": norm, "learning_rate": result.learning_rate,
+            "step_size": self.engine.module.step_size.item() if energy else None, "step_time_s": seconds,
+            "tokens_per_s": tokens_per_step / seconds, "model_tflops": flops / seconds / 1e12,
+            "mfu": flops / seconds / peak if peak else None, "peak_memory_gib": _peak_memory_gib(on_gpu), "eta_s": remaining_s,
+        }
+        self.run.metrics(row)
+        steps = " -> ".join(f"{loss:.3f}" for loss in row["loss_per_step"])
+        self.run.say(f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss {values[0]:.4f}"
+                     + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "") + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
+                     f"  {row['tokens_per_s']:,.0f} tokens/s  ETA {duration(remaining_s)}")
+        if math.isfinite(values[0]) and math.isfinite(norm):
+            return True
+        self.run.event("not_finite", step=self.step, loss=str(values[0]), grad_norm=str(norm))
+        self.run.warn(f"step {self.step}: loss is {values[0]}, gradient norm is {norm}; stopped. The last checkpoint "
+                      f"({'step ' + str(self.saved_step) if self.saved_step is not None else 'none yet'}) is from before; "
+                      "lower optimizer.learning_rate or refinement.step_size and run again with --resume")
+        return False
+
+    def evaluate(self) -> None:
+        point = refinement_point(self.config, self.step, NoiseSource(self.config.train.seed, self.step))
+        row = validate(self.engine.module, self.validation_split, self.config, self.world, context_length=self.config.data.context_length,
+                       batch_size=self.micro_batch, step_size_scale=point.step_size_scale)
+        self.run.metrics({"step": self.step, "split": "validation", **row})
+        steps = " -> ".join(f"{loss:.4f}" for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]]) + row["loss_per_step"])
+        self.run.say(f"validation at step {self.step}: {steps} nats/token (unigram entropy {row['unigram_entropy']:.4f})")
+
+    def save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        state = DataState(self.train_split.fingerprint, self.config.train.seed, self.step).state_dict()
+        folder = save_checkpoint(self.run.checkpoints, self.engine, self.world, config=self.config, keep_last=self.config.checkpoint.keep_last,
+                                 trainer={"step": self.step, "data": state}, warn=lambda text: self.run.warn(text, step=self.step),
+                                 replay=None if self.replay is None else self.replay.state_dict())
+        if folder is not None:
+            self.saved_step = self.step
+            self.run.event("save", step=self.step, folder=folder.name)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0)
+
+    def _loader(self) -> BatchLoader:
+        return BatchLoader(self.train_split, context_length=self.config.data.context_length, micro_batch_size=self.micro_batch,
+                           global_batch_size=self.config.train.global_batch_size, rank=self.world.rank, world_size=self.world.size,
+                           seed=self.config.train.seed, window_shards=self.config.data.window_shards,
+                           num_workers=self.config.data.num_workers, first_step=self.step)
+
+
+class Interval:
+    """Wall seconds per step since the last reading; validation and saving are left out by restarting it."""
+
+    def __init__(self, step: int):
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self.step, self.start = step, time.perf_counter()
+        self.last = getattr(self, "last", None)
+
+    def seconds_per_step(self, step: int) -> float:
+        if step > self.step:
+            self.last = (time.perf_counter() - self.start) / (step - self.step)
+        self.restart(step)
+        return self.last
+
+
+def duration(seconds: float) -> str:
+    """3:07 or 2:03:07."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _peak_memory_gib(on_gpu: bool) -> float:
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    import sys
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak if sys.platform == "darwin" else peak * 1024) / 2**30
