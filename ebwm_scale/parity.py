@@ -62,7 +62,7 @@ def check_case(path: str | Path) -> dict[str, float]:
         golden = [tensors[f"{key}/{i}"] for i in range(len(outcome[name])) if f"{key}/{i}" in tensors]
         if golden:
             errors[name] = max(relative_error(ours.reshape(theirs.shape), theirs) for ours, theirs in zip(outcome[name], golden, strict=True))
-    outcome["loss"].backward()
+    _forward(model, config, observed, targets, tensors, case, record=False)["loss"].backward()
     errors["gradients"] = _gradient_error(model, _group(tensors, "grads/"))
     if "grad_norm" in tensors:
         norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
@@ -80,7 +80,9 @@ def relative_error(ours: Tensor, golden: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def _forward(model: WorldModel, config: Config, observed: Tensor, targets: Tensor, tensors: dict, case: dict, noise: Tensor | None = None) -> dict:
+def _forward(model: WorldModel, config: Config, observed: Tensor, targets: Tensor, tensors: dict, case: dict, *, record: bool = True,
+             noise: Tensor | None = None) -> dict:
+    """Loss, and per step energies, predictions and their gradients. record False: the loss alone, the way training computes it."""
     if config.model.kind == "baseline":
         hidden = model.network(model.embed_observed(observed))
         return {"loss": model._baseline_loss(hidden, targets), "energies": [], "prediction_gradients": [],
@@ -91,7 +93,7 @@ def _forward(model: WorldModel, config: Config, observed: Tensor, targets: Tenso
     landscapes = [step for step, count in enumerate(draws.repeats) for _ in range(count)] or list(range(case["hparams"]["mcmc_num_steps"]))
     records: list[StepRecord] = []
     result = refine(model, model.embed_observed(observed), targets, rules=config.refinement, landscapes=landscapes, draws=draws,
-                    training=True, record=records.append)
+                    training=True, record=records.append if record else None)
     return {"loss": result.loss, "energies": [r.energy for r in records], "predictions": [r.state for r in records],
             "prediction_gradients": [model.state.slope(r.gradient).detach() for r in records]}
 
@@ -139,7 +141,7 @@ def _trajectory_errors(config: Config, weights: dict, observed: Tensor, targets:
     step = 0
     while f"train/loss/{step}" in tensors:
         optimizer.zero_grad()
-        loss = _forward(model, config, observed, targets, tensors, case, noise=tensors.get(f"train/noise/{step}"))["loss"]
+        loss = _forward(model, config, observed, targets, tensors, case, record=False, noise=tensors.get(f"train/noise/{step}"))["loss"]
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
         optimizer.step()

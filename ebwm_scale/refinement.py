@@ -2,7 +2,7 @@
 
     x_0 ~ N(0, 1)
     for i in 0 .. N - 1:
-        e       = embed(x_i)                                the state's own linear map
+        e       = enter(x_i)                                the state's own linear map
         E, g    = energy(e, context), dE/de                 the inner gradient
         x_(i+1) = descend(x_i, g, alpha)                    x - alpha * dE/dx
         loss_i  = criterion(x_(i+1), target)
@@ -69,28 +69,34 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
     network, state = world_model.network, world_model.state
     step_size = world_model.step_size.squeeze(0).clamp(min=MIN_STEP_SIZE) * draws.step_size_factor()
 
+    def has_graph(i: int) -> bool:
+        return training and i < num_steps and (rules.graph == "full" or i == num_steps - 1 or (rules.graph == "detach" and rules.loss == "every"))
+
+    def context_of(landscape: int) -> int:
+        return 0 if network.shares_context else landscape
+
+    num_steps = len(landscapes)
+    needs_gradient = {context_of(landscape) for i, landscape in enumerate(landscapes) if has_graph(i)}
     contexts: dict[int, Context] = {}       # one per landscape, or one for all: the observed stream is never encoded twice
-    losses, energies, x = [], [], draws.initial()
+    losses, energies, x, entered = [], [], draws.initial(), None
     for i, landscape in enumerate(landscapes):
-        last = i == len(landscapes) - 1
-        has_graph = training and (rules.graph == "full" or last or (rules.graph == "detach" and rules.loss == "every"))
-        connected = has_graph and rules.graph == "full"
-        counts = last or rules.loss == "every"
+        last, key = i == num_steps - 1, context_of(landscape)
         langevin = draws.langevin(i)
         if langevin is not None:
             x = x + langevin
 
-        with torch.set_grad_enabled(training):
-            key = 0 if network.shares_context else landscape
-            if key not in contexts:
+        if key not in contexts:
+            with torch.set_grad_enabled(key in needs_gradient):
                 contexts[key] = network.encode(observed, landscape)
-        with torch.set_grad_enabled(has_graph):
-            embedded = world_model.predicted_rows(state.embed(x), observed)
-        energy, gradient = energy_and_gradient(network, embedded, contexts[key], landscape, create_graph=has_graph, mode=rules.checkpoint)
-        with torch.set_grad_enabled(connected or (has_graph and counts)):
-            x, loss = state.descend(x, gradient, step_size, targets, connected=connected,
-                                    keep_state=keep_state or record is not None or not last)
-        losses.append(loss)
+        with torch.set_grad_enabled(has_graph(i)):
+            entered, x = entered or state.enter(x), None    # x is not held: it is the largest tensor of all, and entered has what it needs
+            embedded = world_model.predicted_rows(entered.embedded, observed)
+        energy, gradient = energy_and_gradient(network, embedded, contexts[key], landscape, create_graph=has_graph(i), mode=rules.checkpoint)
+        with torch.set_grad_enabled(has_graph(i) or has_graph(i + 1)):
+            alpha = step_size if has_graph(i) else step_size.detach()
+            x, entered, loss = state.descend(entered, gradient, alpha, targets, connected=has_graph(i) and rules.graph == "full", go_on=not last,
+                                             keep_state=record is not None or (keep_state if last else rules.noise > 0))
+        losses.append(loss if has_graph(i) or loss is None else loss.detach())
         energies.append(energy.detach().mean())
         if record is not None:
             record(StepRecord(energy.detach(), gradient.detach(), x.detach()))

@@ -4,6 +4,6 @@ Legend used throughout: B batch, H query heads, H_kv key/value heads, S query po
 """
 from .energy_attention import energy_attention
 from .pointwise import rms_norm, swiglu
-from .vocabulary import vocabulary_cross_entropy, vocabulary_descend, vocabulary_embed
+from .vocabulary import vocabulary_cross_entropy, vocabulary_descend, vocabulary_embed, vocabulary_step
 
-__all__ = ["energy_attention", "rms_norm", "swiglu", "vocabulary_cross_entropy", "vocabulary_descend", "vocabulary_embed"]
+__all__ = ["energy_attention", "rms_norm", "swiglu", "vocabulary_cross_entropy", "vocabulary_descend", "vocabulary_embed", "vocabulary_step"]

@@ -1,16 +1,21 @@
-"""The vocabulary side of a refinement step, in chunks of rows: nothing of size (rows, V) is kept but the state itself.
+"""The vocabulary side of a refinement step: nothing of size (rows, V) is kept but one tensor per step, and no product is made twice.
 
-A vocabulary state x holds V numbers per row. With p = softmax(x), a map W (V, D) and the energy's gradient g with respect to the
-embedded state e = p W, one refinement step and its cross-entropy against a target y are
+A vocabulary state x holds V numbers per row. With p = softmax(x), a map W (V, D), the energy's gradient g with respect to the embedded
+state e = p W, and h = -alpha g, one refinement step and its cross-entropy against a target y are
 
-    probabilities:  x' = p - alpha * W g                     dE/dp = W g: the softmaxed variable is the one that descends
-    logits:         x' = x - alpha * p * (W g - e.g)         dE/dx: through the softmax
-    loss = mean over rows of  logsumexp(x') - x'_y
+    probabilities:  x' = p + W h                             descends dE/dp = W g: the softmaxed variable is the one that moves
+    logits:         x' = x + p * (W h - p.W h)               descends dE/dx: through the softmax
+    loss = mean over rows of  logsumexp(x') - x'_y           its gradient on x':  r = (p' - onehot(y)) / n,  p' = softmax(x')
 
-`vocabulary_embed` and `vocabulary_descend` are these two lines for a state that carries no gradient (refinement.graph detach and
-truncate). Since nothing differentiates the loss a second time, its gradient r = (softmax(x') - onehot(y)) / n is turned into the
-gradients of g, W and alpha while x' is at hand: 3 products of size rows * V * D per step instead of a stored (rows, V) tensor per
-operation. `vocabulary_descend_reference` is the same in plain autograd; a state that does carry a gradient (graph full) uses that.
+Everything here is for states that carry no gradient (refinement.graph detach and truncate); `vocabulary_descend_reference` is the step
+in plain autograd, for one that does (full). Nothing differentiates the loss a second time, so its gradient needs no graph:
+
+    vocabulary_embed      x -> p, e
+    vocabulary_descend    p, h -> x', loss.   r is turned into the gradients of h and W while x' is at hand, chunk by chunk: the last step,
+                          and the logits update. Without p it is the loss of a model that predicts logits directly
+    vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities). The loss's gradient on h is
+                          r W = (e' - W_y) / n, and the two gradients of W, of this loss and of e', are both products with p': one of each
+                          serves both, which makes three products of size rows * V * D per step, as many as a Transformer++ has
 
 Rows are the flattened (batch, position) pairs. States are float32 (float64 in tests) whatever the dtype of W.
 """
@@ -25,48 +30,54 @@ IGNORE = -100               # target of a row that does not count
 CHUNK_BYTES = 16 * 2**20    # of state per chunk: large enough for efficient products, small beside the state
 
 
-def vocabulary_embed(x: Tensor, weight: Tensor) -> Tensor:
-    """softmax(x) @ weight: x (rows, V), weight (V, D) -> (rows, D) in weight's dtype. No gradient flows into x."""
+def vocabulary_embed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """p = softmax(x) (rows, V) without graph and p @ weight (rows, D) in weight's dtype; x (rows, V), weight (V, D). No gradient flows into x."""
     return _Embed.apply(x, weight)
 
 
-def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> Tensor:
-    """The same, differentiable as often as one likes in both arguments."""
-    return x.softmax(-1).to(weight.dtype) @ weight
-
-
-def vocabulary_descend(x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, update: str,
-                       keep_state: bool = True) -> tuple[Tensor | None, Tensor | None]:
+def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *, probabilities: Tensor | None = None, x: Tensor | None = None,
+                       keep_state: bool = False) -> tuple[Tensor | None, Tensor | None]:
     """One descent step and its loss: (x' (rows, V) without graph or None, mean cross-entropy, a scalar, or None without targets).
 
-    x (rows, V); weight (V, D); gradient (rows, D) = dE/d embed(x); step_size a scalar or (rows, 1) tensor; targets (rows,) int64,
-    IGNORE where a row does not count; update: "probabilities" or "logits"; keep_state False: x' is not wanted and not stored.
-    The loss has first-order gradients with respect to weight, gradient and step_size.
+    weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
+    p (rows, V) alone, p is what moves; with x too, x is. With neither, x' = hidden @ weight.T: a model that predicts logits directly.
+    keep_state False: x' is not wanted and not stored. The loss is float32 or float64, with first-order gradients of weight and hidden,
+    which exist once: a second backward through it raises.
     """
     if targets is None:
         with torch.no_grad():
-            return _descend(x, weight, gradient, step_size, update), None
-    wanted = torch.is_grad_enabled() and (weight.requires_grad or gradient.requires_grad or step_size.requires_grad)
-    loss, state = _DescendAndScore.apply(x, weight, gradient, step_size, targets, update, keep_state, wanted)
+            return _descend(weight, hidden, probabilities, x), None
+    wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
+    loss, state = _DescendAndScore.apply(weight, hidden, targets, probabilities, x, keep_state, wanted)
     return (state if keep_state else None), loss
 
 
-def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D), targets (rows,) int64 -> scalar float32.
+def vocabulary_step(probabilities: Tensor, weight: Tensor, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A step of the probabilities update, entered into the next: (p' (rows, V) without graph, e' = p' @ weight (rows, D), loss or None).
 
-    The same trick for a model that predicts logits directly: the logits of a chunk are turned into gradients while they are at hand.
+    Equal to `vocabulary_descend` followed by `vocabulary_embed`. e' has a first-order gradient of weight alone, with p' fixed.
     """
-    wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
-    return _CrossEntropy.apply(hidden, weight, targets, wanted)
+    p, embedded, loss = _Step.apply(probabilities, weight, hidden, targets)
+    return p, embedded, None if targets is None else loss
 
 
-def vocabulary_descend_reference(x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, *, update: str) -> Tensor:
-    """x' in plain differentiable operations."""
+def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D), targets (rows,) int64 -> scalar float32."""
+    return vocabulary_descend(weight, hidden, targets)[1]
+
+
+def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`vocabulary_embed`, differentiable as often as one likes in both arguments."""
     probabilities = x.softmax(-1)
-    slope = (gradient @ weight.T).to(x.dtype)                       # dE/dp
-    if update == "probabilities":
-        return probabilities - step_size * slope
-    return x - step_size * (probabilities * (slope - (probabilities * slope).sum(-1, keepdim=True)))
+    return probabilities, probabilities.to(weight.dtype) @ weight
+
+
+def vocabulary_descend_reference(weight: Tensor, hidden: Tensor, *, probabilities: Tensor, x: Tensor | None = None) -> Tensor:
+    """x' of `vocabulary_descend` in plain differentiable operations."""
+    move = (hidden.to(weight.dtype) @ weight.T).to(probabilities.dtype)
+    if x is None:
+        return probabilities + move
+    return x + probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
 
 
 class _Chunks:
@@ -74,7 +85,7 @@ class _Chunks:
 
     def __init__(self, num_rows: int, vocabulary_size: int, dtype: torch.dtype, device: torch.device):
         self.num_rows, self.size = num_rows, max(1, min(num_rows, CHUNK_BYTES // (4 * vocabulary_size)))
-        self.options = {"dtype": dtype, "device": device}
+        self.dtype, self.device = dtype, device
         self.vocabulary_size, self.buffers = vocabulary_size, {}
 
     def __iter__(self):
@@ -83,148 +94,179 @@ class _Chunks:
 
     def buffer(self, name: str, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self.buffers:
-            self.buffers[name] = torch.empty(self.size, self.vocabulary_size, **{**self.options, "dtype": dtype or self.options["dtype"]})
+            self.buffers[name] = torch.empty(self.size, self.vocabulary_size, dtype=dtype or self.dtype, device=self.device)
         return self.buffers[name][:rows.stop - rows.start]
 
-    def softmax(self, x: Tensor, rows: slice, name: str = "probabilities") -> Tensor:
-        """softmax of x (the rows' slice) in a buffer."""
-        return torch.softmax(x, -1, out=self.buffer(name, rows))
+    def product(self, hidden: Tensor, weight: Tensor, rows: slice, out: Tensor, plus: Tensor | None = None) -> Tensor:
+        """out = (plus +) hidden[rows] @ weight.T, in the state's dtype."""
+        if weight.dtype == self.dtype:
+            if plus is None:
+                return torch.mm(hidden[rows], weight.T, out=out)
+            return torch.addmm(plus[rows], hidden[rows], weight.T, out=out)
+        half = torch.mm(hidden[rows].to(weight.dtype), weight.T, out=self.buffer("half", rows, weight.dtype))
+        return out.copy_(half) if plus is None else torch.add(plus[rows], half, out=out)
 
-    def product(self, left: Tensor, weight: Tensor, rows: slice, name: str) -> Tensor:
-        """left (n, D) @ weight (V, D)' in a buffer, in the state's dtype."""
-        if left.dtype == self.options["dtype"]:
-            return torch.mm(left, weight.T, out=self.buffer(name, rows))
-        return self.buffer(name, rows).copy_(torch.mm(left, weight.T, out=self.buffer(f"{name}, half", rows, left.dtype)))
+    def move(self, weight: Tensor, hidden: Tensor, rows: slice, probabilities: Tensor | None, x: Tensor | None, out: Tensor) -> Tensor:
+        """out = x' of the rows."""
+        if x is None:
+            return self.product(hidden, weight, rows, out, probabilities)
+        p, slope = probabilities[rows], self.product(hidden, weight, rows, self.buffer("slope", rows))
+        return torch.addcmul(x[rows], slope.sub_(torch.linalg.vecdot(p, slope)[:, None]), p, out=out)
 
 
-def _rows_of(step_size: Tensor, rows: slice) -> Tensor:
-    return step_size if step_size.ndim == 0 else step_size[rows]
+def _state_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _descend(x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, update: str) -> Tensor:
-    result, chunks = torch.empty_like(x), _Chunks(*x.shape, x.dtype, x.device)
+def _descend(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tensor | None) -> Tensor:
+    chunks = _Chunks(len(hidden), len(weight), _state_dtype(weight), weight.device)
+    result = torch.empty(len(hidden), len(weight), dtype=chunks.dtype, device=chunks.device)
     for rows in chunks:
-        _move(chunks, rows, x, weight, gradient, step_size, update, result[rows])
+        chunks.move(weight, hidden, rows, probabilities, x, result[rows])
     return result
-
-
-def _move(chunks: _Chunks, rows: slice, x: Tensor, weight: Tensor, gradient: Tensor, step_size: Tensor, update: str, out: Tensor):
-    """Write x' of the rows into out; (p, dE/dp or dE/dx: whatever the update descends), both in buffers."""
-    slope = chunks.product(gradient[rows], weight, rows, "slope")
-    probabilities = chunks.softmax(x[rows], rows)
-    if update == "logits":
-        slope.sub_((probabilities * slope).sum(-1, keepdim=True)).mul_(probabilities)
-    torch.addcmul(x[rows] if update == "logits" else probabilities, _rows_of(step_size, rows).to(x.dtype), slope, value=-1, out=out)
-    return probabilities, slope
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        result, chunks = weight.new_empty(x.shape[0], weight.shape[1]), _Chunks(*x.shape, x.dtype, x.device)
-        for rows in chunks:
-            torch.mm(chunks.softmax(x[rows], rows).to(weight.dtype), weight, out=result[rows])
-        return result
+        p, embedded = torch.empty_like(x), weight.new_empty(x.shape[0], weight.shape[1])
+        for rows in _Chunks(*x.shape, x.dtype, x.device):
+            torch.mm(torch.softmax(x[rows], -1, out=p[rows]).to(weight.dtype), weight, out=embedded[rows])
+        ctx.save_for_backward(p)
+        ctx.mark_non_differentiable(p)
+        return p, embedded
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, _, grad):
         refuse_graph("vocabulary_embed", "second")
-        x, weight = ctx.saved_tensors
-        if not ctx.needs_input_grad[1]:
-            return None, None
-        grad_weight, chunks = torch.zeros(weight.shape, dtype=x.dtype, device=weight.device), _Chunks(*x.shape, x.dtype, x.device)
+        p, = ctx.saved_tensors
+        return None, _transposed_product(p, grad) if ctx.needs_input_grad[1] else None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, probabilities, weight, hidden, targets):
+        ctx.set_materialize_grads(False)
+        p, embedded = torch.empty_like(probabilities), weight.new_empty(hidden.shape)
+        beside = None if targets is None else weight.new_empty(hidden.shape)        # e' - W_y
+        score = None if targets is None else _Score(targets, p.dtype)
+        chunks = _Chunks(*p.shape, p.dtype, p.device)
         for rows in chunks:
-            _accumulate(grad_weight, chunks.softmax(x[rows], rows).to(weight.dtype).T, grad[rows])
-        return None, grad_weight.to(weight.dtype)
+            logits = chunks.move(weight, hidden, rows, probabilities, None, chunks.buffer("logits", rows))
+            torch.softmax(logits, -1, out=p[rows])
+            if score is None:
+                torch.mm(p[rows].to(weight.dtype), weight, out=embedded[rows])
+            elif weight.dtype == p.dtype:
+                score.add(logits, p[rows], rows)
+                torch.mm(p[rows], weight, out=embedded[rows])
+                torch.sub(embedded[rows], weight[score.target[rows]], out=beside[rows])
+            else:                                           # in half precision e' - W_y would cancel to nothing where p'_y is near 1
+                score.add(logits, p[rows], rows)
+                torch.mm(score.rounded_residual(p, rows, weight.dtype), weight, out=beside[rows])
+                torch.add(beside[rows], weight[score.target[rows]], out=embedded[rows])
+        ctx.save_for_backward(p, hidden, beside, targets)
+        ctx.mark_non_differentiable(p)
+        return p, embedded, p.new_zeros(()) if score is None else score.total
+
+    @staticmethod
+    def backward(ctx, _, grad_embedded, grad_loss):
+        """dW = p' (grad_embedded + s h) - onehot (s h) and dh = s (e' - W_y), with s = grad_loss / n on rows that count."""
+        refuse_graph("vocabulary_step", "second")
+        p, hidden, beside, targets = ctx.saved_tensors
+        if grad_loss is None:
+            return None, None if grad_embedded is None else _transposed_product(p, grad_embedded), None, None
+        score = _Score(targets, p.dtype)
+        share = score.share[:, None] * grad_loss
+        scaled = share * hidden
+        right = scaled if grad_embedded is None else scaled + grad_embedded
+        if beside.dtype == p.dtype:
+            grad_weight = p.T @ right
+            grad_weight.index_add_(0, score.target, scaled, alpha=-1)
+        else:                                               # (p' - onehot) (grad_embedded + s h) + onehot grad_embedded
+            dtype, right = beside.dtype, right.to(beside.dtype)
+            grad_weight, chunks = p.new_zeros(p.shape[1], hidden.shape[1]), _Chunks(*p.shape, p.dtype, p.device)
+            for rows in chunks:
+                grad_weight += score.rounded_residual(p, rows, dtype).T @ right[rows]
+            if grad_embedded is not None:
+                grad_weight.index_add_(0, score.target, grad_embedded.to(p.dtype))
+            grad_weight = grad_weight.to(dtype)
+        return None, grad_weight, (beside.to(p.dtype) * share).to(hidden.dtype), None
 
 
 class _DescendAndScore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, gradient, step_size, targets, update, keep_state, wanted):
-        count = (targets != IGNORE).sum().clamp(min=1).to(x.dtype)
-        state = torch.empty_like(x) if keep_state else x.new_empty(0)
-        loss = x.new_zeros(())
-        grad_weight = torch.zeros(weight.shape, dtype=x.dtype, device=weight.device) if wanted else None
-        grad_gradient = torch.empty_like(gradient) if wanted else None
-        grad_step = x.new_zeros(step_size.shape) if wanted else None
-        chunks = _Chunks(*x.shape, x.dtype, x.device)
+    def forward(ctx, weight, hidden, targets, probabilities, x, keep_state, wanted):
+        chunks = _Chunks(len(hidden), len(weight), _state_dtype(weight), weight.device)
+        score = _Score(targets, chunks.dtype)
+        state = torch.empty(len(hidden) if keep_state else 0, len(weight), dtype=chunks.dtype, device=chunks.device)
+        grad_weight = torch.empty(weight.shape, dtype=chunks.dtype, device=chunks.device) if wanted else None
+        grad_hidden = weight.new_empty(hidden.shape) if wanted else None
         for rows in chunks:
-            moved = state[rows] if keep_state else chunks.buffer("moved", rows)
-            probabilities, slope = _move(chunks, rows, x, weight, gradient, step_size, update, moved)
-            # p is read again for the logits update only; otherwise r takes its buffer
-            chunk_loss, residual = _score(moved, targets[rows], count, chunks, rows, "residual" if update == "logits" else "probabilities", wanted)
-            loss += chunk_loss
+            moved = chunks.move(weight, hidden, rows, probabilities, x, state[rows] if keep_state else chunks.buffer("logits", rows))
+            residual = torch.softmax(moved, -1, out=chunks.buffer("residual", rows))
+            score.add(moved, residual, rows)
             if not wanted:
                 continue
-            descent = torch.einsum("rv,rv->r", residual, slope)     # -dloss/dalpha per row
-            if step_size.ndim == 0:
-                grad_step -= descent.sum()
-            else:
-                grad_step[rows] = -descent[:, None]
-            if update == "logits":                                  # pull r back through p * (W g - p.W g), p fixed
-                residual.mul_(probabilities)
-                residual.sub_(probabilities.mul_(residual.sum(-1, keepdim=True)))
-            residual.mul_(-_rows_of(step_size, rows).to(x.dtype))
+            residual.scatter_add_(-1, score.target[rows, None], residual.new_full((), -1.0).expand(len(residual), 1))
+            residual.mul_(score.share[rows, None])
+            if x is not None:                               # pull r back through p * (W h - p.W h), p fixed
+                p = probabilities[rows]
+                residual.sub_(torch.linalg.vecdot(p, residual)[:, None]).mul_(p)
             residual = residual.to(weight.dtype)
-            torch.mm(residual, weight, out=grad_gradient[rows])
-            _accumulate(grad_weight, residual.T, gradient[rows])
+            torch.mm(residual, weight, out=grad_hidden[rows])
+            _accumulate(grad_weight, residual.T, hidden[rows].to(weight.dtype), first=rows.start == 0)
         if wanted:
-            ctx.save_for_backward(grad_weight.to(weight.dtype), grad_gradient, grad_step.to(step_size.dtype))
+            ctx.save_for_backward(grad_weight.to(weight.dtype), grad_hidden.to(hidden.dtype))
         ctx.mark_non_differentiable(state)
-        return loss, state
+        ctx.spent = False
+        return score.total, state
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         refuse_graph("vocabulary_descend", "second")
-        grad_weight, grad_gradient, grad_step = (tensor * grad_loss.to(tensor.dtype) for tensor in ctx.saved_tensors)
-        return None, grad_weight, grad_gradient, grad_step, None, None, None, None
+        if ctx.spent:
+            raise RuntimeError("vocabulary_descend: a second backward through the same loss is not possible: the first one took its gradients; "
+                               "compute the loss again")
+        ctx.spent = True
+        grad_weight, grad_hidden = (tensor.mul_(grad_loss.to(tensor.dtype)) for tensor in ctx.saved_tensors)
+        return grad_weight, grad_hidden, None, None, None, None, None
 
 
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, wanted):
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        count = (targets != IGNORE).sum().clamp(min=1).to(dtype)
-        loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wanted else None
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        chunks = _Chunks(len(hidden), len(weight), dtype, hidden.device)
-        for rows in chunks:
-            logits = chunks.product(hidden[rows], weight, rows, "logits")
-            chunk_loss, residual = _score(logits, targets[rows], count, chunks, rows, "residual", wanted)
-            loss += chunk_loss
-            if wanted:
-                residual = residual.to(weight.dtype)
-                torch.mm(residual, weight, out=grad_hidden[rows])
-                _accumulate(grad_weight, residual.T, hidden[rows])
-        if wanted:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return loss
+class _Score:
+    """The mean cross-entropy of rows, added up chunk by chunk. target: (rows,) with 0 where none is; share: 1 / n, or 0 there."""
 
-    @staticmethod
-    def backward(ctx, grad_loss):
-        refuse_graph("vocabulary_cross_entropy", "second")
-        grad_hidden, grad_weight = (tensor * grad_loss.to(tensor.dtype) for tensor in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None
+    def __init__(self, targets: Tensor, dtype: torch.dtype):
+        counted = (targets != IGNORE).to(dtype)
+        self.target, self.counted = targets.clamp(min=0), counted
+        self.share = counted / counted.sum().clamp(min=1)
+        self.total = counted.new_zeros(())
+
+    def add(self, logits: Tensor, probabilities: Tensor, rows: slice) -> None:
+        """Rows whose softmax is known already."""
+        log_normalizer = logits.amax(-1) - probabilities.amax(-1).log()             # the largest p is 1 / sum exp(x - max)
+        self.total += ((log_normalizer - logits.gather(-1, self.target[rows, None]).squeeze(-1)) * self.share[rows]).sum()
+
+    def rounded_residual(self, probabilities: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """p - onehot(y) of the rows, rounded to a half precision after the subtraction."""
+        p, target = probabilities[rows], self.target[rows, None]
+        return p.to(dtype).scatter_(-1, target, (p.gather(-1, target) - 1).to(dtype))
 
 
-def _score(logits: Tensor, targets: Tensor, count: Tensor, chunks: _Chunks, rows: slice, buffer: str, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """(sum of cross-entropies / count, their gradient r = (softmax(logits) - onehot) / count in a buffer, or None)."""
-    counted = (targets != IGNORE).to(logits.dtype)
-    target = targets.clamp(min=0)[:, None]
-    if not wanted:
-        return ((logits.logsumexp(-1, keepdim=True) - logits.gather(-1, target)).squeeze(-1) * counted).sum() / count, None
-    residual = chunks.softmax(logits, rows, buffer)
-    log_normalizer = logits.amax(-1, keepdim=True) - residual.amax(-1, keepdim=True).log()      # the largest p is 1 / sum exp(x - max)
-    loss = ((log_normalizer - logits.gather(-1, target)).squeeze(-1) * counted).sum() / count
-    residual.scatter_add_(-1, target, residual.new_full((), -1.0).expand_as(target))
-    return loss, residual.mul_((counted / count)[:, None])
+def _transposed_product(p: Tensor, right: Tensor) -> Tensor:
+    """p' @ right (V, D) of p (rows, V) and right (rows, D), in right's dtype, summed in p's."""
+    if p.dtype == right.dtype:
+        return p.T @ right
+    total, chunks = p.new_empty(p.shape[1], right.shape[1]), _Chunks(*p.shape, p.dtype, p.device)
+    for rows in chunks:
+        _accumulate(total, p[rows].to(right.dtype).T, right[rows], first=rows.start == 0)
+    return total.to(right.dtype)
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, summed in total's precision."""
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """total (+)= left @ right, summed in total's precision; `first` overwrites what total holds."""
     if left.dtype == total.dtype:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(left @ right)
     else:
         total += left @ right

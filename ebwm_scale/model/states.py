@@ -1,8 +1,8 @@
-"""What is refined: the state spaces, each with four things: its size, embed into width D, one descent step, and the criterion.
+"""What is refined: the state spaces, each with four things: its size, how it enters a step, one descent step, and the criterion.
 
-    x (B, S, size)          a candidate next state per position, float32 (float64 in tests) whatever the weights' dtype
-    embed(x) (B, S, D)      linear in softmax(x) (vocabulary) or in x (embedding)
-    descend(x, g, alpha)    the step along -dE/dx, given g = dE/d embed(x): the chain rule through embed is the state's own business
+    x (B, S, size)              a candidate next state per position, float32 (float64 in tests) whatever the weights' dtype
+    enter(x)                    what a step needs of x: its embedding e (B, S, D), and for a vocabulary p = softmax(x)
+    descend(entered, g, alpha)  the step along -dE/dx, given g = dE/de: the chain rule through the embedding is the state's own business
 
 They hold no parameters of their own, only references to the world model's.
 So the inner gradient of the network is always a D-vector per position, and nothing of size V passes through autograd's second order.
@@ -10,13 +10,28 @@ So the inner gradient of the network is always a D-vector per position, and noth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebwm_kernels.vocabulary import (IGNORE, vocabulary_descend, vocabulary_descend_reference, vocabulary_embed,
-                                     vocabulary_embed_reference)
+                                     vocabulary_embed_reference, vocabulary_step)
+
+
+class Entered(NamedTuple):
+    """A state inside a step. embedded (B, S, D); probabilities (B, S, V) of a vocabulary; x (B, S, size) if it is x that descends."""
+    embedded: Tensor
+    probabilities: Tensor | None = None
+    x: Tensor | None = None
+
+
+class Descended(NamedTuple):
+    """After a step. x: the next state, if it was to be kept; entered: the same, entered into the next step, if not; loss: if there are targets."""
+    x: Tensor | None
+    entered: Entered | None
+    loss: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -29,22 +44,27 @@ class VocabularyState:
     def size(self) -> int:
         return self.weight.shape[0]
 
-    def embed(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor) -> Entered:
         embed = vocabulary_embed_reference if x.requires_grad else vocabulary_embed
-        return embed(x.flatten(0, 1), self.weight).unflatten(0, x.shape[:2])
+        probabilities, embedded = (u.unflatten(0, x.shape[:2]) for u in embed(x.flatten(0, 1), self.weight))
+        return Entered(embedded, probabilities, x if self.update == "logits" else None)
 
-    def descend(self, x: Tensor, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
-                keep_state: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """(next state, mean loss or None). connected: the next state carries the graph of this step (refinement.graph full)."""
-        rows, gradient = x.flatten(0, 1), gradient.flatten(0, 1)
-        alpha = step_size if step_size.ndim == 0 else step_size.flatten(0, 1)
+    def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
+                keep_state: bool = True, go_on: bool = False) -> Descended:
+        """connected: the next state carries the graph of this step (refinement.graph full). go_on: another step follows, without noise."""
+        shape = entered.probabilities.shape
+        p, x = (None if u is None else u.flatten(0, 1) for u in (entered.probabilities, entered.x))
+        hidden = (-step_size * gradient.to(p.dtype)).flatten(0, 1)
         flat_targets = None if targets is None else targets.flatten()
         if connected:
-            state = vocabulary_descend_reference(rows, self.weight, gradient, alpha, update=self.update)
+            state = vocabulary_descend_reference(self.weight, hidden, probabilities=p, x=x)
             loss = None if targets is None else F.cross_entropy(state, flat_targets, ignore_index=IGNORE)
+        elif go_on and not keep_state and self.update == "probabilities":
+            p, embedded, loss = vocabulary_step(p, self.weight, hidden, flat_targets)
+            return Descended(None, Entered(embedded.view(gradient.shape), p.view(shape)), loss)
         else:
-            state, loss = vocabulary_descend(rows, self.weight, gradient, alpha, flat_targets, update=self.update, keep_state=keep_state)
-        return (None if state is None else state.view(x.shape)), loss
+            state, loss = vocabulary_descend(self.weight, hidden, flat_targets, probabilities=p, x=x, keep_state=keep_state or go_on)
+        return Descended(None if state is None else state.view(shape), None, loss)
 
     def slope(self, gradient: Tensor) -> Tensor:
         """dE/dp (B, S, V), p = softmax(x), of g (B, S, D)."""
@@ -65,14 +85,14 @@ class EmbeddingState:
     def size(self) -> int:
         return self.projection.in_features
 
-    def embed(self, x: Tensor) -> Tensor:
-        return self.projection(x.to(self.projection.weight.dtype))
+    def enter(self, x: Tensor) -> Entered:
+        return Entered(self.projection(x.to(self.projection.weight.dtype)), x=x)
 
-    def descend(self, x: Tensor, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
-                keep_state: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        state = x - step_size * self.slope(gradient).to(x.dtype)
+    def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
+                keep_state: bool = True, go_on: bool = False) -> Descended:
+        state = entered.x - step_size * self.slope(gradient).to(entered.x.dtype)
         loss = None if targets is None else self.loss(state, targets)
-        return (state if connected else state.detach()) if keep_state else None, loss
+        return Descended((state if connected else state.detach()) if keep_state or go_on else None, None, loss)
 
     def slope(self, gradient: Tensor) -> Tensor:
         """dE/dx (B, S, size) of g (B, S, D)."""

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from ebwm_kernels import vocabulary
 from ebwm_kernels.vocabulary import (IGNORE, vocabulary_cross_entropy, vocabulary_descend, vocabulary_descend_reference, vocabulary_embed,
-                                     vocabulary_embed_reference)
+                                     vocabulary_embed_reference, vocabulary_step)
 
 ROWS, V, D = 11, 23, 6
 
@@ -15,69 +15,133 @@ def chunk_rows(request, monkeypatch):
     monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * V * request.param)
 
 
-def problem():
+def problem(dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
-    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)
-    x, weight, gradient = 3 * draw(ROWS, V), draw(V, D).requires_grad_(), draw(ROWS, D).requires_grad_()
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+    x, weight, hidden = 3 * draw(ROWS, V), draw(V, D).requires_grad_(), draw(ROWS, D).requires_grad_()
     targets = torch.randint(V, (ROWS,), generator=generator)
     targets[3] = IGNORE
-    return x, weight, gradient, targets, draw
+    return x, x.softmax(-1), weight, hidden, targets, draw
+
+
+def reference_loss(x, weight, hidden, targets, update):
+    state = vocabulary_descend_reference(weight, hidden, probabilities=x.softmax(-1), x=x if update == "logits" else None)
+    return F.cross_entropy(state, targets, ignore_index=IGNORE), state.detach()
+
+
+def assert_close(ours, plain):
+    torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("update", ["probabilities", "logits"])
-@pytest.mark.parametrize("per_row_step", [False, True])
-def test_descend_and_score_equal_plain_autograd(chunk_rows, update, per_row_step):
-    x, weight, gradient, targets, draw = problem()
-    step = (draw(ROWS, 1).abs() + 0.5 if per_row_step else torch.tensor(1.7, dtype=torch.float64)).requires_grad_()
-    state, loss = vocabulary_descend(x, weight, gradient, step, targets, update=update)
-    plain = vocabulary_descend_reference(x, weight, gradient, step, update=update)
-    plain_loss = F.cross_entropy(plain, targets, ignore_index=IGNORE)
-    torch.testing.assert_close(state, plain.detach(), rtol=1e-13, atol=1e-14)
-    torch.testing.assert_close(loss, plain_loss, rtol=1e-13, atol=1e-14)
-    ours = torch.autograd.grad(3 * loss, [weight, gradient, step])
-    theirs = torch.autograd.grad(3 * plain_loss, [weight, gradient, step])
-    for mine, plain_gradient in zip(ours, theirs):
-        torch.testing.assert_close(mine, plain_gradient, rtol=1e-11, atol=1e-13)
-    assert not state.requires_grad
+@pytest.mark.parametrize("keep_state", [False, True])
+def test_descend_and_score_equal_plain_autograd(chunk_rows, update, keep_state):
+    x, p, weight, hidden, targets, _ = problem()
+    state, loss = vocabulary_descend(weight, hidden, targets, probabilities=p, x=x if update == "logits" else None, keep_state=keep_state)
+    plain_loss, plain = reference_loss(x, weight, hidden, targets, update)
+    assert_close(loss, plain_loss)
+    assert_close(torch.autograd.grad(3 * loss, [weight, hidden]), torch.autograd.grad(3 * plain_loss, [weight, hidden]))
+    if keep_state:
+        assert_close(state, plain)
+        assert not state.requires_grad
+    else:
+        assert state is None
+
+
+def test_step_equals_descend_then_embed_in_plain_autograd(chunk_rows):
+    """Both outputs that carry gradients, together and each alone."""
+    x, p, weight, hidden, targets, draw = problem()
+    cotangent = draw(ROWS, D)
+    plain_loss, plain_state = reference_loss(x, weight, hidden, targets, "probabilities")
+    plain_p, plain_e = vocabulary_embed_reference(plain_state, weight)
+    for use_loss, use_embedded in ((1, 1), (1, 0), (0, 1)):
+        p_next, e_next, loss = vocabulary_step(p, weight, hidden, targets)
+        assert_close((p_next, e_next, loss), (plain_p, plain_e, plain_loss))
+        assert not p_next.requires_grad
+        total = lambda loss, e: sum([3 * loss] * use_loss + [(e * cotangent).sum()] * use_embedded)
+        ours = torch.autograd.grad(total(loss, e_next), [weight, hidden], allow_unused=True)
+        plain = torch.autograd.grad(total(plain_loss, plain_e), [weight, hidden], allow_unused=True, retain_graph=True)
+        assert (ours[1] is None) == (plain[1] is None) == (not use_loss)
+        assert_close([u for u in ours if u is not None], [u for u in plain if u is not None])
+
+
+def test_half_precision_weights_keep_the_gradient_of_a_nearly_certain_prediction():
+    """e' and W_y are equal to bfloat16 where p'_y is near 1; their difference, the gradient, must come out all the same."""
+    x, _, weight, hidden, targets, draw = problem()
+    x[torch.arange(ROWS), targets.clamp(min=0)] = 9.0
+    p, cotangent, gradients = x, draw(ROWS, D), {}         # as p: any numbers serve, and these make p' nearly certain
+    for dtype in (torch.float64, torch.bfloat16):
+        w, h = weight.detach().bfloat16().to(dtype).requires_grad_(), (0.1 * hidden).detach().bfloat16().to(torch.float64).requires_grad_()
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        h_state = h.to(state)
+        _, embedded, loss = vocabulary_step(p.to(state), w, h_state, targets)
+        for name, total in (("loss", loss), ("embedded", (embedded.to(state) * cotangent.to(state)).sum())):
+            gradients[dtype, name] = torch.autograd.grad(total, [w, h], retain_graph=True, allow_unused=True)
+    for name in ("loss", "embedded"):
+        for half, exact in zip(gradients[torch.bfloat16, name], gradients[torch.float64, name]):
+            if exact is not None:
+                assert (half.double() - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 def test_the_comparison_notices_a_missing_pull_back(chunk_rows):
     """The gradients of the two updates differ: scoring one against the other must fail."""
-    x, weight, gradient, targets, _ = problem()
-    step = torch.tensor(1.7, dtype=torch.float64)
-    _, loss = vocabulary_descend(x, weight, gradient, step, targets, update="logits")
-    other = F.cross_entropy(vocabulary_descend_reference(x, weight, gradient, step, update="probabilities"), targets, ignore_index=IGNORE)
+    x, p, weight, hidden, targets, _ = problem()
+    _, loss = vocabulary_descend(weight, hidden, targets, probabilities=p, x=x)
+    other, _ = reference_loss(x, weight, hidden, targets, "probabilities")
     with pytest.raises(AssertionError):
         torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(other, weight))
 
 
 def test_embed_and_its_weight_gradient_equal_plain_autograd(chunk_rows):
-    x, weight, _, _, draw = problem()
-    out, plain = vocabulary_embed(x, weight), vocabulary_embed_reference(x, weight)
-    torch.testing.assert_close(out, plain, rtol=1e-13, atol=1e-14)
+    x, p, weight, _, _, draw = problem()
+    (ours_p, out), (_, plain) = vocabulary_embed(x, weight), vocabulary_embed_reference(x, weight)
+    assert_close((ours_p, out), (p, plain))
     cotangent = draw(ROWS, D)
-    torch.testing.assert_close(torch.autograd.grad(out, weight, cotangent), torch.autograd.grad(plain, weight, cotangent), rtol=1e-12, atol=1e-13)
+    assert_close(torch.autograd.grad(out, weight, cotangent), torch.autograd.grad(plain, weight, cotangent))
 
 
 def test_cross_entropy_equals_plain_autograd(chunk_rows):
-    _, weight, hidden, targets, _ = problem()
+    _, _, weight, hidden, targets, _ = problem()
     loss, plain = vocabulary_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE)
-    torch.testing.assert_close(loss, plain, rtol=1e-13, atol=1e-14)
-    for mine, theirs in zip(torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(plain, [hidden, weight])):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+    assert_close(loss, plain)
+    assert_close(torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(plain, [hidden, weight]))
 
 
-def test_without_targets_or_state_only_the_other_is_made():
-    x, weight, gradient, targets, _ = problem()
-    step = torch.tensor(1.0, dtype=torch.float64)
-    state, loss = vocabulary_descend(x, weight, gradient, step, None, update="logits")
+@pytest.mark.parametrize("operation", ["descend", "step"])
+def test_without_a_target_that_counts_loss_and_gradients_are_zero(operation):
+    _, p, weight, hidden, targets, _ = problem()
+    targets.fill_(IGNORE)
+    loss = vocabulary_descend(weight, hidden, targets, probabilities=p)[1] if operation == "descend" else vocabulary_step(p, weight, hidden, targets)[2]
+    assert loss == 0 and all(gradient.eq(0).all() for gradient in torch.autograd.grad(loss, [weight, hidden]))
+
+
+def test_without_targets_there_is_a_state_and_no_loss():
+    x, p, weight, hidden, _, _ = problem()
+    state, loss = vocabulary_descend(weight, hidden, None, probabilities=p, x=x)
     assert loss is None and state.shape == x.shape
-    state, loss = vocabulary_descend(x, weight, gradient, step, targets, update="logits", keep_state=False)
-    assert state is None and loss.ndim == 0
+    p_next, embedded, loss = vocabulary_step(p, weight, hidden, None)
+    assert loss is None
+    assert_close((p_next, embedded), vocabulary_embed_reference(vocabulary_descend_reference(weight, hidden, probabilities=p), weight))
 
 
-def test_a_second_derivative_is_refused_instead_of_dropped():
-    x, weight, gradient, targets, _ = problem()
-    _, loss = vocabulary_descend(x, weight, gradient, torch.tensor(1.0, dtype=torch.float64), targets, update="probabilities")
+@pytest.mark.parametrize("operation", ["descend", "step"])
+def test_a_second_derivative_is_refused_instead_of_dropped(operation):
+    _, p, weight, hidden, targets, _ = problem()
+    loss = vocabulary_descend(weight, hidden, targets, probabilities=p)[1] if operation == "descend" else vocabulary_step(p, weight, hidden, targets)[2]
     with pytest.raises(RuntimeError, match="second derivative is not defined"):
         torch.autograd.grad(loss, weight, create_graph=True)
+
+
+def test_a_second_backward_through_one_loss_is_refused_instead_of_scaled_twice():
+    _, p, weight, hidden, targets, _ = problem()
+    loss = vocabulary_descend(weight, hidden, targets, probabilities=p)[1]
+    torch.autograd.grad(2 * loss, weight, retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward through the same loss"):
+        torch.autograd.grad(loss, weight)
+
+
+def test_a_second_backward_through_a_step_gives_the_same_gradients():
+    _, p, weight, hidden, targets, _ = problem()
+    loss = vocabulary_step(p, weight, hidden, targets)[2]
+    first, second = (torch.autograd.grad(loss, [weight, hidden], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
