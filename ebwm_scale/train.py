@@ -79,11 +79,10 @@ def run(config: Config, options: argparse.Namespace) -> int:
         raise CheckpointError(f"{path} already holds a run: continue it with --resume, or name another folder with --run-dir")
     changes = []
     if saved is not None:
-        before = {"world_size": saved.trainer["world_size"]}
         changes = check_same_run(saved_config(saved.folder), config)
-        if before["world_size"] != world_size:
-            raise CheckpointError(f"{saved.folder} was written by {before['world_size']} processes, this is {world_size}: "
-                                  f"resume with {before['world_size']}")
+        if saved.trainer["world_size"] != world_size:
+            raise CheckpointError(f"{saved.folder} was written by {saved.trainer['world_size']} processes, this is {world_size}: "
+                                  f"resume with {saved.trainer['world_size']}")
 
     world = join_world()
     stop = StopFlag(config.train.max_minutes)

@@ -72,13 +72,18 @@ def place_in_world() -> tuple[int, int, int]:
 def join_world() -> World:
     """Start the process group: NCCL where every rank has a GPU, gloo otherwise."""
     rank, size, local_rank = place_in_world()
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # known, so not searched for with a warning
     import deepspeed
     # On a CPU DeepSpeed would compile a shared-memory transport at this point: minutes, and a lock that outlives a killed job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if not on_gpu and size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # every rank would otherwise start a thread per core, and threads that wait for each other in turns are many times slower
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False)
     return World(rank, size, local_rank, device)
 

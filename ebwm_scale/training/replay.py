@@ -11,20 +11,12 @@ ended) and its tokens.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..noise import NoiseSource, Purpose
-
-
-@dataclass(frozen=True)
-class ReplayedBatch:
-    """The batch with replayed samples in place. restart: (rows (n,) int64, states (n, S, size)) or None."""
-    tokens: Tensor
-    restart: tuple[Tensor, Tensor] | None
 
 
 class ReplayBuffer:
@@ -35,8 +27,11 @@ class ReplayBuffer:
         self.per_pair = max(1, capacity // self.num_pairs)
         self.queues: dict[int, deque[tuple[Tensor, Tensor]]] = {}
 
-    def restart(self, tokens: Tensor, positions: Tensor, source: NoiseSource) -> ReplayedBatch:
-        """Replace the odd samples of tokens (b, S + 1) by stored ones; positions (b,) are global stream positions."""
+    def restart(self, tokens: Tensor, positions: Tensor, source: NoiseSource) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Put stored samples in the odd places of tokens (b, S + 1); positions (b,) are global stream positions.
+
+        Returns the tokens, and (rows (n,) int64, states (n, S, size)) to restart from, or None while there is nothing stored.
+        """
         rows, states, tokens = [], [], tokens.clone()
         for row, pair in self._rows(positions, odd=True):
             queue = self.queues.get(pair)
@@ -45,7 +40,7 @@ class ReplayBuffer:
                 tokens[row] = entry[0]
                 rows.append(row)
                 states.append(entry[1])
-        return ReplayedBatch(tokens, (torch.tensor(rows), torch.stack(states)) if rows else None)
+        return tokens, ((torch.tensor(rows), torch.stack(states)) if rows else None)
 
     def store(self, tokens: Tensor, positions: Tensor, states: Tensor) -> None:
         """Remember the final states (b, S, size) of a batch."""

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 
 
 class RunFolder:
-    """On ranks other than 0 every method does nothing."""
+    """On ranks other than 0 nothing is written."""
 
     def __init__(self, path: Path, config: Config, *, is_main: bool):
         self.path, self.is_main = path, is_main
@@ -55,19 +55,23 @@ class RunFolder:
         if self.is_main:
             _write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False))
 
-    def forget_after(self, step: int) -> None:
-        """Drop metric rows beyond `step` (a resumed run logs them again) and a torn last line."""
+    def forget_after(self, step: int) -> int | None:
+        """Drop metric rows beyond `step` (a resumed run logs them again) and a torn last line; the last validated step that stays."""
         path = self.path / "metrics.jsonl"
-        if not self.is_main or not path.exists():
-            return
-        kept = []
+        if not path.exists():
+            return None
+        kept, validated = [], None
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] <= step:
                     kept.append(line)
+                    validated = row["step"] if row.get("split") == "validation" else validated
             except (ValueError, KeyError, TypeError):
                 continue
-        _write_atomically(path, "".join(line + "\n" for line in kept))
+        if self.is_main:
+            _write_atomically(path, "".join(line + "\n" for line in kept))
+        return validated
 
     def close(self) -> None:
         if self._tracker is not None:

@@ -45,7 +45,7 @@ class Trainer:
         self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
         self.replay = ReplayBuffer(capacity=config.refinement.replay_capacity, global_batch_size=config.train.global_batch_size) \
             if config.refinement.replay and config.model.kind == "energy" else None
-        self.step, self.loader, self.saved_step = 0, None, None
+        self.step, self.loader, self.saved_step, self.validated_step = 0, None, None, None
 
     def resume(self, saved: Saved) -> None:
         """Continue after a checkpoint: weights, optimizer, replay buffer and the place in the data."""
@@ -54,12 +54,14 @@ class Trainer:
         if self.replay is not None:
             self.replay.load_state_dict(load_replay(saved))
         self.step = self.saved_step = data.step
-        self.run.forget_after(self.step)
+        validated = self.run.forget_after(self.step)
+        # rank 0's word: another rank may read the file before or after it was rewritten
+        self.validated_step = int(self.world.agree(str(-1 if validated is None else validated)))
 
     def fit(self) -> int:
         """Train to train.max_steps; returns the exit code."""
         self.loader = self._loader()
-        timer, last_evaluated = Interval(self.step), None
+        timer = Interval(self.step)
         while self.step < self.config.train.max_steps:
             result = self.train_step()
             self.step += 1
@@ -68,7 +70,6 @@ class Trainer:
                     return EXIT_NOT_FINITE
             if self._due(self.config.evaluation.every_steps):
                 self.evaluate()
-                last_evaluated = self.step
                 timer.restart(self.step)
             reason = self.stop.wanted(self.world)
             if reason is not None and self.step < self.config.train.max_steps:
@@ -79,8 +80,7 @@ class Trainer:
             if self.config.checkpoint.every_steps and self._due(self.config.checkpoint.every_steps):
                 self.save()
                 timer.restart(self.step)
-        if last_evaluated != self.step:
-            self.evaluate()
+        self.evaluate()
         self.save()
         return EXIT_FINISHED
 
@@ -140,10 +140,13 @@ class Trainer:
         return False
 
     def evaluate(self) -> None:
+        if self.validated_step == self.step:
+            return
         point = refinement_point(self.config, self.step, NoiseSource(self.config.train.seed, self.step))
         row = validate(self.engine.module, self.validation_split, self.config, self.world, context_length=self.config.data.context_length,
                        batch_size=self.micro_batch, step_size_scale=point.step_size_scale)
         self.run.metrics({"step": self.step, "split": "validation", **row})
+        self.validated_step = self.step
         steps = " -> ".join(f"{loss:.4f}" for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]]) + row["loss_per_step"])
         self.run.say(f"validation at step {self.step}: {steps} nats/token (unigram entropy {row['unigram_entropy']:.4f})")
 

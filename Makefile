@@ -1,0 +1,34 @@
+# From nothing but python3, make and a package index:
+#   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
+#   make test         environment and every test that this machine can run
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUNS   ?= runs
+DATA   ?= data
+
+.PHONY: quickstart test soak clean
+.DEFAULT_GOAL := quickstart
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/python tools/quickstart.py --runs "$(RUNS)" --data "$(DATA)"
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest
+
+soak: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest -m "soak or not soak"
+
+$(VENV)/.installed: setup.py constraints.txt
+	@echo "ebwm_scale: installing PyTorch, DeepSpeed and the rest into $(VENV) (1 to 3 minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch numpy ninja
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
