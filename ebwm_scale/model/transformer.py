@@ -30,20 +30,32 @@ class Modulation(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Rotation of adjacent pairs by position (RoPE, arXiv 2104.09864): cosine and signed sine, each (S, d)."""
-    cosine: Tensor
-    sine: Tensor
+    """Rotation of adjacent pairs by position (RoPE, arXiv 2104.09864): a pair is a complex number, its rotation a factor; (S, d / 2)."""
+    factors: Tensor
 
     def rotate(self, x_BHSd: Tensor) -> Tensor:
-        swapped = x_BHSd.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return (x_BHSd * self.cosine + swapped * self.sine).to(x_BHSd.dtype)
+        return _Rotation.apply(x_BHSd, self.factors)
 
     def slice(self, start: int, count: int) -> "Rotary":
-        return Rotary(self.cosine[start:start + count], self.sine[start:start + count])
+        return Rotary(self.factors[start:start + count])
+
+
+class _Rotation(torch.autograd.Function):
+    """Linear, so that its derivative of any order is the rotation by the opposite angle, and nothing but the table is kept."""
+
+    @staticmethod
+    def forward(ctx, x_BHSd, factors):
+        ctx.factors = factors
+        wide = x_BHSd if x_BHSd.dtype in (torch.float32, torch.float64) else x_BHSd.float()
+        return torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * factors).flatten(-2).to(x_BHSd.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Rotation.apply(grad.contiguous() if grad.stride(-1) != 1 else grad, ctx.factors.conj()), None
 
 
 class RotaryTable(nn.Module):
-    """Rotary tables of positions 0 .. n - 1, computed in float64, kept per device in float64 or float32 (also for low precision)."""
+    """Factors of positions 0 .. n - 1, computed in float64, kept per device in double or single precision (also for low precision)."""
 
     def __init__(self, head_dimension: int, theta: float):
         super().__init__()
@@ -51,13 +63,13 @@ class RotaryTable(nn.Module):
         self._tables: dict[tuple, Rotary] = {}
 
     def forward(self, num_positions: int, like: Tensor) -> Rotary:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
         key = (dtype, like.device)
-        if key not in self._tables or len(self._tables[key].cosine) < num_positions:
+        if key not in self._tables or len(self._tables[key].factors) < num_positions:
             frequencies = self.theta ** (-torch.arange(0, self.head_dimension, 2, dtype=torch.float64) / self.head_dimension)
             angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
-            sine = torch.stack([-angles.sin(), angles.sin()], -1).flatten(-2)
-            self._tables[key] = Rotary(angles.cos().repeat_interleave(2, -1).to(like.device, dtype), sine.to(like.device, dtype))
+            factors = torch.polar(torch.ones_like(angles), angles)
+            self._tables[key] = Rotary(factors.to(like.device, dtype))
         return self._tables[key].slice(0, num_positions)
 
 
