@@ -56,6 +56,7 @@ class StateConfig:
     kind: Literal["vocabulary", "embedding"] = "vocabulary"
     dimension: int | None = None            # embedding: size of a frame embedding; vocabulary: must be absent
     tie_embedding: bool = False             # vocabulary: map states with the token embedding instead of an own matrix
+    map_scale: float = 1.0                  # vocabulary: constant factor on the map, so that the network sees the state (docs/recipes.md)
     initial: Literal["random_noise", "zeros", "most_recent"] = "random_noise"
 
 
@@ -78,7 +79,7 @@ class RefinementConfig:
     landscapes: Literal["one", "per_step"] = "per_step"  # what conditionings distinguish; `default` has one anyway
     graph: Literal["detach", "truncate", "full"] = "detach"
     loss: Literal["every", "last"] = "every"
-    update: Literal["probabilities", "logits"] = "probabilities"  # vocabulary states only
+    update: Literal["probabilities", "logits", "mirror"] = "probabilities"  # vocabulary states only: kernels/vocabulary.py
     noise: float = 0.0                      # Langevin: + noise * N(0, 1) before each step in training
     replay: bool = False                    # half of a batch restarts from stored final states
     replay_capacity: int = 256              # samples kept in all, over all ranks
@@ -220,7 +221,7 @@ def check(config: Config) -> list[str]:
 
     positive("model", num_layers=model.num_layers, width=model.width, num_heads=model.num_heads, num_kv_heads=model.num_kv_heads,
              feed_forward_width=model.feed_forward_width, vocabulary_size=model.vocabulary_size, norm_epsilon=model.norm_epsilon)
-    positive("state", dimension=state.dimension)
+    positive("state", dimension=state.dimension, map_scale=state.map_scale)
     positive("refinement", num_steps=refinement.num_steps, min_num_steps=refinement.min_num_steps, step_size=refinement.step_size,
              learning_rate_multiplier=refinement.learning_rate_multiplier, replay_capacity=refinement.replay_capacity)
     positive("data", context_length=config.data.context_length, window_shards=config.data.window_shards)
@@ -248,7 +249,8 @@ def check(config: Config) -> list[str]:
     require(model.num_heads % model.num_kv_heads == 0, f"model.num_kv_heads is {model.num_kv_heads}: must divide model.num_heads {model.num_heads}")
     if state.kind == "embedding":
         require(state.dimension is not None, "state.dimension is absent: state.kind embedding needs the size of a frame embedding, for example 768")
-        require(refinement.update == "probabilities", "refinement.update is logits: embedding states have one update, leave the key out")
+        require(refinement.update == "probabilities", f"refinement.update is {refinement.update}: embedding states have one update, leave the key out")
+        require(state.map_scale == 1, f"state.map_scale is {state.map_scale}: embedding states are mapped by their projection, leave the key out")
         require(not state.tie_embedding, "state.tie_embedding is true: only vocabulary states have a token embedding to tie to")
     else:
         require(state.dimension is None, f"state.dimension is {state.dimension}: a vocabulary state takes model.vocabulary_size; leave the key out")

@@ -5,6 +5,7 @@ state e = p W, and h = -alpha g, one refinement step and its cross-entropy again
 
     probabilities:  x' = p + W h                             descends dE/dp = W g: the softmaxed variable is the one that moves
     logits:         x' = x + p * (W h - p.W h)               descends dE/dx: through the softmax
+    mirror:         x' = x + W h                             p' ~ p exp(-alpha dE/dp): mirror descent on the simplex
     loss = mean over rows of  logsumexp(x') - x'_y           its gradient on x':  r = (p' - onehot(y)) / n,  p' = softmax(x')
 
 Everything here is for states that carry no gradient (refinement.graph detach and truncate); `vocabulary_descend_reference` is the step
@@ -40,7 +41,8 @@ def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *
     """One descent step and its loss: (x' (rows, V) without graph or None, mean cross-entropy, a scalar, or None without targets).
 
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
-    p (rows, V) alone, p is what moves; with x too, x is. With neither, x' = hidden @ weight.T: a model that predicts logits directly.
+    p (rows, V) alone, p is what moves; with x alone, x is; with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a
+    model that predicts logits directly.
     keep_state False: x' is not wanted and not stored. The loss is float32 or float64, with first-order gradients of weight and hidden,
     which exist once: a second backward through it raises.
     """
@@ -72,11 +74,11 @@ def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return probabilities, probabilities.to(weight.dtype) @ weight
 
 
-def vocabulary_descend_reference(weight: Tensor, hidden: Tensor, *, probabilities: Tensor, x: Tensor | None = None) -> Tensor:
+def vocabulary_descend_reference(weight: Tensor, hidden: Tensor, *, probabilities: Tensor | None = None, x: Tensor | None = None) -> Tensor:
     """x' of `vocabulary_descend` in plain differentiable operations."""
-    move = (hidden.to(weight.dtype) @ weight.T).to(probabilities.dtype)
-    if x is None:
-        return probabilities + move
+    move = (hidden.to(weight.dtype) @ weight.T).to(_state_dtype(weight))
+    if x is None or probabilities is None:
+        return (probabilities if x is None else x) + move
     return x + probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
 
 
@@ -108,8 +110,8 @@ class _Chunks:
 
     def move(self, weight: Tensor, hidden: Tensor, rows: slice, probabilities: Tensor | None, x: Tensor | None, out: Tensor) -> Tensor:
         """out = x' of the rows."""
-        if x is None:
-            return self.product(hidden, weight, rows, out, probabilities)
+        if x is None or probabilities is None:
+            return self.product(hidden, weight, rows, out, probabilities if x is None else x)
         p, slope = probabilities[rows], self.product(hidden, weight, rows, self.buffer("slope", rows))
         return torch.addcmul(x[rows], slope.sub_(torch.linalg.vecdot(p, slope)[:, None]), p, out=out)
 
@@ -209,7 +211,7 @@ class _DescendAndScore(torch.autograd.Function):
                 continue
             residual.scatter_add_(-1, score.target[rows, None], residual.new_full((), -1.0).expand(len(residual), 1))
             residual.mul_(score.share[rows, None])
-            if x is not None:                               # pull r back through p * (W h - p.W h), p fixed
+            if x is not None and probabilities is not None: # pull r back through p * (W h - p.W h), p fixed
                 p = probabilities[rows]
                 residual.sub_(torch.linalg.vecdot(p, residual)[:, None]).mul_(p)
             residual = residual.to(weight.dtype)

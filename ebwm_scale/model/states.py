@@ -21,7 +21,7 @@ from ebwm_kernels.vocabulary import (IGNORE, vocabulary_descend, vocabulary_desc
 
 
 class Entered(NamedTuple):
-    """A state inside a step. embedded (B, S, D); probabilities (B, S, V) of a vocabulary; x (B, S, size) if it is x that descends."""
+    """A state inside a step. embedded (B, S, D); then what descends: probabilities (B, S, V), x (B, S, size), or x through probabilities."""
     embedded: Tensor
     probabilities: Tensor | None = None
     x: Tensor | None = None
@@ -38,7 +38,7 @@ class Descended(NamedTuple):
 class VocabularyState:
     """V logits per position, embedded as softmax(x) @ weight; criterion: cross-entropy in nats."""
     weight: Tensor              # (V, D): an own matrix, or the token embedding's
-    update: str                 # "probabilities" or "logits"
+    update: str                 # "probabilities", "logits" or "mirror"
 
     @property
     def size(self) -> int:
@@ -47,14 +47,15 @@ class VocabularyState:
     def enter(self, x: Tensor) -> Entered:
         embed = vocabulary_embed_reference if x.requires_grad else vocabulary_embed
         probabilities, embedded = (u.unflatten(0, x.shape[:2]) for u in embed(x.flatten(0, 1), self.weight))
-        return Entered(embedded, probabilities, x if self.update == "logits" else None)
+        return Entered(embedded, None if self.update == "mirror" else probabilities, None if self.update == "probabilities" else x)
 
     def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
                 keep_state: bool = True, go_on: bool = False) -> Descended:
         """connected: the next state carries the graph of this step (refinement.graph full). go_on: another step follows, without noise."""
-        shape = entered.probabilities.shape
+        moving = entered.probabilities if entered.x is None else entered.x
+        shape = moving.shape
         p, x = (None if u is None else u.flatten(0, 1) for u in (entered.probabilities, entered.x))
-        hidden = (-step_size * gradient.to(p.dtype)).flatten(0, 1)
+        hidden = (-step_size * gradient.to(moving.dtype)).flatten(0, 1)
         flat_targets = None if targets is None else targets.flatten()
         if connected:
             state = vocabulary_descend_reference(self.weight, hidden, probabilities=p, x=x)

@@ -72,6 +72,8 @@ class WorldModel(nn.Module):
         if self.config.state.kind == "embedding":
             return EmbeddingState(self.frame_projection)
         weight = self.token_embedding.weight if self.config.state.tie_embedding else self.state_map
+        if self.config.state.map_scale != 1:
+            weight = weight * self.config.state.map_scale
         return VocabularyState(weight, self.config.refinement.update)
 
     def embed_observed(self, observed: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The chunked vocabulary step equals the materialised one: value and first-order gradients, both updates, any number of chunks."""
+"""The chunked vocabulary step equals the materialised one: value and first-order gradients, every update, any number of chunks."""
 import pytest
 import torch
 from torch.nn import functional as F
@@ -24,8 +24,13 @@ def problem(dtype=torch.float64):
     return x, x.softmax(-1), weight, hidden, targets, draw
 
 
+def moving(x, p, update):
+    """What descends, by update."""
+    return {"probabilities": {"probabilities": p}, "logits": {"probabilities": p, "x": x}, "mirror": {"x": x}}[update]
+
+
 def reference_loss(x, weight, hidden, targets, update):
-    state = vocabulary_descend_reference(weight, hidden, probabilities=x.softmax(-1), x=x if update == "logits" else None)
+    state = vocabulary_descend_reference(weight, hidden, **moving(x, x.softmax(-1), update))
     return F.cross_entropy(state, targets, ignore_index=IGNORE), state.detach()
 
 
@@ -33,11 +38,11 @@ def assert_close(ours, plain):
     torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("update", ["probabilities", "logits"])
+@pytest.mark.parametrize("update", ["probabilities", "logits", "mirror"])
 @pytest.mark.parametrize("keep_state", [False, True])
 def test_descend_and_score_equal_plain_autograd(chunk_rows, update, keep_state):
     x, p, weight, hidden, targets, _ = problem()
-    state, loss = vocabulary_descend(weight, hidden, targets, probabilities=p, x=x if update == "logits" else None, keep_state=keep_state)
+    state, loss = vocabulary_descend(weight, hidden, targets, **moving(x, p, update), keep_state=keep_state)
     plain_loss, plain = reference_loss(x, weight, hidden, targets, update)
     assert_close(loss, plain_loss)
     assert_close(torch.autograd.grad(3 * loss, [weight, hidden]), torch.autograd.grad(3 * plain_loss, [weight, hidden]))
