@@ -18,6 +18,9 @@ elementwise):
     Z    = P ((Sdot - mu) (dP - D) - phi)     z* = p* ((sd* - mu) (dp* - D) + G.C* - phi)
     gq   = s (Z K + z* k* + ds* B*)   gk* = s (z* q + ds* A)   gv* = p* (sd* - mu) G
     gK   = s (Z' q + dS' A)           gV  = (P (Sdot - mu))' G
+
+Inside, tensors are (N, group, S, d) and (N, C, d) with N = B * H_kv: heads that share keys are rows of one product. What is S x C is touched
+as few times as possible and in place; scales go to what is S x d.
 """
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from torch import Tensor
 from .contract import is_inner_gradient, refuse_graph
 
 BACKENDS = ("auto", "reference")
-ROWS = 128          # query rows of a block: a block of scores stays in a CPU's cache, and later blocks skip no more than half a block
+ROWS = 64           # query rows of a block: a block of scores stays in a CPU's cache, and few of its columns are in the future
 
 
 def energy_attention(q: Tensor, k_self: Tensor, v_self: Tensor, k_context: Tensor, v_context: Tensor, *,
@@ -42,7 +45,9 @@ def energy_attention(q: Tensor, k_self: Tensor, v_self: Tensor, k_context: Tenso
     Raises ValueError for shapes, dtypes or a backend that do not fit.
     """
     _check(q, k_self, v_self, k_context, v_context, context_offset, backend)
-    return _Attention.apply(q, k_self, v_self, k_context, v_context, q.shape[-1] ** -0.5 if scale is None else scale, context_offset)
+    own = (u.reshape(-1, q.shape[1] // k_context.shape[1], *q.shape[2:]) for u in (q, k_self, v_self))
+    context = (u.reshape(-1, *u.shape[2:]) for u in (k_context, v_context))
+    return _Attention.apply(*own, *context, q.shape[-1] ** -0.5 if scale is None else scale, context_offset).view(q.shape)
 
 
 def energy_attention_definition(q: Tensor, k_self: Tensor, v_self: Tensor, k_context: Tensor, v_context: Tensor, *,
@@ -60,16 +65,16 @@ def energy_attention_definition(q: Tensor, k_self: Tensor, v_self: Tensor, k_con
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k_self, v_self, k_context, v_context, scale, offset):
-        out, log_normalizer = torch.empty_like(v_self), q.new_empty(q.shape[:-1], dtype=_wide(q.dtype))
+        out, log_normalizer = torch.empty_like(v_self), q.new_empty((*q.shape[:-1], 1), dtype=_wide(q.dtype))
+        own = _dot(q, k_self).mul_(scale)
         for block in _blocks(q, k_context, scale, offset):
-            own = scale * _dot(block.rows(q), block.rows(k_self))
-            scores = block.scores(q)
-            row_max = torch.maximum(scores.amax(-1, keepdim=True), own) if block.seen else own
-            weights, own_weight = (scores - row_max).exp_(), (own - row_max).exp_()
-            total = weights.sum(-1, keepdim=True) + own_weight
-            mixed = weights.to(q.dtype) @ block.keys(v_context) + own_weight * block.rows(v_self)
-            block.write(out, mixed / total)
-            block.write(log_normalizer.unsqueeze(-1), row_max + total.log())
+            own_score, weights = block.rows(own), block.scores(q, k_context)
+            row_max = torch.maximum(weights.amax(-1, keepdim=True), own_score) if block.seen else own_score
+            weights, own_weight = weights.sub_(row_max).exp_(), (own_score - row_max).exp_()
+            total = weights.sum(-1, keepdim=True).add_(own_weight)
+            mixed = torch.addcmul(_widen(weights.to(q.dtype) @ block.keys(v_context)), _widen(block.rows(v_self)), own_weight)
+            block.write(out, mixed.div_(total))
+            block.write(log_normalizer, total.log_().add_(row_max))
         ctx.save_for_backward(q, k_self, v_self, k_context, v_context, out, log_normalizer)
         ctx.scale, ctx.offset = scale, offset
         return out
@@ -104,96 +109,116 @@ class _InnerGradient(torch.autograd.Function):
 
 def _first_order(grad, q, k_self, v_self, k_context, v_context, out, log_normalizer, scale, offset, *, with_context: bool):
     """(dq, dk*, dv*, dK or None, dV or None)."""
-    dq, dk_self, dv_self = torch.empty_like(q), torch.empty_like(q), torch.empty_like(v_self)
+    grad = grad.contiguous()
+    dq = torch.empty(q.shape, dtype=_wide(q.dtype), device=q.device)
     dk, dv = (torch.zeros(u.shape, dtype=_wide(u.dtype), device=u.device) if with_context else None for u in (k_context, v_context))
+    D = _dot(grad, out)
+    own_weight = _dot(q, k_self).mul_(scale).sub_(log_normalizer).exp_()
+    own_slope = _dot(grad, v_self).sub_(D).mul_(own_weight).mul_(scale)
     for block in _blocks(q, k_context, scale, offset):
-        Q, G, own_key, own_value = (block.rows(u) for u in (q, grad, k_self, v_self))
-        L, D = block.rows(log_normalizer.unsqueeze(-1)), _dot(G, block.rows(out))
-        own_weight = (scale * _dot(Q, own_key) - L).exp_()
-        own_slope = own_weight * (_dot(G, own_value) - D)
-        P = (block.scores(q) - L).exp_()
-        dS = ((G @ block.keys(v_context).transpose(-1, -2)).to(P.dtype) - D).mul_(P).to(q.dtype)
-        block.write(dq, scale * (dS @ block.keys(k_context) + own_slope * own_key))
-        block.write(dk_self, scale * own_slope * Q)
-        block.write(dv_self, own_weight * G)
+        Q, G = block.rows(q), block.rows(grad)
+        P = block.weights(q, k_context, log_normalizer)
+        dS = _widen(G @ block.keys(v_context).mT).sub_(block.rows(D)).mul_(P).to(q.dtype)
+        block.write(dq, dS @ block.keys(k_context), scale)
         if with_context:
-            block.keys(dk).add_(dS.transpose(-1, -2) @ Q, alpha=scale)
-            block.keys(dv).add_(P.to(q.dtype).transpose(-1, -2) @ G)
-    return dq, dk_self, dv_self, *(None if u is None else u.to(q.dtype) for u in (dk, dv))
+            block.keys(dk).add_(dS.mT @ Q, alpha=scale)
+            block.keys(dv).add_(P.to(q.dtype).mT @ G)
+    dq.addcmul_(_widen(k_self), own_slope)
+    return tuple(None if u is None else u.to(q.dtype) for u in (dq, own_slope * q, own_weight * grad, dk, dv))
 
 
 def _second_order(a, b_self, c_self, grad, q, k_self, v_self, k_context, v_context, out, log_normalizer, scale, offset):
-    """Gradients of <a, dq> + <b*, dk*> + <c*, dv*> with respect to (G, q, k*, v*, K, V)."""
-    g_grad, g_q, g_k_self, g_v_self = (torch.empty_like(u) for u in (grad, q, k_self, v_self))
-    g_k, g_v = (torch.zeros(u.shape, dtype=_wide(u.dtype), device=u.device) for u in (k_context, v_context))
+    """Gradients of <a, dq> + <b*, dk*> + <c*, dv*> with respect to (G, q, k*, v*, K, V). Sdot, mu, Z here are those above over s."""
+    a, b_self, c_self, grad = (u.contiguous() for u in (a, b_self, c_self, grad))
+    wide = {"dtype": _wide(q.dtype), "device": q.device}
+    g_grad, g_q = torch.empty(q.shape, **wide), torch.empty(q.shape, **wide)
+    own_centred, own_Z = torch.empty_like(log_normalizer), torch.empty_like(log_normalizer)
+    g_k, g_v = torch.zeros(k_context.shape, **wide), torch.zeros(v_context.shape, **wide)
+    D = _dot(grad, out)
+    own_weight = _dot(q, k_self).mul_(scale).sub_(log_normalizer).exp_()
+    own_tangent = _dot(a, k_self).add_(_dot(q, b_self))                                 # sd*
+    own_slope = _dot(grad, v_self).sub_(D)                                              # dp* - D
+    grad_c = _dot(grad, c_self)
     for block in _blocks(q, k_context, scale, offset):
-        Q, G, A, B, C, O, own_key, own_value = (block.rows(u) for u in (q, grad, a, b_self, c_self, out, k_self, v_self))
+        Q, G, A = (block.rows(u) for u in (q, grad, a))
         K, V = block.keys(k_context), block.keys(v_context)
-        L, D = block.rows(log_normalizer.unsqueeze(-1)), _dot(G, O)
-        own_weight = (scale * _dot(Q, own_key) - L).exp_()
-        own_tangent = scale * (_dot(A, own_key) + _dot(Q, B))
-        own_slope = _dot(G, own_value) - D
-        P = (block.scores(q) - L).exp_()
-        tangent = (A @ K.transpose(-1, -2)).to(P.dtype).mul_(scale)                     # Sdot
-        mu = (P * tangent).sum(-1, keepdim=True) + own_weight * own_tangent
-        centred, own_centred = tangent.sub_(mu).mul_(P), own_weight * (own_tangent - mu)       # P (Sdot - mu)
+        weight, tangent = block.rows(own_weight), block.rows(own_tangent)
+        P = block.weights(q, k_context, log_normalizer)
+        centred = _widen(A @ K.mT).mul_(P)
+        mu = torch.addcmul(centred.sum(-1, keepdim=True), weight, tangent)
+        centred.addcmul_(P, mu, value=-1)                                               # P (Sdot - mu)
+        centred_own = tangent.sub(mu).mul_(weight)
         # (P Sdot) V + p* sd* v* - mu O, with sum P = 1: the centred weights already hold the -mu O
-        moved = centred.to(q.dtype) @ V + own_centred * own_value + own_weight * C
+        moved = _widen(centred.to(q.dtype) @ V).addcmul_(_widen(block.rows(v_self)), centred_own)
+        moved = moved.mul_(scale).addcmul_(_widen(block.rows(c_self)), weight)
         phi = _dot(G, moved)
-        slope = (G @ V.transpose(-1, -2)).to(P.dtype) - D                               # dP - D
-        Z = (centred * slope).addcmul_(P, phi, value=-1).to(q.dtype)
-        own_Z = own_centred * own_slope + own_weight * (_dot(G, C) - phi)
-        dS, own_dS = slope.mul_(P).to(q.dtype), own_weight * own_slope
+        slope = _widen(G @ V.mT).sub_(block.rows(D))                                    # dP - D
+        dS = (slope * P).to(q.dtype)
+        Z = slope.mul_(centred).addcmul_(P, phi / -scale).to(q.dtype)
         block.write(g_grad, moved)
-        block.write(g_q, scale * (Z @ K + own_Z * own_key + own_dS * B))
-        block.write(g_k_self, scale * (own_Z * Q + own_dS * A))
-        block.write(g_v_self, own_centred * G)
-        block.keys(g_k).add_(Z.transpose(-1, -2) @ Q + dS.transpose(-1, -2) @ A, alpha=scale)
-        block.keys(g_v).add_(centred.to(q.dtype).transpose(-1, -2) @ G)
-    return g_grad, g_q, g_k_self, g_v_self, g_k.to(q.dtype), g_v.to(q.dtype)
+        block.write(g_q, Z @ K, scale**2)
+        block.write(own_centred, centred_own, scale)
+        block.write(own_Z, (block.rows(grad_c) - phi).mul_(weight).add_(centred_own * block.rows(own_slope), alpha=scale))
+        block.keys(g_k).add_(torch.baddbmm(Z.mT @ Q, dS.mT, A, beta=scale), alpha=scale)
+        block.keys(g_v).add_(centred.to(q.dtype).mT @ G, alpha=scale)
+    own_Z.mul_(scale)
+    own_dS = own_slope.mul_(own_weight).mul_(scale)
+    g_q.addcmul_(_widen(k_self), own_Z).addcmul_(_widen(b_self), own_dS)
+    g_k_self = torch.addcmul(own_Z * q, _widen(a), own_dS)
+    return tuple(u.to(q.dtype) for u in (g_grad, g_q, g_k_self, own_centred * grad, g_k, g_v))
 
 
 class _Block:
     """Query rows first .. last - 1 of every head, and the context keys the last of them sees; heads of a group share one product."""
 
-    def __init__(self, first: int, last: int, seen: int, q: Tensor, k_context: Tensor, scale: float, offset: int):
+    def __init__(self, first: int, last: int, seen: int, scale: float, offset: int):
         self.first, self.last, self.seen, self.scale, self.offset = first, last, seen, scale, offset
-        self.k_context, self.groups = k_context, q.shape[1] // k_context.shape[1]
 
     def rows(self, x: Tensor) -> Tensor:
-        """(B, H, S, n) -> (B, H_kv, group * rows, n)."""
-        x = x[:, :, self.first:self.last]
-        return x if self.groups == 1 else x.unflatten(1, (-1, self.groups)).flatten(2, 3)
+        """(N, group, S, n) -> (N, group * rows, n)."""
+        return x[:, :, self.first:self.last].flatten(1, 2)
 
-    def write(self, x: Tensor, rows: Tensor) -> None:
-        """The inverse: put (B, H_kv, group * rows, n) where they belong."""
-        if self.groups > 1:
-            rows = rows.unflatten(2, (self.groups, -1)).flatten(1, 2)
-        x[:, :, self.first:self.last] = rows
+    def write(self, x: Tensor, rows: Tensor, factor: float = 1.0) -> None:
+        """The inverse: put factor * (N, group * rows, n) where they belong."""
+        place = x[:, :, self.first:self.last]
+        rows = rows.view(place.shape)
+        place.copy_(rows) if factor == 1 else torch.mul(_widen(rows), factor, out=place)
 
     def keys(self, x: Tensor) -> Tensor:
-        """The context rows that are seen, (B, H_kv, seen, d)."""
-        return x[:, :, :self.seen]
+        """The context rows that are seen, (N, seen, d)."""
+        return x[:, :self.seen]
 
-    def scores(self, q: Tensor) -> Tensor:
-        """scale * q K' (B, H_kv, group * rows, seen), -inf where the future is."""
-        scores = (self.rows(q) @ self.keys(self.k_context).transpose(-1, -2)).to(_wide(q.dtype)).mul_(self.scale)
-        if self.seen > self.first + self.offset + 1:
-            last_seen = torch.arange(self.first, self.last, device=q.device)[:, None] + self.offset
-            future = torch.arange(self.seen, device=q.device) > last_seen
-            scores.unflatten(2, (self.groups, -1)).masked_fill_(future, float("-inf"))
+    def scores(self, q: Tensor, k_context: Tensor) -> Tensor:
+        """scale * q K' (N, group * rows, seen), -inf where the future is."""
+        return self._mask(_widen(self.rows(q) @ self.keys(k_context).mT).mul_(self.scale), q.shape[1])
+
+    def weights(self, q: Tensor, k_context: Tensor, log_normalizer: Tensor) -> Tensor:
+        """P (N, group * rows, seen) = exp(scale * q K' - L), 0 where the future is."""
+        scores = _widen(self.rows(q) @ self.keys(k_context).mT)
+        return self._mask(torch.add(-self.rows(log_normalizer), scores, alpha=self.scale, out=scores), q.shape[1]).exp_()
+
+    def _mask(self, scores: Tensor, num_groups: int) -> Tensor:
+        """scores (N, group * rows, seen) with -inf where the future is."""
+        known = self.first + self.offset + 1                # these columns every row sees
+        if self.seen > known:
+            future = torch.ones(self.last - self.first, self.seen - known, dtype=torch.bool, device=scores.device).triu()
+            scores.unflatten(1, (num_groups, -1))[..., known:].masked_fill_(future, float("-inf"))
         return scores
 
 
 def _blocks(q: Tensor, k_context: Tensor, scale: float, offset: int):
     for first in range(0, q.shape[2], ROWS):
         last = min(first + ROWS, q.shape[2])
-        yield _Block(first, last, min(k_context.shape[2], last + offset), q, k_context, scale, offset)
+        yield _Block(first, last, min(k_context.shape[1], last + offset), scale, offset)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Row-wise inner product (..., 1), in the precision of statistics."""
     return (x * y).sum(-1, keepdim=True, dtype=_wide(x.dtype))
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(_wide(x.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

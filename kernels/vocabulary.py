@@ -131,6 +131,7 @@ def _descend(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Te
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
+        ctx.set_materialize_grads(False)        # p has none, and zeros in its place would be (rows, V)
         p, embedded = torch.empty_like(x), weight.new_empty(x.shape[0], weight.shape[1])
         for rows in _Chunks(*x.shape, x.dtype, x.device):
             torch.mm(torch.softmax(x[rows], -1, out=p[rows]).to(weight.dtype), weight, out=embedded[rows])
@@ -142,7 +143,7 @@ class _Embed(torch.autograd.Function):
     def backward(ctx, _, grad):
         refuse_graph("vocabulary_embed", "second")
         p, = ctx.saved_tensors
-        return None, _transposed_product(p, grad) if ctx.needs_input_grad[1] else None
+        return None, None if grad is None else _transposed_product(p, grad)
 
 
 class _Step(torch.autograd.Function):
@@ -198,6 +199,7 @@ class _Step(torch.autograd.Function):
 class _DescendAndScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, hidden, targets, probabilities, x, keep_state, wanted):
+        ctx.set_materialize_grads(False)
         chunks = _Chunks(len(hidden), len(weight), _state_dtype(weight), weight.device)
         score = _Score(targets, chunks.dtype)
         state = torch.empty(len(hidden) if keep_state else 0, len(weight), dtype=chunks.dtype, device=chunks.device)
