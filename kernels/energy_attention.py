@@ -102,9 +102,9 @@ class _InnerGradient(torch.autograd.Function):
         refuse_graph("energy_attention")
         if a is None and b_self is None and c_self is None:
             return (None,) * 10
-        q = ctx.saved_tensors[1]
-        a, b_self, c_self = (torch.zeros_like(q) if u is None else u for u in (a, b_self, c_self))
-        return *_second_order(a, b_self, c_self, *ctx.saved_tensors, ctx.scale, ctx.offset), None, None, None, None
+        saved = ctx.saved_tensors           # read once: a checkpoint recomputes for each reading
+        a, b_self, c_self = (torch.zeros_like(saved[1]) if u is None else u for u in (a, b_self, c_self))
+        return *_second_order(a, b_self, c_self, *saved, ctx.scale, ctx.offset), None, None, None, None
 
 
 def _first_order(grad, q, k_self, v_self, k_context, v_context, out, log_normalizer, scale, offset, *, with_context: bool):

@@ -1,0 +1,203 @@
+"""Every combination of the refinement's choices is the papers' algorithm, to second order, in float64; evaluation is cheap and leaves no trace.
+
+The reference below is written for reading: materialised softmax, plain autograd through the state itself, detaching by hand; the network's
+fused operations are replaced by their definitions. (The network's structure is held against the released code's numbers in test_parity.py.)
+"""
+import contextlib
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ebwm_scale.refinement as refinement_module
+from ebwm_kernels.energy_attention import energy_attention_definition
+from ebwm_kernels.pointwise import rms_norm_reference, swiglu_reference
+from ebwm_scale.config import config_from_dict
+from ebwm_scale.draws import SampledDraws
+from ebwm_scale.model import transformer
+from ebwm_scale.model.world_model import WorldModel
+from ebwm_scale.noise import NoiseSource
+
+V, B, S = 13, 3, 5
+CONDITIONINGS = ("default", "time_embed", "adaln", "adaln_zero", "predicted_only")
+
+
+def build(*, kind="vocabulary", model=None, state=None, refinement=None):
+    state = {"kind": kind, **({"dimension": 7} if kind == "embedding" else {}), **(state or {})}
+    config = config_from_dict({
+        "model": {"num_layers": 2, "width": 16, "num_heads": 4, **({"vocabulary_size": V} if kind == "vocabulary" else {}), **(model or {})},
+        "state": state, "refinement": {"num_steps": 2, "step_size": 3.0, **(refinement or {})}})
+    torch.manual_seed(1)
+    world_model = WorldModel(config).double()
+    for parameter in world_model.parameters():          # zero-initialised parts must not hide a missing path
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(2)
+    if kind == "vocabulary":
+        tokens = torch.randint(V, (B, S + 1), generator=generator)
+        return world_model, tokens[:, :-1], tokens[:, 1:]
+    frames = torch.randn(B, S + 1, 7, generator=generator, dtype=torch.float64)
+    return world_model, frames[:, :-1], frames[:, 1:]
+
+
+@contextlib.contextmanager
+def plain_operations():
+    with mock.patch.object(transformer, "energy_attention", lambda *a, backend, **o: energy_attention_definition(*a, **o)), \
+            mock.patch.object(transformer, "rms_norm", rms_norm_reference), mock.patch.object(transformer, "swiglu", swiglu_reference):
+        yield
+
+
+def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
+    """The papers' algorithm by hand; all draws from the same addresses."""
+    rules, kind = model.config.refinement, model.config.state.kind
+    size = V if kind == "vocabulary" else 7
+    draws = SampledDraws(source, rules, sample_ids, (B, S, size), kind=model.config.state.initial, dtype=torch.float64,
+                         start=observed if kind == "embedding" else None)
+    alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
+    embedded_observed = model.embed_observed(observed)
+    x, losses = draws.initial(), []
+    for i, landscape in enumerate(model.landscapes(num_steps)):
+        last = i == num_steps - 1
+        if rules.graph != "full":
+            x = x.detach()
+        noise = draws.langevin(i)
+        x = x if noise is None else x + noise
+        if not x.requires_grad:
+            x = x.requires_grad_()
+        if kind == "vocabulary":
+            weight = (model.token_embedding.weight if model.config.state.tie_embedding else model.state_map) * model.config.state.map_scale
+            moving = p = x.softmax(-1)
+            candidate = p @ weight
+        else:
+            moving, candidate = x, F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
+        if model.config.model.predicted_input == "anchored":
+            candidate = candidate + embedded_observed
+        energy = model.network.energy(candidate, model.network.encode(embedded_observed, landscape), landscape)
+        by = x if kind == "vocabulary" and rules.update == "logits" else moving
+        gradient, = torch.autograd.grad(energy.sum(), by, create_graph=True)
+        if rules.graph == "truncate" and not last:
+            gradient = gradient.detach()
+        start = moving if rules.update == "probabilities" else x
+        if rules.graph != "full":
+            start = start.detach()
+        step = alpha.detach() if rules.graph == "truncate" and not last else alpha
+        x = start - step * gradient
+        losses.append(F.cross_entropy(x.flatten(0, 1), targets.flatten()) if kind == "vocabulary" else F.smooth_l1_loss(x, targets))
+        if rules.graph == "truncate" and not last:
+            losses[-1] = losses[-1].detach()
+    return losses[-1] if rules.loss == "last" else torch.stack(losses).mean()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def compare(model, observed, targets, *, num_steps=2):
+    sample_ids, source = torch.tensor([4, 9, 2]), NoiseSource(5, 6)
+    model.train()
+    ours = model(observed, targets, sample_ids=sample_ids, source=source, num_steps=num_steps).loss
+    ours_gradients = gradients(model, ours)
+    with plain_operations():
+        reference = reference_loss(model, observed, targets, num_steps=num_steps, source=source, sample_ids=sample_ids)
+        reference_gradients = gradients(model, reference)
+    torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-13)
+    largest = max(g.abs().max() for g in reference_gradients.values() if g is not None)
+    for name, expected in reference_gradients.items():
+        actual = ours_gradients[name]
+        if expected is None or actual is None:          # autograd says None or zeros for what cannot matter
+            assert all(g is None or g.abs().max() <= 1e-14 * largest for g in (expected, actual)), name
+            continue
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=float(1e-12 * largest), msg=lambda m: f"{name}: {m}")
+    return ours.item()
+
+
+@pytest.mark.parametrize("graph, loss, update", itertools.product(("detach", "truncate", "full"), ("every", "last"), ("probabilities", "logits", "mirror")))
+@pytest.mark.parametrize("predicted_input", ["state", "anchored"])
+def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update, predicted_input):
+    for conditioning in CONDITIONINGS:
+        compare(*build(model={"conditioning": conditioning, "predicted_input": predicted_input}, refinement={"graph": graph, "loss": loss, "update": update}))
+
+
+@pytest.mark.parametrize("graph, loss", itertools.product(("detach", "truncate", "full"), ("every", "last")))
+@pytest.mark.parametrize("name, options", {
+    "grouped_heads": {"model": {"num_kv_heads": 2}}, "one_key_head": {"model": {"num_kv_heads": 1}}, "tied": {"state": {"tie_embedding": True}},
+    "scaled_map": {"state": {"map_scale": 7.0}}, "zeros": {"state": {"initial": "zeros"}}, "wide": {"model": {"feed_forward_width": 24}},
+    "randomised": {"refinement": {"step_size_random_factor": 2.0, "noise": 0.7, "num_steps": 3}},
+    "three_steps_one_landscape": {"model": {"conditioning": "time_embed"}, "refinement": {"num_steps": 3, "landscapes": "one"}},
+    "checkpoint_step": {"refinement": {"checkpoint": "step"}}, "checkpoint_block": {"refinement": {"checkpoint": "block"}},
+    "frames": {"kind": "embedding"}, "frames_from_the_last": {"kind": "embedding", "state": {"initial": "most_recent"}},
+    "frames_randomised": {"kind": "embedding", "model": {"conditioning": "adaln"}, "refinement": {"step_size_random_factor": 2.0, "noise": 0.1}},
+}.items(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_option_is_exact(graph, loss, name, options):
+    options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph, "loss": loss}}
+    compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
+def test_the_choices_differ_so_the_comparison_means_something():
+    losses = {graph: gradients(model, model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(0, 0)).loss)["network.head.weight"]
+              for graph in ("detach", "truncate", "full") for model, observed, targets in [build(refinement={"graph": graph, "loss": "every"})]}
+    assert not torch.allclose(losses["detach"], losses["full"]) and not torch.allclose(losses["detach"], losses["truncate"])
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "step"])
+def test_the_comparison_notices_an_inner_gradient_without_graph(monkeypatch, checkpoint):
+    """Breaks the mechanism on purpose: the loss stays right, the parameter gradients do not."""
+    right = refinement_module.energy_and_gradient
+
+    def broken(*arguments, **options):
+        energy, gradient = right(*arguments, **options)
+        return energy, gradient.detach() + 0 * energy.sum()
+
+    monkeypatch.setattr(refinement_module, "energy_and_gradient", broken)
+    with pytest.raises(AssertionError):
+        compare(*build(refinement={"checkpoint": checkpoint}))
+
+
+@pytest.mark.parametrize("kind", ["vocabulary", "embedding"])
+def test_evaluation_builds_no_second_order_graph_and_touches_no_random_state(kind):
+    model, observed, targets = build(kind=kind, refinement={"step_size_random_factor": 2.0, "noise": 0.5, "num_steps": 3})
+    plain, _, _ = build(kind=kind, refinement={"num_steps": 3})
+    state = torch.get_rng_state()
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2)}
+    with mock.patch("torch.autograd.grad", side_effect=torch.autograd.grad) as inner:
+        evaluated = model.eval()(observed, targets, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(not call.kwargs.get("create_graph") for call in inner.call_args_list) and inner.call_count == 3
+    assert not evaluated.loss.requires_grad and evaluated.initial_loss is not None
+    trained = plain.train()(observed, targets, **options)
+    torch.testing.assert_close(evaluated.loss_per_step, trained.loss_per_step)      # the same draws, without the randomness of training
+    torch.testing.assert_close(model.eval()(observed, targets, **options).loss_per_step, evaluated.loss_per_step, rtol=0, atol=0)
+
+
+def test_the_observed_stream_is_encoded_once_where_landscapes_share_it():
+    for conditioning, landscapes, expected in (("default", "per_step", 1), ("predicted_only", "per_step", 1), ("time_embed", "per_step", 3), ("time_embed", "one", 1)):
+        model, observed, targets = build(model={"conditioning": conditioning}, refinement={"num_steps": 3, "landscapes": landscapes})
+        with mock.patch.object(model.network, "encode", side_effect=model.network.encode) as encode:
+            model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(0, 0))
+        assert encode.call_count == expected, conditioning
+
+
+def test_results_do_not_depend_on_how_a_batch_is_cut():
+    model, observed, targets = build(refinement={"step_size_random_factor": 2.0, "noise": 0.5})
+    options = {"source": NoiseSource(1, 2)}
+    whole = model(observed, targets, sample_ids=torch.tensor([7, 8, 9]), **options).loss
+    parts = [model(observed[i:i + 1], targets[i:i + 1], sample_ids=torch.tensor([7 + i]), **options).loss for i in range(B)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
+
+
+def test_the_baseline_is_an_ordinary_decoder():
+    for kind in ("vocabulary", "embedding"):
+        model, observed, targets = build(kind=kind, model={"kind": "baseline"})
+        loss = model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(0, 0)).loss
+        with plain_operations():
+            prediction = model.output(model.network(model.embed_observed(observed)))
+            plain = F.cross_entropy(prediction.flatten(0, 1), targets.flatten()) if kind == "vocabulary" else F.smooth_l1_loss(prediction.float(), targets.float())
+        torch.testing.assert_close(loss, plain, rtol=1e-6 if kind == "embedding" else 1e-12, atol=1e-8)
+        later = observed.clone()
+        later[:, -1] = later[:, 0]
+        hidden = [model.network(model.embed_observed(x))[:, :-1] for x in (observed, later)]
+        torch.testing.assert_close(*hidden)             # causal: the last token changes nothing before it
