@@ -210,8 +210,9 @@ BLOCK_CHECKPOINT_D, BLOCK_CHECKPOINT_F = 14, 5      # the inner gradient keeps w
 OBSERVED_ADALN_D, PREDICTED_ADALN_D = 5, 8  # a modulated norm keeps its input, a gate what it gates; and their cotangents
 OUTSIDE_D = 6                               # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 ATTENTION_BLOCKS = 6                        # score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
-CHUNK_BUFFERS = {"probabilities": 2, "logits": 3, "baseline": 2}    # buffers of kernels/vocabulary.py
-FULL_STATES, FULL_TRANSIENT = {"probabilities": 1, "logits": 3}, 2  # (R, V) tensors of plain autograd (graph full): per step, and once
+CHUNK_BUFFERS = {"probabilities": 2, "mirror": 2, "logits": 3, "baseline": 2}     # buffers of kernels/vocabulary.py
+FULL_STATES = {"probabilities": 1, "mirror": 1, "logits": 3}        # (R, V) tensors of plain autograd (graph full): per step,
+FULL_TRANSIENT = 2                          # and once
 FRAME_STATES = 4                            # per step: state, slope, alpha * slope, difference to the target
 
 
@@ -253,16 +254,17 @@ def memory_estimate(config: Config, *, world_size: int, micro_batch: int) -> dic
         chunk = min(state, CHUNK_BYTES)
         buffers = CHUNK_BUFFERS["baseline" if baseline else config.refinement.update] + half      # in half precision two more, half as wide
         update = config.refinement.update
-        # The last loss comes with W's gradient, which waits for the backward (without vocabulary_step: every loss); one more arises there.
+        # The last loss comes with W's gradient, which waits for the backward (without vocabulary_step: every loss).
         shared_products = baseline or (update == "probabilities" and config.refinement.noise == 0)
-        waiting = (1 if shared_products else z.graph_steps) * element * V * D + 4 * V * D
+        waiting = ((1 if shared_products else z.graph_steps) + (config.state.map_scale != 1)) * element * V * D
+        workspace += 4 * V * D      # W's gradient of one step
         if baseline:
-            parts["vocabulary"], workspace = waiting, buffers * chunk
+            parts["vocabulary"], workspace = waiting, max(workspace, buffers * chunk)
         elif config.refinement.graph == "full":
             scores = z.steps if config.refinement.loss == "every" else 1
-            parts["vocabulary"] = state * (FULL_STATES[update] * z.steps + scores + FULL_TRANSIENT) + 4 * V * D
+            parts["vocabulary"] = state * (FULL_STATES[update] * z.steps + scores + FULL_TRANSIENT)
         else:       # a state lives until the backward of its step, or (no graph) until the next one is there
-            states = max(z.graph_steps, min(z.steps, 2)) + (update == "logits")
+            states = max(z.graph_steps, min(z.steps, 2)) + (update != "probabilities")
             parts["vocabulary"] = state * states + waiting
             workspace = max(workspace, buffers * chunk)
     else:
