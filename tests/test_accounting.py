@@ -162,6 +162,7 @@ MEMORY_CASES = {
     "text, full": {"refinement": {"graph": "full"}},
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},
     "baseline": {"model": {"kind": "baseline"}},
+    "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
 }
 
 
