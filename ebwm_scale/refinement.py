@@ -70,7 +70,8 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
     step_size = world_model.step_size.squeeze(0).clamp(min=MIN_STEP_SIZE) * draws.step_size_factor()
 
     def has_graph(i: int) -> bool:
-        return training and i < num_steps and (rules.graph == "full" or i == num_steps - 1 or (rules.graph == "detach" and rules.loss == "every"))
+        every = rules.graph == "full" or (rules.graph == "detach" and rules.loss == "every")
+        return training and (every or i == num_steps - 1) and i < num_steps
 
     def context_of(landscape: int) -> int:
         return 0 if network.shares_context else landscape
@@ -94,7 +95,8 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
         energy, gradient = energy_and_gradient(network, embedded, contexts[key], landscape, create_graph=has_graph(i), mode=rules.checkpoint)
         with torch.set_grad_enabled(has_graph(i) or has_graph(i + 1)):
             alpha = step_size if has_graph(i) else step_size.detach()
-            x, entered, loss = state.descend(entered, gradient, alpha, targets, connected=has_graph(i) and rules.graph == "full", go_on=not last,
+            connected = has_graph(i) and rules.graph == "full"
+            x, entered, loss = state.descend(entered, gradient, alpha, targets, connected=connected, go_on=not last,
                                              keep_state=record is not None or (keep_state if last else rules.noise > 0))
         losses.append(loss if has_graph(i) or loss is None else loss.detach())
         energies.append(energy.detach().mean())

@@ -6,4 +6,5 @@ from .energy_attention import energy_attention
 from .pointwise import rms_norm, swiglu
 from .vocabulary import vocabulary_cross_entropy, vocabulary_descend, vocabulary_embed, vocabulary_step
 
-__all__ = ["energy_attention", "rms_norm", "swiglu", "vocabulary_cross_entropy", "vocabulary_descend", "vocabulary_embed", "vocabulary_step"]
+__all__ = ["energy_attention", "rms_norm", "swiglu",
+           "vocabulary_cross_entropy", "vocabulary_descend", "vocabulary_embed", "vocabulary_step"]

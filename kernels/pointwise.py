@@ -39,21 +39,23 @@ def swiglu_reference(u: Tensor, v: Tensor) -> Tensor:
     return u * u.sigmoid() * v
 
 
-def _mean(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).mean(-1, keepdim=True)
-
-
-def _sum_rows(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).flatten(0, -2).sum(0)
-
-
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
 
 
-def _normalize(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    r = torch.rsqrt(_mean(x, x) + epsilon)
-    return r, x * r
+def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """r (..., 1)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def _mean(product: Tensor, weight: Tensor) -> Tensor:
+    """Mean of weight * product over the last dimension (..., 1), without a second tensor of their size."""
+    return (product @ weight).div_(weight.shape[0]).unsqueeze(-1)
+
+
+def _sum_rows(rows: Tensor, product: Tensor) -> Tensor:
+    """Sum of rows (..., 1) * product (..., D) over all rows: (D,)."""
+    return rows.flatten() @ product.flatten(0, -2)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -62,18 +64,14 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
         wide, w = _wide(x, weight)
-        return _normalize(wide, epsilon)[1].mul_(w).to(x.dtype)
+        return (wide * _inverse_rms(wide, epsilon)).mul_(w).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         if is_inner_gradient():
             return _RMSNormGradient.apply(grad, x, weight, ctx.epsilon), None, None
-        g, wide, w = _wide(grad, x, weight)
-        r, n = _normalize(wide, ctx.epsilon)
-        grad_weight = _sum_rows(g, n).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        h = g * w
-        return torch.addcmul(h, n, _mean(h, n), value=-1).mul_(r).to(x.dtype), grad_weight, None
+        return *_rms_norm_gradient(grad, x, weight, ctx.epsilon, with_weight=ctx.needs_input_grad[1]), None
 
 
 class _RMSNormGradient(torch.autograd.Function):
@@ -81,23 +79,31 @@ class _RMSNormGradient(torch.autograd.Function):
     def forward(ctx, grad, x, weight, epsilon):
         ctx.save_for_backward(grad, x, weight)
         ctx.epsilon = epsilon
-        g, wide, w = _wide(grad, x, weight)
-        r, n = _normalize(wide, epsilon)
-        h = g * w
-        return torch.addcmul(h, n, _mean(h, n), value=-1).mul_(r).to(x.dtype)
+        return _rms_norm_gradient(grad, x, weight, epsilon, with_weight=False)[0]
 
     @staticmethod
     def backward(ctx, a):
         refuse_graph("rms_norm")
         grad, x, weight = ctx.saved_tensors
         g, wide, w, a = _wide(grad, x, weight, a)
-        r, n = _normalize(wide, ctx.epsilon)
-        h = g * w
-        a_n, h_n, a_h = _mean(a, n), _mean(h, n), _mean(a, h)
-        tangent = torch.addcmul(a, n, a_n, value=-1).mul_(r)
-        grad_weight = _sum_rows(g, tangent).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        grad_x = (n.mul_(a_h - 3 * a_n * h_n).addcmul_(h, a_n).addcmul_(a, h_n)).mul_(-r * r)
-        return tangent.mul_(w).to(grad.dtype), grad_x.to(x.dtype), grad_weight, None
+        r, gx, ga = _inverse_rms(wide, ctx.epsilon), g * wide, g * a
+        a_n = (a * wide).mean(-1, keepdim=True).mul_(r)
+        h_n, a_h = _mean(gx, w).mul_(r), _mean(ga, w)
+        grad_weight = None
+        if ctx.needs_input_grad[2]:                         # sum g t
+            grad_weight = (_sum_rows(r, ga) - _sum_rows(r.square() * a_n, gx)).to(weight.dtype)
+        grad_grad = torch.addcmul(a, wide, r * a_n, value=-1).mul_(r).mul_(w)
+        h, minus_r2 = torch.mul(g, w, out=gx), -r * r
+        grad_x = (wide * ((a_h - 3 * a_n * h_n) * r * minus_r2)).addcmul_(a, h_n * minus_r2).addcmul_(h, a_n * minus_r2)
+        return grad_grad.to(grad.dtype), grad_x.to(x.dtype), grad_weight, None
+
+
+def _rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, *, with_weight: bool) -> tuple[Tensor, Tensor | None]:
+    g, wide, w = _wide(grad, x, weight)
+    r, gx = _inverse_rms(wide, epsilon), g * wide
+    grad_weight = _sum_rows(r, gx).to(weight.dtype) if with_weight else None
+    along = _mean(gx, w).mul_(r).mul_(r)                    # n mean(h n) = x r^2 mean(h x)
+    return torch.mul(g, w, out=gx).addcmul_(wide, along, value=-1).mul_(r).to(x.dtype), grad_weight
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -125,22 +131,14 @@ class _SwiGLUGradient(torch.autograd.Function):
         refuse_graph("swiglu")
         grad, u, v = ctx.saved_tensors
         g, u, v, a, b = _wide(grad, u, v, a, b)
+        a_first = torch.ops.aten.silu_backward(a, u)        # a silu'
+        grad_g = F.silu(u).mul_(b).addcmul_(a_first, v)
         s = u.sigmoid()
-        rest = 1 - s
-        silu, first = u * s, _first(u, s, rest)
-        second = torch.addcmul(u.new_full((), 2.0), u, rest - s).mul_(s).mul_(rest)
-        a_first = a * first
-        grad_g = torch.addcmul(b * silu, a_first, v)
-        grad_u = second.mul_(a).mul_(v).addcmul_(b, first).mul_(g)
+        second = torch.addcmul(u.new_full((), 2.0), u, torch.rsub(s, 1, alpha=2)).mul_(a).mul_(v)
+        grad_u = torch.ops.aten.sigmoid_backward(second, s).add_(torch.ops.aten.silu_backward(b, u)).mul_(g)
         return tuple(t.to(grad.dtype) for t in (grad_g, grad_u, a_first.mul_(g)))
-
-
-def _first(u: Tensor, s: Tensor, rest: Tensor) -> Tensor:
-    """silu'(u) = s + u s (1 - s)."""
-    return torch.addcmul(s, u * s, rest)
 
 
 def _swiglu_gradient(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     g, wide_u, wide_v = _wide(grad, u, v)
-    s = wide_u.sigmoid()
-    return _first(wide_u, s, 1 - s).mul_(g).mul_(wide_v).to(u.dtype), (wide_u * s).mul_(g).to(v.dtype)
+    return torch.ops.aten.silu_backward(g * wide_v, wide_u).to(u.dtype), F.silu(wide_u).mul_(g).to(v.dtype)

@@ -32,12 +32,12 @@ CHUNK_BYTES = 16 * 2**20    # of state per chunk: large enough for efficient pro
 
 
 def vocabulary_embed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """p = softmax(x) (rows, V) without graph and p @ weight (rows, D) in weight's dtype; x (rows, V), weight (V, D). No gradient flows into x."""
+    """p = softmax(x) without graph, and p @ weight (rows, D) in weight's dtype: x (rows, V), weight (V, D). No gradient flows into x."""
     return _Embed.apply(x, weight)
 
 
-def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *, probabilities: Tensor | None = None, x: Tensor | None = None,
-                       keep_state: bool = False) -> tuple[Tensor | None, Tensor | None]:
+def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *, probabilities: Tensor | None = None,
+                       x: Tensor | None = None, keep_state: bool = False) -> tuple[Tensor | None, Tensor | None]:
     """One descent step and its loss: (x' (rows, V) without graph or None, mean cross-entropy, a scalar, or None without targets).
 
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
@@ -64,7 +64,7 @@ def vocabulary_step(probabilities: Tensor, weight: Tensor, hidden: Tensor, targe
 
 
 def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D), targets (rows,) int64 -> scalar float32."""
+    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D), targets (rows,) int64 -> a scalar."""
     return vocabulary_descend(weight, hidden, targets)[1]
 
 
@@ -83,7 +83,7 @@ def vocabulary_descend_reference(weight: Tensor, hidden: Tensor, *, probabilitie
 
 
 class _Chunks:
-    """Row slices of a (rows, V) state and reusable buffers of a slice's size: fresh pages for every operation cost more than its arithmetic."""
+    """Row slices of a (rows, V) state, and buffers of a slice's size: fresh pages for every operation cost more than its arithmetic."""
 
     def __init__(self, num_rows: int, vocabulary_size: int, dtype: torch.dtype, device: torch.device):
         self.num_rows, self.size = num_rows, max(1, min(num_rows, CHUNK_BYTES // (4 * vocabulary_size)))
@@ -229,8 +229,8 @@ class _DescendAndScore(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         refuse_graph("vocabulary_descend", "second")
         if ctx.spent:
-            raise RuntimeError("vocabulary_descend: a second backward through the same loss is not possible: the first one took its gradients; "
-                               "compute the loss again")
+            raise RuntimeError("vocabulary_descend: a second backward through the same loss is not possible: the first one took its "
+                               "gradients; compute the loss again")
         ctx.spent = True
         grad_weight, grad_hidden = (tensor.mul_(grad_loss.to(tensor.dtype)) for tensor in ctx.saved_tensors)
         return grad_weight, grad_hidden, None, None, None, None, None

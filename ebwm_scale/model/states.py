@@ -28,7 +28,7 @@ class Entered(NamedTuple):
 
 
 class Descended(NamedTuple):
-    """After a step. x: the next state, if it was to be kept; entered: the same, entered into the next step, if not; loss: if there are targets."""
+    """After a step. x: the next state, if asked for; entered: that state inside the next step, where it comes for free; loss: if targets are."""
     x: Tensor | None
     entered: Entered | None
     loss: Tensor | None

@@ -94,7 +94,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        return rotary.rotate(self._heads(self.wk(x))), self._heads(self.wv(x))
+        return rotary.rotate(self._heads(self.wk(x))).contiguous(), self._heads(self.wv(x)).contiguous()
 
     def observe(self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary) -> Tensor:
         """Causal self-attention of the observed stream; first order only, so any fused kernel serves."""
