@@ -55,7 +55,7 @@ def _mean(product: Tensor, weight: Tensor) -> Tensor:
 
 def _sum_rows(rows: Tensor, product: Tensor) -> Tensor:
     """Sum of rows (..., 1) * product (..., D) over all rows: (D,)."""
-    return rows.flatten() @ product.flatten(0, -2)
+    return torch.mv(product.flatten(0, -2).T, rows.flatten())
 
 
 class _RMSNorm(torch.autograd.Function):

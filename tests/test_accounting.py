@@ -48,7 +48,7 @@ class Counted(TorchDispatchMode):
     """FLOPs of matrix products and of scaled_dot_product_attention.
 
     torch.utils.flop_counter does not know addmm_ nor the attention that runs on a CPU; the formulas are its own. A batched product of
-    vectors (a row-wise inner product) is no matrix product.
+    vectors (a row-wise inner product) is no matrix product, nor is one of a matrix and a vector (mv: the means and sums of RMSNorm).
     """
 
     def __init__(self):

@@ -121,3 +121,13 @@ def test_resuming_a_finished_run_adds_nothing(runs, reference):
     before = runs.rows("reference")
     runs.run("reference", flags=("--resume",))
     assert runs.rows("reference") == before
+
+
+def test_tracking_offline_keeps_one_run_id_over_a_resume_and_changes_no_loss(runs, reference):
+    pytest.importorskip("wandb", reason="the extra `tracking` is not installed")
+    runs.interrupt("tracked", signal.SIGTERM, after="step 2/8", overrides={"logging.wandb": "offline"})
+    identity = (runs.folder / "tracked" / "wandb_id").read_text()
+    runs.run("tracked", overrides={"logging.wandb": "offline"}, flags=("--resume",))
+    assert (runs.folder / "tracked" / "wandb_id").read_text() == identity
+    assert all(identity in folder.name for folder in (runs.folder / "tracked" / "wandb").glob("offline-run-*"))
+    assert runs.rows("tracked") == runs.rows("reference")
