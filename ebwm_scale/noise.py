@@ -3,10 +3,10 @@
     key = (seed, step)      counter = (0, position, sample, purpose)
 
 so that the noise of a position is the same on whatever process, worker, micro-batch or tile it is generated, and no state has to be
-saved or restored. On a CPU the generator is NumPy's Philox4x64, one stream per (sample, position) row, and normal numbers are made from its
-bits by the Box-Muller transform: a third of the time of NumPy's own normals, of which a state over a vocabulary needs tens of millions. On a
-GPU it is PyTorch's own Philox, seeded per sample by a hash of the same address: independent of the number of processes too, but other
-numbers than a CPU's.
+saved or restored. On a CPU the generator is NumPy's Philox4x64, one stream per (sample, position) row, and normal numbers are made of its
+bits by the Box-Muller transform: half the time of NumPy's own normals, of which a state over a vocabulary needs tens of millions. On a GPU
+it is PyTorch's own Philox, seeded per sample by a hash of the same address: independent of the number of processes too, but other numbers
+than a CPU's.
 """
 from __future__ import annotations
 

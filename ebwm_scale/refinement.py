@@ -90,9 +90,10 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
             with torch.set_grad_enabled(key in needs_gradient):
                 contexts[key] = network.encode(observed, landscape)
         with torch.set_grad_enabled(has_graph(i)):
-            entered, x = entered or state.enter(x), None    # x is not held: it is the largest tensor of all, and entered has what it needs
+            entered, x = entered or state.enter(x), None    # nobody holds x, the largest tensor of all: entered has what is needed
             embedded = world_model.predicted_rows(entered.embedded, observed)
-        energy, gradient = energy_and_gradient(network, embedded, contexts[key], landscape, create_graph=has_graph(i), mode=rules.checkpoint)
+        energy, gradient = energy_and_gradient(network, embedded, contexts[key], landscape, create_graph=has_graph(i),
+                                               mode=rules.checkpoint)
         with torch.set_grad_enabled(has_graph(i) or has_graph(i + 1)):
             alpha = step_size if has_graph(i) else step_size.detach()
             connected = has_graph(i) and rules.graph == "full"

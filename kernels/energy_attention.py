@@ -19,8 +19,8 @@ elementwise):
     gq   = s (Z K + z* k* + ds* B*)   gk* = s (z* q + ds* A)   gv* = p* (sd* - mu) G
     gK   = s (Z' q + dS' A)           gV  = (P (Sdot - mu))' G
 
-Inside, tensors are (N, group, S, d) and (N, C, d) with N = B * H_kv: heads that share keys are rows of one product. What is S x C is touched
-as few times as possible and in place; scales go to what is S x d.
+Inside, tensors are (N, group, S, d) and (N, C, d) with N = B * H_kv: heads that share keys are rows of one product. What is S x C is
+touched as few times as possible and in place; scales go to what is S x d.
 """
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
             row_max = torch.maximum(weights.amax(-1, keepdim=True), own_score) if block.seen else own_score
             weights, own_weight = weights.sub_(row_max).exp_(), (own_score - row_max).exp_()
             total = weights.sum(-1, keepdim=True).add_(own_weight)
-            mixed = torch.addcmul(_widen(weights.to(q.dtype) @ block.keys(v_context)), _widen(block.rows(v_self)), own_weight)
+            mixed = block.product("mixed", weights, block.keys(v_context)).addcmul_(_widen(block.rows(v_self)), own_weight)
             block.write(out, mixed.div_(total))
             block.write(log_normalizer, total.log_().add_(row_max))
         ctx.save_for_backward(q, k_self, v_self, k_context, v_context, out, log_normalizer)
@@ -83,8 +83,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k_self, v_self, k_context, v_context, out, log_normalizer = ctx.saved_tensors
         if is_inner_gradient():
-            return *_InnerGradient.apply(grad, q, k_self, v_self, k_context, v_context, out.detach(), log_normalizer, ctx.scale, ctx.offset), \
-                None, None, None, None
+            inner = _InnerGradient.apply(grad, q, k_self, v_self, k_context, v_context, out.detach(), log_normalizer, ctx.scale, ctx.offset)
+            return *inner, None, None, None, None
         return *_first_order(grad, q, k_self, v_self, k_context, v_context, out, log_normalizer, ctx.scale, ctx.offset,
                              with_context=ctx.needs_input_grad[3] or ctx.needs_input_grad[4]), None, None
 
@@ -118,11 +118,11 @@ def _first_order(grad, q, k_self, v_self, k_context, v_context, out, log_normali
     for block in _blocks(q, k_context, scale, offset):
         Q, G = block.rows(q), block.rows(grad)
         P = block.weights(q, k_context, log_normalizer)
-        dS = _widen(G @ block.keys(v_context).mT).sub_(block.rows(D)).mul_(P).to(q.dtype)
-        block.write(dq, dS @ block.keys(k_context), scale)
+        dS = block.product("slope", G, block.keys(v_context).mT).sub_(block.rows(D)).mul_(P)
+        block.write(dq, block.product("moved", dS, block.keys(k_context)), scale)
         if with_context:
-            block.keys(dk).add_(dS.mT @ Q, alpha=scale)
-            block.keys(dv).add_(P.to(q.dtype).mT @ G)
+            block.keys(dk).add_(block.product("keys", dS.mT, Q), alpha=scale)
+            block.keys(dv).add_(block.product("keys", P.mT, G))
     dq.addcmul_(_widen(k_self), own_slope)
     return tuple(None if u is None else u.to(q.dtype) for u in (dq, own_slope * q, own_weight * grad, dk, dv))
 
@@ -144,23 +144,23 @@ def _second_order(a, b_self, c_self, grad, q, k_self, v_self, k_context, v_conte
         K, V = block.keys(k_context), block.keys(v_context)
         weight, tangent = block.rows(own_weight), block.rows(own_tangent)
         P = block.weights(q, k_context, log_normalizer)
-        centred = _widen(A @ K.mT).mul_(P)
+        centred = block.product("centred", A, K.mT).mul_(P)
         mu = torch.addcmul(centred.sum(-1, keepdim=True), weight, tangent)
         centred.addcmul_(P, mu, value=-1)                                               # P (Sdot - mu)
         centred_own = tangent.sub(mu).mul_(weight)
         # (P Sdot) V + p* sd* v* - mu O, with sum P = 1: the centred weights already hold the -mu O
-        moved = _widen(centred.to(q.dtype) @ V).addcmul_(_widen(block.rows(v_self)), centred_own)
+        moved = block.product("moved", centred, V).addcmul_(_widen(block.rows(v_self)), centred_own)
         moved = moved.mul_(scale).addcmul_(_widen(block.rows(c_self)), weight)
         phi = _dot(G, moved)
-        slope = _widen(G @ V.mT).sub_(block.rows(D))                                    # dP - D
-        dS = (slope * P).to(q.dtype)
-        Z = slope.mul_(centred).addcmul_(P, phi / -scale).to(q.dtype)
+        slope = block.product("slope", G, V.mT).sub_(block.rows(D))                     # dP - D
+        dS = torch.mul(slope, P, out=block.scratch("dS", P.shape, P))
+        Z = slope.mul_(centred).addcmul_(P, phi / -scale)
         block.write(g_grad, moved)
-        block.write(g_q, Z @ K, scale**2)
+        block.write(g_q, block.product("moved", Z, K), scale**2)
         block.write(own_centred, centred_own, scale)
         block.write(own_Z, (block.rows(grad_c) - phi).mul_(weight).add_(centred_own * block.rows(own_slope), alpha=scale))
-        block.keys(g_k).add_(torch.baddbmm(Z.mT @ Q, dS.mT, A, beta=scale), alpha=scale)
-        block.keys(g_v).add_(centred.to(q.dtype).mT @ G, alpha=scale)
+        block.keys(g_k).add_(block.product("keys", Z.mT, Q), alpha=scale**2).add_(block.product("keys", dS.mT, A), alpha=scale)
+        block.keys(g_v).add_(block.product("keys", centred.mT, G), alpha=scale)
     own_Z.mul_(scale)
     own_dS = own_slope.mul_(own_weight).mul_(scale)
     g_q.addcmul_(_widen(k_self), own_Z).addcmul_(_widen(b_self), own_dS)
@@ -171,8 +171,8 @@ def _second_order(a, b_self, c_self, grad, q, k_self, v_self, k_context, v_conte
 class _Block:
     """Query rows first .. last - 1 of every head, and the context keys the last of them sees; heads of a group share one product."""
 
-    def __init__(self, first: int, last: int, seen: int, scale: float, offset: int):
-        self.first, self.last, self.seen, self.scale, self.offset = first, last, seen, scale, offset
+    def __init__(self, first: int, last: int, seen: int, scale: float, offset: int, buffers: dict[tuple, Tensor]):
+        self.first, self.last, self.seen, self.scale, self.offset, self.buffers = first, last, seen, scale, offset, buffers
 
     def rows(self, x: Tensor) -> Tensor:
         """(N, group, S, n) -> (N, group * rows, n)."""
@@ -188,13 +188,25 @@ class _Block:
         """The context rows that are seen, (N, seen, d)."""
         return x[:, :self.seen]
 
+    def scratch(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+        """Memory that the next block uses again: it is still in the cache, and the allocator's holes stay few."""
+        buffer, numel = self.buffers.get((name, like.dtype)), shape.numel()
+        if buffer is None or buffer.numel() < numel:
+            buffer = self.buffers[name, like.dtype] = like.new_empty(numel)
+        return buffer[:numel].view(shape)
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right in scratch memory: computed in right's precision, returned in that of statistics."""
+        out = self.scratch(name, torch.Size((*left.shape[:2], right.shape[2])), right)
+        return _widen(torch.bmm(left.to(right.dtype), right, out=out))
+
     def scores(self, q: Tensor, k_context: Tensor) -> Tensor:
         """scale * q K' (N, group * rows, seen), -inf where the future is."""
-        return self._mask(_widen(self.rows(q) @ self.keys(k_context).mT).mul_(self.scale), q.shape[1])
+        return self._mask(self.product("P", self.rows(q), self.keys(k_context).mT).mul_(self.scale), q.shape[1])
 
     def weights(self, q: Tensor, k_context: Tensor, log_normalizer: Tensor) -> Tensor:
         """P (N, group * rows, seen) = exp(scale * q K' - L), 0 where the future is."""
-        scores = _widen(self.rows(q) @ self.keys(k_context).mT)
+        scores = self.product("P", self.rows(q), self.keys(k_context).mT)
         return self._mask(torch.add(-self.rows(log_normalizer), scores, alpha=self.scale, out=scores), q.shape[1]).exp_()
 
     def _mask(self, scores: Tensor, num_groups: int) -> Tensor:
@@ -207,9 +219,10 @@ class _Block:
 
 
 def _blocks(q: Tensor, k_context: Tensor, scale: float, offset: int):
-    for first in range(0, q.shape[2], ROWS):
+    buffers: dict[tuple, Tensor] = {}
+    for first in reversed(range(0, q.shape[2], ROWS)):          # the last block sees most: its buffers fit all
         last = min(first + ROWS, q.shape[2])
-        yield _Block(first, last, min(k_context.shape[1], last + offset), scale, offset)
+        yield _Block(first, last, min(k_context.shape[1], last + offset), scale, offset, buffers)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -233,7 +246,8 @@ def _check(q: Tensor, k_self: Tensor, v_self: Tensor, k_context: Tensor, v_conte
     context = {"k_context": k_context, "v_context": v_context}
     for name, tensor in {**own, **context}.items():
         if tensor.ndim != 4:
-            raise ValueError(f"energy_attention: {name} has shape {tuple(tensor.shape)}; expected 4 dimensions (batch, heads, positions, head dimension)")
+            raise ValueError(f"energy_attention: {name} has shape {tuple(tensor.shape)}; expected 4 dimensions "
+                             "(batch, heads, positions, head dimension)")
         if tensor.dtype != q.dtype or tensor.device != q.device or not q.dtype.is_floating_point:
             raise ValueError(f"energy_attention: {name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}; "
                              "all five must share one floating dtype and one device")

@@ -21,14 +21,14 @@ from ebwm_kernels.vocabulary import (IGNORE, vocabulary_descend, vocabulary_desc
 
 
 class Entered(NamedTuple):
-    """A state inside a step. embedded (B, S, D); then what descends: probabilities (B, S, V), x (B, S, size), or x through probabilities."""
+    """A state inside a step. embedded (B, S, D); what descends: probabilities (B, S, V), x (B, S, size), or x through probabilities."""
     embedded: Tensor
     probabilities: Tensor | None = None
     x: Tensor | None = None
 
 
 class Descended(NamedTuple):
-    """After a step. x: the next state, if asked for; entered: that state inside the next step, where it comes for free; loss: if targets are."""
+    """After a step. x: the next state, if asked for; entered: that state inside the next step, where it is free; loss: with targets."""
     x: Tensor | None
     entered: Entered | None
     loss: Tensor | None

@@ -34,24 +34,36 @@ class Rotary(NamedTuple):
     factors: Tensor
 
     def rotate(self, x_BHSd: Tensor) -> Tensor:
-        return _Rotation.apply(x_BHSd, self.factors)
+        return _Rotation.apply(x_BHSd, self.factors, True)
 
     def slice(self, start: int, count: int) -> "Rotary":
         return Rotary(self.factors[start:start + count])
 
 
 class _Rotation(torch.autograd.Function):
-    """Linear, so that its derivative of any order is the rotation by the opposite angle, and nothing but the table is kept."""
+    """Linear, so that its derivative of any order is the rotation by the opposite angle, and nothing but the table is kept.
+
+    The result is laid out heads first, as attention takes it, that of the derivative positions first, as the projections take it.
+    """
 
     @staticmethod
-    def forward(ctx, x_BHSd, factors):
-        ctx.factors = factors
-        wide = x_BHSd if x_BHSd.dtype in (torch.float32, torch.float64) else x_BHSd.float()
-        return torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * factors).flatten(-2).to(x_BHSd.dtype)
+    def forward(ctx, x_BHSd, factors, heads_first):
+        ctx.factors, ctx.heads_first = factors, heads_first
+        wide = x_BHSd.to(torch.float64 if x_BHSd.dtype == torch.float64 else torch.float32)
+        wide = wide if wide.stride(-1) == 1 else wide.contiguous()
+        out = torch.empty_like(wide, memory_format=torch.contiguous_format) if heads_first else \
+            torch.empty_like(wide.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        torch.mul(_pairs(wide), factors, out=_pairs(out))
+        return out.to(x_BHSd.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return _Rotation.apply(grad.contiguous() if grad.stride(-1) != 1 else grad, ctx.factors.conj()), None
+        return _Rotation.apply(grad, ctx.factors.conj(), not ctx.heads_first), None, None
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """Adjacent pairs of the last dimension as complex numbers."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 class RotaryTable(nn.Module):
@@ -94,7 +106,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
     def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        return rotary.rotate(self._heads(self.wk(x))).contiguous(), self._heads(self.wv(x)).contiguous()
+        return rotary.rotate(self._heads(self.wk(x))), self._heads(self.wv(x)).contiguous()
 
     def observe(self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary) -> Tensor:
         """Causal self-attention of the observed stream; first order only, so any fused kernel serves."""

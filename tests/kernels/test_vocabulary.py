@@ -34,6 +34,12 @@ def reference_loss(x, weight, hidden, targets, update):
     return F.cross_entropy(state, targets, ignore_index=IGNORE), state.detach()
 
 
+def loss_of(operation, p, weight, hidden, targets):
+    if operation == "descend":
+        return vocabulary_descend(weight, hidden, targets, probabilities=p)[1]
+    return vocabulary_step(p, weight, hidden, targets)[2]
+
+
 def assert_close(ours, plain):
     torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-13)
 
@@ -116,7 +122,7 @@ def test_cross_entropy_equals_plain_autograd(chunk_rows):
 def test_without_a_target_that_counts_loss_and_gradients_are_zero(operation):
     _, p, weight, hidden, targets, _ = problem()
     targets.fill_(IGNORE)
-    loss = vocabulary_descend(weight, hidden, targets, probabilities=p)[1] if operation == "descend" else vocabulary_step(p, weight, hidden, targets)[2]
+    loss = loss_of(operation, p, weight, hidden, targets)
     assert loss == 0 and all(gradient.eq(0).all() for gradient in torch.autograd.grad(loss, [weight, hidden]))
 
 
@@ -132,7 +138,7 @@ def test_without_targets_there_is_a_state_and_no_loss():
 @pytest.mark.parametrize("operation", ["descend", "step"])
 def test_a_second_derivative_is_refused_instead_of_dropped(operation):
     _, p, weight, hidden, targets, _ = problem()
-    loss = vocabulary_descend(weight, hidden, targets, probabilities=p)[1] if operation == "descend" else vocabulary_step(p, weight, hidden, targets)[2]
+    loss = loss_of(operation, p, weight, hidden, targets)
     with pytest.raises(RuntimeError, match="second derivative is not defined"):
         torch.autograd.grad(loss, weight, create_graph=True)
 
