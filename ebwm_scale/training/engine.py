@@ -44,9 +44,6 @@ class Engine:
         import deepspeed
         if config.deepspeed.offload == "optimizer" and config.deepspeed.zero_stage == 0:
             raise ConfigError("deepspeed.offload is optimizer with deepspeed.zero_stage 0: offloading needs stage 1 or 2")
-        if config.train.precision == "bf16" and config.deepspeed.zero_stage == 0:
-            # DeepSpeed takes another optimizer wrapper there, whose losses were 0.3 nats from fp32's after 8 steps (stages 1, 2: below 0.1)
-            raise ConfigError("train.precision is bf16 with deepspeed.zero_stage 0: not exact; use deepspeed.zero_stage=1, the same mathematics")
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.config, self.accumulation = config, accumulation
         options = config.optimizer
@@ -55,6 +52,8 @@ class Engine:
                                       eps=options.epsilon, fused=True)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation))
+        if config.train.precision == "bf16" and config.deepspeed.zero_stage == 0:
+            _forget_rehearsal(self.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -84,6 +83,16 @@ class Engine:
         if boundary and norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         return norm
+
+
+def _forget_rehearsal(wrapper) -> None:
+    """Undo the optimizer step that DeepSpeed's bf16 wrapper without ZeRO takes at its construction, with zero gradients, to allocate state.
+
+    It leaves Adam's step count at 1, so that bias correction shrinks the first updates (by a quarter at the first one), and has decayed
+    the weights once. Without it the first update is the one that stages 1 and 2, and fp32, make.
+    """
+    wrapper.optimizer.state.clear()
+    wrapper.refresh_fp32_params()
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
