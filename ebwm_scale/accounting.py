@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ebwm_kernels.energy_attention import ROWS
+from ebwm_kernels.attention_ops import PRODUCTS, visible_pairs
+from ebwm_kernels.attention_reference import ROWS
 from ebwm_kernels.vocabulary import CHUNK_BYTES
 
 from .config import Config, batch_arithmetic
@@ -45,11 +46,11 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------------------------------------------ FLOPs
 
-# Products of (rows, keys, d) that each level of kernels/energy_attention.py computes per block.
-ATTENTION_FORWARD = 2           # q K', P V
-ATTENTION_INNER = 3             # scores again, G V', dS K
-ATTENTION_FIRST_ORDER = 5       # the same with dK and dV
-ATTENTION_SECOND_ORDER = 8      # scores again, A K', (..) V, G V', Z K, Z' q, dS' A, (..)' G
+# Products of (queries, keys, d) that each level of the predicted stream's attention needs at least. The Triton kernels make more of them, to
+# keep less (attention_ops.PRODUCTS): their way of computing, not the model's work.
+ATTENTION_FORWARD = PRODUCTS["reference"]["forward"]
+ATTENTION_INNER, ATTENTION_FIRST_ORDER = PRODUCTS["reference"]["gradient"]
+ATTENTION_SECOND_ORDER = PRODUCTS["reference"]["double_backward"][0]
 # Products of scaled_dot_product_attention as PyTorch counts them: over the whole square, causal or not; scores again in the backward.
 SDPA_FORWARD, SDPA_BACKWARD = 2, 5
 
@@ -95,16 +96,15 @@ class _Sizes:
             final_modulation=2 * model.width**2 if adaptive else 0)
 
     def causal_pairs(self) -> int:
-        """(query, key) pairs of one head that the predicted stream's attention computes: blocks of ROWS queries skip later keys."""
-        starts = range(0, self.positions, ROWS)
-        return sum((min(first + ROWS, self.positions) - first) * (min(first + ROWS, self.positions) + self.offset) for first in starts)
+        """(query, key) pairs of one head of the predicted stream, own keys aside."""
+        return visible_pairs(self.positions, self.positions + self.offset, self.offset)
 
 
 def step_flops(config: Config, *, samples: int, num_steps: int | None = None) -> dict[str, float]:
     """FLOPs of one training step (forward and backward, all refinement steps) of `samples` samples, by part; the sum is the step.
 
-    Counted: matrix products and attention, 2 per multiply-add, as computed: attention of the predicted stream in causal blocks of ROWS
-    queries, of the observed stream over the whole square (PyTorch's count; a causal kernel may do half). Not counted: elementwise work,
+    Counted: matrix products and attention, 2 per multiply-add: attention of the predicted stream over the (query, key) pairs that exist, of
+    the observed stream over the whole square (PyTorch's count; a causal kernel may do half). Not counted: elementwise work,
     softmax, row-wise dot products, optimizer. "recomputation" is what activation checkpointing adds; leave it out for an MFU.
     num_steps: refinement steps of this training step where they vary; default refinement.num_steps.
     Needs a resolved config with data.context_length and model.vocabulary_size or state.dimension.
@@ -120,7 +120,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
             "attention": square * z.layers * (SDPA_FORWARD + SDPA_BACKWARD), **frames,
             "output" if frames else "vocabulary": 3 * state_product,                                    # forward, dx, dW
         }
-    N, G, plain = z.steps, z.graph_steps, z.steps - z.graph_steps
+    N, G = z.steps, z.graph_steps
     # Of the last block only keys and values of the observed stream exist; adaLN of its final norm is computed but not used.
     observed_rows, observed_blocks = samples * (z.positions + z.offset), blocks - z.block_weights + 2 * z.width * z.keys
     observed_modulation = 0 if config.model.conditioning == "predicted_only" else z.modulation_weights
@@ -136,9 +136,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         "outer_backward": G * (8.0 * rows * blocks + 4.0 * modulation + 2.0 * rows * head),
         "recomputation": G * _recomputation(config, z, rows, attention),
         "attention_observed": square * (z.layers - 1) * (z.contexts * SDPA_FORWARD + z.graph_contexts * SDPA_BACKWARD),
-        # A step without a graph also computes dK and dV, which nothing reads, where its context serves a step with a graph.
-        "attention_predicted": attention * (N * ATTENTION_FORWARD + plain * (ATTENTION_FIRST_ORDER if z.contexts == 1 else ATTENTION_INNER)
-                                            + G * (ATTENTION_INNER + ATTENTION_SECOND_ORDER + ATTENTION_FIRST_ORDER)),
+        "attention_predicted": attention * (N * (ATTENTION_FORWARD + ATTENTION_INNER) + G * (ATTENTION_SECOND_ORDER + ATTENTION_FIRST_ORDER)),
     }
     parts |= {"state_projection": frames["state_projection"] + state_product * _state_products(config, z)} if frames else {
         "vocabulary": state_product * _state_products(config, z)}

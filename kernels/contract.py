@@ -1,24 +1,34 @@
-"""The contract of every twice-differentiable operation here, in one place.
+"""What every twice-differentiable operation here promises, in one place.
 
-    create_graph=True    the inner gradient of a refinement step: gradients of what depends on the prediction, themselves differentiable;
-                         none for weights and for the context, whose gradients the ordinary backward collects from both levels
-    create_graph=False   the ordinary (outer) backward: all gradients
-    a third derivative   raises
+    each gradient that a backward is asked for is right, and requires grad if the backward was asked for a graph (create_graph=True)
+    a gradient that it is not asked for is not computed: the inner gradient of a refinement step, autograd.grad(energy, state), touches
+        neither weights nor the observed stream, whose gradients the outer backward collects from both levels
+    a third derivative raises
 
-`torch.is_grad_enabled()` inside a backward is true exactly under create_graph=True.
+`ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The engine knows; `wanted` asks it.
 """
 from __future__ import annotations
 
 import torch
 
 
-def is_inner_gradient() -> bool:
-    """Whether the backward that is running was asked for a graph."""
-    return torch.is_grad_enabled()
+def wanted(ctx, position: int) -> bool:
+    """Whether the running backward leads on to the gradient of the position-th tensor argument of the operation whose backward it is."""
+    node = ctx.next_functions[position][0]
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:        # a leaf among the inputs of autograd.grad: the engine captures its gradient instead of executing the node
+        return True
 
 
 def refuse_graph(operation: str, order: str = "third") -> None:
-    """Raise if the running backward was asked for a graph: the derivative it would be for does not exist here."""
+    """Raise if the running backward was asked for a graph: the derivative it would be for does not exist here.
+
+    `torch.is_grad_enabled()` inside a backward is true exactly under create_graph=True. `once_differentiable` would not do: autograd drops
+    its error node where that lies on no path to the inputs, and a wrong number comes out.
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{operation}: its {order} derivative is not defined; call backward or autograd.grad without create_graph=True "
                            "for the last differentiation")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .contract import is_inner_gradient, refuse_graph
+from .contract import refuse_graph, wanted
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -69,9 +69,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        if is_inner_gradient():
-            return _RMSNormGradient.apply(grad, x, weight, ctx.epsilon), None, None
-        return *_rms_norm_gradient(grad, x, weight, ctx.epsilon, with_weight=ctx.needs_input_grad[1]), None
+        with_weight = wanted(ctx, 1)
+        if not torch.is_grad_enabled():
+            return *_rms_norm_gradient(grad, x, weight, ctx.epsilon, with_weight=with_weight), None
+        if with_weight:
+            raise RuntimeError("rms_norm: the gradient of its weight cannot be differentiated again; under create_graph=True ask "
+                               "autograd.grad for the gradients of activations only")
+        return _RMSNormGradient.apply(grad, x, weight, ctx.epsilon), None, None
 
 
 class _RMSNormGradient(torch.autograd.Function):
@@ -115,9 +119,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         u, v = ctx.saved_tensors
-        if is_inner_gradient():
-            return _SwiGLUGradient.apply(grad, u, v)
-        return _swiglu_gradient(grad, u, v)
+        return (_SwiGLUGradient.apply if torch.is_grad_enabled() else _swiglu_gradient)(grad, u, v)
 
 
 class _SwiGLUGradient(torch.autograd.Function):
