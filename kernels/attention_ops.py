@@ -12,7 +12,6 @@ Backends: "triton" (attention_triton.py; a GPU, or Triton's interpreter) and "re
 """
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -23,10 +22,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import attention_reference as reference
 from .attention_reference import Cotangents, Shape
-from .contract import refuse_graph, wanted
+from .attention_tuning import MAX_HEAD_DIMENSION
+from .contract import is_traced_without_graph, refuse_graph, refuse_kept_graph, wanted
 
 BACKENDS = ("auto", "triton", "reference")
-MAX_HEAD_DIMENSION = 256
 # Matrix products of (queries, keys, d) that a backend makes at each level: without and with gradients of K and V; the last without and with
 # cotangents on these. Triton computes the weights again in each pass (design: docs/kernels.md).
 PRODUCTS = {"reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 13)},
@@ -48,13 +47,15 @@ def resolve_backend(backend: str, q: Tensor, operation: str) -> str:
     return backend
 
 
-@functools.cache
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dimension: int) -> str | None:
     """What keeps the Triton kernels from running such tensors, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
-    if head_dimension > MAX_HEAD_DIMENSION:
-        return f"head dimensions up to {MAX_HEAD_DIMENSION} are supported"
+    if head_dimension > MAX_HEAD_DIMENSION.get(dtype, 256):
+        return f"head dimensions up to {MAX_HEAD_DIMENSION.get(dtype, 256)} are supported for it"
     if os.environ.get("TRITON_INTERPRET") == "1":
         if dtype not in (torch.float16, torch.float32, torch.float64):
             return "Triton's interpreter multiplies float16, float32 and float64 only"
@@ -111,7 +112,7 @@ def _backward_attention(ctx, grad, _):
     q, k, v, k_own, v_own, out, log_normalizer = ctx.saved_tensors      # read once: a checkpoint recomputes for each reading
     with_keys = wanted(ctx, 1) or wanted(ctx, 2)
     dq, dk, dv, dk_own, dv_own = torch.ops.ebwm.attention_gradient(
-        grad, q, k, v, k_own, v_own, out.detach(), log_normalizer.detach(), *ctx.rest, with_keys)
+        grad, q, k, v, k_own, v_own, out.detach(), log_normalizer.detach(), *ctx.rest, with_keys, is_traced_without_graph())
     own = (None, None) if k_own is None else (dk_own, dv_own)
     return dq, *((dk, dv) if with_keys else (None, None)), *own, None, None, None, None
 
@@ -123,20 +124,22 @@ register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_a
 
 @custom_op("ebwm::attention_gradient", mutates_args=())
 def _gradient(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, out: Tensor, log_normalizer: Tensor,
-              scale: float, offset: int, causal: bool, backend: str, with_keys: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+              scale: float, offset: int, causal: bool, backend: str, with_keys: bool, compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if compiled:
+        refuse_kept_graph("attention")
     return _given(*_implementation(backend).gradient(grad, q, k, v, k_own, v_own, out, log_normalizer, Shape(scale, offset, causal),
                                                      with_keys=with_keys))
 
 
 @_gradient.register_fake
-def _(grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, with_keys):
+def _(grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, with_keys, compiled):
     keys = (k.new_empty(k.shape), v.new_empty(v.shape)) if with_keys else (None, None)
     own = (None, None) if k_own is None else (q.new_empty(q.shape), q.new_empty(q.shape))
     return _given(q.new_empty(q.shape), *keys, *own)
 
 
 def _setup_gradient(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.offset, ctx.causal, ctx.backend, _ = inputs
+    *tensors, ctx.scale, ctx.offset, ctx.causal, ctx.backend, _, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
@@ -144,7 +147,7 @@ def _setup_gradient(ctx, inputs, output):
 def _backward_gradient(ctx, a, b, c, b_own, c_own):
     refuse_graph("attention")
     if all(u is None for u in (a, b, c, b_own, c_own)):
-        return (None,) * 13
+        return (None,) * 14
     saved = ctx.saved_tensors
     q, k, k_own = saved[1], saved[2], saved[4]
     a = torch.zeros_like(q) if a is None else a
@@ -155,7 +158,7 @@ def _backward_gradient(ctx, a, b, c, b_own, c_own):
     g_grad, g_q, g_k, g_v, g_k_own, g_v_own = torch.ops.ebwm.attention_double_backward(
         a, b, c, b_own, c_own, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend)
     own = (None, None) if k_own is None else (g_k_own, g_v_own)
-    return g_grad, g_q, g_k, g_v, *own, *(None,) * 7
+    return g_grad, g_q, g_k, g_v, *own, *(None,) * 8
 
 
 register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=_setup_gradient)
@@ -198,7 +201,7 @@ def _(q, k, v, k_own, v_own, scale, offset, causal, backend, *, out_shape=None):
 
 
 @register_flop_formula(torch.ops.ebwm.attention_gradient)
-def _(grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, with_keys, *, out_shape=None):
+def _(grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, with_keys, compiled, *, out_shape=None):
     return _flops(PRODUCTS[backend]["gradient"][with_keys], q, k, offset, causal)
 
 

@@ -1,7 +1,8 @@
 """Tile sizes of the Triton attention kernels per architecture. Nothing is timed at import or at a first call: the table is data.
 
-The rows below were chosen by ahead-of-time compilation (registers, spills, shared memory: tests/kernels/test_attention_compiled.py), not by
-timing; `tools/bench_kernels.py --tune` times alternatives on a GPU and prints rows for this file.
+The rows were chosen by what the compiler makes of them (no registers spilled, shared memory that fits, tensor cores in use), which
+`tools/compile_kernels.py` shows and tests/kernels/test_attention_compiled.py holds them to, not by timing; `tools/bench_kernels.py --tune`
+times alternatives on a GPU and prints rows for this file.
 """
 from __future__ import annotations
 
@@ -17,13 +18,56 @@ class Tile(NamedTuple):
     stages: int         # of the software pipeline over the inner loop
 
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "interpreter")
-OVER_KEYS = ("_gradient_key", "_second_key")
 KERNELS = ("_forward", "_gradient_query", "_gradient_key", "_tangent", "_second_own", "_second_query", "_second_key")
+OVER_KEYS = ("_gradient_key", "_second_key")            # a program owns keys; the others own query rows
+
+# Half precision: architecture -> largest padded head dimension -> kernel -> tile, and in KEYS the tile where cotangents on dK and dV are given.
+HALF = {
+    "sm_80": {
+        64: {"_forward": Tile(128, 64, 8, 2), "_gradient_query": Tile(128, 64, 8, 2), "_gradient_key": Tile(64, 32, 4, 2),
+             "_tangent": Tile(64, 32, 4, 2), "_second_own": Tile(32, 16, 4, 1), "_second_query": Tile(64, 32, 4, 2), "_second_key": Tile(64, 32, 8, 2)},
+        128: {"_forward": Tile(64, 64, 8, 2), "_gradient_query": Tile(64, 64, 8, 2), "_gradient_key": Tile(64, 32, 8, 2),
+              "_tangent": Tile(64, 64, 8, 2), "_second_own": Tile(32, 16, 8, 1), "_second_query": Tile(64, 64, 8, 2), "_second_key": Tile(64, 32, 8, 2)},
+        256: {"_forward": Tile(64, 32, 8, 2), "_gradient_query": Tile(32, 32, 8, 2), "_gradient_key": Tile(32, 32, 8, 2),
+              "_tangent": Tile(32, 32, 8, 2), "_second_own": Tile(16, 16, 8, 1), "_second_query": Tile(32, 32, 4, 2), "_second_key": Tile(32, 32, 8, 2)},
+    },
+    "sm_90": {
+        64: {"_forward": Tile(64, 64, 4, 2), "_gradient_query": Tile(64, 64, 4, 2), "_gradient_key": Tile(32, 64, 4, 2),
+             "_tangent": Tile(64, 64, 4, 2), "_second_own": Tile(32, 16, 4, 1), "_second_query": Tile(64, 64, 4, 2), "_second_key": Tile(32, 64, 4, 2)},
+        128: {"_forward": Tile(64, 64, 4, 2), "_gradient_query": Tile(64, 64, 4, 2), "_gradient_key": Tile(32, 128, 8, 2),
+              "_tangent": Tile(64, 64, 4, 2), "_second_own": Tile(32, 16, 8, 1), "_second_query": Tile(64, 32, 4, 2), "_second_key": Tile(32, 128, 8, 2)},
+        256: {"_forward": Tile(64, 64, 8, 2), "_gradient_query": Tile(32, 32, 4, 2), "_gradient_key": Tile(32, 32, 8, 2),
+              "_tangent": Tile(32, 32, 4, 2), "_second_own": Tile(16, 16, 8, 1), "_second_query": Tile(32, 32, 4, 2), "_second_key": Tile(32, 32, 8, 2)},
+    },
+}
+HALF["sm_86"] = HALF["sm_80"]       # 8.6, 8.9 and 12.x: 99 KiB of shared memory per block
+KEYS = {
+    "sm_80": {64: {}, 128: {"_tangent": Tile(32, 64, 8, 2), "_second_query": Tile(32, 64, 8, 2)},
+              256: {"_tangent": Tile(16, 32, 4, 2), "_second_query": Tile(16, 32, 4, 2), "_second_key": Tile(16, 32, 8, 2)}},
+    "sm_90": {64: {}, 128: {"_tangent": Tile(64, 32, 4, 2)},
+              256: {"_tangent": Tile(16, 32, 4, 2), "_second_query": Tile(16, 32, 4, 2)}},
+}
+SMALL_HEADS = {(a, "_second_key"): Tile(32, 32, 4, 2) for a in ("sm_80", "sm_86")}      # head dimensions to 32
+KEYS["sm_86"] = KEYS["sm_80"]
+ARCHITECTURES = tuple(HALF)
+
+# float32 in three TF32 passes takes twice the shared memory and more registers: small tiles for all architectures, and head dimensions to 128.
+# With cotangents on dK and dV registers spill at 128 (correct, slow).
+SINGLE = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1)}
+SINGLE_EXCEPT = {64: {"_gradient_key": Tile(32, 16, 4, 1), "_second_key": Tile(32, 16, 4, 1)},
+                 128: {"_gradient_key": Tile(32, 16, 4, 1), "_second_query": Tile(16, 16, 4, 1), "_second_key": Tile(16, 16, 4, 1)}}
+SINGLE_KEYS = {64: {"_second_query": Tile(16, 16, 4, 1)}, 128: {k: Tile(16, 16, 8, 1) for k in ("_tangent", "_second_query", "_second_key")}}
+MAX_HEAD_DIMENSION = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128, torch.float64: 256}     # float64: the interpreter
 
 
 def tile_for(kernel: str, architecture: str, padded_d: int, dtype: torch.dtype, with_keys: bool) -> Tile:
     """The tile of a kernel: padded_d is a power of two from 16 to 256; with_keys where there are cotangents on dK and dV."""
     if architecture == "interpreter":       # small, and rows != keys, so that tests meet many tiles
         return Tile(16, 32, 4, 1) if kernel in OVER_KEYS else Tile(32, 16, 4, 1)
-    return Tile(64, 64, 4, 2)
+    if dtype == torch.float32:
+        bucket = 64 if padded_d <= 64 else 128
+        tile = SINGLE_EXCEPT[bucket].get(kernel, SINGLE[bucket])
+        return SINGLE_KEYS[bucket].get(kernel, tile) if with_keys else tile
+    bucket = next(size for size in (64, 128, 256) if padded_d <= size)
+    tile = SMALL_HEADS.get((architecture, kernel), HALF[architecture][bucket][kernel]) if padded_d <= 32 else HALF[architecture][bucket][kernel]
+    return KEYS[architecture][bucket].get(kernel, tile) if with_keys else tile

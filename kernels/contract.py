@@ -32,3 +32,20 @@ def refuse_graph(operation: str, order: str = "third") -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(f"{operation}: its {order} derivative is not defined; call backward or autograd.grad without create_graph=True "
                            "for the last differentiation")
+
+
+def is_traced_without_graph() -> bool:
+    """Whether torch.compile is recording the running backward as a last differentiation: nothing compiled will be differentiated again."""
+    return torch._guards.TracingContext.try_get() is not None and not torch.is_grad_enabled()
+
+
+def refuse_kept_graph(operation: str) -> None:
+    """Raise if a backward that was compiled as a last differentiation runs where its graph is kept: under create_graph or retain_graph.
+
+    PyTorch (2.11 to 2.13) notices a second differentiation of what it compiled only where a path leads back to it, and otherwise drops
+    gradients without a word.
+    """
+    if torch._C._current_graph_task_id() != -1 and torch._C._autograd._get_current_graph_task_keep_graph():
+        raise RuntimeError(f"{operation}: torch.compile made this backward for one differentiation, and it was asked for under create_graph or "
+                           "retain_graph; take the inner gradient inside the compiled function (torch._dynamo.config.trace_autograd_ops = True, "
+                           "fullgraph=True), or leave the function uncompiled")

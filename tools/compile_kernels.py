@@ -94,6 +94,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--tile", nargs="+", default=[None], help="ROWS,KEYS,WARPS,STAGES instead of the table's")
+    parser.add_argument("--not-causal", action="store_true")
     parser.add_argument("--variant", nargs="+", type=int, default=[0, 1], help="0: energy_attention, 1: causal_attention")
     arguments = parser.parse_args()
     bad = 0
@@ -103,7 +104,7 @@ def main() -> int:
                 for name in arguments.kernel:
                     for variant in [v for i, v in enumerate(variants(name)) if i in arguments.variant]:
                         for tile in arguments.tile:
-                            row = compile_kernel(name, architecture, d, getattr(torch, dtype), **variant,
+                            row = compile_kernel(name, architecture, d, getattr(torch, dtype), **variant, causal=not arguments.not_causal,
                                                  tile=None if tile is None else Tile(*map(int, tile.split(","))))
                             print(json.dumps(row), flush=True)
                             bad += not row["fits"]
