@@ -48,7 +48,8 @@ class ModelConfig:
     vocabulary_size: int | None = None      # default: the data's
     norm_epsilon: float = 1e-5
     rope_theta: float = 1e4
-    attention_backend: Literal["auto", "reference"] = "auto"
+    attention_backend: Literal["auto", "triton", "reference"] = "auto"          # of the predicted stream
+    observed_backend: Literal["auto", "flash_attn", "sdpa"] = "auto"            # of the observed stream, and of the baseline
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
 
     from ebwm_scale.accounting import describe
     from ebwm_scale.data.shards import open_split
+    from ebwm_scale.model.transformer import attention_paths
     from ebwm_scale.model.world_model import WorldModel
     from ebwm_scale.training.checkpoint import check_same_run, find_latest, saved_config
     from ebwm_scale.training.distributed import join_world
@@ -90,6 +91,10 @@ def run(config: Config, options: argparse.Namespace) -> int:
     micro_batch, accumulation = batch_arithmetic(config.train, world.size, paired=config.refinement.replay)
     if world.is_main and saved is None:
         say(describe(config, model, world_size=world.size, data_summary=data_summary(config, splits), seconds_per_step=None), flush=True)
+    try:
+        paths = attention_paths(config.model, world.device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     engine = Engine(config, model, world, micro_batch=micro_batch, accumulation=accumulation)
     folder = RunFolder(path, config, is_main=world.is_main)
     trainer = Trainer(config, engine, world, folder, stop, splits["train"], splits["validation"], micro_batch=micro_batch)
@@ -99,7 +104,8 @@ def run(config: Config, options: argparse.Namespace) -> int:
         folder.say("\n".join([f"resumed at step {trainer.step} of {config.train.max_steps} from {saved.folder}", *changes]))
     else:
         folder.forget_after(0)
-        folder.event("start", world_size=world.size, command=sys.argv)
+        folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
+    folder.say("attention of " + ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items()))
     code = trainer.fit()
     if code == EXIT_FINISHED:
         finish(config, folder, engine.module, splits, world)

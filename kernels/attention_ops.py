@@ -32,18 +32,18 @@ PRODUCTS = {"reference": {"forward": 2, "gradient": (3, 5), "double_backward": (
             "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)}}
 
 
-def resolve_backend(backend: str, q: Tensor, operation: str) -> str:
-    """ "triton" or "reference" for these tensors. Raises ValueError for a backend that is unknown or cannot run them."""
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int, operation: str) -> str:
+    """ "triton" or "reference" for such tensors. Raises ValueError for a backend that is unknown or cannot run them."""
     if backend not in BACKENDS:
         raise ValueError(f"{operation}: backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend
-    obstacle = why_not_triton(q.device, q.dtype, q.shape[-1])
-    if obstacle and backend == "triton":
-        raise ValueError(f"{operation}: backend triton cannot run {q.dtype}, head dimension {q.shape[-1]} on {q.device}: {obstacle}; "
-                         "use backend auto or reference")
+    obstacle = why_not_triton(device, dtype, head_dimension)
     if backend == "auto":
-        return "triton" if obstacle is None and q.device.type == "cuda" else "reference"
+        return "triton" if obstacle is None and device.type == "cuda" else "reference"
+    if obstacle:
+        raise ValueError(f"{operation}: backend triton cannot run {dtype}, head dimension {head_dimension} on {device}: {obstacle}; "
+                         "use backend auto or reference")
     return backend
 
 

@@ -25,7 +25,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, sc
     check_tensors("causal_attention", {"q": q, "k": k, "v": v})
     check_keys("causal_attention", q, {"k": k, "v": v}, context_offset)
     shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), context_offset, causal)
-    return attend(q, k, v, None, None, shape, resolve_backend(backend, q, "causal_attention"))
+    return attend(q, k, v, None, None, shape, resolve_backend(backend, q.device, q.dtype, q.shape[-1], "causal_attention"))
 
 
 def causal_attention_definition(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None,

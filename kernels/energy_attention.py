@@ -26,7 +26,7 @@ def energy_attention(q: Tensor, k_self: Tensor, v_self: Tensor, k_context: Tenso
     """
     _check(q, k_self, v_self, k_context, v_context, context_offset)
     shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), context_offset, True)
-    return attend(q, k_context, v_context, k_self, v_self, shape, resolve_backend(backend, q, "energy_attention"))
+    return attend(q, k_context, v_context, k_self, v_self, shape, resolve_backend(backend, q.device, q.dtype, q.shape[-1], "energy_attention"))
 
 
 def energy_attention_definition(q: Tensor, k_self: Tensor, v_self: Tensor, k_context: Tensor, v_context: Tensor, *,

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ebwm_kernels import energy_attention, rms_norm, swiglu
+from ebwm_kernels import energy_attention, observed_attention, rms_norm, swiglu
+from ebwm_kernels.attention_ops import resolve_backend, why_not_triton
+from ebwm_kernels.observed_attention import resolve_observed_backend, why_not_flash_attn
 
 from ..config import ModelConfig
 
@@ -99,7 +100,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dimension = config.width // config.num_heads
-        self.backend = config.attention_backend
+        self.backend, self.observed_backend = config.attention_backend, config.observed_backend
         self.wq = nn.Linear(config.width, config.width, bias=False)
         self.wk = nn.Linear(config.width, self.num_kv_heads * self.head_dimension, bias=False)
         self.wv = nn.Linear(config.width, self.num_kv_heads * self.head_dimension, bias=False)
@@ -109,9 +110,9 @@ class Attention(nn.Module):
         return rotary.rotate(self._heads(self.wk(x))), self._heads(self.wv(x)).contiguous()
 
     def observe(self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary) -> Tensor:
-        """Causal self-attention of the observed stream; first order only, so any fused kernel serves."""
+        """Causal self-attention of the observed stream; first order only."""
         q = rotary.rotate(self._heads(self.wq(x)))
-        seen = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=self.num_kv_heads != self.num_heads)
+        seen = observed_attention(q, keys, values, backend=self.observed_backend)
         return self.wo(seen.transpose(1, 2).flatten(2))
 
     def predict(self, p: Tensor, context: tuple[Tensor, Tensor], rotary: Rotary, offset: int) -> Tensor:
@@ -171,6 +172,22 @@ class Block(nn.Module):
         x = x + modulation.attention_gate * attended
         normed = modulate(self.ffn_norm(x), modulation.feed_forward_shift, modulation.feed_forward_scale)
         return x + modulation.feed_forward_gate * self.feed_forward(normed)
+
+
+def attention_paths(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which code computes each stream's attention, and why not another: said once at the start of a run.
+
+    Raises ValueError where the configuration forces a backend that cannot run.
+    """
+    d = config.width // config.num_heads
+    observed = resolve_observed_backend(config.observed_backend, device, dtype, d)
+    obstacle = why_not_flash_attn(device, dtype, d)
+    paths = {"observed": observed + (f" (flash_attn: {obstacle})" if config.observed_backend == "auto" and obstacle else "")}
+    if config.kind == "energy":
+        predicted = resolve_backend(config.attention_backend, device, dtype, d, "model.attention_backend")
+        obstacle = why_not_triton(device, dtype, d)
+        paths["predicted"] = predicted + (f" (triton: {obstacle})" if config.attention_backend == "auto" and obstacle else "")
+    return paths
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def saved_config(folder: Path) -> Config:
 
 FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule"}         # sections
 FREE_KEYS = {"data.num_workers", "data.verify", "data.manifest", "train.max_minutes", "train.micro_batch_size", "train.max_steps",
-             "model.attention_backend", "refinement.checkpoint", "deepspeed.raw"}
+             "model.attention_backend", "model.observed_backend", "refinement.checkpoint", "deepspeed.raw"}
 
 
 def check_same_run(saved: Config, current: Config) -> list[str]:

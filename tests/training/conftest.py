@@ -63,7 +63,7 @@ class Runs:
 
     def start(self, name: str, **options) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"):
             environment.pop(key, None)
         return subprocess.Popen(self.command(name, **options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
                                 start_new_session=True, cwd=self.folder)

@@ -17,6 +17,7 @@ CASES = {
     "missing_manifest": ({"data.manifest": "nowhere/manifest.json"}, ["nowhere/manifest.json"]),
     "context_too_long": ({"data.context_length": 99}, ["data.context_length is 99", "16"]),
     "other_vocabulary": ({"model.vocabulary_size": 50277}, ["model.vocabulary_size is 50277", "300"]),
+    "backend_that_cannot_run": ({"model.attention_backend": "triton"}, ["backend triton cannot run torch.float32, head dimension 16 on cpu", "reference"]),
     "heads_that_do_not_divide": ({"model.num_heads": 5}, ["model.num_heads 5"]),
 }
 

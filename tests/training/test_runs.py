@@ -20,6 +20,7 @@ def reference(runs):
 
 def test_a_run_prints_what_happens_and_leaves_the_documented_folder(runs, reference):
     assert "step 8/8" in reference and "validation at step 8" in reference and "report.html" in reference.splitlines()[-1]
+    assert "attention of the observed stream: sdpa (flash_attn: it needs a GPU), the predicted stream: reference (triton: " in reference
     folder = runs.folder / "reference"
     for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints/latest", "report.html", "samples.json", "summary.json"):
         assert (folder / name).exists(), name
