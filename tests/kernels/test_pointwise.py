@@ -45,6 +45,16 @@ def test_a_third_derivative_raises(name):
         torch.autograd.grad(loss, inputs, create_graph=True)
 
 
+def test_a_weight_gradient_that_could_not_be_differentiated_again_raises():
+    x, w = torch.randn(3, 8, dtype=torch.float64, requires_grad=True), torch.ones(8, dtype=torch.float64, requires_grad=True)
+    out = pointwise.rms_norm(x, w, 1e-5).square().sum()
+    torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradient of its weight cannot be differentiated again"):
+        torch.autograd.grad(out, w, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradient of its weight cannot be differentiated again"):
+        out.backward(create_graph=True)
+
+
 def test_the_comparison_notices_a_wrong_coefficient(monkeypatch):
     """r a thousandth too large: value, first and second order all differ from plain autograd."""
     right = pointwise._inverse_rms
