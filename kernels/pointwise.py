@@ -23,20 +23,28 @@ from .contract import refuse_graph, wanted
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension: x (..., D), weight (D,) -> (..., D); twice differentiable."""
+    if torch.compiler.is_compiling():       # nested autograd.Functions are not traced; the compiler fuses the definition, to any order
+        return rms_norm_reference(x, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
+    """The definition, in float32 for half precisions."""
+    wide, w = _wide(x, weight)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * w).to(x.dtype)
 
 
 def swiglu(u: Tensor, v: Tensor) -> Tensor:
     """silu(u) * v elementwise, twice differentiable; u, v of one shape."""
+    if torch.compiler.is_compiling():
+        return swiglu_reference(u, v)
     return _SwiGLU.apply(u, v)
 
 
 def swiglu_reference(u: Tensor, v: Tensor) -> Tensor:
-    return u * u.sigmoid() * v
+    """The definition, in float32 for half precisions."""
+    wide_u, wide_v = _wide(u, v)
+    return (wide_u * wide_u.sigmoid() * wide_v).to(u.dtype)
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
