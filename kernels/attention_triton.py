@@ -18,6 +18,7 @@ Scores are multiplied by scale log2(e), so that exp2 serves; L is kept in natura
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 
@@ -365,7 +366,7 @@ class _Launcher:
             return
         sizes = (self.num_rows, self.num_keys, self.shape.offset, self.heads // self.key_heads)
         tiles = {"BM": tile.rows, "BN": tile.keys, "CAUSAL": self.shape.causal, "PRECISION": _precision(self.dtype), **self.constants, **constants}
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else _Nothing():
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             if kernel is _second_own:
                 names = ("scale", "D", "DP", "ACC", "BM")
                 kernel[(num_programs,)](*arguments, self.num_rows, **{n: tiles[n] for n in names}, num_warps=tile.warps)
@@ -459,10 +460,3 @@ def _or(placeholder: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Pointers for a kernel: something valid where a constant says that it is not read."""
     return tuple(placeholder if u is None else u for u in tensors)
 
-
-class _Nothing:
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return None

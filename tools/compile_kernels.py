@@ -31,24 +31,27 @@ from ebwm_kernels.attention_tuning import KERNELS, Tile, tile_for  # noqa: E402
 
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227}      # per block; CUDA programming guide, compute capabilities
 STATISTICS = {"L", "DELTA", "MU", "PHI", "Z", "DS", "MEAN"}
+SIZES = ("S", "C", "offset", "group")
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def compile_kernel(name: str, architecture: str, head_dimension: int, dtype: torch.dtype, *, own: bool, with_keys: bool, causal: bool = True,
-                   tile: Tile | None = None) -> dict:
-    """Compile one kernel (KERNELS) and read its machine code; see the module's docstring."""
+                   ones: bool = False, tile: Tile | None = None) -> dict:
+    """Compile one kernel (KERNELS) and read its machine code; see the module's docstring. ones: sizes that are 1, which a launch makes constants."""
     kernel = getattr(attention_triton, name)
     padded = max(16, triton.next_power_of_2(head_dimension))
     tile = tile or tile_for(name, architecture, padded, dtype, with_keys)
     values = {"scale": head_dimension**-0.5, "D": head_dimension, "DP": padded, "CAUSAL": causal, "OWN": own, "KEYS": with_keys,
               "ACC": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": tile.rows, "BN": tile.keys}
     constants = {n: values[n] for n in kernel.arg_names if n in values}
+    if ones:
+        constants |= {n: 1 for n in kernel.arg_names if n in SIZES}
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in ("S", "C", "offset", "group"):
+        elif argument in SIZES:
             signature[argument] = "i32"
         else:
             signature[argument] = "*fp32" if argument in STATISTICS else POINTERS[dtype]
@@ -95,6 +98,7 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--tile", nargs="+", default=[None], help="ROWS,KEYS,WARPS,STAGES instead of the table's")
     parser.add_argument("--not-causal", action="store_true")
+    parser.add_argument("--ones", action="store_true", help="sizes of one, which Triton makes constants")
     parser.add_argument("--variant", nargs="+", type=int, default=[0, 1], help="0: energy_attention, 1: causal_attention")
     arguments = parser.parse_args()
     bad = 0
@@ -104,7 +108,7 @@ def main() -> int:
                 for name in arguments.kernel:
                     for variant in [v for i, v in enumerate(variants(name)) if i in arguments.variant]:
                         for tile in arguments.tile:
-                            row = compile_kernel(name, architecture, d, getattr(torch, dtype), **variant, causal=not arguments.not_causal,
+                            row = compile_kernel(name, architecture, d, getattr(torch, dtype), **variant, causal=not arguments.not_causal, ones=arguments.ones,
                                                  tile=None if tile is None else Tile(*map(int, tile.split(","))))
                             print(json.dumps(row), flush=True)
                             bad += not row["fits"]

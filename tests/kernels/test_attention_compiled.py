@@ -47,6 +47,12 @@ def test_head_dimensions_that_are_no_power_of_two_and_attention_without_a_mask_c
     assert len(rows) == 12 and all(row["fits"] and not row["causal"] for row in rows)
 
 
+@pytest.mark.parametrize("mask", [(), ("--not-causal",)])
+def test_sizes_of_one_compile(mask):
+    """Triton turns integer arguments that are 1 into constants, so a single query is another program."""
+    assert len(compiled("--architecture", "sm_90", "--head-dimension", "64", "--ones", *mask)) == 12
+
+
 def test_a_tile_that_does_not_fit_is_reported():
     """The compiler itself accepts it: shared memory is held against the limit here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
