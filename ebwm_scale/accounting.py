@@ -230,6 +230,8 @@ def memory_estimate(config: Config, *, world_size: int, micro_batch: int) -> dic
     z, half, stage = _Sizes.of(config), config.train.precision == "bf16", config.deepspeed.zero_stage
     element, shards = 2 if half else 4, world_size if stage else 1
     rows, baseline = micro_batch * z.positions, config.model.kind == "baseline"
+    at_once = not baseline and config.refinement.graph != "full"        # each step back-propagated as soon as it is there: term_gradients.py
+    live_steps = 1 if at_once else z.graph_steps
     offloaded = config.deepspeed.offload == "optimizer"
     D, F, K, V, workspace = z.width, z.feed_forward, z.keys, z.state, 0.0
     parts = {
@@ -242,8 +244,9 @@ def memory_estimate(config: Config, *, world_size: int, micro_batch: int) -> dic
         parts["activations_observed"] = element * rows * (z.layers * (observed_block + 2 * K) + 2 * D)
     else:
         kept = (z.layers - 1) * observed_block + LAST_OBSERVED_D * D + z.layers * 2 * K
-        parts["activations_observed"] = element * micro_batch * (z.positions + z.offset) * z.contexts * kept
-        kept, recomputed = _predicted_kept(config, z)
+        contexts = 1 if at_once else z.contexts
+        parts["activations_observed"] = element * micro_batch * (z.positions + z.offset) * contexts * kept
+        kept, recomputed = _predicted_kept(config, z, live_steps)
         parts["activations_predicted"] = element * rows * kept
         scores = micro_batch * config.model.num_heads * min(ROWS, z.positions) * (z.positions + z.offset)
         workspace = 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
@@ -254,33 +257,35 @@ def memory_estimate(config: Config, *, world_size: int, micro_batch: int) -> dic
         update = config.refinement.update
         # The last loss comes with W's gradient, which waits for the backward (without vocabulary_step: every loss).
         shared_products = baseline or (update == "probabilities" and config.refinement.noise == 0)
-        waiting = ((1 if shared_products else z.graph_steps) + (config.state.map_scale != 1)) * element * V * D
-        workspace += 4 * V * D      # W's gradient of one step
+        waiting = ((1 if shared_products else live_steps) + (config.state.map_scale != 1)) * element * V * D
+        # At once: gradients of one step (of their sums over steps, W's is the one that counts: `waiting`).
+        workspace += element * num_parameters if at_once else 4 * V * D
         if baseline:
             parts["vocabulary"], workspace = waiting, max(workspace, buffers * chunk)
         elif config.refinement.graph == "full":
             scores = z.steps if config.refinement.loss == "every" else 1
             parts["vocabulary"] = state * (FULL_STATES[update] * z.steps + scores + FULL_TRANSIENT)
         else:       # a state lives until the backward of its step, or (no graph) until the next one is there
-            states = max(z.graph_steps, min(z.steps, 2)) + (update != "probabilities")
+            states = max(live_steps, min(z.steps, 2)) + (update != "probabilities")
             parts["vocabulary"] = state * states + waiting
             workspace = max(workspace, buffers * chunk)
     else:
-        parts["states"] = 4.0 * rows * V * FRAME_STATES * (1 if baseline else z.graph_steps)
+        parts["states"] = 4.0 * rows * V * FRAME_STATES * (1 if baseline else live_steps)
+        workspace += 2 * element * num_parameters if at_once else 0     # gradients of one step, and their sums over steps
     gib = {part: value / GIB for part, value in (parts | {"workspace": workspace}).items()}
     return gib | {"total": sum(gib.values())}
 
 
-def _predicted_kept(config: Config, z: _Sizes) -> tuple[int, int]:
-    """Numbers per row of the predicted stream: (kept until the backward of all steps with a graph, of one step when recomputed)."""
+def _predicted_kept(config: Config, z: _Sizes, live_steps: int) -> tuple[int, int]:
+    """Numbers per row of the predicted stream: (kept of the steps whose graph lives at a time, of one step when recomputed)."""
     adaptive = PREDICTED_ADALN_D * z.width if z.modulation_weights else 0
     blocks = z.layers * (PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive)
-    outside = OUTSIDE_D * z.width * z.graph_steps
+    outside = OUTSIDE_D * z.width * live_steps
     if config.refinement.checkpoint == "step":
         return outside, blocks
     if config.refinement.checkpoint == "block":
         blocks = z.layers * (BLOCK_CHECKPOINT_D * z.width + BLOCK_CHECKPOINT_F * z.feed_forward + adaptive)
-    return blocks * z.graph_steps + outside, 0
+    return blocks * live_steps + outside, 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- dry run

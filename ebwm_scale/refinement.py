@@ -5,7 +5,7 @@
         e       = enter(x_i)                                the state's own linear map
         E, g    = energy(e, context), dE/de                 the inner gradient
         x_(i+1) = descend(x_i, g, alpha)                    x - alpha * dE/dx
-        loss_i  = criterion(x_(i+1), target)
+        loss_i  = criterion(x_(i+1), target)                back-propagated here, unless the graph is full (term_gradients.py)
     loss = mean of loss_i, or loss_(N-1)                    its gradient goes through g: a double backward
 
 Three independent choices (design: EBWM arXiv 2406.08862, EBT arXiv 2507.02092):
@@ -16,6 +16,7 @@ S1 = detach + every; S2 = truncate + last; the paper's Algorithm 1 = full + last
 """
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Callable, Protocol, Sequence
 
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import RefinementConfig
 from .model.energy import Context
+from .term_gradients import TermGradients
 
 MIN_STEP_SIZE = 1e-4
 
@@ -68,6 +70,11 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
     """
     network, state = world_model.network, world_model.state
     step_size = world_model.step_size.squeeze(0).clamp(min=MIN_STEP_SIZE) * draws.step_size_factor()
+    terms = None                # where no graph leads from step to step, each step's loss is back-propagated at once
+    if training and rules.graph != "full" and targets is not None and torch.is_grad_enabled():
+        terms = TermGradients(world_model.parameters())
+        step_size, state = terms.cut(step_size), state.cut(terms.cut)
+    seen = observed if terms is None else terms.cut(observed)
 
     def has_graph(i: int) -> bool:
         every = rules.graph == "full" or (rules.graph == "detach" and rules.loss == "every")
@@ -76,8 +83,12 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
     def context_of(landscape: int) -> int:
         return 0 if network.shares_context else landscape
 
+    def weight_of(i: int) -> float:
+        """Of step i's loss in the total."""
+        return 1 / num_steps if rules.loss == "every" else float(i == num_steps - 1)
+
     num_steps = len(landscapes)
-    needs_gradient = {context_of(landscape) for i, landscape in enumerate(landscapes) if has_graph(i)}
+    readers = Counter(context_of(landscape) for i, landscape in enumerate(landscapes) if has_graph(i))
     contexts: dict[int, Context] = {}       # one per landscape, or one for all: the observed stream is never encoded twice
     losses, energies, x, entered = [], [], draws.initial(), None
     for i, landscape in enumerate(landscapes):
@@ -87,19 +98,24 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
             x = x + langevin
 
         if key not in contexts:
-            with torch.set_grad_enabled(key in needs_gradient):
-                contexts[key] = network.encode(observed, landscape)
+            with torch.set_grad_enabled(readers[key] > 0):
+                shared = terms is not None and readers[key] > 1
+                context = network.encode(observed if shared else seen, landscape)
+                contexts[key] = context.cut(terms.cut) if shared else context
         with torch.set_grad_enabled(has_graph(i)):
             entered, x = entered or state.enter(x), None    # nobody holds x, the largest tensor of all: entered has what is needed
-            embedded = world_model.predicted_rows(entered.embedded, observed)
+            embedded = world_model.predicted_rows(entered.embedded, seen)
         energy, gradient = energy_and_gradient(network, embedded, contexts[key], landscape, create_graph=has_graph(i),
                                                mode=rules.checkpoint)
         with torch.set_grad_enabled(has_graph(i) or has_graph(i + 1)):
             alpha = step_size if has_graph(i) else step_size.detach()
             connected = has_graph(i) and rules.graph == "full"
             x, entered, loss = state.descend(entered, gradient, alpha, targets, connected=connected, go_on=not last,
-                                             keep_state=record is not None or (keep_state if last else rules.noise > 0))
-        losses.append(loss if has_graph(i) or loss is None else loss.detach())
+                                             keep_state=record is not None or (keep_state if last else rules.noise > 0),
+                                             loss_weight=weight_of(i) if has_graph(i) else 0.0)
+        if terms is not None and has_graph(i):
+            terms.add(loss * weight_of(i))
+        losses.append(loss if connected or loss is None else loss.detach())
         energies.append(energy.detach().mean())
         if record is not None:
             record(StepRecord(energy.detach(), gradient.detach(), x.detach()))
@@ -107,6 +123,7 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
     total = None
     if targets is not None:
         total = losses[-1] if rules.loss == "last" else torch.stack(losses).mean()
+        total = total if terms is None else terms.total(total)
     return Refinement(total, [] if targets is None else [loss.detach() for loss in losses], energies, None if x is None else x.detach())
 
 

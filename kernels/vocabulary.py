@@ -15,8 +15,8 @@ in plain autograd, for one that does (full). Nothing differentiates the loss a s
     vocabulary_descend    p, h -> x', loss.   r is turned into the gradients of h and W while x' is at hand, chunk by chunk: the last step,
                           and the logits update. Without p it is the loss of a model that predicts logits directly
     vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities). The loss's gradient on h is
-                          r W = (e' - W_y) / n, and the two gradients of W, of this loss and of e', are both products with p': one of each
-                          serves both, which makes three products of size rows * V * D per step, as many as a Transformer++ has
+                          r W = (e' - W_y) / n, known at once, and the two gradients of W, of this loss and of e', are both products with
+                          p': one serves both, which makes three products of size rows * V * D per step, as many as a Transformer++ has
 
 Rows are the flattened (batch, position) pairs. States are float32 (float64 in tests) whatever the dtype of W.
 """
@@ -54,13 +54,16 @@ def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *
     return (state if keep_state else None), loss
 
 
-def vocabulary_step(probabilities: Tensor, weight: Tensor, hidden: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def vocabulary_step(probabilities: Tensor, weight: Tensor, hidden: Tensor, targets: Tensor | None, *,
+                    loss_weight: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """A step of the probabilities update, entered into the next: (p' (rows, V) without graph, e' = p' @ weight (rows, D), loss or None).
 
-    Equal to `vocabulary_descend` followed by `vocabulary_embed`. e' has a first-order gradient of weight alone, with p' fixed.
+    Equal to `vocabulary_descend` followed by `vocabulary_embed`, except for where weight's gradient comes from: the loss has a gradient of
+    hidden alone; weight's gradient of loss_weight * loss comes with that of e', since both are products with p'. So both have to be
+    back-propagated, in any order or apart from each other, and the loss with the weight that was announced.
     """
-    p, embedded, loss = _Step.apply(probabilities, weight, hidden, targets)
-    return p, embedded, None if targets is None else loss
+    p, embedded, loss, grad_hidden = _StepEmbed.apply(probabilities, weight, hidden.detach(), targets, loss_weight)
+    return p, embedded, None if targets is None else _GivenGradient.apply(hidden, loss, grad_hidden)
 
 
 def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -146,9 +149,9 @@ class _Embed(torch.autograd.Function):
         return None, None if grad is None else _transposed_product(p, grad)
 
 
-class _Step(torch.autograd.Function):
+class _StepEmbed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, probabilities, weight, hidden, targets):
+    def forward(ctx, probabilities, weight, hidden, targets, loss_weight):
         ctx.set_materialize_grads(False)
         p, embedded = torch.empty_like(probabilities), weight.new_empty(hidden.shape)
         beside = None if targets is None else weight.new_empty(hidden.shape)        # e' - W_y
@@ -167,33 +170,51 @@ class _Step(torch.autograd.Function):
                 score.add(logits, p[rows], rows)
                 torch.mm(score.rounded_residual(p, rows, weight.dtype), weight, out=beside[rows])
                 torch.add(beside[rows], weight[score.target[rows]], out=embedded[rows])
-        ctx.save_for_backward(p, hidden, beside, targets)
-        ctx.mark_non_differentiable(p)
-        return p, embedded, p.new_zeros(()) if score is None else score.total
+        loss = p.new_zeros(()) if score is None else score.total
+        grad_hidden = hidden.new_empty(0) if score is None else (beside.to(p.dtype) * score.share[:, None]).to(hidden.dtype)
+        ctx.save_for_backward(p, hidden, targets)
+        ctx.loss_weight, ctx.weight_dtype = loss_weight if score is not None else 0.0, weight.dtype
+        ctx.mark_non_differentiable(p, loss, grad_hidden)
+        return p, embedded, loss, grad_hidden
 
     @staticmethod
-    def backward(ctx, _, grad_embedded, grad_loss):
-        """dW = p' (grad_embedded + s h) - onehot (s h) and dh = s (e' - W_y), with s = grad_loss / n on rows that count."""
+    def backward(ctx, _, grad_embedded, *__):
+        """dW = p' (grad_embedded + s h) - onehot (s h), with s = loss_weight / n on rows that count."""
         refuse_graph("vocabulary_step", "second")
-        p, hidden, beside, targets = ctx.saved_tensors
-        if grad_loss is None:
-            return None, None if grad_embedded is None else _transposed_product(p, grad_embedded), None, None
+        if grad_embedded is None:
+            return (None,) * 5
+        p, hidden, targets = ctx.saved_tensors
+        if ctx.loss_weight == 0:
+            return None, _transposed_product(p, grad_embedded), None, None, None
         score = _Score(targets, p.dtype)
-        share = score.share[:, None] * grad_loss
-        scaled = share * hidden
-        right = scaled if grad_embedded is None else scaled + grad_embedded
-        if beside.dtype == p.dtype:
+        scaled = score.share[:, None] * ctx.loss_weight * hidden
+        right = scaled + grad_embedded
+        if ctx.weight_dtype == p.dtype:
             grad_weight = p.T @ right
             grad_weight.index_add_(0, score.target, scaled, alpha=-1)
         else:                                               # (p' - onehot) (grad_embedded + s h) + onehot grad_embedded
-            dtype, right = beside.dtype, right.to(beside.dtype)
+            dtype, right = ctx.weight_dtype, right.to(ctx.weight_dtype)
             grad_weight, chunks = p.new_zeros(p.shape[1], hidden.shape[1]), _Chunks(*p.shape, p.dtype, p.device)
             for rows in chunks:
                 grad_weight += score.rounded_residual(p, rows, dtype).T @ right[rows]
-            if grad_embedded is not None:
-                grad_weight.index_add_(0, score.target, grad_embedded.to(p.dtype))
+            grad_weight.index_add_(0, score.target, grad_embedded.to(p.dtype))
             grad_weight = grad_weight.to(dtype)
-        return None, grad_weight, (beside.to(p.dtype) * share).to(hidden.dtype), None
+        return None, grad_weight, None, None, None
+
+
+class _GivenGradient(torch.autograd.Function):
+    """A scalar whose gradient with respect to one tensor is known already."""
+
+    @staticmethod
+    def forward(ctx, source, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_graph("vocabulary_step", "second")
+        gradient, = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None, None
 
 
 class _DescendAndScore(torch.autograd.Function):

@@ -274,3 +274,15 @@ def test_dry_run_refuses_a_batch_that_does_not_divide():
     config = configuration(train={"global_batch_size": 24})
     with pytest.raises(ConfigError, match="5 processes"):
         describe(config, WorldModel(config), world_size=5, data_summary=None, seconds_per_step=None)
+
+
+@pytest.mark.parametrize("conditioning", ["default", "time_embed"])
+@pytest.mark.parametrize("update", ["probabilities", "mirror"])
+def test_memory_does_not_grow_with_the_number_of_steps(conditioning, update):
+    """Each step of a detached refinement is back-propagated before the next one starts."""
+    peaks = []
+    for num_steps in (2, 4):
+        config = configuration(refinement={"num_steps": num_steps, "update": update}, model={"width": 64, "num_layers": 2, "conditioning": conditioning},
+                               context_length=32, vocabulary_size=4000)
+        peaks.append(training_step(config, Live()).peak)
+    assert peaks[1] < 1.1 * peaks[0]

@@ -19,6 +19,7 @@ from ebwm_scale.draws import SampledDraws
 from ebwm_scale.model import transformer
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.noise import NoiseSource
+from ebwm_scale.term_gradients import TermGradients
 
 V, B, S = 13, 3, 5
 CONDITIONINGS = ("default", "time_embed", "adaln", "adaln_zero", "predicted_only")
@@ -201,3 +202,31 @@ def test_the_baseline_is_an_ordinary_decoder():
         later[:, -1] = later[:, 0]
         hidden = [model.network(model.embed_observed(x))[:, :-1] for x in (observed, later)]
         torch.testing.assert_close(*hidden)             # causal: the last token changes nothing before it
+
+
+def test_the_comparison_notices_a_step_that_is_not_back_propagated(monkeypatch):
+    """Breaks the gradients taken step by step: the loss stays right, a term is missing."""
+    right, calls = TermGradients.add, []
+    monkeypatch.setattr(TermGradients, "add", lambda self, term: calls.append(1) or (right(self, term) if len(calls) != 1 else None))
+    with pytest.raises(AssertionError):
+        compare(*build())
+
+
+def test_gradients_taken_step_by_step_can_be_used_once_and_not_differentiated():
+    model, observed, targets = build()
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(0, 0)}
+    loss = model(observed, targets, **options).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second backward through the same loss"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="set refinement.graph to full"):
+        torch.autograd.grad(model(observed, targets, **options).loss, list(model.parameters()), create_graph=True, allow_unused=True)
+
+
+def test_a_scaled_loss_scales_every_gradient():
+    model, observed, targets = build(model={"conditioning": "time_embed"})
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(0, 0)}
+    once = gradients(model, model(observed, targets, **options).loss)
+    thrice = gradients(model, 3 * model(observed, targets, **options).loss)
+    for name in once:
+        assert once[name] is None or torch.allclose(3 * once[name], thrice[name], rtol=1e-12, atol=1e-300), name

@@ -13,6 +13,7 @@ Step conditioning (`model.conditioning`) tells refinement steps apart by a lands
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,10 @@ class Context:
     """The observed stream as the predicted one sees it: (K, V) per layer, each (B, H_kv, C, d), and how many keys precede o_1."""
     keys_values: list[tuple[Tensor, Tensor]]
     offset: int
+
+    def cut(self, by: Callable[[Tensor], Tensor]) -> "Context":
+        """The same with leaves in place of keys and values (TermGradients.cut)."""
+        return Context([(by(keys), by(values)) for keys, values in self.keys_values], self.offset)
 
 
 class EnergyTransformer(nn.Module):

@@ -9,8 +9,8 @@ So the inner gradient of the network is always a D-vector per position, and noth
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,21 @@ class VocabularyState:
     def size(self) -> int:
         return self.weight.shape[0]
 
+    def cut(self, by: Callable[[Tensor], Tensor]) -> "VocabularyState":
+        """The same on a leaf in place of the map, where that is no parameter itself."""
+        return replace(self, weight=by(self.weight))
+
     def enter(self, x: Tensor) -> Entered:
         embed = vocabulary_embed_reference if x.requires_grad else vocabulary_embed
         probabilities, embedded = (u.unflatten(0, x.shape[:2]) for u in embed(x.flatten(0, 1), self.weight))
         return Entered(embedded, None if self.update == "mirror" else probabilities, None if self.update == "probabilities" else x)
 
     def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
-                keep_state: bool = True, go_on: bool = False) -> Descended:
-        """connected: the next state carries the graph of this step (refinement.graph full). go_on: another step follows, without noise."""
+                keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
+        """connected: the next state carries the graph of this step (refinement.graph full). go_on: another step follows, without noise.
+
+        loss_weight: the loss's weight in what is back-propagated; the next step's entered state may bring the map's gradient of it.
+        """
         moving = entered.probabilities if entered.x is None else entered.x
         shape = moving.shape
         p, x = (None if u is None else u.flatten(0, 1) for u in (entered.probabilities, entered.x))
@@ -61,7 +68,7 @@ class VocabularyState:
             state = vocabulary_descend_reference(self.weight, hidden, probabilities=p, x=x)
             loss = None if targets is None else F.cross_entropy(state, flat_targets, ignore_index=IGNORE)
         elif go_on and not keep_state and self.update == "probabilities":
-            p, embedded, loss = vocabulary_step(p, self.weight, hidden, flat_targets)
+            p, embedded, loss = vocabulary_step(p, self.weight, hidden, flat_targets, loss_weight=loss_weight)
             return Descended(None, Entered(embedded.view(gradient.shape), p.view(shape)), loss)
         else:
             state, loss = vocabulary_descend(self.weight, hidden, flat_targets, probabilities=p, x=x, keep_state=keep_state or go_on)
@@ -86,11 +93,14 @@ class EmbeddingState:
     def size(self) -> int:
         return self.projection.in_features
 
+    def cut(self, by: Callable[[Tensor], Tensor]) -> "EmbeddingState":
+        return self             # a module of parameters
+
     def enter(self, x: Tensor) -> Entered:
         return Entered(self.projection(x.to(self.projection.weight.dtype)), x=x)
 
     def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
-                keep_state: bool = True, go_on: bool = False) -> Descended:
+                keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
         state = entered.x - step_size * self.slope(gradient).to(entered.x.dtype)
         loss = None if targets is None else self.loss(state, targets)
         return Descended((state if connected else state.detach()) if keep_state or go_on else None, None, loss)

@@ -90,12 +90,15 @@ def test_a_compiled_energy_whose_gradient_is_taken_outside_raises():
         gradients(step)
 
 
-def test_pytorch_alone_loses_gradients_there():
-    """Why we raise. If this fails, PyTorch has learnt to: refuse_kept_graph can go."""
+def test_pytorch_alone_does_not_give_the_gradients_there():
+    """Why we raise. torch 2.13 loses the gradient without a word, 2.11 raises. If this fails, PyTorch has learnt to: refuse_kept_graph can go."""
     square = torch.compile(lambda x, w: (x @ w).square().sum(), backend="aot_eager")
     x, w = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     gradient, = torch.autograd.grad(square(x, w), x, create_graph=True)
-    lost, = torch.autograd.grad((x.detach() - gradient).square().sum(), w, allow_unused=True)
+    try:
+        lost, = torch.autograd.grad((x.detach() - gradient).square().sum(), w, allow_unused=True)
+    except RuntimeError:
+        return
     assert lost is None
 
 
