@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from .report import Run
+    from .report_run import Run
 
 MAX_POINTS = 300            # per curve: what a screen can show; bounds the page's size
 MAX_CURVES = 6              # refinement steps drawn in one plot; the first and the last always are

@@ -7,7 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ebwm_kernels import attention_ops, attention_reference
-from ebwm_scale import accounting
 from ebwm_scale.accounting import count_parameters, describe, memory_estimate, peak_flops_per_s, step_flops
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.errors import ConfigError

@@ -9,10 +9,11 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from ebwm_scale import report
+from ebwm_scale import report, report_page
 from ebwm_scale.errors import UserError
-from ebwm_scale.report import main, read_run, write_report
+from ebwm_scale.report import main, write_report
 from ebwm_scale.report_plots import MAX_POINTS, Plot, draw_profile, draw_training_loss, draw_validation, thin
+from ebwm_scale.report_run import read_run
 
 UNIGRAM = 6.5
 
@@ -63,7 +64,7 @@ def continuation(**more):
 def without_plots(monkeypatch):
     """Drawing takes seconds; promises about the words on the page do not need it."""
     empty = Plot("plot", "caption", None)
-    monkeypatch.setattr(report, "report_plots", lambda run, baseline: (empty, [empty]))
+    monkeypatch.setattr(report_page, "report_plots", lambda run, baseline: (empty, [empty]))
     monkeypatch.setattr(report, "headline_png", lambda run, baseline: b"")
 
 
@@ -129,7 +130,7 @@ def test_page_is_self_contained_and_well_formed(tmp_path):
     assert len(drawings) == 9 and all(d["role"] == "img" and d["aria-label"] for d in drawings)
     assert page.count(">Transformer++</text>") == 2, "the headline, in its two shapes"
     assert "<text" in page and "var(--curve5)" in page and "prefers-color-scheme:dark" in page
-    assert not [role for role, colours in report.PALETTE.items() if f"stroke: {colours[0]}" in page], "a colour that cannot follow the page"
+    assert not [role for role, colours in report_page.PALETTE.items() if f"stroke: {colours[0]}" in page], "a colour that cannot follow the page"
     assert (tmp_path / "run" / "report_plot.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").glob(".report*")), "temporary files stay behind"
 

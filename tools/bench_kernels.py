@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ebwm_kernels import attention_ops, attention_tuning
+from ebwm_kernels import attention_tuning
 from ebwm_kernels.attention_ops import PRODUCTS, resolve_backend, visible_pairs
 from ebwm_kernels.attention_tuning import KERNELS, Tile, tile_for
 from ebwm_kernels.energy_attention import energy_attention_definition

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
