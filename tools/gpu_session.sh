@@ -1,16 +1,27 @@
 #!/usr/bin/env bash
-# Everything about the kernels that needs a GPU, in one go: correctness, timings, tiles, a training step. Results under $OUT (default: results).
-#     OUT=/tmp/out bash tools/gpu_session.sh
-# Needs PyTorch with CUDA and Triton; DeepSpeed only where a training step is timed through it. About 10 minutes on an H100.
+# What needs a GPU, part by part: correctness of the kernels, their timings, the search for tiles, a training step. Results under $OUT.
+#     OUT=/tmp/out bash tools/gpu_session.sh tests bench        parts: tests bench tune step; default: all, about 12 minutes on an H100
+# Needs PyTorch with CUDA, Triton and pytest. First the tests: a timing of wrong numbers is worth nothing.
 set -u
 cd "$(dirname "$0")/.."
 OUT="${OUT:-results}"
-export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 mkdir -p "$OUT"
-# ebwm_kernels is the folder kernels/: without an installation a link makes it importable
-python3 -c "import ebwm_kernels" 2>/dev/null || { mkdir -p /tmp/ebwm_link && ln -sfn "$PWD/kernels" /tmp/ebwm_link/ebwm_kernels && export PYTHONPATH="/tmp/ebwm_link:$PYTHONPATH"; }
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-timeout 180 python3 -m pytest -q tests/kernels/test_attention_gpu.py 2>&1 | tee "$OUT/gpu_tests.log"
-timeout 200 python3 tools/bench_kernels.py --output "$OUT/bench_kernels.json" 2>&1 | tail -40
-timeout 150 python3 tools/bench_kernels.py --tune --sizes 4096 2>"$OUT/tune.err" | tee "$OUT/tune.jsonl"
-timeout 60 python3 tools/bench_step.py --precision bf16 --size small --sequence 1024 --batch 8 --steps 5 --compare baseline 2>&1 | tee "$OUT/bench_step_gpu.json"
+link="$(mktemp -d)"                     # ebwm_kernels is the folder kernels/: importable without an installation
+ln -s "$PWD/kernels" "$link/ebwm_kernels"
+trap 'rm -r "$link"' EXIT
+export PYTHONPATH="$PWD:$link:${PYTHONPATH:-}"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 1
+status=0
+for part in "${@:-tests}" $([ $# -eq 0 ] && echo bench tune step); do
+    echo "== $part"
+    case "$part" in
+        tests) timeout 400 python3 -m pytest -q tests/kernels/test_attention_gpu.py 2>&1 | tee "$OUT/gpu_tests.log"; [ "${PIPESTATUS[0]}" = 0 ] || status=1 ;;
+        bench) timeout 300 python3 tools/bench_kernels.py --output "$OUT/bench_kernels.json" || status=1 ;;
+        tune) timeout 400 python3 tools/bench_kernels.py --tune --sizes 4096 --repeats 10 2>"$OUT/tune.err" | tee "$OUT/tune.jsonl" ;;
+        step) for precision in bf16 fp32; do
+                  timeout 60 python3 tools/bench_step.py --precision $precision --size small --sequence 1024 --vocabulary 50277 --batch 8 --steps 5 \
+                      --compare baseline | tee -a "$OUT/bench_step_gpu.jsonl"; done ;;
+        *) echo "unknown part $part; allowed: tests bench tune step" >&2; exit 2 ;;
+    esac
+done
+exit $status
