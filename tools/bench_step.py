@@ -6,6 +6,8 @@
 Prints one JSON line: median wall and CPU seconds per step, tokens/s, peak memory over the process's start (resident memory on a CPU,
 allocator peak on a GPU), FLOPs per step by part, MFU on a GPU. With --compare baseline, Transformer++ steps are interleaved in the same
 process and `cpu_ratio`, `wall_ratio` are the medians of the ratios of neighbouring steps (memory is then that of both; measure it alone).
+--profile adds where the time of one further step goes, by operation. --sweep vocabulary=8192,32000,50277 (or sequence, batch,
+num-refinement-steps) does all of this once per value, each in a process of its own, and --plot FILE.png draws time and memory against it.
 """
 from __future__ import annotations
 
@@ -13,8 +15,11 @@ import argparse
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
+
+SWEEPABLE = ("vocabulary", "sequence", "batch", "num-refinement-steps")
 
 
 def main() -> int:
@@ -30,8 +35,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
     parser.add_argument("--threads", type=int, default=None, help="PyTorch threads; default: PyTorch's own choice")
     parser.add_argument("--compare", choices=["baseline"], default=None)
+    parser.add_argument("--profile", action="store_true", help="shares of one more step's time by operation")
+    parser.add_argument("--sweep", metavar="OPTION=VALUE,VALUE,..", help=f"one of {', '.join(SWEEPABLE)}")
+    parser.add_argument("--plot", metavar="FILE.png", help="with --sweep: time and memory against the option")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="further configuration")
     arguments = parser.parse_args()
+    if arguments.sweep:
+        return sweep(arguments, parser)
 
     start_memory = resident_bytes()
     import torch
@@ -86,8 +96,60 @@ def main() -> int:
         result["compared_cpu_s"] = statistics.median(t[1] for t in times[1])
         result["compared_wall_s"] = statistics.median(t[0] for t in times[1])
         result["compared_flops"] = step_flops(runs[1][0], samples=arguments.batch)
+    if arguments.profile:
+        result["profile"] = profile(runs[0][1])
     print(json.dumps(result))
     return 0
+
+
+def sweep(arguments, parser) -> int:
+    """This program once per value, so that memory is that of one run."""
+    name, _, values = arguments.sweep.partition("=")
+    if name not in SWEEPABLE or not values.replace(",", "").isdigit():
+        parser.error(f"--sweep is {arguments.sweep!r}; expected one of {', '.join(SWEEPABLE)}, = and whole numbers with commas between")
+    rest, skip = [], False
+    for word in sys.argv[1:]:           # everything but --sweep and --plot
+        if not skip and not word.startswith(("--sweep", "--plot")):
+            rest.append(word)
+        skip = word in ("--sweep", "--plot")
+    rows = []
+    for value in values.split(","):
+        process = subprocess.run([sys.executable, __file__, *rest, f"--{name}", value], stdout=subprocess.PIPE, text=True)
+        if process.returncode:
+            return process.returncode
+        print(process.stdout, end="", flush=True)
+        rows.append((int(value), json.loads(process.stdout.splitlines()[-1])))
+    if arguments.plot:
+        plot(name, rows, arguments.plot)
+    return 0
+
+
+def plot(name: str, rows: list[tuple[int, dict]], path: str) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    at = [value for value, _ in rows]
+    for axes, key, label in ((time_axes, "cpu_s", "CPU seconds per step"), (memory_axes, "peak_memory_gib", "GiB over the process's start")):
+        axes.plot(at, [row[key] for _, row in rows], marker="o")
+        axes.set(xlabel=name, ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.suptitle(" ".join(f"{key} {rows[0][1][key]}" for key in ("model", "size", "sequence", "vocabulary", "batch", "num_refinement_steps",
+                                                                      "conditioning") if key != name.replace("-", "_")), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def profile(stepper: "Stepper", most: int = 15) -> dict[str, float]:
+    """Operation -> share of the time of one step spent in itself, device time where there is a device; the largest ones and "rest"."""
+    import torch
+    with torch.profiler.profile() as recorded:
+        stepper.step()
+    on_device = torch.cuda.is_available()
+    times = {row.key: row.self_device_time_total if on_device else row.self_cpu_time_total for row in recorded.key_averages()}
+    total, ordered = sum(times.values()), sorted(times.items(), key=lambda item: -item[1])
+    shares = {name: round(time / total, 4) for name, time in ordered[:most]}
+    return shares | {"rest": round(1 - sum(shares.values()), 4)}
 
 
 class Stepper:
