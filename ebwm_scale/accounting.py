@@ -143,6 +143,11 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     return {part: value for part, value in parts.items() if value}
 
 
+def model_flops(flops: dict[str, float]) -> float:
+    """The sum that an MFU is made of: everything but recomputation."""
+    return sum(value for part, value in flops.items() if part != "recomputation")
+
+
 def _state_products(config: Config, z: _Sizes) -> int:
     """Products of size rows * V * D of all refinement steps, see kernels/vocabulary.py and model/states.py."""
     refinement, N, G = config.refinement, z.steps, z.graph_steps
@@ -330,7 +335,7 @@ def describe(config: Config, model: nn.Module, *, world_size: int, data_summary:
     if seconds_per_step is not None:
         rate = total_flops / seconds_per_step / world_size
         peak = peak_flops_per_s(train.precision)
-        useful = rate * (1 - flops.get("recomputation", 0.0) / total_flops)
+        useful = model_flops(flops) / seconds_per_step / world_size
         utilisation = "" if peak is None else f"{100 * useful / peak:.1f} % MFU, recomputation left out"
         left = seconds_per_step * train.max_steps
         lines += _section("speed, a guess from few steps", [

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ebwm_kernels import attention_ops, attention_reference
-from ebwm_scale.accounting import count_parameters, describe, memory_estimate, peak_flops_per_s, step_flops
+from ebwm_scale.accounting import count_parameters, describe, memory_estimate, model_flops, peak_flops_per_s, step_flops
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.errors import ConfigError
 from ebwm_scale.model.world_model import WorldModel
@@ -163,6 +163,7 @@ def test_recomputation_is_a_part_of_its_own():
     plain, again = (step_flops(configuration(refinement={"checkpoint": mode}), samples=SAMPLES) for mode in ("none", "step"))
     assert "recomputation" not in plain
     assert {part: value for part, value in again.items() if part != "recomputation"} == plain
+    assert model_flops(again) == model_flops(plain) == sum(plain.values()) < sum(again.values())
 
 
 # The peak of all parts at once is an upper bound; what is measured leaves out the optimizer, which a step does not touch.

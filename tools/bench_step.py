@@ -45,7 +45,7 @@ def main() -> int:
 
     start_memory = resident_bytes()
     import torch
-    from ebwm_scale.accounting import peak_flops_per_s, step_flops
+    from ebwm_scale.accounting import model_flops, peak_flops_per_s, step_flops
     from ebwm_scale.config import load_config
     from ebwm_scale.errors import UserError
 
@@ -85,7 +85,7 @@ def main() -> int:
         "conditioning": config.model.conditioning, "precision": arguments.precision, "steps": arguments.steps,
         "wall_s": wall, "cpu_s": cpu, "tokens_per_s": arguments.batch * arguments.sequence / wall, "peak_memory_gib": memory / 2**30,
         "flops": flops, "flops_total": sum(flops.values()), "tflops_per_s": sum(flops.values()) / wall / 1e12,
-        "mfu": sum(flops.values()) / wall / peak if peak else None,
+        "mfu": model_flops(flops) / wall / peak if peak else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..accounting import peak_flops_per_s, step_flops
+from ..accounting import model_flops, peak_flops_per_s, step_flops
 from ..config import Config
 from ..data.loader import BatchLoader, DataState
 from ..data.shards import ShardedSplit
@@ -114,7 +114,7 @@ class Trainer:
         norm = float(result.gradient_norm)
         config, num_steps = self.config, result.num_steps
         seconds = timer.seconds_per_step(self.step)
-        flops = sum(step_flops(config, samples=config.train.global_batch_size).values()) / self.world.size
+        flops = model_flops(step_flops(config, samples=config.train.global_batch_size, num_steps=num_steps)) / self.world.size
         peak, on_gpu = peak_flops_per_s(config.train.precision), self.world.device.type == "cuda"
         tokens_per_step = config.train.global_batch_size * config.data.context_length
         energy = config.model.kind == "energy"
