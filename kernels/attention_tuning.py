@@ -49,7 +49,6 @@ KEYS = {
 }
 SMALL_HEADS = {(a, "_second_key"): Tile(32, 32, 4, 2) for a in ("sm_80", "sm_86")}      # head dimensions to 32
 KEYS["sm_86"] = KEYS["sm_80"]
-ARCHITECTURES = tuple(HALF)
 
 # float32 in three TF32 passes takes twice the shared memory and more registers: small tiles for all architectures, and head dimensions to 128.
 # With cotangents on dK and dV registers spill at 128 (correct, slow).
@@ -69,5 +68,7 @@ def tile_for(kernel: str, architecture: str, padded_d: int, dtype: torch.dtype, 
         tile = SINGLE_EXCEPT[bucket].get(kernel, SINGLE[bucket])
         return SINGLE_KEYS[bucket].get(kernel, tile) if with_keys else tile
     bucket = next(size for size in (64, 128, 256) if padded_d <= size)
-    tile = SMALL_HEADS.get((architecture, kernel), HALF[architecture][bucket][kernel]) if padded_d <= 32 else HALF[architecture][bucket][kernel]
+    tile = HALF[architecture][bucket][kernel]
+    if padded_d <= 32:
+        tile = SMALL_HEADS.get((architecture, kernel), tile)
     return KEYS[architecture][bucket].get(kernel, tile) if with_keys else tile

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
+# The test extra installs Triton on Linux x86-64, the only place it has wheels for.
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 

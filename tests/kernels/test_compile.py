@@ -75,7 +75,7 @@ def test_a_step_compiled_as_one_graph_gives_the_gradients_of_eager(attention_onl
 @WHOLE
 def test_a_step_compiled_with_graph_breaks_raises_where_pytorch_would_lose_gradients(attention_only):
     """What a user may try first. autograd.grad breaks the graph, and the energy is compiled for one differentiation."""
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="torch.compile made this backward for one differentiation"):
         gradients(torch.compile(refinement_step, backend="aot_eager"), attention_only=attention_only)
 
 
