@@ -72,6 +72,13 @@ def _visible(rows, keys, C, offset, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _weights(left, right, normalizer, visible, factor: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """P of a tile, exp(score - L) where a pair exists and 0 elsewhere: of (q, k), or its transpose of (k, q)."""
+    p = tl.exp2(tl.dot(left, tl.trans(right), input_precision=PRECISION).to(ACC) * factor - normalizer)
+    return tl.where(visible, p, 0.0)
+
+
+@triton.jit
 def _my_rows(S, BM: tl.constexpr):
     """(head, first row, one past the last) of this program; rows that see most keys come first, so that no long program starts last."""
     num_blocks = tl.cdiv(S, BM)
@@ -155,8 +162,7 @@ def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, o
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
         k, v = _tile(K, seen, keys, C, D, DP), _tile(V, seen, keys, C, D, DP)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION).to(ACC) * factor - normalizer[:, None])
-        p = tl.where(_visible(rows[:, None], keys[None, :], C, offset, CAUSAL), p, 0.0)
+        p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
         ds = (p * (tl.dot(g, tl.trans(v), input_precision=PRECISION).to(ACC) - delta[:, None])).to(k.dtype)
         left_over += tl.sum(ds.to(ACC), 1)
         dq += tl.dot(ds, k, input_precision=PRECISION).to(ACC)
@@ -182,8 +188,8 @@ def _gradient_key(Q, K, V, L, G, DELTA, DK, DV, S, C, offset, group,
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
         q, g = _tile(Q, own, rows, S, D, DP), _tile(G, own, rows, S, D, DP)
         normalizer, delta = _statistic(L, own, rows, S) * LOG2_E, _statistic(DELTA, own, rows, S)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION).to(ACC) * factor - normalizer[None, :])
-        p = tl.where(_visible(rows[None, :], keys[:, None], C, offset, CAUSAL) & (rows[None, :] < S), p, 0.0)
+        visible = _visible(rows[None, :], keys[:, None], C, offset, CAUSAL) & (rows[None, :] < S)
+        p = _weights(k, q, normalizer[None, :], visible, factor, ACC, PRECISION)
         dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION).to(ACC)
         ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION).to(ACC) - delta[None, :])
         dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION).to(ACC)
@@ -218,8 +224,7 @@ def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, S, C
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
         k, v = _tile(K, seen, keys, C, D, DP), _tile(V, seen, keys, C, D, DP)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION).to(ACC) * factor - normalizer[:, None])
-        p = tl.where(_visible(rows[:, None], keys[None, :], C, offset, CAUSAL), p, 0.0)
+        p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
         sd = tl.dot(a, tl.trans(k), input_precision=PRECISION).to(ACC)
         if KEYS:
             b, c = _tile(B, seen, keys, C, D, DP), _tile(CV, seen, keys, C, D, DP)
@@ -270,10 +275,8 @@ def _second_query(Q, K, V, KO, L, G, A, B, CV, BO, MEAN, MU, PHI, DELTA, Z, DS, 
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
         k, v = _tile(K, seen, keys, C, D, DP), _tile(V, seen, keys, C, D, DP)
-        kt = tl.trans(k)
-        p = tl.exp2(tl.dot(q, kt, input_precision=PRECISION).to(ACC) * factor - normalizer[:, None])
-        p = tl.where(_visible(rows[:, None], keys[None, :], C, offset, CAUSAL), p, 0.0)
-        sd = tl.dot(a, kt, input_precision=PRECISION).to(ACC)
+        p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
+        sd = tl.dot(a, tl.trans(k), input_precision=PRECISION).to(ACC)
         slope = tl.dot(g, tl.trans(v), input_precision=PRECISION).to(ACC) - delta[:, None]
         if KEYS:
             b, c = _tile(B, seen, keys, C, D, DP), _tile(CV, seen, keys, C, D, DP)
@@ -318,8 +321,8 @@ def _second_key(Q, K, V, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, S, C, offset, g
         normalizer, mu = _statistic(L, own, rows, S) * LOG2_E, _statistic(MU, own, rows, S)
         phi, delta = _statistic(PHI, own, rows, S), _statistic(DELTA, own, rows, S)
         qt, gt = tl.trans(q), tl.trans(g)
-        p = tl.exp2(tl.dot(k, qt, input_precision=PRECISION).to(ACC) * factor - normalizer[None, :])
-        p = tl.where(_visible(rows[None, :], keys[:, None], C, offset, CAUSAL) & (rows[None, :] < S), p, 0.0)
+        visible = _visible(rows[None, :], keys[:, None], C, offset, CAUSAL) & (rows[None, :] < S)
+        p = _weights(k, q, normalizer[None, :], visible, factor, ACC, PRECISION)
         sd = tl.dot(k, tl.trans(a), input_precision=PRECISION).to(ACC)
         if KEYS:
             sd += tl.dot(b, qt, input_precision=PRECISION).to(ACC)
