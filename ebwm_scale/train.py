@@ -26,7 +26,7 @@ from ebwm_scale.errors import EXIT_FINISHED, CheckpointError, ConfigError, UserE
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
     parser.add_argument("--run-dir", type=Path, default=None, metavar="DIR", help="default: runs/<name of the configuration file>")
     parser.add_argument("--resume", action="store_true", help="continue from the newest good checkpoint of the run folder, if there is one")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and what it costs; train nothing")

@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true", help="shares of one more step's time by operation")
     parser.add_argument("--sweep", metavar="OPTION=VALUE,VALUE,..", help=f"one of {', '.join(SWEEPABLE)}")
     parser.add_argument("--plot", metavar="FILE.png", help="with --sweep: time and memory against the option")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="further configuration")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="further configuration")
     arguments = parser.parse_args()
     if arguments.sweep:
         return sweep(arguments, parser)

@@ -32,6 +32,12 @@ def test_each_bad_configuration_is_one_clear_message(runs, name):
     assert not (runs.folder / name / "metrics.jsonl").exists()
 
 
+def test_set_takes_several_values_and_may_be_repeated(runs):
+    flags = ("--set", "train.max_step=3", "model.size=huge", "--set", "optimizer.beta1=x")
+    output = runs.run("set", flags=flags, expect=2)
+    assert all(part in output for part in ("train.max_step", "model.size is 'huge'", "optimizer.beta1 is 'x'"))
+
+
 def test_all_errors_are_reported_at_once(runs):
     output = runs.run("several", overrides={"train.max_step": 3, "model.size": "huge", "optimizer.beta1": "x"}, expect=2)
     assert all(part in output for part in ("train.max_step", "model.size is 'huge'", "optimizer.beta1 is 'x'"))
