@@ -84,6 +84,7 @@ class RefinementConfig:
     noise: float = 0.0                      # Langevin: + noise * N(0, 1) before each step in training
     replay: bool = False                    # half of a batch restarts from stored final states
     replay_capacity: int = 256              # samples kept in all, over all ranks
+    tile_rows: int | None = None            # (sample, position) rows refined at a time; changes memory and speed only, see refinement.py
     checkpoint: Literal["none", "step", "block"] = "none"  # activation checkpointing
     schedule: RefinementScheduleConfig = field(default_factory=RefinementScheduleConfig)
 
@@ -224,7 +225,7 @@ def check(config: Config) -> list[str]:
              feed_forward_width=model.feed_forward_width, vocabulary_size=model.vocabulary_size, norm_epsilon=model.norm_epsilon)
     positive("state", dimension=state.dimension, map_scale=state.map_scale)
     positive("refinement", num_steps=refinement.num_steps, min_num_steps=refinement.min_num_steps, step_size=refinement.step_size,
-             learning_rate_multiplier=refinement.learning_rate_multiplier, replay_capacity=refinement.replay_capacity)
+             learning_rate_multiplier=refinement.learning_rate_multiplier, replay_capacity=refinement.replay_capacity, tile_rows=refinement.tile_rows)
     positive("data", context_length=config.data.context_length, window_shards=config.data.window_shards)
     positive("optimizer", learning_rate=config.optimizer.learning_rate, epsilon=config.optimizer.epsilon)
     positive("train", global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size, max_steps=train.max_steps,

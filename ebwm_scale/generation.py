@@ -23,7 +23,7 @@ def next_token_logits(model: WorldModel, tokens: Tensor, source: NoiseSource, sa
     rules = model.config.refinement
     draws = SampledDraws(source, rules, torch.tensor([sample_id]), (1, tokens.shape[1], model.state.size), kind=model.config.state.initial,
                          randomize=False, device=tokens.device)
-    result = refine(model, embedded, None, rules=rules, landscapes=model.landscapes(rules.num_steps), draws=draws, training=False, keep_state=True)
+    result = refine(model, embedded, None, rules=rules, landscapes=model.landscapes(rules.num_steps), draws=draws, training=False, keep_state=torch.float32)
     return result.state[0, -1].float()
 
 

@@ -5,18 +5,23 @@
 so that the noise of a position is the same on whatever process, worker, micro-batch or tile it is generated, and no state has to be
 saved or restored. On a CPU the generator is NumPy's Philox4x64, one stream per (sample, position) row, and normal numbers are made of its
 bits by the Box-Muller transform: half the time of NumPy's own normals, of which a state over a vocabulary needs tens of millions. On a GPU
-it is PyTorch's own Philox, seeded per sample by a hash of the same address: independent of the number of processes too, but other numbers
-than a CPU's.
+it is PyTorch's own Philox, seeded per sample and block of DEVICE_POSITIONS positions by a hash of the same address: independent of processes,
+batches and tiles too, but other numbers than a CPU's.
 """
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+PARALLEL_SIZE = 2**18       # numbers from which on several threads make them
+DEVICE_POSITIONS = 64       # positions that share a generator on a GPU: one launch each
 
 
 class Purpose(IntEnum):
@@ -41,17 +46,28 @@ class NoiseSource:
         device = torch.device(device)
         if device.type == "cpu":
             rows = np.empty((len(sample_ids), num_positions, size), np.float64 if dtype == torch.float64 else np.float32)
-            stream = _Stream(self.seed, self.step)
-            for b, sample in enumerate(sample_ids.tolist()):
-                for t in range(num_positions):
+            places = [(b, t, sample) for b, sample in enumerate(sample_ids.tolist()) for t in range(num_positions)]
+
+            def fill(part: list[tuple[int, int, int]]) -> None:
+                stream = _Stream(self.seed, self.step)
+                for b, t, sample in part:
                     _normal(stream.at(0, first_position + t, sample, int(purpose)), rows[b, t])
+
+            threads = torch.get_num_threads() if rows.size > PARALLEL_SIZE else 1       # NumPy works without the interpreter's lock
+            if threads == 1:
+                fill(places)
+            else:
+                with ThreadPoolExecutor(threads) as pool:
+                    list(pool.map(fill, (places[i::threads] for i in range(threads))))
             return torch.from_numpy(rows).to(dtype)
-        result = torch.empty(len(sample_ids), num_positions, size, device=device, dtype=dtype)
+        first, last = first_position // DEVICE_POSITIONS, -(-(first_position + num_positions) // DEVICE_POSITIONS)
+        result = torch.empty(len(sample_ids), (last - first) * DEVICE_POSITIONS, size, device=device, dtype=dtype)
         for b, sample in enumerate(sample_ids.tolist()):
-            generator = torch.Generator(device)
-            generator.manual_seed(_hash(self.seed, self.step, purpose, sample, first_position))
-            result[b].normal_(generator=generator)
-        return result
+            for block in range(first, last):
+                generator = torch.Generator(device)
+                generator.manual_seed(_hash(self.seed, self.step, purpose, sample, block))
+                result[b, (block - first) * DEVICE_POSITIONS:][:DEVICE_POSITIONS].normal_(generator=generator)
+        return result[:, first_position - first * DEVICE_POSITIONS:][:, :num_positions].contiguous()
 
     def uniform(self, sample_ids: Tensor, num_positions: int, *, purpose: int, device: torch.device | str = "cpu",
                 dtype: torch.dtype = torch.float32) -> Tensor:

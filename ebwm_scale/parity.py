@@ -1,6 +1,7 @@
 """Comparison with golden cases: numbers recorded from the authors' released code, replayed through our model with the same draws."""
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -29,6 +30,12 @@ class RecordedDraws:
         self.repeats = [int(count) for count in by_kind("randint")]
         self.langevin_noise = by_kind("randn_like") if config.refinement.noise else []
         self.scale = config.refinement.noise
+
+    def of(self, samples: slice, positions: slice) -> "RecordedDraws":
+        part, cut = copy.copy(self), (samples, positions)
+        part.noise, part.langevin_noise = self.noise[cut], [noise[cut] for noise in self.langevin_noise]
+        part.factor = self.factor[cut] if isinstance(self.factor, Tensor) else self.factor
+        return part
 
     def initial(self) -> Tensor:
         return self.noise.clone()

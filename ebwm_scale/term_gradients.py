@@ -1,47 +1,98 @@
 """Gradients of a loss whose terms stand alone: each term is back-propagated as soon as it exists, so that one term's graph lives at a time.
 
-    terms = TermGradients(parameters)
-    x = terms.cut(x)                    what several terms share: they see a leaf, and x's own graph waits for the end
-    for each term:  terms.add(term)     its gradients are taken and added up, its graph is gone
-    loss = terms.total(value)           an ordinary scalar: backward() hands out the sums, and goes on into what was cut
+    terms = TermGradients()
+    x = terms.source(x)                 what comes from outside: the terms see a leaf, and x's own graph waits for the loss's backward
+    with terms.stand_in(module):        its parameters are leaves that alias them; engines and their hooks see nothing of what follows
+        part = Cut(); y = part(y)       what several terms share in here: y's own graph is back-propagated once,
+        for each of these terms:  term.backward()
+        part.settle()                   with the sum
+    loss = terms.total(value)           an ordinary scalar: backward() hands out the sums, and goes on behind x
 
-The sums are those of one backward through sum(terms), in another order of addition. Engines, hooks and gradient scaling see nothing unusual.
-Memory: one tensor per source, in place of the graphs of all terms but one.
+The sums are those of one backward through sum(terms), in another order of addition. Memory: one tensor per parameter and cut tensor, in
+place of the graphs of all terms but one.
 """
 from __future__ import annotations
 
-from typing import Iterable
+import contextlib
+from typing import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class TermGradients:
-    def __init__(self, parameters: Iterable[Tensor]):
-        self.sources = [p for p in parameters if p.requires_grad]
-        self.leaves = list(self.sources)
-        self.sums: list[Tensor | None] = [None] * len(self.leaves)
+class Cut:
+    """Tensors, and the leaves that stand for them."""
 
-    def cut(self, tensor: Tensor) -> Tensor:
-        """A leaf in the tensor's place; the tensor itself where it has no gradient or is a source already."""
-        if not tensor.requires_grad or any(tensor is source for source in self.sources):
-            return tensor
+    def __init__(self):
+        self.sources: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """A leaf in the tensor's place; the tensor itself where it has no gradient or is a leaf already."""
+        return self._leaf(tensor) if tensor.requires_grad and not tensor.is_leaf else tensor
+
+    def settle(self) -> None:
+        """Back-propagate what reached the leaves through the tensors' own graphs."""
+        reached = [(source, leaf) for source, leaf in zip(self.sources, self.leaves) if _sum(leaf) is not None]
+        self.sources, self.leaves = [], []
+        torch.autograd.backward([source for source, _ in reached], [_sum(leaf) for _, leaf in reached])
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
         leaf = tensor.detach().requires_grad_()
         self.sources.append(tensor)
         self.leaves.append(leaf)
-        self.sums.append(None)
         return leaf
 
-    def add(self, term: Tensor) -> None:
-        """Back-propagate a scalar term now."""
-        for i, gradient in enumerate(torch.autograd.grad(term, self.leaves, allow_unused=True)):
-            if gradient is not None:
-                self.sums[i] = gradient if self.sums[i] is None else self.sums[i].add_(gradient)
+
+class TermGradients(Cut):
+    """What the terms of a loss start from, and the sums of their gradients."""
+
+    def source(self, tensor: Tensor) -> Tensor:
+        return self._leaf(tensor) if tensor.requires_grad else tensor
+
+    @contextlib.contextmanager
+    def stand_in(self, module: nn.Module) -> Iterator[None]:
+        """Within it, every learned parameter of the module is a leaf that shares its memory."""
+        places = [(owner, name, parameter) for owner in module.modules() for name, parameter in owner._parameters.items()
+                  if parameter is not None and parameter.requires_grad]
+        leaves: dict[int, Tensor] = {}
+        for owner, name, parameter in places:
+            if id(parameter) not in leaves:
+                leaves[id(parameter)] = self._leaf(parameter)
+            owner._parameters[name] = leaves[id(parameter)]
+        try:
+            yield
+        finally:
+            for owner, name, parameter in places:
+                owner._parameters[name] = parameter
 
     def total(self, value: Tensor) -> Tensor:
         """The loss, of the given value, whose gradients are the sums. It can be back-propagated once."""
-        sums, self.sums = self.sums, []
-        return _Total.apply(value, sums, *self.sources)
+        sources, sums = self.sources, [_sum(leaf) for leaf in self.leaves]
+        self.sources, self.leaves = [], []
+        return _Total.apply(value, sums, *sources)
+
+
+def sink_of(leaf: Tensor) -> Tensor | None:
+    """Where a leaf's gradient may be added by hand, in float32 or float64; None for a tensor that has no gradient.
+
+    In the leaf's own precision it is the tensor that autograd adds to as well.
+    """
+    if not leaf.requires_grad:
+        return None
+    if leaf.dtype in (torch.float32, torch.float64):
+        leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return leaf.grad
+    if not hasattr(leaf, "sink"):
+        leaf.sink = torch.zeros_like(leaf, dtype=torch.float32)
+    return leaf.sink
+
+
+def _sum(leaf: Tensor) -> Tensor | None:
+    """Everything that reached a leaf, in its own precision."""
+    if not hasattr(leaf, "sink"):
+        return leaf.grad
+    return (leaf.sink if leaf.grad is None else leaf.sink + leaf.grad).to(leaf.dtype)
 
 
 class _Total(torch.autograd.Function):
@@ -53,8 +104,7 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            raise RuntimeError("refinement loss: its gradients were taken step by step and have no graph; call backward without create_graph=True, "
-                               "or set refinement.graph to full")
+            raise RuntimeError("refinement loss: its gradients were taken term by term and have no graph; call backward without create_graph=True")
         if ctx.sums is None:
             raise RuntimeError("refinement loss: a second backward through the same loss is not possible; compute the loss again")
         sums, ctx.sums = ctx.sums, None

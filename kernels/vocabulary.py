@@ -1,4 +1,4 @@
-"""The vocabulary side of a refinement step: nothing of size (rows, V) is kept but one tensor per step, and no product is made twice.
+"""The vocabulary side of a refinement step, for a tile of rows: no product is made twice, and W's gradient is summed where it belongs.
 
 A vocabulary state x holds V numbers per row. With p = softmax(x), a map W (V, D), the energy's gradient g with respect to the embedded
 state e = p W, and h = -alpha g, one refinement step and its cross-entropy against a target y are
@@ -6,19 +6,21 @@ state e = p W, and h = -alpha g, one refinement step and its cross-entropy again
     probabilities:  x' = p + W h                             descends dE/dp = W g: the softmaxed variable is the one that moves
     logits:         x' = x + p * (W h - p.W h)               descends dE/dx: through the softmax
     mirror:         x' = x + W h                             p' ~ p exp(-alpha dE/dp): mirror descent on the simplex
-    loss = mean over rows of  logsumexp(x') - x'_y           its gradient on x':  r = (p' - onehot(y)) / n,  p' = softmax(x')
+    loss = sum over rows of (logsumexp(x') - x'_y) / n       its gradient on x':  r = (p' - onehot(y)) / n,  p' = softmax(x')
 
 Everything here is for states that carry no gradient (refinement.graph detach and truncate); `vocabulary_descend_reference` is the step
 in plain autograd, for one that does (full). Nothing differentiates the loss a second time, so its gradient needs no graph:
 
     vocabulary_embed      x -> p, e
-    vocabulary_descend    p, h -> x', loss.   r is turned into the gradients of h and W while x' is at hand, chunk by chunk: the last step,
-                          and the logits update. Without p it is the loss of a model that predicts logits directly
+    vocabulary_descend    p, h -> x', loss.   r is turned into the gradients of h and W while x' is at hand: the last step, and the other
+                          updates. Without p it is the loss of a model that predicts logits directly
     vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities). The loss's gradient on h is
                           r W = (e' - W_y) / n, known at once, and the two gradients of W, of this loss and of e', are both products with
                           p': one serves both, which makes three products of size rows * V * D per step, as many as a Transformer++ has
 
-Rows are the flattened (batch, position) pairs. States are float32 (float64 in tests) whatever the dtype of W.
+Rows are (batch, position) pairs, independent of each other: a caller takes as many at a time as it has memory for (refinement.py), and
+gives n, the number of rows that count in all, and a `sink` (V, D), float32 or float64, to which W's gradients are added at once, in place
+of tiles x steps matrices of W's size through autograd. States are float32 (float64 in tests) whatever the dtype of W.
 """
 from __future__ import annotations
 
@@ -28,47 +30,57 @@ from torch import Tensor
 from .contract import refuse_graph
 
 IGNORE = -100               # target of a row that does not count
-CHUNK_BYTES = 16 * 2**20    # of state per chunk: large enough for efficient products, small beside the state
+CHUNK_BYTES = 16 * 2**20    # of logits per chunk in vocabulary_cross_entropy: large enough for efficient products, small beside W
 
 
-def vocabulary_embed(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """p = softmax(x) without graph, and p @ weight (rows, D) in weight's dtype: x (rows, V), weight (V, D). No gradient flows into x."""
-    return _Embed.apply(x, weight)
+def vocabulary_embed(x: Tensor, weight: Tensor, *, sink: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """p = softmax(x) without graph, and p @ weight (rows, D) in weight's dtype: x (rows, V), weight (V, D). No gradient flows into x.
+
+    sink (V, D): receives weight's gradient, by addition, in the backward; autograd gets none. out: memory for p, x itself for example.
+    """
+    return _Embed.apply(x, weight, sink, out)
 
 
-def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *, probabilities: Tensor | None = None,
-                       x: Tensor | None = None, keep_state: bool = False) -> tuple[Tensor | None, Tensor | None]:
-    """One descent step and its loss: (x' (rows, V) without graph or None, mean cross-entropy, a scalar, or None without targets).
+def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *, probabilities: Tensor | None = None, x: Tensor | None = None,
+                       keep_state: bool = False, count: Tensor | float | None = None, sink: Tensor | None = None, loss_weight: float = 1.0,
+                       out: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """One descent step and its loss: (x' (rows, V) without graph or None, cross-entropy, a scalar, or None without targets).
 
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
     p (rows, V) alone, p is what moves; with x alone, x is; with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a
     model that predicts logits directly.
-    keep_state False: x' is not wanted and not stored. The loss is float32 or float64, with first-order gradients of weight and hidden,
-    which exist once: a second backward through it raises.
+    keep_state False: x' is not wanted. The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32
+    or float64, with first-order gradients of weight and hidden, which exist once: a second backward through it raises.
+    sink (V, D): receives weight's gradient of loss_weight * loss now; back-propagate the loss with that weight, for hidden's.
+    out (rows, V): memory for x'; its contents are lost also where x' is not kept.
     """
     if targets is None:
         with torch.no_grad():
-            return _descend(weight, hidden, probabilities, x), None
+            return _move(weight, hidden, probabilities, x, out), None
     wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
-    loss, state = _DescendAndScore.apply(weight, hidden, targets, probabilities, x, keep_state, wanted)
+    loss, state = _DescendAndScore.apply(weight, hidden, targets, probabilities, x, count, sink, loss_weight, wanted, keep_state, out)
     return (state if keep_state else None), loss
 
 
-def vocabulary_step(probabilities: Tensor, weight: Tensor, hidden: Tensor, targets: Tensor | None, *,
-                    loss_weight: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
+def vocabulary_step(probabilities: Tensor, weight: Tensor, hidden: Tensor, targets: Tensor | None, *, count: Tensor | float | None = None,
+                    sink: Tensor | None = None, loss_weight: float = 1.0, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """A step of the probabilities update, entered into the next: (p' (rows, V) without graph, e' = p' @ weight (rows, D), loss or None).
 
     Equal to `vocabulary_descend` followed by `vocabulary_embed`, except for where weight's gradient comes from: the loss has a gradient of
     hidden alone; weight's gradient of loss_weight * loss comes with that of e', since both are products with p'. So both have to be
-    back-propagated, in any order or apart from each other, and the loss with the weight that was announced.
+    back-propagated, in any order or apart from each other, and the loss with the weight that was announced. out: memory for p'.
     """
-    p, embedded, loss, grad_hidden = _StepEmbed.apply(probabilities, weight, hidden.detach(), targets, loss_weight)
+    p, embedded, loss, grad_hidden = _StepEmbed.apply(probabilities, weight, hidden.detach(), targets, count, sink, loss_weight, out)
     return p, embedded, None if targets is None else _GivenGradient.apply(hidden, loss, grad_hidden)
 
 
 def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D), targets (rows,) int64 -> a scalar."""
-    return vocabulary_descend(weight, hidden, targets)[1]
+    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D), targets (rows,) int64 -> a scalar.
+
+    Logits exist for CHUNK_BYTES at a time, and their gradients are taken while they do.
+    """
+    wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
+    return _CrossEntropy.apply(weight, hidden, targets, wanted)
 
 
 def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,101 +91,73 @@ def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
 
 def vocabulary_descend_reference(weight: Tensor, hidden: Tensor, *, probabilities: Tensor | None = None, x: Tensor | None = None) -> Tensor:
     """x' of `vocabulary_descend` in plain differentiable operations."""
-    move = (hidden.to(weight.dtype) @ weight.T).to(_state_dtype(weight))
+    move = (hidden.to(weight.dtype) @ weight.T).to(state_dtype(weight))
     if x is None or probabilities is None:
         return (probabilities if x is None else x) + move
     return x + probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
 
 
-class _Chunks:
-    """Row slices of a (rows, V) state, and buffers of a slice's size: fresh pages for every operation cost more than its arithmetic."""
-
-    def __init__(self, num_rows: int, vocabulary_size: int, dtype: torch.dtype, device: torch.device):
-        self.num_rows, self.size = num_rows, max(1, min(num_rows, CHUNK_BYTES // (4 * vocabulary_size)))
-        self.dtype, self.device = dtype, device
-        self.vocabulary_size, self.buffers = vocabulary_size, {}
-
-    def __iter__(self):
-        for start in range(0, self.num_rows, self.size):
-            yield slice(start, min(start + self.size, self.num_rows))
-
-    def buffer(self, name: str, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
-        if name not in self.buffers:
-            self.buffers[name] = torch.empty(self.size, self.vocabulary_size, dtype=dtype or self.dtype, device=self.device)
-        return self.buffers[name][:rows.stop - rows.start]
-
-    def product(self, hidden: Tensor, weight: Tensor, rows: slice, out: Tensor, plus: Tensor | None = None) -> Tensor:
-        """out = (plus +) hidden[rows] @ weight.T, in the state's dtype."""
-        if weight.dtype == self.dtype:
-            if plus is None:
-                return torch.mm(hidden[rows], weight.T, out=out)
-            return torch.addmm(plus[rows], hidden[rows], weight.T, out=out)
-        half = torch.mm(hidden[rows].to(weight.dtype), weight.T, out=self.buffer("half", rows, weight.dtype))
-        return out.copy_(half) if plus is None else torch.add(plus[rows], half, out=out)
-
-    def move(self, weight: Tensor, hidden: Tensor, rows: slice, probabilities: Tensor | None, x: Tensor | None, out: Tensor) -> Tensor:
-        """out = x' of the rows."""
-        if x is None or probabilities is None:
-            return self.product(hidden, weight, rows, out, probabilities if x is None else x)
-        p, slope = probabilities[rows], self.product(hidden, weight, rows, self.buffer("slope", rows))
-        return torch.addcmul(x[rows], slope.sub_(torch.linalg.vecdot(p, slope)[:, None]), p, out=out)
-
-
-def _state_dtype(weight: Tensor) -> torch.dtype:
+def state_dtype(weight: Tensor) -> torch.dtype:
+    """What states, losses and sums of gradients are kept in."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _descend(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tensor | None) -> Tensor:
-    chunks = _Chunks(len(hidden), len(weight), _state_dtype(weight), weight.device)
-    result = torch.empty(len(hidden), len(weight), dtype=chunks.dtype, device=chunks.device)
-    for rows in chunks:
-        chunks.move(weight, hidden, rows, probabilities, x, result[rows])
-    return result
+def _move(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tensor | None, out: Tensor | None) -> Tensor:
+    """x' (rows, V)."""
+    start, hidden, dtype = probabilities if x is None else x, hidden.to(weight.dtype), state_dtype(weight)
+    out = torch.empty(len(hidden), len(weight), dtype=dtype, device=weight.device) if out is None else out
+    through = x is not None and probabilities is not None
+    if weight.dtype == dtype and not through and start is not None:
+        return torch.addmm(start, hidden, weight.T, out=out)
+    move = torch.mm(hidden, weight.T, out=out) if weight.dtype == dtype else out.copy_(hidden @ weight.T)
+    if through:
+        move.sub_(torch.linalg.vecdot(probabilities, move)[:, None]).mul_(probabilities)
+    return move if start is None else move.add_(start)
+
+
+def _softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Row-wise; `out` may be x."""
+    return torch.softmax(x, -1) if out is None else torch.softmax(x, -1, out=out)
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, sink, out):
         ctx.set_materialize_grads(False)        # p has none, and zeros in its place would be (rows, V)
-        p, embedded = torch.empty_like(x), weight.new_empty(x.shape[0], weight.shape[1])
-        for rows in _Chunks(*x.shape, x.dtype, x.device):
-            torch.mm(torch.softmax(x[rows], -1, out=p[rows]).to(weight.dtype), weight, out=embedded[rows])
+        p = _softmax(x, None if out is None else out.view_as(x))
         ctx.save_for_backward(p)
         ctx.mark_non_differentiable(p)
-        return p, embedded
+        ctx.sink = sink
+        return p, p.to(weight.dtype) @ weight
 
     @staticmethod
     def backward(ctx, _, grad):
         refuse_graph("vocabulary_embed", "second")
         p, = ctx.saved_tensors
-        return None, None if grad is None else _transposed_product(p, grad)
+        return None, None if grad is None else _give(ctx.sink, p.to(grad.dtype).T, grad), None, None
 
 
 class _StepEmbed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, probabilities, weight, hidden, targets, loss_weight):
+    def forward(ctx, probabilities, weight, hidden, targets, count, sink, loss_weight, out):
         ctx.set_materialize_grads(False)
-        p, embedded = torch.empty_like(probabilities), weight.new_empty(hidden.shape)
-        beside = None if targets is None else weight.new_empty(hidden.shape)        # e' - W_y
-        score = None if targets is None else _Score(targets, p.dtype)
-        chunks = _Chunks(*p.shape, p.dtype, p.device)
-        for rows in chunks:
-            logits = chunks.move(weight, hidden, rows, probabilities, None, chunks.buffer("logits", rows))
-            torch.softmax(logits, -1, out=p[rows])
-            if score is None:
-                torch.mm(p[rows].to(weight.dtype), weight, out=embedded[rows])
-            elif weight.dtype == p.dtype:
-                score.add(logits, p[rows], rows)
-                torch.mm(p[rows], weight, out=embedded[rows])
-                torch.sub(embedded[rows], weight[score.target[rows]], out=beside[rows])
-            else:                                           # in half precision e' - W_y would cancel to nothing where p'_y is near 1
-                score.add(logits, p[rows], rows)
-                torch.mm(score.rounded_residual(p, rows, weight.dtype), weight, out=beside[rows])
-                torch.add(beside[rows], weight[score.target[rows]], out=embedded[rows])
-        loss = p.new_zeros(()) if score is None else score.total
-        grad_hidden = hidden.new_empty(0) if score is None else (beside.to(p.dtype) * score.share[:, None]).to(hidden.dtype)
+        logits = _move(weight, hidden, probabilities, None, None if out is None else out.view_as(probabilities))
+        score = None if targets is None else _Score(targets, count, logits.dtype)
+        if score is None:
+            p = _softmax(logits, out=logits)
+            loss, embedded, grad_hidden = p.new_zeros(()), p.to(weight.dtype) @ weight, hidden.new_empty(0)
+        else:
+            p, loss = score.softmax(logits, in_place=True)
+            if weight.dtype == p.dtype:
+                embedded = p @ weight
+                beside = embedded - weight[score.target]
+            else:                               # in half precision e' - W_y would cancel to nothing where p'_y is near 1
+                beside = score.rounded_residual(p, weight.dtype) @ weight
+                embedded = beside + weight[score.target]
+            grad_hidden = (beside.to(p.dtype) * score.share[:, None]).to(hidden.dtype)
         ctx.save_for_backward(p, hidden, targets)
-        ctx.loss_weight, ctx.weight_dtype = loss_weight if score is not None else 0.0, weight.dtype
+        ctx.count, ctx.sink, ctx.weight_dtype = count, sink, weight.dtype
+        ctx.loss_weight = loss_weight if score is not None else 0.0
         ctx.mark_non_differentiable(p, loss, grad_hidden)
         return p, embedded, loss, grad_hidden
 
@@ -182,24 +166,23 @@ class _StepEmbed(torch.autograd.Function):
         """dW = p' (grad_embedded + s h) - onehot (s h), with s = loss_weight / n on rows that count."""
         refuse_graph("vocabulary_step", "second")
         if grad_embedded is None:
-            return (None,) * 5
+            return (None,) * 8
         p, hidden, targets = ctx.saved_tensors
+        none = (None,) * 6
         if ctx.loss_weight == 0:
-            return None, _transposed_product(p, grad_embedded), None, None, None
-        score = _Score(targets, p.dtype)
+            return None, _give(ctx.sink, p.to(grad_embedded.dtype).T, grad_embedded), *none
+        score = _Score(targets, ctx.count, p.dtype)
         scaled = score.share[:, None] * ctx.loss_weight * hidden
-        right = scaled + grad_embedded
+        right, sink = scaled + grad_embedded, ctx.sink
+        if sink is None:
+            sink = p.new_zeros(p.shape[1], hidden.shape[1])
         if ctx.weight_dtype == p.dtype:
-            grad_weight = p.T @ right
-            grad_weight.index_add_(0, score.target, scaled, alpha=-1)
-        else:                                               # (p' - onehot) (grad_embedded + s h) + onehot grad_embedded
-            dtype, right = ctx.weight_dtype, right.to(ctx.weight_dtype)
-            grad_weight, chunks = p.new_zeros(p.shape[1], hidden.shape[1]), _Chunks(*p.shape, p.dtype, p.device)
-            for rows in chunks:
-                grad_weight += score.rounded_residual(p, rows, dtype).T @ right[rows]
-            grad_weight.index_add_(0, score.target, grad_embedded.to(p.dtype))
-            grad_weight = grad_weight.to(dtype)
-        return None, grad_weight, None, None, None
+            _give(sink, p.T, right)
+            sink.index_add_(0, score.target, scaled, alpha=-1)
+        else:                                   # (p' - onehot) (grad_embedded + s h) + onehot grad_embedded
+            _give(sink, score.rounded_residual(p, ctx.weight_dtype).T, right.to(ctx.weight_dtype))
+            sink.index_add_(0, score.target, grad_embedded.to(sink.dtype))
+        return None, sink.to(ctx.weight_dtype) if ctx.sink is None else None, *none
 
 
 class _GivenGradient(torch.autograd.Function):
@@ -219,79 +202,102 @@ class _GivenGradient(torch.autograd.Function):
 
 class _DescendAndScore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, hidden, targets, probabilities, x, keep_state, wanted):
+    def forward(ctx, weight, hidden, targets, probabilities, x, count, sink, loss_weight, wanted, keep_state, out):
         ctx.set_materialize_grads(False)
-        chunks = _Chunks(len(hidden), len(weight), _state_dtype(weight), weight.device)
-        score = _Score(targets, chunks.dtype)
-        state = torch.empty(len(hidden) if keep_state else 0, len(weight), dtype=chunks.dtype, device=chunks.device)
-        grad_weight = torch.empty(weight.shape, dtype=chunks.dtype, device=chunks.device) if wanted else None
-        grad_hidden = weight.new_empty(hidden.shape) if wanted else None
-        for rows in chunks:
-            moved = chunks.move(weight, hidden, rows, probabilities, x, state[rows] if keep_state else chunks.buffer("logits", rows))
-            residual = torch.softmax(moved, -1, out=chunks.buffer("residual", rows))
-            score.add(moved, residual, rows)
-            if not wanted:
-                continue
-            residual.scatter_add_(-1, score.target[rows, None], residual.new_full((), -1.0).expand(len(residual), 1))
-            residual.mul_(score.share[rows, None])
-            if x is not None and probabilities is not None: # pull r back through p * (W h - p.W h), p fixed
-                p = probabilities[rows]
-                residual.sub_(torch.linalg.vecdot(p, residual)[:, None]).mul_(p)
-            residual = residual.to(weight.dtype)
-            torch.mm(residual, weight, out=grad_hidden[rows])
-            _accumulate(grad_weight, residual.T, hidden[rows].to(weight.dtype), first=rows.start == 0)
+        state = _move(weight, hidden, probabilities, x, out)
+        score = _Score(targets, count, state.dtype)
+        residual, loss = score.softmax(state, in_place=not keep_state)
+        if not keep_state:
+            state = state.new_empty(0)
         if wanted:
-            ctx.save_for_backward(grad_weight.to(weight.dtype), grad_hidden.to(hidden.dtype))
+            score.to_residual_(residual)
+            if x is not None and probabilities is not None:     # pull r back through p * (W h - p.W h), p fixed
+                residual.sub_(torch.linalg.vecdot(probabilities, residual)[:, None]).mul_(probabilities)
+            residual = residual.to(weight.dtype)
+            grad_hidden = (residual @ weight).to(hidden.dtype)
+            grad_weight = _give(sink, residual.T, hidden.to(weight.dtype), loss_weight)
+            ctx.save_for_backward(grad_hidden, *(() if grad_weight is None else (grad_weight,)))
         ctx.mark_non_differentiable(state)
         ctx.spent = False
-        return score.total, state
+        return loss, state
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         refuse_graph("vocabulary_descend", "second")
-        if ctx.spent:
-            raise RuntimeError("vocabulary_descend: a second backward through the same loss is not possible: the first one took its "
-                               "gradients; compute the loss again")
-        ctx.spent = True
-        grad_weight, grad_hidden = (tensor.mul_(grad_loss.to(tensor.dtype)) for tensor in ctx.saved_tensors)
-        return grad_weight, grad_hidden, None, None, None, None, None
+        grad_hidden, *grad_weight = _spend(ctx, grad_loss, "vocabulary_descend")
+        return grad_weight[0] if grad_weight else None, grad_hidden, *(None,) * 9
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, hidden, targets, wanted):
+        dtype, space = state_dtype(weight), None
+        rows = max(1, CHUNK_BYTES // (4 * len(weight)))
+        count, total = (targets != IGNORE).sum(), torch.zeros((), dtype=dtype, device=weight.device)
+        grad_weight, grad_hidden = torch.zeros(weight.shape if wanted else 0, dtype=dtype, device=weight.device), torch.empty_like(hidden)
+        for part, part_targets, part_grad in zip(hidden.split(rows), targets.split(rows), grad_hidden.split(rows)):
+            logits = _move(weight, part, None, None, None if space is None else space[:len(part)])
+            space = logits if space is None else space          # fresh pages for every chunk cost more than its arithmetic
+            score = _Score(part_targets, count, dtype)
+            residual, loss = score.softmax(logits, in_place=True)
+            total += loss
+            if wanted:
+                residual = score.to_residual_(residual).to(weight.dtype)
+                torch.mm(residual, weight, out=part_grad)
+                _give(grad_weight, residual.T, part.to(weight.dtype))
+        if wanted:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.spent = False
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        refuse_graph("vocabulary_cross_entropy", "second")
+        grad_hidden, grad_weight = _spend(ctx, grad_loss, "vocabulary_cross_entropy")
+        return grad_weight, grad_hidden, None, None
+
+
+def _spend(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
+    """The gradients that a forward prepared, times the loss's: once, since they are scaled in place."""
+    if ctx.spent:
+        raise RuntimeError(f"{name}: a second backward through the same loss is not possible: the first one took its gradients; compute the loss again")
+    ctx.spent = True
+    return [tensor.mul_(grad_loss.to(tensor.dtype)) for tensor in ctx.saved_tensors]
 
 
 class _Score:
-    """The mean cross-entropy of rows, added up chunk by chunk. target: (rows,) with 0 where none is; share: 1 / n, or 0 there."""
+    """The cross-entropy of rows. target: (rows,) with 0 where none is; share: 1 / count, or 0 there."""
 
-    def __init__(self, targets: Tensor, dtype: torch.dtype):
+    def __init__(self, targets: Tensor, count: Tensor | float | None, dtype: torch.dtype):
         counted = (targets != IGNORE).to(dtype)
-        self.target, self.counted = targets.clamp(min=0), counted
-        self.share = counted / counted.sum().clamp(min=1)
-        self.total = counted.new_zeros(())
+        self.target = targets.clamp(min=0)
+        count = counted.sum() if count is None else torch.as_tensor(count, dtype=dtype, device=targets.device)
+        self.share = counted / count.clamp(min=1)
 
-    def add(self, logits: Tensor, probabilities: Tensor, rows: slice) -> None:
-        """Rows whose softmax is known already."""
-        log_normalizer = logits.amax(-1) - probabilities.amax(-1).log()             # the largest p is 1 / sum exp(x - max)
-        self.total += ((log_normalizer - logits.gather(-1, self.target[rows, None]).squeeze(-1)) * self.share[rows]).sum()
+    def softmax(self, logits: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
+        """(p = softmax(logits), loss): what the loss needs of the logits is read before they are overwritten."""
+        largest, of_target = logits.amax(-1), logits.gather(-1, self.target[:, None]).squeeze(-1)
+        p = _softmax(logits, out=logits if in_place else None)
+        log_normalizer = largest - p.amax(-1).log()             # the largest p is 1 / sum exp(x - max)
+        return p, ((log_normalizer - of_target) * self.share).sum()
 
-    def rounded_residual(self, probabilities: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """p - onehot(y) of the rows, rounded to a half precision after the subtraction."""
-        p, target = probabilities[rows], self.target[rows, None]
-        return p.to(dtype).scatter_(-1, target, (p.gather(-1, target) - 1).to(dtype))
+    def to_residual_(self, probabilities: Tensor) -> Tensor:
+        """(p - onehot(y)) share, in place of p."""
+        probabilities.scatter_add_(-1, self.target[:, None], probabilities.new_full((), -1.0).expand(len(probabilities), 1))
+        return probabilities.mul_(self.share[:, None])
 
-
-def _transposed_product(p: Tensor, right: Tensor) -> Tensor:
-    """p' @ right (V, D) of p (rows, V) and right (rows, D), in right's dtype, summed in p's."""
-    if p.dtype == right.dtype:
-        return p.T @ right
-    total, chunks = p.new_empty(p.shape[1], right.shape[1]), _Chunks(*p.shape, p.dtype, p.device)
-    for rows in chunks:
-        _accumulate(total, p[rows].to(right.dtype).T, right[rows], first=rows.start == 0)
-    return total.to(right.dtype)
+    def rounded_residual(self, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
+        """p - onehot(target), rounded to a half precision after the subtraction."""
+        target = self.target[:, None]
+        return probabilities.to(dtype).scatter_(-1, target, (probabilities.gather(-1, target) - 1).to(dtype))
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """total (+)= left @ right, summed in total's precision; `first` overwrites what total holds."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, beta=0 if first else 1)
-    elif first:
-        total.copy_(left @ right)
+def _give(sink: Tensor | None, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor | None:
+    """Add factor * left @ right to the sink, or return left @ right where there is none."""
+    if sink is None:
+        return left @ right
+    if left.dtype == sink.dtype:
+        sink.addmm_(left, right, alpha=factor)
     else:
-        total += left @ right
+        sink.add_(left @ right, alpha=factor)
+    return None

@@ -19,7 +19,6 @@ from ebwm_scale.draws import SampledDraws
 from ebwm_scale.model import transformer
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.noise import NoiseSource
-from ebwm_scale.term_gradients import TermGradients
 
 V, B, S = 13, 3, 5
 CONDITIONINGS = ("default", "time_embed", "adaln", "adaln_zero", "predicted_only")
@@ -206,8 +205,9 @@ def test_the_baseline_is_an_ordinary_decoder():
 
 def test_the_comparison_notices_a_step_that_is_not_back_propagated(monkeypatch):
     """Breaks the gradients taken step by step: the loss stays right, a term is missing."""
-    right, calls = TermGradients.add, []
-    monkeypatch.setattr(TermGradients, "add", lambda self, term: calls.append(1) or (right(self, term) if len(calls) != 1 else None))
+    right, calls = refinement_module._Loop.back_propagate, []
+    monkeypatch.setattr(refinement_module._Loop, "back_propagate",
+                        staticmethod(lambda pending, contexts: calls.append(1) or (right(pending, contexts) if len(calls) != 1 else pending.clear())))
     with pytest.raises(AssertionError):
         compare(*build())
 
@@ -219,7 +219,7 @@ def test_gradients_taken_step_by_step_can_be_used_once_and_not_differentiated():
     loss.backward()
     with pytest.raises(RuntimeError, match="second backward through the same loss"):
         loss.backward()
-    with pytest.raises(RuntimeError, match="set refinement.graph to full"):
+    with pytest.raises(RuntimeError, match="call backward without create_graph=True"):
         torch.autograd.grad(model(observed, targets, **options).loss, list(model.parameters()), create_graph=True, allow_unused=True)
 
 

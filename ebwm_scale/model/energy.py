@@ -26,13 +26,18 @@ from .transformer import Block, Modulation, RMSNorm, RotaryTable, initialize_rel
 
 @dataclass(frozen=True)
 class Context:
-    """The observed stream as the predicted one sees it: (K, V) per layer, each (B, H_kv, C, d), and how many keys precede o_1."""
+    """The observed stream as the predicted one sees it: (K, V) per layer, each (B, H_kv, C, d), and how many keys precede the first row's o."""
     keys_values: list[tuple[Tensor, Tensor]]
     offset: int
 
     def cut(self, by: Callable[[Tensor], Tensor]) -> "Context":
-        """The same with leaves in place of keys and values (TermGradients.cut)."""
+        """The same with leaves in place of keys and values (term_gradients.py)."""
         return Context([(by(keys), by(values)) for keys, values in self.keys_values], self.offset)
+
+    def at(self, positions: slice) -> "Context":
+        """What the candidates of some positions see: everything up to the last of them, the first one's own observed position included."""
+        last = self.offset + positions.stop
+        return Context([(keys[:, :, :last], values[:, :, :last]) for keys, values in self.keys_values], self.offset + positions.start)
 
 
 class EnergyTransformer(nn.Module):

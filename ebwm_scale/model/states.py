@@ -10,20 +10,25 @@ So the inner gradient of the network is always a D-vector per position, and noth
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..term_gradients import Cut, sink_of
 from ebwm_kernels.vocabulary import (IGNORE, vocabulary_descend, vocabulary_descend_reference, vocabulary_embed,
                                      vocabulary_embed_reference, vocabulary_step)
 
 
 class Entered(NamedTuple):
-    """A state inside a step. embedded (B, S, D); what descends: probabilities (B, S, V), x (B, S, size), or x through probabilities."""
+    """A state inside a step. embedded (B, S, D); what descends: probabilities (B, S, V), x (B, S, size), or x through probabilities.
+
+    spare: memory of a state's size that nobody needs any more.
+    """
     embedded: Tensor
     probabilities: Tensor | None = None
     x: Tensor | None = None
+    spare: Tensor | None = None
 
 
 class Descended(NamedTuple):
@@ -38,39 +43,53 @@ class VocabularyState:
     """V logits per position, embedded as softmax(x) @ weight; criterion: cross-entropy in nats."""
     weight: Tensor              # (V, D): an own matrix, or the token embedding's
     update: str                 # "probabilities", "logits" or "mirror"
+    sink: Tensor | None = None  # (V, D) where the map's gradient is added up, see kernels/vocabulary.py
 
     @property
     def size(self) -> int:
         return self.weight.shape[0]
 
-    def cut(self, by: Callable[[Tensor], Tensor]) -> "VocabularyState":
-        """The same on a leaf in place of the map, where that is no parameter itself."""
-        return replace(self, weight=by(self.weight))
+    def cut(self, by: Cut) -> "VocabularyState":
+        """The same on a leaf in place of the map, which receives the map's gradient."""
+        leaf = by(self.weight)
+        return replace(self, weight=leaf, sink=sink_of(leaf))
+
+    def count(self, targets: Tensor) -> Tensor:
+        """Over how many of the targets (..., S) a mean loss is taken; a tensor without dimensions."""
+        return (targets != IGNORE).sum()
 
     def enter(self, x: Tensor) -> Entered:
-        embed = vocabulary_embed_reference if x.requires_grad else vocabulary_embed
-        probabilities, embedded = (u.unflatten(0, x.shape[:2]) for u in embed(x.flatten(0, 1), self.weight))
+        """x is overwritten where it can be."""
+        rows = x.flatten(0, 1)
+        if x.requires_grad:
+            entered = vocabulary_embed_reference(rows, self.weight)
+        else:
+            entered = vocabulary_embed(rows, self.weight, sink=self.sink, out=rows if self.update == "probabilities" else None)
+        probabilities, embedded = (u.unflatten(0, x.shape[:2]) for u in entered)
         return Entered(embedded, None if self.update == "mirror" else probabilities, None if self.update == "probabilities" else x)
 
-    def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
-                keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
-        """connected: the next state carries the graph of this step (refinement.graph full). go_on: another step follows, without noise.
+    def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, count: Tensor | None, *,
+                connected: bool = False, keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
+        """The step along -dE/dx and its loss, a sum over the targets divided by `count`.
 
-        loss_weight: the loss's weight in what is back-propagated; the next step's entered state may bring the map's gradient of it.
+        connected: the next state carries the graph of this step (refinement.graph full). go_on: another step follows, without noise.
+        loss_weight: the loss's weight in what is back-propagated: the sink and the next entered state bring the map's gradient of it.
         """
         moving = entered.probabilities if entered.x is None else entered.x
         shape = moving.shape
         p, x = (None if u is None else u.flatten(0, 1) for u in (entered.probabilities, entered.x))
         hidden = (-step_size * gradient.to(moving.dtype)).flatten(0, 1)
         flat_targets = None if targets is None else targets.flatten()
+        options = {"count": count, "sink": self.sink, "loss_weight": loss_weight}
         if connected:
             state = vocabulary_descend_reference(self.weight, hidden, probabilities=p, x=x)
-            loss = None if targets is None else F.cross_entropy(state, flat_targets, ignore_index=IGNORE)
-        elif go_on and not keep_state and self.update == "probabilities":
-            p, embedded, loss = vocabulary_step(p, self.weight, hidden, flat_targets, loss_weight=loss_weight)
-            return Descended(None, Entered(embedded.view(gradient.shape), p.view(shape)), loss)
+            loss = None if targets is None else F.cross_entropy(state, flat_targets, ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
+        elif go_on and not keep_state and self.update == "probabilities":       # two tensors of the state's size take turns
+            after, embedded, loss = vocabulary_step(p, self.weight, hidden, flat_targets, out=entered.spare, **options)
+            return Descended(None, Entered(embedded.view(gradient.shape), after.view(shape), spare=p), loss)
         else:
-            state, loss = vocabulary_descend(self.weight, hidden, flat_targets, probabilities=p, x=x, keep_state=keep_state or go_on)
+            state, loss = vocabulary_descend(self.weight, hidden, flat_targets, probabilities=p, x=x, keep_state=keep_state or go_on,
+                                             out=entered.spare, **options)
         return Descended(None if state is None else state.view(shape), None, loss)
 
     def slope(self, gradient: Tensor) -> Tensor:
@@ -92,16 +111,19 @@ class EmbeddingState:
     def size(self) -> int:
         return self.projection.in_features
 
-    def cut(self, by: Callable[[Tensor], Tensor]) -> "EmbeddingState":
+    def cut(self, by: Cut) -> "EmbeddingState":
         return self             # a module of parameters
+
+    def count(self, targets: Tensor) -> Tensor:
+        return targets.new_tensor(targets.shape[:-1].numel())
 
     def enter(self, x: Tensor) -> Entered:
         return Entered(self.projection(x.to(self.projection.weight.dtype)), x=x)
 
-    def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, *, connected: bool = False,
-                keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
+    def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, count: Tensor | None, *,
+                connected: bool = False, keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
         state = entered.x - step_size * self.slope(gradient).to(entered.x.dtype)
-        loss = None if targets is None else self.loss(state, targets)
+        loss = None if targets is None else self.loss(state, targets, reduction="none").sum() / count
         return Descended((state if connected else state.detach()) if keep_state or go_on else None, None, loss)
 
     def slope(self, gradient: Tensor) -> Tensor:

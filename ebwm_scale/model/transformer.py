@@ -35,6 +35,8 @@ class Rotary(NamedTuple):
     factors: Tensor
 
     def rotate(self, x_BHSd: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():       # the definition, for the compiler to fuse
+            return _rotated(x_BHSd, self.factors)
         return _Rotation.apply(x_BHSd, self.factors, True)
 
     def slice(self, start: int, count: int) -> "Rotary":
@@ -60,6 +62,13 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _Rotation.apply(grad, ctx.factors.conj(), not ctx.heads_first), None, None
+
+
+def _rotated(x_BHSd: Tensor, factors: Tensor) -> Tensor:
+    """The same in real arithmetic and plain operations."""
+    even, odd = x_BHSd.to(factors.real.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = torch.view_as_real(factors).unbind(-1)
+    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2).to(x_BHSd.dtype)
 
 
 def _pairs(x: Tensor) -> Tensor:

@@ -91,12 +91,13 @@ class WorldModel(nn.Module):
         return [min(i, self.network.num_landscapes - 1) for i in range(num_steps)]
 
     def forward(self, observed: Tensor, targets: Tensor, *, sample_ids: Tensor, source: NoiseSource, num_steps: int | None = None,
-                noise_scale: float = 1.0, step_size_scale: float = 1.0, keep_state: bool = False,
-                restart: tuple[Tensor, Tensor] | None = None) -> StepOutput:
+                noise_scale: float = 1.0, step_size_scale: float = 1.0,
+                keep_state: torch.dtype | None = None, restart: tuple[Tensor, Tensor] | None = None) -> StepOutput:
         """The loss of a batch. observed, targets: (B, S) ids or (B, S, dimension) embeddings; sample_ids: (B,) int64.
 
         num_steps, noise_scale, step_size_scale: this step's point of the schedules. In eval mode: the largest number of steps, no
-        randomness but x_0, no second-order graph. restart: (rows, states) from the replay buffer.
+        randomness but x_0, no second-order graph. keep_state: return the final states, in this precision. restart: (rows, states) from the
+        replay buffer.
         """
         embedded = self.embed_observed(observed)
         if self.config.model.kind == "baseline":

@@ -21,6 +21,7 @@ from ..noise import NoiseSource, Purpose
 
 class ReplayBuffer:
     VERSION = 1
+    DTYPE = torch.bfloat16      # of stored states
 
     def __init__(self, *, capacity: int, global_batch_size: int):
         self.num_pairs = global_batch_size // 2
@@ -44,7 +45,7 @@ class ReplayBuffer:
 
     def store(self, tokens: Tensor, positions: Tensor, states: Tensor) -> None:
         """Remember the final states (b, S, size) of a batch."""
-        stored = states.detach().to("cpu", torch.bfloat16)
+        stored = states.detach().to("cpu", self.DTYPE)
         for odd in (False, True):
             for row, pair in self._rows(positions, odd=odd):
                 self.queues.setdefault(pair, deque(maxlen=self.per_pair)).append((tokens[row].cpu().clone(), stored[row].clone()))

@@ -98,7 +98,7 @@ class Trainer:
             on_device = tokens.to(self.world.device)
             output = self.engine.forward(on_device[:, :-1], on_device[:, 1:], sample_ids=batch.sample_ids, source=source,
                                          num_steps=point.num_steps, noise_scale=point.noise_scale, step_size_scale=point.step_size_scale,
-                                         keep_state=self.replay is not None, restart=restart)
+                                         keep_state=None if self.replay is None else self.replay.DTYPE, restart=restart)
             self.engine.backward(output.loss)
             norm = self.engine.step()
             if self.replay is not None:
