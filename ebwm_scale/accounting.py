@@ -213,72 +213,74 @@ BLOCK_CHECKPOINT_D, BLOCK_CHECKPOINT_F = 14, 5      # the inner gradient keeps w
 OBSERVED_ADALN_D, PREDICTED_ADALN_D = 5, 8  # a modulated norm keeps its input, a gate what it gates; and their cotangents
 OUTSIDE_D = 6                               # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 ATTENTION_BLOCKS = 6                        # score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
-CHUNK_BUFFERS = {"probabilities": 2, "mirror": 2, "logits": 3, "baseline": 2}     # buffers of kernels/vocabulary.py
+STATES = {"probabilities": 2, "mirror": 3, "logits": 3}             # (rows, V) tensors of a tile in kernels/vocabulary.py
 FULL_STATES = {"probabilities": 1, "mirror": 1, "logits": 3}        # (R, V) tensors of plain autograd (graph full): per step,
 FULL_TRANSIENT = 2                          # and once
 FRAME_STATES = 4                            # per step: state, slope, alpha * slope, difference to the target
 
 
-def memory_estimate(config: Config, *, world_size: int, micro_batch: int) -> dict[str, float]:
+def memory_estimate(config: Config, *, world_size: int, micro_batch: int, device: str | None = None) -> dict[str, float]:
     """GiB by part, "total" last, of one process at its peak in a training step of micro_batch samples: what tensors need.
+
+    Activations and states are those of one tile (refinement.py); device: "cpu" or "cuda", whose tiles differ; default: what is here.
 
     The runtime (libraries: about 0.1 GiB on a CPU; a CUDA context), the loader and the replay buffer come on top, and an allocator's
     waste: glibc's on a CPU holds as much again unless the environment has MALLOC_MMAP_THRESHOLD_=65536. "gradients" holds the fp32 copy
     that a bf16 update works on, "optimizer" AdamW's two moments and, under bf16 or ZeRO, a master copy of the weights; neither is here
     where deepspeed.offload keeps it on the host. "workspace" is the largest of what lives for a moment: chunks of the vocabulary in the
-    forward, or in the backward score blocks and, under checkpoint step, the recomputed step. Gradients count as there all the time, as
-    under accumulation; without it a small model with a large vocabulary needs less. Needs what step_flops needs.
+    forward, or in the backward score blocks and, under checkpoint step, the recomputed step. Gradients count as there all the time.
+    Needs what step_flops needs.
     """
     from .model.world_model import WorldModel
     with torch.device("meta"):      # no memory: the model says how large it is, so there is no second formula
         num_parameters = count_parameters(WorldModel(config))["total"]
     z, half, stage = _Sizes.of(config), config.train.precision == "bf16", config.deepspeed.zero_stage
     element, shards = 2 if half else 4, world_size if stage else 1
-    rows, baseline = micro_batch * z.positions, config.model.kind == "baseline"
-    at_once = not baseline and config.refinement.graph != "full"        # each step back-propagated as soon as it is there: term_gradients.py
-    live_steps = 1 if at_once else z.graph_steps
+    baseline, full, update = config.model.kind == "baseline", config.refinement.graph == "full", config.refinement.update
     offloaded = config.deepspeed.offload == "optimizer"
-    D, F, K, V, workspace = z.width, z.feed_forward, z.keys, z.state, 0.0
+    D, F, K, V = z.width, z.feed_forward, z.keys, z.state
     parts = {
         "weights": element * num_parameters,
         "gradients": num_parameters * (element / (world_size if stage == 2 else 1) + (4 / shards if half and not offloaded else 0)),
         "optimizer": 0 if offloaded else num_parameters * (12 if half or stage else 8) / shards,
     }
+    workspace = 0.0
+    if not baseline and stage == 0 and config.train.global_batch_size > world_size * micro_batch:
+        workspace += element * num_parameters       # a micro-batch's gradients are summed on their own, beside those accumulated
     observed_block = (OBSERVED_D + (OBSERVED_ADALN_D if config.model.conditioning in ("adaln", "adaln_zero") else 0)) * D + OBSERVED_F * F
     if baseline:
+        rows = micro_batch * z.positions
         parts["activations_observed"] = element * rows * (z.layers * (observed_block + 2 * K) + 2 * D)
     else:
+        rows, samples, num_parts = _tile(config, z, micro_batch, device)
         kept = (z.layers - 1) * observed_block + LAST_OBSERVED_D * D + z.layers * 2 * K
-        contexts = 1 if at_once else z.contexts
-        parts["activations_observed"] = element * micro_batch * (z.positions + z.offset) * contexts * kept
-        kept, recomputed = _predicted_kept(config, z, live_steps)
+        contexts = z.contexts if full or num_parts > 1 else 1
+        parts["activations_observed"] = element * samples * (z.positions + z.offset) * contexts * kept + element * micro_batch * z.positions * D
+        kept, recomputed = _predicted_kept(config, z, z.steps if full else 1)
         parts["activations_predicted"] = element * rows * kept
-        scores = micro_batch * config.model.num_heads * min(ROWS, z.positions) * (z.positions + z.offset)
-        workspace = 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
-    if config.state.kind == "vocabulary":
-        state = 4.0 * rows * V
-        chunk = min(state, CHUNK_BYTES)
-        buffers = CHUNK_BUFFERS["baseline" if baseline else config.refinement.update] + half      # in half precision two more, half as wide
-        update = config.refinement.update
-        # The last loss comes with W's gradient, which waits for the backward (without vocabulary_step: every loss).
-        shared_products = baseline or (update == "probabilities" and config.refinement.noise == 0)
-        waiting = ((1 if shared_products else live_steps) + (config.state.map_scale != 1)) * element * V * D
-        # At once: gradients of one step (of their sums over steps, W's is the one that counts: `waiting`).
-        workspace += element * num_parameters if at_once else 4 * V * D
-        if baseline:
-            parts["vocabulary"], workspace = waiting, max(workspace, buffers * chunk)
-        elif config.refinement.graph == "full":
-            scores = z.steps if config.refinement.loss == "every" else 1
-            parts["vocabulary"] = state * (FULL_STATES[update] * z.steps + scores + FULL_TRANSIENT)
-        else:       # a state lives until the backward of its step, or (no graph) until the next one is there
-            states = max(live_steps, min(z.steps, 2)) + (update != "probabilities")
-            parts["vocabulary"] = state * states + waiting
-            workspace = max(workspace, buffers * chunk)
+        scores = samples * config.model.num_heads * min(ROWS, z.positions) * (z.positions + z.offset)
+        workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
+    if config.state.kind == "embedding":
+        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.steps if full else 1)
+    elif baseline:      # W's gradient exists from the forward on
+        parts["vocabulary"] = element * V * D
+        workspace = max(workspace, min(4.0 * rows * V, CHUNK_BYTES) * (1.5 if half else 1) + (4 + element) * V * D * half)
     else:
-        parts["states"] = 4.0 * rows * V * FRAME_STATES * (1 if baseline else live_steps)
-        workspace += 2 * element * num_parameters if at_once else 0     # gradients of one step, and their sums over steps
+        state, scores = 4.0 * rows * V, z.steps if config.refinement.loss == "every" else 1
+        states = FULL_STATES[update] * z.steps + scores + FULL_TRANSIENT if full else STATES[update] + (config.refinement.noise > 0)
+        parts["vocabulary"] = state * (states + half / 2) + V * D * (2 * element * (config.state.map_scale != 1) + (4 + element) * half)
     gib = {part: value / GIB for part, value in (parts | {"workspace": workspace}).items()}
     return gib | {"total": sum(gib.values())}
+
+
+def _tile(config: Config, z: _Sizes, micro_batch: int, device: str | None) -> tuple[int, int, int]:
+    """The largest tile of refinement.py: its rows, its samples, and into how many parts a sample's positions are cut."""
+    from .refinement import tile_rows, tiles_of
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tiles = list(tiles_of(micro_batch, z.positions, tile_rows(config.refinement, z.state, device)))
+    samples = max(group.stop - group.start for group, _ in tiles)
+    positions = max(part.stop - part.start for part in tiles[0][1])
+    return samples * positions, samples, len(tiles[0][1])
 
 
 def _predicted_kept(config: Config, z: _Sizes, live_steps: int) -> tuple[int, int]:

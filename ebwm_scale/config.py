@@ -86,6 +86,7 @@ class RefinementConfig:
     replay_capacity: int = 256              # samples kept in all, over all ranks
     tile_rows: int | None = None            # (sample, position) rows refined at a time; changes memory and speed only, see refinement.py
     checkpoint: Literal["none", "step", "block"] = "none"  # activation checkpointing
+    compile: bool = False                   # TorchInductor for the network's part of a step: minutes at the start, see docs/performance.md
     schedule: RefinementScheduleConfig = field(default_factory=RefinementScheduleConfig)
 
 
@@ -257,6 +258,8 @@ def check(config: Config) -> list[str]:
     else:
         require(state.dimension is None, f"state.dimension is {state.dimension}: a vocabulary state takes model.vocabulary_size; leave the key out")
         require(state.initial != "most_recent", "state.initial is most_recent: a vocabulary state has no most recent frame; allowed: random_noise, zeros")
+    require(not (refinement.compile and refinement.checkpoint != "none"),
+            f"refinement.compile is true with refinement.checkpoint {refinement.checkpoint}: a compiled step decides itself what it keeps; use none")
     if refinement.min_num_steps is not None:
         require(refinement.min_num_steps <= refinement.num_steps,
                 f"refinement.min_num_steps is {refinement.min_num_steps}: must be at most refinement.num_steps {refinement.num_steps}")

@@ -23,6 +23,7 @@ S1 = detach + every; S2 = truncate + last; the paper's Algorithm 1 = full + last
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Callable, Iterator, Protocol, Sequence
@@ -36,7 +37,7 @@ from .model.energy import Context
 from .term_gradients import Cut, TermGradients
 
 MIN_STEP_SIZE = 1e-4
-TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}      # of state (float32) in a tile: large enough for efficient products
+TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}      # of state (float32) in a tile: large enough for efficient products
 
 
 class Draws(Protocol):
@@ -159,11 +160,12 @@ class _Loop:
             if langevin is not None:
                 x = x + langevin
 
-            context = contexts.of(landscape).at(positions)
+            context = contexts.of(landscape)
             with torch.set_grad_enabled(learned):
                 entered, x = entered or self.state.enter(x), None       # nobody holds x: entered has what is needed
                 embedded = self.world_model.predicted_rows(entered.embedded, observed)
-            energy, gradient = energy_and_gradient(network, embedded, context, landscape, create_graph=learned, mode=rules.checkpoint)
+            energy, gradient = energy_and_gradient(network, embedded, context, positions, landscape, create_graph=learned,
+                                                   mode=rules.checkpoint, compiled=rules.compile)
             with torch.set_grad_enabled(learned or self.has_graph(i + 1)):
                 alpha = (self.step_size if learned else self.step_size.detach()) * factor
                 keep = self.record is not None or (self.keep_state is not None if last else rules.noise > 0)
@@ -218,21 +220,36 @@ class _Contexts:
             self.contexts.pop(key)[1].settle()
 
 
-def energy_and_gradient(network, embedded: Tensor, context: Context, landscape: int, *, create_graph: bool,
-                        mode: str = "none") -> tuple[Tensor, Tensor]:
-    """E (B, S) and g = d(sum E)/d embedded (B, S, D). With create_graph both are differentiable with respect to everything.
+def energy_and_gradient(network, embedded: Tensor, context: Context, positions: slice, landscape: int, *, create_graph: bool,
+                        mode: str = "none", compiled: bool = False) -> tuple[Tensor, Tensor]:
+    """E (B, s) and g = d(sum E)/d embedded (B, s, D) of candidates (B, s, D) for some positions of the context.
 
-    mode: "none", or activation checkpointing of the whole "step" or of each "block".
+    With create_graph both are differentiable with respect to everything.
+    mode: "none", or activation checkpointing of the whole "step" or of each "block". compiled: let TorchInductor generate the code of a
+    differentiated step, once for each shape, and for each landscape that the blocks are conditioned on.
     """
     if not create_graph:
         embedded = embedded.detach().requires_grad_()
+    if create_graph and compiled:
+        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
+            return _compiled(network, embedded, positions.start, positions.stop, landscape if network.modulations is not None else 0,
+                             context.offset, *(u for pair in context.keys_values for u in pair))
 
     def compute(embedded: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            energy = network.energy(embedded, context, landscape, checkpoint_blocks=create_graph and mode == "block")
+            energy = network.energy(embedded, context.at(positions), landscape, checkpoint_blocks=create_graph and mode == "block")
             gradient, = torch.autograd.grad(energy.sum(), embedded, create_graph=create_graph)
         return energy, gradient
 
     if create_graph and mode == "step":
         return checkpoint(compute, embedded, context, use_reentrant=False)
     return compute(embedded, context)
+
+
+@functools.partial(torch.compile, fullgraph=True, dynamic=False)
+def _compiled(network, embedded: Tensor, start: int, stop: int, landscape: int, offset: int, *keys_values: Tensor) -> tuple[Tensor, Tensor]:
+    """The inner gradient is taken inside: what is compiled is differentiated once, which is all that torch.compile supports."""
+    context = Context(list(zip(keys_values[::2], keys_values[1::2])), offset).at(slice(start, stop))
+    energy = network.energy(embedded, context, landscape)
+    gradient, = torch.autograd.grad(energy.sum(), embedded, create_graph=True)
+    return energy, gradient

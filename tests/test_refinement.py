@@ -19,6 +19,7 @@ from ebwm_scale.draws import SampledDraws
 from ebwm_scale.model import transformer
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.noise import NoiseSource
+from ebwm_scale.refinement import tiles_of
 
 V, B, S = 13, 3, 5
 CONDITIONINGS = ("default", "time_embed", "adaln", "adaln_zero", "predicted_only")
@@ -128,6 +129,11 @@ def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update
     "scaled_map": {"state": {"map_scale": 7.0}}, "zeros": {"state": {"initial": "zeros"}}, "wide": {"model": {"feed_forward_width": 24}},
     "randomised": {"refinement": {"step_size_random_factor": 2.0, "noise": 0.7, "num_steps": 3}},
     "three_steps_one_landscape": {"model": {"conditioning": "time_embed"}, "refinement": {"num_steps": 3, "landscapes": "one"}},
+    "tiles_of_one_sample": {"refinement": {"tile_rows": 5, "num_steps": 3}}, "tiles_of_two_samples": {"refinement": {"tile_rows": 12}},
+    "parts_of_samples": {"refinement": {"tile_rows": 2, "step_size_random_factor": 2.0, "noise": 0.7}},
+    "parts_with_landscapes": {"model": {"conditioning": "time_embed", "predicted_input": "anchored"}, "refinement": {"tile_rows": 3, "num_steps": 3}},
+    "parts_of_frames": {"kind": "embedding", "model": {"conditioning": "adaln"}, "refinement": {"tile_rows": 2}},
+    "parts_scaled_and_tied": {"state": {"map_scale": 7.0, "tie_embedding": True}, "refinement": {"tile_rows": 4, "update": "logits"}},
     "checkpoint_step": {"refinement": {"checkpoint": "step"}}, "checkpoint_block": {"refinement": {"checkpoint": "block"}},
     "frames": {"kind": "embedding"}, "frames_from_the_last": {"kind": "embedding", "state": {"initial": "most_recent"}},
     "frames_randomised": {"kind": "embedding", "model": {"conditioning": "adaln"}, "refinement": {"step_size_random_factor": 2.0, "noise": 0.1}},
@@ -135,6 +141,26 @@ def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update
 def test_every_option_is_exact(graph, loss, name, options):
     options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph, "loss": loss}}
     compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
+def test_tiles_cover_a_batch_once_and_are_of_about_the_same_size():
+    for num_samples, num_positions, rows in itertools.product((1, 2, 5), (1, 4, 7), (1, 2, 3, 7, 9, 14, 100)):
+        seen = torch.zeros(num_samples, num_positions, dtype=torch.int64)
+        sizes = []
+        for samples, positions in tiles_of(num_samples, num_positions, rows):
+            for part in positions:
+                seen[samples, part] += 1
+                sizes.append(seen[samples, part].numel())
+        assert seen.eq(1).all() and max(sizes) <= rows and max(sizes) <= 2 * min(sizes), (num_samples, num_positions, rows, sizes)
+
+
+@pytest.mark.parametrize("tile_rows", [5, 2])
+def test_a_tile_changes_neither_the_final_state_nor_the_energies(tile_rows):
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2), "keep_state": torch.float64}
+    outputs = [model.eval()(observed, targets, **options) for rows in (100, tile_rows) for model, observed, targets in [build(refinement={"tile_rows": rows})]]
+    torch.testing.assert_close(outputs[1].state, outputs[0].state, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(outputs[1].energy_per_step, outputs[0].energy_per_step, rtol=1e-12, atol=1e-13)
+    assert outputs[0].state.shape == (B, S, V)
 
 
 def test_the_choices_differ_so_the_comparison_means_something():

@@ -31,13 +31,16 @@ class Modulation(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Rotation of adjacent pairs by position (RoPE, arXiv 2104.09864): a pair is a complex number, its rotation a factor; (S, d / 2)."""
+    """Rotation of adjacent pairs by position (RoPE, arXiv 2104.09864): a pair is a complex number, its rotation a factor.
+
+    factors: real and imaginary parts, (S, d / 2, 2).
+    """
     factors: Tensor
 
     def rotate(self, x_BHSd: Tensor) -> Tensor:
         if torch.compiler.is_compiling():       # the definition, for the compiler to fuse
             return _rotated(x_BHSd, self.factors)
-        return _Rotation.apply(x_BHSd, self.factors, True)
+        return _Rotation.apply(x_BHSd, torch.view_as_complex(self.factors), True)
 
     def slice(self, start: int, count: int) -> "Rotary":
         return Rotary(self.factors[start:start + count])
@@ -66,8 +69,8 @@ class _Rotation(torch.autograd.Function):
 
 def _rotated(x_BHSd: Tensor, factors: Tensor) -> Tensor:
     """The same in real arithmetic and plain operations."""
-    even, odd = x_BHSd.to(factors.real.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = torch.view_as_real(factors).unbind(-1)
+    even, odd = x_BHSd.to(factors.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = factors.unbind(-1)
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2).to(x_BHSd.dtype)
 
 
@@ -85,12 +88,12 @@ class RotaryTable(nn.Module):
         self._tables: dict[tuple, Rotary] = {}
 
     def forward(self, num_positions: int, like: Tensor) -> Rotary:
-        dtype = torch.complex128 if like.dtype == torch.float64 else torch.complex64
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         key = (dtype, like.device)
         if key not in self._tables or len(self._tables[key].factors) < num_positions:
             frequencies = self.theta ** (-torch.arange(0, self.head_dimension, 2, dtype=torch.float64) / self.head_dimension)
             angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
-            factors = torch.polar(torch.ones_like(angles), angles)
+            factors = torch.stack([angles.cos(), angles.sin()], -1)
             self._tables[key] = Rotary(factors.to(like.device, dtype))
         return self._tables[key].slice(0, num_positions)
 
