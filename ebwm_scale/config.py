@@ -124,12 +124,14 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 33
     max_minutes: float | None = None        # save and leave with exit code 75 after this long
+    max_skipped_steps: int = 3              # stop with exit code 76 after this many steps in a row whose gradients are not finite
+    hang_minutes: float = 30                # a step, save or evaluation that takes longer is a hang: exit code 77, with all stacks; 0: off
 
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    zero_stage: Literal[0, 1, 2] = 0
-    offload: Literal["none", "optimizer"] = "none"
+    zero_stage: Literal[0, 1, 2, 3] = 0     # 3: parameters are partitioned too; an energy model then needs refinement.checkpoint block
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the host; parameters (stage 3): with the optimizer state
     raw: dict = field(default_factory=dict)  # merged into the DeepSpeed configuration last, as it is
 
 
@@ -137,6 +139,8 @@ class DeepSpeedConfig:
 class CheckpointConfig:
     every_steps: int = 1000                 # 0: only at the end
     keep_last: int = 2
+    keep_best: bool = True                  # also keep the one with the lowest validation loss
+    milestone_every_steps: int = 0          # also keep those at multiples of this; 0: none
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def check(config: Config) -> list[str]:
     positive("data", context_length=config.data.context_length, window_shards=config.data.window_shards)
     positive("optimizer", learning_rate=config.optimizer.learning_rate, epsilon=config.optimizer.epsilon)
     positive("train", global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size, max_steps=train.max_steps,
-             max_minutes=train.max_minutes)
+             max_minutes=train.max_minutes, max_skipped_steps=train.max_skipped_steps)
     positive("schedule", decay_steps=config.schedule.decay_steps)
     positive("checkpoint", keep_last=config.checkpoint.keep_last)
     positive("evaluation", max_samples=config.evaluation.max_samples)
@@ -238,7 +242,8 @@ def check(config: Config) -> list[str]:
     for section, key, value in (("data", "num_workers", config.data.num_workers), ("schedule", "warmup_steps", config.schedule.warmup_steps),
                                 ("optimizer", "weight_decay", config.optimizer.weight_decay), ("refinement", "noise", refinement.noise),
                                 ("optimizer", "gradient_clipping", config.optimizer.gradient_clipping),
-                                ("checkpoint", "every_steps", config.checkpoint.every_steps), ("train", "seed", train.seed),
+                                ("checkpoint", "every_steps", config.checkpoint.every_steps), ("train", "seed", train.seed), ("train", "hang_minutes", train.hang_minutes),
+                                ("checkpoint", "milestone_every_steps", config.checkpoint.milestone_every_steps),
                                 ("evaluation", "every_steps", config.evaluation.every_steps)):
         require(value >= 0, f"{section}.{key} is {value}: must be 0 or more")
     for key, value in (("beta1", config.optimizer.beta1), ("beta2", config.optimizer.beta2)):
@@ -258,6 +263,9 @@ def check(config: Config) -> list[str]:
     else:
         require(state.dimension is None, f"state.dimension is {state.dimension}: a vocabulary state takes model.vocabulary_size; leave the key out")
         require(state.initial != "most_recent", "state.initial is most_recent: a vocabulary state has no most recent frame; allowed: random_noise, zeros")
+    offload, stage = config.deepspeed.offload, config.deepspeed.zero_stage
+    require(offload == "none" or stage > 0, f"deepspeed.offload is {offload} with deepspeed.zero_stage 0: offloading needs stage 1, 2 or 3")
+    require(offload != "parameters" or stage == 3, f"deepspeed.offload is parameters with deepspeed.zero_stage {stage}: parameters need stage 3")
     require(not (refinement.compile and refinement.checkpoint != "none"),
             f"refinement.compile is true with refinement.checkpoint {refinement.checkpoint}: a compiled step decides itself what it keeps; use none")
     if refinement.min_num_steps is not None:

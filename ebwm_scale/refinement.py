@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import block_sweeps
 from .config import RefinementConfig
 from .model.energy import Context
 from .term_gradients import Cut, TermGradients
@@ -91,7 +92,7 @@ def refine(world_model, observed: Tensor, targets: Tensor | None, *, rules: Refi
                      None if targets is None else world_model.state.count(targets))
         states = []
         for samples, positions in tiles_of(num_samples, num_positions, rows):
-            contexts = _Contexts(world_model.network, seen[samples], loop.readers, len(positions), terms)
+            contexts = _Contexts(world_model.network, seen[samples], loop.readers, len(positions), terms, by_block=rules.checkpoint == "block")
             states += [loop.run(seen[samples, part], contexts, None if targets is None else targets[samples, part], part, draws.of(samples, part))
                        for part in positions]
         loop.shared.settle()
@@ -193,8 +194,8 @@ class _Loop:
 class _Contexts:
     """The observed stream of a group of samples: encoded once for all steps and tiles that see the same, back-propagated once."""
 
-    def __init__(self, network, observed: Tensor, readers: Counter, num_tiles: int, terms: TermGradients | None):
-        self.network, self.observed, self.terms = network, observed, terms
+    def __init__(self, network, observed: Tensor, readers: Counter, num_tiles: int, terms: TermGradients | None, *, by_block: bool):
+        self.network, self.observed, self.terms, self.by_block = network, observed, terms, by_block
         self.contexts: dict[int, tuple[Context, Cut]] = {}
         self.readers: Counter = Counter()           # how often each is still to be differentiated
         for landscape, count in readers.items():
@@ -208,7 +209,7 @@ class _Contexts:
         if key not in self.contexts:
             cut = Cut()
             with torch.set_grad_enabled(self.terms is not None and self.readers[key] > 0):
-                context = self.network.encode(self.observed, landscape)
+                context = self.network.encode(self.observed, landscape, by_block=self.by_block)
             self.contexts[key] = (context if self.terms is None else context.cut(cut), cut)
         return self.contexts[key][0]
 
@@ -225,7 +226,7 @@ def energy_and_gradient(network, embedded: Tensor, context: Context, positions: 
     """E (B, s) and g = d(sum E)/d embedded (B, s, D) of candidates (B, s, D) for some positions of the context.
 
     With create_graph both are differentiable with respect to everything.
-    mode: "none", or activation checkpointing of the whole "step" or of each "block". compiled: let TorchInductor generate the code of a
+    mode: "none"; "step": the step is computed again in the backward; "block": one block at a time (block_sweeps.py). compiled: let TorchInductor generate the code of a
     differentiated step, once for each shape, and for each landscape that the blocks are conditioned on.
     """
     if not create_graph:
@@ -235,9 +236,12 @@ def energy_and_gradient(network, embedded: Tensor, context: Context, positions: 
             return _compiled(network, embedded, positions.start, positions.stop, landscape if network.modulations is not None else 0,
                              context.offset, *(u for pair in context.keys_values for u in pair))
 
+    if mode == "block":
+        return block_sweeps.energy_and_gradient(network, embedded, context.at(positions), landscape, create_graph=create_graph)
+
     def compute(embedded: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            energy = network.energy(embedded, context.at(positions), landscape, checkpoint_blocks=create_graph and mode == "block")
+            energy = network.energy(embedded, context.at(positions), landscape)
             gradient, = torch.autograd.grad(energy.sum(), embedded, create_graph=create_graph)
         return energy, gradient
 

@@ -59,6 +59,7 @@ class TermGradients(Cut):
         for owner, name, parameter in places:
             if id(parameter) not in leaves:
                 leaves[id(parameter)] = self._leaf(parameter)
+                leaves[id(parameter)].stands_for = parameter
             owner._parameters[name] = leaves[id(parameter)]
         try:
             yield

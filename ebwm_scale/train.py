@@ -1,9 +1,10 @@
 """Train an energy-based world model or the Transformer++ baseline.
 
-    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume] [--dry-run]
+    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume [--strict]] [--dry-run]
 
 The same file runs under python, torchrun and srun. Exit codes: 0 finished; 2 bad configuration or data, nothing started; 75 saved after a
-signal or time limit, run again with --resume; 76 stopped because loss or gradients were not finite; 1 anything else.
+signal or time limit, run again with --resume; 76 stopped because gradients were not finite several steps in a row; 77 a process hung or
+died; 1 anything else. A run may be resumed by any number of processes and at any ZeRO stage.
 """
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
     parser.add_argument("--run-dir", type=Path, default=None, metavar="DIR", help="default: runs/<name of the configuration file>")
     parser.add_argument("--resume", action="store_true", help="continue from the newest good checkpoint of the run folder, if there is one")
+    parser.add_argument("--strict", action="store_true", help="with --resume: refuse, if the newest checkpoint is damaged, to take the one before it")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and what it costs; train nothing")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)      # the deepspeed launcher passes it
     options = parser.parse_args(arguments)
@@ -50,11 +52,13 @@ def run(config: Config, options: argparse.Namespace) -> int:
     from ebwm_scale.model.transformer import attention_paths
     from ebwm_scale.model.world_model import WorldModel
     from ebwm_scale.training.checkpoint import check_same_run, find_latest, saved_config
-    from ebwm_scale.training.distributed import join_world
+    from ebwm_scale.training.distributed import is_connection_error, join_world
     from ebwm_scale.training.engine import Engine
+    from ebwm_scale.training.faults import Faults
     from ebwm_scale.training.run_folder import RunFolder
     from ebwm_scale.training.stop import StopFlag
     from ebwm_scale.training.trainer import Trainer
+    from ebwm_scale.training.watchdog import Watchdog
 
     if config.data.manifest is None:
         raise ConfigError("data.manifest is absent: make a dataset with tools/make_text_shards.py and name its manifest.json")
@@ -75,16 +79,16 @@ def run(config: Config, options: argparse.Namespace) -> int:
 
     path = options.run_dir or Path("runs") / Path(options.config).stem
     checkpoints = path / "checkpoints"
-    saved = find_latest(checkpoints, lambda text: say(f"warning: {text}", file=sys.stderr)) if options.resume else None
+    saved = find_latest(checkpoints, lambda text: say(f"warning: {text}", file=sys.stderr), strict=options.strict) if options.resume else None
     if saved is None and (path / "metrics.jsonl").exists() and not options.resume:
         raise CheckpointError(f"{path} already holds a run: continue it with --resume, or name another folder with --run-dir")
     changes = []
     if saved is not None:
         changes = check_same_run(saved_config(saved.folder), config)
         if saved.trainer["world_size"] != world_size:
-            raise CheckpointError(f"{saved.folder} was written by {saved.trainer['world_size']} processes, this is {world_size}: "
-                                  f"resume with {saved.trainer['world_size']}")
+            changes.append(f"the number of processes was {saved.trainer['world_size']}, is {world_size}")
 
+    faults = Faults(os.environ.get("EBWM_FAULTS"), int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     world = join_world()
     stop = StopFlag(config.train.max_minutes)
     model = WorldModel(config)
@@ -97,7 +101,9 @@ def run(config: Config, options: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from None
     engine = Engine(config, model, world, micro_batch=micro_batch, accumulation=accumulation)
     folder = RunFolder(path, config, is_main=world.is_main)
-    trainer = Trainer(config, engine, world, folder, stop, splits["train"], splits["validation"], micro_batch=micro_batch)
+    watchdog = Watchdog(path, rank=world.rank, world_size=world.size, limit_s=60 * config.train.hang_minutes)
+    trainer = Trainer(config, engine, world, folder, stop, splits["train"], splits["validation"], micro_batch=micro_batch, watchdog=watchdog,
+                      faults=faults)
     if saved is not None:
         trainer.resume(saved)
         folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=changes)
@@ -106,22 +112,29 @@ def run(config: Config, options: argparse.Namespace) -> int:
         folder.forget_after(0)
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
     folder.say("attention of " + ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items()))
-    code = trainer.fit()
+    try:
+        code = trainer.fit()
+    except RuntimeError as error:
+        if world.size > 1 and is_connection_error(error):
+            watchdog.lost(f"a collective failed ({str(error).splitlines()[0]})")
+        raise
     if code == EXIT_FINISHED:
-        finish(config, folder, engine.module, splits, world)
+        finish(config, folder, splits, world)
     folder.close()
     return code
 
 
-def finish(config: Config, folder, model, splits, world) -> None:
-    """After the last step: samples to read, the summary, and the report."""
+def finish(config: Config, folder, splits, world) -> None:
+    """After the last step: samples to read, the summary, and the report, from the checkpoint."""
     from ebwm_scale.accounting import count_parameters
     from ebwm_scale.data.tokenizer import Tokenizer
     from ebwm_scale.generation import sample_continuations
+    from ebwm_scale.loading import load_checkpoint
     from ebwm_scale.report import write_report
 
     if world.is_main:
         manifest = splits["train"].manifest
+        model, _ = load_checkpoint(folder.path, device=world.device)
         folder.write("summary.json", {"parameters": count_parameters(model), "data": data_summary(config, splits)})
         folder.write("samples.json", {"step": config.train.max_steps, "continuations": sample_continuations(
             model, Tokenizer(manifest.tokenizer_path), splits["validation"], seed=config.train.seed)})

@@ -89,7 +89,7 @@ class BatchLoader:
             raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size "
                              f"{micro_batch_size}")
         self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
-        order = SampleOrder(split.samples_per_shard, seed=seed, window_shards=window_shards)
+        self.order = order = SampleOrder(split.samples_per_shard, seed=seed, window_shards=window_shards)
         requests = _Requests(order, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, rank=rank,
                              world_size=world_size, first_step=first_step)
         options: dict[str, Any] = {}

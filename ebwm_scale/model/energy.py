@@ -18,10 +18,10 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from .. import block_sweeps
 from ..config import ModelConfig
-from .transformer import Block, Modulation, RMSNorm, RotaryTable, initialize_released, modulate
+from .transformer import Block, Modulation, RMSNorm, Rotary, RotaryTable, initialize_released, modulate
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,15 @@ class EnergyTransformer(nn.Module):
         """Whether one encoded context serves every landscape."""
         return self.conditioning in ("default", "predicted_only") or self.num_landscapes == 1
 
-    def encode(self, observed: Tensor, landscape: int = 0) -> Context:
-        """Keys and values of the observed stream. observed: (B, S, D)."""
+    def encode(self, observed: Tensor, landscape: int = 0, *, by_block: bool = False) -> Context:
+        """Keys and values of the observed stream. observed: (B, S, D). by_block: see block_sweeps.py."""
         offset = 0
         if self.conditioning == "time_embed":
             token = self.landscape_embedding.weight[landscape].expand(observed.shape[0], 1, -1)
             observed, offset = torch.cat([token, observed], 1), 1
-        modulations, _ = self._modulations(landscape, predicted=False)
+        if by_block:
+            return Context(block_sweeps.encode(self, observed, landscape), offset)
+        modulations, _ = self.modulations_of(landscape, predicted=False)
         rotary = self.rotary(observed.shape[1], observed)
         keys_values = []
         for index, (layer, modulation) in enumerate(zip(self.layers, modulations)):
@@ -81,20 +83,27 @@ class EnergyTransformer(nn.Module):
                 observed = layer.observe(observed, keys, values, rotary, modulation)
         return Context(keys_values, offset)
 
-    def energy(self, predicted: Tensor, context: Context, landscape: int = 0, *, checkpoint_blocks: bool = False) -> Tensor:
+    def energy(self, predicted: Tensor, context: Context, landscape: int = 0) -> Tensor:
         """Energies (B, S) of candidates (B, S, D): row t is a candidate for position t + 1, given observed positions 0 .. t."""
-        modulations, final = self._modulations(landscape, predicted=True)
-        first = context.offset + 1                      # p_t stands where the real o_(t+1) would
-        rotary = self.rotary(first + predicted.shape[1], predicted).slice(first, predicted.shape[1])
+        modulations, final = self.modulations_of(landscape, predicted=True)
+        rotary = self.predicted_rotary(predicted, context)
         for layer, keys_values, modulation in zip(self.layers, context.keys_values, modulations):
-            arguments = (predicted, keys_values, rotary, context.offset, modulation)
-            predicted = checkpoint(layer.predict, *arguments, use_reentrant=False) if checkpoint_blocks else layer.predict(*arguments)
+            predicted = layer.predict(predicted, keys_values, rotary, context.offset, modulation)
+        return self.score(predicted, final or ())
+
+    def predicted_rotary(self, predicted: Tensor, context: Context) -> Rotary:
+        """p_t stands where the real o_(t+1) would."""
+        first = context.offset + 1
+        return self.rotary(first + predicted.shape[1], predicted).slice(first, predicted.shape[1])
+
+    def score(self, predicted: Tensor, final: tuple[Tensor, Tensor] | tuple[()]) -> Tensor:
+        """Energies (B, S) of the predicted stream behind the last block; final: (shift, scale) of its norm, where there are any."""
         predicted = self.norm(predicted)
-        if final is not None:
+        if final:
             predicted = modulate(predicted, *final)
         return self.head(predicted).squeeze(-1)
 
-    def _modulations(self, landscape: int, *, predicted: bool):
+    def modulations_of(self, landscape: int, *, predicted: bool):
         """(one Modulation or None per layer, (shift, scale) of the final norm or None) for a stream."""
         if self.modulations is None or (self.conditioning == "predicted_only" and not predicted):
             return [None] * len(self.layers), None

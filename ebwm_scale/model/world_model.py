@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ebwm_kernels import vocabulary_cross_entropy
 
+from ..block_sweeps import available
 from ..config import Config
 from ..draws import SampledDraws
 from ..noise import NoiseSource
@@ -99,10 +100,19 @@ class WorldModel(nn.Module):
         randomness but x_0, no second-order graph. keep_state: return the final states, in this precision. restart: (rows, states) from the
         replay buffer.
         """
-        embedded = self.embed_observed(observed)
         if self.config.model.kind == "baseline":
-            loss = self._baseline_loss(self.network(embedded), targets)
+            loss = self._baseline_loss(self.network(self.embed_observed(observed)), targets)
             return StepOutput(loss, loss.detach()[None], None)
+        with available(self.resident_parameters()):
+            return self._refine(observed, targets, sample_ids, source, num_steps, noise_scale, step_size_scale, keep_state, restart)
+
+    def resident_parameters(self) -> list[nn.Parameter]:
+        """Those that are whole for the length of a step under ZeRO stage 3: all, or those outside the blocks (block_sweeps.py)."""
+        by_block = self.config.refinement.checkpoint == "block"
+        return [p for name, p in self.named_parameters() if not (by_block and name.startswith("network.layers."))]
+
+    def _refine(self, observed, targets, sample_ids, source, num_steps, noise_scale, step_size_scale, keep_state, restart) -> StepOutput:
+        embedded = self.embed_observed(observed)
         rules, training = self.config.refinement, self.training
         weight = self.network.head.weight
         draws = SampledDraws(source, rules, sample_ids, (*observed.shape[:2], self.state.size), kind=self.config.state.initial,

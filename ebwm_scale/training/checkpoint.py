@@ -1,15 +1,17 @@
-"""Checkpoints that exist completely or not at all.
+"""Checkpoints that exist completely or not at all, written while training goes on.
 
-    checkpoints/.staging-step_000100/   all ranks write here; agreed complete; hashed; fsynced
-        engine/                         DeepSpeed's files: weights, optimizer state (one shard per rank under ZeRO)
+    checkpoints/.staging-step_000100/   every rank writes its file here, and says so in rank_00000.done
+        state-00000-of-00002.safetensors    its pieces of weights and optimizer state (pieces.py)
         replay_rank_0.pt                replay buffer, where there is one
-        config.yaml, trainer.json       resolved configuration; step, data position, world size
+        config.yaml, trainer.json       resolved configuration; step, data position, metrics, world size, code version
         manifest.json                   size and sha256 of each of these files
-    checkpoints/step_000100/            the staging folder, renamed
+    checkpoints/step_000100/            the staging folder, renamed once all are done and on disk
     checkpoints/latest                  the name of the newest one, replaced in one rename
+    checkpoints/best                    the same for the lowest validation loss
 
-A failed write (a full disk) leaves the previous checkpoint as it was, and training goes on with a warning. Loading verifies sizes and
-hashes, and takes the newest checkpoint that passes.
+A save copies its state in memory; a thread of each rank writes it, the one of rank 0 publishes. Ranks meet in the file system, not in a
+collective, so a slow disk delays nobody until the next save. A failed write (a full disk) leaves the previous checkpoint as it was, and
+training goes on with a warning. Loading verifies sizes and hashes, and takes the newest checkpoint that passes.
 """
 from __future__ import annotations
 
@@ -17,21 +19,26 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from ..config import Config, config_from_dict
-from ..data.manifest import file_hashes, file_sha256
+from ..config import CheckpointConfig, Config, config_from_dict
+from ..data.manifest import file_sha256
 from ..errors import CheckpointError
 from .distributed import World
-from .engine import Engine
+from .faults import Faults
+from .pieces import EngineState
 
-VERSION = 1
+VERSION = 2
 NAME = re.compile(r"step_(\d{6,})")
-ENGINE_TAG = "engine"
+PATIENCE_S = 1800           # for the other ranks' parts
 
 
 def checkpoint_name(step: int) -> str:
@@ -49,101 +56,173 @@ class Saved:
         return self.trainer["step"]
 
 
-class _RecordingWriter:
-    """DeepSpeed's checkpoint engine, with write errors kept for afterwards: an exception on one rank would leave the others in a barrier."""
+class CheckpointWriter:
+    """Saves of one run. Every rank has one, and calls save at the same steps."""
 
-    def __init__(self, inner):
-        self.inner, self.error = inner, None
+    def __init__(self, root: Path, world: World, config: Config, warn: Callable[[str], None], faults: Faults):
+        self.root, self.world, self.config, self.warn, self.faults = root, world, config, warn, faults
+        self.thread: threading.Thread | None = None
+        self.outcome: tuple[Path | None, str | None] | None = None      # of the last finished save, until it is asked for
 
-    def save(self, state_dict, path):
-        if self.error is None:
+    def save(self, state: EngineState, trainer: dict[str, Any], replay: dict | None) -> None:
+        """Begin to save step trainer["step"]. Waits for the save before it, and for nothing else."""
+        self.wait()
+        tensors, ranges = {}, {}
+        for piece in state.pieces():
+            ranges[piece.name] = [piece.start, piece.values["weight"].numel()]
+            for kind, values in piece.values.items():
+                tensors[f"{kind}/{piece.name}"] = values.detach().to("cpu", copy=True)
+        trainer = {"version": VERSION, "world_size": self.world.size, "updates": state.step_count(), **trainer}
+        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in state.module.named_parameters()}
+        staging = self.root / f".staging-{checkpoint_name(trainer['step'])}"
+        problem = None
+        if self.world.is_main:
             try:
-                self.inner.save(state_dict, path)
-            except (OSError, RuntimeError) as error:        # torch's writer reports a full disk as RuntimeError
-                self.error = error
+                self._io(staging.parent.mkdir, parents=True, exist_ok=True)
+                for left_over in self.root.glob(".staging-*"):
+                    shutil.rmtree(left_over)
+                self._io(staging.mkdir)
+            except OSError as error:
+                problem = str(error)
+        if self.world.any(problem is not None):             # also: no rank writes before the folder is there
+            self.outcome = (None, self.world.agree(problem or ""))
+            return
+        self.thread = threading.Thread(target=self._write, args=(staging, tensors, ranges, shapes, trainer, replay), daemon=True, name="checkpoint")
+        self.thread.start()
 
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
+    def wait(self) -> None:
+        """Until the save in progress is published, or has failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self._report()
 
+    def poll(self) -> None:
+        """Report a save that has finished meanwhile."""
+        if self.thread is not None and not self.thread.is_alive():
+            self.wait()
 
-def save_checkpoint(root: Path, engine: Engine, world: World, *, config: Config, trainer: dict[str, Any], replay: dict | None,
-                    keep_last: int, warn: Callable[[str], None]) -> Path | None:
-    """Save step trainer["step"]; all ranks call it. Returns the folder, or None after a failed write (which `warn` is told of)."""
-    folder = root / checkpoint_name(trainer["step"])
-    staging = root / f".staging-{folder.name}"
-    error: Exception | None = None
-    try:
-        if world.is_main:
-            root.mkdir(parents=True, exist_ok=True)
-            for left_over in root.glob(".staging-*"):
-                shutil.rmtree(left_over)
-            staging.mkdir()
-    except OSError as problem:
-        error = problem
-    if world.any(error is not None):
-        return _give_up(staging, world, error, warn)
-    inner = engine.deepspeed.checkpoint_engine
-    writer = _RecordingWriter(inner)
-    engine.deepspeed.checkpoint_engine = writer
-    try:
-        engine.deepspeed.save_checkpoint(str(staging), tag=ENGINE_TAG, client_state={}, save_latest=False)
-    finally:
-        engine.deepspeed.checkpoint_engine = inner
-    error = writer.error
-    if replay is not None and error is None:
+    def _report(self) -> None:
+        if self.outcome is not None:
+            folder, problem = self.outcome
+            self.outcome = None
+            if folder is None and self.world.is_main:
+                self.warn(f"the checkpoint could not be written ({problem}); training goes on, the previous checkpoint is intact; free some space")
+
+    def _write(self, staging: Path, tensors: dict, ranges: dict, shapes: dict, trainer: dict, replay: dict | None) -> None:
+        rank, size = self.world.rank, self.world.size
+        problem, files = None, []
         try:
-            torch.save(replay, staging / f"replay_rank_{world.rank}.pt")
-        except (OSError, RuntimeError) as problem:
-            error = problem
-    if world.any(error is not None):
-        return _give_up(staging, world, error, warn)
-    if world.is_main:
+            self.faults.at("save")
+            name = f"state-{rank:05d}-of-{size:05d}.safetensors"
+            self._io(save_file, tensors, staging / name, metadata={"ranges": json.dumps(ranges), "shapes": json.dumps(shapes)})
+            files = [name]
+            if replay is not None:
+                files.append(f"replay_rank_{rank}.pt")
+                self._io(torch.save, replay, staging / files[-1])
+            entries = {}
+            for name in files:
+                self._io(_fsync, staging / name)
+                entries[name] = {"size": (staging / name).stat().st_size, "sha256": file_sha256(staging / name)}
+        except Exception as error:          # whatever it is, the others must hear of it
+            problem = str(error) or type(error).__name__
         try:
-            _publish(root, staging, folder, config, trainer, world)
-            _prune(root, keep_last)
-        except OSError as problem:
-            error = problem
-    if world.any(error is not None):
-        return _give_up(staging, world, error, warn)
-    return folder
+            _replace_text(staging / f"rank_{rank:05d}.done", json.dumps({"problem": problem} if problem else {"files": entries}))
+        except OSError as error:
+            problem = problem or str(error)
+        if not self.world.is_main:
+            self.outcome = (None if problem else staging, problem)
+            return
+        try:
+            entries = self._collect(staging, size)
+            self.outcome = (self._publish(staging, entries, trainer), None)
+        except Exception as error:
+            self.outcome = (None, str(error) or type(error).__name__)
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _collect(self, staging: Path, size: int) -> dict[str, dict]:
+        """File entries of all ranks, when all are done; raises OSError with the first problem."""
+        entries, deadline = {}, time.monotonic() + PATIENCE_S
+        for rank in range(size):
+            done = staging / f"rank_{rank:05d}.done"
+            while not done.exists():
+                if time.monotonic() > deadline:
+                    raise OSError(f"rank {rank} has not written its part within {PATIENCE_S} s")
+                time.sleep(0.01)
+            said = json.loads(done.read_text())
+            if "problem" in said:
+                raise OSError(f"rank {rank}: {said['problem']}")
+            entries |= said["files"]
+        for rank in range(size):
+            (staging / f"rank_{rank:05d}.done").unlink()
+        return entries
+
+    def _publish(self, staging: Path, entries: dict[str, dict], trainer: dict[str, Any]) -> Path:
+        root, folder = self.root, self.root / checkpoint_name(trainer["step"])
+        for name, text in (("config.yaml", self.config.to_yaml()), ("trainer.json", json.dumps(trainer, indent=1))):
+            self._io((staging / name).write_text, text, encoding="utf-8")
+            self._io(_fsync, staging / name)
+            entries[name] = {"size": (staging / name).stat().st_size, "sha256": file_sha256(staging / name)}
+        self._io((staging / "manifest.json").write_text, json.dumps({"version": VERSION, "files": entries}, indent=1), encoding="utf-8")
+        self._io(_fsync, staging / "manifest.json")
+        self._io(_fsync, staging)
+        if folder.exists():                 # the same step saved again, after a fall-back to an earlier one
+            replaced = root / f".staging-replaced-{folder.name}"
+            self._io(os.replace, folder, replaced)
+            try:
+                self._io(os.replace, staging, folder)
+            except OSError:
+                os.replace(replaced, folder)
+                raise
+            shutil.rmtree(replaced)
+        else:
+            self._io(os.replace, staging, folder)
+        self._io(_replace_text, root / "latest", folder.name + "\n")
+        self._keep(folder, trainer)
+        return folder
+
+    def _keep(self, folder: Path, trainer: dict[str, Any]) -> None:
+        """Point to the best one, and remove what is neither recent, nor best, nor a milestone."""
+        rules, loss = self.config.checkpoint, trainer.get("validation_loss")
+        best = _read(self.root / "best")
+        if rules.keep_best and loss is not None:
+            known = _loss_of(self.root / best) if best else None
+            if known is None or loss < known:
+                best = folder.name
+                self._io(_replace_text, self.root / "best", best + "\n")
+        for old in _folders(self.root)[rules.keep_last:]:
+            if old.name != best and not _is_milestone(old, rules):
+                doomed = self.root / f".staging-pruned-{old.name}"
+                os.replace(old, doomed)     # never a half-deleted folder under a checkpoint's name
+                shutil.rmtree(doomed)
+
+    def _io(self, function: Callable, *arguments, **options):
+        self.faults.at("io")
+        return function(*arguments, **options)
 
 
-def _publish(root: Path, staging: Path, folder: Path, config: Config, trainer: dict[str, Any], world: World) -> None:
-    (staging / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (staging / "trainer.json").write_text(json.dumps({"version": VERSION, "world_size": world.size, **trainer}, indent=1), encoding="utf-8")
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(staging)): {"size": path.stat().st_size, "sha256": digest} for path, digest in zip(files, file_hashes(files))}
-    (staging / "manifest.json").write_text(json.dumps({"version": VERSION, "files": entries}, indent=1), encoding="utf-8")
-    for path in [*files, staging / "manifest.json", *(p for p in staging.rglob("*") if p.is_dir()), staging]:
-        _fsync(path)
-    if folder.exists():                     # the same step saved again, after a fall-back to an earlier one
-        replaced = root / f".staging-replaced-{folder.name}"
-        os.replace(folder, replaced)
-        os.replace(staging, folder)
-        shutil.rmtree(replaced)
-    else:
-        os.replace(staging, folder)
-    pointer = root / ".latest"
-    pointer.write_text(folder.name + "\n", encoding="utf-8")
-    _fsync(pointer)
-    os.replace(pointer, root / "latest")
-    _fsync(root)
+def _is_milestone(folder: Path, rules: CheckpointConfig) -> bool:
+    step = int(NAME.fullmatch(folder.name)[1])
+    return rules.milestone_every_steps > 0 and step % rules.milestone_every_steps == 0
 
 
-def _give_up(staging: Path, world: World, error: Exception | None, warn: Callable[[str], None]) -> None:
-    reason = world.agree("" if error is None else str(error)) or "a rank could not write its part"
-    if world.is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        warn(f"the checkpoint could not be written ({reason}); training goes on, the previous checkpoint is intact; free some space")
-    world.barrier()
-    return None
+def _loss_of(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / "trainer.json").read_text(encoding="utf-8")).get("validation_loss")
+    except (OSError, ValueError):
+        return None
 
 
-def _prune(root: Path, keep_last: int) -> None:
-    for folder in _folders(root)[keep_last:]:
-        doomed = root / f".staging-pruned-{folder.name}"
-        os.replace(folder, doomed)          # never a half-deleted folder under a checkpoint's name
-        shutil.rmtree(doomed)
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -173,13 +252,18 @@ def verify(folder: Path) -> Saved:
     return Saved(folder, json.loads((folder / "trainer.json").read_text(encoding="utf-8")))
 
 
-def find_latest(root: Path, warn: Callable[[str], None]) -> Saved | None:
-    """The newest checkpoint that verifies; None if there is none at all. Damaged ones are passed over with one line each."""
+def find_latest(root: Path, warn: Callable[[str], None], *, strict: bool = False) -> Saved | None:
+    """The newest checkpoint that verifies; None if there is none at all. Damaged ones are passed over with one line each.
+
+    strict: the newest one, or CheckpointError.
+    """
     folders, problems = _folders(root), []
     for folder in folders:
         try:
             return verify(folder)
         except CheckpointError as error:
+            if strict:
+                raise CheckpointError(f"{error}; --strict takes no earlier checkpoint in its place: restore this one, or leave --strict out") from None
             problems.append(str(error))
             warn(f"{error}; trying the checkpoint before it")
     if problems:
@@ -187,11 +271,43 @@ def find_latest(root: Path, warn: Callable[[str], None]) -> Saved | None:
     return None
 
 
-def load_into(saved: Saved, engine: Engine, world: World) -> None:
-    """Weights and optimizer state of a verified checkpoint into a fresh engine of the same world size and ZeRO stage."""
-    path, _ = engine.deepspeed.load_checkpoint(str(saved.folder), tag=ENGINE_TAG, load_lr_scheduler_states=False)
-    if path is None:
-        raise CheckpointError(f"{saved.folder}/{ENGINE_TAG}: DeepSpeed found nothing to load")
+class SavedState:
+    """Whole float32 tensors of a checkpoint, whatever number of processes wrote it; one at a time, read from disk when asked for."""
+
+    def __init__(self, folder: Path):
+        self.files = [safe_open(str(path), "pt") for path in sorted(folder.glob("state-*.safetensors"))]
+        if not self.files:
+            raise CheckpointError(f"{folder} holds no state-*.safetensors: it was written by another release; this one reads version {VERSION}")
+        self.ranges = [json.loads(file.metadata()["ranges"]) for file in self.files]
+        self.shapes: dict[str, list[int]] = json.loads(self.files[0].metadata()["shapes"])
+
+    def read(self, name: str, kind: str = "weight") -> torch.Tensor:
+        """Flattened; zeros where a moment does not exist yet. CheckpointError where the pieces do not cover the parameter."""
+        if name not in self.shapes:
+            raise CheckpointError(f"the checkpoint has no parameter {name}: it belongs to another model")
+        size = torch.Size(self.shapes[name]).numel()
+        whole, covered = torch.zeros(size), 0
+        for file, ranges in zip(self.files, self.ranges):
+            start, count = ranges.get(name, (0, 0))
+            covered += count
+            if count and (kind == "weight" or f"{kind}/{name}" in file.keys()):
+                whole[start:start + count] = file.get_tensor(f"{kind}/{name}").float()
+        if covered != size:
+            raise CheckpointError(f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is missing")
+        return whole
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: self.read(name).view(shape) for name, shape in self.shapes.items()}
+
+
+def load_into(saved: Saved, state: EngineState) -> None:
+    """Weights and optimizer state of a verified checkpoint into a fresh engine of any world size and ZeRO stage."""
+    source = SavedState(saved.folder)
+    for name, p in state.module.named_parameters():
+        shape = list(getattr(p, "ds_shape", p.shape))
+        if source.shapes.get(name) != shape:
+            raise CheckpointError(f"{saved.folder}: {name} has shape {source.shapes.get(name)}, the model has {shape}")
+    state.load(source.read, saved.trainer["updates"])
 
 
 def load_replay(saved: Saved) -> dict | None:
@@ -210,7 +326,8 @@ def saved_config(folder: Path) -> Config:
 
 FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule"}         # sections
 FREE_KEYS = {"data.num_workers", "data.verify", "data.manifest", "train.max_minutes", "train.micro_batch_size", "train.max_steps",
-             "model.attention_backend", "model.observed_backend", "refinement.checkpoint", "deepspeed.raw"}
+             "model.attention_backend", "model.observed_backend", "refinement.checkpoint", "refinement.tile_rows",
+             "refinement.compile", "deepspeed.zero_stage", "deepspeed.offload", "deepspeed.raw"}
 
 
 def check_same_run(saved: Config, current: Config) -> list[str]:

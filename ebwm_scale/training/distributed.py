@@ -50,6 +50,13 @@ class World:
             dist.barrier()
 
 
+def is_connection_error(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone, or did not come."""
+    signs = ("Connection closed by peer", "Connection reset", "Connection refused", "Timed out", "timed out", "Broken pipe", "Socket", "NCCL",
+             "Application timeout")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
 def place_in_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) from the launcher's environment; sets what torch.distributed reads."""
     environment = os.environ

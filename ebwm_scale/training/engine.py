@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import Config
-from ..errors import ConfigError
 from .distributed import World
 from .optimizer import parameter_groups
+from .pieces import EngineState
 from .schedule import learning_rate_factor
 
 
@@ -21,14 +22,18 @@ def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int) -> 
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if _clips_itself(config) else config.optimizer.gradient_clipping,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},     # a step that is not finite is skipped
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }
-    if config.deepspeed.offload == "optimizer":
+    if config.deepspeed.offload != "none":
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         settings["zero_force_ds_cpu_optimizer"] = False
+    if config.deepspeed.offload == "parameters":
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    if _gathers_itself(config):
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return _merge(settings, config.deepspeed.raw)
 
 
@@ -37,15 +42,20 @@ def _clips_itself(config: Config) -> bool:
     return config.deepspeed.zero_stage == 0 and config.train.precision == "fp32"
 
 
+def _gathers_itself(config: Config) -> bool:
+    """An energy model asks for its parameters when it needs them (block_sweeps.py): DeepSpeed's module hooks know only one forward and one
+
+    backward, and under a double backward they would hand out partitions for parameters."""
+    return config.deepspeed.zero_stage == 3 and config.model.kind == "energy"
+
+
 class Engine:
     """A thin, typed face of deepspeed.DeepSpeedEngine: forward, backward, step with the norm, learning rates."""
 
     def __init__(self, config: Config, model: nn.Module, world: World, *, micro_batch: int, accumulation: int):
         import deepspeed
-        if config.deepspeed.offload == "optimizer" and config.deepspeed.zero_stage == 0:
-            raise ConfigError("deepspeed.offload is optimizer with deepspeed.zero_stage 0: offloading needs stage 1 or 2")
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.config, self.accumulation = config, accumulation
+        self.config, self.world, self.accumulation = config, world, accumulation
         options = config.optimizer
         model.to(world.device)
         optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=options.learning_rate, betas=(options.beta1, options.beta2),
@@ -54,10 +64,18 @@ class Engine:
             model=model, optimizer=optimizer, config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation))
         if config.train.precision == "bf16" and config.deepspeed.zero_stage == 0:
             _forget_rehearsal(self.optimizer)
+        if _gathers_itself(config):
+            self.optimizer.parameter_offload._remove_module_hooks()
 
     @property
     def module(self) -> nn.Module:
         return self.deepspeed.module
+
+    @property
+    def state(self) -> EngineState:
+        """What a checkpoint holds of it."""
+        return EngineState(self.deepspeed, stage=self.config.deepspeed.zero_stage, half=self.config.train.precision == "bf16",
+                           rank=self.world.rank, world_size=self.world.size)
 
     def set_learning_rates(self, step: int) -> float:
         """Every group's learning rate at an optimizer step; returns the model's."""
@@ -73,12 +91,17 @@ class Engine:
         self.deepspeed.backward(loss)
 
     def step(self) -> torch.Tensor | float | None:
-        """Advance one micro-batch; at the end of an accumulation update the weights and return the gradient norm before clipping."""
+        """Advance one micro-batch; at the end of an accumulation update the weights and return the gradient norm before clipping.
+
+        If the norm is not finite, on whatever rank the reason was, no rank updates anything.
+        """
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         norm = None
         if boundary and _clips_itself(self.config):
             limit = self.config.optimizer.gradient_clipping or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+            if not math.isfinite(norm):
+                self.optimizer.zero_grad(set_to_none=True)      # AdamW passes over what has no gradient
         self.deepspeed.step()
         if boundary and norm is None:
             norm = self.deepspeed.get_global_grad_norm()

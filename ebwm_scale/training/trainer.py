@@ -19,14 +19,16 @@ from ..data.loader import BatchLoader, DataState
 from ..data.shards import ShardedSplit
 from ..errors import EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
 from ..noise import NoiseSource
-from .checkpoint import Saved, load_into, load_replay, save_checkpoint
+from .checkpoint import CheckpointWriter, Saved, load_into, load_replay
 from .distributed import World
 from .engine import Engine
+from .faults import Faults
 from .replay import ReplayBuffer
 from .run_folder import RunFolder
 from .schedule import refinement_point
 from .stop import StopFlag
 from .validation import validate
+from .watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -34,26 +36,36 @@ class StepResult:
     """Means over this rank's part of a global batch: (1 + N + N,) = loss, loss_per_step, energy_per_step; what the optimizer used."""
     values: torch.Tensor
     num_steps: int
-    gradient_norm: torch.Tensor | float
+    gradient_norm: float
     learning_rate: float
+
+    @property
+    def applied(self) -> bool:
+        """Whether the weights were updated; a norm that is not finite keeps every rank from it (Engine.step)."""
+        return math.isfinite(self.gradient_norm)
 
 
 class Trainer:
     def __init__(self, config: Config, engine: Engine, world: World, run: RunFolder, stop: StopFlag, train: ShardedSplit,
-                 validation: ShardedSplit, *, micro_batch: int):
+                 validation: ShardedSplit, *, micro_batch: int, watchdog: Watchdog, faults: Faults):
         self.config, self.engine, self.world, self.run, self.stop = config, engine, world, run, stop
         self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
         self.replay = ReplayBuffer(capacity=config.refinement.replay_capacity, global_batch_size=config.train.global_batch_size) \
             if config.refinement.replay and config.model.kind == "energy" else None
-        self.step, self.loader, self.saved_step, self.validated_step = 0, None, None, None
+        self.watchdog, self.faults = watchdog, faults
+        self.writer = CheckpointWriter(run.checkpoints, world, config, self._warn, faults)
+        self.step, self.loader, self.saved_step, self.validated_step, self.validation_loss = 0, None, None, None, None
+        self.skipped_in_a_row = 0
 
     def resume(self, saved: Saved) -> None:
         """Continue after a checkpoint: weights, optimizer, replay buffer and the place in the data."""
         data = DataState.load_state_dict(saved.trainer["data"], fingerprint=self.train_split.fingerprint, seed=self.config.train.seed)
-        load_into(saved, self.engine, self.world)
+        self.faults.at("load")
+        load_into(saved, self.engine.state)
         if self.replay is not None:
             self.replay.load_state_dict(load_replay(saved))
         self.step = self.saved_step = data.step
+        self.skipped_in_a_row = saved.trainer["skipped_in_a_row"]
         validated = self.run.forget_after(self.step)
         # rank 0's word: another rank may read the file before or after it was rewritten
         self.validated_step = int(self.world.agree(str(-1 if validated is None else validated)))
@@ -65,9 +77,10 @@ class Trainer:
         while self.step < self.config.train.max_steps:
             result = self.train_step()
             self.step += 1
+            if not result.applied and self.skip(result):
+                return self.leave(EXIT_NOT_FINITE)
             if self._due(self.config.logging.every_steps):
-                if not self.log(result, timer):
-                    return EXIT_NOT_FINITE
+                self.log(result, timer)
             if self._due(self.config.evaluation.every_steps):
                 self.evaluate()
                 timer.restart(self.step)
@@ -76,20 +89,30 @@ class Trainer:
                 self.save()
                 self.run.event("signal", step=self.step, reason=reason)
                 self.run.say(f"stopped at step {self.step} ({reason}); run the same command with --resume to go on")
-                return EXIT_RUN_AGAIN
+                return self.leave(EXIT_RUN_AGAIN)
             if self.config.checkpoint.every_steps and self._due(self.config.checkpoint.every_steps):
                 self.save()
                 timer.restart(self.step)
+            self.writer.poll()
         self.evaluate()
         self.save()
-        return EXIT_FINISHED
+        return self.leave(EXIT_FINISHED)
+
+    def leave(self, code: int) -> int:
+        """Wait for what is being written; the code."""
+        self.watchdog.beat("the last save")
+        self.writer.wait()
+        self.world.barrier()        # nobody leaves, and is missed, before the checkpoint is published
+        self.watchdog.stop()
+        return code
 
     def train_step(self) -> StepResult:
         """One optimizer step over this rank's micro-batches."""
+        fault = self.faults.at("step", self.step)
         source = NoiseSource(self.config.train.seed, self.step)
         point = refinement_point(self.config, self.step, source)
         rate = self.engine.set_learning_rates(self.step)
-        total, norm = 0.0, None
+        total, norm, final = 0.0, None, []
         for _ in range(self.loader.micro_batches_per_step):
             batch = next(self.loader)
             tokens, restart = batch.tokens, None
@@ -99,19 +122,41 @@ class Trainer:
             output = self.engine.forward(on_device[:, :-1], on_device[:, 1:], sample_ids=batch.sample_ids, source=source,
                                          num_steps=point.num_steps, noise_scale=point.noise_scale, step_size_scale=point.step_size_scale,
                                          keep_state=None if self.replay is None else self.replay.DTYPE, restart=restart)
-            self.engine.backward(output.loss)
+            self.watchdog.beat(f"step {self.step}, its backward pass")
+            self.engine.backward(output.loss if fault is None else output.loss * float("nan"))
             norm = self.engine.step()
-            if self.replay is not None:
-                self.replay.store(tokens, batch.positions, output.state)
+            final.append((tokens, batch.positions, output.state))
             parts = [output.loss.detach()[None], output.loss_per_step]
             total = total + torch.cat(parts if output.energy_per_step is None else [*parts, output.energy_per_step]).double()
         num_steps = len(output.loss_per_step)
-        return StepResult(total / self.loader.micro_batches_per_step, num_steps, norm, rate)
+        result = StepResult(total / self.loader.micro_batches_per_step, num_steps, float(norm), rate)
+        if self.replay is not None and result.applied:
+            for entries in final:
+                self.replay.store(*entries)
+        return result
 
-    def log(self, result: StepResult, timer: "Interval") -> bool:
-        """Write the step's metrics; False if they are not finite (nothing is saved after that)."""
+    def skip(self, result: StepResult) -> bool:
+        """Record a step that updated nothing, with the samples it held; whether there have been too many in a row."""
+        self.skipped_in_a_row += 1
+        limit, size = self.config.train.max_skipped_steps, self.config.train.global_batch_size
+        first = (self.step - 1) * size
+        samples = self.loader.order.samples(first, size).tolist()
+        loss = (self.world.all_reduce(result.values.clone()) / self.world.size)[0].item()
+        self.run.event("skipped", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm), samples=samples)
+        self._warn(f"step {self.step} was skipped: loss {loss}, gradient norm {result.gradient_norm}; {self.skipped_in_a_row} in a row, "
+                   f"{limit} end the run; its samples are in events.jsonl")
+        if self.skipped_in_a_row < limit:
+            return False
+        saved = "none yet" if self.saved_step is None else f"step {self.saved_step}"
+        self.run.event("not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm))
+        self._warn(f"stopped after {limit} steps in a row without finite gradients. The last checkpoint ({saved}) is from before; lower "
+                   "optimizer.learning_rate or refinement.step_size and run again with --resume")
+        return True
+
+    def log(self, result: StepResult, timer: "Interval") -> None:
+        """Write the step's metrics."""
         values = (self.world.all_reduce(result.values) / self.world.size).tolist()
-        norm = float(result.gradient_norm)
+        norm = result.gradient_norm
         config, num_steps = self.config, result.num_steps
         seconds = timer.seconds_per_step(self.step)
         flops = model_flops(step_flops(config, samples=config.train.global_batch_size, num_steps=num_steps)) / self.world.size
@@ -131,35 +176,36 @@ class Trainer:
         self.run.say(f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss {values[0]:.4f}"
                      + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "") + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
                      f"  {row['tokens_per_s']:,.0f} tokens/s  ETA {duration(remaining_s)}")
-        if math.isfinite(values[0]) and math.isfinite(norm):
-            return True
-        self.run.event("not_finite", step=self.step, loss=str(values[0]), grad_norm=str(norm))
-        self.run.warn(f"step {self.step}: loss is {values[0]}, gradient norm is {norm}; stopped. The last checkpoint "
-                      f"({'step ' + str(self.saved_step) if self.saved_step is not None else 'none yet'}) is from before; "
-                      "lower optimizer.learning_rate or refinement.step_size and run again with --resume")
-        return False
 
     def evaluate(self) -> None:
         if self.validated_step == self.step:
             return
+        self.watchdog.beat(f"the evaluation after step {self.step}")
+        self.faults.at("evaluation")
         point = refinement_point(self.config, self.step, NoiseSource(self.config.train.seed, self.step))
         row = validate(self.engine.module, self.validation_split, self.config, self.world, context_length=self.config.data.context_length,
-                       batch_size=self.micro_batch, step_size_scale=point.step_size_scale)
+                       batch_size=self.micro_batch, step_size_scale=point.step_size_scale,
+                       beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"))
         self.run.metrics({"step": self.step, "split": "validation", **row})
-        self.validated_step = self.step
+        self.validated_step, self.validation_loss = self.step, row["loss"]
         steps = " -> ".join(f"{loss:.4f}" for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]]) + row["loss_per_step"])
         self.run.say(f"validation at step {self.step}: {steps} nats/token (unigram entropy {row['unigram_entropy']:.4f})")
 
     def save(self) -> None:
+        """Begin a checkpoint of this step; it is written while training goes on."""
         if self.saved_step == self.step:
             return
+        self.watchdog.beat(f"the save after step {self.step}")
         state = DataState(self.train_split.fingerprint, self.config.train.seed, self.step).state_dict()
-        folder = save_checkpoint(self.run.checkpoints, self.engine, self.world, config=self.config, keep_last=self.config.checkpoint.keep_last,
-                                 trainer={"step": self.step, "data": state}, warn=lambda text: self.run.warn(text, step=self.step),
-                                 replay=None if self.replay is None else self.replay.state_dict())
-        if folder is not None:
-            self.saved_step = self.step
-            self.run.event("save", step=self.step, folder=folder.name)
+        self.writer.save(self.engine.state, {"step": self.step, "data": state, "skipped_in_a_row": self.skipped_in_a_row,
+                                             "validation_loss": self.validation_loss if self.validated_step == self.step else None,
+                                             "code": code_version()},
+                         None if self.replay is None else self.replay.state_dict())
+        self.saved_step = self.step
+        self.run.event("save", step=self.step)
+
+    def _warn(self, text: str) -> None:
+        self.run.warn(text, step=self.step)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0)
@@ -186,6 +232,18 @@ class Interval:
             self.last = (time.perf_counter() - self.start) / (step - self.step)
         self.restart(step)
         return self.last
+
+
+def code_version() -> str:
+    """The release, and the commit where this is a checkout."""
+    import subprocess
+    from pathlib import Path
+    from .. import __version__
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        return f"{__version__} {commit.stdout.strip()}".strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return __version__
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Callable
 
 import torch
 
@@ -17,14 +17,24 @@ EVALUATION_STEP = 2**62         # the noise address of evaluation: no training s
 
 
 def validate(model: WorldModel, split: ShardedSplit, config: Config, world: World, *, context_length: int, batch_size: int,
-             step_size_scale: float = 1.0) -> dict[str, Any]:
+             step_size_scale: float = 1.0, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N], initial_loss, energy_per_step, perplexity."""
     source, sums, count = NoiseSource(config.train.seed, EVALUATION_STEP), None, 0
+    batches = list(validation_batches(split, context_length=context_length, batch_size=batch_size,
+                                      max_samples=config.evaluation.max_samples, rank=world.rank, world_size=world.size))
+    # Under ZeRO stage 3 every forward is a collective: all ranks make as many, and what is beyond a rank's own batches does not count.
+    rounds = int(world.all_reduce(torch.tensor(len(batches), device=world.device), torch.distributed.ReduceOp.MAX))
+    empty = torch.zeros(1, context_length + 1, dtype=torch.int64, device=world.device)
     was_training = model.training
     model.eval()
     try:
-        for batch in validation_batches(split, context_length=context_length, batch_size=batch_size,
-                                        max_samples=config.evaluation.max_samples, rank=world.rank, world_size=world.size):
+        for index in range(rounds):
+            beat()
+            if index >= len(batches):
+                if config.deepspeed.zero_stage == 3:
+                    model(empty[:, :-1], empty[:, 1:], sample_ids=torch.zeros(1, dtype=torch.int64), source=source, step_size_scale=step_size_scale)
+                continue
+            batch = batches[index]
             tokens = batch.tokens.to(world.device)
             output = model(tokens[:, :-1], tokens[:, 1:], sample_ids=batch.sample_ids, source=source, step_size_scale=step_size_scale)
             parts = [output.loss_per_step, *(part for part in (output.energy_per_step, output.initial_loss) if part is not None)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ebwm_scale.data.text import make_text_dataset
 from ebwm_scale.data.tokenizer import train_tokenizer
@@ -61,10 +62,11 @@ class Runs:
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         return [*start, str(ROOT / "ebwm_scale" / "train.py"), "--config", str(file), "--run-dir", str(self.folder / name), *flags]
 
-    def start(self, name: str, **options) -> subprocess.Popen:
+    def start(self, name: str, *, variables: dict[str, str] | None = None, **options) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"):
             environment.pop(key, None)
+        environment.update(variables or {})
         return subprocess.Popen(self.command(name, **options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
                                 start_new_session=True, cwd=self.folder)
 
@@ -103,10 +105,11 @@ class Runs:
         return {(row["step"], row.get("split", "train")): row["loss_per_step"] for row in self.rows(name)}
 
     def state(self, name: str) -> dict:
-        """Everything DeepSpeed saved in the newest checkpoint, by file."""
+        """Weights and optimizer state of the newest checkpoint, by file and tensor, and the replay buffer."""
         checkpoints = self.folder / name / "checkpoints"
-        engine = checkpoints / (checkpoints / "latest").read_text().strip() / "engine"
-        return {file.name: torch.load(file, map_location="cpu", weights_only=False) for file in sorted(engine.glob("*.pt"))}
+        folder = checkpoints / (checkpoints / "latest").read_text().strip()
+        return {file.name: load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+                for file in sorted([*folder.glob("state-*.safetensors"), *folder.glob("*.pt")])}
 
 
 def _end(process: subprocess.Popen) -> None:

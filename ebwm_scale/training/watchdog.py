@@ -1,0 +1,79 @@
+"""A hung or dead process ends the run within a bound, with the stacks of all threads and the process named: exit code 77.
+
+The loop says where it is (`beat`). A thread of each process watches that; after `limit_s` without a beat, or when a collective fails because
+another process is gone, the process writes how far it has come, looks at what the others wrote, and leaves. The one that has come least
+far is the one the others waited for; one that writes nothing is dead.
+"""
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from ..errors import EXIT_RANK_LOST
+
+GATHER_S = 3.0          # for the reports of the others
+
+
+class Watchdog:
+    """limit_s 0: no watching for hangs; `lost` works all the same."""
+
+    def __init__(self, folder: Path, *, rank: int, world_size: int, limit_s: float):
+        self.folder, self.rank, self.world_size, self.limit_s = folder / "watch", rank, world_size, limit_s
+        self.count, self.where, self.last, self.stopped = 0, "start", time.monotonic(), threading.Event()
+        self._report_path(rank).unlink(missing_ok=True)     # of an earlier attempt in this folder
+        if limit_s:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self, where: str) -> None:
+        """The loop has come to `where`."""
+        self.count, self.where, self.last = self.count + 1, where, time.monotonic()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def lost(self, reason: str) -> None:
+        """Report, name the process that is to blame, and leave with 77. Does not return."""
+        self.stopped.set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / f"stacks_rank_{self.rank}.txt", "w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            mine = {"count": self.count, "where": self.where, "reason": reason}
+            temporary = self._report_path(self.rank).with_suffix(".new")
+            temporary.write_text(json.dumps(mine), encoding="utf-8")
+            os.replace(temporary, self._report_path(self.rank))
+            verdict = self._verdict()
+        except OSError as error:
+            verdict = f"no report could be written: {error}"
+        print(f"rank {self.rank}: {reason} at {self.where}. {verdict} Stacks of all threads: {self.folder}/stacks_rank_*.txt. "
+              "Run again with --resume", file=sys.stderr, flush=True)
+        os._exit(EXIT_RANK_LOST)
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(min(1.0, self.limit_s / 4)):
+            if time.monotonic() - self.last > self.limit_s:
+                self.lost(f"nothing has moved for {self.limit_s:g} s")
+
+    def _verdict(self) -> str:
+        deadline = time.monotonic() + GATHER_S
+        reports: dict[int, dict] = {}
+        while len(reports) < self.world_size and time.monotonic() < deadline:
+            for rank in range(self.world_size):
+                if rank not in reports and self._report_path(rank).exists():
+                    reports[rank] = json.loads(self._report_path(rank).read_text(encoding="utf-8"))
+            time.sleep(0.05)
+        silent = [rank for rank in range(self.world_size) if rank not in reports]
+        if silent:
+            return f"Dead, or too stuck to say so: rank {', '.join(map(str, silent))}."
+        behind = min(reports, key=lambda rank: reports[rank]["count"])
+        if self.world_size == 1 or len({report["count"] for report in reports.values()}) == 1:
+            return "All ranks stand at the same place: the collective itself hangs, or this rank is alone."
+        return f"The others waited for rank {behind}, which is at {reports[behind]['where']}."
+
+    def _report_path(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}.json"
