@@ -36,11 +36,15 @@ def available(parameters: Iterable[nn.Parameter | Tensor]) -> ContextManager[Non
 
 @contextlib.contextmanager
 def _gathered(parameters: list[Tensor]) -> Iterator[None]:
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
     with GatheredParameters([getattr(p, "stands_for", p) for p in parameters]):
         stand_ins = [p for p in parameters if hasattr(p, "stands_for")]
         for p in stand_ins:
             p.data = p.stands_for.data
+            if not hasattr(p, "source"):        # where the parameter's gradient enters its graph: autograd notes the whole shape now
+                with torch.enable_grad():
+                    p.source = p.stands_for.expand_as(p.stands_for)
+                p.source.data = p.data.new_empty(0)
         try:
             yield
         finally:

@@ -48,6 +48,7 @@ class TermGradients(Cut):
     """What the terms of a loss start from, and the sums of their gradients."""
 
     def source(self, tensor: Tensor) -> Tensor:
+        """A leaf in the place of a tensor from outside."""
         return self._leaf(tensor) if tensor.requires_grad else tensor
 
     @contextlib.contextmanager
@@ -69,7 +70,9 @@ class TermGradients(Cut):
 
     def total(self, value: Tensor) -> Tensor:
         """The loss, of the given value, whose gradients are the sums. It can be back-propagated once."""
-        sources, sums = self.sources, [_sum(leaf) for leaf in self.leaves]
+        sources, sums = [getattr(leaf, "source", source) for leaf, source in zip(self.leaves, self.sources)], [_sum(leaf) for leaf in self.leaves]
+        for leaf in self.leaves:        # autograd takes a gradient as it is only if nobody else holds it; of a partitioned parameter it must
+            leaf.grad = None
         self.sources, self.leaves = [], []
         return _Total.apply(value, sums, *sources)
 

@@ -88,7 +88,16 @@ class Engine:
         return self.deepspeed(*arguments, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
+        if not _gathers_itself(self.config):
+            self.deepspeed.backward(loss)
+            return
+        # All that is left to do is to hand gradients to the hooks that reduce them; autograd wants to see the parameters' shapes meanwhile.
+        parameters = list(self.module.parameters())
+        for p in parameters:
+            p.data = p.data.new_empty(1).expand(p.ds_shape)
         self.deepspeed.backward(loss)
+        for p in parameters:
+            p.data = p.data.new_empty(0)
 
     def step(self) -> torch.Tensor | float | None:
         """Advance one micro-batch; at the end of an accumulation update the weights and return the gradient norm before clipping.

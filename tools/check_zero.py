@@ -1,0 +1,223 @@
+"""Whether every ZeRO stage trains the model that one process in float64 would: differences after 5 steps, for the table in docs/distributed.md.
+
+    python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json] [--stages 0 1 2 3] [--checkpoint none step block]
+        [--precision fp32 bf16] [--recipe S1 S2 algorithm_1 baseline] [--break partition]
+    python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
+
+Prints a JSON line per combination: the largest difference of any parameter and of any first moment of AdamW (a mean of the clipped
+gradients of the steps), each relative to the largest entry of its tensor, from plain double backward in float64 in one process. Exit code 1
+if one is beyond its limit: 1e-5 in fp32 for both; in bf16 0.05 for parameters (rounded gradients through AdamW's division), 0.1 for moments.
+--memory: peak resident memory per process over that of an idle one, by stage, checkpoint and number of refinement steps, at another size.
+--break partition: give every process its part of a gathered parameter in place of the whole, to see that the check fails.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+SAMPLES, POSITIONS, STEPS = 4, 12, 5
+RECIPES = {
+    "S1": {}, "algorithm_1": {"graph": "full", "loss": "last"},
+    "S2": {"graph": "truncate", "loss": "last", "num_steps": 3, "landscapes": "one", "noise": 1.0, "step_size_random_factor": 2.0},
+}
+LIMITS = {"fp32": {"parameters": 1e-5, "gradients": 1e-5}, "bf16": {"parameters": 0.05, "gradients": 0.1}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--checkpoint", nargs="+", default=["none", "step", "block"])
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--recipe", nargs="+", default=["S1", "S2", "algorithm_1", "baseline"])
+    parser.add_argument("--offload", default="none", choices=["none", "optimizer", "parameters"])
+    parser.add_argument("--break", dest="broken", choices=["partition"])
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--num-refinement-steps", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        return measure_memory(arguments) if arguments.memory else check(arguments)
+    rows, failed = [], False
+    for processes in arguments.processes:
+        if arguments.memory:
+            combinations = itertools.product(arguments.stages, arguments.checkpoint, arguments.num_refinement_steps)
+            calls = [["--memory", "--stages", str(stage), "--checkpoint", mode, "--num-refinement-steps", str(steps)] for stage, mode, steps in combinations]
+        else:
+            calls = [sys.argv[1:]]
+        for call in calls:
+            process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__, *call],
+                                     stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=3000)
+            found = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+            print("\n".join(map(json.dumps, found)), flush=True)
+            rows, failed = rows + found, failed or process.returncode != 0
+    if arguments.output:
+        import deepspeed
+        import torch
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        arguments.output.write_text(json.dumps({
+            "command": "python tools/check_zero.py " + " ".join(sys.argv[1:]), "machine": f"{os.cpu_count()}-core {platform.machine()} virtual machine, CPU, gloo",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__}, "commit": commit,
+            "limits": LIMITS, "rows": rows}, indent=1))
+    return int(failed)
+
+
+def configuration(*, stage: int, checkpoint: str, precision: str, recipe: str, processes: int, offload: str = "none", size: dict | None = None,
+                  refinement: dict | None = None):
+    from ebwm_scale.config import config_from_dict
+    return config_from_dict({
+        "model": {"num_layers": 3, "width": 32, "num_heads": 4, "vocabulary_size": 61, "predicted_input": "anchored",
+                  "kind": "baseline" if recipe == "baseline" else "energy", **(size or {}).get("model", {})},
+        "refinement": {"step_size": 5.0, "learning_rate_multiplier": 1.0, **RECIPES.get(recipe, {}), "checkpoint": checkpoint, **(refinement or {})},
+        "optimizer": {"learning_rate": 0.003}, "schedule": {"warmup_steps": 0}, "data": {"context_length": (size or {}).get("positions", POSITIONS)},
+        "train": {"global_batch_size": (size or {}).get("samples", SAMPLES), "precision": precision, "max_steps": 1000},
+        "deepspeed": {"zero_stage": stage, "offload": offload, "raw": {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}}})
+
+
+def tokens_of(config, step: int):
+    import torch
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randint(config.model.vocabulary_size, (config.train.global_batch_size, config.data.context_length + 1), generator=generator)
+
+
+def new_model(config):
+    import torch
+    from ebwm_scale.model.world_model import WorldModel
+    torch.manual_seed(0)
+    return WorldModel(config)
+
+
+def reference(config) -> dict[str, dict]:
+    """Parameters and first moments after 5 steps of plain double backward in one process, in float64, with float32's noise."""
+    import dataclasses
+    from unittest import mock
+
+    import torch
+    from ebwm_scale.draws import SampledDraws
+    from ebwm_scale.noise import NoiseSource
+    from ebwm_scale.training.optimizer import parameter_groups
+    config = dataclasses.replace(config, refinement=dataclasses.replace(config.refinement, checkpoint="none"))
+    model = new_model(config).double()
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.optimizer.learning_rate, betas=(0.9, 0.999), eps=config.optimizer.epsilon)
+    plain = SampledDraws._normal
+
+    def as_float32(draws, purpose):
+        draws.options = {**draws.options, "dtype": torch.float32}
+        try:
+            return plain(draws, purpose).double()
+        finally:
+            draws.options = {**draws.options, "dtype": torch.float64}
+
+    with mock.patch.object(SampledDraws, "_normal", as_float32):
+        for step in range(STEPS):
+            tokens = tokens_of(config, step)
+            optimizer.zero_grad()
+            model(tokens[:, :-1], tokens[:, 1:], sample_ids=torch.arange(len(tokens)), source=NoiseSource(0, step)).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
+            optimizer.step()
+    named = dict(model.named_parameters())
+    return {"parameters": {name: p.detach().view(-1) for name, p in named.items()},
+            "gradients": {name: optimizer.state[p]["exp_avg"].view(-1) for name, p in named.items() if p in optimizer.state}}
+
+
+def trained(config, world, steps: int = STEPS):
+    """The engine after its steps on this rank's part of each batch."""
+    import torch
+    from ebwm_scale.noise import NoiseSource
+    from ebwm_scale.training.engine import Engine
+    size = config.train.global_batch_size // world.size
+    engine = Engine(config, new_model(config), world, micro_batch=size, accumulation=1)
+    mine = slice(world.rank * size, (world.rank + 1) * size)
+    ids = torch.arange(config.train.global_batch_size)[mine]
+    for step in range(steps):
+        tokens = tokens_of(config, step)[mine]
+        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:], sample_ids=ids, source=NoiseSource(0, step)).loss)
+        engine.step()
+    return engine
+
+
+def check(arguments) -> int:
+    """All combinations in one group of processes."""
+    import torch
+    from ebwm_scale.training.distributed import join_world
+    world = join_world()
+    if arguments.broken:
+        break_partition()
+    failed = False
+    references: dict[str, dict] = {}
+    for recipe, precision, stage, mode in itertools.product(arguments.recipe, arguments.precision, arguments.stages, arguments.checkpoint):
+        if recipe == "baseline" and mode != "none":
+            continue
+        config = configuration(stage=stage, checkpoint=mode, precision=precision, recipe=recipe, processes=world.size, offload=arguments.offload if stage else "none")
+        if recipe not in references:
+            references[recipe] = reference(config)
+        engine = trained(config, world)
+        ours = [{(piece.name, kind): (piece.start, values.double().cpu()) for piece in engine.state.pieces() for kind, values in piece.values.items()}]
+        everyone = [None] * world.size
+        torch.distributed.all_gather_object(everyone, ours[0])
+        partitioned = sum(p.numel() for p in engine.module.parameters())
+        row = {"recipe": recipe, "precision": precision, "stage": stage, "checkpoint": mode, "processes": world.size, "offload": arguments.offload,
+               "numbers_resident_between_steps": partitioned}
+        for what, kind in (("parameters", "weight"), ("gradients", "exp_avg")):
+            worst = 0.0
+            for name, expected in references[recipe][what].items():
+                found = torch.full_like(expected, float("nan"))
+                for pieces in everyone:
+                    if (name, kind) in pieces:
+                        start, values = pieces[name, kind]
+                        found[start:start + len(values)] = values
+                worst = max(worst, ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).nan_to_num(float("inf")).item())
+            row[what] = worst
+        row["ok"] = all(row[what] <= limit for what, limit in LIMITS[precision].items()) and (stage < 3 or partitioned == 0)
+        failed = failed or not row["ok"]
+        if world.is_main:
+            print(json.dumps(row), flush=True)
+        engine.deepspeed.destroy()
+    return int(failed)
+
+
+def break_partition() -> None:
+    """A gathered stand-in holds this process's part, and zeros in place of the others'."""
+    import contextlib
+
+    from ebwm_scale import block_sweeps
+    right = block_sweeps._gathered
+
+    @contextlib.contextmanager
+    def wrong(parameters):
+        with right(parameters):
+            for p in parameters:
+                if hasattr(p, "stands_for"):
+                    part = p.stands_for.ds_tensor.numel()
+                    p.data = p.data.clone()
+                    p.data.view(-1)[part:].zero_()
+            yield
+
+    block_sweeps._gathered = wrong
+
+
+def measure_memory(arguments) -> int:
+    from ebwm_scale.training.distributed import join_world
+    world = join_world()
+    import deepspeed  # noqa: F401
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    size = {"model": {"num_layers": 8, "width": 256, "vocabulary_size": 4096}, "positions": 256, "samples": 2 * world.size}
+    config = configuration(stage=arguments.stages[0], checkpoint=arguments.checkpoint[0], precision="fp32", recipe="S1", processes=world.size, size=size,
+                           refinement={"num_steps": arguments.num_refinement_steps[0]})
+    trained(config, world, steps=2)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    if world.is_main:
+        print(json.dumps({"stage": arguments.stages[0], "checkpoint": arguments.checkpoint[0], "num_refinement_steps": arguments.num_refinement_steps[0],
+                          "processes": world.size, "peak_gib_per_process": round(peak, 3)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
