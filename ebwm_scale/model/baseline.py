@@ -3,6 +3,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ebwm_kernels import vocabulary_cross_entropy
+
 from ..config import ModelConfig
 from .transformer import Block, RMSNorm, RotaryTable, initialize_released
 
@@ -21,3 +23,15 @@ class BaselineTransformer(nn.Module):
         for layer in self.layers:
             observed = layer.observe(observed, *layer.keys_values(observed, rotary), rotary)
         return self.norm(observed)
+
+
+class Output(nn.Linear):
+    """Hidden states (B, S, D) to logits, or, given targets, to their loss, for which logits exist a chunk at a time.
+
+    One module for both, so that an engine that partitions its weight sees it used.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(hidden)
+        return vocabulary_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten())

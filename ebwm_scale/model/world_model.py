@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebwm_kernels import vocabulary_cross_entropy
-
 from ..block_sweeps import available
 from ..config import Config
 from ..draws import SampledDraws
 from ..noise import NoiseSource
 from ..refinement import refine
-from .baseline import BaselineTransformer
+from .baseline import BaselineTransformer, Output
 from .energy import EnergyTransformer
 from .states import EmbeddingState, VocabularyState
 
@@ -55,7 +53,7 @@ class WorldModel(nn.Module):
             nn.init.zeros_(self.frame_projection.bias)
         if model.kind == "baseline":
             self.network = BaselineTransformer(model)
-            self.output = nn.Linear(width, model.vocabulary_size or config.state.dimension, bias=config.state.kind == "embedding")
+            self.output = Output(width, model.vocabulary_size or config.state.dimension, bias=config.state.kind == "embedding")
             nn.init.xavier_normal_(self.output.weight)
             if self.output.bias is not None:
                 nn.init.zeros_(self.output.bias)
@@ -126,5 +124,5 @@ class WorldModel(nn.Module):
 
     def _baseline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":
-            return vocabulary_cross_entropy(hidden.flatten(0, 1), self.output.weight, targets.flatten())
+            return self.output(hidden, targets)
         return F.smooth_l1_loss(self.output(hidden).float(), targets.float(), beta=1.0)
