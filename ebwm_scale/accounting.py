@@ -134,7 +134,9 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         "inner_gradient": 2.0 * N * rows * (blocks + head),
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy itself is not in the loss.
         "outer_backward": G * (8.0 * rows * blocks + 4.0 * modulation + 2.0 * rows * head),
-        "recomputation": G * _recomputation(config, z, rows, attention),
+        "recomputation": G * _recomputation(config, z, rows, attention)
+                         + (config.refinement.checkpoint == "block") * z.graph_contexts * (
+                             2.0 * observed_rows * observed_blocks + square * (z.layers - 1) * SDPA_FORWARD),
         "attention_observed": square * (z.layers - 1) * (z.contexts * SDPA_FORWARD + z.graph_contexts * SDPA_BACKWARD),
         "attention_predicted": attention * (N * (ATTENTION_FORWARD + ATTENTION_INNER) + G * (ATTENTION_SECOND_ORDER + ATTENTION_FIRST_ORDER)),
     }
@@ -161,17 +163,17 @@ def _state_products(config: Config, z: _Sizes) -> int:
 
 
 def _recomputation(config: Config, z: _Sizes, rows: int, attention: float) -> float:
-    """FLOPs that checkpointing adds per step with a graph. The inner gradient is taken inside the forward, so the blocks are
+    """FLOPs that refinement.checkpoint adds per step with a graph.
 
-    computed again twice, for it and for the outer pass; the outer pass of mode "step" needs the inner gradient again too.
+    step: the step is computed again in the backward. block: the four lines of block_sweeps.py; per weight 4 forwards in place of 1, 2 inner
+    gradients in place of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is spared once.
     """
     blocks, modulation = z.layers * z.block_weights, z.modulation_weights + z.final_modulation
     if config.refinement.checkpoint == "step":
         return (2 * 2 + 2) * rows * blocks + 2 * 2 * (rows * z.width + modulation) + attention * (2 * ATTENTION_FORWARD + ATTENTION_INNER)
     if config.refinement.checkpoint == "block":
-        # Recomputation stops at the last tensor that is needed: before w2, unless a gate comes after it.
-        skipped = 0 if modulation else z.layers * z.width * z.feed_forward
-        return 2 * 2 * rows * (blocks - skipped) + attention * 2 * ATTENTION_FORWARD
+        spared = 2 * z.layers * z.width * z.feed_forward
+        return 2.0 * rows * (6 * blocks - spared + 2 * z.width) + attention * (3 * ATTENTION_FORWARD + ATTENTION_INNER + ATTENTION_FIRST_ORDER)
     return 0.0
 
 
@@ -209,7 +211,7 @@ def peak_flops_per_s(precision: str) -> float | None:
 OBSERVED_D, OBSERVED_F = 7, 3               # norm inputs 2, normed 3 (the first one for K, V and again for q), q, attended; w1, w3, SwiGLU
 LAST_OBSERVED_D = 2                         # norm input, normed; then only K and V
 PREDICTED_D, PREDICTED_F = 16, 6            # norm inputs 2, normed 2, q, k*, v*, attended; w1, w3, SwiGLU; and as many cotangents
-BLOCK_CHECKPOINT_D, BLOCK_CHECKPOINT_F = 14, 5      # the inner gradient keeps what it recomputed: only the inputs of weights are spared
+STREAMS_D = 3                               # checkpoint block, per block: p_l, c_l, and a_l in the backward
 OBSERVED_ADALN_D, PREDICTED_ADALN_D = 5, 8  # a modulated norm keeps its input, a gate what it gates; and their cotangents
 OUTSIDE_D = 6                               # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 ATTENTION_BLOCKS = 6                        # score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
@@ -237,23 +239,29 @@ def memory_estimate(config: Config, *, world_size: int, micro_batch: int, device
     z, half, stage = _Sizes.of(config), config.train.precision == "bf16", config.deepspeed.zero_stage
     element, shards = 2 if half else 4, world_size if stage else 1
     baseline, full, update = config.model.kind == "baseline", config.refinement.graph == "full", config.refinement.update
-    offloaded = config.deepspeed.offload == "optimizer"
+    offloaded = config.deepspeed.offload != "none"
+    by_block = config.refinement.checkpoint == "block" and not baseline
     D, F, K, V = z.width, z.feed_forward, z.keys, z.state
     parts = {
-        "weights": element * num_parameters,
-        "gradients": num_parameters * (element / (world_size if stage == 2 else 1) + (4 / shards if half and not offloaded else 0)),
+        "weights": element * num_parameters / (world_size if stage == 3 else 1),
+        "gradients": num_parameters * (element / (world_size if stage >= 2 else 1) + (4 / shards if half and not offloaded else 0)),
         "optimizer": 0 if offloaded else num_parameters * (12 if half or stage else 8) / shards,
     }
     workspace = 0.0
-    if not baseline and stage == 0 and config.train.global_batch_size > world_size * micro_batch:
-        workspace += element * num_parameters       # a micro-batch's gradients are summed on their own, beside those accumulated
+    if not baseline and (stage >= 2 or (stage == 0 and config.train.global_batch_size > world_size * micro_batch)):
+        workspace += element * num_parameters       # a micro-batch's gradients are summed on their own, beside those accumulated or partitioned
+    if stage == 3:                                  # whole while they are used; the baseline gathers a block at a time too
+        blocks = z.layers * (z.block_weights + 2 * D)
+        workspace += element * (num_parameters - (blocks * (z.layers - 1) // z.layers if by_block or baseline else 0))
+    if config.deepspeed.offload == "parameters":
+        parts["weights"] = 0
     observed_block = (OBSERVED_D + (OBSERVED_ADALN_D if config.model.conditioning in ("adaln", "adaln_zero") else 0)) * D + OBSERVED_F * F
     if baseline:
         rows = micro_batch * z.positions
         parts["activations_observed"] = element * rows * (z.layers * (observed_block + 2 * K) + 2 * D)
     else:
         rows, samples, num_parts = _tile(config, z, micro_batch, device)
-        kept = (z.layers - 1) * observed_block + LAST_OBSERVED_D * D + z.layers * 2 * K
+        kept = (z.layers - 1) * (D if by_block else observed_block) + LAST_OBSERVED_D * D + z.layers * 2 * K
         contexts = z.contexts if full or num_parts > 1 else 1
         parts["activations_observed"] = element * samples * (z.positions + z.offset) * contexts * kept + element * micro_batch * z.positions * D
         kept, recomputed = _predicted_kept(config, z, z.steps if full else 1)
@@ -290,8 +298,8 @@ def _predicted_kept(config: Config, z: _Sizes, live_steps: int) -> tuple[int, in
     outside = OUTSIDE_D * z.width * live_steps
     if config.refinement.checkpoint == "step":
         return outside, blocks
-    if config.refinement.checkpoint == "block":
-        blocks = z.layers * (BLOCK_CHECKPOINT_D * z.width + BLOCK_CHECKPOINT_F * z.feed_forward + adaptive)
+    if config.refinement.checkpoint == "block":             # streams and slopes of all blocks, the graph of one
+        return (z.layers + 1) * STREAMS_D * z.width * live_steps + outside, blocks // z.layers
     return blocks * live_steps + outside, 0
 
 

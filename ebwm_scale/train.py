@@ -119,13 +119,13 @@ def run(config: Config, options: argparse.Namespace) -> int:
             watchdog.lost(f"a collective failed ({str(error).splitlines()[0]})")
         raise
     if code == EXIT_FINISHED:
-        finish(config, folder, splits, world)
+        finish(config, folder, engine.module, splits, world)
     folder.close()
     return code
 
 
-def finish(config: Config, folder, splits, world) -> None:
-    """After the last step: samples to read, the summary, and the report, from the checkpoint."""
+def finish(config: Config, folder, model, splits, world) -> None:
+    """After the last step: samples to read, the summary, and the report."""
     from ebwm_scale.accounting import count_parameters
     from ebwm_scale.data.tokenizer import Tokenizer
     from ebwm_scale.generation import sample_continuations
@@ -134,7 +134,8 @@ def finish(config: Config, folder, splits, world) -> None:
 
     if world.is_main:
         manifest = splits["train"].manifest
-        model, _ = load_checkpoint(folder.path, device=world.device)
+        if config.deepspeed.zero_stage == 3:        # no process has the whole model
+            model, _ = load_checkpoint(folder.path, device=world.device)
         folder.write("summary.json", {"parameters": count_parameters(model), "data": data_summary(config, splits)})
         folder.write("samples.json", {"step": config.train.max_steps, "continuations": sample_continuations(
             model, Tokenizer(manifest.tokenizer_path), splits["validation"], seed=config.train.seed)})

@@ -174,6 +174,7 @@ MEMORY_CASES = {
     "text, in tiles": {"refinement": {"num_steps": 3, "tile_rows": 32}},
     "text, in parts of samples": {"refinement": {"num_steps": 3, "tile_rows": 16}, "model": {"conditioning": "time_embed"}},
     "text, logits": {"refinement": {"update": "logits"}},
+    "text, a block at a time": {"refinement": {"num_steps": 3, "checkpoint": "block"}, "model": {"num_layers": 6}},
     "text, mirror": {"refinement": {"update": "mirror", "num_steps": 3}},
     "text, full": {"refinement": {"graph": "full"}},
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},
@@ -205,6 +206,8 @@ def test_memory_is_sharded_as_zero_does_it():
     assert parts(stage=1) == pytest.approx((2, 2 + 1, 3))
     assert parts(stage=2) == pytest.approx((2, 0.5 + 1, 3))
     assert parts(stage=2, offload="optimizer") == pytest.approx((2, 0.5, 0))
+    assert parts(stage=3) == pytest.approx((0.5, 0.5 + 1, 3))
+    assert parts(stage=3, offload="parameters") == pytest.approx((0, 0.5, 0))
 
 
 def test_parameters_are_counted_once_and_none_is_left_out():

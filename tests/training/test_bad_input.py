@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs):
     runs.run("damaged", overrides={"train.max_steps": 6})
     checkpoints = runs.folder / "damaged" / "checkpoints"
     newest = checkpoints / "step_000006"
-    file = newest / "engine" / "mp_rank_00_model_states.pt"
+    file = newest / "state-00000-of-00001.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
