@@ -1,11 +1,12 @@
 # From nothing but python3, make and a package index:
 #   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
-#   make test         environment and every test that this machine can run
+#   make test         environment and every test that this machine can run, in WORKERS processes of one thread each
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 DATA   ?= data
+WORKERS ?= 2
 
 .PHONY: quickstart test soak clean
 .DEFAULT_GOAL := quickstart
@@ -14,10 +15,10 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/python tools/quickstart.py --runs "$(RUNS)" --data "$(DATA)"
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 soak: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest -m "soak or not soak"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "soak or not soak"
 
 $(VENV)/.installed: setup.py constraints.txt
 	@echo "ebwm_scale: installing PyTorch, DeepSpeed and the rest into $(VENV) (1 to 3 minutes)"

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import ebwm_scale.refinement as refinement_module
 from ebwm_kernels.energy_attention import energy_attention_definition
 from ebwm_kernels.pointwise import rms_norm_reference, swiglu_reference
+from ebwm_scale import block_sweeps
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.draws import SampledDraws
 from ebwm_scale.model import transformer
@@ -135,6 +136,9 @@ def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update
     "parts_of_frames": {"kind": "embedding", "model": {"conditioning": "adaln"}, "refinement": {"tile_rows": 2}},
     "parts_scaled_and_tied": {"state": {"map_scale": 7.0, "tie_embedding": True}, "refinement": {"tile_rows": 4, "update": "logits"}},
     "checkpoint_step": {"refinement": {"checkpoint": "step"}}, "checkpoint_block": {"refinement": {"checkpoint": "block"}},
+    "blocks_in_parts_of_samples": {"model": {"conditioning": "adaln", "num_kv_heads": 2}, "refinement": {"checkpoint": "block", "tile_rows": 3}},
+    "blocks_with_time_embed": {"model": {"conditioning": "time_embed", "predicted_input": "anchored"}, "refinement": {"checkpoint": "block", "num_steps": 3}},
+    "blocks_of_frames": {"kind": "embedding", "model": {"conditioning": "predicted_only"}, "refinement": {"checkpoint": "block"}},
     "frames": {"kind": "embedding"}, "frames_from_the_last": {"kind": "embedding", "state": {"initial": "most_recent"}},
     "frames_randomised": {"kind": "embedding", "model": {"conditioning": "adaln"}, "refinement": {"step_size_random_factor": 2.0, "noise": 0.1}},
 }.items(), ids=lambda value: value if isinstance(value, str) else "")
@@ -169,7 +173,7 @@ def test_the_choices_differ_so_the_comparison_means_something():
     assert not torch.allclose(losses["detach"], losses["full"]) and not torch.allclose(losses["detach"], losses["truncate"])
 
 
-@pytest.mark.parametrize("checkpoint", ["none", "step"])
+@pytest.mark.parametrize("checkpoint", ["none", "step", "block"])
 def test_the_comparison_notices_an_inner_gradient_without_graph(monkeypatch, checkpoint):
     """Breaks the mechanism on purpose: the loss stays right, the parameter gradients do not."""
     right = refinement_module.energy_and_gradient
@@ -181,6 +185,15 @@ def test_the_comparison_notices_an_inner_gradient_without_graph(monkeypatch, che
     monkeypatch.setattr(refinement_module, "energy_and_gradient", broken)
     with pytest.raises(AssertionError):
         compare(*build(refinement={"checkpoint": checkpoint}))
+
+
+def test_the_comparison_notices_a_block_that_does_not_bend(monkeypatch):
+    """Breaks a sweep on purpose: the last block is taken for linear on the way up."""
+    right = block_sweeps._Sweep.backward
+    monkeypatch.setattr(block_sweeps._Sweep, "backward",
+                        lambda self, streams, slopes, *rest: right(self, streams, [*slopes[:-1], torch.zeros_like(slopes[-1])], *rest))
+    with pytest.raises(AssertionError):
+        compare(*build(refinement={"checkpoint": "block"}))
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", "embedding"])

@@ -1,7 +1,7 @@
 """Whether every ZeRO stage trains the model that one process in float64 would: differences after 5 steps, for the table in docs/distributed.md.
 
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json] [--stages 0 1 2 3] [--checkpoint none step block]
-        [--precision fp32 bf16] [--recipe S1 S2 algorithm_1 baseline] [--break partition]
+        [--precision fp32 bf16] [--recipe S1 S2 algorithm_1 baseline] [--accumulation 2] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
 Prints a JSON line per combination: the largest difference of any parameter and of any first moment of AdamW (a mean of the clipped
@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--recipe", nargs="+", default=["S1", "S2", "algorithm_1", "baseline"])
     parser.add_argument("--offload", default="none", choices=["none", "optimizer", "parameters"])
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--break", dest="broken", choices=["partition"])
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--num-refinement-steps", type=int, nargs="+", default=[2, 4, 8])
@@ -127,19 +128,19 @@ def reference(config) -> dict[str, dict]:
             "gradients": {name: optimizer.state[p]["exp_avg"].view(-1) for name, p in named.items() if p in optimizer.state}}
 
 
-def trained(config, world, steps: int = STEPS):
-    """The engine after its steps on this rank's part of each batch."""
+def trained(config, world, steps: int = STEPS, accumulation: int = 1):
+    """The engine after its steps on this rank's part of each batch, in `accumulation` micro-batches."""
     import torch
     from ebwm_scale.noise import NoiseSource
     from ebwm_scale.training.engine import Engine
     size = config.train.global_batch_size // world.size
-    engine = Engine(config, new_model(config), world, micro_batch=size, accumulation=1)
-    mine = slice(world.rank * size, (world.rank + 1) * size)
-    ids = torch.arange(config.train.global_batch_size)[mine]
+    engine = Engine(config, new_model(config), world, micro_batch=size // accumulation, accumulation=accumulation)
+    mine = torch.arange(world.rank * size, (world.rank + 1) * size)
     for step in range(steps):
-        tokens = tokens_of(config, step)[mine]
-        engine.backward(engine.forward(tokens[:, :-1], tokens[:, 1:], sample_ids=ids, source=NoiseSource(0, step)).loss)
-        engine.step()
+        tokens = tokens_of(config, step)
+        for ids in mine.chunk(accumulation):
+            engine.backward(engine.forward(tokens[ids, :-1], tokens[ids, 1:], sample_ids=ids, source=NoiseSource(0, step)).loss)
+            engine.step()
     return engine
 
 
@@ -158,13 +159,13 @@ def check(arguments) -> int:
         config = configuration(stage=stage, checkpoint=mode, precision=precision, recipe=recipe, processes=world.size, offload=arguments.offload if stage else "none")
         if recipe not in references:
             references[recipe] = reference(config)
-        engine = trained(config, world)
+        engine = trained(config, world, accumulation=arguments.accumulation)
         ours = [{(piece.name, kind): (piece.start, values.double().cpu()) for piece in engine.state.pieces() for kind, values in piece.values.items()}]
         everyone = [None] * world.size
         torch.distributed.all_gather_object(everyone, ours[0])
         partitioned = sum(p.numel() for p in engine.module.parameters())
         row = {"recipe": recipe, "precision": precision, "stage": stage, "checkpoint": mode, "processes": world.size, "offload": arguments.offload,
-               "numbers_resident_between_steps": partitioned}
+               "accumulation": arguments.accumulation, "numbers_resident_between_steps": partitioned}
         for what, kind in (("parameters", "weight"), ("gradients", "exp_avg")):
             worst = 0.0
             for name, expected in references[recipe][what].items():

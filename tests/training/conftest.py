@@ -75,7 +75,7 @@ class Runs:
         try:
             output, _ = process.communicate(timeout=timeout)
         finally:
-            _end(process)
+            end(process)
         assert process.returncode == expect, output[-4000:]
         return output
 
@@ -92,7 +92,7 @@ class Runs:
                 process.send_signal(number)
             process.communicate(timeout=timeout)
         finally:
-            _end(process)
+            end(process)
         return process.returncode
 
     def rows(self, name: str) -> list[dict]:
@@ -112,7 +112,7 @@ class Runs:
                 for file in sorted([*folder.glob("state-*.safetensors"), *folder.glob("*.pt")])}
 
 
-def _end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

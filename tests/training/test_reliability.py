@@ -1,10 +1,11 @@
 """No kill loses work, no failed write loses a checkpoint, no bad number enters the weights, no lost process goes unnoticed."""
 import json
 import signal
+import socket
 
 import pytest
 import torch
-from conftest import same
+from conftest import end, same
 
 from ebwm_scale.errors import ConfigError
 from ebwm_scale.training.faults import Faults
@@ -20,7 +21,8 @@ def finished_as(runs, name, whole="whole"):
     assert same(runs.state(name), runs.state(whole)) == []
 
 
-@pytest.mark.parametrize("fault", ["kill@step=5", "kill@save=2", "kill@evaluation=1", "kill@io=7",
+@pytest.mark.parametrize("fault", ["kill@step=5", "kill@evaluation=1", "kill@io=7",
+                                   pytest.param("kill@save=2", marks=pytest.mark.soak),
                                    *(pytest.param(f"kill@io={n}", marks=pytest.mark.soak) for n in (1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 14, 16, 18)),
                                    *(pytest.param(f"kill@step={n}", marks=pytest.mark.soak) for n in (0, 1, 3, 6, 7))])
 def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(runs, reference, fault):
@@ -37,7 +39,7 @@ def test_a_run_killed_while_it_loads_is_resumed_again(runs, reference):
     finished_as(runs, "kill_load")
 
 
-@pytest.mark.parametrize("number", [2, 4, 8, 10, 12, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 3, 5, 6, 7, 9, 11, 13, 14, 15))])
+@pytest.mark.parametrize("number", [4, 10, 12, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 2, 3, 5, 6, 7, 8, 9, 11, 13, 14, 15))])
 def test_whichever_write_sync_or_rename_fails_training_goes_on_and_a_checkpoint_can_be_loaded(runs, reference, number):
     name = f"io_{number}"
     output = runs.run(name, variables={"EBWM_FAULTS": f"enospc@io={number}"})
@@ -51,14 +53,13 @@ def test_a_slow_disk_does_not_stop_the_steps(runs, reference):
     """The save of step 3 takes longer than the steps that are left; they are made meanwhile."""
     output = runs.run("slow", variables={"EBWM_FAULTS": "slow@save=1,seconds=6"}, overrides={"checkpoint.every_steps": 3, "train.max_steps": 5,
                                                                                            "evaluation.every_steps": 0})
-    times = {}
-    for event in map(json.loads, (runs.folder / "slow" / "events.jsonl").read_text().splitlines()):
-        times[event["event"], event.get("step")] = event["time"]
-    assert "step 5/5" in output and ("save", 3) in times
+    assert "step 5/5" in output
+    folder = runs.folder / "slow"
+    published = (folder / "checkpoints" / "step_000003" / "manifest.json").stat().st_mtime
+    assert (folder / "metrics.jsonl").stat().st_mtime < published       # the row of step 5's validation is the last one
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage, processes", [(0, 1), (0, 2), (1, 2), (3, 2)])
 def test_a_step_whose_gradients_are_not_finite_on_one_rank_is_skipped_by_all(runs, reference, stage, processes):
     name = f"nan_{stage}_{processes}"
     overrides = {"deepspeed.zero_stage": stage, "refinement.checkpoint": "block" if stage == 3 else "none"}
@@ -88,10 +89,23 @@ def test_a_hung_rank_ends_the_run_with_77_and_is_named_with_its_stack(runs):
     assert "faults.py" in stacks and "in train_step" in stacks
 
 
-def test_a_dead_rank_ends_the_others_and_is_named(runs):
-    output = runs.run("dead", variables={"EBWM_FAULTS": "kill@step=3,rank=1"}, processes=2, expect=1)
-    assert "exitcode  : -9" in output
-    runs.run("dead", processes=2, flags=("--resume",))
+def test_a_dead_rank_ends_the_others_with_77_and_is_named(runs):
+    """Without a launcher that would end them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = lambda rank: {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                          "EBWM_FAULTS": "kill@step=3,rank=1"}
+    processes = [runs.start("dead", variables=place(rank)) for rank in range(2)]
+    try:
+        output = processes[0].communicate(timeout=240)[0]
+        assert processes[1].wait(60) == -signal.SIGKILL
+        assert processes[0].returncode == 77, output[-3000:]
+        assert "a collective failed" in output and "Dead, or too stuck to say so: rank 1." in output
+    finally:
+        for process in processes:
+            end(process)
+    assert "step 8/8" in runs.run("dead", processes=2, flags=("--resume",))
 
 
 def test_one_run_goes_through_1_2_4_1_processes_and_stages_0_1_3_2(runs, reference):

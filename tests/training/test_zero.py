@@ -24,6 +24,11 @@ def test_two_processes_train_the_reference_at_every_stage_and_precision(recipe):
     assert all((row["numbers_resident_between_steps"] == 0) == (row["stage"] == 3) for row in rows)
 
 
+def test_accumulated_micro_batches_train_the_same_at_every_stage():
+    code, rows = checked("--processes", "2", "--recipe", "S1", "--precision", "fp32", "--checkpoint", "block", "--accumulation", "2")
+    assert code == 0 and len(rows) == 4, rows
+
+
 def test_four_processes_and_parameters_on_the_host():
     code, rows = checked("--processes", "4", "--recipe", "S1", "--stages", "3", "--checkpoint", "block", "--offload", "parameters")
     assert code == 0 and len(rows) == 2, rows
