@@ -308,8 +308,8 @@ def _predicted_kept(config: Config, z: _Sizes, live_steps: int) -> tuple[int, in
 def describe(config: Config, model: nn.Module, *, world_size: int, data_summary: dict | None, seconds_per_step: float | None) -> str:
     """The text of --dry-run: parameters, batch, data, FLOPs, memory and, given the seconds of a training step, speed and time left.
 
-    data_summary: manifest, fingerprint, train_samples, train_tokens, validation_samples, validation_tokens, vocabulary_size,
-    context_length; or None. Raises ConfigError when the batch does not divide over the processes.
+    data_summary: manifest, fingerprint, train_samples, train_tokens (or frames), validation_samples, validation_tokens (or frames),
+    vocabulary_size (or dimension), context_length; or None. Raises ConfigError when the batch does not divide over the processes.
     """
     train, positions = config.train, config.data.context_length
     micro_batch, accumulation = batch_arithmetic(train, world_size, paired=config.refinement.replay)
@@ -332,10 +332,11 @@ def describe(config: Config, model: nn.Module, *, world_size: int, data_summary:
         epochs = train.max_steps * train.global_batch_size / data_summary["train_samples"]
         lines += _section("data", [
             ("manifest", str(data_summary["manifest"]), ""), ("fingerprint", f"{data_summary['fingerprint']} (sha256)", ""),
-            *((split, f"{data_summary[f'{split}_samples']:>15,} samples", f"{data_summary[f'{split}_tokens']:,} tokens") for split in
+            *((split, f"{data_summary[f'{split}_samples']:>15,} samples", f"{data_summary[f'{split}_{unit}']:,} {unit}") for split in
               ("train", "validation")),
-            ("vocabulary", f"{data_summary['vocabulary_size']:>15,} tokens", ""),
-            ("context", f"{data_summary['context_length']:>15,} tokens", ""),
+            ("vocabulary", f"{data_summary['vocabulary_size']:>15,} tokens", "") if unit == "tokens" else
+            ("embedding", f"{data_summary['dimension']:>15,} numbers", ""),
+            ("context", f"{data_summary['context_length']:>15,} {unit}", ""),
             ("run", f"{epochs:>15,.2f} epochs", "passes over the training samples"),
         ])
     lines += _section("FLOPs per training step, all processes", [

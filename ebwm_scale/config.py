@@ -55,7 +55,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class StateConfig:
     kind: Literal["vocabulary", "embedding"] = "vocabulary"
-    dimension: int | None = None            # embedding: size of a frame embedding; vocabulary: must be absent
+    dimension: int | None = None            # embedding: size of a frame embedding; default: the data's; vocabulary: must be absent
     tie_embedding: bool = False             # vocabulary: map states with the token embedding instead of an own matrix
     map_scale: float = 1.0                  # vocabulary: constant factor on the map, so that the network sees the state (docs/recipes.md)
     initial: Literal["random_noise", "zeros", "most_recent"] = "random_noise"
@@ -91,8 +91,20 @@ class RefinementConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One dataset of a mixture."""
+    manifest: str = ""
+    weight: float = 1.0                     # its share of the samples, relative to the other weights
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    manifest: str | None = None             # path of a manifest.json written by tools/make_text_shards.py
+    manifest: str | None = None             # path of a manifest.json written by tools/make_text_shards.py or make_video_shards.py
+    sources: tuple[SourceConfig, ...] = ()  # instead of manifest: a mixture, a list of {manifest, weight}
+    stream: tuple[str, ...] = ()            # training shards to stream instead: pipe: commands, URLs; a weaker promise, see docs/data.md
+    stream_buffer: int = 1000               # samples that a stream is shuffled in
+    mask_document_starts: bool = False      # text: the first token of a document is no target
+    max_quarantined: int = 16               # damaged samples that are replaced before the run stops
     context_length: int | None = None       # observed positions per sample; default: what the shards were packed for
     num_workers: int = 0                    # loader processes per rank; never changes a batch
     window_shards: int = 4                  # samples are permuted inside windows of this many shards
@@ -231,7 +243,7 @@ def check(config: Config) -> list[str]:
     positive("state", dimension=state.dimension, map_scale=state.map_scale)
     positive("refinement", num_steps=refinement.num_steps, min_num_steps=refinement.min_num_steps, step_size=refinement.step_size,
              learning_rate_multiplier=refinement.learning_rate_multiplier, replay_capacity=refinement.replay_capacity, tile_rows=refinement.tile_rows)
-    positive("data", context_length=config.data.context_length, window_shards=config.data.window_shards)
+    positive("data", context_length=config.data.context_length, window_shards=config.data.window_shards, stream_buffer=config.data.stream_buffer)
     positive("optimizer", learning_rate=config.optimizer.learning_rate, epsilon=config.optimizer.epsilon)
     positive("train", global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size, max_steps=train.max_steps,
              max_minutes=train.max_minutes, max_skipped_steps=train.max_skipped_steps)
@@ -239,7 +251,8 @@ def check(config: Config) -> list[str]:
     positive("checkpoint", keep_last=config.checkpoint.keep_last)
     positive("evaluation", max_samples=config.evaluation.max_samples)
     positive("logging", every_steps=config.logging.every_steps)
-    for section, key, value in (("data", "num_workers", config.data.num_workers), ("schedule", "warmup_steps", config.schedule.warmup_steps),
+    for section, key, value in (("data", "num_workers", config.data.num_workers), ("data", "max_quarantined", config.data.max_quarantined),
+                                ("schedule", "warmup_steps", config.schedule.warmup_steps),
                                 ("optimizer", "weight_decay", config.optimizer.weight_decay), ("refinement", "noise", refinement.noise),
                                 ("optimizer", "gradient_clipping", config.optimizer.gradient_clipping),
                                 ("checkpoint", "every_steps", config.checkpoint.every_steps), ("train", "seed", train.seed), ("train", "hang_minutes", train.hang_minutes),
@@ -252,11 +265,18 @@ def check(config: Config) -> list[str]:
     if problems:
         return problems     # the sums below divide by these
 
+    for number, source in enumerate(config.data.sources):
+        require(source.manifest != "", f"data.sources[{number}].manifest is absent: each source needs a manifest")
+        require(source.weight > 0, f"data.sources[{number}].weight is {source.weight}: must be above 0")
+    require(not (config.data.sources and config.data.manifest is not None), "data.manifest and data.sources are both given: name one dataset, or a mixture")
+    require(not (config.data.sources and config.data.stream), "data.sources and data.stream are both given: a stream is not mixed")
+    require(not config.data.stream or config.data.manifest is not None,
+            "data.stream is given without data.manifest: the manifest says what the samples are, and holds the validation split")
+    require(not config.data.mask_document_starts or state.kind == "vocabulary", "data.mask_document_starts is true: only text has documents")
     require(model.width % model.num_heads == 0 and (model.width // model.num_heads) % 2 == 0,
             f"model.width {model.width} over model.num_heads {model.num_heads}: a head needs a whole and even number of dimensions")
     require(model.num_heads % model.num_kv_heads == 0, f"model.num_kv_heads is {model.num_kv_heads}: must divide model.num_heads {model.num_heads}")
     if state.kind == "embedding":
-        require(state.dimension is not None, "state.dimension is absent: state.kind embedding needs the size of a frame embedding, for example 768")
         require(refinement.update == "probabilities", f"refinement.update is {refinement.update}: embedding states have one update, leave the key out")
         require(state.map_scale == 1, f"state.map_scale is {state.map_scale}: embedding states are mapped by their projection, leave the key out")
         require(not state.tie_embedding, "state.tie_embedding is true: only vocabulary states have a token embedding to tie to")
@@ -399,8 +419,10 @@ def _convert(value: Any, hint: Any) -> Any:
             return value
         raise ValueError(f"one of {', '.join(map(str, arguments))}")
     if origin is tuple:
+        if dataclasses.is_dataclass(arguments[0]):
+            return _convert_list(value, arguments[0])
         if not isinstance(value, (list, tuple)):
-            raise ValueError("a list of [progress, value] points, for example [[0, 1.0], [1, 0.1]]")
+            raise ValueError("a list of texts" if arguments[0] is str else "a list of [progress, value] points, for example [[0, 1.0], [1, 0.1]]")
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(_convert(item, arguments[0]) for item in value)
         if len(value) != len(arguments):
@@ -433,6 +455,18 @@ def _convert(value: Any, hint: Any) -> Any:
             return value
         raise ValueError("a mapping")
     raise TypeError(f"no conversion to {hint}")     # a field type this loader does not know: a programming error
+
+
+def _convert_list(value: Any, cls) -> tuple:
+    """A list of mappings as objects; ValueError(what was expected)."""
+    names = ", ".join(_names(cls))
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, dict) for item in value):
+        raise ValueError(f"a list of mappings with the keys {names}")
+    problems: list[str] = []
+    result = tuple(_build(cls, item, f"[{number}].", problems) for number, item in enumerate(value))
+    if problems:
+        raise ValueError(f"a list of mappings with the keys {names}; {problems[0]}")
+    return result
 
 
 def _plain(value: Any) -> Any:

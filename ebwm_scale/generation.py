@@ -46,7 +46,7 @@ def sample_continuations(model: WorldModel, tokenizer, split, *, seed: int, num_
     length, source, energy = model.config.data.context_length, NoiseSource(seed, EVALUATION_STEP), model.config.model.kind == "energy"
     results = []
     for sample_id in [int(i * len(split) / num_samples) for i in range(min(num_samples, len(split)))]:
-        block = torch.from_numpy(split.read(sample_id)["tokens.npy"].astype("int64"))[:length + 1].to(device)
+        block = torch.from_numpy(split.read(sample_id).astype("int64"))[:length + 1].to(device)
         start = max(1, length // 2)
         tokens, positions = block[:start], []
         for index in range(min(num_tokens, length)):

@@ -48,7 +48,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
     import torch
 
     from ebwm_scale.accounting import describe
-    from ebwm_scale.data.shards import open_split
+    from ebwm_scale.data.mixing import open_sources
     from ebwm_scale.model.transformer import attention_paths
     from ebwm_scale.model.world_model import WorldModel
     from ebwm_scale.training.checkpoint import check_same_run, find_latest, saved_config
@@ -60,14 +60,15 @@ def run(config: Config, options: argparse.Namespace) -> int:
     from ebwm_scale.training.trainer import Trainer
     from ebwm_scale.training.watchdog import Watchdog
 
-    if config.data.manifest is None:
-        raise ConfigError("data.manifest is absent: make a dataset with tools/make_text_shards.py and name its manifest.json")
+    sources = [(source.manifest, source.weight) for source in config.data.sources] or [(config.data.manifest, 1.0)]
+    if sources[0][0] is None:
+        raise ConfigError("data.manifest is absent: make a dataset with tools/make_text_shards.py or make_video_shards.py and name its manifest.json")
     torch.set_flush_denormal(True)      # the tails of a softmax over a vocabulary are denormal, and 100 times slower to multiply
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS") or "1"))
     batch_arithmetic(config.train, world_size, paired=config.refinement.replay)     # before anything is started or read
 
     say = print if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0 else (lambda *_, **__: None)
-    splits = {name: open_split(config.data.manifest, name, verify=config.data.verify, report=say) for name in ("train", "validation")}
+    splits = {name: open_sources(sources, name, verify=config.data.verify, report=say) for name in ("train", "validation")}
     config = fill_from_data(config, splits["train"].manifest)
     torch.manual_seed(config.train.seed)
     if options.dry_run:
@@ -111,6 +112,8 @@ def run(config: Config, options: argparse.Namespace) -> int:
     else:
         folder.forget_after(0)
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
+    if config.data.stream:
+        folder.say("data.stream: shards are streamed; batches then depend on the number of processes, and a resume goes on with the next shards")
     folder.say("attention of " + ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items()))
     try:
         code = trainer.fit()
@@ -127,56 +130,60 @@ def run(config: Config, options: argparse.Namespace) -> int:
 def finish(config: Config, folder, model, splits, world) -> None:
     """After the last step: samples to read, the summary, and the report."""
     from ebwm_scale.accounting import count_parameters
-    from ebwm_scale.data.tokenizer import Tokenizer
-    from ebwm_scale.generation import sample_continuations
+    from ebwm_scale.generation import samples_to_look_at
     from ebwm_scale.loading import load_checkpoint
     from ebwm_scale.report import write_report
 
     if world.is_main:
-        manifest = splits["train"].manifest
         if config.deepspeed.zero_stage == 3:        # no process has the whole model
             model, _ = load_checkpoint(folder.path, device=world.device)
         folder.write("summary.json", {"parameters": count_parameters(model), "data": data_summary(config, splits)})
-        folder.write("samples.json", {"step": config.train.max_steps, "continuations": sample_continuations(
-            model, Tokenizer(manifest.tokenizer_path), splits["validation"], seed=config.train.seed)})
+        folder.write("samples.json", {"step": config.train.max_steps, **samples_to_look_at(model, splits["validation"], seed=config.train.seed)})
         folder.event("finish", step=config.train.max_steps)
         folder.say(f"finished; report: {write_report(folder.path)}")
     world.barrier()
 
 
 def fill_from_data(config: Config, manifest) -> Config:
-    """The configuration with vocabulary size and context length taken from the data where they are absent; ConfigError if they clash."""
-    size = config.model.vocabulary_size or manifest.vocabulary_size
-    if size != manifest.vocabulary_size:
-        raise ConfigError(f"model.vocabulary_size is {size}, the dataset {config.data.manifest} has {manifest.vocabulary_size}; leave the key out")
-    if config.state.kind != "vocabulary":
-        raise ConfigError(f"state.kind is {config.state.kind}, but {config.data.manifest} holds text; use state.kind=vocabulary")
+    """The configuration with sizes and context length taken from the data where they are absent; ConfigError if they clash."""
+    kind = {"text": "vocabulary", "video": "embedding"}[manifest.modality]
+    if config.state.kind != kind:
+        raise ConfigError(f"state.kind is {config.state.kind}, but {manifest.path} holds {manifest.modality}; use state.kind={kind}")
+    section, key = ("model", "vocabulary_size") if kind == "vocabulary" else ("state", "dimension")
+    given, size = getattr(getattr(config, section), key), manifest.content.size
+    if given not in (None, size):
+        raise ConfigError(f"{section}.{key} is {given}, the dataset {manifest.path} has {size}; leave the key out")
     context_length = config.data.context_length or manifest.block_length - 1
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary_size=size),
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: size})},
                                data=dataclasses.replace(config.data, context_length=context_length))
 
 
 def data_summary(config: Config, splits: dict) -> dict:
     train, validation = splits["train"], splits["validation"]
-    manifest = train.manifest
-    return {"manifest": str(config.data.manifest), "fingerprint": train.fingerprint, "train_samples": len(train),
-            "train_tokens": manifest.splits["train"].num_tokens, "validation_samples": len(validation),
-            "validation_tokens": manifest.splits["validation"].num_tokens, "vocabulary_size": manifest.vocabulary_size,
+    content = train.manifest.content
+    sources = ", ".join(source.manifest for source in config.data.sources)
+    return {"manifest": config.data.manifest or sources, "fingerprint": train.fingerprint, "train_samples": len(train),
+            f"train_{content.unit}": train.num_targets, "validation_samples": len(validation),
+            f"validation_{content.unit}": validation.num_targets, content.size_name: content.size,
             "context_length": config.data.context_length}
 
 
 def measure_step(config: Config, model, world_size: int) -> float:
-    """Seconds of one optimizer step of this rank on random tokens: forward and backward of one micro-batch, times the accumulation."""
+    """Seconds of one optimizer step of this rank on random data: forward and backward of one micro-batch, times the accumulation."""
     import torch
 
     from ebwm_scale.noise import NoiseSource
     micro_batch, accumulation = batch_arithmetic(config.train, world_size, paired=config.refinement.replay)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    tokens = torch.randint(config.model.vocabulary_size, (micro_batch, config.data.context_length + 1), device=device)
+    shape = (micro_batch, config.data.context_length + 1)
+    if config.state.kind == "vocabulary":
+        states = torch.randint(config.model.vocabulary_size, shape, device=device)
+    else:
+        states = torch.randn(*shape, config.state.dimension, device=device)
     for _ in range(2):                  # the first one warms up
         start = time.perf_counter()
-        output = model(tokens[:, :-1], tokens[:, 1:], sample_ids=torch.arange(micro_batch), source=NoiseSource(0, 0))
+        output = model(states[:, :-1], states[:, 1:], sample_ids=torch.arange(micro_batch), source=NoiseSource(0, 0))
         output.loss.backward()
         model.zero_grad()
         if device == "cuda":

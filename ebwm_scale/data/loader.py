@@ -4,9 +4,9 @@
     inside a step       [ rank 0 ][ rank 1 ] ... [ rank R-1 ]                 contiguous slices
     inside a rank       [ micro batch ][ micro batch ] ...                    contiguous slices of micro_batch_size
 
-The main process asks SampleOrder which samples these are; workers are stateless and only read them. So the same step has
+The main process asks the split's order which samples these are; workers are stateless and only read them. So the same step has
 the same global batch for every world size, accumulation, number of workers and resume. A run's position in the data is
-its step; DataState is all there is to save.
+its step; DataState, and the list of quarantined samples (quarantine.py), is all there is to save.
 """
 from __future__ import annotations
 
@@ -23,18 +23,21 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import CheckpointError, DataError, UserError
+from .manifest import Manifest
+from .mixing import MixedOrder, MixedSplit
 from .order import SampleOrder
+from .quarantine import BadSample, read_or_replace
 from .shards import ShardedSplit
 
 STATE_VERSION = 1
-_TOKENS = "tokens.npy"
 _JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """b samples of S + 1 tokens: observed = tokens[:, :-1], targets = tokens[:, 1:]."""
-    tokens: torch.Tensor        # (b, S + 1) int64
+    """b samples of S + 1 states as stored: token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
+    (b, S + 1, height, width, 3) uint8."""
+    sequences: torch.Tensor
     sample_ids: torch.Tensor    # (b,) int64, index in the split
     positions: torch.Tensor     # (b,) int64, global stream positions (in validation: the sample ids)
 
@@ -74,22 +77,25 @@ class DataState:
 class BatchLoader:
     """An endless iterator over this rank's micro batches, from the first one of optimizer step `first_step` on.
 
-    split: as opened by open_split.  context_length: observed tokens per sample, at most what the shards were packed
+    split: as opened by open_sources.  context_length: observed tokens per sample, at most what the shards were packed
     for.  seed, window_shards: of SampleOrder.  num_workers: reading processes; with any number the batches are the same.
-    Raises DataError at construction if the blocks are too short, and from next() for a damaged sample; ValueError if
-    global_batch_size does not divide over the ranks and micro batches.
+    known_bad: quarantined samples by id; what is found while reading is added to `found`.
+    Raises DataError at construction if the blocks are too short, and from next() if nothing readable is near a damaged
+    sample; ValueError if global_batch_size does not divide over the ranks and micro batches.
     """
 
-    def __init__(self, split: ShardedSplit, *, context_length: int, global_batch_size: int, micro_batch_size: int, rank: int,
-                 world_size: int, seed: int, window_shards: int, num_workers: int, first_step: int = 0):
-        _check_context(split, context_length)
+    def __init__(self, split: ShardedSplit | MixedSplit, *, context_length: int, global_batch_size: int, micro_batch_size: int, rank: int,
+                 world_size: int, seed: int, window_shards: int, num_workers: int, first_step: int = 0,
+                 known_bad: dict[int, BadSample] | None = None):
+        check_context(split.manifest, context_length)
         if not 0 <= rank < world_size or first_step < 0 or num_workers < 0:
             raise ValueError(f"rank {rank} of {world_size}, first_step {first_step}, num_workers {num_workers}: out of range")
         if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % (world_size * micro_batch_size):
             raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size "
                              f"{micro_batch_size}")
         self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
-        self.order = order = SampleOrder(split.samples_per_shard, seed=seed, window_shards=window_shards)
+        order = split.order(seed=seed, window_shards=window_shards)
+        self.found: list[BadSample] = []
         requests = _Requests(order, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, rank=rank,
                              world_size=world_size, first_step=first_step)
         options: dict[str, Any] = {}
@@ -98,7 +104,7 @@ class BatchLoader:
             options = {"multiprocessing_context": multiprocessing.get_context("fork"), "persistent_workers": True, "prefetch_factor": 4,
                        "worker_init_fn": _stay_until_the_parent_ends_it}
         # The loader draws a base seed; without a generator of its own it would take it from the global one.
-        self._loader = DataLoader(_Reader(split, context_length), batch_size=None, sampler=requests, num_workers=num_workers,
+        self._loader = DataLoader(_Reader(split, context_length, known_bad or {}), batch_size=None, sampler=requests, num_workers=num_workers,
                                   collate_fn=_same, generator=torch.Generator().manual_seed(0), **options)
         self._iterator: Iterator | None = None
 
@@ -112,7 +118,9 @@ class BatchLoader:
                 self._iterator = iter(self._loader)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return _batch(*next(self._iterator))
+        batch, found = _batch(*next(self._iterator))
+        self.found += found
+        return batch
 
     def close(self) -> None:
         """Stop the workers; the loader cannot be used afterwards."""
@@ -120,26 +128,30 @@ class BatchLoader:
         self._loader = None
 
 
-def validation_batches(split: ShardedSplit, *, context_length: int, batch_size: int, max_samples: int, rank: int,
-                       world_size: int) -> Iterator[Batch]:
-    """This rank's part of the first max_samples samples, in their order: ranks take contiguous slices of equal size (+-1).
+def validation_batches(split: ShardedSplit | MixedSplit, *, context_length: int, batch_size: int, max_samples: int, rank: int,
+                       world_size: int, found: list[BadSample] | None = None) -> Iterator[Batch]:
+    """This rank's part of the samples that evaluation takes, in their order: ranks take contiguous slices of equal size (+-1).
 
-    The last batch can be smaller, and a rank can have none when there are fewer samples than ranks. Raises DataError.
+    The last batch can be smaller, and a rank can have none when there are fewer samples than ranks. Damaged samples are replaced and
+    added to `found`. Raises DataError.
     """
-    _check_context(split, context_length)
+    check_context(split.manifest, context_length)
     if not 0 <= rank < world_size or batch_size < 1 or max_samples < 1:
         raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, max_samples {max_samples}: out of range")
-    reader, count = _Reader(split, context_length), min(max_samples, len(split))
-    first, end = count * rank // world_size, count * (rank + 1) // world_size
+    reader, ids = _Reader(split, context_length, {}), split.evaluated(max_samples)
+    first, end = len(ids) * rank // world_size, len(ids) * (rank + 1) // world_size
     for start in range(first, end, batch_size):
-        ids = np.arange(start, min(start + batch_size, end), dtype=np.int64)
-        yield _batch(*reader[(ids, ids)])
+        part = ids[start:min(start + batch_size, end)]
+        batch, bad = _batch(*reader[(part, part)])
+        if found is not None:
+            found += bad
+        yield batch
 
 
 class _Requests:
     """(sample ids, positions) of each micro batch of a rank, without end: what the sampler is to a DataLoader."""
 
-    def __init__(self, order: SampleOrder, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, first_step: int):
+    def __init__(self, order: SampleOrder | MixedOrder, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, first_step: int):
         self.order, self.global_batch_size, self.micro_batch_size = order, global_batch_size, micro_batch_size
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
 
@@ -155,22 +167,31 @@ class _Requests:
 class _Reader(Dataset):
     """Reads requests. Errors come back as values: a raised one would reach the user as a worker's traceback."""
 
-    def __init__(self, split: ShardedSplit, context_length: int):
-        self.split, self.context_length = split, context_length
+    def __init__(self, split: ShardedSplit | MixedSplit, context_length: int, known_bad: dict[int, BadSample]):
+        self.split, self.context_length, self.known_bad = split, context_length, dict(known_bad)
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]):
         sample_ids, positions = request
+        before = dict(self.known_bad)
         try:
-            return np.stack([self.split.read(int(i))[_TOKENS][:self.context_length + 1] for i in sample_ids]), sample_ids, positions
+            sequences = np.stack([read_or_replace(self.split, int(i), self.known_bad)[:self.context_length + 1] for i in sample_ids])
         except UserError as error:
-            return error, sample_ids, positions
+            sequences = error
+        return sequences, sample_ids, positions, [bad for i, bad in self.known_bad.items() if before.get(i) != bad]
 
 
-def _batch(tokens: np.ndarray | UserError, sample_ids: np.ndarray, positions: np.ndarray) -> Batch:
-    if isinstance(tokens, UserError):
-        raise tokens
-    return Batch(tokens=torch.from_numpy(tokens.astype(np.int64)), sample_ids=torch.from_numpy(sample_ids),
-                 positions=torch.from_numpy(positions))
+def _batch(sequences: np.ndarray | UserError, sample_ids: np.ndarray, positions: np.ndarray, found: list[BadSample]) -> tuple[Batch, list[BadSample]]:
+    if isinstance(sequences, UserError):
+        raise sequences
+    return Batch(sequences=to_tensor(sequences), sample_ids=torch.from_numpy(sample_ids),
+                 positions=torch.from_numpy(positions)), found
+
+
+def to_tensor(sequences: np.ndarray) -> torch.Tensor:
+    """Token ids as int64, embeddings as float32; frames stay bytes: their encoder takes them so."""
+    if sequences.dtype != np.uint8 or sequences.ndim == 2:
+        sequences = sequences.astype(np.float32 if sequences.dtype.kind == "f" else np.int64)
+    return torch.from_numpy(sequences)
 
 
 def _same(item: Sequence) -> Sequence:
@@ -178,11 +199,13 @@ def _same(item: Sequence) -> Sequence:
     return item
 
 
-def _check_context(split: ShardedSplit, context_length: int) -> None:
-    packed = split.manifest.block_length - 1
+def check_context(manifest: Manifest, context_length: int) -> None:
+    """DataError if the samples of a dataset are shorter than the context."""
+    packed = manifest.block_length - 1
     if not 1 <= context_length <= packed:
-        raise DataError(f"data.context_length is {context_length}: the shards of {split.manifest.path} were packed for {packed}; use 1 to "
-                        f"{packed}, or pack again with tools/make_text_shards.py --context-length {context_length}")
+        tool = f"tools/make_{manifest.modality}_shards.py"
+        raise DataError(f"data.context_length is {context_length}: the shards of {manifest.path} were packed for {packed}; use 1 to "
+                        f"{packed}, or pack again with {tool} --context-length {context_length}")
 
 
 def _stay_until_the_parent_ends_it(worker: int) -> None:

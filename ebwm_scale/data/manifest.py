@@ -2,7 +2,7 @@
 
     dataset/
       manifest.json                this file; the hash of its canonical JSON is the dataset's fingerprint
-      tokenizer.model              a copy of the tokenizer
+      tokenizer.model              text: a copy of the tokenizer.  video: encoder.safetensors, where the encoder was fitted
       train-000000.tar             plain WebDataset shard
       train-000000.index.json      where each sample of the shard lies, and its checksum
       validation-000000.tar  ...
@@ -17,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import DataError
+import numpy as np
 
-FORMAT_VERSION = 1
+from ..errors import DataError
+from .content import STORED, TextContent, VideoContent
+
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-_REMAKE = "make the dataset again with tools/make_text_shards.py"
+_REMAKE = "make the dataset again with tools/make_text_shards.py or tools/make_video_shards.py"
+
+_FACTS = {"text": {"num_documents": int, "num_dropped_tokens": int, "num_text_bytes": int, "unigram_entropy": float}, "video": {"num_videos": int}}
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class ShardInfo:
     """One shard file and its index; paths are relative to the dataset folder, size in bytes, hashes sha256 in hex."""
     path: str
     num_samples: int
-    num_tokens: int             # targets: block_length - 1 per sample
+    num_targets: int            # tokens or frames to be predicted: block_length - 1 per sample
     size: int
     sha256: str
     index_path: str
@@ -38,30 +43,28 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split. Every token of its documents is a target once, except the first and the dropped ones."""
+    """One split. facts: numbers that only its modality has, for text unigram_entropy (nats per token: entropy of the targets under their own
+    frequencies), num_documents, num_text_bytes and num_dropped_tokens (after the last full block), for video num_videos."""
     shards: tuple[ShardInfo, ...]
-    num_documents: int
     num_samples: int
-    num_tokens: int             # targets in the blocks
-    num_dropped_tokens: int     # after the last full block: the packing waste
-    num_text_bytes: int         # UTF-8 bytes of the documents
-    unigram_entropy: float      # nats per token: entropy of the targets under their own frequencies
+    num_targets: int
+    facts: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The checked content of a manifest; `values` is the plain JSON, `fingerprint` its canonical sha256."""
     path: Path
-    modality: str
-    block_length: int           # tokens per sample = context_length + 1
-    vocabulary_size: int
-    eos_id: int
-    tokenizer_path: Path
-    tokenizer_sha256: str
+    block_length: int           # states (tokens, frames) per sample = context_length + 1
+    content: TextContent | VideoContent
     source: dict[str, Any]
     splits: dict[str, SplitInfo]
     values: dict[str, Any]
     fingerprint: str
+
+    @property
+    def modality(self) -> str:
+        return self.content.modality
 
     @property
     def folder(self) -> Path:
@@ -85,23 +88,46 @@ def load_manifest(path: str | Path) -> Manifest:
         raise DataError(f"{path}: format_version is {version!r}: this release reads {FORMAT_VERSION}; {_REMAKE}")
     take = _Taker(path)
     modality = take(values, "modality", str)
-    if modality != "text":
-        raise DataError(f"{path}: modality is {modality!r}: this release reads text")
-    tokenizer = take(values, "tokenizer", dict)
+    if modality not in _FACTS:
+        raise DataError(f"{path}: modality is {modality!r}: this release reads {' and '.join(_FACTS)}")
     splits = {}
     for name, split in take(values, "splits", dict).items():
         if not isinstance(split, dict):
             raise take.wrong(f"splits.{name}", split, "an object")
-        splits[name] = _split_info(take, split, name)
-    manifest = Manifest(
-        path=path, modality=modality, block_length=take(values, "block_length", int), vocabulary_size=take(values, "vocabulary_size", int),
-        eos_id=take(values, "eos_id", int), tokenizer_path=path.parent / take.relative(tokenizer, "path", "tokenizer."),
-        tokenizer_sha256=take(tokenizer, "sha256", str, "tokenizer."), source=take(values, "source", dict), splits=splits, values=values,
-        fingerprint=hashlib.sha256(canonical_json(values)).hexdigest())
-    if manifest.block_length < 2 or manifest.vocabulary_size < 1:
-        raise DataError(f"{path}: block_length is {manifest.block_length} and vocabulary_size {manifest.vocabulary_size}: "
+        splits[name] = _split_info(take, split, name, _FACTS[modality])
+    manifest = Manifest(path=path, block_length=take(values, "block_length", int),
+                        content=(_text_content if modality == "text" else _video_content)(take, values), source=take(values, "source", dict),
+                        splits=splits, values=values, fingerprint=hashlib.sha256(canonical_json(values)).hexdigest())
+    if manifest.block_length < 2 or manifest.content.size < 1:
+        raise DataError(f"{path}: block_length is {manifest.block_length} and {manifest.content.size_name} {manifest.content.size}: "
                         f"must be at least 2 and 1; {_REMAKE}")
     return manifest
+
+
+def _text_content(take: _Taker, values: dict) -> TextContent:
+    tokenizer = take(values, "tokenizer", dict)
+    return TextContent(vocabulary_size=take(values, "vocabulary_size", int), eos_id=take(values, "eos_id", int),
+                       tokenizer_path=take.path.parent / take.relative(tokenizer, "path", "tokenizer."),
+                       tokenizer_sha256=take(tokenizer, "sha256", str, "tokenizer."))
+
+
+def _video_content(take: _Taker, values: dict) -> VideoContent:
+    frames, statistics, encoder = (take(values, key, dict) for key in ("frames", "statistics", "encoder"))
+    stored = take(frames, "stored", str, "frames.")
+    if stored not in STORED:
+        raise take.wrong("frames.stored", stored, f"one of {', '.join(STORED)}")
+    mean, std = (take(statistics, key, list, "statistics.") for key in ("mean", "std"))
+    dimension = take(values, "dimension", int)
+    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in mean + std)
+    if not numbers or len(mean) != dimension or len(std) != dimension or any(v <= 0 for v in std):
+        raise take.wrong("statistics", f"{len(mean)} and {len(std)} values", f"{dimension} numbers for mean and std each, std above 0")
+    file, sha256 = None, None
+    if "file" in encoder:
+        file, sha256 = take.path.parent / take.relative(encoder, "file", "encoder."), take(encoder, "sha256", str, "encoder.")
+    return VideoContent(stored=stored, height=take(frames, "height", int, "frames."), width=take(frames, "width", int, "frames."),
+                        interval_s=float(take(frames, "interval_s", float, "frames.")), dimension=dimension,
+                        encoder_name=take(encoder, "name", str, "encoder."), encoder_settings=take(encoder, "settings", dict, "encoder."),
+                        encoder_path=file, encoder_sha256=sha256, mean=np.array(mean, np.float32), std=np.array(std, np.float32))
 
 
 def canonical_json(values: Any) -> bytes:
@@ -122,6 +148,33 @@ def file_hashes(paths: list[Path]) -> list[str]:
     """file_sha256 of several files, in parallel threads (hashing releases the interpreter lock)."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(file_sha256, paths))
+
+
+def already_there(output: Path, values: dict[str, Any], *, digest: str) -> bool:
+    """Whether a dataset folder is complete and made of the same things as `values`; DataError if complete and made of other things.
+
+    digest: the key of `source` that says what it was made of; the other values must be equal where they are given.
+    """
+    if not (output / MANIFEST_NAME).exists():
+        return False
+    try:
+        manifest = load_manifest(output)
+    except DataError:
+        return False
+    files: dict[str, int | None] = {path.name: None for path in manifest.content.files()}
+    for split in manifest.splits.values():
+        files.update({shard.path: shard.size for shard in split.shards} | {shard.index_path: None for shard in split.shards})
+    for name, size in files.items():
+        path = output / name
+        if not path.is_file() or (size is not None and path.stat().st_size != size):
+            return False
+    different = [key for key in values if key != "source" and manifest.values.get(key) != values[key]]
+    if manifest.source.get(digest) != values["source"][digest]:
+        different.append(digest.removesuffix("_sha256"))
+    if different:
+        raise DataError(f"{output}: already holds a dataset that differs in {', '.join(different)}; name another folder, or delete this "
+                        "one first")
+    return True
 
 
 class _Taker:
@@ -154,7 +207,7 @@ class _Taker:
         return DataError(f"{self.path}: {field} is {shown[:80]}: expected {expected}; {_REMAKE}")
 
 
-def _split_info(take: _Taker, split: dict, name: str) -> SplitInfo:
+def _split_info(take: _Taker, split: dict, name: str, facts: dict[str, type]) -> SplitInfo:
     prefix = f"splits.{name}."
     shards = []
     for number, shard in enumerate(take(split, "shards", list, prefix)):
@@ -163,12 +216,12 @@ def _split_info(take: _Taker, split: dict, name: str) -> SplitInfo:
             raise take.wrong(here.rstrip("."), shard, "an object")
         shards.append(ShardInfo(
             path=take.relative(shard, "path", here), num_samples=take(shard, "num_samples", int, here),
-            num_tokens=take(shard, "num_tokens", int, here), size=take(shard, "size", int, here),
+            num_targets=take(shard, "num_targets", int, here), size=take(shard, "size", int, here),
             sha256=take(shard, "sha256", str, here), index_path=take.relative(shard, "index_path", here),
             index_sha256=take(shard, "index_sha256", str, here)))
-    counts = {key: take(split, key, int, prefix) for key in ("num_documents", "num_samples", "num_tokens", "num_dropped_tokens",
-                                                             "num_text_bytes")}
-    if counts["num_samples"] != sum(s.num_samples for s in shards) or counts["num_samples"] == 0:
-        raise DataError(f"{take.path}: split {name} has {counts['num_samples']} samples and its {len(shards)} shards "
+    num_samples = take(split, "num_samples", int, prefix)
+    if num_samples != sum(s.num_samples for s in shards) or num_samples == 0:
+        raise DataError(f"{take.path}: split {name} has {num_samples} samples and its {len(shards)} shards "
                         f"{sum(s.num_samples for s in shards)}: must be equal and above 0 (empty split?); {_REMAKE}")
-    return SplitInfo(shards=tuple(shards), **counts, unigram_entropy=float(take(split, "unigram_entropy", float, prefix)))
+    return SplitInfo(shards=tuple(shards), num_samples=num_samples, num_targets=take(split, "num_targets", int, prefix),
+                     facts={key: take(split, key, kind, prefix) for key, kind in facts.items()})

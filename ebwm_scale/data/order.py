@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 _KEY = 0x6562776D5F6F7264       # sets this use of Philox apart from any other with the same seed
-_SHARDS, _SAMPLES = 0, 1        # what a stream permutes: last word of the counter
+_SHARDS, _SAMPLES = 0, 1        # what a stream permutes: last word of the counter, plus _KINDS for each source before this one
+_KINDS = 2
 
 
 class SampleOrder:
@@ -25,10 +26,11 @@ class SampleOrder:
 
     samples_per_shard: number of samples of each shard, in the manifest's order; sample ids count through the shards.
     seed: 0 or more, below 2^64.  window_shards: samples are permuted inside windows of this many shards; memory is
-    proportional to one window.  Raises ValueError for arguments outside these bounds or without any sample.
+    proportional to one window.  source: sources of a mixture are permuted independently (mixing.py).
+    Raises ValueError for arguments outside these bounds or without any sample.
     """
 
-    def __init__(self, samples_per_shard: Sequence[int], *, seed: int, window_shards: int):
+    def __init__(self, samples_per_shard: Sequence[int], *, seed: int, window_shards: int, source: int = 0):
         sizes = np.asarray(samples_per_shard, dtype=np.int64)
         if sizes.ndim != 1 or sizes.sum() <= 0 or (sizes < 0).any():
             raise ValueError(f"samples_per_shard is {samples_per_shard!r}: at least one shard must have samples, and none fewer than 0")
@@ -36,7 +38,7 @@ class SampleOrder:
             raise ValueError(f"seed is {seed}: must be in [0, 2^64)")
         if window_shards < 1:
             raise ValueError(f"window_shards is {window_shards}: must be at least 1")
-        self.seed, self.window_shards = seed, window_shards
+        self.seed, self.window_shards, self.source = seed, window_shards, source
         self.num_samples = int(sizes.sum())
         self._sizes = sizes
         self._first_ids = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -81,6 +83,11 @@ class SampleOrder:
         return self._ids
 
     def _permutation(self, count: int, counter: tuple[int, int, int, int]) -> np.ndarray:
-        """A permutation of range(count). The first word of the counter runs while numbers are drawn, so it starts at 0."""
-        generator = np.random.Philox(key=np.array([self.seed, _KEY], dtype=np.uint64), counter=np.array(counter, dtype=np.uint64))
-        return np.argsort(generator.random_raw(count), kind="stable")
+        *words, kind = counter
+        return permutation(count, self.seed, (*words, kind + _KINDS * self.source), key=_KEY)
+
+
+def permutation(count: int, seed: int, counter: tuple[int, int, int, int], *, key: int) -> np.ndarray:
+    """A permutation of range(count). The first word of the counter runs while numbers are drawn, so it starts at 0."""
+    generator = np.random.Philox(key=np.array([seed, key], dtype=np.uint64), counter=np.array(counter, dtype=np.uint64))
+    return np.argsort(generator.random_raw(count), kind="stable")

@@ -1,7 +1,7 @@
 """Reading shards: a split as a list of samples, each read by its place in the file and checked against its checksum.
 
     split = open_split("data/corpus/manifest.json", "train", verify="hashes")
-    split.read(17)["tokens.npy"]            # uint16 (block_length,)
+    split.read(17)          # text: uint16 (block_length,); video: embeddings or frames, see content.py
 
 The index says where a sample lies, so no tar is streamed: reading the tar in order loses samples silently when a shard
 is cut or a header is damaged, and can neither be resumed nor re-divided exactly. Every problem is a DataError of one
@@ -9,11 +9,8 @@ line with the shard, the sample's key and byte offset, what is wrong and what to
 """
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
 import json
-import math
 import os
 import zlib
 from collections import OrderedDict
@@ -26,12 +23,34 @@ import numpy as np
 
 from ..errors import DataError
 from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes, load_manifest
+from .order import SampleOrder
 from .writer import INDEX_VERSION
 
 HASH_LIMIT_BYTES = 4 * 2**30        # above this, verify="hashes" checks sizes only
-_NPY_HEADER_BYTES = 128             # numpy pads the header of a small array to this
 _OPEN_SHARDS = 64                   # file descriptors and indexes kept per process
-_REMAKE = "copy the dataset again, or make it again with tools/make_text_shards.py"
+_REMAKE = "copy the dataset again, or make it again with tools/make_text_shards.py or tools/make_video_shards.py"
+
+
+class SampleError(DataError):
+    """A sample that cannot be used, and where it lies."""
+
+    def __init__(self, path: Path, key: str, offset: int, reason: str, sample_id: int, field: str = "", size: int = 0):
+        super().__init__(f"{path}: sample {key} ({field + ', ' if field else ''}offset {offset}, {size} bytes): {reason}; {_REMAKE}")
+        self.path, self.key, self.offset, self.reason, self.sample_id = path, key, offset, reason, sample_id
+
+    def __reduce__(self):
+        return SampleError, (self.path, self.key, self.offset, self.reason, self.sample_id)
+
+
+class ShardError(DataError):
+    """A shard none of whose samples can be read."""
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(reason)
+        self.path, self.reason = path, reason
+
+    def __reduce__(self):
+        return ShardError, (self.path, self.reason)
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ class ShardIndex:
     """The checked content of an index file."""
     keys: list[str]
     fields: dict[str, Field]
-    num_tokens: list[int]
+    num_targets: list[int]
 
 
 class ShardedSplit:
@@ -68,6 +87,14 @@ class ShardedSplit:
         """sha256 of the manifest: two datasets with the same one hold the same bytes."""
         return self.manifest.fingerprint
 
+    @property
+    def num_targets(self) -> int:
+        return self.info.num_targets
+
+    def evaluated(self, max_samples: int) -> np.ndarray:
+        """The sample ids that evaluation takes: the first ones."""
+        return np.arange(min(max_samples, len(self)), dtype=np.int64)
+
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(shard number, number inside the shard); IndexError outside 0 .. len - 1."""
         if not 0 <= sample_id < len(self):
@@ -75,25 +102,49 @@ class ShardedSplit:
         shard = int(np.searchsorted(self._ends, sample_id, side="right"))
         return shard, int(sample_id - self._ends[shard] + self.samples_per_shard[shard])
 
-    def read(self, sample_id: int) -> dict[str, np.ndarray]:
-        """The fields of a sample, for text {"tokens.npy": uint16 or uint32 (block_length,)}; DataError if damaged."""
+    def read(self, sample_id: int) -> np.ndarray:
+        """The states of a sample (block_length, ...) as stored; SampleError if it is damaged, ShardError if its whole shard is out of reach."""
+        fields, where = self.read_fields(sample_id)
+        try:
+            return self.manifest.content.decode(fields, self.manifest.block_length)
+        except ValueError as error:
+            raise where(str(error)) from None
+
+    def read_fields(self, sample_id: int) -> tuple[dict[str, bytes], Callable[[str], SampleError]]:
+        """The checked bytes of each field of a sample, and what makes an error about it."""
         number, row = self.locate(sample_id)
         descriptor, index = self._shard(number)
         path, result = self.manifest.folder / self.info.shards[number].path, {}
-        for name, field in index.fields.items():
-            offset, size = int(field.offsets[row]), int(field.sizes[row])
-            where = f"{path}: sample {index.keys[row]} ({name}, offset {offset}, {size} bytes)"
-            try:
-                content = os.pread(descriptor, size, offset)
-            except OSError as error:
-                raise DataError(f"{where}: cannot be read: {error.strerror}; check the disk, then {_REMAKE}") from None
-            if len(content) != size:
-                raise DataError(f"{where}: the shard ends after {len(content)} of them: truncated; {_REMAKE}")
-            if zlib.crc32(content) != int(field.crc32[row]):
-                raise DataError(f"{where}: checksum is {zlib.crc32(content):08x}, the index says {int(field.crc32[row]):08x}: damaged; "
-                                f"{_REMAKE}")
-            result[name] = self._decode(content, where)
-        return result
+        places = [(name, int(field.offsets[row]), int(field.sizes[row]), int(field.crc32[row])) for name, field in index.fields.items()]
+        first, end = min(p[1] for p in places), max(p[1] + p[2] for p in places)
+
+        def where(reason: str, name: str = "", offset: int = first, size: int = end - first) -> SampleError:
+            return SampleError(path, index.keys[row], offset, reason, sample_id, name, size)
+
+        try:
+            content = os.pread(descriptor, end - first, first)      # the fields of a sample stand together
+        except OSError as error:
+            raise where(f"cannot be read: {error.strerror}; check the disk") from None
+        for name, offset, size, crc32 in places:
+            part = content[offset - first:offset - first + size]
+            if len(part) != size:
+                raise where(f"the shard ends after {len(part)} of them: truncated", name, offset, size)
+            if zlib.crc32(part) != crc32:
+                raise where(f"checksum is {zlib.crc32(part):08x}, the index says {crc32:08x}: damaged", name, offset, size)
+            result[name] = part
+        return result, where
+
+    def order(self, *, seed: int, window_shards: int) -> SampleOrder:
+        """The order in which training takes the samples."""
+        return SampleOrder(self.samples_per_shard, seed=seed, window_shards=window_shards)
+
+    def after(self, sample_id: int) -> int:
+        """The sample after this one, counted around."""
+        return (sample_id + 1) % len(self)
+
+    def after_shard_of(self, sample_id: int) -> int:
+        """The first sample of the shard after this one's, counted around."""
+        return int(self._ends[self.locate(sample_id)[0]]) % len(self)
 
     def close(self) -> None:
         """Close the files; they open again when needed."""
@@ -107,27 +158,22 @@ class ShardedSplit:
         if hasattr(self, "_open"):
             self.close()
 
-    def _decode(self, content: bytes, where: str) -> np.ndarray:
-        try:
-            dtype, shape, start = _npy_header(content[:_NPY_HEADER_BYTES])
-            tokens = np.frombuffer(content, dtype, count=math.prod(shape), offset=start).reshape(shape)
-        except (ValueError, EOFError, OSError) as error:
-            raise DataError(f"{where}: not a .npy array ({' '.join(str(error).split())}); {_REMAKE}") from None
-        if tokens.shape != (self.manifest.block_length,) or tokens.dtype.kind != "u" or int(tokens.max()) >= self.manifest.vocabulary_size:
-            raise DataError(f"{where}: holds {tokens.dtype} {tokens.shape} up to {tokens.max(initial=0)}: expected unsigned integers "
-                            f"({self.manifest.block_length},) below the vocabulary size {self.manifest.vocabulary_size}; {_REMAKE}")
-        return tokens
-
     def _shard(self, number: int) -> tuple[int, ShardIndex]:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         shard = self.info.shards[number]
-        index = load_index(self.manifest, shard)
+        path = self.manifest.folder / shard.path
         try:
-            descriptor = os.open(self.manifest.folder / shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            index = load_index(self.manifest, shard)
+            missing = set(self.manifest.content.fields(self.manifest.block_length)) - set(index.fields)
+            if missing:
+                raise DataError(f"{path}: its samples have no {', '.join(sorted(missing))}; {_REMAKE}")
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except DataError as error:
+            raise ShardError(path, str(error)) from None
         except OSError as error:
-            raise DataError(f"{self.manifest.folder / shard.path}: cannot open the shard: {error.strerror}; {_REMAKE}") from None
+            raise ShardError(path, f"{path}: cannot open the shard: {error.strerror}; {_REMAKE}") from None
         self._open[number] = (descriptor, index)
         if len(self._open) > _OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])
@@ -213,11 +259,11 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
     try:
         values = json.loads(content)
         version, name = values["index_version"], values["shard"]
-        index = ShardIndex(keys=[str(key) for key in values["keys"]], num_tokens=values["num_tokens"], fields={
+        index = ShardIndex(keys=[str(key) for key in values["keys"]], num_targets=values["num_targets"], fields={
             field: Field(np.array(c["offsets"], dtype=np.int64), np.array(c["sizes"], dtype=np.int64),
                          np.array(c["crc32"], dtype=np.uint32))
             for field, c in values["fields"].items()})
-        lengths = {len(index.num_tokens), *(len(column) for f in index.fields.values() for column in (f.offsets, f.sizes, f.crc32))}
+        lengths = {len(index.num_targets), *(len(column) for f in index.fields.values() for column in (f.offsets, f.sizes, f.crc32))}
         inside = all((f.offsets >= 0).all() and (f.sizes >= 0).all() and (f.offsets + f.sizes <= shard.size).all()
                      for f in index.fields.values())
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -228,18 +274,6 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
         raise DataError(f"{path}: does not fit shard {shard.path}: it describes {name} with {len(index.keys)} samples, the manifest says "
                         f"{shard.num_samples} samples in {shard.size} bytes; {_REMAKE}")
     return index
-
-
-@functools.lru_cache(maxsize=16)
-def _npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
-    """(dtype, shape, where the data starts) of a .npy file; cached, because parsing it took most of the time of a read."""
-    stream = io.BytesIO(content)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("not version 1.0 of the format")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    if fortran_order or dtype.hasobject:
-        raise ValueError("objects or Fortran order")
-    return dtype, shape, stream.tell()
 
 
 def _first_damage(manifest: Manifest, shard: ShardInfo) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..errors import DataError
 from .documents import Document, Report, digest_of, find_documents, split_documents
-from .manifest import FORMAT_VERSION, MANIFEST_NAME, SplitInfo, file_sha256, load_manifest
+from .manifest import FORMAT_VERSION, MANIFEST_NAME, SplitInfo, already_there, file_sha256, load_manifest
 from .tokenizer import Tokenizer
 from .writer import ShardWriter, refuse_foreign_files, staged_folder, write_manifest
 
@@ -84,7 +84,7 @@ def make_text_dataset(inputs: Sequence[str | Path], output: str | Path, *, token
         "settings": {"validation_fraction": validation_fraction, "seed": seed, "samples_per_shard": samples_per_shard},
     }
     with staged_folder(output) as staging:
-        if _already_there(output, values):
+        if already_there(output, values, digest="documents_sha256"):
             shutil.rmtree(staging)
             report(f"already there: {output / MANIFEST_NAME}")
         else:
@@ -104,7 +104,7 @@ def _write_split(folder: Path, name: str, documents: Sequence[Document], tokeniz
     writer = ShardWriter(folder, name, samples_per_shard=samples_per_shard)
     try:
         for block in packer.blocks(_token_stream(documents, tokenizer)):
-            writer.add({"tokens.npy": block}, num_tokens=context_length)
+            writer.add({"tokens.npy": block}, num_targets=context_length)
         shards = writer.close()
     finally:
         writer.abandon()
@@ -113,7 +113,7 @@ def _write_split(folder: Path, name: str, documents: Sequence[Document], tokeniz
                         f"{context_length} needs {context_length + 1}; give more text, a shorter context, or another validation fraction "
                         "or seed")
     return {"shards": shards, "num_documents": len(documents), "num_samples": writer.num_samples,
-            "num_tokens": writer.num_samples * context_length,
+            "num_targets": writer.num_samples * context_length,
             "num_dropped_tokens": packer.num_dropped, "num_text_bytes": sum(len(d.read().encode("utf-8")) for d in documents),
             "unigram_entropy": packer.unigram_entropy()}
 
@@ -129,32 +129,9 @@ def _token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterat
             batch = []
 
 
-def _already_there(output: Path, values: dict[str, Any]) -> bool:
-    """Whether output is complete and made of the same things; DataError if complete and made of other things."""
-    if not (output / MANIFEST_NAME).exists():
-        return False
-    try:
-        manifest = load_manifest(output)
-    except DataError:
-        return False
-    files = {manifest.tokenizer_path.name: None}
-    for split in manifest.splits.values():
-        files.update({shard.path: shard.size for shard in split.shards} | {shard.index_path: None for shard in split.shards})
-    for name, size in files.items():
-        path = output / name
-        if not path.is_file() or (size is not None and path.stat().st_size != size):
-            return False
-    different = [key for key in values if key != "source" and manifest.values.get(key) != values[key]]
-    if manifest.source.get("documents_sha256") != values["source"]["documents_sha256"]:
-        different.append("documents")
-    if different:
-        raise DataError(f"{output}: already holds a dataset that differs in {', '.join(different)}; name another folder, or delete this "
-                        "one first")
-    return True
-
-
 def _summary(name: str, split: SplitInfo, context_length: int) -> str:
-    all_tokens = split.num_tokens + split.num_dropped_tokens + 1
-    return (f"{name}: {split.num_documents} documents, {split.num_samples} blocks of {context_length} + 1, {split.num_tokens} tokens in "
-            f"{len(split.shards)} shards, {split.num_dropped_tokens} dropped ({split.num_dropped_tokens / all_tokens:.3%}), "
-            f"{split.num_text_bytes / all_tokens:.3f} bytes/token, unigram entropy {split.unigram_entropy:.4f} nats")
+    facts = split.facts
+    all_tokens = split.num_targets + facts["num_dropped_tokens"] + 1
+    return (f"{name}: {facts['num_documents']} documents, {split.num_samples} blocks of {context_length} + 1, {split.num_targets} tokens in "
+            f"{len(split.shards)} shards, {facts['num_dropped_tokens']} dropped ({facts['num_dropped_tokens'] / all_tokens:.3%}), "
+            f"{facts['num_text_bytes'] / all_tokens:.3f} bytes/token, unigram entropy {facts['unigram_entropy']:.4f} nats")

@@ -1,7 +1,6 @@
 """Check a whole dataset: every file's size and hash, the tars against their indexes, every sample's checksum and decoding."""
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 from ..errors import DataError
@@ -13,7 +12,7 @@ from .writer import read_tar_index
 def verify_dataset(manifest_path: str | Path) -> tuple[list[str], int]:
     """(problems, samples checked): one line per problem, naming shard, sample and offset. Raises DataError for the manifest itself."""
     manifest = load_manifest(manifest_path)
-    problems = _tokenizer_problems(manifest)
+    problems = _side_file_problems(manifest)
     num_samples = 0
     for name, split in manifest.splits.items():
         problems += split_problems(manifest, name, hashes=True)
@@ -46,8 +45,8 @@ def _shard_problems(manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, 
             problems.append(str(error))
     try:
         found = read_tar_index(path)
-    except (tarfile.TarError, ValueError) as error:
-        return problems + [f"{path}: not a sound tar file ({error}); other WebDataset readers will lose samples"]
+    except DataError as error:
+        return problems + [f"{error}: not a sound tar file; other WebDataset readers will lose samples"]
     expected = {name: {"offsets": f.offsets.tolist(), "sizes": f.sizes.tolist(), "crc32": f.crc32.tolist()}
                 for name, f in index.fields.items()}
     if found["keys"] != index.keys or found["fields"] != expected:
@@ -55,11 +54,12 @@ def _shard_problems(manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, 
     return problems
 
 
-def _tokenizer_problems(manifest: Manifest) -> list[str]:
-    if not manifest.tokenizer_path.is_file():
-        return [f"{manifest.tokenizer_path}: the tokenizer is missing"]
-    found = file_sha256(manifest.tokenizer_path)
-    if found != manifest.tokenizer_sha256:
-        return [f"{manifest.tokenizer_path}: sha256 of the tokenizer is {found[:12]}..., the manifest says "
-                f"{manifest.tokenizer_sha256[:12]}...: damaged"]
-    return []
+def _side_file_problems(manifest: Manifest) -> list[str]:
+    """Of the tokenizer, or of the encoder's parameters."""
+    problems = []
+    for path, expected in manifest.content.files().items():
+        if not path.is_file():
+            problems.append(f"{path}: is missing")
+        elif (found := file_sha256(path)) != expected:
+            problems.append(f"{path}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...: damaged")
+    return problems

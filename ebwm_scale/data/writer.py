@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,34 +20,36 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from . import tar
 from .manifest import MANIFEST_NAME, canonical_json, file_sha256
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 class ShardWriter:
     """Writes the samples of one split into shards `PREFIX-000000.tar` of at most samples_per_shard samples.
 
-    `add(arrays, num_tokens=)` takes one sample: {"tokens.npy": array}. `close()` returns the manifest's list of shards.
-    Each finished shard is indexed by reading it back with `tarfile`, so the index describes what is on the disk.
+    `add(fields, num_targets=)` takes one sample: {"tokens.npy": array, "clip.json": bytes}. `close()` returns the manifest's list of shards.
+    Each finished shard is indexed by reading it back, so the index describes what is on the disk.
     """
 
     def __init__(self, folder: Path, prefix: str, *, samples_per_shard: int):
         self.folder, self.prefix, self.samples_per_shard = folder, prefix, samples_per_shard
         self.num_samples = 0
         self._shards: list[dict[str, Any]] = []
-        self._token_counts: list[int] = []
+        self._target_counts: list[int] = []
         self._tar = self._file = None
 
-    def add(self, arrays: Mapping[str, np.ndarray], *, num_tokens: int) -> None:
+    def add(self, fields: Mapping[str, np.ndarray | bytes], *, num_targets: int) -> None:
         if self._tar is None:
             self._path = self.folder / f"{self.prefix}-{len(self._shards):06d}.tar"
             self._file = self._path.open("wb")
             self._tar = _webdataset().TarWriter(self._file, encoder=False, mtime=0)     # no clock: equal inputs give equal files
-        self._tar.write({"__key__": f"{self.prefix}-{self.num_samples:09d}", **{field: _npy(array) for field, array in arrays.items()}})
-        self._token_counts.append(num_tokens)
+        self._tar.write({"__key__": f"{self.prefix}-{self.num_samples:09d}", 
+                         **{name: value if isinstance(value, bytes) else _npy(value) for name, value in fields.items()}})
+        self._target_counts.append(num_targets)
         self.num_samples += 1
-        if len(self._token_counts) == self.samples_per_shard:
+        if len(self._target_counts) == self.samples_per_shard:
             self._finish_shard()
 
     def close(self) -> list[dict[str, Any]]:
@@ -66,38 +67,33 @@ class ShardWriter:
         self._tar.close()
         self._file.close()
         self._tar = self._file = None
-        index = {"index_version": INDEX_VERSION, "shard": self._path.name, "num_tokens": self._token_counts, **read_tar_index(self._path)}
+        index = {"index_version": INDEX_VERSION, "shard": self._path.name, "num_targets": self._target_counts, **read_tar_index(self._path)}
         index_path = self._path.with_suffix(".index.json")
         index_path.write_bytes(canonical_json(index))
         self._shards.append({
-            "path": self._path.name, "num_samples": len(index["keys"]), "num_tokens": sum(self._token_counts),
+            "path": self._path.name, "num_samples": len(index["keys"]), "num_targets": sum(self._target_counts),
             "size": self._path.stat().st_size,
             "sha256": file_sha256(self._path), "index_path": index_path.name, "index_sha256": file_sha256(index_path)})
-        self._token_counts = []
+        self._target_counts = []
 
 
 def read_tar_index(path: Path) -> dict[str, Any]:
-    """{"keys": [...], "fields": {field: {"offsets", "sizes", "crc32"}}} of a tar, found by walking it with tarfile.
+    """{"keys": [...], "fields": {field: {"offsets", "sizes", "crc32"}}} of a tar, found by walking it.
 
-    Raises tarfile.TarError for a damaged tar and ValueError for members that do not form samples of equal fields.
+    Raises DataError for a tar that is not sound and for samples that do not all have the same fields.
     """
     keys: list[str] = []
-    fields: dict[str, dict[str, list[int]]] = {}
-    with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-        for member in tar:
-            key, _, field = member.name.partition(".")
-            if not keys or keys[-1] != key:
-                keys.append(key)
-            column = fields.setdefault(field, {"offsets": [], "sizes": [], "crc32": []})
-            file.seek(member.offset_data)
-            column["offsets"].append(member.offset_data)
-            column["sizes"].append(member.size)
-            column["crc32"].append(zlib.crc32(file.read(member.size)))
-            if len(column["offsets"]) != len(keys):
-                raise ValueError(f"{path}: sample {key} and those before it do not have the same fields")
-    if any(len(column["offsets"]) != len(keys) for column in fields.values()):
-        raise ValueError(f"{path}: the last sample does not have the fields of the others")
-    return {"keys": keys, "fields": fields}
+    columns: dict[str, dict[str, list[int]]] = {}
+    with path.open("rb") as file:
+        for key, fields in tar.samples(file, str(path)):
+            if keys and fields.keys() != columns.keys():
+                raise DataError(f"{path}: sample {key} has the fields {', '.join(fields)}, those before it {', '.join(columns)}")
+            keys.append(key)
+            for name, member in fields.items():
+                column = columns.setdefault(name, {"offsets": [], "sizes": [], "crc32": []})
+                for part, value in zip(column.values(), (member.offset, len(member.content), zlib.crc32(member.content))):
+                    part.append(value)
+    return {"keys": keys, "fields": columns}
 
 
 @contextlib.contextmanager

@@ -7,11 +7,13 @@ The whole loss, inner gradient included, is computed inside `forward`, so that a
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ebwm_kernels.vocabulary import IGNORE
 
 from ..block_sweeps import available
 from ..config import Config
@@ -48,6 +50,8 @@ class WorldModel(nn.Module):
                 raise ValueError("model.vocabulary_size is absent: set it, or take it from the data's manifest")
             self.token_embedding = nn.Embedding(model.vocabulary_size, width)                       # N(0, 1), as released
         else:
+            if config.state.dimension is None:
+                raise ValueError("state.dimension is absent: set it, or take it from the data's manifest")
             self.frame_projection = nn.Linear(config.state.dimension, width)
             nn.init.xavier_normal_(self.frame_projection.weight)
             nn.init.zeros_(self.frame_projection.bias)
@@ -100,9 +104,18 @@ class WorldModel(nn.Module):
         """
         if self.config.model.kind == "baseline":
             loss = self._baseline_loss(self.network(self.embed_observed(observed)), targets)
-            return StepOutput(loss, loss.detach()[None], None)
-        with available(self.resident_parameters()):
-            return self._refine(observed, targets, sample_ids, source, num_steps, noise_scale, step_size_scale, keep_state, restart)
+            output = StepOutput(loss, loss.detach()[None], None)
+        else:
+            with available(self.resident_parameters()):
+                output = self._refine(observed, targets, sample_ids, source, num_steps, noise_scale, step_size_scale, keep_state, restart)
+        return self._over_all_positions(output, targets) if self.config.data.mask_document_starts else output
+
+    @staticmethod
+    def _over_all_positions(output: StepOutput, targets: Tensor) -> StepOutput:
+        """Means over all positions, masked ones counting as 0: sums of micro-batches then do not depend on how a batch was cut."""
+        share = (targets != IGNORE).float().mean()
+        return replace(output, loss=output.loss * share, loss_per_step=output.loss_per_step * share,
+                       initial_loss=None if output.initial_loss is None else output.initial_loss * share)
 
     def resident_parameters(self) -> list[nn.Parameter]:
         """Those that are whole for the length of a step under ZeRO stage 3: all, or those outside the blocks (block_sweeps.py)."""

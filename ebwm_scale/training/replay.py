@@ -6,7 +6,7 @@ step's place in the order of data alone: not on the number of processes or micro
 of a queue is drawn is addressed by (seed, step, pair).
 
 Memory: `capacity` samples over all ranks, each S x size numbers in bfloat16 (8 bits of mantissa: a state restarts within 0.4 % of where it
-ended) and its tokens.
+ended) and its sequence.
 """
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ class ReplayBuffer:
         self.per_pair = max(1, capacity // self.num_pairs)
         self.queues: dict[int, deque[tuple[Tensor, Tensor]]] = {}
 
-    def restart(self, tokens: Tensor, positions: Tensor, source: NoiseSource) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Put stored samples in the odd places of tokens (b, S + 1); positions (b,) are global stream positions.
+    def restart(self, sequences: Tensor, positions: Tensor, source: NoiseSource) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Put stored samples in the odd places of sequences (b, S + 1); positions (b,) are global stream positions.
 
-        Returns the tokens, and (rows (n,) int64, states (n, S, size)) to restart from, or None while there is nothing stored.
+        Returns the sequences, and (rows (n,) int64, states (n, S, size)) to restart from, or None while there is nothing stored.
         """
-        rows, states, tokens = [], [], tokens.clone()
+        rows, states, sequences = [], [], sequences.clone()
         for row, pair in self._rows(positions, odd=True):
             queue = self.queues.get(pair)
             if queue:
                 entry = queue[source.integer(0, len(queue) - 1, purpose=Purpose.REPLAY, index=pair)]
-                tokens[row] = entry[0]
+                sequences[row] = entry[0]
                 rows.append(row)
                 states.append(entry[1])
-        return tokens, ((torch.tensor(rows), torch.stack(states)) if rows else None)
+        return sequences, ((torch.tensor(rows), torch.stack(states)) if rows else None)
 
-    def store(self, tokens: Tensor, positions: Tensor, states: Tensor) -> None:
+    def store(self, sequences: Tensor, positions: Tensor, states: Tensor) -> None:
         """Remember the final states (b, S, size) of a batch."""
         stored = states.detach().to("cpu", self.DTYPE)
         for odd in (False, True):
             for row, pair in self._rows(positions, odd=odd):
-                self.queues.setdefault(pair, deque(maxlen=self.per_pair)).append((tokens[row].cpu().clone(), stored[row].clone()))
+                self.queues.setdefault(pair, deque(maxlen=self.per_pair)).append((sequences[row].cpu().clone(), stored[row].clone()))
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.VERSION, "num_pairs": self.num_pairs, "queues": {pair: list(queue) for pair, queue in self.queues.items()}}

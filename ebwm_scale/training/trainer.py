@@ -16,9 +16,13 @@ import torch
 from ..accounting import model_flops, peak_flops_per_s, step_flops
 from ..config import Config
 from ..data.loader import BatchLoader, DataState
+from ..data.mixing import MixedSplit
+from ..data.quarantine import Quarantine
 from ..data.shards import ShardedSplit
-from ..errors import EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
+from ..data.streaming import StreamLoader
+from ..errors import EXIT_FAILED, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
 from ..noise import NoiseSource
+from ..observation import Observation
 from .checkpoint import CheckpointWriter, Saved, load_into, load_replay
 from .distributed import World
 from .engine import Engine
@@ -38,6 +42,7 @@ class StepResult:
     num_steps: int
     gradient_norm: float
     learning_rate: float
+    samples: list[int]          # ids, of this rank's part
 
     @property
     def applied(self) -> bool:
@@ -46,14 +51,17 @@ class StepResult:
 
 
 class Trainer:
-    def __init__(self, config: Config, engine: Engine, world: World, run: RunFolder, stop: StopFlag, train: ShardedSplit,
-                 validation: ShardedSplit, *, micro_batch: int, watchdog: Watchdog, faults: Faults):
+    def __init__(self, config: Config, engine: Engine, world: World, run: RunFolder, stop: StopFlag,
+                 train: ShardedSplit | MixedSplit, validation: ShardedSplit | MixedSplit, *, micro_batch: int, watchdog: Watchdog, faults: Faults):
         self.config, self.engine, self.world, self.run, self.stop = config, engine, world, run, stop
         self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
         self.replay = ReplayBuffer(capacity=config.refinement.replay_capacity, global_batch_size=config.train.global_batch_size) \
             if config.refinement.replay and config.model.kind == "energy" else None
         self.watchdog, self.faults = watchdog, faults
         self.writer = CheckpointWriter(run.checkpoints, world, config, self._warn, faults)
+        self.observe = Observation(train.manifest, world.device, mask_document_starts=config.data.mask_document_starts)
+        self.quarantine = Quarantine(run.path, limit=config.data.max_quarantined, is_main=world.is_main)
+        self.found_in_validation, self.stream_position = [], 0
         self.step, self.loader, self.saved_step, self.validated_step, self.validation_loss = 0, None, None, None, None
         self.skipped_in_a_row = 0
 
@@ -66,6 +74,8 @@ class Trainer:
             self.replay.load_state_dict(load_replay(saved))
         self.step = self.saved_step = data.step
         self.skipped_in_a_row = saved.trainer["skipped_in_a_row"]
+        self.quarantine.load_state_dict(saved.trainer["quarantine"])
+        self.stream_position = saved.trainer["stream_position"]
         validated = self.run.forget_after(self.step)
         # rank 0's word: another rank may read the file before or after it was rewritten
         self.validated_step = int(self.world.agree(str(-1 if validated is None else validated)))
@@ -81,6 +91,8 @@ class Trainer:
                 return self.leave(EXIT_NOT_FINITE)
             if self._due(self.config.logging.every_steps):
                 self.log(result, timer)
+                if self.too_much_damage():
+                    return self.leave(EXIT_FAILED)
             if self._due(self.config.evaluation.every_steps):
                 self.evaluate()
                 timer.restart(self.step)
@@ -112,24 +124,25 @@ class Trainer:
         source = NoiseSource(self.config.train.seed, self.step)
         point = refinement_point(self.config, self.step, source)
         rate = self.engine.set_learning_rates(self.step)
-        total, norm, final = 0.0, None, []
+        total, norm, final, samples = 0.0, None, [], []
         for _ in range(self.loader.micro_batches_per_step):
             batch = next(self.loader)
-            tokens, restart = batch.tokens, None
+            sequences, restart = batch.sequences, None
             if self.replay is not None:
-                tokens, restart = self.replay.restart(tokens, batch.positions, source)
-            on_device = tokens.to(self.world.device)
-            output = self.engine.forward(on_device[:, :-1], on_device[:, 1:], sample_ids=batch.sample_ids, source=source,
+                sequences, restart = self.replay.restart(sequences, batch.positions, source)
+            observed, targets = self.observe(sequences)
+            output = self.engine.forward(observed, targets, sample_ids=batch.sample_ids, source=source,
                                          num_steps=point.num_steps, noise_scale=point.noise_scale, step_size_scale=point.step_size_scale,
                                          keep_state=None if self.replay is None else self.replay.DTYPE, restart=restart)
             self.watchdog.beat(f"step {self.step}, its backward pass")
             self.engine.backward(output.loss if fault is None else output.loss * float("nan"))
             norm = self.engine.step()
-            final.append((tokens, batch.positions, output.state))
+            final.append((sequences, batch.positions, output.state))
+            samples += batch.sample_ids.tolist()
             parts = [output.loss.detach()[None], output.loss_per_step]
             total = total + torch.cat(parts if output.energy_per_step is None else [*parts, output.energy_per_step]).double()
         num_steps = len(output.loss_per_step)
-        result = StepResult(total / self.loader.micro_batches_per_step, num_steps, float(norm), rate)
+        result = StepResult(total / self.loader.micro_batches_per_step, num_steps, float(norm), rate, samples)
         if self.replay is not None and result.applied:
             for entries in final:
                 self.replay.store(*entries)
@@ -138,9 +151,8 @@ class Trainer:
     def skip(self, result: StepResult) -> bool:
         """Record a step that updated nothing, with the samples it held; whether there have been too many in a row."""
         self.skipped_in_a_row += 1
-        limit, size = self.config.train.max_skipped_steps, self.config.train.global_batch_size
-        first = (self.step - 1) * size
-        samples = self.loader.order.samples(first, size).tolist()
+        limit = self.config.train.max_skipped_steps
+        samples = [sample for part in self.world.gather(result.samples) for sample in part]
         loss = (self.world.all_reduce(result.values.clone()) / self.world.size)[0].item()
         self.run.event("skipped", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm), samples=samples)
         self._warn(f"step {self.step} was skipped: loss {loss}, gradient norm {result.gradient_norm}; {self.skipped_in_a_row} in a row, "
@@ -153,6 +165,18 @@ class Trainer:
                    "optimizer.learning_rate or refinement.step_size and run again with --resume")
         return True
 
+    def too_much_damage(self) -> bool:
+        """Put what every rank found damaged on the common list, and into the run folder; whether it is more than data.max_quarantined."""
+        found = [bad for part in self.world.gather([*self.loader.found, *self.found_in_validation]) for bad in part]
+        self.loader.found.clear(), self.found_in_validation.clear()
+        for bad in self.quarantine.add(found):
+            self.run.event("quarantine", step=self.step, split=bad.split, sample_id=bad.sample_id, shard=bad.shard, key=bad.key, offset=bad.offset)
+            self._warn(f"{bad.shard}: sample {bad.key or '(all)'}: {bad.reason}; sample {bad.replaced_by} stands in for {bad.sample_id}")
+        if self.quarantine.exceeded:
+            self._warn(f"stopped: {len(self.quarantine.bad)} damaged samples, data.max_quarantined is {self.quarantine.limit}; see {self.quarantine.path}, "
+                       "check the dataset with tools/verify_shards.py, copy it again, and go on with --resume")
+        return self.quarantine.exceeded
+
     def log(self, result: StepResult, timer: "Interval") -> None:
         """Write the step's metrics."""
         values = (self.world.all_reduce(result.values) / self.world.size).tolist()
@@ -161,21 +185,21 @@ class Trainer:
         seconds = timer.seconds_per_step(self.step)
         flops = model_flops(step_flops(config, samples=config.train.global_batch_size, num_steps=num_steps)) / self.world.size
         peak, on_gpu = peak_flops_per_s(config.train.precision), self.world.device.type == "cuda"
-        tokens_per_step = config.train.global_batch_size * config.data.context_length
+        unit, per_step = self.observe.content.unit, config.train.global_batch_size * config.data.context_length
         energy = config.model.kind == "energy"
         remaining_s = seconds * (config.train.max_steps - self.step)
         row = {
-            "step": self.step, "tokens_seen": self.step * tokens_per_step, "loss": values[0], "loss_per_step": values[1:1 + num_steps],
+            "step": self.step, f"{unit}_seen": self.step * per_step, "loss": values[0], "loss_per_step": values[1:1 + num_steps],
             "energy_per_step": values[1 + num_steps:] if energy else None, "grad_norm": norm, "learning_rate": result.learning_rate,
             "step_size": self.engine.module.step_size.item() if energy else None, "step_time_s": seconds,
-            "tokens_per_s": tokens_per_step / seconds, "model_tflops": flops / seconds / 1e12,
+            f"{unit}_per_s": per_step / seconds, "model_tflops": flops / seconds / 1e12,
             "mfu": flops / seconds / peak if peak else None, "peak_memory_gib": _peak_memory_gib(on_gpu), "eta_s": remaining_s,
         }
         self.run.metrics(row)
         steps = " -> ".join(f"{loss:.3f}" for loss in row["loss_per_step"])
         self.run.say(f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss {values[0]:.4f}"
                      + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "") + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
-                     f"  {row['tokens_per_s']:,.0f} tokens/s  ETA {duration(remaining_s)}")
+                     f"  {per_step / seconds:,.0f} {unit}/s  ETA {duration(remaining_s)}")
 
     def evaluate(self) -> None:
         if self.validated_step == self.step:
@@ -183,21 +207,27 @@ class Trainer:
         self.watchdog.beat(f"the evaluation after step {self.step}")
         self.faults.at("evaluation")
         point = refinement_point(self.config, self.step, NoiseSource(self.config.train.seed, self.step))
-        row = validate(self.engine.module, self.validation_split, self.config, self.world, context_length=self.config.data.context_length,
-                       batch_size=self.micro_batch, step_size_scale=point.step_size_scale,
+        row = validate(self.engine.module, self.validation_split, self.config, self.world, self.observe,
+                       context_length=self.config.data.context_length, batch_size=self.micro_batch, step_size_scale=point.step_size_scale,
+                       found=self.found_in_validation,
                        beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"))
         self.run.metrics({"step": self.step, "split": "validation", **row})
         self.validated_step, self.validation_loss = self.step, row["loss"]
         steps = " -> ".join(f"{loss:.4f}" for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]]) + row["loss_per_step"])
-        self.run.say(f"validation at step {self.step}: {steps} nats/token (unigram entropy {row['unigram_entropy']:.4f})")
+        measure = f"nats/token (unigram entropy {row['unigram_entropy']:.4f})" if self.observe.space is None else \
+            f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, going straight on {row['linear_loss']:.4f})"
+        self.run.say(f"validation at step {self.step}: {steps} {measure}")
 
     def save(self) -> None:
         """Begin a checkpoint of this step; it is written while training goes on."""
         if self.saved_step == self.step:
             return
         self.watchdog.beat(f"the save after step {self.step}")
+        self.too_much_damage()
+        self.stream_position = max(self.world.gather(getattr(self.loader, "next_shard", 0)))
         state = DataState(self.train_split.fingerprint, self.config.train.seed, self.step).state_dict()
         self.writer.save(self.engine.state, {"step": self.step, "data": state, "skipped_in_a_row": self.skipped_in_a_row,
+                                             "quarantine": self.quarantine.state_dict(), "stream_position": self.stream_position,
                                              "validation_loss": self.validation_loss if self.validated_step == self.step else None,
                                              "code": code_version()},
                          None if self.replay is None else self.replay.state_dict())
@@ -210,11 +240,14 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0)
 
-    def _loader(self) -> BatchLoader:
-        return BatchLoader(self.train_split, context_length=self.config.data.context_length, micro_batch_size=self.micro_batch,
-                           global_batch_size=self.config.train.global_batch_size, rank=self.world.rank, world_size=self.world.size,
-                           seed=self.config.train.seed, window_shards=self.config.data.window_shards,
-                           num_workers=self.config.data.num_workers, first_step=self.step)
+    def _loader(self) -> BatchLoader | StreamLoader:
+        config, common = self.config, {"context_length": self.config.data.context_length, "global_batch_size": self.config.train.global_batch_size,
+                                       "micro_batch_size": self.micro_batch, "rank": self.world.rank, "world_size": self.world.size,
+                                       "seed": self.config.train.seed, "first_step": self.step}
+        if config.data.stream:
+            return StreamLoader(config.data.stream, self.train_split.manifest, buffer=config.data.stream_buffer, first_shard=self.stream_position, **common)
+        return BatchLoader(self.train_split, window_shards=config.data.window_shards, num_workers=config.data.num_workers,
+                           known_bad=self.quarantine.known("train"), **common)
 
 
 class Interval:

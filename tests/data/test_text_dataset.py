@@ -26,7 +26,7 @@ def build(inputs, output, tokenizer_path, **changes):
 
 def blocks_of(manifest, split):
     opened = open_split(manifest, split, verify="hashes")
-    return np.stack([opened.read(i)["tokens.npy"] for i in range(len(opened))]).astype(np.int64)
+    return np.stack([opened.read(i) for i in range(len(opened))]).astype(np.int64)
 
 
 @pytest.mark.parametrize("pieces, length", [([[1, 2, 3], [4], [], [5, 6, 7, 8, 9]], 3), ([list(range(100))], 7), ([[1]] * 30, 4),
@@ -51,11 +51,11 @@ def test_dataset_holds_the_split_documents_in_order_with_an_end_after_each(prist
     blocks = blocks_of(pristine, split)
     info = open_split(pristine, split, verify="sizes").info
     got = [int(blocks[0, 0]), *blocks[:, 1:].ravel().tolist()]
-    assert got == stream[:len(got)] and len(stream) - len(got) == info.num_dropped_tokens < CONTEXT_LENGTH
-    assert info.num_documents == len(documents) and info.num_tokens == len(got) - 1 and tokenizer.eos_id in got
+    assert got == stream[:len(got)] and len(stream) - len(got) == info.facts["num_dropped_tokens"] < CONTEXT_LENGTH
+    assert info.facts["num_documents"] == len(documents) and info.num_targets == len(got) - 1 and tokenizer.eos_id in got
     p = np.bincount(got[1:]) / (len(got) - 1)
-    assert info.unigram_entropy == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), rel=1e-12)
-    assert info.num_text_bytes == sum(len(d.read().encode()) for d in documents)
+    assert info.facts["unigram_entropy"] == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), rel=1e-12)
+    assert info.facts["num_text_bytes"] == sum(len(d.read().encode()) for d in documents)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -65,7 +65,7 @@ def test_plain_webdataset_reads_the_same_tokens(pristine, split):
     assert len(urls) > 1
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert len(samples) == len(opened) and len({s["__key__"] for s in samples}) == len(opened)
-    assert all(np.array_equal(s["tokens.npy"], opened.read(i)["tokens.npy"]) for i, s in enumerate(samples))
+    assert all(np.array_equal(s["tokens.npy"], opened.read(i)) for i, s in enumerate(samples))
 
 
 def test_wide_vocabularies_are_stored_in_32_bits():

@@ -1,0 +1,107 @@
+"""Damaged samples while training: set aside, replaced by the same neighbour on every machine, written down, and counted.
+
+A sample that cannot be read is replaced by the next one of its shard that can (of the next shards, if the whole shard is gone). So every
+rank keeps equal counts, and what replaces a sample does not depend on which process found it, nor on the number of processes. The list of
+known bad samples is part of a checkpoint: a resumed run replaces the same ones, even if the disk has recovered.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from .shards import SampleError, ShardError
+
+QUARANTINE_NAME = "quarantine.jsonl"
+MAX_TRIES = 1000        # replacements looked at before giving up
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One line of quarantine.jsonl: where the damage is and which sample stands in."""
+    split: str
+    sample_id: int
+    shard: str
+    key: str | None         # None and no offset: the whole shard
+    offset: int | None
+    reason: str
+    replaced_by: int
+
+
+def read_or_replace(split, sample_id: int, known: dict[int, BadSample]) -> np.ndarray:
+    """The sample, or what replaces it; new findings enter `known`. Raises DataError when nothing readable is near."""
+    if sample_id in known:
+        return read_or_replace(split, known[sample_id].replaced_by, known)
+    found: SampleError | ShardError | None = None
+    candidate = sample_id
+    for _ in range(MAX_TRIES):
+        try:
+            sequence = split.read(candidate)
+        except SampleError as error:
+            last, following = error, split.after(candidate)
+        except ShardError as error:
+            last, following = error, split.after_shard_of(candidate)
+        else:
+            if found is not None:
+                known[sample_id] = _record(split, sample_id, found, candidate)
+            return sequence
+        found, candidate = found or last, following
+        if candidate == sample_id:
+            break
+    raise DataError(f"{found}; and no sample after it can be read either")
+
+
+def _record(split, sample_id: int, error: SampleError | ShardError, replaced_by: int) -> BadSample:
+    return BadSample(split=split.split, sample_id=sample_id, shard=str(error.path), key=getattr(error, "key", None),
+                     offset=getattr(error, "offset", None), reason=error.reason, replaced_by=replaced_by)
+
+
+class Quarantine:
+    """The bad samples of a run, all ranks together, and the file that lists them (written by rank 0)."""
+
+    def __init__(self, folder: Path, *, limit: int, is_main: bool):
+        self.path, self.limit, self.is_main = folder / QUARANTINE_NAME, limit, is_main
+        self.bad: dict[tuple[str, int], BadSample] = {}
+
+    def add(self, found: Iterable[BadSample]) -> list[BadSample]:
+        """Those that are new, written down. Every rank must be given the same."""
+        new = [bad for bad in sorted(found, key=lambda b: (b.split, b.sample_id)) if (bad.split, bad.sample_id) not in self.bad]
+        new = list({(bad.split, bad.sample_id): bad for bad in new}.values())
+        self.bad.update({(bad.split, bad.sample_id): bad for bad in new})
+        if self.is_main and new:
+            written = self._written()
+            with self.path.open("a", encoding="utf-8") as file:
+                for bad in new:
+                    if (bad.split, bad.sample_id) not in written:
+                        file.write(json.dumps(asdict(bad)) + "\n")
+        return new
+
+    def known(self, split: str) -> dict[int, BadSample]:
+        return {sample_id: bad for (name, sample_id), bad in self.bad.items() if name == split}
+
+    @property
+    def exceeded(self) -> bool:
+        return len(self.bad) > self.limit
+
+    def state_dict(self) -> list[dict]:
+        return [asdict(bad) for bad in self.bad.values()]
+
+    def load_state_dict(self, values: list[dict]) -> None:
+        self.bad = {(bad["split"], bad["sample_id"]): BadSample(**bad) for bad in values}
+
+    def _written(self) -> set[tuple[str, int]]:
+        """What an earlier attempt of this run wrote before it was killed."""
+        if not self.path.exists():
+            return set()
+        entries = set()
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                value = json.loads(line)
+                entries.add((value["split"], value["sample_id"]))
+            except (ValueError, KeyError, TypeError):
+                continue        # a line that was being written when the process was killed
+        return entries

@@ -1,0 +1,156 @@
+"""Streaming shards that cannot be read at random: `pipe:` commands, and URLs through fsspec. A weaker promise than the index gives.
+
+What holds: within a pass over the list every shard is read once, by one rank, in an order permuted per pass by the seed; damaged samples are
+never given out by half, and what is lost with a damaged shard is written to quarantine.jsonl. A resumed run goes on with shards that
+nobody had begun.
+What does not hold: the batches depend on the number of processes; what was left of the shards in progress at a stop is skipped until
+the next pass; a damaged sample has no fixed replacement.
+"""
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, DataError
+from . import tar
+from .loader import Batch, check_context, to_tensor
+from .manifest import Manifest
+from .order import permutation
+from .quarantine import BadSample
+
+_KEY = 0x6562776D5F737472
+_SHUFFLE = 1
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MAX_EMPTY_SHARDS = 100      # shards in a row without a whole sample before giving up
+
+
+class StreamLoader:
+    """An endless iterator over this rank's micro batches, with BatchLoader's interface.
+
+    shards: URLs, `pipe:COMMAND` (run by a shell: they are the user's own), paths; {000..127} stands for a range.  manifest: what the samples
+    are.  buffer: samples shuffled together.  first_shard: where in the order of shards to start.  Raises ConfigError for fewer shards than
+    ranks, DataError from next() when shard after shard is unreadable.
+    """
+
+    def __init__(self, shards: Sequence[str], manifest: Manifest, *, context_length: int, global_batch_size: int, micro_batch_size: int, rank: int,
+                 world_size: int, seed: int, buffer: int, first_step: int = 0, first_shard: int = 0):
+        self.shards = [url for pattern in shards for url in expand(pattern)]
+        if len(self.shards) < world_size:
+            raise ConfigError(f"data.stream names {len(self.shards)} shards for {world_size} processes: each needs one of its own; make more shards, "
+                              "or use fewer processes")
+        check_context(manifest, context_length)
+        self.manifest, self.context_length, self.buffer, self.seed = manifest, context_length, buffer, seed
+        self.rank, self.world_size, self.first_shard = rank, world_size, first_shard
+        self.micro_batch_size, self.micro_batches_per_step = micro_batch_size, global_batch_size // world_size // micro_batch_size
+        self.global_batch_size, self.step, self.micro = global_batch_size, first_step, 0
+        self.next_shard = first_shard       # no rank has begun this one, nor any after it, as far as this rank knows
+        self.found: list[BadSample] = []
+        self._samples = self._shuffled()
+
+    def __iter__(self) -> StreamLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        taken = [next(self._samples) for _ in range(self.micro_batch_size)]
+        first = self.step * self.global_batch_size + self.rank * (self.global_batch_size // self.world_size) + self.micro * self.micro_batch_size
+        self.micro += 1
+        if self.micro == self.micro_batches_per_step:
+            self.step, self.micro = self.step + 1, 0
+        return Batch(sequences=to_tensor(np.stack([sequence for _, sequence in taken])),
+                     sample_ids=torch.tensor([sample_id for sample_id, _ in taken]),
+                     positions=torch.arange(first, first + self.micro_batch_size))
+
+    def close(self) -> None:
+        self._samples.close()
+
+    def _shuffled(self) -> Iterator[tuple[int, np.ndarray]]:
+        """A buffer from which a random sample leaves when one enters; what leaves is decided by a counter, not by a generator's history."""
+        buffer: list[tuple[int, np.ndarray]] = []
+        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, _KEY], dtype=np.uint64),
+                                                         counter=np.array([0, self.first_shard, self.rank, _SHUFFLE], dtype=np.uint64)))
+        for item in self._in_order():
+            if len(buffer) < self.buffer:
+                buffer.append(item)
+                continue
+            place = int(generator.integers(len(buffer)))
+            buffer[place], leaving = item, buffer[place]
+            yield leaving
+
+    def _in_order(self) -> Iterator[tuple[int, np.ndarray]]:
+        position, empty = self.first_shard + self.rank, 0
+        while True:
+            self.next_shard = position - self.rank + self.world_size
+            epoch, inside = divmod(position, len(self.shards))
+            number = int(permutation(len(self.shards), self.seed, (0, 0, epoch, 0), key=_KEY)[inside])
+            count = 0
+            for item in self._of_shard(number):
+                count += 1
+                yield item
+            empty = 0 if count else empty + 1
+            if empty == MAX_EMPTY_SHARDS:
+                raise DataError(f"{self.shards[number]}: the {empty}th shard in a row without a whole sample ({self.found[-1].reason}); check the network and the shards")
+            position += self.world_size
+
+    def _of_shard(self, number: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(sample id, sequence) of each whole sample; what is damaged goes on the list."""
+        url, row = self.shards[number], 0
+        content, names = self.manifest.content, set(self.manifest.content.fields(self.manifest.block_length))
+        try:
+            with open_shard(url) as stream:
+                for key, fields in tar.samples(stream, url):
+                    sample_id = (number << 32) + row
+                    row += 1
+                    offset = min(member.offset for member in fields.values())
+                    missing = names - fields.keys()
+                    try:
+                        if missing:
+                            raise ValueError(f"has no {', '.join(sorted(missing))}")
+                        sequence = content.decode({name: fields[name].content for name in names}, self.manifest.block_length)
+                    except ValueError as error:
+                        self._bad(url, sample_id, key, offset, str(error))
+                        continue
+                    yield sample_id, sequence[:self.context_length + 1]
+        except (DataError, OSError, EOFError, zlib.error) as error:
+            self._bad(url, (number << 32) + row, None, None, " ".join(str(error).split()) or type(error).__name__)
+
+    def _bad(self, url: str, sample_id: int, key: str | None, offset: int | None, reason: str) -> None:
+        self.found.append(BadSample(split="train", sample_id=sample_id, shard=url, key=key, offset=offset, reason=reason, replaced_by=-1))
+
+
+def expand(pattern: str) -> list[str]:
+    """a-{000..002}.tar -> a-000.tar, a-001.tar, a-002.tar."""
+    match = _RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    return [url for i in range(int(first), int(last) + 1)
+            for url in expand(f"{pattern[:match.start()]}{i:0{len(first)}d}{pattern[match.end():]}")]
+
+
+@contextlib.contextmanager
+def open_shard(url: str) -> Iterator[BinaryIO]:
+    """The bytes of a shard, to be read once; OSError if it cannot be opened, DataError if its command fails."""
+    if url.startswith("pipe:"):
+        process = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
+        finished = False
+        try:
+            yield process.stdout
+            finished = True
+        finally:
+            process.stdout.close()
+            if not finished:
+                process.kill()
+            code = process.wait()
+        if code not in (0, -13, 141):           # closing before its end gives SIGPIPE: the archive's end mark had been read
+            raise DataError(f"{url}: the command ended with exit code {code}")
+        return
+    import fsspec
+    with fsspec.open(url, "rb") as stream:
+        yield stream
