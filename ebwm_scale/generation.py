@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .data.mixing import MixedSplit
+from .data.tokenizer import Tokenizer
 from .draws import SampledDraws
 from .model.world_model import WorldModel
 from .noise import NoiseSource
@@ -35,6 +37,15 @@ def candidate_energies(model: WorldModel, tokens: Tensor, candidates: Tensor) ->
     context = model.network.encode(observed, landscape)
     certain = model.state.weight[candidates][:, None].expand_as(observed)      # only the last position is read, and positions are separate
     return model.network.energy(model.predicted_rows(certain, observed), context, landscape)[:, -1].float()
+
+
+def samples_to_look_at(model: WorldModel, split, *, seed: int) -> dict[str, Any]:
+    """What samples.json holds beside the step: {"continuations": [...]} of text, {"clips": [...]} of video (generation_video.py)."""
+    split = split.parts[0] if isinstance(split, MixedSplit) else split
+    if split.manifest.modality == "video":
+        from .generation_video import sample_clips
+        return {"clips": sample_clips(model, split, seed=seed)}
+    return {"continuations": sample_continuations(model, Tokenizer(split.manifest.content.tokenizer_path), split, seed=seed)}
 
 
 def sample_continuations(model: WorldModel, tokenizer, split, *, seed: int, num_samples: int = 3, num_tokens: int = 24,

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from . import report_clips
+from .report_clips import clips_section
 from .report_plots import PALETTE, Plot, final_loss, losses_of, median, number, report_plots, show
 from .report_run import Check, Run, judge
 
@@ -80,6 +82,7 @@ def render(run: Run, baseline: Run | None) -> str:
         f"<h2>{escape(headline.title)}</h2>{_figure(headline, heading=False)}",
         f'<h2>How it trained</h2><div class="grid">{"".join(_figure(plot) for plot in plots)}</div>',
         _continuations(run),
+        clips_section(run.samples, refines=run.refines),
         f'<h2>Facts</h2><div class="card scroll">{_facts(run, baseline)}</div>',
         f'<h2>Details</h2><div class="card">{_validation_table(run)}{_configuration(run)}{_events(run)}</div>',
         f'<p class="small muted" style="margin-top:24px">Written {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by ebwm_scale.report.</p>',
@@ -87,7 +90,7 @@ def render(run: Run, baseline: Run | None) -> str:
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><title>{escape(answer)} – {escape(run.name)}</title>'
-            f"<style>:root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{CSS}</style></head>\n"
+            f"<style>:root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{CSS}{report_clips.CSS}</style></head>\n"
             f"<body><main>\n{chr(10).join(part for part in parts if part)}\n</main></body></html>\n")
 
 
@@ -193,6 +196,7 @@ def _facts(run: Run, baseline: Run | None) -> str:
         facts += [("Seen in training", f"{int(last[f'{unit}_seen']):,} {unit}") for unit in ("tokens", "frames")
                   if math.isfinite(number(last.get(f"{unit}_seen")))]
         for name, key, unit in (("Median step time", "step_time_s", "s"), ("Median throughput", "tokens_per_s", "tokens per second"),
+                                ("Median throughput", "frames_per_s", "frames per second"),
                                 ("Model compute", "model_tflops", "TFLOP/s")):
             value = median(run.training, key)
             facts.append((name, f"{show(value)} {unit}" if value == value else ""))
@@ -205,8 +209,9 @@ def _facts(run: Run, baseline: Run | None) -> str:
         if finite:
             best = min(finite, key=final_loss)
             facts.append(("Lowest validation loss", f"{show(final_loss(best))} at step {best['step']:,}"))
-        count = run.validation[-1].get("num_tokens")
-        facts.append(("Validation", f"{count:,} tokens" if isinstance(count, int) else ""))
+        for unit in ("tokens", "frames"):
+            count = run.validation[-1].get(f"num_{unit}")
+            facts.append(("Validation", f"{count:,} {unit}" if isinstance(count, int) else ""))
     if baseline:
         facts.append(("Compared with", f"{baseline.name} ({baseline.label}, {baseline.last_step:,} steps)"))
     rows = "".join(f'<tr><th scope="row">{escape(str(name))}</th><td>{escape(str(value))}</td></tr>'
@@ -230,12 +235,15 @@ def _validation_table(run: Run) -> str:
     shown = [row for i, row in enumerate(reversed(rows)) if i % stride == 0][::-1]
     count = max(len(losses_of(row)) for row in shown)
     heads = ["training step"] + ["initial state"] * run.refines
-    heads += [f"after step {i + 1}" if run.refines else "loss" for i in range(count)] + ["perplexity"] * run.is_text
+    heads += [f"after step {i + 1}" if run.refines else "loss" for i in range(count)]
+    more = {"perplexity": "perplexity"} if run.is_text else {"copying the last frame": "copy_last_loss", "going straight on": "linear_loss"}
+    heads += more
     body = []
     for row in shown:
         losses = losses_of(row)
         body.append([f"{row['step']:,}"] + [_cell(row.get("initial_loss"))] * run.refines
-                    + [_cell(losses[i]) if i < len(losses) else "–" for i in range(count)] + [_cell(row.get("perplexity"))] * run.is_text)
+                    + [_cell(losses[i]) if i < len(losses) else "–" for i in range(count)]
+                    + [_cell(row.get(key)) for key in more.values()])
     every = f", one of {stride}" if stride > 1 else ""
     return _folded(f"Validation numbers ({len(rows):,} evaluations{every})", _table(heads, body, numeric=set(heads)))
 

@@ -208,13 +208,14 @@ def _against_reference(run: Run) -> Check:
 
 
 def _against_initial(run: Run) -> Check:
-    claim = "Refinement turns noise into a prediction"
+    start = {"most_recent": "the last frame", "zeros": "zeros"}.get(run.setting("state", "initial"), "noise")
+    claim = f"Refinement turns {start} into a prediction"
     row = run.validation[-1] if run.validation else {}
     loss, initial = final_loss(row), number(row.get("initial_loss"))
     if not math.isfinite(loss) or not math.isfinite(initial):
         return _unknown(claim, "no validation row with a finite loss and initial_loss yet")
     return Check("yes" if loss < initial else "no", claim, show_change(loss - initial) + " nats" * run.is_text,
-                 f"initial random state {show(initial)}, after the last refinement step {show(loss)}")
+                 f"initial state {show(initial)}, after the last refinement step {show(loss)}")
 
 
 def _against_first_step(run: Run) -> Check:

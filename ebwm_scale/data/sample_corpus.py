@@ -1,40 +1,25 @@
 """The sample corpus: English documentation text (640 files, 6.1 MB) out of the source archive of django 5.2.8.
 
 The archive is fetched with the running interpreter's pip, its sha256 is pinned, and only docs/**/*.txt and the licence
-(BSD-3-Clause) are copied out of it. Nothing in it is executed: pip insists on the metadata of a source archive, and
-would install build tools and run the archive's setup to get it; a stand-in for those tools answers instead.
+(BSD-3-Clause) are copied out of it. Nothing in it is executed (fetching.py).
 """
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
 from ..errors import DataError
 from .documents import Report
-from .manifest import file_sha256
+from .fetching import package_file
 from .writer import refuse_foreign_files, staged_folder
 
 NAME, VERSION = "django", "5.2.8"
 ARCHIVE_NAME = f"{NAME}-{VERSION}.tar.gz"
 ARCHIVE_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
 MARKER = ".complete.json"
-_TIMEOUT_S = 300
-
-_BUILD_STAND_IN = f'''
-import os
-
-def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-    name = "{NAME}-{VERSION}.dist-info"
-    os.mkdir(os.path.join(metadata_directory, name))
-    with open(os.path.join(metadata_directory, name, "METADATA"), "w") as file:
-        file.write("Metadata-Version: 2.1\\nName: {NAME}\\nVersion: {VERSION}\\n")
-    return name
-'''
+_INSTEAD = "skip this corpus: tools/make_text_shards.py takes any folder of text"
 
 
 def fetch_sample_corpus(output: str | Path, *, archive: str | Path | None = None, archive_sha256: str = ARCHIVE_SHA256,
@@ -52,11 +37,8 @@ def fetch_sample_corpus(output: str | Path, *, archive: str | Path | None = None
             report(f"already there: {output}")
             return output
         with tempfile.TemporaryDirectory() as scratch:
-            path = _given(Path(archive)) if archive is not None else _download(Path(scratch), report)
-            found = file_sha256(path)
-            if found != archive_sha256:
-                raise DataError(f"{path}: sha256 is {found}, not the pinned {archive_sha256}: the archive was damaged or changed; "
-                                "delete it and fetch again, or train on any folder of text of your own")
+            path = package_file(archive, Path(scratch), name=NAME, version=VERSION, file_name=ARCHIVE_NAME, sha256=archive_sha256, size="10.8 MB",
+                                is_source=True, instead=_INSTEAD, report=report)
             num_files, num_bytes = extract_documents(path, staging)
         (staging / MARKER).write_text(json.dumps({"archive": ARCHIVE_NAME, "archive_sha256": archive_sha256, "num_files": num_files,
                                                   "num_bytes": num_bytes, "licence": "BSD-3-Clause, see LICENSE"}) + "\n", encoding="utf-8")
@@ -99,35 +81,3 @@ def _complete(output: Path, archive_sha256: str) -> bool:
         return marker["archive_sha256"] == archive_sha256 and len(list((output / "docs").rglob("*.txt"))) == marker["num_files"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _given(archive: Path) -> Path:
-    path = archive / ARCHIVE_NAME if archive.is_dir() else archive
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; give {ARCHIVE_NAME} or the folder it is in, or leave the archive out to download it")
-    return path
-
-
-def _download(folder: Path, report: Report) -> Path:
-    report(f"fetching {ARCHIVE_NAME} (10.8 MB) with pip ...")
-    stand_in = folder / "stand_in" / "setuptools"
-    stand_in.mkdir(parents=True)
-    (stand_in / "__init__.py").write_text("")
-    (stand_in / "build_meta.py").write_text(_BUILD_STAND_IN)
-    (folder / "requirements.txt").write_text(f"{NAME}=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n")
-    paths = [str(stand_in.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "2", "--timeout", "20",
-               "--no-deps", "--no-binary", NAME, "--no-build-isolation", "--require-hashes",
-               "--requirement", str(folder / "requirements.txt"), "--dest", str(folder)]
-    try:
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True,
-                              timeout=_TIMEOUT_S)
-        lines = done.stderr.splitlines()
-        reasons = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["it gave no reason"]
-        reason = reasons[-1].removeprefix("ERROR:").strip()
-    except subprocess.TimeoutExpired:
-        reason = f"no answer within {_TIMEOUT_S} s"
-    if not (folder / ARCHIVE_NAME).is_file():
-        raise DataError(f"{ARCHIVE_NAME}: pip could not fetch it ({reason}); without a network, give a copy with --archive, or skip this "
-                        "corpus: tools/make_text_shards.py takes any folder of text")
-    return folder / ARCHIVE_NAME

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import DataError
+from .content import CLIP_FIELD
 from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes, load_manifest
 from .order import SampleOrder
 from .writer import INDEX_VERSION
@@ -92,8 +93,9 @@ class ShardedSplit:
         return self.info.num_targets
 
     def evaluated(self, max_samples: int) -> np.ndarray:
-        """The sample ids that evaluation takes: the first ones."""
-        return np.arange(min(max_samples, len(self)), dtype=np.int64)
+        """The sample ids that evaluation takes: the first ones of text, whose documents are shuffled; of clips, evenly spaced ones."""
+        count = min(max_samples, len(self))
+        return np.arange(count, dtype=np.int64) if self.manifest.modality == "text" else np.arange(count, dtype=np.int64) * len(self) // count
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(shard number, number inside the shard); IndexError outside 0 .. len - 1."""
@@ -133,6 +135,14 @@ class ShardedSplit:
                 raise where(f"checksum is {zlib.crc32(part):08x}, the index says {crc32:08x}: damaged", name, offset, size)
             result[name] = part
         return result, where
+
+    def about(self, sample_id: int) -> dict[str, Any]:
+        """What a video sample says of itself: video, start_s, crop."""
+        fields, where = self.read_fields(sample_id)
+        try:
+            return json.loads(fields[CLIP_FIELD])
+        except (KeyError, ValueError) as error:
+            raise where(f"no readable {CLIP_FIELD} ({error})") from None
 
     def order(self, *, seed: int, window_shards: int) -> SampleOrder:
         """The order in which training takes the samples."""

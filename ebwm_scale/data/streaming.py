@@ -139,17 +139,22 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
     """The bytes of a shard, to be read once; OSError if it cannot be opened, DataError if its command fails."""
     if url.startswith("pipe:"):
         process = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
-        finished = False
+        problem: BaseException | None = None
         try:
             yield process.stdout
-            finished = True
+        except DataError as error:
+            problem = error
         finally:
             process.stdout.close()
-            if not finished:
+            try:
+                code = process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
                 process.kill()
-            code = process.wait()
+                code = process.wait() if problem is None else 0
         if code not in (0, -13, 141):           # closing before its end gives SIGPIPE: the archive's end mark had been read
             raise DataError(f"{url}: the command ended with exit code {code}")
+        if problem is not None:
+            raise problem
         return
     import fsspec
     with fsspec.open(url, "rb") as stream:

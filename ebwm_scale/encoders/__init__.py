@@ -34,6 +34,9 @@ class FrameEncoder(Protocol):
     def decode(self, embeddings: Tensor) -> Tensor | None:
         """float32 (n, dimension) -> uint8 (n, height, width, 3); None where an encoder cannot."""
 
+    def groups(self) -> Tensor:
+        """int64 (dimension,): which numbers of an embedding are of one kind, and are standardised alike: a channel at every place."""
+
     def parameters(self) -> dict[str, Tensor]:
         """Fitted tensors, empty where the weights are someone else's files."""
 

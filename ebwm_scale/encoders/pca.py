@@ -38,6 +38,9 @@ class PcaEncoder:
         frames = patches.view(-1, rows, columns, self.patch, self.patch, 3).permute(0, 1, 3, 2, 4, 5).reshape(-1, self.height, self.width, 3)
         return (frames * 255).round().clamp(0, 255).to(torch.uint8)
 
+    def groups(self) -> Tensor:
+        return torch.arange(self.components).repeat(self.dimension // self.components)
+
     def parameters(self) -> dict[str, Tensor]:
         return {"mean": self.mean.cpu(), "basis": self.basis.cpu().contiguous(), "scale": self.scale.cpu()}
 

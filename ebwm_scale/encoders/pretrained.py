@@ -59,6 +59,10 @@ class Pretrained:
     def decode(self, embeddings: Tensor) -> Tensor | None:
         return None
 
+    def groups(self) -> Tensor:
+        """Features are of kinds of their own; maps (channels, height, width) are alike within a channel."""
+        return torch.arange(self.dimension)
+
     def parameters(self) -> dict[str, Tensor]:
         return {}
 
@@ -84,6 +88,10 @@ class SdVae(Pretrained):
         latents = self.model.encode(images).latent_dist.mean
         self.latent_shape = latents.shape[1:]
         return latents.flatten(1)
+
+    def groups(self) -> Tensor:
+        channels = self.latent_shape[0]
+        return torch.arange(channels).repeat_interleave(self.dimension // channels)
 
     @torch.no_grad()
     def decode(self, embeddings: Tensor) -> Tensor:
@@ -136,6 +144,10 @@ class EfficientNetLite(Pretrained):
 
     def features(self, images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(self.model.extract_features(images), self.settings["grid"]).flatten(1)
+
+    def groups(self) -> Tensor:
+        cells = self.settings["grid"] ** 2
+        return torch.arange(self.dimension // cells).repeat_interleave(cells)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 
-from ebwm_scale.data import sample_corpus
+from ebwm_scale.data import fetching, sample_corpus
 from ebwm_scale.data.manifest import file_sha256
 from ebwm_scale.data.sample_corpus import ARCHIVE_NAME, fetch_sample_corpus
 from ebwm_scale.errors import DataError
@@ -56,7 +56,7 @@ def test_second_run_needs_neither_network_nor_archive(tmp_path, monkeypatch):
     digest, said = file_sha256(archive), []
     fetch(tmp_path / "corpus", tmp_path)          # the folder of the archive does as well
     archive.unlink()
-    monkeypatch.setattr(sample_corpus.subprocess, "run", lambda *a, **k: pytest.fail("went to the network"))
+    monkeypatch.setattr(fetching.subprocess, "run", lambda *a, **k: pytest.fail("went to the network"))
     assert fetch_sample_corpus(tmp_path / "corpus", archive_sha256=digest, report=said.append) == tmp_path / "corpus"
     assert "already there" in said[0]
 
@@ -106,7 +106,7 @@ def test_without_a_network_the_error_says_what_to_do_instead(tmp_path, monkeypat
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\nlast words")
 
-    monkeypatch.setattr(sample_corpus.subprocess, "run", no_network)
+    monkeypatch.setattr(fetching.subprocess, "run", no_network)
     with pytest.raises(DataError, match=r"No matching distribution found.*--archive.*any folder of text") as error:
         fetch_sample_corpus(tmp_path / "corpus")
     assert "\n" not in str(error.value) and "--require-hashes" in commands[0]
