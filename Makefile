@@ -1,5 +1,6 @@
 # From nothing but python3, make and a package index:
 #   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
+#   make quickstart-video    the same for video, on three short real clips
 #   make test         environment and every test that this machine can run, in WORKERS processes of one thread each
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,11 +9,14 @@ RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 2
 
-.PHONY: quickstart test soak clean
+.PHONY: quickstart quickstart-video test soak clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
-	@$(BIN)/python tools/quickstart.py --runs "$(RUNS)" --data "$(DATA)"
+	@$(BIN)/python tools/quickstart.py text --runs "$(RUNS)" --data "$(DATA)"
+
+quickstart-video: $(VENV)/.installed-video
+	@$(BIN)/python tools/quickstart.py video --runs "$(RUNS)" --data "$(DATA)"
 
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
@@ -27,8 +31,12 @@ $(VENV)/.installed: setup.py constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable .
 	@touch $@
 
+$(VENV)/.installed-video: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[video]"
+	@touch $@
+
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking,video]"
 	@touch $@
 
 clean:

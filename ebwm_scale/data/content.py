@@ -54,10 +54,14 @@ class TextContent:
     def decode(self, fields: Mapping[str, bytes], block_length: int) -> np.ndarray:
         """The sequence of a sample; ValueError says what it is instead."""
         tokens = _npy(fields["tokens.npy"])
-        if tokens.shape != (block_length,) or tokens.dtype.kind != "u" or int(tokens.max()) >= self.vocabulary_size:
-            raise ValueError(f"holds {tokens.dtype} {tokens.shape} up to {tokens.max(initial=0)}: expected unsigned integers "
-                             f"({block_length},) below the vocabulary size {self.vocabulary_size}")
+        if tokens.shape != (block_length,) or tokens.dtype.kind != "u":
+            raise ValueError(f"holds {tokens.dtype} {tokens.shape}: expected unsigned integers ({block_length},)")
         return tokens
+
+    def problem(self, sequences: np.ndarray) -> str | None:
+        """What is wrong with the values of decoded sequences, one or a batch."""
+        highest = int(sequences.max())
+        return None if highest < self.vocabulary_size else f"holds token {highest}: must be below the vocabulary size {self.vocabulary_size}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +102,14 @@ class VideoContent:
                 raise ValueError(f"holds frames {frames.shape[1:]}: expected {(self.height, self.width, 3)}")
             return frames
         frames = _npy(fields["frames.npy"])
-        if frames.shape != (block_length, self.dimension) or frames.dtype.kind != "f" or not np.isfinite(frames).all():
-            raise ValueError(f"holds {frames.dtype} {frames.shape}: expected finite floats {(block_length, self.dimension)}")
+        if frames.shape != (block_length, self.dimension) or frames.dtype.kind != "f":
+            raise ValueError(f"holds {frames.dtype} {frames.shape}: expected floats {(block_length, self.dimension)}")
         return frames
+
+    def problem(self, sequences: np.ndarray) -> str | None:
+        """What is wrong with the values of decoded sequences, one or a batch."""
+        finite = sequences.dtype == np.uint8 or np.isfinite(sequences).all()
+        return None if finite else "holds numbers that are not finite"
 
 
 def field_names(stored: str, block_length: int) -> tuple[str, ...]:
@@ -136,19 +145,20 @@ def _pillow():
 
 def _npy(content: bytes) -> np.ndarray:
     try:
-        dtype, shape, start = _npy_header(content[:_NPY_HEADER_BYTES])
-        return np.frombuffer(content, dtype, count=math.prod(shape), offset=start).reshape(shape)
+        dtype, shape, start, count = _npy_header(content[:_NPY_HEADER_BYTES])
+        array = np.frombuffer(content, dtype, count, start)
+        return array if len(shape) == 1 else array.reshape(shape)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"not a .npy array ({' '.join(str(error).split())})") from None
 
 
 @functools.lru_cache(maxsize=16)
-def _npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
-    """(dtype, shape, where the data starts) of a .npy file; cached, because parsing it took most of the time of a read."""
+def _npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, where the data starts, how many numbers) of a .npy file; cached, because parsing it took most of the time of a read."""
     stream = io.BytesIO(content)
     if np.lib.format.read_magic(stream) != (1, 0):
         raise ValueError("not version 1.0 of the format")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
     if fortran_order or dtype.hasobject:
         raise ValueError("objects or Fortran order")
-    return dtype, shape, stream.tell()
+    return dtype, shape, stream.tell(), math.prod(shape)

@@ -175,6 +175,9 @@ class _Reader(Dataset):
         before = dict(self.known_bad)
         try:
             sequences = np.stack([read_or_replace(self.split, int(i), self.known_bad)[:self.context_length + 1] for i in sample_ids])
+            problem = self.split.manifest.content.problem(sequences)
+            if problem is not None:         # checksums are right, so the dataset was made wrong
+                raise DataError(f"{self.split.manifest.path}: one of the samples {sample_ids.tolist()} {problem}; find it with tools/verify_shards.py")
         except UserError as error:
             sequences = error
         return sequences, sample_ids, positions, [bad for i, bad in self.known_bad.items() if before.get(i) != bad]

@@ -9,6 +9,8 @@ line with the shard, the sample's key and byte offset, what is wrong and what to
 """
 from __future__ import annotations
 
+import bisect
+import functools
 import hashlib
 import json
 import os
@@ -69,6 +71,20 @@ class ShardIndex:
     fields: dict[str, Field]
     num_targets: list[int]
 
+    @functools.cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first byte, end) of each sample: of all its fields together."""
+        first = np.min([field.offsets for field in self.fields.values()], axis=0)
+        end = np.max([field.offsets + field.sizes for field in self.fields.values()], axis=0)
+        return list(zip(first.tolist(), end.tolist()))
+
+    @functools.cached_property
+    def places(self) -> list[tuple[tuple[str, int, int, int], ...]]:
+        """((field, offset, size, crc32), ...) of each sample, as plain numbers: taking them out of arrays cost more than reading the file."""
+        columns = [list(zip([name] * len(self.keys), field.offsets.tolist(), field.sizes.tolist(), field.crc32.tolist()))
+                   for name, field in self.fields.items()]
+        return list(zip(*columns))
+
 
 class ShardedSplit:
     """The samples 0 .. len - 1 of one split, in the manifest's order. Safe to fork and to pickle: files open on first use."""
@@ -77,11 +93,11 @@ class ShardedSplit:
         self.manifest, self.split = manifest, split
         self.info: SplitInfo = manifest.splits[split]
         self.samples_per_shard = [shard.num_samples for shard in self.info.shards]
-        self._ends = np.cumsum(self.samples_per_shard)
-        self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
+        self._ends: list[int] = np.cumsum(self.samples_per_shard).tolist()
+        self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()     # the oldest is closed when there are too many
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @property
     def fingerprint(self) -> str:
@@ -99,50 +115,50 @@ class ShardedSplit:
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(shard number, number inside the shard); IndexError outside 0 .. len - 1."""
-        if not 0 <= sample_id < len(self):
+        if not 0 <= sample_id < self._ends[-1]:
             raise IndexError(f"sample {sample_id} of a split with {len(self)}")
-        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
-        return shard, int(sample_id - self._ends[shard] + self.samples_per_shard[shard])
+        shard = bisect.bisect_right(self._ends, sample_id)
+        return shard, sample_id - self._ends[shard] + self.samples_per_shard[shard]
 
     def read(self, sample_id: int) -> np.ndarray:
         """The states of a sample (block_length, ...) as stored; SampleError if it is damaged, ShardError if its whole shard is out of reach."""
-        fields, where = self.read_fields(sample_id)
+        fields = self.read_fields(sample_id)
         try:
             return self.manifest.content.decode(fields, self.manifest.block_length)
         except ValueError as error:
-            raise where(str(error)) from None
+            raise self._error(sample_id, str(error)) from None
 
-    def read_fields(self, sample_id: int) -> tuple[dict[str, bytes], Callable[[str], SampleError]]:
-        """The checked bytes of each field of a sample, and what makes an error about it."""
+    def read_fields(self, sample_id: int) -> dict[str, bytes]:
+        """The checked bytes of each field of a sample. Raises like read."""
         number, row = self.locate(sample_id)
-        descriptor, index = self._shard(number)
-        path, result = self.manifest.folder / self.info.shards[number].path, {}
-        places = [(name, int(field.offsets[row]), int(field.sizes[row]), int(field.crc32[row])) for name, field in index.fields.items()]
-        first, end = min(p[1] for p in places), max(p[1] + p[2] for p in places)
-
-        def where(reason: str, name: str = "", offset: int = first, size: int = end - first) -> SampleError:
-            return SampleError(path, index.keys[row], offset, reason, sample_id, name, size)
-
+        descriptor, index = self._open.get(number) or self._shard(number)
+        first, end = index.spans[row]
         try:
             content = os.pread(descriptor, end - first, first)      # the fields of a sample stand together
         except OSError as error:
-            raise where(f"cannot be read: {error.strerror}; check the disk") from None
-        for name, offset, size, crc32 in places:
-            part = content[offset - first:offset - first + size]
-            if len(part) != size:
-                raise where(f"the shard ends after {len(part)} of them: truncated", name, offset, size)
-            if zlib.crc32(part) != crc32:
-                raise where(f"checksum is {zlib.crc32(part):08x}, the index says {crc32:08x}: damaged", name, offset, size)
-            result[name] = part
-        return result, where
+            raise self._error(sample_id, f"cannot be read: {error.strerror}; check the disk") from None
+        fields = {}
+        for name, offset, size, crc32 in index.places[row]:
+            part = content if size == end - first else content[offset - first:offset - first + size]
+            if zlib.crc32(part) != crc32 or len(part) != size:
+                what = f"the shard ends after {len(part)} of them: truncated" if len(part) != size else \
+                    f"checksum is {zlib.crc32(part):08x}, the index says {crc32:08x}: damaged"
+                raise self._error(sample_id, what, (name, offset, size))
+            fields[name] = part
+        return fields
+
+    def _error(self, sample_id: int, reason: str, place: tuple[str, int, int] | None = None) -> SampleError:
+        number, row = self.locate(sample_id)
+        index = self._open[number][1]
+        name, offset, size = place or ("", index.spans[row][0], index.spans[row][1] - index.spans[row][0])
+        return SampleError(self.manifest.folder / self.info.shards[number].path, index.keys[row], offset, reason, sample_id, name, size)
 
     def about(self, sample_id: int) -> dict[str, Any]:
         """What a video sample says of itself: video, start_s, crop."""
-        fields, where = self.read_fields(sample_id)
         try:
-            return json.loads(fields[CLIP_FIELD])
+            return json.loads(self.read_fields(sample_id)[CLIP_FIELD])
         except (KeyError, ValueError) as error:
-            raise where(f"no readable {CLIP_FIELD} ({error})") from None
+            raise self._error(sample_id, f"no readable {CLIP_FIELD} ({error})") from None
 
     def order(self, *, seed: int, window_shards: int) -> SampleOrder:
         """The order in which training takes the samples."""
@@ -154,7 +170,7 @@ class ShardedSplit:
 
     def after_shard_of(self, sample_id: int) -> int:
         """The first sample of the shard after this one's, counted around."""
-        return int(self._ends[self.locate(sample_id)[0]]) % len(self)
+        return self._ends[self.locate(sample_id)[0]] % len(self)
 
     def close(self) -> None:
         """Close the files; they open again when needed."""
@@ -169,9 +185,6 @@ class ShardedSplit:
             self.close()
 
     def _shard(self, number: int) -> tuple[int, ShardIndex]:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
         shard = self.info.shards[number]
         path = self.manifest.folder / shard.path
         try:

@@ -113,6 +113,8 @@ class StreamLoader:
                         if missing:
                             raise ValueError(f"has no {', '.join(sorted(missing))}")
                         sequence = content.decode({name: fields[name].content for name in names}, self.manifest.block_length)
+                        if (problem := content.problem(sequence)) is not None:
+                            raise ValueError(problem)
                     except ValueError as error:
                         self._bad(url, sample_id, key, offset, str(error))
                         continue

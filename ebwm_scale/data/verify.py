@@ -40,7 +40,9 @@ def _shard_problems(manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, 
     problems = []
     for row in range(shard.num_samples):
         try:
-            reader.read(first_id + row)
+            problem = manifest.content.problem(reader.read(first_id + row))
+            if problem is not None:
+                problems.append(f"{path}: sample {index.keys[row]} (offset {index.spans[row][0]}): {problem}")
         except DataError as error:
             problems.append(str(error))
     try:

@@ -118,10 +118,10 @@ class TimmBackbone(Pretrained):
     name = "timm"
 
     def load(self) -> nn.Module:
-        import timm
         if "model" not in self.settings:
             raise DataError("the encoder timm needs the name of a model; give --encoder-model, for example vit_small_patch14_dinov2.lvd142m")
         try:
+            import timm         # a torchvision that does not fit torch fails here, as a RuntimeError
             model = timm.create_model(self.settings["model"], pretrained=False, num_classes=0, checkpoint_path=str(self.local("file")))
         except RuntimeError as error:
             raise DataError(f"timm: {' '.join(str(error).split())[:300]}") from None

@@ -97,7 +97,7 @@ class Runs:
 
     def rows(self, name: str) -> list[dict]:
         """Metric rows without what a clock or the machine writes."""
-        volatile = ("step_time_s", "tokens_per_s", "model_tflops", "mfu", "peak_memory_gib", "eta_s")
+        volatile = ("step_time_s", "tokens_per_s", "frames_per_s", "model_tflops", "mfu", "peak_memory_gib", "eta_s")
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
         return [{key: value for key, value in json.loads(line).items() if key not in volatile} for line in lines]
 
