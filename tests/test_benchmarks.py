@@ -40,3 +40,13 @@ def test_kernels_are_measured_against_pytorch_math_and_float64(tmp_path):
     assert written["rows"] == rows and {"command", "device", "torch", "commit"} <= set(written)
     assert "needs a GPU" in run("bench_kernels.py", "--device", "cpu", "--tune", expect=2)
     assert "multiple of the head dimensions" in run("bench_kernels.py", "--device", "cpu", "--hidden", "100", expect=2)
+
+
+def test_reading_is_measured_against_plain_webdataset_on_the_same_shards(tmp_path, monkeypatch):
+    sys.path.insert(0, str(TOOLS))
+    import bench_data
+    monkeypatch.setattr(bench_data, "rate", lambda read, seconds: [read() for _ in range(3)] and 3.0)
+    rows = [bench_data.measure(path, 0.01, 1) for path in bench_data.synthetic(tmp_path)]
+    assert [row["dataset"] for row in rows] == ["text", "jpeg", "embedding"]
+    assert all(row["indexed"]["samples_per_s"] == row["webdataset"]["samples_per_s"] == 3.0 and row["bytes_per_sample"] > 1000
+               and row["loader"]["2 workers"]["samples_per_s"] == 48 for row in rows)

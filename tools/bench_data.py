@@ -24,6 +24,7 @@ from ebwm_scale.data.manifest import load_manifest
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.data.writer import ShardWriter, write_manifest
 from ebwm_scale.errors import UserError
+from result_file import provenance
 
 
 def main() -> int:
@@ -45,8 +46,7 @@ def main() -> int:
     for row in rows:
         print(json.dumps(row), flush=True)
     if arguments.output:
-        from bench_step import environment
-        arguments.output.write_text(json.dumps(environment() | {"rows": rows}, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(provenance("webdataset", "numpy", "pillow") | {"rows": rows}, indent=1) + "\n")
     return 0
 
 

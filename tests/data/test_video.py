@@ -85,7 +85,7 @@ def test_clips_begin_every_stride_and_hold_frames_an_interval_apart(videos, tmp_
         about, frames = split.about(i), split.read(i)
         assert about["video"] == "v0.mp4" and about["start_s"] == 0.5 * i and frames.shape == (4, 16, 16, 3) and frames.dtype == np.uint8
     direct = {k: frame for _, k, frame in shown_at(videos / "v0.mp4", 0.25, [0.0])}
-    distances = {k: np.abs(split.read(1)[1].astype(int) - resize_and_crop(frame, 16, 16, 1)[0]).mean() for k, frame in direct.items()}
+    distances = {k: np.abs(split.read(1)[1].astype(int) - resize_and_crop(frame, 16, 16, 1)[0][1]).mean() for k, frame in direct.items()}
     assert min(distances, key=distances.get) == 3 and distances[3] < 5      # clip 1 starts at 0.5 s, its second frame is at 0.75 s
 
 
@@ -93,10 +93,16 @@ def test_windows_cover_the_frame(videos):
     frame = np.arange(24 * 40 * 3, dtype=np.uint32).reshape(24, 40, 3).astype(np.uint8)
     assert len(resize_and_crop(frame, 16, 16, 3, (1, 2))) == 3 + 2 * 6
     gradient = np.broadcast_to(np.arange(40, dtype=np.uint8)[None, :, None] * 6, (24, 40, 3))
-    left, middle, right = (w.mean() for w in resize_and_crop(gradient, 12, 12, 3))
+    left, middle, right = (w.mean() for _, w in resize_and_crop(gradient, 12, 12, 3))
     assert left < middle < right and middle == pytest.approx(gradient.mean(), abs=4)
     tall = resize_and_crop(np.swapaxes(gradient, 0, 1), 12, 12, 2)
-    assert tall[0].mean() < tall[1].mean()
+    assert tall[0][1].mean() < tall[1][1].mean()
+
+
+def test_further_zooms_add_windows_to_training_only(videos, tmp_path):
+    split = {name: open_split(build(videos, tmp_path / "d", crops=2, zooms=(1, 2), validation_fraction=0.3), name, verify="sizes") for name in ("train", "validation")}
+    windows = {name: {(split[name].about(i)["zoom"], split[name].about(i)["crop"]) for i in range(len(split[name]))} for name in split}
+    assert windows["validation"] == {(1, 0), (1, 1)} and windows["train"] == windows["validation"] | {(2, 2 + i) for i in range(8)}
 
 
 def test_embeddings_are_the_encoders_standardised_over_the_training_frames(built):
