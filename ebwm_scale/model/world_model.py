@@ -113,7 +113,7 @@ class WorldModel(nn.Module):
     @staticmethod
     def _over_all_positions(output: StepOutput, targets: Tensor) -> StepOutput:
         """Means over all positions, masked ones counting as 0: sums of micro-batches then do not depend on how a batch was cut."""
-        share = (targets != IGNORE).float().mean()
+        share = (targets != IGNORE).double().mean().to(output.loss.dtype)
         return replace(output, loss=output.loss * share, loss_per_step=output.loss_per_step * share,
                        initial_loss=None if output.initial_loss is None else output.initial_loss * share)
 

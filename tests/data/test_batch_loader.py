@@ -62,7 +62,19 @@ def test_world_size_and_accumulation_only_cut_the_global_batch(split, reference,
     assert all(torch.equal(a, b) for a, b in zip(steps_of(split, world_size=world_size, micro=micro), reference))
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+def test_thirty_two_ranks_take_the_batches_of_one(split):
+    def positions_and_ids(world_size):
+        loaders = [loader(split, rank=rank, world_size=world_size, global_batch_size=96) for rank in range(world_size)]
+        batches = [[next(one) for _ in range(2 * one.micro_batches_per_step)] for one in loaders]
+        half = 96 // world_size
+        taken = sorted((int(b.positions), int(b.sample_ids), tuple(b.sequences[0].tolist())) for rank in batches for b in rank)
+        assert all(int(b.positions) // 96 == i // half for rank in batches for i, b in enumerate(rank))
+        return taken
+
+    assert positions_and_ids(32) == positions_and_ids(1)
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
 def test_workers_never_change_a_batch(split, reference, num_workers):
     assert all(torch.equal(a, b) for a, b in zip(steps_of(split, micro=8, num_workers=num_workers), reference))
 
