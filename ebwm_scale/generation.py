@@ -1,86 +1,168 @@
-"""Continuations of real text, with the candidates a model considered and their energies: what a person reads in a report."""
+"""Continuing texts and clips: the observed stream is cached, and only the next prediction of each is refined.
+
+    session = Session(model, prompts)           prefill: keys and values of every prompt, once
+    prediction = session.predict()              thinking on the next position of each, given the cache
+    session.accept(tokens or states)            one more position
+
+A prompt longer than the context is cut to its end; a row that has filled the context goes on with its later half (prefilled again), so a
+position costs the same however long the text becomes.
+"""
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .data.mixing import MixedSplit
-from .data.tokenizer import Tokenizer
-from .draws import SampledDraws
+from .errors import UserError
+from .model.cached import ObservedCache
 from .model.world_model import WorldModel
-from .noise import NoiseSource
-from .refinement import refine
-from .training.validation import EVALUATION_STEP
+from .thinking import CachedScore, NextNoise, ThinkingRules, Thought, lowest, think
+
+
+@dataclass
+class Prediction:
+    """state (B, size): logits of text, an embedding of video; energy (B,), start (B,) and thought of an energy model."""
+    state: Tensor
+    energy: Tensor | None = None
+    start: Tensor | None = None
+    thought: Thought | None = None
+
+
+class Session:
+    """Prompts of different lengths, continued together. prompts: tokens (S,) int64, or states (S, dimension), S >= 1.
+
+    sample_ids: what the noise of each is addressed by; default 0, 1, ...  Raises UserError for an empty prompt.
+    """
+
+    def __init__(self, model: WorldModel, prompts: Sequence[Tensor], rules: ThinkingRules = ThinkingRules(), *, sample_ids: Tensor | None = None):
+        if any(len(prompt) == 0 for prompt in prompts) or not prompts:
+            raise UserError("an empty prompt has no position to continue from; give at least one token or frame")
+        self.model, self.rules, self.context_length = model, rules, model.config.data.context_length
+        self.is_energy, self.is_text = model.config.model.kind == "energy", model.config.state.kind == "vocabulary"
+        self.device = next(model.parameters()).device
+        self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
+        self.rows = [prompt[-self.context_length:].to(self.device) for prompt in prompts]
+        landscapes = set(model.landscapes(rules.num_steps or model.config.refinement.num_steps)) if self.is_energy else {0}
+        self.landscapes = {0} if not self.is_energy or model.network.shares_context else landscapes
+        self.caches: dict[int, ObservedCache] = {}
+        self.positions_computed = 0         # observed positions that went through the network, per landscape
+        self._prefill()
+
+    @torch.no_grad()
+    def predict(self) -> Prediction:
+        """The next state of every row."""
+        if not self.is_energy:
+            return Prediction(self.model.output(self.hidden).float())
+        lengths = torch.tensor([len(row) for row in self.rows])
+        noise = NextNoise(self.model, self.rules, self.sample_ids, lengths - 1)
+        last = None if self.is_text else torch.stack([row[-1] for row in self.rows])[:, None]
+        thought = think(self.model, CachedScore(self.model, self.caches, self.last), noise.initial(last), self.rules, noise=noise)
+        state, energy, start = lowest(thought)
+        return Prediction(state, energy, start, thought)
+
+    @torch.no_grad()
+    def accept(self, chosen: Tensor) -> None:
+        """The next observed position of every row: tokens (B,) or states (B, dimension)."""
+        self.rows = [torch.cat([row, new[None].to(row)]) for row, new in zip(self.rows, chosen.to(self.device))]
+        if any(len(row) > self.context_length for row in self.rows):
+            self.rows = [row[-max(1, self.context_length // 2):] if len(row) > self.context_length else row for row in self.rows]
+            self._prefill()
+            return
+        self.last = self.model.embed_observed(torch.stack([row[-1] for row in self.rows])[:, None])[:, 0]
+        for cache in self.caches.values():
+            hidden = cache.append(self.last)
+        self.hidden = hidden
+        self.positions_computed += len(self.rows)
+
+    @torch.no_grad()
+    def _prefill(self) -> None:
+        lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
+        embedded = self.model.embed_observed(padded)
+        self.last = embedded[torch.arange(len(self.rows)), lengths - 1]
+        self.caches = {landscape: ObservedCache(self.model.network, self.context_length, landscape) for landscape in self.landscapes}
+        for cache in self.caches.values():
+            hidden = cache.prefill(embedded, lengths)
+        self.hidden = hidden
+        self.positions_computed += int(lengths.sum())
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0: the most probable token. top_k, top_p: only the k most probable, only the fewest that hold probability p."""
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise UserError(f"temperature is {self.temperature}: must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}: must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: must be above 0 and at most 1")
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """Probabilities (B, V) of the next token given logits (B, V)."""
+        if self.temperature == 0:
+            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.float64)
+        probabilities = (logits.double() / self.temperature).softmax(-1)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            probabilities = torch.where(probabilities >= probabilities.topk(self.top_k).values[:, -1:], probabilities, 0)
+        if self.top_p is not None:
+            ordered, places = probabilities.sort(-1, descending=True)
+            ordered = ordered / ordered.sum(-1, keepdim=True)
+            kept = torch.where(ordered.cumsum(-1) - ordered < self.top_p, ordered, 0)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
+        return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def continue_texts(model: WorldModel, prompts: Sequence[Tensor], count: int, *, rules: ThinkingRules = ThinkingRules(), sampling: Sampling = Sampling(),
+                   end: int | None = None) -> Iterator[tuple[Tensor, Prediction]]:
+    """(tokens (B,), what they were taken from) for each of at most `count` positions; ends when every row has had the token `end`."""
+    session = Session(model, prompts, rules)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    ended = torch.zeros(len(prompts), dtype=torch.bool)
+    for index in range(count):
+        prediction = session.predict()
+        tokens = torch.multinomial(sampling.distribution(prediction.state.cpu()), 1, generator=generator)[:, 0]
+        yield tokens, prediction
+        ended |= tokens == end if end is not None else False
+        if bool(ended.all()) or index + 1 == count:
+            return
+        session.accept(tokens)
+
+
+def continue_states(model: WorldModel, prompts: Sequence[Tensor], count: int, *, rules: ThinkingRules = ThinkingRules(),
+                    sample_ids: Tensor | None = None) -> Tensor:
+    """`count` further states (B, count, dimension) of clips, each predicted from those before it."""
+    session, states = Session(model, prompts, rules, sample_ids=sample_ids), []
+    for index in range(count):
+        states.append(session.predict().state)
+        if index + 1 < count:
+            session.accept(states[-1])
+    return torch.stack(states, 1)
 
 
 @torch.no_grad()
-def next_token_logits(model: WorldModel, tokens: Tensor, source: NoiseSource, sample_id: int = 0) -> Tensor:
-    """Logits (V,) of the token after tokens (S,), refined with the largest number of steps (energy) or predicted directly."""
-    tokens = tokens[None]
-    embedded = model.embed_observed(tokens)
-    if model.config.model.kind == "baseline":
-        return model.output(model.network(embedded))[0, -1].float()
-    rules = model.config.refinement
-    draws = SampledDraws(source, rules, torch.tensor([sample_id]), (1, tokens.shape[1], model.state.size), kind=model.config.state.initial,
-                         randomize=False, device=tokens.device)
-    result = refine(model, embedded, None, rules=rules, landscapes=model.landscapes(rules.num_steps), draws=draws, training=False, keep_state=torch.float32)
-    return result.state[0, -1].float()
-
-
-@torch.no_grad()
-def candidate_energies(model: WorldModel, tokens: Tensor, candidates: Tensor) -> Tensor:
-    """Energies (K,) in the last landscape of candidate next tokens (K,), each as a certain prediction, after tokens (S,)."""
-    observed = model.embed_observed(tokens.expand(len(candidates), -1))
+def candidate_energies(model: WorldModel, observed: Tensor, embedded: Tensor) -> Tensor:
+    """Energies (K,) in the last landscape of candidates, embedded (K, D), for the position after observed tokens (S,) or states (S, dimension)."""
+    seen = model.embed_observed(observed[None])
     landscape = model.network.num_landscapes - 1
-    context = model.network.encode(observed, landscape)
-    certain = model.state.weight[candidates][:, None].expand_as(observed)      # only the last position is read, and positions are separate
-    return model.network.energy(model.predicted_rows(certain, observed), context, landscape)[:, -1].float()
+    cache = ObservedCache(model.network, len(observed), landscape)
+    cache.prefill(seen, torch.tensor([len(observed)], device=seen.device))
+    return cache.energy(model.predicted_rows(embedded[None], seen[:, -1:]), landscape)[0].float()
 
 
 def samples_to_look_at(model: WorldModel, split, *, seed: int) -> dict[str, Any]:
-    """What samples.json holds beside the step: {"continuations": [...]} of text, {"clips": [...]} of video (generation_video.py)."""
+    """What samples.json holds beside the step: {"continuations": [...]} of text, {"clips": [...]} of video."""
+    from .data.mixing import MixedSplit
     split = split.parts[0] if isinstance(split, MixedSplit) else split
     if split.manifest.modality == "video":
-        from .generation_video import sample_clips
+        from .samples_video import sample_clips
         return {"clips": sample_clips(model, split, seed=seed)}
-    return {"continuations": sample_continuations(model, Tokenizer(split.manifest.content.tokenizer_path), split, seed=seed)}
-
-
-def sample_continuations(model: WorldModel, tokenizer, split, *, seed: int, num_samples: int = 3, num_tokens: int = 24,
-                         num_shown: int = 6, num_candidates: int = 5) -> list[dict[str, Any]]:
-    """Greedy continuations of validation blocks, for samples.json: half of a block as prompt, candidates of the first positions."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    length, source, energy = model.config.data.context_length, NoiseSource(seed, EVALUATION_STEP), model.config.model.kind == "energy"
-    results = []
-    for sample_id in [int(i * len(split) / num_samples) for i in range(min(num_samples, len(split)))]:
-        block = torch.from_numpy(split.read(sample_id).astype("int64"))[:length + 1].to(device)
-        start = max(1, length // 2)
-        tokens, positions = block[:start], []
-        for index in range(min(num_tokens, length)):
-            window = tokens[-length:]
-            logits = next_token_logits(model, window, source, sample_id)
-            if index < num_shown:
-                positions.append(_position(model, tokenizer, window, logits, block, start + index, tokens, num_candidates, energy))
-            tokens = torch.cat([tokens, logits.argmax()[None]])
-        results.append({"prompt": tokenizer.decode(block[:start].tolist()), "continuation": tokenizer.decode(tokens[start:].tolist()),
-                        "reference": tokenizer.decode(block[start:start + num_tokens].tolist()), "positions": positions})
-    model.train(was_training)
-    return results
-
-
-def _position(model, tokenizer, window: Tensor, logits: Tensor, block: Tensor, place: int, tokens: Tensor, num_candidates: int, energy: bool) -> dict:
-    """One predicted position: its most probable candidates, and the true token while the continuation still follows the text."""
-    probabilities = logits.softmax(-1)
-    top = probabilities.topk(num_candidates)
-    follows = place < len(block) and torch.equal(tokens, block[:place])
-    truth = block[place:place + 1] if follows else None
-    asked = top.indices if truth is None else torch.cat([top.indices, truth])
-    energies = candidate_energies(model, window, asked).tolist() if energy else [None] * len(asked)
-    return {"context": tokenizer.decode(tokens[-12:].tolist()), "truth": tokenizer.piece(int(truth)) if follows else None,
-            "truth_energy": energies[-1] if follows else None,
-            "candidates": [{"token": tokenizer.piece(int(token)), "probability": float(p), "energy": e}
-                           for token, p, e in zip(top.indices, top.values, energies)]}
+    from .samples_text import sample_continuations
+    return {"continuations": sample_continuations(model, split, seed=seed)}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,51 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .data.content import encode_image
-from .draws import SampledDraws
 from .encoders.space import FrameSpace
+from .generation import Session, candidate_energies, continue_states
 from .model.world_model import WorldModel
-from .noise import NoiseSource
-from .refinement import StepRecord, refine
-from .training.validation import EVALUATION_STEP
-
-
-@torch.no_grad()
-def predict(model: WorldModel, observed: Tensor, source: NoiseSource, sample_id: int = 0) -> list[Tensor]:
-    """The last position's prediction of the state after observed (S, dimension): [x_0, x_1, ... x_N], each (dimension,).
-
-    A baseline gives one entry.
-    """
-    embedded = model.embed_observed(observed[None])
-    if model.config.model.kind == "baseline":
-        return [model.output(model.network(embedded))[0, -1].float()]
-    rules, states = model.config.refinement, []
-    draws = SampledDraws(source, rules, torch.tensor([sample_id]), (1, len(observed), model.state.size), kind=model.config.state.initial,
-                         randomize=False, device=observed.device, start=observed[None])
-
-    def remember(step: StepRecord) -> None:
-        states.append(step.state[0, -1].float())
-
-    refine(model, embedded, None, rules=rules, landscapes=model.landscapes(rules.num_steps), draws=draws, training=False,
-           keep_state=torch.float32, record=remember)
-    return [draws.initial()[0, -1].float(), *states]
-
-
-@torch.no_grad()
-def energies(model: WorldModel, observed: Tensor, candidates: Tensor) -> list[float]:
-    """Energies in the last landscape of candidate next states (K, dimension) after observed (S, dimension)."""
-    embedded = model.embed_observed(observed.expand(len(candidates), -1, -1))
-    landscape = model.network.num_landscapes - 1
-    context = model.network.encode(embedded, landscape)
-    entered = model.state.enter(candidates[:, None].expand(-1, len(observed), -1)).embedded    # only the last position is read
-    return model.network.energy(model.predicted_rows(entered, embedded), context, landscape)[:, -1].float().tolist()
-
-
-def continue_clip(model: WorldModel, observed: Tensor, count: int, source: NoiseSource, sample_id: int = 0) -> Tensor:
-    """`count` further states (count, dimension), each predicted from those before it."""
-    length, states = model.config.data.context_length, observed
-    for _ in range(count):
-        states = torch.cat([states, predict(model, states[-length:], source, sample_id)[-1][None]])
-    return states[len(observed):]
+from .thinking import NextNoise, ThinkingRules
 
 
 def sample_clips(model: WorldModel, split, *, seed: int, num_samples: int = 3) -> list[dict[str, Any]]:
@@ -67,18 +27,20 @@ def sample_clips(model: WorldModel, split, *, seed: int, num_samples: int = 3) -
     model.eval()
     device = next(model.parameters()).device
     space, length = FrameSpace(split.manifest.content, device), model.config.data.context_length
-    source, energy = NoiseSource(seed, EVALUATION_STEP), model.config.model.kind == "energy"
+    rules, energy = ThinkingRules(seed=seed), model.config.model.kind == "energy"
     results = []
     for sample_id in [int((i + 0.5) * len(split) / num_samples) for i in range(min(num_samples, len(split)))]:
         sequence = split.read(sample_id)[:length + 1]
         states = space.states(torch.from_numpy(np.array(sequence))[None])[0]
         frames = sequence if sequence.dtype == np.uint8 else decoded(space, states)
         observed, truth = states[:length], states[length]
-        predicted = predict(model, observed, source, sample_id)
-        values = energies(model, observed, torch.stack([*predicted, truth])) if energy else [None] * (len(predicted) + 1)
+        predicted = each_step(model, observed, rules, sample_id)
+        values = [None] * (len(predicted) + 1)
+        if energy:
+            values = candidate_energies(model, observed, model.state.enter(torch.stack([*predicted, truth])[None]).embedded[0]).tolist()
         images = decoded(space, torch.stack(predicted))
         first = max(1, length // 2)
-        onwards = continue_clip(model, states[:first], length + 1 - first, source, sample_id)
+        onwards = continue_states(model, [states[:first]], length + 1 - first, rules=rules, sample_ids=torch.tensor([sample_id]))[0]
         shown = decoded(space, onwards)
         results.append({
             **split.about(sample_id), "context": pictures(frames, length), "truth": pictures(frames, length + 1)[length],
@@ -90,6 +52,16 @@ def sample_clips(model: WorldModel, split, *, seed: int, num_samples: int = 3) -
             "continuation_copy_loss": [smooth_l1(states[first - 1], b) for b in states[first:]]})
     model.train(was_training)
     return results
+
+
+def each_step(model: WorldModel, observed: Tensor, rules: ThinkingRules, sample_id: int) -> list[Tensor]:
+    """The prediction of the state after observed (S, dimension), after 0, 1, ... N steps: [x_0, ... x_N]; of a baseline, the one it makes."""
+    ids = torch.tensor([sample_id])
+    if model.config.model.kind == "baseline":
+        return [Session(model, [observed], rules).predict().state[0]]
+    start = NextNoise(model, rules, ids, torch.tensor([len(observed) - 1])).initial(observed[None, -1:])[0, 0].float()
+    return [start, *(Session(model, [observed], replace(rules, num_steps=i + 1), sample_ids=ids).predict().state[0].float()
+                     for i in range(model.config.refinement.num_steps))]
 
 
 def decoded(space: FrameSpace, states: Tensor) -> np.ndarray | None:
