@@ -356,7 +356,7 @@ def _plot(name: str, title: str, draw: Draw, run: Run, baseline: Run | None, siz
             return Plot(title, _why_empty(name, run), None)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg")
-    return Plot(title, caption, _inline(buffer.getvalue(), name, f"{title}. {caption}"))
+    return Plot(title, caption, inline_svg(buffer.getvalue(), name, f"{title}. {caption}"))
 
 
 def _draw(draw: Draw, run: Run, baseline: Run | None, size: tuple[float, float]) -> tuple[Figure, str | None]:
@@ -371,7 +371,7 @@ def _why_empty(name: str, run: Run) -> str:
     return f"metrics.jsonl has no {what} yet."
 
 
-def _inline(svg: str, name: str, alt: str) -> str:
+def inline_svg(svg: str, name: str, alt: str) -> str:
     """An SVG document as part of an HTML page: ids of its own, the page's colours and font, no reference to anything outside."""
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)

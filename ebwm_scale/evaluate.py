@@ -1,0 +1,253 @@
+"""What a trained model knows, and what thinking adds: losses with intervals, thinking curves, and how far its energies can be trusted.
+
+    python -m ebwm_scale.evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4] [--output DIR]
+
+Writes evaluation.json and evaluation.html into RUN (or DIR). Losses are means per target over the validation split (text: nats per token, perplexity is the
+exponential of the mean; video: SmoothL1), with 95 % intervals from a bootstrap over samples. For an energy model:
+
+    curves       loss against the number of refinement steps, and against the number of starts of which the lowest energy is kept
+    energy       rank correlation of final energy and actual error over positions; mean error in tenths of energy
+    allocation   with early stopping: steps used against error, in tenths of it; what the saved steps cost in loss
+    uncertainty  rank correlation of the spread of energy over starts with the error
+    foreign      (text) energies of shuffled tokens against real ones: the share of pairs in which the real text has the lower energy
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import Config
+from .data.mixing import open_sources
+from .errors import EXIT_FINISHED, UserError
+from .loading import load_checkpoint
+from .observation import Observation
+from .thinking import SequenceNoise, SequenceScore, ThinkingRules, Thought, think
+
+BOOTSTRAP, BINS = 1000, 10
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder")
+    parser.add_argument("--data", metavar="MANIFEST", help="evaluate on the validation split of this dataset instead of the run's")
+    parser.add_argument("--max-samples", type=int, default=256, metavar="N", help="validation samples (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="samples at a time (default %(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 4, 8], metavar="N", help="numbers of refinement steps (default 1 2 3 4 8)")
+    parser.add_argument("--starts", type=int, nargs="+", default=[1, 2, 4], metavar="K", help="numbers of starts (default 1 2 4)")
+    parser.add_argument("--tolerance", type=float, default=None, metavar="E", help="of early stopping (default: a hundredth of the mean fall of the first step)")
+    parser.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: the run folder")
+    options = parser.parse_args(arguments)
+    try:
+        if min(options.max_samples, options.batch_size, *options.steps, *options.starts) < 1:
+            raise UserError("--max-samples, --batch-size, --steps and --starts must be at least 1")
+        model, config = load_checkpoint(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+        sources = [(options.data, 1.0)] if options.data else [(s.manifest, s.weight) for s in config.data.sources] or [(config.data.manifest, 1.0)]
+        split = open_sources(sources, "validation", verify="sizes")
+        result = evaluate(model, config, split, max_samples=options.max_samples, batch_size=options.batch_size, steps=options.steps, starts=options.starts,
+                          tolerance=options.tolerance, say=lambda text: print(text, flush=True))
+        folder = options.output or options.checkpoint
+        folder.mkdir(parents=True, exist_ok=True)
+        result = {"checkpoint": str(options.checkpoint), "data": [str(manifest) for manifest, _ in sources], "command": ["python", "-m", "ebwm_scale.evaluate", *(arguments or sys.argv[1:])]} | result
+        (folder / "evaluation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
+        from .evaluation_page import render
+        (folder / "evaluation.html").write_text(render(result), encoding="utf-8")
+        print(f"{folder / 'evaluation.html'}")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return EXIT_FINISHED
+
+
+@torch.no_grad()
+def evaluate(model, config: Config, split, *, max_samples: int, batch_size: int, steps: Sequence[int], starts: Sequence[int], tolerance: float | None = None,
+             say=lambda text: None) -> dict[str, Any]:
+    """The content of evaluation.json. split: a validation split."""
+    observe = Observation(split.manifest, next(model.parameters()).device)
+    batches = list(_batches(split, observe, config.data.context_length, max_samples, batch_size))
+    num_samples = sum(len(ids) for ids, _, _ in batches)
+    result: dict[str, Any] = {"modality": split.manifest.modality, "kind": config.model.kind, "num_samples": num_samples,
+                              "num_targets": num_samples * config.data.context_length}
+    if config.model.kind == "baseline":
+        errors = torch.cat([_baseline_errors(model, observed, targets) for _, observed, targets in batches])
+        return result | {"loss": _estimate(errors, config)}
+    seed, trained = config.train.seed, config.refinement.num_steps
+
+    say(f"{num_samples} samples; thinking curves over {', '.join(map(str, steps))} steps")
+    result["trained_steps"] = trained
+    result["initial"] = _estimate(torch.cat([_errors(model, SequenceNoise(model, ThinkingRules(seed=seed), ids, observed.shape[1]).initial(_frames(model, observed)), targets)
+                                             for ids, observed, targets in batches]), config)
+    curve, kept = [], {}
+    for n in sorted(set(steps) | {trained}):
+        errors, energies = zip(*[_think(model, batch, ThinkingRules(num_steps=n, seed=seed)) for batch in batches])
+        errors = torch.cat(errors)
+        curve.append({"num_steps": n} | _estimate(errors, config) | {"mean_energy": float(torch.cat(energies).mean())})
+        if n == trained:
+            kept = {"errors": errors, "energies": torch.cat(energies)}
+    result["steps"] = curve
+    result["loss"] = next(point for point in curve if point["num_steps"] == trained)
+    paired = next((point for point in curve if point["num_steps"] == 1), None)
+    if paired is not None and trained > 1:
+        first = torch.cat([_think(model, batch, ThinkingRules(num_steps=1, seed=seed))[0] for batch in batches])
+        result["gain_of_later_steps"] = _interval((first - kept["errors"]).mean(1))
+    accepted = [{"num_steps": n} | _estimate(torch.cat([_think(model, batch, ThinkingRules(num_steps=n, seed=seed, accept_only_if_lower=True))[0] for batch in batches]), config)
+                for n in sorted(set(steps))]
+    result["steps_accept_only_if_lower"] = accepted
+
+    result["energy"] = {"rank_correlation_with_error": _interval_of_correlation(kept["energies"], kept["errors"]), "tenths": _tenths(kept["energies"], kept["errors"])}
+    if config.state.initial == "random_noise":
+        say(f"starts: {', '.join(map(str, starts))}")
+        result.update(_starts(model, config, batches, starts, seed))
+    else:
+        result["starts"] = None         # every start is the same: the initial state is not random
+
+    say("dynamic allocation")
+    result["allocation"] = _allocation(model, config, batches, 4 * trained, tolerance, seed)
+    if split.manifest.modality == "text":
+        result["foreign"] = _foreign(model, batches, seed)
+    return result
+
+
+def _batches(split, observe: Observation, length: int, max_samples: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(sample ids, observed, targets)."""
+    from .data.loader import validation_batches
+    for batch in validation_batches(split, context_length=length, batch_size=batch_size, max_samples=max_samples, rank=0, world_size=1):
+        yield batch.sample_ids, *observe(batch.sequences)
+
+
+def _frames(model, observed: Tensor) -> Tensor | None:
+    return observed if model.config.state.kind == "embedding" else None
+
+
+def _errors(model, state: Tensor, targets: Tensor) -> Tensor:
+    """(B, S) loss of each position."""
+    return model.state.loss(state, targets, reduction="none").float().cpu()
+
+
+def _baseline_errors(model, observed: Tensor, targets: Tensor) -> Tensor:
+    prediction = model.output(model.network(model.embed_observed(observed))).float()
+    if model.config.state.kind == "embedding":
+        return torch.nn.functional.smooth_l1_loss(prediction, targets.float(), beta=1.0, reduction="none").mean(-1).cpu()
+    return torch.nn.functional.cross_entropy(prediction.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).cpu()
+
+
+def _thought(model, batch, rules: ThinkingRules, start: int = 0) -> Thought:
+    ids, observed, _ = batch
+    noise = SequenceNoise(model, rules, ids, observed.shape[1], start)
+    return think(model, SequenceScore(model, model.embed_observed(observed)), noise.initial(_frames(model, observed)), rules, noise=noise)
+
+
+def _think(model, batch, rules: ThinkingRules, start: int = 0) -> tuple[Tensor, Tensor]:
+    """(errors, energies), each (B, S), of every position after thinking."""
+    thought = _thought(model, batch, rules, start)
+    return _errors(model, thought.state, batch[2]), thought.energy.float().cpu()
+
+
+def _starts(model, config: Config, batches, starts: Sequence[int], seed: int) -> dict[str, Any]:
+    """Best of K starts by energy, and the spread of energy over starts against the error."""
+    errors, energies = [], []
+    for k in range(max(starts)):
+        pairs = [_think(model, batch, ThinkingRules(seed=seed), start=k) for batch in batches]
+        errors.append(torch.cat([e for e, _ in pairs])), energies.append(torch.cat([g for _, g in pairs]))
+    errors, energies = torch.stack(errors), torch.stack(energies)              # (K, samples, S)
+    rows = []
+    for k in sorted(set(starts)):
+        best = energies[:k].argmin(0, keepdim=True)
+        rows.append({"num_starts": k} | _estimate(errors[:k].gather(0, best)[0], config) | {"mean_energy": float(energies[:k].amin(0).mean())})
+    result: dict[str, Any] = {"starts": rows}
+    if max(starts) > 1:
+        result["uncertainty"] = {"rank_correlation_of_energy_spread_with_error": _interval_of_correlation(energies.std(0), errors.mean(0))}
+    return result
+
+
+def _allocation(model, config: Config, batches, num_steps: int, tolerance: float | None, seed: int) -> dict[str, Any]:
+    """Early stopping: steps used by easy and hard positions, and the loss against that of running on."""
+    rules = ThinkingRules(num_steps=num_steps, accept_only_if_lower=True, seed=seed, tolerance=0.0)
+    on = [_thought(model, batch, rules) for batch in batches]
+    if tolerance is None:
+        falls = torch.cat([(t.trace[0] - t.trace[1]).flatten() for t in on])
+        tolerance = 0.01 * max(float(falls.mean()), 1e-12)
+    import dataclasses
+    stopped = [_thought(model, batch, dataclasses.replace(rules, tolerance=tolerance)) for batch in batches]
+    loss_on, loss_stopped = (torch.cat([_errors(model, t.state, b[2]) for t, b in zip(thoughts, batches)]) for thoughts in (on, stopped))
+    steps = torch.cat([t.steps for t in stopped]).double().cpu()
+    return {"max_steps": num_steps, "tolerance": tolerance, "mean_steps": float(steps.mean()), "saved": 1 - float(steps.mean()) / num_steps,
+            "loss_running_on": _estimate(loss_on, config), "loss_stopped": _estimate(loss_stopped, config),
+            "rank_correlation_of_steps_with_error": _interval_of_correlation(steps, loss_stopped), "tenths_of_error": _tenths(loss_stopped, steps)}
+
+
+def _foreign(model, batches, seed: int) -> dict[str, Any]:
+    """Real sequences against the same tokens shuffled: mean energy of the true next tokens, as certain predictions."""
+    def energies(observed: Tensor, targets: Tensor) -> Tensor:
+        embedded = model.embed_observed(observed)
+        landscape = model.network.num_landscapes - 1
+        certain = model.state.weight[targets.clamp(min=0)]
+        return SequenceScore(model, embedded)(certain, landscape).mean(1).float().cpu()
+
+    real, shuffled = [], []
+    generator = torch.Generator().manual_seed(seed)
+    for _, observed, targets in batches:
+        real.append(energies(observed, targets))
+        tokens = torch.cat([observed, targets[:, -1:]], 1)
+        order = torch.stack([torch.randperm(tokens.shape[1], generator=generator) for _ in range(len(tokens))]).to(tokens.device)
+        tokens = tokens.gather(1, order)
+        shuffled.append(energies(tokens[:, :-1], tokens[:, 1:]))
+    real, shuffled = torch.cat(real), torch.cat(shuffled)
+    lower = (real[:, None] < shuffled[None]).double().mean(1)
+    return {"mean_energy_real": _interval(real), "mean_energy_shuffled": _interval(shuffled), "share_of_pairs_in_which_real_is_lower": _interval(lower)}
+
+
+# ------------------------------------------------------------------------------------------------------------------- statistics
+
+def _estimate(errors: Tensor, config: Config) -> dict[str, Any]:
+    """Mean over targets with its interval over samples; text: the perplexity of that mean."""
+    result = _interval(errors.double().mean(1))
+    if config.state.kind == "vocabulary":
+        result["perplexity"] = math.exp(min(result["mean"], 700.0))
+    return result
+
+
+def _resamples(count: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(0)).integers(0, count, (BOOTSTRAP, count))
+
+
+def _interval(per_sample: Tensor) -> dict[str, float]:
+    """{"mean", "low", "high"}: 95 % percentile bootstrap over samples."""
+    values = per_sample.double().numpy()
+    means = values[_resamples(len(values))].mean(1)
+    return {"mean": float(values.mean()), "low": float(np.quantile(means, 0.025)), "high": float(np.quantile(means, 0.975))}
+
+
+def _interval_of_correlation(a: Tensor, b: Tensor) -> dict[str, float]:
+    """Spearman's rank correlation over all positions, (samples, S); bootstrap over samples, on ranks taken once."""
+    ranks = [_ranks(u.double().flatten().numpy()).reshape(u.shape) for u in (a, b)]
+    def correlation(x: np.ndarray, y: np.ndarray) -> float:
+        x, y = x.ravel() - x.mean(), y.ravel() - y.mean()
+        scale = math.sqrt((x @ x) * (y @ y))
+        return float(x @ y / scale) if scale > 0 else 0.0
+    draws = [correlation(ranks[0][i], ranks[1][i]) for i in _resamples(len(ranks[0]))[:200]]
+    return {"mean": correlation(*ranks), "low": float(np.quantile(draws, 0.025)), "high": float(np.quantile(draws, 0.975))}
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, equal values sharing the mean of theirs."""
+    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return ((ends - counts + ends - 1) / 2)[inverse]
+
+
+def _tenths(by: Tensor, what: Tensor) -> list[dict[str, float]]:
+    """Positions sorted by one quantity, cut into tenths: the mean of both in each."""
+    order = by.flatten().argsort(stable=True)
+    return [{"by": float(by.flatten()[part].double().mean()), "mean": float(what.flatten()[part].double().mean())} for part in order.chunk(BINS)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""python -m ebwm_scale.evaluate: the same losses as validation, honest intervals, and every part of the page."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ebwm_scale import evaluate as evaluation
+from ebwm_scale.config import config_from_dict
+from ebwm_scale.evaluate import _interval, _interval_of_correlation, _ranks, _tenths, evaluate
+from ebwm_scale.evaluation_page import render
+from ebwm_scale.model.world_model import WorldModel
+from ebwm_scale.observation import Observation
+from ebwm_scale.training.distributed import World
+from ebwm_scale.training.validation import validate
+from test_think_command import LENGTH, text, video       # noqa: F401  (fixtures)
+from ebwm_scale.data.shards import open_split
+
+
+def model_for(manifest, **model):
+    torch.manual_seed(0)
+    split = open_split(manifest, "validation", verify="sizes")
+    is_text = split.manifest.modality == "text"
+    config = config_from_dict({
+        "model": {"num_layers": 2, "width": 32, "num_heads": 2, "predicted_input": "anchored", **({"vocabulary_size": 300} if is_text else {}), **model},
+        "state": {"kind": "vocabulary" if is_text else "embedding", **({} if is_text else {"dimension": 16})}, "refinement": {"step_size": 3.0},
+        "data": {"context_length": LENGTH if is_text else 4, "manifest": str(manifest)}, "evaluation": {"max_samples": 12}})
+    return WorldModel(config).eval(), config, split
+
+
+def run(model, config, split, **changes):
+    return evaluate(model, config, split, **{**dict(max_samples=12, batch_size=5, steps=[1, 2, 3], starts=[1, 3]), **changes})
+
+
+@pytest.mark.parametrize("kind", ["energy", "baseline"])
+def test_losses_are_those_of_validation_and_perplexity_is_the_exponential_of_the_mean(text, kind):
+    model, config, split = model_for(text, kind=kind)
+    row = validate(model, split, config, World(0, 1, 0, torch.device("cpu")), Observation(split.manifest, "cpu"), context_length=LENGTH, batch_size=4)
+    result = run(model, config, split)
+    assert result["loss"]["mean"] == pytest.approx(row["loss"], rel=1e-5) and result["loss"]["perplexity"] == pytest.approx(math.exp(row["loss"]), rel=1e-4)
+    assert result["loss"]["low"] <= result["loss"]["mean"] <= result["loss"]["high"]
+    if kind == "energy":
+        assert result["initial"]["mean"] == pytest.approx(row["initial_loss"], rel=1e-5)
+        assert {p["num_steps"]: p["mean"] for p in result["steps"]}[2] == pytest.approx(row["loss_per_step"][1], rel=1e-5)
+
+
+def test_every_part_is_there_and_the_page_says_it(text):
+    result = run(*model_for(text))
+    assert [p["num_steps"] for p in result["steps"]] == [1, 2, 3] and [p["num_starts"] for p in result["starts"]] == [1, 3]
+    assert result["starts"][1]["mean_energy"] <= result["starts"][0]["mean_energy"]
+    assert len(result["energy"]["tenths"]) == 10 and 0 <= result["allocation"]["saved"] < 1 and 0 <= result["foreign"]["share_of_pairs_in_which_real_is_lower"]["mean"] <= 1
+    page = render(json.loads(json.dumps(result, allow_nan=False)))
+    for words in ("Loss against refinement steps", "lowest energy kept", "Error by tenth of final energy", "Steps used by tenth of error", "perplexity", "rank correlation", "shuffled"):
+        assert words in page, words
+    assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_video_and_a_model_that_starts_from_the_last_frame(video):
+    path, manifest = video
+    model, config, split = model_for(manifest)
+    result = run(model, config, split)
+    assert "perplexity" not in result["loss"] and "foreign" not in result and "SmoothL1" in render(result)
+
+
+def test_results_do_not_depend_on_the_batch_size(text):
+    model, config, split = model_for(text)
+    one, many = run(model, config, split, batch_size=1), run(model, config, split, batch_size=12)
+    assert one["loss"]["mean"] == pytest.approx(many["loss"]["mean"], rel=1e-6) and one["allocation"]["mean_steps"] == pytest.approx(many["allocation"]["mean_steps"], rel=0.02)
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    inside = [(lambda i: i["low"] <= 0 <= i["high"])(_interval(torch.randn(60, generator=generator))) for _ in range(200)]
+    assert 0.88 <= np.mean(inside) <= 0.99
+
+
+def test_rank_correlation_and_tenths():
+    x = torch.randn(20, 15, generator=torch.Generator().manual_seed(0))
+    assert _interval_of_correlation(x, x**3)["mean"] == pytest.approx(1) and _interval_of_correlation(x, -x)["mean"] == pytest.approx(-1)
+    noise = _interval_of_correlation(x, torch.randn(20, 15, generator=torch.Generator().manual_seed(1)))
+    assert noise["low"] < 0 < noise["high"] and _interval_of_correlation(x, torch.zeros(20, 15))["mean"] == 0
+    assert _ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0, 1.5]
+    tenths = _tenths(x, 2 * x)
+    assert len(tenths) == 10 and all(a["mean"] < b["mean"] for a, b in zip(tenths, tenths[1:]))
+
+
+def test_the_command_writes_both_files_and_refuses_nonsense_in_one_line(text, monkeypatch, capsys, tmp_path):
+    model, config, split = model_for(text)
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda path, device: (model, config))
+    assert evaluation.main([str(tmp_path / "run"), "--max-samples", "6", "--steps", "1", "2", "--starts", "1"]) == 0
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["num_samples"] == 6 and (tmp_path / "run" / "evaluation.html").exists()
+    assert evaluation.main(["run", "--steps", "0"]) == 2 and "must be at least 1" in capsys.readouterr().err
