@@ -54,7 +54,8 @@ class Trainer:
             if config.refinement.replay and config.model.kind == "energy" else None
         self.watchdog, self.faults = watchdog, faults
         self.writer = CheckpointWriter(run.checkpoints, world, config, self._warn, faults)
-        self.step, self.loader, self.saved_step, self.validated_step, self.validation_loss = 0, None, None, None, None
+        self.step, self.loader, self.saved, self.validated_step, self.validation_loss = 0, None, None, None, None
+        self.first_step = 0             # of this process
         self.skipped_in_a_row = 0
 
     def resume(self, saved: Saved) -> None:
@@ -64,7 +65,8 @@ class Trainer:
         load_into(saved, self.engine.state)
         if self.replay is not None:
             self.replay.load_state_dict(load_replay(saved))
-        self.step = self.saved_step = data.step
+        self.step = self.first_step = data.step
+        self.saved = (self.step, saved.trainer["validation_loss"] is not None)
         self.skipped_in_a_row = saved.trainer["skipped_in_a_row"]
         validated = self.run.forget_after(self.step)
         # rank 0's word: another rank may read the file before or after it was rewritten
@@ -73,30 +75,52 @@ class Trainer:
     def fit(self) -> int:
         """Train to train.max_steps; returns the exit code."""
         self.loader = self._loader()
+        if self.step and self._due(self.config.evaluation.every_steps) and not self._evaluated_and_saved():
+            return self.leave_for_later()       # the evaluation that a stopped run did not finish
         timer = Interval(self.step)
         while self.step < self.config.train.max_steps:
             result = self.train_step()
+            if result is None:
+                return self.leave_for_later()
             self.step += 1
             if not result.applied and self.skip(result):
                 return self.leave(EXIT_NOT_FINITE)
             if self._due(self.config.logging.every_steps):
                 self.log(result, timer)
             if self._due(self.config.evaluation.every_steps):
-                self.evaluate()
+                if not self.evaluate():
+                    return self.leave_for_later()
                 timer.restart(self.step)
-            reason = self.stop.wanted(self.world)
-            if reason is not None and self.step < self.config.train.max_steps:
-                self.save()
-                self.run.event("signal", step=self.step, reason=reason)
-                self.run.say(f"stopped at step {self.step} ({reason}); run the same command with --resume to go on")
-                return self.leave(EXIT_RUN_AGAIN)
-            if self.config.checkpoint.every_steps and self._due(self.config.checkpoint.every_steps):
+            if self.step < self.config.train.max_steps and self._stop_wanted():
+                return self.leave_for_later()
+            if self._save_is_due():
                 self.save()
                 timer.restart(self.step)
             self.writer.poll()
-        self.evaluate()
+        if not self.evaluate():
+            return self.leave_for_later()
         self.save()
         return self.leave(EXIT_FINISHED)
+
+    def leave_for_later(self) -> int:
+        """Save the last whole step, say why, and leave to be run again."""
+        self.save()
+        self.run.event("signal", step=self.step, reason=self.stop_reason)
+        self.run.say(f"stopped at step {self.step} ({self.stop_reason}); run the same command with --resume to go on")
+        return self.leave(EXIT_RUN_AGAIN)
+
+    def _stop_wanted(self) -> bool:
+        """Every rank asks at the same places: after a step, before another micro-batch of it, before another batch of an evaluation."""
+        self.stop_reason = self.stop.wanted(self.world, time_limit=self.step > self.first_step)
+        return self.stop_reason is not None
+
+    def _evaluated_and_saved(self) -> bool:
+        """Make up for the evaluation of the step a run was resumed at, and for its save if one was due; False if stopped meanwhile."""
+        if not self.evaluate():
+            return False
+        if self._save_is_due():
+            self.save()
+        return True
 
     def leave(self, code: int) -> int:
         """Wait for what is being written; the code."""
@@ -106,14 +130,16 @@ class Trainer:
         self.watchdog.stop()
         return code
 
-    def train_step(self) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
+    def train_step(self) -> StepResult | None:
+        """One optimizer step over this rank's micro-batches; None if it was given up between two of them, which leaves nothing behind."""
         fault = self.faults.at("step", self.step)
         source = NoiseSource(self.config.train.seed, self.step)
         point = refinement_point(self.config, self.step, source)
         rate = self.engine.set_learning_rates(self.step)
         total, norm, final = 0.0, None, []
-        for _ in range(self.loader.micro_batches_per_step):
+        for index in range(self.loader.micro_batches_per_step):
+            if index and self._stop_wanted():
+                return None
             batch = next(self.loader)
             tokens, restart = batch.tokens, None
             if self.replay is not None:
@@ -147,7 +173,7 @@ class Trainer:
                    f"{limit} end the run; its samples are in events.jsonl")
         if self.skipped_in_a_row < limit:
             return False
-        saved = "none yet" if self.saved_step is None else f"step {self.saved_step}"
+        saved = "none yet" if self.saved is None else f"step {self.saved[0]}"
         self.run.event("not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm))
         self._warn(f"stopped after {limit} steps in a row without finite gradients. The last checkpoint ({saved}) is from before; lower "
                    "optimizer.learning_rate or refinement.step_size and run again with --resume")
@@ -177,31 +203,36 @@ class Trainer:
                      + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "") + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
                      f"  {row['tokens_per_s']:,.0f} tokens/s  ETA {duration(remaining_s)}")
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> bool:
+        """Validate this step, once; False if it was given up for a stop."""
         if self.validated_step == self.step:
-            return
+            return True
         self.watchdog.beat(f"the evaluation after step {self.step}")
         self.faults.at("evaluation")
         point = refinement_point(self.config, self.step, NoiseSource(self.config.train.seed, self.step))
         row = validate(self.engine.module, self.validation_split, self.config, self.world, context_length=self.config.data.context_length,
                        batch_size=self.micro_batch, step_size_scale=point.step_size_scale,
-                       beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"))
+                       beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"), stop_wanted=self._stop_wanted)
+        if row is None:
+            return False
         self.run.metrics({"step": self.step, "split": "validation", **row})
         self.validated_step, self.validation_loss = self.step, row["loss"]
         steps = " -> ".join(f"{loss:.4f}" for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]]) + row["loss_per_step"])
         self.run.say(f"validation at step {self.step}: {steps} nats/token (unigram entropy {row['unigram_entropy']:.4f})")
+        return True
 
     def save(self) -> None:
-        """Begin a checkpoint of this step; it is written while training goes on."""
-        if self.saved_step == self.step:
+        """Begin a checkpoint of this step; it is written while training goes on. Once, and once more when its validation loss is known."""
+        validated = self.validated_step == self.step and self.validation_loss is not None
+        if self.saved in ((self.step, True), (self.step, validated)):
             return
         self.watchdog.beat(f"the save after step {self.step}")
         state = DataState(self.train_split.fingerprint, self.config.train.seed, self.step).state_dict()
         self.writer.save(self.engine.state, {"step": self.step, "data": state, "skipped_in_a_row": self.skipped_in_a_row,
-                                             "validation_loss": self.validation_loss if self.validated_step == self.step else None,
+                                             "validation_loss": self.validation_loss if validated else None,
                                              "code": code_version()},
                          None if self.replay is None else self.replay.state_dict())
-        self.saved_step = self.step
+        self.saved = (self.step, validated)
         self.run.event("save", step=self.step)
 
     def _warn(self, text: str) -> None:
@@ -209,6 +240,9 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0)
+
+    def _save_is_due(self) -> bool:
+        return self._due(self.config.checkpoint.every_steps)
 
     def _loader(self) -> BatchLoader:
         return BatchLoader(self.train_split, context_length=self.config.data.context_length, micro_batch_size=self.micro_batch,

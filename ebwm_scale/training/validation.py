@@ -17,8 +17,12 @@ EVALUATION_STEP = 2**62         # the noise address of evaluation: no training s
 
 
 def validate(model: WorldModel, split: ShardedSplit, config: Config, world: World, *, context_length: int, batch_size: int,
-             step_size_scale: float = 1.0, beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N], initial_loss, energy_per_step, perplexity."""
+             step_size_scale: float = 1.0, beat: Callable[[], None] = lambda: None,
+             stop_wanted: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+    """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N], initial_loss, energy_per_step, perplexity.
+
+    stop_wanted is asked before every batch, by all ranks together; once it says so, nothing more is computed and the result is None.
+    """
     source, sums, count = NoiseSource(config.train.seed, EVALUATION_STEP), None, 0
     batches = list(validation_batches(split, context_length=context_length, batch_size=batch_size,
                                       max_samples=config.evaluation.max_samples, rank=world.rank, world_size=world.size))
@@ -30,6 +34,8 @@ def validate(model: WorldModel, split: ShardedSplit, config: Config, world: Worl
     try:
         for index in range(rounds):
             beat()
+            if stop_wanted():
+                return None
             if index >= len(batches):
                 if config.deepspeed.zero_stage == 3:
                     model(empty[:, :-1], empty[:, 1:], sample_ids=torch.zeros(1, dtype=torch.int64), source=source, step_size_scale=step_size_scale)
