@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..accounting import model_flops, peak_flops_per_s, step_flops
+from ..code_version import code_version
 from ..config import Config
 from ..data.loader import BatchLoader, DataState
 from ..data.shards import ShardedSplit
@@ -266,18 +267,6 @@ class Interval:
             self.last = (time.perf_counter() - self.start) / (step - self.step)
         self.restart(step)
         return self.last
-
-
-def code_version() -> str:
-    """The release, and the commit where this is a checkout."""
-    import subprocess
-    from pathlib import Path
-    from .. import __version__
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-        return f"{__version__} {commit.stdout.strip()}".strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return __version__
 
 
 def duration(seconds: float) -> str:
