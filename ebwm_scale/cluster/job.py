@@ -61,8 +61,8 @@ def train_command(config: str, overrides: Sequence[str], run_dir: Path) -> list[
 class Ended:
     """How an attempt ended, and how the job is to end for it."""
 
-    def __init__(self, verdict: Verdict, code: int, given: Allocation | None):
-        self.verdict, self.code, self.given = verdict, code, given
+    def __init__(self, verdict: Verdict, code: int, given: Allocation | None, *, signalled: bool = False):
+        self.verdict, self.code, self.given, self.signalled = verdict, code, given, signalled
 
     def leave(self) -> int:
         """Requeue if that is the verdict; the exit code of the job."""
@@ -105,7 +105,7 @@ def attempt(command: Sequence[str], run_dir: Path, given: Allocation | None, *, 
     verdict = attempts.end(code, seconds_left=left, detail=detail)
     if signals and given is None and verdict.what == "again":
         verdict = Verdict("give up", f"{meaning(code)}; this machine's user sent {signal.Signals(signals[0]).name}")
-    return Ended(verdict, code, given)
+    return Ended(verdict, code, given, signalled=bool(signals))
 
 
 def attempts_until_the_end(command: Sequence[str], run_dir: Path, *, num_tasks: int) -> Ended:

@@ -30,14 +30,14 @@ def expand(sweeps: Sequence[str]) -> list[Run]:
         key, equals, values = text.partition("=")
         if not equals or not all(key.strip().split(".")):
             raise ConfigError(f"--sweep {text}: expected section.key=value,value,... for example train.seed=1,2,3")
-        axes.append((key.strip(), split_values(values)))
+        axes.append((key.strip(), dict(zip(split_values(values), _fit(split_values(values))))))
     if len({key for key, _ in axes}) < len(axes):
         raise ConfigError(f"--sweep names a key twice: {', '.join(key for key, _ in axes)}; list all its values in one")
     short = [key.rpartition(".")[2] for key, _ in axes]
     labels = [last if short.count(last) == 1 else key for (key, _), last in zip(axes, short)]
     runs, taken = [], set()
     for values in itertools.product(*(values for _, values in axes)):
-        name = "_".join(f"{label}={_fit(value)}" for label, value in zip(labels, values))[:MAX_NAME]
+        name = "_".join(f"{label}={fit[value]}" for label, (_, fit), value in zip(labels, axes, values))[:MAX_NAME]
         unique = next(candidate for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if candidate not in taken)
         taken.add(unique)
         runs.append(Run(unique, tuple(f"{key}={value}" for (key, _), value in zip(axes, values))))
@@ -62,9 +62,11 @@ def split_values(text: str) -> list[str]:
     return values
 
 
-def _fit(value: str) -> str:
-    """For a file name: the end of a path, and nothing that a shell or a terminal would read."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", value.rstrip("/").rpartition("/")[2]).strip("-")[:40] or "empty"
+def _fit(values: Sequence[str]) -> list[str]:
+    """For file names: the last part of a path where that tells the values apart, and nothing that a shell or a terminal would read."""
+    clean = lambda value: re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")[-60:] or "empty"
+    short = [clean(value.rstrip("/").rpartition("/")[2]) for value in values]
+    return short if len(set(short)) == len(short) else [clean(value) for value in values]
 
 
 def prepare(folder: Path, *, config_file: str, overrides: Sequence[str], request: dict[str, Any]) -> Config:

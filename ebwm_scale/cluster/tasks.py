@@ -56,12 +56,13 @@ class LocalTasks:
                 self.processes.append(subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                                                        env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
 
-    def wait(self) -> int:
-        deadline = None
+    def wait(self, timeout: float = float("inf")) -> int:
+        """timeout: seconds after which all are ended."""
+        deadline, end = None, time.monotonic() + timeout
         while any(process.poll() is None for process in self.processes):
             if deadline is None and any(process.returncode is not None for process in self.processes):
                 deadline = time.monotonic() + GRACE_S
-            if deadline is not None and time.monotonic() > deadline:
+            if time.monotonic() > min(end, end if deadline is None else deadline):
                 self.send(signal.SIGKILL)
             time.sleep(0.1)
         return max(code if code >= 0 else 128 - code for code in (process.returncode for process in self.processes))
