@@ -211,7 +211,7 @@ def check_slurm(report: Report) -> None:
         report.missing("Slurm", "sinfo does not answer within 30 s")
         return
     if done.returncode:
-        report.note("Slurm", f"sbatch is installed, but there is no cluster to be reached: {' '.join(done.stderr.split())}")
+        report.note("Slurm", f"sbatch is installed, but there is no cluster to be reached: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
     else:
         report.ok("Slurm", "; ".join(sorted(set(done.stdout.strip().splitlines()))))
 

@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
             print(error, file=sys.stderr)
         return error.exit_code
+    finally:
+        stop.ignore()
 
 
 def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:

@@ -61,6 +61,8 @@ class Attempts:
 
         seconds_left: until the time limit, None if there is none.
         """
+        if any(row["attempt"] > self.number for row in read_attempts(self.folder)):
+            return Verdict("again", "a later attempt has begun: this one was taken for lost")
         step = newest_step(self.folder)
         progress, counts, what, outcome = _above(step, self.first_step), True, "again", "crashed"
         reason = f"{meaning(code)}{': ' if detail else ''}{detail}"

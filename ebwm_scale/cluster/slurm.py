@@ -6,7 +6,7 @@ import re
 import subprocess
 import time
 from dataclasses import dataclass
-from typing import Mapping
+from typing import Iterator, Mapping
 
 from ..errors import ConfigError
 
@@ -29,10 +29,10 @@ class Allocation:
     def num_tasks(self) -> int:
         return self.num_nodes * self.tasks_per_node
 
-    @property
-    def port(self) -> int:
-        """Of the rendezvous: another one for each job, and for each attempt of it."""
-        return PORTS[(int(self.job) + 1009 * self.restart) % len(PORTS)]
+    def ports(self) -> Iterator[int]:
+        """To try for the rendezvous; the first one is another for each job, and for each attempt of it."""
+        first = int(self.job) + 1009 * self.restart
+        return (PORTS[(first + number) % len(PORTS)] for number in range(len(PORTS)))
 
 
 def allocation(environment: Mapping[str, str] = os.environ) -> Allocation | None:
@@ -66,9 +66,11 @@ def hostnames(node_list: str) -> list[str]:
 
 @dataclass(frozen=True)
 class JobState:
+    """state COMPLETING: Slurm is ending the job, and does not say why; timed_out: because its time is over."""
     state: str
     restarts: int
-    seconds_left: float | None
+    seconds_left: float | None          # None: no limit
+    timed_out: bool
 
 
 def job_state(job: str) -> JobState | None:
@@ -77,27 +79,27 @@ def job_state(job: str) -> JobState | None:
         text = _ask("scontrol", "show", "job", "--oneliner", job)
     except (OSError, subprocess.SubprocessError):
         return None
-    found = {key: re.search(rf"\b{key}=(\S+)", text) for key in ("JobState", "Restarts", "EndTime")}
-    try:
-        left = time.mktime(time.strptime(found["EndTime"][1], "%Y-%m-%dT%H:%M:%S")) - time.time()
-    except (ValueError, TypeError):
-        left = None
-    return JobState(found["JobState"][1], int(found["Restarts"][1]), left) if found["JobState"] and found["Restarts"] else None
+    facts = {key: match[1] for key in ("JobState", "Restarts", "StartTime", "EndTime", "TimeLimit") if (match := re.search(rf"\b{key}=(\S+)", text))}
+    if not {"JobState", "Restarts"} <= facts.keys():
+        return None
+    start, end, limit = _seconds_of(facts.get("StartTime", "")), _seconds_of(facts.get("EndTime", "")), _limit_s(facts.get("TimeLimit", ""))
+    return JobState(facts["JobState"], int(facts["Restarts"]), None if start is None or limit is None else start + limit - time.time(),
+                    facts["JobState"] == "TIMEOUT" or (None not in (start, end, limit) and end - start >= limit and time.time() >= start + limit))
 
 
 def requeue(job: str, restart: int) -> str | None:
     """Put the job back into the queue; None when done, otherwise why not.
 
     Only if Slurm still holds this attempt for the running one: after a node failure or a preemption it has requeued the job itself, and
-    a second request would end the attempt that runs by then.
+    a second request would end the attempt that runs by then. What was cancelled stays so.
     """
     now = job_state(job)
     if now is None:
         return "Slurm does not answer"
-    if now.restarts != restart or now.state in ("PENDING", "PREEMPTED", "NODE_FAIL"):
+    if now.restarts != restart or now.state in ("PENDING", "REQUEUED"):
         return "Slurm has requeued it already"
-    if now.state == "CANCELLED":
-        return "it was cancelled"
+    if now.state != "RUNNING" and not now.timed_out:
+        return f"Slurm is ending the job itself ({now.state}): it was cancelled, or it is put back into the queue without our asking"
     try:
         _ask("scontrol", "requeue", job)
     except subprocess.CalledProcessError as error:
@@ -116,3 +118,16 @@ def queue() -> dict[str, str]:
 
 def _ask(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=QUESTION_S).stdout
+
+
+def _seconds_of(stamp: str) -> float | None:
+    try:
+        return time.mktime(time.strptime(stamp, "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+
+
+def _limit_s(text: str) -> float | None:
+    """[days-]hours:minutes:seconds, or UNLIMITED."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    return None if match is None else sum(int(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1)))

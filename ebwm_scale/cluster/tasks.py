@@ -12,9 +12,10 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Sequence
+from typing import Iterable, Sequence
 
-from .slurm import Allocation, hostnames
+from ..errors import UserError
+from .slurm import PORTS, Allocation, hostnames
 
 GRACE_S = 30
 
@@ -24,7 +25,7 @@ class SlurmTasks:
 
     def __init__(self, allocation: Allocation, command: Sequence[str], logs: Path):
         host = hostnames(allocation.node_list)[0]
-        self.variables = {"MASTER_ADDR": host, "MASTER_PORT": str(allocation.port), "LOCAL_WORLD_SIZE": str(allocation.tasks_per_node)}
+        self.variables = {"MASTER_ADDR": host, "MASTER_PORT": str(_free_port(allocation.ports())), "LOCAL_WORLD_SIZE": str(allocation.tasks_per_node)}
         self.command = [*srun_options(allocation, logs), *command]
         logs.mkdir(parents=True, exist_ok=True)
         self.process = subprocess.Popen(self.command, env={**os.environ, **self.variables}, start_new_session=True)
@@ -50,7 +51,7 @@ class LocalTasks:
     def __init__(self, num_tasks: int, command: Sequence[str], logs: Path):
         self.command, self.processes = list(command), []
         logs.mkdir(parents=True, exist_ok=True)
-        place = {"WORLD_SIZE": str(num_tasks), "LOCAL_WORLD_SIZE": str(num_tasks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        place = {"WORLD_SIZE": str(num_tasks), "LOCAL_WORLD_SIZE": str(num_tasks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port([0]))}
         for rank in range(num_tasks):
             with open(logs / f"rank_{rank:04d}.log", "ab") as log:
                 self.processes.append(subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -89,7 +90,14 @@ def printed(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_port(candidates: Iterable[int]) -> int:
+    """The first of them that nothing listens on here; the batch step runs on the node of rank 0. 0: the system's choice."""
+    for port in candidates:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise UserError(f"no free port between {PORTS[0]} and {PORTS[-1]} on {socket.gethostname()} for the tasks to meet at; end what holds them")

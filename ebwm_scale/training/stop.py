@@ -47,6 +47,11 @@ class StopFlag:
             return None
         return self.reason or "another rank was signalled"
 
+    def ignore(self) -> None:
+        """From here on signals change nothing: the exit code is known, and the interpreter's own end would take its handlers away."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _listen(self, reader: int) -> None:
         while True:
             for number in os.read(reader, 64):

@@ -227,6 +227,7 @@ class Trainer:
         validated = self.validated_step == self.step and self.validation_loss is not None
         if self.saved in ((self.step, True), (self.step, validated)):
             return
+        self.run.leave_if_taken_over()
         self.watchdog.beat(f"the save after step {self.step}")
         state = DataState(self.train_split.fingerprint, self.config.train.seed, self.step).state_dict()
         self.writer.save(self.engine.state, {"step": self.step, "data": state, "skipped_in_a_row": self.skipped_in_a_row,
