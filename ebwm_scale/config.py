@@ -371,15 +371,26 @@ def _apply_override(values: dict, override: str, problems: list[str]) -> None:
         return
     try:
         value = yaml.safe_load(text)
+        if _is_text(keys) and value is not None and text[:1] not in ("'", '"'):
+            value = text        # as typed: a path or a name may hold what YAML would read otherwise
     except yaml.YAMLError:
-        problems.append(f"--set {override}: the value is not valid YAML")
-        return
+        if not _is_text(keys):
+            problems.append(f"--set {override}: the value is not valid YAML")
+            return
+        value = text
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
             problems.append(f"--set {override}: {key} is not a section")
             return
     values[keys[-1]] = value
+
+
+def _is_text(keys: list[str]) -> bool:
+    """Whether section.key takes any text."""
+    section = typing.get_type_hints(Config).get(keys[0])
+    hint = typing.get_type_hints(section).get(keys[1]) if section is not None and len(keys) == 2 else None
+    return hint is str or (typing.get_origin(hint) in (typing.Union, types.UnionType) and str in typing.get_args(hint))
 
 
 def _build(cls, values: Any, prefix: str, problems: list[str]):

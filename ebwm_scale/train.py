@@ -21,7 +21,8 @@ import os
 import time
 
 from ebwm_scale.config import Config, batch_arithmetic, load_config
-from ebwm_scale.errors import EXIT_FINISHED, CheckpointError, ConfigError, UserError
+from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, CheckpointError, ConfigError, UserError
+from ebwm_scale.training.stop import StopFlag
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,16 +35,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would run and what it costs; train nothing")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)      # the deepspeed launcher passes it
     options = parser.parse_args(arguments)
+    stop = StopFlag()       # before the imports, which take seconds
     try:
         config = load_config(options.config, options.overrides)
-        return run(config, options)
+        return run(config, options, stop)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
             print(error, file=sys.stderr)
         return error.exit_code
+    finally:
+        stop.ignore()
 
 
-def run(config: Config, options: argparse.Namespace) -> int:
+def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     """Everything between the parsed command line and the exit code."""
     import torch
 
@@ -56,7 +60,6 @@ def run(config: Config, options: argparse.Namespace) -> int:
     from ebwm_scale.training.engine import Engine
     from ebwm_scale.training.faults import Faults
     from ebwm_scale.training.run_folder import RunFolder
-    from ebwm_scale.training.stop import StopFlag
     from ebwm_scale.training.trainer import Trainer
     from ebwm_scale.training.watchdog import Watchdog
 
@@ -91,7 +94,10 @@ def run(config: Config, options: argparse.Namespace) -> int:
 
     faults = Faults(os.environ.get("EBWM_FAULTS"), int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     world = join_world()
-    stop = StopFlag(config.train.max_minutes)
+    stop.max_minutes = config.train.max_minutes
+    faults.at("start")
+    if stopped_before_training(stop, world, "before the model was built"):
+        return EXIT_RUN_AGAIN
     model = WorldModel(config)
     micro_batch, accumulation = batch_arithmetic(config.train, world.size, paired=config.refinement.replay)
     if world.is_main and saved is None:
@@ -100,6 +106,8 @@ def run(config: Config, options: argparse.Namespace) -> int:
         paths = attention_paths(config.model, world.device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if stopped_before_training(stop, world, "before the engine was built"):
+        return EXIT_RUN_AGAIN
     engine = Engine(config, model, world, micro_batch=micro_batch, accumulation=accumulation)
     folder = RunFolder(path, config, is_main=world.is_main)
     watchdog = Watchdog(path, rank=world.rank, world_size=world.size, limit_s=60 * config.train.hang_minutes)
@@ -124,7 +132,16 @@ def run(config: Config, options: argparse.Namespace) -> int:
     if code == EXIT_FINISHED:
         finish(config, folder, engine.module, splits, world)
     folder.close()
+    world.barrier()         # a launcher ends those that stay long after the first one has left; closing may take rank 0 a while
     return code
+
+
+def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
+    """Whether a signal came during start-up, on any rank: there is nothing to save, what is there is as it was."""
+    reason = stop.wanted(world, time_limit=False)
+    if reason is not None and world.is_main:
+        print(f"stopped {where} ({reason}); run the same command with --resume to go on", flush=True)
+    return reason is not None
 
 
 def finish(config: Config, folder, model, splits, world) -> None:

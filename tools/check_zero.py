@@ -22,6 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from result_file import provenance
+
 SAMPLES, POSITIONS, STEPS = 4, 12, 5
 RECIPES = {
     "S1": {}, "algorithm_1": {"graph": "full", "loss": "last"},

@@ -94,6 +94,8 @@ def join_world() -> World:
     # On a CPU DeepSpeed would compile a shared-memory transport at this point: minutes, and a lock that outlives a killed job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu:
+        if torch.cuda.device_count() == 1:      # the launcher shows each task its own GPU only
+            local_rank = 0
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not on_gpu and size > 1 and "OMP_NUM_THREADS" not in os.environ:

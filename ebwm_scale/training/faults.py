@@ -4,7 +4,7 @@
 
 A fault is action@place=number[,rank=r][,seconds=s]; without rank it happens on all. Places: `step` (before training step n's update),
 `save` (while the n-th checkpoint of this process is written), `io` (the n-th write, fsync or rename of this process's checkpoints), `load`
-(while the n-th checkpoint is read) and `evaluation` (the n-th). Actions:
+(while the n-th checkpoint is read), `evaluation` (the n-th) and `start` (1: before the model is built). Actions:
 
     kill        SIGKILL to this process
     hang        sleep, seconds=... or for ever
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 
 ACTIONS = ("kill", "hang", "slow", "enospc", "nan")
-PLACES = ("step", "save", "io", "load", "evaluation")
+PLACES = ("step", "save", "io", "load", "evaluation", "start")
 
 
 @dataclass(frozen=True)

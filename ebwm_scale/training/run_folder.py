@@ -4,13 +4,14 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import EXIT_RANK_LOST, ConfigError
 
 
 class RunFolder:
@@ -21,6 +22,8 @@ class RunFolder:
         self._tracker = None
         if is_main:
             path.mkdir(parents=True, exist_ok=True)
+            self._owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
+            _write_atomically(path / "owner", self._owner)
             _write_atomically(path / "config.yaml", config.to_yaml())
             self._tracker = _tracker(path, config)
 
@@ -28,9 +31,17 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def leave_if_taken_over(self) -> None:
+        """End this process if a later one writes here: a node that was taken for dead, and its run started elsewhere, may come back."""
+        owner = (self.path / "owner").read_text(encoding="utf-8") if self.is_main else None
+        if self.is_main and owner != self._owner:
+            print(f"{self.path} was taken over by the process {owner}; this one ends and writes nothing more", file=sys.stderr, flush=True)
+            os._exit(EXIT_RANK_LOST)
+
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row; numbers that are not finite are written as null, since JSON has no word for them."""
         if self.is_main:
+            self.leave_if_taken_over()
             _append(self.path / "metrics.jsonl", row)
             if self._tracker is not None:
                 prefix = "validation/" if row.get("split") == "validation" else "train/"

@@ -1,34 +1,63 @@
-"""Wanting to stop: a signal or the time limit raises a flag, the loop polls it, all ranks save the same step and leave with code 75."""
+"""Wanting to stop: a signal or the time limit raises a flag, the loop polls it, all ranks save the same step and leave with code 75.
+
+Signals are noticed by a thread, through the wake-up descriptor that the interpreter's C handler writes to: a second one ends the process
+also while the main thread waits inside a collective, where no Python handler would run. This file imports no torch, so that the flag
+can stand before the imports that take seconds: before that a signal would end one rank alone.
+"""
 from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
+from typing import TYPE_CHECKING
 
 from ..errors import EXIT_FAILED
-from .distributed import World
+
+if TYPE_CHECKING:
+    from .distributed import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Handlers only set a flag; a second signal leaves at once."""
+    """Raised by the first signal, or max_minutes after it was made; a second signal leaves at once."""
 
-    def __init__(self, max_minutes: float | None):
+    def __init__(self) -> None:
         self.reason: str | None = None
-        self.deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.start, self.max_minutes = time.monotonic(), None
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))     # what a loader worker receives is not ours
+        threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda number, frame: None)
 
-    def _on_signal(self, number: int, frame) -> None:
-        if self.reason is not None:
-            os._exit(EXIT_FAILED)
-        self.reason = signal.Signals(number).name
+    def wanted(self, world: World, *, time_limit: bool = True) -> str | None:
+        """Why to stop, if any rank wants to; every rank must call it at the same place.
 
-    def wanted(self, world: World) -> str | None:
-        """Why to stop, if any rank wants to; every rank must call it at the same place."""
-        if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
+        time_limit False: signals only. A process that has not made a step yet does not stop for train.max_minutes, or it never would.
+        """
+        limit = self.max_minutes if time_limit else None
+        if self.reason is None and limit is not None and time.monotonic() - self.start > 60 * limit:
             self.reason = "train.max_minutes"
         if not world.any(self.reason is not None):
             return None
         return self.reason or "another rank was signalled"
+
+    def ignore(self) -> None:
+        """From here on signals change nothing: the exit code is known, and the interpreter's own end would take its handlers away."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _listen(self, reader: int) -> None:
+        while True:
+            for number in os.read(reader, 64):
+                if number not in SIGNALS:           # the interpreter writes every signal that has a Python handler
+                    continue
+                if self.reason is not None and self.reason.startswith("SIG"):
+                    print(f"{signal.Signals(number).name} after {self.reason}: leaving at once, unsaved", file=sys.stderr, flush=True)
+                    os._exit(EXIT_FAILED)
+                self.reason = signal.Signals(number).name

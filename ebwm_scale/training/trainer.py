@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..accounting import model_flops, peak_flops_per_s, step_flops
+from ..code_version import code_version
 from ..config import Config
 from ..data.loader import BatchLoader, DataState
 from ..data.mixing import MixedSplit
@@ -62,7 +63,8 @@ class Trainer:
         self.observe = Observation(train.manifest, world.device, mask_document_starts=config.data.mask_document_starts)
         self.quarantine = Quarantine(run.path, limit=config.data.max_quarantined, is_main=world.is_main)
         self.found_in_validation, self.stream_position = [], 0
-        self.step, self.loader, self.saved_step, self.validated_step, self.validation_loss = 0, None, None, None, None
+        self.step, self.loader, self.saved, self.validated_step, self.validation_loss = 0, None, None, None, None
+        self.first_step = 0             # of this process
         self.skipped_in_a_row = 0
 
     def resume(self, saved: Saved) -> None:
@@ -72,7 +74,8 @@ class Trainer:
         load_into(saved, self.engine.state)
         if self.replay is not None:
             self.replay.load_state_dict(load_replay(saved))
-        self.step = self.saved_step = data.step
+        self.step = self.first_step = data.step
+        self.saved = (self.step, saved.trainer["validation_loss"] is not None)
         self.skipped_in_a_row = saved.trainer["skipped_in_a_row"]
         self.quarantine.load_state_dict(saved.trainer["quarantine"])
         self.stream_position = saved.trainer["stream_position"]
@@ -83,9 +86,13 @@ class Trainer:
     def fit(self) -> int:
         """Train to train.max_steps; returns the exit code."""
         self.loader = self._loader()
+        if self.step and self._due(self.config.evaluation.every_steps) and not self._evaluated_and_saved():
+            return self.leave_for_later()       # the evaluation that a stopped run did not finish
         timer = Interval(self.step)
         while self.step < self.config.train.max_steps:
             result = self.train_step()
+            if result is None:
+                return self.leave_for_later()
             self.step += 1
             if not result.applied and self.skip(result):
                 return self.leave(EXIT_NOT_FINITE)
@@ -94,21 +101,39 @@ class Trainer:
                 if self.too_much_damage():
                     return self.leave(EXIT_FAILED)
             if self._due(self.config.evaluation.every_steps):
-                self.evaluate()
+                if not self.evaluate():
+                    return self.leave_for_later()
                 timer.restart(self.step)
-            reason = self.stop.wanted(self.world)
-            if reason is not None and self.step < self.config.train.max_steps:
-                self.save()
-                self.run.event("signal", step=self.step, reason=reason)
-                self.run.say(f"stopped at step {self.step} ({reason}); run the same command with --resume to go on")
-                return self.leave(EXIT_RUN_AGAIN)
-            if self.config.checkpoint.every_steps and self._due(self.config.checkpoint.every_steps):
+            if self.step < self.config.train.max_steps and self._stop_wanted():
+                return self.leave_for_later()
+            if self._save_is_due():
                 self.save()
                 timer.restart(self.step)
             self.writer.poll()
-        self.evaluate()
+        if not self.evaluate():
+            return self.leave_for_later()
         self.save()
         return self.leave(EXIT_FINISHED)
+
+    def leave_for_later(self) -> int:
+        """Save the last whole step, say why, and leave to be run again."""
+        self.save()
+        self.run.event("signal", step=self.step, reason=self.stop_reason)
+        self.run.say(f"stopped at step {self.step} ({self.stop_reason}); run the same command with --resume to go on")
+        return self.leave(EXIT_RUN_AGAIN)
+
+    def _stop_wanted(self) -> bool:
+        """Every rank asks at the same places: after a step, before another micro-batch of it, before another batch of an evaluation."""
+        self.stop_reason = self.stop.wanted(self.world, time_limit=self.step > self.first_step)
+        return self.stop_reason is not None
+
+    def _evaluated_and_saved(self) -> bool:
+        """Make up for the evaluation of the step a run was resumed at, and for its save if one was due; False if stopped meanwhile."""
+        if not self.evaluate():
+            return False
+        if self._save_is_due():
+            self.save()
+        return True
 
     def leave(self, code: int) -> int:
         """Wait for what is being written; the code."""
@@ -118,14 +143,16 @@ class Trainer:
         self.watchdog.stop()
         return code
 
-    def train_step(self) -> StepResult:
-        """One optimizer step over this rank's micro-batches."""
+    def train_step(self) -> StepResult | None:
+        """One optimizer step over this rank's micro-batches; None if it was given up between two of them, which leaves nothing behind."""
         fault = self.faults.at("step", self.step)
         source = NoiseSource(self.config.train.seed, self.step)
         point = refinement_point(self.config, self.step, source)
         rate = self.engine.set_learning_rates(self.step)
         total, norm, final, samples = 0.0, None, [], []
-        for _ in range(self.loader.micro_batches_per_step):
+        for index in range(self.loader.micro_batches_per_step):
+            if index and self._stop_wanted():
+                return None
             batch = next(self.loader)
             sequences, restart = batch.sequences, None
             if self.replay is not None:
@@ -159,7 +186,7 @@ class Trainer:
                    f"{limit} end the run; its samples are in events.jsonl")
         if self.skipped_in_a_row < limit:
             return False
-        saved = "none yet" if self.saved_step is None else f"step {self.saved_step}"
+        saved = "none yet" if self.saved is None else f"step {self.saved[0]}"
         self.run.event("not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm))
         self._warn(f"stopped after {limit} steps in a row without finite gradients. The last checkpoint ({saved}) is from before; lower "
                    "optimizer.learning_rate or refinement.step_size and run again with --resume")
@@ -201,37 +228,43 @@ class Trainer:
                      + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "") + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
                      f"  {per_step / seconds:,.0f} {unit}/s  ETA {duration(remaining_s)}")
 
-    def evaluate(self) -> None:
+    def evaluate(self) -> bool:
+        """Validate this step, once; False if it was given up for a stop."""
         if self.validated_step == self.step:
-            return
+            return True
         self.watchdog.beat(f"the evaluation after step {self.step}")
         self.faults.at("evaluation")
         point = refinement_point(self.config, self.step, NoiseSource(self.config.train.seed, self.step))
         row = validate(self.engine.module, self.validation_split, self.config, self.world, self.observe,
                        context_length=self.config.data.context_length, batch_size=self.micro_batch, step_size_scale=point.step_size_scale,
                        found=self.found_in_validation,
-                       beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"))
+                       beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"), stop_wanted=self._stop_wanted)
+        if row is None:
+            return False
         self.run.metrics({"step": self.step, "split": "validation", **row})
         self.validated_step, self.validation_loss = self.step, row["loss"]
         steps = " -> ".join(f"{loss:.4f}" for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]]) + row["loss_per_step"])
         measure = f"nats/token (unigram entropy {row['unigram_entropy']:.4f})" if self.observe.space is None else \
             f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, going straight on {row['linear_loss']:.4f})"
         self.run.say(f"validation at step {self.step}: {steps} {measure}")
+        return True
 
     def save(self) -> None:
-        """Begin a checkpoint of this step; it is written while training goes on."""
-        if self.saved_step == self.step:
+        """Begin a checkpoint of this step; it is written while training goes on. Once, and once more when its validation loss is known."""
+        validated = self.validated_step == self.step and self.validation_loss is not None
+        if self.saved in ((self.step, True), (self.step, validated)):
             return
+        self.run.leave_if_taken_over()
         self.watchdog.beat(f"the save after step {self.step}")
         self.too_much_damage()
         self.stream_position = max(self.world.gather(getattr(self.loader, "next_shard", 0)))
         state = DataState(self.train_split.fingerprint, self.config.train.seed, self.step).state_dict()
         self.writer.save(self.engine.state, {"step": self.step, "data": state, "skipped_in_a_row": self.skipped_in_a_row,
                                              "quarantine": self.quarantine.state_dict(), "stream_position": self.stream_position,
-                                             "validation_loss": self.validation_loss if self.validated_step == self.step else None,
+                                             "validation_loss": self.validation_loss if validated else None,
                                              "code": code_version()},
                          None if self.replay is None else self.replay.state_dict())
-        self.saved_step = self.step
+        self.saved = (self.step, validated)
         self.run.event("save", step=self.step)
 
     def _warn(self, text: str) -> None:
@@ -239,6 +272,9 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0)
+
+    def _save_is_due(self) -> bool:
+        return self._due(self.config.checkpoint.every_steps)
 
     def _loader(self) -> BatchLoader | StreamLoader:
         config, common = self.config, {"context_length": self.config.data.context_length, "global_batch_size": self.config.train.global_batch_size,
@@ -265,18 +301,6 @@ class Interval:
             self.last = (time.perf_counter() - self.start) / (step - self.step)
         self.restart(step)
         return self.last
-
-
-def code_version() -> str:
-    """The release, and the commit where this is a checkout."""
-    import subprocess
-    from pathlib import Path
-    from .. import __version__
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-        return f"{__version__} {commit.stdout.strip()}".strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return __version__
 
 
 def duration(seconds: float) -> str:

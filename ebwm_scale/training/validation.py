@@ -25,10 +25,14 @@ EVALUATION_STEP = 2**62         # the noise address of evaluation: no training s
 
 def validate(model: WorldModel, split: ShardedSplit | MixedSplit, config: Config, world: World, observe: Observation, *, context_length: int,
              batch_size: int, step_size_scale: float = 1.0, beat: Callable[[], None] = lambda: None,
-             found: list[BadSample] | None = None) -> dict[str, Any]:
+             stop_wanted: Callable[[], bool] = lambda: False, found: list[BadSample] | None = None) -> dict[str, Any] | None:
     """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N], initial_loss, energy_per_step; for text the
     perplexity and the unigram entropy, for video the same loss of two predictors that learn nothing: copying the last frame
-    (copy_last_loss), and going on in a straight line from the last two (linear_loss). found: damaged samples are added to it."""
+    (copy_last_loss), and going on in a straight line from the last two (linear_loss).
+
+    stop_wanted is asked before every batch, by all ranks together; once it says so, nothing more is computed and the result is None.
+    found: damaged samples are added to it.
+    """
     source, sums = NoiseSource(config.train.seed, EVALUATION_STEP), None
     batches = list(validation_batches(split, context_length=context_length, batch_size=batch_size, found=found,
                                       max_samples=config.evaluation.max_samples, rank=world.rank, world_size=world.size))
@@ -40,6 +44,8 @@ def validate(model: WorldModel, split: ShardedSplit | MixedSplit, config: Config
     try:
         for index in range(rounds):
             beat()
+            if stop_wanted():
+                return None
             if index >= len(batches):
                 if config.deepspeed.zero_stage == 3:
                     observed, targets = _nothing(config, context_length, world.device)

@@ -1,0 +1,140 @@
+"""attempts.jsonl of a run folder: when each attempt at the run began and ended, with what, and when to give up.
+
+    {"event": "begin", "attempt": 2, "job": "1234", "restart": 1, "host": "node7", "nodes": 2, "tasks": 16, "step": 400, "code": "0.1.0 1a2b3c4"}
+    {"event": "end", "attempt": 2, "exit_code": 75, "outcome": "interrupted", "step": 900, "verdict": "again", "reason": "..."}
+
+`step` is that of the newest checkpoint. An attempt without an end was lost with its node; the next one writes its end. An attempt that
+published no new checkpoint made no progress. Two of these in a row within a job, and the job gives up: what broke it will break it again.
+An interruption from outside (preemption, scancel --signal) long before the time limit is not the job's doing and does not count.
+"""
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
+
+FRUITLESS_LIMIT = 2         # attempts in a row without progress
+EXTERNAL_S = 600            # an interruption with more than this left of the time limit came from outside
+INTERRUPTIONS = {EXIT_RUN_AGAIN, *(128 + number for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT))}    # before its handlers stood, too
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do next: done, again, or give up; and why."""
+    what: str
+    reason: str
+
+
+class Attempts:
+    """One attempt of `job` at the run in `folder`: begin() it, run, end() it."""
+
+    def __init__(self, folder: Path, job: str):
+        self.folder, self.job = folder, job
+        self.number, self.first_step = 0, None
+
+    def begin(self, **facts: Any) -> Verdict:
+        """Write the begin row. `give up` if earlier attempts of this job have used up the limit, a node failure included."""
+        rows = read_attempts(self.folder)
+        before = rows[-1] if rows else None
+        if before is not None and before["event"] == "begin":
+            self._append({"event": "end", "attempt": before["attempt"], "job": before["job"], "exit_code": None, "outcome": "lost",
+                          "step": newest_step(self.folder), "progress": _above(newest_step(self.folder), before["step"]), "counts": True,
+                          "verdict": "again", "reason": f"lost on {before.get('host')}: the node failed, or the job was killed before it could say why"})
+        fruitless = self.fruitless()
+        self.number = 1 + max((row["attempt"] for row in rows), default=0)
+        self.first_step = newest_step(self.folder)
+        if len(fruitless) >= FRUITLESS_LIMIT:
+            self._append({"event": "end", "attempt": fruitless[-1]["attempt"], "job": self.job, "exit_code": None, "outcome": "gave up",
+                          "step": self.first_step, "progress": False, "counts": False, "verdict": "give up", "reason": self._why(fruitless)})
+            return Verdict("give up", self._why(fruitless))
+        self._append({"event": "begin", "attempt": self.number, "job": self.job, "step": self.first_step, **facts})
+        return Verdict("again", "")
+
+    def end(self, code: int, *, seconds_left: float | None = None, detail: str = "") -> Verdict:
+        """Write the end row of an exit code (128 + n: signal n) and return what to do.
+
+        seconds_left: until the time limit, None if there is none.
+        """
+        if any(row["attempt"] > self.number for row in read_attempts(self.folder)):
+            return Verdict("again", "a later attempt has begun: this one was taken for lost")
+        step = newest_step(self.folder)
+        progress, counts, what, outcome = _above(step, self.first_step), True, "again", "crashed"
+        reason = f"{meaning(code)}{': ' if detail else ''}{detail}"
+        if code == EXIT_FINISHED:
+            outcome, what = "finished", "done"
+        elif code in (EXIT_BAD_INPUT, EXIT_NOT_FINITE):
+            outcome, what = "stopped", "give up"
+        elif code in INTERRUPTIONS:
+            outcome = "interrupted"
+            counts = seconds_left is not None and seconds_left < EXTERNAL_S
+        row = {"event": "end", "attempt": self.number, "job": self.job, "exit_code": code, "outcome": outcome, "step": step,
+               "progress": progress, "counts": counts, "verdict": what, "reason": reason}
+        fruitless = self.fruitless(row)
+        if what == "again" and counts and len(fruitless) >= FRUITLESS_LIMIT:
+            row.update(verdict="give up", reason=self._why(fruitless))
+        self._append(row)
+        return Verdict(row["verdict"], row["reason"])
+
+    def fruitless(self, *further: dict) -> list[dict]:
+        """The ends of this job's last attempts, back to the last one with progress, that count and made none."""
+        found = []
+        for row in reversed([*read_attempts(self.folder), *further]):
+            if row["event"] != "end":
+                continue
+            if row["job"] != self.job or row["progress"] or row["outcome"] == "gave up":
+                break
+            if row["counts"]:
+                found.append(row)
+        return found[::-1]
+
+    def _why(self, fruitless: list[dict]) -> str:
+        step = fruitless[-1]["step"]
+        return (f"gave up: {len(fruitless)} attempts in a row ended without a checkpoint beyond "
+                f"{'the start' if step is None else f'step {step}'}; the last one: {fruitless[-1]['reason']}")
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        with open(self.folder / "attempts.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": now, **row}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_attempts(folder: Path) -> list[dict]:
+    """Rows of attempts.jsonl, without a torn last line; [] where there is none."""
+    path, rows = folder / "attempts.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step that checkpoints/latest names."""
+    try:
+        return int((folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step_"))
+    except (OSError, ValueError):
+        return None
+
+
+def meaning(code: int) -> str:
+    known = {0: "finished", 2: "bad configuration or data", 75: "saved, wants to be run again", 76: "gradients were not finite several steps in a row",
+             77: "a process hung or died", 130: "interrupted in start-up", 138: "signalled in start-up", 143: "terminated in start-up"}
+    if code in known:
+        return f"exit code {code} ({known[code]})"
+    if 128 < code < 160:
+        return f"exit code {code} (a process was killed by {signal.Signals(code - 128).name})"
+    return f"exit code {code}"
+
+
+def _above(step: int | None, before: int | None) -> bool:
+    return step is not None and (before is None or step > before)

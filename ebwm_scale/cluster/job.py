@@ -1,0 +1,149 @@
+"""The process in a job's batch step: one attempt at a run, and what its end means.
+
+    python -m ebwm_scale.cluster.job --config FILE [--set section.key=value ...] [--run-dir DIR]        started by slurm/job.sh
+
+    begin (attempts.jsonl) -> srun: one task per GPU, each ebwm_scale/train.py --resume -> end (attempts.jsonl)
+        finished    the job ends with 0
+        again       scontrol requeue: the same job, the same run folder, later and elsewhere
+        give up     the job ends with the run's exit code, and the reason stands in attempts.jsonl
+
+Outside Slurm (--cluster local of ebwm_scale.launch) the tasks are plain processes and `again` is a loop. Exit codes are those of train.py.
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Sequence
+
+from ..code_version import code_version
+from ..config import load_config
+from ..errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
+from .attempts import Attempts, Verdict, meaning, read_attempts
+from .slurm import Allocation, allocation, job_state, queue, requeue
+from .tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.cluster.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
+    parser.add_argument("--run-dir", type=Path, default=None, metavar="DIR", help="default: runs/<name of the configuration file>-<job id>")
+    parser.add_argument("--plan", action="store_true", help="check the configuration and print what would run")
+    parser.add_argument("--dry-run", action="store_true", help="train.py --dry-run in one task: parameters, memory and time on this node")
+    options = parser.parse_args(arguments)
+    try:
+        load_config(options.config, options.overrides)      # a mistake in it ends the job here, not 64 tasks later
+        given = allocation()
+        if options.plan:
+            return plan(options, given)
+        run_dir = options.run_dir or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
+        command = train_command(options.config, options.overrides, run_dir)
+        if options.dry_run:
+            os.execv(command[0], [*command[:-1], "--dry-run"])
+        return attempt(command, run_dir, given).leave()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def train_command(config: str, overrides: Sequence[str], run_dir: Path) -> list[str]:
+    return [sys.executable, "-u", str(ROOT / "ebwm_scale" / "train.py"), "--config", str(config), *(["--set", *overrides] if overrides else []),
+            "--run-dir", str(run_dir), "--resume"]
+
+
+class Ended:
+    """How an attempt ended, and how the job is to end for it."""
+
+    def __init__(self, verdict: Verdict, code: int, given: Allocation | None, *, signalled: bool = False):
+        self.verdict, self.code, self.given, self.signalled = verdict, code, given, signalled
+
+    def leave(self) -> int:
+        """Requeue if that is the verdict; the exit code of the job."""
+        if self.verdict.what == "done":
+            return self.code
+        say(self.verdict.reason)
+        if self.verdict.what == "give up" or self.given is None:
+            return self.code or EXIT_FAILED
+        refusal = requeue(self.given.job, self.given.restart)
+        say("requeued" if refusal is None else f"not requeued: {refusal}")
+        return EXIT_RUN_AGAIN
+
+
+def attempt(command: Sequence[str], run_dir: Path, given: Allocation | None, *, num_tasks: int = 1) -> Ended:
+    """Run the tasks once. num_tasks: outside Slurm."""
+    job = given.job if given else f"local-{os.getpid()}"
+    refuse_if_in_use(run_dir, job)
+    attempts, logs = Attempts(run_dir, job), run_dir / "logs"
+    verdict = attempts.begin(restart=given.restart if given else 0, host=socket.gethostname(), nodes=given.num_nodes if given else 1,
+                             tasks=given.num_tasks if given else num_tasks, code=code_version())
+    if verdict.what == "give up":
+        return Ended(verdict, EXIT_FAILED, given)
+    say(f"attempt {attempts.number} at {run_dir}" + (f", job {job}, restart {given.restart}: {given.num_nodes} nodes ({given.node_list}) with "
+        f"{given.tasks_per_node} tasks each ({given.why_tasks})" if given else f": {num_tasks} tasks on this machine"))
+    tasks = SlurmTasks(given, command, logs) if given else LocalTasks(num_tasks, command, logs)
+    say(f"running {printed(tasks.command)}\noutput of rank 0: {logs}/rank_0000.log")
+    signals = []
+
+    def pass_on(number: int, frame) -> None:
+        signals.append(number)
+        tasks.send(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    code = tasks.wait()
+    left = None
+    if given and (state := job_state(job)) is not None:
+        left = state.seconds_left
+    detail = last_words(logs) if code not in (0, EXIT_RUN_AGAIN) else ""
+    verdict = attempts.end(code, seconds_left=left, detail=detail)
+    if signals and given is None and verdict.what == "again":
+        verdict = Verdict("give up", f"{meaning(code)}; this machine's user sent {signal.Signals(signals[0]).name}")
+    return Ended(verdict, code, given, signalled=bool(signals))
+
+
+def attempts_until_the_end(command: Sequence[str], run_dir: Path, *, num_tasks: int) -> Ended:
+    """Outside Slurm: again, and again, until the run is finished or gives up."""
+    while True:
+        ended = attempt(command, run_dir, None, num_tasks=num_tasks)
+        if ended.verdict.what != "again":
+            return ended
+        say(ended.verdict.reason)
+        time.sleep(1)
+
+
+def refuse_if_in_use(run_dir: Path, job: str) -> None:
+    """Two jobs in one run folder would write over each other."""
+    rows = read_attempts(run_dir)
+    if not rows or rows[-1]["event"] != "begin" or rows[-1]["job"] == job:
+        return
+    other, host = rows[-1]["job"], rows[-1].get("host")
+    if other.startswith("local-"):
+        running = host == socket.gethostname() and Path(f"/proc/{other.removeprefix('local-')}").exists()
+    else:
+        running = queue().get(other) in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
+    if running:
+        raise UserError(f"{run_dir} is in use by job {other} on {host}: wait for it, end it, or name another folder with --run-dir")
+
+
+def plan(options: argparse.Namespace, given: Allocation | None) -> int:
+    run_dir = options.run_dir or Path("runs") / f"{Path(options.config).stem}-$SLURM_JOB_ID"
+    command = train_command(options.config, options.overrides, run_dir)
+    example = given or Allocation("0", 0, 1, 1, 1, "", "")
+    shape = [] if given else ["# (on the nodes the job gets; here: for one node with one task)"]
+    print("\n".join([*shape, printed([*srun_options(example, run_dir / "logs"), *command])]))
+    return 0
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Run folders before submission: what a sweep consists of, under readable names, each with its resolved configuration and the code version."""
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+from ..code_version import code_version, uncommitted
+from ..config import Config, load_config
+from ..errors import ConfigError
+
+MAX_NAME = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """name: unique in the sweep, fit for a file name, `seed=1_width=64`."""
+    name: str
+    overrides: tuple[str, ...]
+
+
+def expand(sweeps: Sequence[str]) -> list[Run]:
+    """["a.b=1,2", "c.d=x,y"] -> the four combinations. Commas inside quotes or brackets do not separate."""
+    axes = []
+    for text in sweeps:
+        key, equals, values = text.partition("=")
+        if not equals or not all(key.strip().split(".")):
+            raise ConfigError(f"--sweep {text}: expected section.key=value,value,... for example train.seed=1,2,3")
+        axes.append((key.strip(), dict(zip(split_values(values), _fit(split_values(values))))))
+    if len({key for key, _ in axes}) < len(axes):
+        raise ConfigError(f"--sweep names a key twice: {', '.join(key for key, _ in axes)}; list all its values in one")
+    short = [key.rpartition(".")[2] for key, _ in axes]
+    labels = [last if short.count(last) == 1 else key for (key, _), last in zip(axes, short)]
+    runs, taken = [], set()
+    for values in itertools.product(*(values for _, values in axes)):
+        name = "_".join(f"{label}={fit[value]}" for label, (_, fit), value in zip(labels, axes, values))[:MAX_NAME]
+        unique = next(candidate for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if candidate not in taken)
+        taken.add(unique)
+        runs.append(Run(unique, tuple(f"{key}={value}" for (key, _), value in zip(axes, values))))
+    return runs
+
+
+def split_values(text: str) -> list[str]:
+    values, depth, quote = [""], 0, None
+    for character in text:
+        if quote is None and depth == 0 and character == ",":
+            values.append("")
+            continue
+        if quote is not None:
+            quote = None if character == quote else quote
+        elif character in "\"'" and (values[-1] == "" or depth):        # an apostrophe inside a word opens nothing
+            quote = character
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth = max(0, depth - 1)
+        values[-1] += character
+    return values
+
+
+def _fit(values: Sequence[str]) -> list[str]:
+    """For file names: the last part of a path where that tells the values apart, and nothing that a shell or a terminal would read."""
+    clean = lambda value: re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")[-60:] or "empty"
+    short = [clean(value.rstrip("/").rpartition("/")[2]) for value in values]
+    return short if len(set(short)) == len(short) else [clean(value) for value in values]
+
+
+def prepare(folder: Path, *, config_file: str, overrides: Sequence[str], request: dict[str, Any]) -> Config:
+    """Write config.yaml (resolved) and launch.json (the request and the code version) into a run folder; returns the configuration."""
+    config = load_config(config_file, overrides)
+    if (folder / "metrics.jsonl").exists() or (folder / "launch.json").exists():
+        raise ConfigError(f"{folder} already holds a run: look at it with --status, go on with it with --resubmit, or name another --run-dir")
+    write_request(folder, config, {"config": str(config_file), "overrides": list(overrides), **request, "code": code_version(),
+                                   "uncommitted": uncommitted()})
+    return config
+
+
+def write_request(folder: Path, config: Config, request: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    (folder / "launch.json").write_text(json.dumps({"time": now, **request}, indent=1, ensure_ascii=False), encoding="utf-8")
