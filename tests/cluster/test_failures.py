@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import AWKWARD, ROOT, SECRET, holding_secret, same
+from cluster_jobs import AWKWARD, ROOT, SECRET, holding_secret, same
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import time
 import ebwm_scale
 import pytest
 import yaml
-from conftest import AWKWARD, ROOT, SECRET, holding_secret, same
+from cluster_jobs import AWKWARD, ROOT, SECRET, holding_secret, same
 
 SLOW = "slow@step=3,seconds=4"      # time for a signal to arrive between two known steps
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import AWKWARD, ROOT, SECRET, Jobs, install_slurm
+from cluster_jobs import AWKWARD, ROOT, SECRET, Jobs, install_slurm
 from minislurm import MiniSlurm
 
 from ebwm_scale.cluster.slurm import allocation
