@@ -36,7 +36,7 @@ $(VENV)/.installed-video: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking,video]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking,video,cluster]"
 	@touch $@
 
 clean:

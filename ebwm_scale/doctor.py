@@ -250,7 +250,7 @@ def check_tracking(report: Report, config: Config) -> None:
     if config.logging.wandb != "online":
         return
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    known = "WANDB_API_KEY" in os.environ or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
+    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
     if _version("wandb") is None:
         report.missing("tracking", "logging.wandb is online, and wandb is not installed: pip install -c constraints.txt -e '.[tracking]'")
     elif not known:

@@ -34,7 +34,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge/sock,cred_expire=5
+AuthInfo=socket={root}/munge/sock,cred_expire=2
 CredType=cred/munge
 SlurmctldPort={port}
 SlurmctldPidFile={root}/ctld/slurmctld.pid
@@ -96,7 +96,7 @@ class MiniSlurm:
         self._spawn("slurmctld", "/usr/sbin/slurmctld", "-D", "-c", "-f", str(self.configuration))
         for node in self.nodes:
             self.start_node(node)
-        self._until(lambda: sorted(self.command("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False).split()) == self.nodes,
+        self._until(lambda: sorted(self.command("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False).split()) == sorted(self.nodes),
                     timeout, "idle nodes")
         return self
 

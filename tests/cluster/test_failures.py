@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import AWKWARD, ROOT, SECRET, holding_secret, same
+from cluster_jobs import AWKWARD, ROOT, SECRET, holding_secret, same
 
 
 @pytest.fixture(scope="module")
@@ -44,37 +44,42 @@ def ends_of(jobs, name) -> list[dict]:
     return [row for row in jobs.attempts(name) if row["event"] == "end"]
 
 
-def test_kill_9_of_a_slurmd_ends_the_attempt_and_the_requeued_job_finishes_bitwise_equal(jobs, unbroken, sweep):
-    """All ranks hang in step 3, so nothing but Slurm can end the attempt; the second one has no fault."""
-    job = jobs.submit("node_lost", "--nodelist=127.0.0.[3-4]", faults="hang@step=3")
-    jobs.until_step("node_lost", job, 3)
-    jobs.faults("node_lost", "")
-    orphan = jobs.tasks_of(job)[1]
-    jobs.slurm.kill_node("127.0.0.4")
-    jobs.until("node_lost", job, lambda: jobs.slurm.restarts(job) == 1, "the requeue after the node failure", 90)
-    jobs.slurm.start_node("127.0.0.4")
-    jobs.finished("node_lost", job)
-    lost, finished = ends_of(jobs, "node_lost")
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.soak)])
+def test_kill_9_of_a_slurmd_ends_the_attempt_and_the_requeued_job_finishes_bitwise_equal(jobs, unbroken, sweep, rank):
+    """All ranks hang in step 3, so nothing but Slurm can end the attempt; the second one has no fault. Rank 0's node holds the batch step too."""
+    name, node = f"node_lost_{rank}", ("127.0.0.3", "127.0.0.4")[rank]
+    job = jobs.submit(name, "--nodelist=127.0.0.[3-4]", faults="hang@step=3")
+    jobs.until_step(name, job, 3)
+    jobs.faults(name, "")
+    orphan = jobs.tasks_of(job)[rank]
+    jobs.slurm.kill_node(node)
+    jobs.until(name, job, lambda: jobs.slurm.restarts(job) == 1, "the requeue after the node failure", 90)
+    jobs.slurm.start_node(node)
+    jobs.finished(name, job)
+    lost, finished = ends_of(jobs, name)
     assert (lost["outcome"], finished["outcome"]) == ("lost", "finished")
-    assert jobs.rows("node_lost") == jobs.rows(unbroken)
-    assert same(jobs.state("node_lost"), jobs.state(unbroken)) == []
+    assert jobs.rows(name) == jobs.rows(unbroken)
+    assert same(jobs.state(name), jobs.state(unbroken)) == []
     if Path(f"/proc/{orphan}").exists():            # its slurmd came back with no job for it
         os.kill(orphan, signal.SIGKILL)
 
 
-def test_kill_9_of_a_task_ends_the_attempt_promptly_and_the_requeued_job_finishes_bitwise_equal(jobs, unbroken):
-    job = jobs.submit("task_lost", faults="slow@step=3,seconds=3")
-    jobs.until_step("task_lost", job, 3)
-    jobs.faults("task_lost", "")
+@pytest.mark.parametrize("other", ["slow@step=3,seconds=3", pytest.param("hang@step=3", marks=pytest.mark.soak)])
+def test_kill_9_of_a_task_ends_the_attempt_promptly_and_the_requeued_job_finishes_bitwise_equal(jobs, unbroken, other):
+    """The other task notices by itself, or is stuck."""
+    name = f"task_lost_{other[:4]}"
+    job = jobs.submit(name, faults=other)
+    jobs.until_step(name, job, 3)
+    jobs.faults(name, "")
     killed = time.monotonic()
     os.kill(jobs.tasks_of(job)[1], signal.SIGKILL)
-    jobs.until("task_lost", job, lambda: jobs.slurm.restarts(job) == 1, "the requeue", 60)
+    jobs.until(name, job, lambda: jobs.slurm.restarts(job) == 1, "the requeue", 60)
     assert time.monotonic() - killed < 45
-    jobs.finished("task_lost", job)
-    crashed, finished = ends_of(jobs, "task_lost")
+    jobs.finished(name, job)
+    crashed, finished = ends_of(jobs, name)
     assert crashed["outcome"] == "crashed" and crashed["exit_code"] == 137 and crashed["progress"] and finished["outcome"] == "finished"
-    assert jobs.rows("task_lost") == jobs.rows(unbroken)
-    assert same(jobs.state("task_lost"), jobs.state(unbroken)) == []
+    assert jobs.rows(name) == jobs.rows(unbroken)
+    assert same(jobs.state(name), jobs.state(unbroken)) == []
 
 
 def test_a_job_that_makes_no_progress_twice_gives_up_and_says_why(jobs):

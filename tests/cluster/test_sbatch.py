@@ -8,7 +8,7 @@ import time
 import ebwm_scale
 import pytest
 import yaml
-from conftest import AWKWARD, ROOT, SECRET, holding_secret, same
+from cluster_jobs import AWKWARD, ROOT, SECRET, holding_secret, same
 
 SLOW = "slow@step=3,seconds=4"      # time for a signal to arrive between two known steps
 
@@ -26,31 +26,36 @@ def unbroken(jobs):
 def limited(jobs):
     """Submitted before the others: it mostly sleeps. Slurm looks at limits every 30 s, so the signal comes 20 to 50 s after the start."""
     faults = "; ".join(f"slow@step={step},seconds=6" for step in range(1, 8))
-    return jobs.submit("limited", "--time=1", "--signal=USR1@10", faults=faults)
+    return jobs.submit("limited", "--time=1", "--signal=USR1@10", faults=faults, nodes=1)
 
 
-def broken_but_equal(jobs, name, job, unbroken, *, reason):
+@pytest.fixture(scope="module")
+def one(runs):
+    runs.run("one")
+    return runs
+
+
+def broken_but_equal(jobs, name, job, rows, state, *, reason):
     jobs.finished(name, job)
     assert jobs.slurm.restarts(job) >= 1
     ends = [row for row in jobs.attempts(name) if row["event"] == "end"]
     assert [row["outcome"] for row in ends][-1] == "finished" and ends[0]["exit_code"] == 75 and ends[0]["progress"], ends
     events = [json.loads(line) for line in (jobs.folder / name / "events.jsonl").read_text().splitlines()]
     assert [event["reason"] for event in events if event["event"] == "signal"][0] == reason
-    assert jobs.rows(name) == jobs.rows(unbroken)
-    assert same(jobs.state(name), jobs.state(unbroken)) == []
+    assert jobs.rows(name) == rows
+    assert same(jobs.state(name), state) == []
 
 
-def test_two_nodes_with_two_tasks_train_as_one_process_does_and_text_arrives_as_typed(jobs, limited, runs):
+def test_two_nodes_with_two_tasks_train_as_one_process_does_and_text_arrives_as_typed(jobs, limited, one):
     """With the shipped slurm/site.sh. The override has spaces, quotes, $(), backquotes and a newline."""
     variables = {**jobs.variables("four"), "EBWM_SITE": str(ROOT / "slurm" / "site.sh"), "VIRTUAL_ENV": "the test's own"}
     job = jobs.slurm.submit("--nodes=2", "--ntasks-per-node=2", f"--output={jobs.folder}/four.out", "slurm/pretrain_nlp.sh",
                             jobs.configuration("four"), "--run-dir", jobs.folder / "four", "--set", f"logging.run_name={AWKWARD}",
                             cwd=ROOT, variables=variables)
-    runs.run("one")
     jobs.finished("four", job)
-    four, one = jobs.rows("four"), runs.rows("one")
-    assert [(row["step"], row.get("split")) for row in four] == [(row["step"], row.get("split")) for row in one] and len(one) == 10
-    for ours, theirs in zip(four, one):
+    four, alone = jobs.rows("four"), one.rows("one")
+    assert [(row["step"], row.get("split")) for row in four] == [(row["step"], row.get("split")) for row in alone] and len(alone) == 10
+    for ours, theirs in zip(four, alone):
         assert ours["loss_per_step"] == pytest.approx(theirs["loss_per_step"], rel=1e-6, abs=0)
     assert "2 nodes" in jobs.output("four") and "with 2 tasks each" in jobs.output("four")
     assert sorted(path.name for path in (jobs.folder / "four" / "logs").iterdir()) == [f"rank_{rank:04d}.log" for rank in range(4)]
@@ -66,7 +71,7 @@ def test_scancel_usr1_saves_requeues_and_finishes_bitwise_equal_under_the_same_t
     job = jobs.submit("signalled", faults=SLOW, overrides=tracked)
     jobs.until_step("signalled", job, 3)
     jobs.slurm.command("scancel", "--signal=USR1", job)
-    broken_but_equal(jobs, "signalled", job, unbroken, reason="SIGUSR1")
+    broken_but_equal(jobs, "signalled", job, jobs.rows(unbroken), jobs.state(unbroken), reason="SIGUSR1")
     if tracked:
         identity = (jobs.folder / "signalled" / "wandb_id").read_text().strip()
         folders = list((jobs.folder / "signalled" / "wandb").glob("offline-run-*"))
@@ -79,11 +84,12 @@ def test_preemption_by_a_higher_partition_saves_requeues_and_finishes_bitwise_eq
     urgent = jobs.slurm.submit("--partition=high", "--nodes=2", "--nodelist=127.0.0.[5-6]", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
     jobs.until("preempted", urgent, lambda: jobs.slurm.restarts(job) == 1, "the preemption")
     assert jobs.slurm.wait(urgent, 60) == ["COMPLETED"]
-    broken_but_equal(jobs, "preempted", job, unbroken, reason="SIGUSR1")
+    broken_but_equal(jobs, "preempted", job, jobs.rows(unbroken), jobs.state(unbroken), reason="SIGUSR1")
 
 
-def test_the_time_limit_saves_requeues_and_finishes_bitwise_equal(jobs, limited, unbroken):
-    broken_but_equal(jobs, "limited", limited, unbroken, reason="SIGUSR1")
+def test_the_time_limit_saves_requeues_and_finishes_bitwise_equal(jobs, limited, one):
+    """One task here, so the reference is a run of one process without Slurm."""
+    broken_but_equal(jobs, "limited", limited, one.rows("one"), one.state("one"), reason="SIGUSR1")
 
 
 def test_a_signal_in_start_up_is_no_failure(jobs, unbroken):

@@ -1,0 +1,109 @@
+"""attempts.jsonl, when a job gives up; names and folders of sweeps; runs on a machine without Slurm. No Slurm here."""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from cluster_jobs import AWKWARD, ROOT, SECRET, Jobs, holding_secret
+
+from ebwm_scale.cluster.attempts import Attempts, read_attempts
+from ebwm_scale.cluster.sweep import expand, split_values
+from ebwm_scale.errors import ConfigError
+
+
+def play(folder: Path, *history: tuple[int | None, int | None], job: str = "1", left: float | None = None) -> str:
+    """Attempts of (step saved, exit code or None for a lost one); the last verdict."""
+    what = ""
+    for step, code in history:
+        attempts = Attempts(folder, job)
+        what = attempts.begin().what
+        if what == "give up":
+            break
+        if step is not None:
+            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (folder / "checkpoints" / "latest").write_text(f"step_{step:06d}\n")
+        if code is not None:
+            what = attempts.end(code, seconds_left=left).what
+    return what
+
+
+@pytest.mark.parametrize("history, left, expected", [
+    ([(None, 137)], None, "again"), ([(None, 137), (None, 1)], None, "give up"),
+    ([(3, 137), (3, 137)], None, "again"), ([(3, 137), (3, 137), (3, 137)], None, "give up"), ([(3, 1), (3, 1), (6, 1), (6, 1)], None, "again"),
+    ([(None, None), (None, None), (None, None)], None, "give up"), ([(None, None), (4, None), (4, None), (8, 0)], None, "done"),
+    ([(3, 75)] * 5, 5000, "again"), ([(3, 75)] * 3, 100, "give up"), ([(3, 1), (3, 1), (3, 75), (3, 1)], 5000, "give up"),
+    ([(None, 2)], None, "give up"), ([(5, 76)], None, "give up"), ([(8, 0)], None, "done"), ([(3, 138)], 5000, "again"),
+])
+def test_two_attempts_in_a_row_without_progress_are_the_limit_and_interruptions_from_outside_do_not_count(tmp_path, history, left, expected):
+    assert play(tmp_path, *history, left=left) == expected
+
+
+def test_a_new_job_in_the_same_folder_may_try_again(tmp_path):
+    assert play(tmp_path, (None, 1), (None, 1)) == "give up"
+    assert play(tmp_path, (None, 1), job="2") == "again"
+
+
+def test_an_attempt_that_was_taken_for_lost_has_no_say_when_it_comes_back(tmp_path):
+    old, new = Attempts(tmp_path, "1"), Attempts(tmp_path, "1")
+    old.begin()
+    new.begin()
+    before = read_attempts(tmp_path)
+    assert old.end(1).what == "again" and read_attempts(tmp_path) == before
+
+
+def test_a_sweep_is_every_combination_under_readable_names():
+    runs = expand(["train.seed=1,2", "model.size=xxs,xs"])
+    assert [run.name for run in runs] == ["seed=1_size=xxs", "seed=1_size=xs", "seed=2_size=xxs", "seed=2_size=xs"]
+    assert runs[1].overrides == ("train.seed=1", "model.size=xs")
+    assert [run.name for run in expand(["a.x=1,2", "b.x=3"])] == ["a.x=1_b.x=3", "a.x=2_b.x=3"]
+    assert [run.name for run in expand(["data.manifest=p/one/m.json,p/two/m.json"])] == ["manifest=p-one-m.json", "manifest=p-two-m.json"]
+
+
+def test_commas_in_quotes_and_brackets_separate_nothing_and_awkward_text_stays_as_it_is():
+    assert split_values("[[0,1],[1,2]],[]") == ["[[0,1],[1,2]]", "[]"] and split_values("'a,b',it's") == ["'a,b'", "it's"]
+    run, = expand([f"logging.run_name={AWKWARD}"])
+    assert run.overrides == (f"logging.run_name={AWKWARD}",) and set(run.name) <= set("abcdefghijklmnopqrstuvwxyzHOME_=-")
+
+
+@pytest.mark.parametrize("sweep, message", [(["train.seed"], "expected section.key=value"), (["a.b=1", "a.b=2"], "names a key twice")])
+def test_a_sweep_that_means_nothing_is_refused(sweep, message):
+    with pytest.raises(ConfigError, match=message):
+        expand(sweep)
+
+
+def test_launch_without_slurm_goes_on_after_a_killed_task_and_status_shows_it(tmp_path, dataset):
+    """Two tasks; rank 1 is killed before the first step, each time, and the run gives up; without the fault it finishes."""
+    pytest.importorskip("submitit", reason="the extra `cluster` is not installed")
+    helper = Jobs(None, tmp_path, dataset)
+    config = helper.configuration("local")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_API_KEY": SECRET, "EBWM_FAULTS": "kill@start=1,rank=1"}
+
+    def launch(*arguments, expect=0) -> str:
+        done = subprocess.run([sys.executable, "-m", "ebwm_scale.launch", *arguments], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=60)
+        assert done.returncode == expect, done.stdout
+        return done.stdout
+
+    folder = tmp_path / "local"
+    assert "submitted" in launch("--config", str(config), "--cluster", "local", "--tasks-per-node", "2", "--run-dir", str(folder),
+                                 "--set", f"logging.run_name={AWKWARD}")
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and not (read_attempts(folder) and read_attempts(folder)[-1].get("verdict") in ("done", "give up")):
+        time.sleep(0.5)
+    ends = [row for row in read_attempts(folder) if row["event"] == "end"]
+    assert [row["outcome"] for row in ends] == ["crashed", "crashed"], (tmp_path / "local" / "logs" / "rank_0000.log").read_text()[-2000:]
+    assert "gave up: 2 attempts" in ends[-1]["reason"] and not ends[-1]["progress"]
+    assert "1 failed" in launch("--status", str(folder), expect=1)
+    environment["EBWM_FAULTS"] = ""
+    launch("--resubmit", str(folder), "--set", "train.max_steps=5")
+    while time.monotonic() < deadline and read_attempts(folder)[-1].get("verdict") != "done":
+        time.sleep(0.5)
+    assert "1 finished" in launch("--status", str(folder)) and "5/5" in launch("--status", str(folder))
+    assert yaml.safe_load((folder / "config.yaml").read_text())["logging"]["run_name"] == AWKWARD
+    assert holding_secret(tmp_path) == [] and json.loads((folder / "launch.json").read_text())["jobs"]

@@ -1,0 +1,108 @@
+"""Where a stop is noticed: in start-up, between micro-batches, in an evaluation; a second signal leaves at once, wherever the process is."""
+import json
+import signal
+import time
+
+import pytest
+from conftest import end, same
+
+
+@pytest.fixture(scope="module")
+def reference(runs):
+    return runs.run("whole", overrides={"train.micro_batch_size": 1})
+
+
+def signalled(runs, name, *, when, numbers=(signal.SIGUSR1,), **options):
+    """Start a run, send signals once `when` says so (a predicate of nothing); (exit code, output, seconds from the last signal to the end)."""
+    process, deadline = runs.start(name, **options), time.monotonic() + 120
+    try:
+        while not when(process) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.3)
+        start = time.monotonic()
+        output, _ = process.communicate(timeout=120)
+    finally:
+        end(process)
+    return process.returncode, output, time.monotonic() - start
+
+
+def handler_stands(process):
+    """The process catches SIGUSR1 (bit 9 of SigCgt)."""
+    try:
+        with open(f"/proc/{process.pid}/status") as file:
+            return bool(int(next(line for line in file if line.startswith("SigCgt")).split()[1], 16) >> 9 & 1)
+    except (OSError, StopIteration):
+        return False
+
+
+def logged(runs, name, step):
+    path = runs.folder / name / "metrics.jsonl"
+    return lambda process: path.exists() and any(row["step"] == step for row in runs.rows(name))
+
+
+def finished_as_whole(runs, name, **options):
+    runs.run(name, flags=("--resume",), **options)
+    assert runs.rows(name) == runs.rows("whole")
+    assert same(runs.state(name), runs.state("whole")) == []
+
+
+def test_a_signal_while_torch_is_imported_stops_before_the_model_is_built(runs, reference):
+    overrides = {"train.micro_batch_size": 1}
+    code, output, _ = signalled(runs, "early", when=handler_stands, overrides=overrides)
+    assert code == 75 and "stopped before the model was built (SIGUSR1)" in output
+    assert not (runs.folder / "early" / "checkpoints").exists()
+
+
+def test_between_two_micro_batches_the_step_is_given_up_and_done_again(runs, reference):
+    """The signal comes before step 6's first micro-batch, so its second one is not begun: what is saved is step 5."""
+    overrides = {"train.micro_batch_size": 1}
+    code, output, _ = signalled(runs, "between", when=logged(runs, "between", 5), overrides=overrides,
+                                variables={"EBWM_FAULTS": "slow@step=5,seconds=3"})
+    assert code == 75 and "stopped at step 5 (SIGUSR1)" in output
+    finished_as_whole(runs, "between", overrides=overrides)
+
+
+def test_an_evaluation_is_given_up_its_step_is_saved_and_the_resumed_run_makes_up_for_it(runs, reference):
+    """Evaluation 1 belongs to step 4. The row is missing at the stop, and there in the end, once and in its place."""
+    overrides = {"train.micro_batch_size": 1}
+    code, output, _ = signalled(runs, "evaluating", when=logged(runs, "evaluating", 4), overrides=overrides,
+                                variables={"EBWM_FAULTS": "slow@evaluation=1,seconds=3"})
+    assert code == 75 and "stopped at step 4 (SIGUSR1)" in output
+    assert not any(row.get("split") for row in runs.rows("evaluating"))
+    finished_as_whole(runs, "evaluating", overrides=overrides)
+
+
+@pytest.mark.soak
+def test_the_last_evaluation_too_and_the_best_checkpoint_is_known_in_the_end(runs, reference):
+    overrides = {"train.micro_batch_size": 1}
+    code, output, _ = signalled(runs, "last", when=logged(runs, "last", 8), overrides=overrides,
+                                variables={"EBWM_FAULTS": "slow@evaluation=2,seconds=3"})
+    assert code == 75 and "stopped at step 8 (SIGUSR1)" in output
+    finished_as_whole(runs, "last", overrides=overrides)
+    loss = lambda name: json.loads((runs.folder / name / "checkpoints" / "step_000008" / "trainer.json").read_text())["validation_loss"]
+    assert loss("last") == loss("whole") is not None
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGUSR1), pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.soak)])
+def test_a_second_signal_leaves_at_once_and_unsaved(runs, first, second):
+    name = f"twice_{second.name}"
+    code, output, seconds = signalled(runs, name, when=logged(runs, name, 2), numbers=(first, second), variables={"EBWM_FAULTS": "hang@step=2"})
+    assert code == 1 and seconds < 2
+    assert f"{second.name} after {first.name}: leaving at once, unsaved" in output and not (runs.folder / name / "checkpoints").exists()
+
+
+def test_a_process_whose_run_was_taken_over_writes_nothing_more(runs):
+    """What a node that comes back from the dead would do to the run that went on elsewhere."""
+    process = runs.start("taken", variables={"EBWM_FAULTS": "slow@step=2,seconds=3"})
+    try:
+        deadline = time.monotonic() + 120
+        while not logged(runs, "taken", 2)(process) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        (runs.folder / "taken" / "owner").write_text("another")
+        output, _ = process.communicate(timeout=120)
+    finally:
+        end(process)
+    assert process.returncode == 77 and "was taken over by the process another" in output
+    assert [row["step"] for row in runs.rows("taken")] == [1, 2] and not (runs.folder / "taken" / "checkpoints").exists()
