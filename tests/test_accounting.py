@@ -249,7 +249,7 @@ def test_peak_is_unknown_without_a_device_and_refuses_other_precisions(monkeypat
 
 
 DATA = {"manifest": "data/manifest.json", "fingerprint": "f" * 64, "train_samples": 400, "train_tokens": 3600, "validation_samples": 10,
-        "validation_tokens": 90, "vocabulary_size": 11, "context_length": 9}
+        "validation_tokens": 90, "vocabulary_size": 11, "context_length": 9, "train_frames": 3600, "validation_frames": 90, "dimension": 12}
 
 
 @pytest.mark.parametrize("options", [
