@@ -62,7 +62,7 @@ def test_a_sweep_is_every_combination_under_readable_names():
     assert [run.name for run in runs] == ["seed=1_size=xxs", "seed=1_size=xs", "seed=2_size=xxs", "seed=2_size=xs"]
     assert runs[1].overrides == ("train.seed=1", "model.size=xs")
     assert [run.name for run in expand(["a.x=1,2", "b.x=3"])] == ["a.x=1_b.x=3", "a.x=2_b.x=3"]
-    assert [run.name for run in expand(["data.manifest=p/one/m.json,p/two/m.json"])] == ["manifest=p-one-m.json", "manifest=p-two-m.json"]
+    assert [run.name for run in expand(["data.manifest=p/one/m.json,p/two/m.json"])] == ["manifest=one-m.json", "manifest=two-m.json"]
 
 
 def test_commas_in_quotes_and_brackets_separate_nothing_and_awkward_text_stays_as_it_is():
