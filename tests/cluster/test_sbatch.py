@@ -40,6 +40,7 @@ def broken_but_equal(jobs, name, job, rows, state, *, reason):
     assert jobs.slurm.restarts(job) >= 1
     ends = [row for row in jobs.attempts(name) if row["event"] == "end"]
     assert [row["outcome"] for row in ends][-1] == "finished" and ends[0]["exit_code"] in ((75,) if reason else (75, None)) and ends[0]["progress"], ends
+    assert ends[0]["outcome"] == "interrupted"
     events = [json.loads(line) for line in (jobs.folder / name / "events.jsonl").read_text().splitlines()]
     first = [event["reason"] for event in events if event["event"] == "signal"][0]
     assert first == reason or reason is None
