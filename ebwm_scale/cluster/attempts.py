@@ -5,7 +5,8 @@
 
 `step` is that of the newest checkpoint. An attempt without an end was lost with its node; the next one writes its end. An attempt that
 published no new checkpoint made no progress. Two of these in a row within a job, and the job gives up: what broke it will break it again.
-An interruption from outside (preemption, scancel --signal) long before the time limit is not the job's doing and does not count.
+An interruption from outside (preemption, scancel --signal) long before the time limit is not the job's doing and does not count. A `signal` row
+says that the batch step was told to end, in case it is ended before it can write the rest.
 """
 from __future__ import annotations
 
@@ -41,11 +42,14 @@ class Attempts:
     def begin(self, **facts: Any) -> Verdict:
         """Write the begin row. `give up` if earlier attempts of this job have used up the limit, a node failure included."""
         rows = read_attempts(self.folder)
-        before = rows[-1] if rows else None
-        if before is not None and before["event"] == "begin":
-            self._append({"event": "end", "attempt": before["attempt"], "job": before["job"], "exit_code": None, "outcome": "lost",
-                          "step": newest_step(self.folder), "progress": _above(newest_step(self.folder), before["step"]), "counts": True,
-                          "verdict": "again", "reason": f"lost on {before.get('host')}: the node failed, or the job was killed before it could say why"})
+        before = open_attempt(rows)
+        if before is not None:
+            told = next((row["signal"] for row in reversed(rows) if row["event"] == "signal" and row["attempt"] == before["attempt"]), None)
+            reason = f"{told} to the job on {before.get('host')}, and its end came before the tasks'" if told else \
+                f"lost on {before.get('host')}: the node failed, or the job was killed before it could say why"
+            self._append({"event": "end", "attempt": before["attempt"], "job": before["job"], "exit_code": None,
+                          "outcome": "interrupted" if told else "lost", "step": newest_step(self.folder),
+                          "progress": _above(newest_step(self.folder), before["step"]), "counts": told is None, "verdict": "again", "reason": reason})
         fruitless = self.fruitless()
         self.number = 1 + max((row["attempt"] for row in rows), default=0)
         self.first_step = newest_step(self.folder)
@@ -55,6 +59,10 @@ class Attempts:
             return Verdict("give up", self._why(fruitless))
         self._append({"event": "begin", "attempt": self.number, "job": self.job, "step": self.first_step, **facts})
         return Verdict("again", "")
+
+    def signalled(self, name: str) -> None:
+        """Note at once that the batch step itself was signalled: a preemption without grace time leaves no time for more."""
+        self._append({"event": "signal", "attempt": self.number, "job": self.job, "signal": name})
 
     def end(self, code: int, *, seconds_left: float | None = None, detail: str = "") -> Verdict:
         """Write the end row of an exit code (128 + n: signal n) and return what to do.
@@ -116,6 +124,12 @@ def read_attempts(folder: Path) -> list[dict]:
         except ValueError:
             continue
     return rows
+
+
+def open_attempt(rows: list[dict]) -> dict | None:
+    """The begin row of the last attempt, if it has no end."""
+    last = next((row for row in reversed(rows) if row["event"] != "signal"), None)
+    return last if last is not None and last["event"] == "begin" else None
 
 
 def newest_step(folder: Path) -> int | None:

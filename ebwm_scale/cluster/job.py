@@ -23,7 +23,7 @@ from typing import Sequence
 from ..code_version import code_version
 from ..config import load_config
 from ..errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
-from .attempts import Attempts, Verdict, meaning, read_attempts
+from .attempts import Attempts, Verdict, meaning, open_attempt, read_attempts
 from .slurm import Allocation, allocation, job_state, queue, requeue
 from .tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
 
@@ -93,6 +93,7 @@ def attempt(command: Sequence[str], run_dir: Path, given: Allocation | None, *, 
 
     def pass_on(number: int, frame) -> None:
         signals.append(number)
+        attempts.signalled(signal.Signals(number).name)
         tasks.send(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -120,10 +121,10 @@ def attempts_until_the_end(command: Sequence[str], run_dir: Path, *, num_tasks: 
 
 def refuse_if_in_use(run_dir: Path, job: str) -> None:
     """Two jobs in one run folder would write over each other."""
-    rows = read_attempts(run_dir)
-    if not rows or rows[-1]["event"] != "begin" or rows[-1]["job"] == job:
+    before = open_attempt(read_attempts(run_dir))
+    if before is None or before["job"] == job:
         return
-    other, host = rows[-1]["job"], rows[-1].get("host")
+    other, host = before["job"], before.get("host")
     if other.startswith("local-"):
         running = host == socket.gethostname() and Path(f"/proc/{other.removeprefix('local-')}").exists()
     else:

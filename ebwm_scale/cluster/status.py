@@ -65,7 +65,7 @@ def _state(folder: Path, request: dict[str, Any], rows: list[dict], job: str, kn
     rows = rows[request.get("rows_before", 0):]         # since it was submitted last
     local = request["cluster"] == "local"
     queued = ("RUNNING" if _alive(job) else "") if local else known.get(job, "")
-    last = rows[-1] if rows else None
+    last = next((row for row in reversed(rows) if row["event"] != "signal"), None)
     if submitted == 0:
         return "lost", "was prepared, but not submitted"
     if last is not None and last["event"] == "end" and last["verdict"] != "again":

@@ -4,6 +4,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,15 @@ def split_values(text: str) -> list[str]:
 
 
 def _fit(values: Sequence[str]) -> list[str]:
-    """For file names: the last part of a path where that tells the values apart, and nothing that a shell or a terminal would read."""
+    """For file names: of paths what tells them apart, and nothing that a shell or a terminal would read."""
     clean = lambda value: re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")[-60:] or "empty"
-    short = [clean(value.rstrip("/").rpartition("/")[2]) for value in values]
-    return short if len(set(short)) == len(short) else [clean(value) for value in values]
+    paths = [value.rstrip("/").split("/") for value in values]
+    common = len(os.path.commonprefix([path[:-1] for path in paths]))
+    for shorter in ([path[-1] for path in paths], ["/".join(path[common:]) for path in paths]):
+        names = [clean(name) for name in shorter]
+        if len(set(names)) == len(names):
+            return names
+    return [clean(value) for value in values]
 
 
 def prepare(folder: Path, *, config_file: str, overrides: Sequence[str], request: dict[str, Any]) -> Config:

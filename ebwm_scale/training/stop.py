@@ -18,6 +18,7 @@ from ..errors import EXIT_FAILED
 if TYPE_CHECKING:
     from .distributed import World
 
+ONE_ENDING_S = 2.0          # where preemption has no grace time Slurm sends SIGTERM and the SIGUSR1 of --signal together; both say the same
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -26,6 +27,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.signalled = 0.0            # when the first signal came
         self.start, self.max_minutes = time.monotonic(), None
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -57,7 +59,9 @@ class StopFlag:
             for number in os.read(reader, 64):
                 if number not in SIGNALS:           # the interpreter writes every signal that has a Python handler
                     continue
+                if {self.reason, signal.Signals(number).name} == {"SIGUSR1", "SIGTERM"} and time.monotonic() - self.signalled < ONE_ENDING_S:
+                    continue
                 if self.reason is not None and self.reason.startswith("SIG"):
                     print(f"{signal.Signals(number).name} after {self.reason}: leaving at once, unsaved", file=sys.stderr, flush=True)
                     os._exit(EXIT_FAILED)
-                self.reason = signal.Signals(number).name
+                self.reason, self.signalled = signal.Signals(number).name, time.monotonic()

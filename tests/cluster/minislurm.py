@@ -3,7 +3,8 @@
     python tests/cluster/minislurm.py DIR       starts, prints `export ...` lines, stays until SIGTERM or SIGINT
 
 Needs root and the packages PACKAGES (Debian, Ubuntu). Node names are loopback addresses, so that rendezvous works; GPUs are null devices,
-so that a job is given CUDA_VISIBLE_DEVICES without there being a GPU. Partition `high` preempts `main` with a grace time.
+so that a job is given CUDA_VISIBLE_DEVICES without there being a GPU. Partition `high` preempts `main` with a grace
+time, and `harsh` without.
 """
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ SlurmctldHost=localhost(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge/sock,cred_expire=2
+AuthInfo=socket={root}/munge/sock,cred_expire=5
 CredType=cred/munge
 SlurmctldPort={port}
 SlurmctldPidFile={root}/ctld/slurmctld.pid
@@ -68,6 +69,7 @@ MinJobAge=3600
 MessageTimeout=30
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=harsh Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
 PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 

@@ -57,12 +57,21 @@ def test_an_attempt_that_was_taken_for_lost_has_no_say_when_it_comes_back(tmp_pa
     assert old.end(1).what == "again" and read_attempts(tmp_path) == before
 
 
+def test_a_preemption_that_ends_the_batch_step_before_it_can_write_its_end_does_not_count(tmp_path):
+    for _ in range(4):
+        attempts = Attempts(tmp_path, "1")
+        assert attempts.begin().what == "again"
+        attempts.signalled("SIGTERM")
+    ends = [row for row in read_attempts(tmp_path) if row["event"] == "end"]
+    assert [row["outcome"] for row in ends] == ["interrupted"] * 3 and not any(row["counts"] for row in ends)
+
+
 def test_a_sweep_is_every_combination_under_readable_names():
     runs = expand(["train.seed=1,2", "model.size=xxs,xs"])
     assert [run.name for run in runs] == ["seed=1_size=xxs", "seed=1_size=xs", "seed=2_size=xxs", "seed=2_size=xs"]
     assert runs[1].overrides == ("train.seed=1", "model.size=xs")
     assert [run.name for run in expand(["a.x=1,2", "b.x=3"])] == ["a.x=1_b.x=3", "a.x=2_b.x=3"]
-    assert [run.name for run in expand(["data.manifest=p/one/m.json,p/two/m.json"])] == ["manifest=p-one-m.json", "manifest=p-two-m.json"]
+    assert [run.name for run in expand(["data.manifest=p/one/m.json,p/two/m.json"])] == ["manifest=one-m.json", "manifest=two-m.json"]
 
 
 def test_commas_in_quotes_and_brackets_separate_nothing_and_awkward_text_stays_as_it_is():

@@ -85,12 +85,20 @@ def test_the_last_evaluation_too_and_the_best_checkpoint_is_known_in_the_end(run
     assert loss("last") == loss("whole") is not None
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGUSR1), pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), pytest.param(signal.SIGUSR1, signal.SIGUSR1, marks=pytest.mark.soak), pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_second_signal_leaves_at_once_and_unsaved(runs, first, second):
     name = f"twice_{second.name}"
     code, output, seconds = signalled(runs, name, when=logged(runs, name, 2), numbers=(first, second), variables={"EBWM_FAULTS": "hang@step=2"})
     assert code == 1 and seconds < 2
     assert f"{second.name} after {first.name}: leaving at once, unsaved" in output and not (runs.folder / name / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGUSR1), pytest.param(signal.SIGUSR1, signal.SIGTERM, marks=pytest.mark.soak)])
+def test_sigterm_and_sigusr1_together_are_one_ending(runs, first, second):
+    """As Slurm sends them where preemption has no grace time."""
+    name = f"together_{first.name}"
+    code, output, _ = signalled(runs, name, when=logged(runs, name, 2), numbers=(first, second), variables={"EBWM_FAULTS": "slow@step=2,seconds=3"})
+    assert code == 75 and f"stopped at step 3 ({first.name})" in output
 
 
 def test_a_process_whose_run_was_taken_over_writes_nothing_more(runs):
