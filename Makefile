@@ -19,10 +19,10 @@ quickstart-video: $(VENV)/.installed-video
 	@$(BIN)/python tools/quickstart.py video --runs "$(RUNS)" --data "$(DATA)"
 
 test: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 soak: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "soak or not soak"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "soak or not soak"
 
 $(VENV)/.installed: setup.py constraints.txt
 	@echo "ebwm_scale: installing PyTorch, DeepSpeed and the rest into $(VENV) (1 to 3 minutes)"

@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,9 +28,8 @@ from .data.mixing import open_sources
 from .errors import EXIT_FINISHED, UserError
 from .loading import load_checkpoint
 from .observation import Observation
+from .statistics import interval, interval_of_correlation, tenths
 from .thinking import SequenceNoise, SequenceScore, ThinkingRules, Thought, think
-
-BOOTSTRAP, BINS = 1000, 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,12 +94,12 @@ def evaluate(model, config: Config, split, *, max_samples: int, batch_size: int,
     paired = next((point for point in curve if point["num_steps"] == 1), None)
     if paired is not None and trained > 1:
         first = torch.cat([_think(model, batch, ThinkingRules(num_steps=1, seed=seed))[0] for batch in batches])
-        result["gain_of_later_steps"] = _interval((first - kept["errors"]).mean(1))
+        result["gain_of_later_steps"] = interval((first - kept["errors"]).mean(1))
     accepted = [{"num_steps": n} | _estimate(torch.cat([_think(model, batch, ThinkingRules(num_steps=n, seed=seed, accept_only_if_lower=True))[0] for batch in batches]), config)
                 for n in sorted(set(steps))]
     result["steps_accept_only_if_lower"] = accepted
 
-    result["energy"] = {"rank_correlation_with_error": _interval_of_correlation(kept["energies"], kept["errors"]), "tenths": _tenths(kept["energies"], kept["errors"])}
+    result["energy"] = {"rank_correlation_with_error": interval_of_correlation(kept["energies"], kept["errors"]), "tenths": tenths(kept["energies"], kept["errors"])}
     if config.state.initial == "random_noise":
         say(f"starts: {', '.join(map(str, starts))}")
         result.update(_starts(model, config, batches, starts, seed))
@@ -163,7 +161,7 @@ def _starts(model, config: Config, batches, starts: Sequence[int], seed: int) ->
         rows.append({"num_starts": k} | _estimate(errors[:k].gather(0, best)[0], config) | {"mean_energy": float(energies[:k].amin(0).mean())})
     result: dict[str, Any] = {"starts": rows}
     if max(starts) > 1:
-        result["uncertainty"] = {"rank_correlation_of_energy_spread_with_error": _interval_of_correlation(energies.std(0), errors.mean(0))}
+        result["uncertainty"] = {"rank_correlation_of_energy_spread_with_error": interval_of_correlation(energies.std(0), errors.mean(0))}
     return result
 
 
@@ -180,7 +178,7 @@ def _allocation(model, config: Config, batches, num_steps: int, tolerance: float
     steps = torch.cat([t.steps for t in stopped]).double().cpu()
     return {"max_steps": num_steps, "tolerance": tolerance, "mean_steps": float(steps.mean()), "saved": 1 - float(steps.mean()) / num_steps,
             "loss_running_on": _estimate(loss_on, config), "loss_stopped": _estimate(loss_stopped, config),
-            "rank_correlation_of_steps_with_error": _interval_of_correlation(steps, loss_stopped), "tenths_of_error": _tenths(loss_stopped, steps)}
+            "rank_correlation_of_steps_with_error": interval_of_correlation(steps, loss_stopped), "tenths_of_error": tenths(loss_stopped, steps)}
 
 
 def _foreign(model, batches, seed: int) -> dict[str, Any]:
@@ -201,52 +199,15 @@ def _foreign(model, batches, seed: int) -> dict[str, Any]:
         shuffled.append(energies(tokens[:, :-1], tokens[:, 1:]))
     real, shuffled = torch.cat(real), torch.cat(shuffled)
     lower = (real[:, None] < shuffled[None]).double().mean(1)
-    return {"mean_energy_real": _interval(real), "mean_energy_shuffled": _interval(shuffled), "share_of_pairs_in_which_real_is_lower": _interval(lower)}
+    return {"mean_energy_real": interval(real), "mean_energy_shuffled": interval(shuffled), "share_of_pairs_in_which_real_is_lower": interval(lower)}
 
-
-# ------------------------------------------------------------------------------------------------------------------- statistics
 
 def _estimate(errors: Tensor, config: Config) -> dict[str, Any]:
     """Mean over targets with its interval over samples; text: the perplexity of that mean."""
-    result = _interval(errors.double().mean(1))
+    result = interval(errors.double().mean(1))
     if config.state.kind == "vocabulary":
         result["perplexity"] = math.exp(min(result["mean"], 700.0))
     return result
-
-
-def _resamples(count: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(0)).integers(0, count, (BOOTSTRAP, count))
-
-
-def _interval(per_sample: Tensor) -> dict[str, float]:
-    """{"mean", "low", "high"}: 95 % percentile bootstrap over samples."""
-    values = per_sample.double().numpy()
-    means = values[_resamples(len(values))].mean(1)
-    return {"mean": float(values.mean()), "low": float(np.quantile(means, 0.025)), "high": float(np.quantile(means, 0.975))}
-
-
-def _interval_of_correlation(a: Tensor, b: Tensor) -> dict[str, float]:
-    """Spearman's rank correlation over all positions, (samples, S); bootstrap over samples, on ranks taken once."""
-    ranks = [_ranks(u.double().flatten().numpy()).reshape(u.shape) for u in (a, b)]
-    def correlation(x: np.ndarray, y: np.ndarray) -> float:
-        x, y = x.ravel() - x.mean(), y.ravel() - y.mean()
-        scale = math.sqrt((x @ x) * (y @ y))
-        return float(x @ y / scale) if scale > 0 else 0.0
-    draws = [correlation(ranks[0][i], ranks[1][i]) for i in _resamples(len(ranks[0]))[:200]]
-    return {"mean": correlation(*ranks), "low": float(np.quantile(draws, 0.025)), "high": float(np.quantile(draws, 0.975))}
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values sharing the mean of theirs."""
-    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return ((ends - counts + ends - 1) / 2)[inverse]
-
-
-def _tenths(by: Tensor, what: Tensor) -> list[dict[str, float]]:
-    """Positions sorted by one quantity, cut into tenths: the mean of both in each."""
-    order = by.flatten().argsort(stable=True)
-    return [{"by": float(by.flatten()[part].double().mean()), "mean": float(what.flatten()[part].double().mean())} for part in order.chunk(BINS)]
 
 
 if __name__ == "__main__":

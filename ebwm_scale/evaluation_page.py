@@ -1,18 +1,13 @@
 """evaluation.json as one self-contained page: thinking curves with their intervals, and what the energy says."""
 from __future__ import annotations
 
-import io
 from html import escape
-from typing import Any, Callable
+from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from .report_page import CSS, PAGE_COLOURS
-from .report_plots import LIGHT, PALETTE, STYLE, inline_svg, show
-
-SIZE = (3.9, 2.6)
+from .pages import card, page, table, with_interval
+from .report_plots import LIGHT, show
 
 
 def render(result: dict[str, Any]) -> str:
@@ -21,21 +16,17 @@ def render(result: dict[str, Any]) -> str:
     loss = result["loss"]
     parts = [f"<header><h1>{escape(result.get('checkpoint', 'evaluation'))}</h1><p class=\"muted\">{result['num_samples']:,} validation samples, {result['num_targets']:,} targets; "
              f"95 % intervals from a bootstrap over samples</p></header>",
-             f"<p>Loss {_with_interval(loss)} {unit}" + (f", perplexity {show(loss['perplexity'])}" if "perplexity" in loss else "") + ".</p>"]
+             f"<p>Loss {with_interval(loss)} {unit}" + (f", perplexity {show(loss['perplexity'])}" if "perplexity" in loss else "") + ".</p>"]
     if result["kind"] != "baseline":
         parts += [f"<p>{escape(sentence)}</p>" for sentence in _sentences(result)]
         figures = [("Loss against refinement steps", lambda axes: _curves(axes, result, unit)), ("Error by tenth of final energy", lambda axes: _tenths(axes, result["energy"]["tenths"], "energy", unit)),
                    ("Steps used by tenth of error", lambda axes: _tenths(axes, result["allocation"]["tenths_of_error"], "error", "steps"))]
         if result.get("starts"):
             figures.insert(1, ("Loss against starts, lowest energy kept", lambda axes: _starts(axes, result["starts"], unit)))
-        parts.append(f'<div class="grid">{"".join(_figure(title, draw) for title, draw in figures)}</div>')
-        rows = [[f"{p['num_steps']}{' (trained)' if p['num_steps'] == result['trained_steps'] else ''}", _with_interval(p), show(p["mean_energy"])] for p in result["steps"]]
-        parts.append(_table(["steps", f"loss, {unit}", "mean energy"], [["0", _with_interval(result["initial"]), "–"], *rows]))
-    colours = {**PALETTE, **PAGE_COLOURS}
-    light, dark = (";".join(f"--{role}:{pair[i]}" for role, pair in colours.items()) for i in (0, 1))
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>Evaluation</title><style>:root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{CSS}</style></head>\n"
-            f"<body><main>\n{chr(10).join(parts)}\n</main></body></html>\n")
+        parts.append(f'<div class="grid">{"".join(card(title, draw) for title, draw in figures)}</div>')
+        rows = [[f"{p['num_steps']}{' (trained)' if p['num_steps'] == result['trained_steps'] else ''}", with_interval(p), show(p["mean_energy"])] for p in result["steps"]]
+        parts.append(table(["steps", f"loss, {unit}", "mean energy"], [["0", with_interval(result["initial"]), "–"], *rows]))
+    return page("Evaluation", parts)
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:
@@ -43,18 +34,18 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     if "gain_of_later_steps" in result:
         gain = result["gain_of_later_steps"]
         verdict = "helps" if gain["low"] > 0 else "hurts" if gain["high"] < 0 else "makes no difference that this many samples show"
-        lines.append(f"Thinking on after the first step, up to the {result['trained_steps']} that were trained, {verdict}: the loss falls by {_with_interval(gain)}.")
+        lines.append(f"Thinking on after the first step, up to the {result['trained_steps']} that were trained, {verdict}: the loss falls by {with_interval(gain)}.")
     correlation = result["energy"]["rank_correlation_with_error"]
     says = "rises with the error" if correlation["low"] > 0 else "falls with the error" if correlation["high"] < 0 else "says nothing about the error"
-    lines.append(f"The final energy {says}: rank correlation {_with_interval(correlation)}.")
+    lines.append(f"The final energy {says}: rank correlation {with_interval(correlation)}.")
     allocation = result["allocation"]
     lines.append(f"Stopping early (tolerance {show(allocation['tolerance'])}) uses {show(allocation['mean_steps'])} of {allocation['max_steps']} steps, {allocation['saved']:.0%} fewer, at a loss of "
-                 f"{_with_interval(allocation['loss_stopped'])} against {_with_interval(allocation['loss_running_on'])}; rank correlation of steps and error "
-                 f"{_with_interval(allocation['rank_correlation_of_steps_with_error'])}.")
+                 f"{with_interval(allocation['loss_stopped'])} against {with_interval(allocation['loss_running_on'])}; rank correlation of steps and error "
+                 f"{with_interval(allocation['rank_correlation_of_steps_with_error'])}.")
     if "uncertainty" in result:
-        lines.append(f"Spread of energy over starts against the error: rank correlation {_with_interval(result['uncertainty']['rank_correlation_of_energy_spread_with_error'])}.")
+        lines.append(f"Spread of energy over starts against the error: rank correlation {with_interval(result['uncertainty']['rank_correlation_of_energy_spread_with_error'])}.")
     if "foreign" in result:
-        lines.append(f"Real text has the lower energy than shuffled text in {_with_interval(result['foreign']['share_of_pairs_in_which_real_is_lower'])} of pairs (0.5: cannot tell).")
+        lines.append(f"Real text has the lower energy than shuffled text in {with_interval(result['foreign']['share_of_pairs_in_which_real_is_lower'])} of pairs (0.5: cannot tell).")
     return lines
 
 
@@ -81,22 +72,3 @@ def _tenths(axes: Axes, points: list[dict], by: str, what: str) -> str:
 def _with_band(axes: Axes, x: list[float], points: list[dict], colour: str, label: str, style: str) -> None:
     axes.fill_between(x, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.18, linewidth=0)
     axes.plot(x, [p["mean"] for p in points], color=colour, marker="o", markersize=3, linestyle=style, label=label)
-
-
-def _figure(title: str, draw: Callable[[Axes], str]) -> str:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        caption = draw(figure.add_subplot())
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg")
-    name = "".join(c for c in title if c.isalpha())
-    return f'<figure class="card"><h3>{escape(title)}</h3>{inline_svg(stream.getvalue(), name, title)}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in rows)}</tbody></table></div>'
-
-
-def _with_interval(value: dict[str, float]) -> str:
-    return f"{value['mean']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"

@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--resubmit", type=Path, metavar="DIR", help="the failed and lost runs of a sweep, or a run")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
     parser.add_argument("--sweep", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE,VALUE", help="every combination of all values")
+    parser.add_argument("--sweep-file", metavar="FILE", help="YAML with named sets of overrides, crossed with --sweep; see ebwm_scale/cluster/sweep.py")
     parser.add_argument("--run-dir", type=Path, default=None, metavar="DIR", help="of the run, or above the runs of a sweep; default: runs/<configuration>")
     parser.add_argument("--nodes", type=int, default=None, help="default: 1")
     parser.add_argument("--gpus-per-node", type=int, default=None, help="one task each; default: 8 on Slurm, this machine's with --cluster local")
@@ -57,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def launch(options: argparse.Namespace) -> int:
     resources = resources_of(options)
-    folder = options.run_dir or Path("runs") / (Path(options.config).stem + ("-sweep" if options.sweep else ""))
-    runs = expand(options.sweep) if options.sweep else [Run("", ())]
+    sweeps = bool(options.sweep or options.sweep_file)
+    folder = options.run_dir or Path("runs") / (Path(options.config).stem + ("-sweep" if sweeps else ""))
+    runs = expand(options.sweep, options.sweep_file) if sweeps else [Run("", ())]
     for run in runs:            # all of them, before anything is written
         config = load_config(options.config, [*options.overrides, *run.overrides])
         batch_arithmetic(config.train, resources.nodes * resources.tasks_per_node, paired=config.refinement.replay)
@@ -69,9 +71,9 @@ def launch(options: argparse.Namespace) -> int:
     request = {"cluster": resources.cluster, "directory": str(Path.cwd()), "resources": vars(resources), "jobs": []}
     for run in runs:
         prepare(folder / run.name, config_file=options.config, overrides=[*options.overrides, *run.overrides], request=request)
-    if options.sweep:
-        (folder / "sweep.json").write_text(json.dumps({"sweep": options.sweep, "runs": [run.name for run in runs]}, indent=1, ensure_ascii=False),
-                                           encoding="utf-8")
+    if sweeps:
+        content = {"sweep": options.sweep, "file": options.sweep_file, "runs": [run.name for run in runs], "labels": [dict(run.labels) for run in runs]}
+        (folder / "sweep.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     report(folder, [folder / run.name for run in runs], submit(folder, [folder / run.name for run in runs], resources))
     return EXIT_FINISHED
 

@@ -1,4 +1,11 @@
-"""Run folders before submission: what a sweep consists of, under readable names, each with its resolved configuration and the code version."""
+"""Run folders before submission: what a sweep consists of, under readable names, each with its resolved configuration and the code version.
+
+An axis of a sweep is one key with its values (--sweep train.seed=1,2), or names for sets of overrides (--sweep-file):
+
+    form:                                   # the axis
+      transformer++: [model.kind=baseline]  # a name, and the overrides it stands for
+      energy: [model.kind=energy, model.predicted_input=anchored]
+"""
 from __future__ import annotations
 
 import datetime
@@ -9,6 +16,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
+
+import yaml
 
 from ..code_version import code_version, uncommitted
 from ..config import Config, load_config
@@ -22,27 +31,49 @@ class Run:
     """name: unique in the sweep, fit for a file name, `seed=1_width=64`."""
     name: str
     overrides: tuple[str, ...]
+    labels: tuple[tuple[str, str], ...] = ()        # (axis, which of it)
 
 
-def expand(sweeps: Sequence[str]) -> list[Run]:
-    """["a.b=1,2", "c.d=x,y"] -> the four combinations. Commas inside quotes or brackets do not separate."""
-    axes = []
+def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
+    """["a.b=1,2", "c.d=x,y"] -> the four combinations, with those of a file's axes. Commas inside quotes or brackets do not separate."""
+    keys, axes = [], {} if file is None else file_axes(file)
     for text in sweeps:
         key, equals, values = text.partition("=")
         if not equals or not all(key.strip().split(".")):
             raise ConfigError(f"--sweep {text}: expected section.key=value,value,... for example train.seed=1,2,3")
-        axes.append((key.strip(), dict(zip(split_values(values), _fit(split_values(values))))))
-    if len({key for key, _ in axes}) < len(axes):
-        raise ConfigError(f"--sweep names a key twice: {', '.join(key for key, _ in axes)}; list all its values in one")
-    short = [key.rpartition(".")[2] for key, _ in axes]
-    labels = [last if short.count(last) == 1 else key for (key, _), last in zip(axes, short)]
+        keys.append((key.strip(), split_values(values)))
+    if len({key for key, _ in keys}) < len(keys):
+        raise ConfigError(f"--sweep names a key twice: {', '.join(key for key, _ in keys)}; list all its values in one")
+    short = [key.rpartition(".")[2] for key, _ in keys]
+    for (key, values), last in zip(keys, short):
+        label = last if short.count(last) == 1 and last not in axes else key
+        axes[label] = [(fit, (f"{key}={value}",)) for value, fit in zip(values, _fit(values))]
     runs, taken = [], set()
-    for values in itertools.product(*(values for _, values in axes)):
-        name = "_".join(f"{label}={fit[value]}" for label, (_, fit), value in zip(labels, axes, values))[:MAX_NAME]
+    for choice in itertools.product(*axes.values()):
+        name = "_".join(f"{label}={value}" for label, (value, _) in zip(axes, choice))[:MAX_NAME]
         unique = next(candidate for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if candidate not in taken)
         taken.add(unique)
-        runs.append(Run(unique, tuple(f"{key}={value}" for (key, _), value in zip(axes, values))))
+        runs.append(Run(unique, tuple(override for _, overrides in choice for override in overrides), tuple((axis, fit) for axis, (fit, _) in zip(axes, choice))))
     return runs
+
+
+def file_axes(path: str) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+    """{axis: [(name for the run's folder, overrides)]} of a sweep file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"{path}: a sweep file maps each axis to its names, and each name to a list of overrides")
+    axes = {}
+    for axis, names in content.items():
+        if not isinstance(names, dict) or not names:
+            raise ConfigError(f"{path}: {axis} is {names!r}: must map names to lists of overrides, such as small: [model.size=4xs]")
+        for name, overrides in names.items():
+            if not isinstance(overrides, list) or not all(isinstance(override, str) and "=" in override for override in overrides):
+                raise ConfigError(f"{path}: {axis}: {name} is {overrides!r}: must be a list of section.key=value, such as [model.size=4xs]")
+        axes[str(axis)] = [(fit, tuple(overrides)) for fit, overrides in zip(_fit([str(name) for name in names]), names.values())]
+    return axes
 
 
 def split_values(text: str) -> list[str]:

@@ -74,6 +74,23 @@ def test_a_sweep_is_every_combination_under_readable_names():
     assert [run.name for run in expand(["data.manifest=p/one/m.json,p/two/m.json"])] == ["manifest=one-m.json", "manifest=two-m.json"]
 
 
+def test_a_sweep_file_names_sets_of_overrides_and_crosses_with_keys(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("form:\n  baseline: [model.kind=baseline]\n  energy: [model.kind=energy, 'refinement.schedule.noise=[[0, 1], [1, 0]]']\n")
+    runs = expand(["train.seed=1,2"], str(file))
+    assert [run.name for run in runs] == ["form=baseline_seed=1", "form=baseline_seed=2", "form=energy_seed=1", "form=energy_seed=2"]
+    assert runs[2].overrides == ("model.kind=energy", "refinement.schedule.noise=[[0, 1], [1, 0]]", "train.seed=1")
+    assert dict(runs[3].labels) == {"form": "energy", "seed": "2"}
+
+
+@pytest.mark.parametrize("content, message", [("[1]", "maps each axis"), ("form: {a: model.kind=baseline}", "must be a list"), ("form: []", "must map names"),
+                                              ("form: [", "cannot be read as YAML")])
+def test_a_sweep_file_that_means_nothing_is_refused(tmp_path, content, message):
+    (tmp_path / "sweep.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        expand([], str(tmp_path / "sweep.yaml"))
+
+
 def test_commas_in_quotes_and_brackets_separate_nothing_and_awkward_text_stays_as_it_is():
     assert split_values("[[0,1],[1,2]],[]") == ["[[0,1],[1,2]]", "[]"] and split_values("'a,b',it's") == ["'a,b'", "it's"]
     run, = expand([f"logging.run_name={AWKWARD}"])

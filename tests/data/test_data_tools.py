@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import write_corpus
+from corpora import write_corpus
 from ebwm_scale.data.sample_corpus import ARCHIVE_NAME
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CONTEXT_LENGTH
+from corpora import CONTEXT_LENGTH
 from ebwm_scale.data.loader import BatchLoader, validation_batches
 from ebwm_scale.data.quarantine import Quarantine
 from ebwm_scale.data.shards import open_split

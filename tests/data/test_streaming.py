@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from conftest import CONTEXT_LENGTH
+from corpora import CONTEXT_LENGTH
 from ebwm_scale.data.manifest import load_manifest
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.data.streaming import StreamLoader, expand

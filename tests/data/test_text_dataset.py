@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from conftest import CONTEXT_LENGTH, write_corpus
+from corpora import CONTEXT_LENGTH, write_corpus
 from ebwm_scale.data import text
 from ebwm_scale.data.documents import find_documents, split_documents
 from ebwm_scale.data.shards import open_split

@@ -23,6 +23,7 @@ from ebwm_scale.data.verify import verify_dataset
 from ebwm_scale.data.video import VideoRules, make_video_dataset
 from ebwm_scale.encoders.space import FrameSpace
 from ebwm_scale.errors import DataError
+from ebwm_scale.observation import Observation
 
 TINY = dict(context_length=3, interval_s=0.25, height=16, width=16, encoder_settings={"patch": 8, "components": 4}, samples_per_shard=5)
 
@@ -119,7 +120,6 @@ def test_embeddings_are_the_encoders_standardised_over_the_training_frames(built
 
 def test_stored_frames_and_stored_embeddings_are_the_same_states(videos, tmp_path, built):
     frames = build(videos, tmp_path / "frames", stored="jpeg", validation_fraction=0.3)
-    from ebwm_scale.observation import Observation      # here: it imports Triton, which tests/kernels/conftest.py has to come before
     batches = {}
     for manifest in (built, frames):
         split = open_split(manifest, "train", verify="sizes")

@@ -20,7 +20,7 @@ SMALL, SMALL_PLAIN = Case(2, 4, 2, 7, 9, 16, 2), Case(2, 4, 2, 7, 9, 16, 2, Fals
 BOTH = pytest.mark.parametrize("case", [SMALL, SMALL_PLAIN], ids=["energy", "causal"])
 
 
-# The test extra installs Triton on Linux x86-64; conftest.py chooses its interpreter unless there is a GPU, where test_attention_gpu.py takes over.
+# The test extra installs Triton on Linux x86-64; tests/conftest.py chooses its interpreter unless there is a GPU, where test_attention_gpu.py takes over.
 OBSTACLE = why_not_triton(torch.device("cpu"), torch.float64, 64)
 INTERPRETED = pytest.mark.skipif(OBSTACLE is not None, reason=f"Triton's interpreter: {OBSTACLE}")
 

@@ -8,10 +8,11 @@ import torch
 
 from ebwm_scale import evaluate as evaluation
 from ebwm_scale.config import config_from_dict
-from ebwm_scale.evaluate import _interval, _interval_of_correlation, _ranks, _tenths, evaluate
+from ebwm_scale.evaluate import evaluate
 from ebwm_scale.evaluation_page import render
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.observation import Observation
+from ebwm_scale.statistics import interval, interval_of_correlation, ranks, tenths
 from ebwm_scale.training.distributed import World
 from ebwm_scale.training.validation import validate
 from test_think_command import LENGTH, text, video       # noqa: F401  (fixtures)
@@ -71,18 +72,18 @@ def test_results_do_not_depend_on_the_batch_size(text):
 
 def test_intervals_hold_the_mean_as_often_as_they_say():
     generator = torch.Generator().manual_seed(0)
-    inside = [(lambda i: i["low"] <= 0 <= i["high"])(_interval(torch.randn(60, generator=generator))) for _ in range(200)]
+    inside = [(lambda i: i["low"] <= 0 <= i["high"])(interval(torch.randn(60, generator=generator))) for _ in range(200)]
     assert 0.88 <= np.mean(inside) <= 0.99
 
 
 def test_rank_correlation_and_tenths():
     x = torch.randn(20, 15, generator=torch.Generator().manual_seed(0))
-    assert _interval_of_correlation(x, x**3)["mean"] == pytest.approx(1) and _interval_of_correlation(x, -x)["mean"] == pytest.approx(-1)
-    noise = _interval_of_correlation(x, torch.randn(20, 15, generator=torch.Generator().manual_seed(1)))
-    assert noise["low"] < 0 < noise["high"] and _interval_of_correlation(x, torch.zeros(20, 15))["mean"] == 0
-    assert _ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0, 1.5]
-    tenths = _tenths(x, 2 * x)
-    assert len(tenths) == 10 and all(a["mean"] < b["mean"] for a, b in zip(tenths, tenths[1:]))
+    assert interval_of_correlation(x, x**3)["mean"] == pytest.approx(1) and interval_of_correlation(x, -x)["mean"] == pytest.approx(-1)
+    noise = interval_of_correlation(x, torch.randn(20, 15, generator=torch.Generator().manual_seed(1)))
+    assert noise["low"] < 0 < noise["high"] and interval_of_correlation(x, torch.zeros(20, 15))["mean"] == 0
+    assert ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0, 1.5]
+    parts = tenths(x, 2 * x)
+    assert len(parts) == 10 and all(a["mean"] < b["mean"] for a, b in zip(parts, parts[1:]))
 
 
 def test_the_command_writes_both_files_and_refuses_nonsense_in_one_line(text, monkeypatch, capsys, tmp_path):

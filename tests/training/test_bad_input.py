@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import same
+from training_runs import same
 
 from ebwm_scale.errors import CheckpointError
 from ebwm_scale.training.checkpoint import find_latest, verify

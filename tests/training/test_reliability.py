@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import torch
-from conftest import end, same
+from training_runs import end, same
 
 from ebwm_scale.errors import ConfigError
 from ebwm_scale.training.faults import Faults

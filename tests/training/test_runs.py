@@ -3,7 +3,7 @@ import json
 import signal
 
 import pytest
-from conftest import same
+from training_runs import same
 
 import ebwm_scale
 
@@ -67,7 +67,9 @@ def close(left, right, tolerance):
         assert left[key] == pytest.approx(right[key], rel=tolerance, abs=0), key
 
 
-@pytest.mark.parametrize("name, overrides", [("S1", {}), ("S2", S2), ("Algorithm 1", ALGORITHM_1), ("baseline", {"model.kind": "baseline"})])
+@pytest.mark.parametrize("name, overrides", [
+    ("S1", {}), pytest.param("S2", S2, marks=pytest.mark.soak), ("Algorithm 1", ALGORITHM_1),
+    pytest.param("baseline", {"model.kind": "baseline"}, marks=pytest.mark.soak)])
 def test_two_processes_and_accumulation_give_the_losses_of_one(runs, name, overrides):
     one, two, accumulated = (f"{name} {what}".replace(" ", "_") for what in ("one", "two", "accumulated"))
     runs.run(one, overrides=overrides)
@@ -77,7 +79,7 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(runs, name, overr
     close(runs.losses(accumulated), runs.losses(one), 1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_zero_stages_give_the_losses_of_stage_0_and_resume_exactly(runs, reference, stage):
     overrides, name = {"deepspeed.zero_stage": stage}, f"zero_{stage}"
     runs.run(name, overrides=overrides, processes=2)

@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from conftest import end, same
+from training_runs import end, same
 
 
 @pytest.fixture(scope="module")

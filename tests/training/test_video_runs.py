@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("av", reason="the package av is not installed")
 
-from conftest import Runs, same
+from training_runs import Runs, same
 from ebwm_scale.data.video import VideoRules, make_video_dataset
 
 VIDEO = {"state.kind": "embedding", "refinement.step_size": 5}
