@@ -58,6 +58,9 @@ class Score(Protocol):
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
         """(B, K) of embedded candidates (B, K, D)."""
 
+    def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
+        """The same, and dE/d embedded (B, K, D)."""
+
     def select(self, rows: Tensor) -> "Score":
         """The same for some of the B."""
 
@@ -99,13 +102,10 @@ def think(model, score: Score, x: Tensor, rules: ThinkingRules, *, noise: "Noise
         if rules.noise:
             x = x + rules.noise * noise.langevin(i)[moving]
         entered = state_space.enter(x)
-        with torch.enable_grad():
-            embedded = entered.embedded.detach().requires_grad_()
-            here = part(embedded, landscape)
-            gradient, = torch.autograd.grad(here.sum(), embedded)
+        here, gradient = part.with_gradient(entered.embedded, landscape)
         proposal = state_space.descend(entered, gradient, (alpha * scale).to(gradient.dtype), None, None).x
         if not rules.compares:
-            trace.append(here.detach())
+            trace.append(here)
             x, steps, accepted = proposal, steps + 1, accepted + 1
             continue
         trace_row = torch.full((B, K), float("nan"), device=x.device, dtype=energy.dtype) if not trace else trace[-1].clone()
@@ -150,8 +150,13 @@ class CachedScore:
         self.model, self.caches, self.last = model, caches, last
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
-        cache = self.caches[0 if self.model.network.shares_context else landscape]
-        return cache.energy(self.model.predicted_rows(embedded, self.last[:, None]), landscape)
+        return self._cache(landscape).energy(self.model.predicted_rows(embedded, self.last[:, None]), landscape)
+
+    def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
+        return self._cache(landscape).energy_and_gradient(self.model.predicted_rows(embedded, self.last[:, None]), landscape)
+
+    def _cache(self, landscape: int) -> ObservedCache:
+        return self.caches[0 if self.model.network.shares_context else landscape]
 
     def select(self, rows: Tensor) -> "CachedScore":
         return CachedScore(self.model, {key: cache.select(rows) for key, cache in self.caches.items()}, self.last[rows])
@@ -170,6 +175,12 @@ class SequenceScore:
             with torch.no_grad():
                 self.contexts[key] = network.encode(self.observed, landscape)
         return network.energy(self.model.predicted_rows(embedded, self.observed), self.contexts[key], landscape)
+
+    def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            embedded = embedded.detach().requires_grad_()
+            energy = self(embedded, landscape)
+            return energy.detach(), torch.autograd.grad(energy.sum(), embedded)[0]
 
     def select(self, rows: Tensor) -> "SequenceScore":
         contexts = {key: type(c)([(k[rows], v[rows]) for k, v in c.keys_values], c.offset) for key, c in self.contexts.items()}

@@ -5,10 +5,13 @@ A sweep is one job array. Locally a background process makes the runs one after 
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +87,8 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
         for number, part in enumerate(parts):
             gpus = resources.gpus_per_node
             executor.update_parameters(visible_gpus=list(range(number * gpus, (number + 1) * gpus)))
-            job = executor.submit(LocalRuns(part, resources.tasks_per_node))
+            with in_the_background(folder):
+                job = executor.submit(LocalRuns(part, resources.tasks_per_node))
             by_run |= {path: job.job_id for path in part}
         jobs = [by_run[path] for path in paths]
     elif len(paths) == 1:
@@ -100,6 +104,25 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
         request["jobs"] = [*request.get("jobs", []), job]
         (path / "launch.json").write_text(json.dumps(request, indent=1, ensure_ascii=False), encoding="utf-8")
     return jobs
+
+
+@contextlib.contextmanager
+def in_the_background(folder: Path):
+    """Processes started inside outlive the terminal, and hold neither it nor a pipe: they ignore SIGHUP and write to submitit/local.log."""
+    log = folder / "submitit" / "local.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush(), sys.stderr.flush()
+    kept, hangup = [os.dup(number) for number in (0, 1, 2)], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with open(os.devnull, "rb") as nothing, open(log, "ab") as file:
+            for source, number in ((nothing, 0), (file, 1), (file, 2)):
+                os.dup2(source.fileno(), number)
+        yield
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
+        signal.signal(signal.SIGHUP, hangup)
 
 
 def executor_for(folder: Path, resources: Resources, *, name: str):

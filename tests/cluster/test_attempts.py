@@ -119,6 +119,7 @@ def test_launch_without_slurm_goes_on_after_a_killed_task_and_status_shows_it(tm
     folder = tmp_path / "local"
     assert "submitted" in launch("--config", str(config), "--cluster", "local", "--tasks-per-node", "2", "--run-dir", str(folder),
                                  "--set", f"logging.run_name={AWKWARD}")
+    assert not any(row["event"] == "end" for row in read_attempts(folder))         # it runs in the background: the launcher's pipe has ended before it
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and not (read_attempts(folder) and read_attempts(folder)[-1].get("verdict") in ("done", "give up")):
         time.sleep(0.5)

@@ -8,6 +8,7 @@ from ebwm_scale.config import config_from_dict
 from ebwm_scale.draws import SampledDraws
 from ebwm_scale.errors import ConfigError, UserError
 from ebwm_scale.generation import Sampling, Session, candidate_energies, continue_states, continue_texts
+from ebwm_scale.model import cached
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.noise import NoiseSource
 from ebwm_scale.refinement import refine
@@ -90,17 +91,78 @@ def test_a_cache_that_is_wrong_is_seen():
     assert not torch.allclose(session.predict().state[0], uncached(model, prompt_of(model, 5)), atol=1e-6)
 
 
+def gradients(model, lengths=(4, 1, 6), candidates=3):
+    """(closed form, plain autograd over the whole uncached network) of dE/d candidates for prompts of different lengths; (prompts, candidates, D)."""
+    landscape = model.network.num_landscapes - 1
+    generator = torch.Generator().manual_seed(5)
+    prompts = [prompt_of(model, length, seed=length) for length in lengths]
+    x = torch.randn(len(prompts), candidates, model.config.model.width, generator=generator, dtype=torch.float64)
+    cache = cached.ObservedCache(model.network, LENGTH, landscape)
+    with torch.no_grad():
+        cache.prefill(torch.nn.utils.rnn.pad_sequence([model.embed_observed(p[None])[0] for p in prompts], batch_first=True), torch.tensor(lengths))
+    energy, gradient = cache.energy_and_gradient(x, landscape)
+    assert torch.equal(energy, cache.energy(x, landscape))
+    plain = torch.zeros_like(x)
+    for b, prompt in enumerate(prompts):
+        context = model.network.encode(model.embed_observed(prompt[None]).detach(), landscape)
+        for k in range(candidates):
+            rows = torch.zeros(1, len(prompt), x.shape[-1], dtype=torch.float64)
+            rows[0, -1] = x[b, k]
+            rows.requires_grad_()
+            last = model.network.energy(rows, context, landscape)[0, -1]
+            assert torch.allclose(last, energy[b, k], rtol=1e-12, atol=1e-12)
+            plain[b, k] = torch.autograd.grad(last, rows)[0][0, -1]
+    return gradient, plain
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_closed_form_gradient_of_a_candidate_is_that_of_plain_autograd(case):
+    closed, plain = gradients(model_of(CASES[case]))
+    assert torch.allclose(closed, plain, rtol=1e-10, atol=1e-12) and plain.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("piece", ["_norm_gradient", "_rotated", "_gated"])
+def test_a_closed_form_that_is_a_little_wrong_is_seen(piece, monkeypatch):
+    model = model_of(CASES["adaln"])
+    backward, right = cached._backward, getattr(cached, piece)
+
+    def wrong(*arguments):
+        monkeypatch.setattr(cached, piece, lambda *a: right(*a) * (1 + 1e-6))
+        try:
+            return backward(*arguments)
+        finally:
+            monkeypatch.setattr(cached, piece, right)
+
+    monkeypatch.setattr(cached, "_backward", wrong)
+    closed, plain = gradients(model)
+    assert not torch.allclose(closed, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lower_precisions_follow_float64(dtype):
+    model = model_of(CASES["adaln"])
+    prompt, x = prompt_of(model, 5), torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    found = []
+    for d in (torch.float64, dtype):
+        cache = cached.ObservedCache(model.to(d).network, LENGTH, 0)
+        cache.prefill(model.embed_observed(prompt[None]), torch.tensor([5]))
+        found.append(cache.energy_and_gradient(x.to(d), 0)[1].double())
+    assert (found[1] - found[0]).norm() < {torch.bfloat16: 0.05, torch.float32: 1e-5}[dtype] * found[0].norm()
+
+
 def test_the_observed_stream_is_computed_once_whatever_the_steps_and_starts(monkeypatch):
     model = model_of(TEXT)
     calls = []
     for layer in model.network.layers:
         real = layer.keys_values
         monkeypatch.setattr(layer, "keys_values", lambda *a, real=real: calls.append(a[0].shape[1]) or real(*a))
+    append = cached.ObservedCache.append
+    monkeypatch.setattr(cached.ObservedCache, "append", lambda self, observed: calls.append("one more") or append(self, observed))
     session = Session(model, [prompt_of(model, 4), prompt_of(model, 2)], ThinkingRules(num_steps=7, num_starts=3, accept_only_if_lower=True))
     session.predict(), session.predict()
     session.accept(torch.tensor([1, 2]))
     session.predict()
-    assert calls == [4, 4, 4, 1, 1, 1] and session.positions_computed == 6 + 2
+    assert calls == [4, 4, 4, "one more"] and session.positions_computed == 6 + 2
 
 
 @pytest.mark.parametrize("case", ["default", "time_embed", "logits", "video", "video, most recent"])
