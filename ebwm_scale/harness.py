@@ -40,7 +40,7 @@ class HarnessModel(LM):
         except TypeError as error:
             raise UserError(f"model_args: {error}; known are checkpoint, data, batch_size, device and {', '.join(ThinkingRules.__dataclass_fields__)}") from None
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8       # the harness may say "auto"
-        tokenizer = Tokenizer(manifest_of(argparse.Namespace(data=data), config).content.tokenizer_path) if config.state.kind == "vocabulary" else None
+        tokenizer = Tokenizer(manifest_of(argparse.Namespace(data=data, checkpoint=checkpoint), config).content.tokenizer_path) if config.state.kind == "vocabulary" else None
         self.scorer = Scorer(self.model, tokenizer, self.rules, batch_size=self.batch_size)
 
     @property

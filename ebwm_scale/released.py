@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from typing import Any, Mapping
 
+import torch
 from torch import Tensor
 
 from .config import Config, config_from_dict
@@ -57,6 +58,62 @@ def to_ours(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if ours is not None:
             result[ours] = tensor.T.contiguous() if ours == "state_map" else tensor.reshape(1) if ours == "step_size" else tensor
     return result
+
+
+def released_name(ours: str, *, conditioning: str) -> str:
+    """The released name of our parameter."""
+    adaptive_head = conditioning in ("adaln", "adaln_zero")
+    special = {"step_size": "alpha", "state_map": "vocab_to_embed.weight", "network.norm.weight": "transformer.norm.weight",
+               "network.head.weight": "transformer.final_layer.linear.weight" if adaptive_head else "transformer.final_layer.weight",
+               "token_embedding.weight": "embeddings.weight", "network.landscape_embedding.weight": "transformer.time_embeddings.weight"}
+    if ours in special:
+        return special[ours]
+    for pattern, released in ((r"frame_projection\.(weight|bias)", r"encoder_down_projection.\1"), (r"output\.(weight|bias)", r"output.\1"),
+                              (r"network\.modulations\.(\d+)\.(weight|bias)", r"transformer.layers.\1.adaLN_modulation.1.\2"),
+                              (r"network\.layers\.(\d+)\.(.+)", r"transformer.layers.\1.\2"),
+                              (r"network\.final_modulation\.(weight|bias)", r"transformer.final_layer.adaLN_modulation.1.\1")):
+        if re.fullmatch(pattern, ours):
+            return re.sub(f"^{pattern}$", released, ours)
+    raise ConfigError(f"{ours}: has no name in the released EBT layout")
+
+
+def to_released(ours: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """Our weights under the released names and shapes."""
+    result = {}
+    for name, tensor in ours.items():
+        released = released_name(name, conditioning=config.model.conditioning)
+        result[released] = tensor.T.contiguous() if name == "state_map" else tensor.reshape(()) if name == "step_size" else tensor
+    if config.refinement.noise:
+        result["langevin_dynamics_noise_std"] = torch.tensor(config.refinement.noise)
+    return result
+
+
+def hparams_of(config: Config) -> dict[str, Any]:
+    """Hyper-parameters of a released run with this configuration. Raises ConfigError listing what the released code cannot express."""
+    model, state, refinement, optimizer = config.model, config.state, config.refinement, config.optimizer
+    text, energy = state.kind == "vocabulary", model.kind == "energy"
+    beyond = []
+    for name, value, allowed in (
+            ("model.predicted_input", model.predicted_input, ("state",)), ("model.conditioning", model.conditioning, ("default", "time_embed", "adaln", "adaln_zero")),
+            ("state.map_scale", state.map_scale, (1.0,)), ("refinement.update", refinement.update, ("probabilities",)),
+            ("refinement.min_num_steps", refinement.min_num_steps, (None, refinement.num_steps)), ("refinement.replay", refinement.replay, (False,)),
+            ("refinement.graph", (refinement.graph, refinement.loss), (("detach", "every"), ("full", "every"), ("truncate", "last")))):
+        if energy and value not in allowed:
+            beyond.append(f"{name} is {value!r} (only {' or '.join(map(repr, allowed))})")
+    if beyond:
+        raise ConfigError("the released layout cannot express this model: " + "; ".join(beyond))
+    per_step = refinement.landscapes == "per_step" or refinement.num_steps == 1
+    return {
+        "modality": "NLP" if text else "CV", "model_name": "ebt" if energy else "baseline_transformer", "ebt_type": model.conditioning, "ebt_norm": "rms",
+        "embedding_dim": model.width, "num_transformer_blocks": model.num_layers, "multiheaded_attention_heads": model.num_heads,
+        "normalize_initial_condition": True, "vocab_to_embed_uses_prob_dist": state.tie_embedding,
+        "denoising_initial_condition": {"most_recent": "most_recent_embedding"}.get(state.initial, state.initial),
+        "mcmc_num_steps": refinement.num_steps if per_step else 1, "randomize_mcmc_num_steps": 0 if per_step else refinement.num_steps - 1,
+        "mcmc_step_size": refinement.step_size, "mcmc_step_size_learnable": refinement.learnable, "mcmc_step_size_lr_multiplier": refinement.learning_rate_multiplier,
+        "randomize_mcmc_step_size_scale": refinement.step_size_random_factor, "langevin_dynamics_noise": refinement.noise,
+        "truncate_mcmc": refinement.graph == "truncate", "no_mcmc_detach": refinement.graph in ("full", "truncate"),
+        "peak_learning_rate": optimizer.learning_rate, "beta1": optimizer.beta1, "beta2": optimizer.beta2, "weight_decay": optimizer.weight_decay,
+        "gradient_clip_val": optimizer.gradient_clipping}
 
 
 def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Config:

@@ -90,9 +90,8 @@ def compare(rows: Sequence[dict[str, Any]], x: str, *, reference: str = "transfo
     for form, points in table.items():
         if len(points) < 3:
             raise UserError(f"{form} has {len(points)} values of {x}: a power law needs 3 or more")
-    draws = [_Draw(number) for number in range(RESAMPLES)]
-    fits = {form: _fit({at: list(seeds.values()) for at, seeds in points.items()}) for form, points in table.items()}
-    resampled = {form: np.array([_fit(draw.of(points)) for draw in draws]) for form, points in table.items()}
+    fits = {form: _fit(np.array(sorted(points)), np.array([[np.mean(list(points[at].values())) for at in sorted(points)]]))[0] for form, points in table.items()}
+    resampled = {form: _fit(np.array(sorted(points)), _resampled_means(points)) for form, points in table.items()}
     result: dict[str, Any] = {"x": x, "what": QUANTITIES[x][0], "reference": reference, "forms": {}, "against_reference": {}}
     for form, points in table.items():
         log_a, b = fits[form]
@@ -114,32 +113,26 @@ def compare(rows: Sequence[dict[str, Any]], x: str, *, reference: str = "transfo
         result["against_reference"][form] = {
             "exponent_difference": _interval(drawn[:, 1] - base_draws[:, 1], fit[1] - base[1]),
             "relative_rate": _interval(rate, fit[1] / base[1] - 1),
-            "loss_difference_at_largest": _interval(behind, float(np.exp(at(np.array(fit), largest)) - np.exp(at(np.array(base), largest)))),
+            "loss_difference_at_largest": _interval(behind, float(np.exp(at(fit, largest)) - np.exp(at(base, largest)))),
             "crossover": _crossover(drawn, base_draws, behind)}
     return result
 
 
-class _Draw:
-    """One resample: which of the seeds at each x, the same for every form."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-    def of(self, points: dict[float, dict[str, float]]) -> dict[float, list[float]]:
-        drawn = {}
-        for index, at in enumerate(sorted(points)):
-            seeds = sorted(points[at])
-            picks = np.random.Generator(np.random.Philox(key=self.number, counter=index << 128)).integers(0, len(seeds), len(seeds))
-            drawn[at] = [points[at][seeds[pick]] for pick in picks]
-        return drawn
+def _resampled_means(points: dict[float, dict[str, float]]) -> np.ndarray:
+    """(RESAMPLES, number of x): means over seeds drawn with replacement, the same seeds in every form with as many."""
+    means = []
+    for index, at in enumerate(sorted(points)):
+        losses = np.array([points[at][seed] for seed in sorted(points[at])])
+        picks = np.random.Generator(np.random.Philox(index)).integers(0, len(losses), (RESAMPLES, len(losses)))
+        means.append(losses[picks].mean(1))
+    return np.stack(means, 1)
 
 
-def _fit(points: dict[float, list[float]]) -> tuple[float, float]:
-    """(log a, b) of loss = a x^-b by least squares on the logarithms of the means."""
-    places = np.array(sorted(points))
-    losses = np.array([np.mean(points[at]) for at in places])
-    slope, intercept = np.polyfit(np.log(places), np.log(losses), 1)
-    return float(intercept), float(-slope)
+def _fit(places: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """(n, 2) of (log a, b) of loss = a x^-b, by least squares on logarithms, for each row of losses (n, number of x)."""
+    x, y = np.log(places), np.log(losses)
+    slope = (y - y.mean(1, keepdims=True)) @ (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    return np.stack([y.mean(1) - slope * x.mean(), -slope], 1)
 
 
 def _interval(draws: np.ndarray, value: float) -> dict[str, float]:

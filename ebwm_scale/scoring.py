@@ -95,17 +95,20 @@ def windows(request: int, tokens: list[int], first: int, length: int) -> Iterato
 
 
 def last_states(model: WorldModel, observed: Tensor, rules: ThinkingRules) -> Tensor:
-    """Predictions (B, S, V) for the token after each observed one (B, S): a baseline's output, or what thinking ends with (of several starts the lowest energy).
+    """Predictions (B, S, size) for the state after each observed one, tokens (B, S) or states (B, S, dimension): a baseline's output, or what thinking ends with (of
+    several starts the lowest energy).
 
     Every row draws the noise of sample 0, so that a text's score is its own.
     """
     embedded = model.embed_observed(observed)
     if model.config.model.kind == "baseline":
-        return model.output(model.network(embedded)).float()
+        prediction = model.output(model.network(embedded))
+        return prediction if prediction.dtype == torch.float64 else prediction.float()
+    frames = observed if model.config.state.kind == "embedding" else None
     ids, score, best = torch.zeros(len(observed), dtype=torch.int64), SequenceScore(model, embedded), None
     for start in range(rules.num_starts):
         noise = SequenceNoise(model, rules, ids, observed.shape[1], start)
-        thought = think(model, score, noise.initial(None), rules, noise=noise)
+        thought = think(model, score, noise.initial(frames), rules, noise=noise)
         if best is None:
             state, best = thought.state, thought.energy
         else:

@@ -87,7 +87,8 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingRules:
 
 def manifest_of(options: argparse.Namespace, config: Config) -> Manifest:
     """The manifest of the data a model was trained on, for its tokenizer or encoder."""
-    path = options.data or config.data.manifest or (config.data.sources[0].manifest if config.data.sources else None)
+    own = Path(options.checkpoint) / "data" / "manifest.json"       # a converted model carries it
+    path = options.data or (own if own.exists() else None) or config.data.manifest or (config.data.sources[0].manifest if config.data.sources else None)
     try:
         manifest = load_manifest(path)
     except DataError as error:

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..config import CheckpointConfig, Config, config_from_dict
 from ..data.manifest import file_sha256
 from ..errors import CheckpointError
+from ..tensor_files import TensorFile
 from .distributed import World
 from .faults import Faults
 from .pieces import EngineState
@@ -275,25 +275,28 @@ class SavedState:
     """Whole float32 tensors of a checkpoint, whatever number of processes wrote it; one at a time, read from disk when asked for."""
 
     def __init__(self, folder: Path):
-        self.files = [safe_open(str(path), "pt") for path in sorted(folder.glob("state-*.safetensors"))]
+        self.files = [TensorFile(path) for path in sorted(folder.glob("state-*.safetensors"))]
         if not self.files:
             raise CheckpointError(f"{folder} holds no state-*.safetensors: it was written by another release; this one reads version {VERSION}")
-        self.ranges = [json.loads(file.metadata()["ranges"]) for file in self.files]
-        self.shapes: dict[str, list[int]] = json.loads(self.files[0].metadata()["shapes"])
+        self.ranges = [json.loads(file.metadata["ranges"]) for file in self.files]
+        self.shapes: dict[str, list[int]] = json.loads(self.files[0].metadata["shapes"])
+        self.held = [set(file.names()) for file in self.files]
 
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
         """Flattened; zeros where a moment does not exist yet. CheckpointError where the pieces do not cover the parameter."""
         if name not in self.shapes:
             raise CheckpointError(f"the checkpoint has no parameter {name}: it belongs to another model")
         size = torch.Size(self.shapes[name]).numel()
-        whole, covered = torch.zeros(size), 0
-        for file, ranges in zip(self.files, self.ranges):
-            start, count = ranges.get(name, (0, 0))
-            covered += count
-            if count and (kind == "weight" or f"{kind}/{name}" in file.keys()):
-                whole[start:start + count] = file.get_tensor(f"{kind}/{name}").float()
+        parts = [(file, held, *ranges[name]) for file, held, ranges in zip(self.files, self.held, self.ranges) if name in ranges and ranges[name][1]]
+        covered = sum(count for *_, count in parts)
         if covered != size:
             raise CheckpointError(f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is missing")
+        if len(parts) == 1 and f"{kind}/{name}" in parts[0][1]:
+            return parts[0][0].read(f"{kind}/{name}").float().view(-1)
+        whole = torch.zeros(size)
+        for file, held, start, count in parts:
+            if kind == "weight" or f"{kind}/{name}" in held:
+                whole[start:start + count] = file.read(f"{kind}/{name}").view(-1).float()
         return whole
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -1,0 +1,121 @@
+"""Scaling studies: known laws are found again, intervals say what they know, and runs become a page."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ebwm_scale.errors import UserError
+from ebwm_scale.scaling import collect, compare, iso_flop
+from ebwm_scale.scaling_page import analyse, render, sentences
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools" / "scaling_study.py"
+SIZES = (1e3, 4e3, 16e3, 64e3)
+
+
+def rows(laws, noise=0.0, seeds=(1, 2, 3), paired=0.0):
+    """Runs of forms whose loss is a x^-b; noise: per run; paired: a deviation that all forms of a seed share."""
+    generator = np.random.Generator(np.random.Philox(0))
+    shared = {(x, seed): generator.normal() * paired for x in SIZES for seed in seeds}
+    found = []
+    for form, (a, b) in laws.items():
+        for x in SIZES:
+            for seed in seeds:
+                loss = a * x**-b * np.exp(shared[x, seed] + noise * generator.normal())
+                found.append({"form": form, "point": f"{x:g}", "seed": str(seed), "parameters": x, "flops": 6 * x * 1e3, "flops_per_step": 6 * x, "loss": loss, "loss_per_step": [loss],
+                              "curve": [[10, 2 * loss], [1000, loss]]})
+    return found
+
+
+def test_a_known_power_law_is_found_again():
+    fit = compare(rows({"transformer++": (9.0, 0.10), "energy": (12.0, 0.13)}), "parameters")
+    assert fit["forms"]["energy"]["exponent"]["mean"] == pytest.approx(0.13) and fit["forms"]["transformer++"]["factor"] == pytest.approx(9.0)
+    against = fit["against_reference"]["energy"]
+    assert against["exponent_difference"]["mean"] == pytest.approx(0.03) and against["relative_rate"]["mean"] == pytest.approx(0.3)
+    # 12 x^-.13 = 9 x^-.1 at x = (12 / 9)^(1 / .03)
+    assert compare(rows({"transformer++": (9.0, 0.10), "energy": (20.0, 0.13)}), "parameters")["against_reference"]["energy"]["crossover"]["median"] == pytest.approx((20 / 9)**(1 / 0.03), rel=1e-6)
+
+
+def test_a_difference_in_the_noise_is_said_to_be_none():
+    fit = compare(rows({"transformer++": (9.0, 0.10), "energy": (10.0, 0.101)}, noise=0.03), "parameters")
+    difference = fit["against_reference"]["energy"]["exponent_difference"]
+    assert difference["low"] < 0 < difference["high"]
+    text = " ".join(sentences(fit, "nats"))
+    assert "no differently, as far as these runs show" in text and ("No crossover is established" in text or "do not cross" in text)
+
+
+def test_what_all_forms_of_a_seed_share_does_not_blur_their_difference():
+    laws = {"transformer++": (9.0, 0.10), "energy": (10.0, 0.11)}
+    width = lambda **how: (lambda i: i["high"] - i["low"])(compare(rows(laws, **how), "parameters")["against_reference"]["energy"]["exponent_difference"])
+    assert width(paired=0.05) < 1e-9 < 0.001 < width(noise=0.05)
+
+
+def test_lines_that_do_not_meet_have_no_crossover():
+    against = compare(rows({"transformer++": (9.0, 0.10), "energy": (10.0, 0.08)}), "parameters")["against_reference"]["energy"]
+    assert against["crossover"] is None and against["loss_difference_at_largest"]["low"] > 0
+
+
+def test_equal_flops_compare_the_best_that_was_reached_within_a_budget():
+    runs = rows({"transformer++": (9.0, 0.10), "energy": (12.0, 0.10)})
+    result = iso_flop(runs)
+    assert result["budgets"][0] >= 6e3 * 10 / 1e3 and all(d > 0 for d in result["forms"]["energy"]["difference"]["mean"])
+    largest = result["budgets"][-1]
+    expected = min(loss for run in runs if run["form"] == "energy" and run["seed"] == "1" for step, loss in run["curve"] if step * run["flops_per_step"] <= largest * 1.0001)
+    assert result["forms"]["energy"]["mean"][-1] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("change, message", [(lambda r: [row for row in r if row["form"] != "transformer++"], "no form transformer"),
+                                             (lambda r: [row for row in r if row["parameters"] < 1e4], "needs 3 or more")])
+def test_what_cannot_be_fitted_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        compare(change(rows({"transformer++": (9.0, 0.1), "energy": (9.0, 0.1)})), "parameters")
+
+
+def test_the_page_shows_fits_tables_and_what_is_missing():
+    study = {"title": "A <study>", "unit": "nats", "axis": "size", "command": "python", "missing": ["seed=9"], "runs": rows({"transformer++": (9.0, 0.10), "energy": (12.0, 0.13)})}
+    page = render([study | analyse(study)])
+    for words in ("A &lt;study&gt;", "Not finished, and left out", "seed=9", "scales faster than", "FLOPs of the whole training", "Lowest loss within a budget"):
+        assert words in page, words
+    assert "<script" not in page
+
+
+def tool(*arguments, expect=0):
+    done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == expect, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs" / "studies").glob("scaling_*.yaml")))
+def test_every_study_of_the_repository_resolves(name):
+    sys.path.insert(0, str(TOOL.parent))
+    from scaling_study import read_study
+    from ebwm_scale.config import load_config
+    study = read_study(ROOT / "configs" / "studies" / name)
+    for names in study["sweep"].values():
+        for overrides in names.values():
+            load_config(ROOT / study["config"], [*study["set"], *overrides])
+
+
+@pytest.mark.parametrize("content, message", [("[]", "no mapping"), ("title: a", "config is None"), (None, "cannot be read"),
+                                              ("{title: a, unit: b, config: c, set: [], axis: colour, sweep: {form: {}}}", "axis is 'colour'")])
+def test_a_study_that_means_nothing_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "s.yaml").write_text(content)
+    assert message in tool("start", tmp_path / "s.yaml", "--run-dir", tmp_path / "r", expect=2)
+
+
+def test_results_are_rebuilt_into_a_page_from_data_alone(tmp_path):
+    content = {"title": "t", "unit": "nats", "axis": "size", "command": "c", "missing": [], "runs": rows({"transformer++": (9.0, 0.10), "energy": (12.0, 0.13)})}
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    tool("page", tmp_path / "r.json", "--output", tmp_path / "page.html")
+    assert "Scaling studies" in (tmp_path / "page.html").read_text()
+    (tmp_path / "bad.json").write_text("{}")
+    assert "not a result of" in tool("page", tmp_path / "bad.json", "--output", tmp_path / "page.html", expect=2)
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no sweep"):
+        collect(tmp_path, "size")
