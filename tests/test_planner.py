@@ -1,0 +1,89 @@
+"""The planner: near every measured step, right about what a cluster changes, and clear about what it cannot know."""
+import dataclasses
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+from ebwm_scale import plan as command
+from ebwm_scale.accounting import count_parameters
+from ebwm_scale.config import load_config
+from ebwm_scale.errors import ConfigError
+from ebwm_scale.model.world_model import WorldModel
+from ebwm_scale.planner import HEADROOM, MACHINES, communicated, compute_seconds, plan, recommended
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def config_of(*overrides):
+    return load_config(None, ["model.size=small", "model.vocabulary_size=32000", "data.context_length=256", "train.global_batch_size=256", "train.precision=bf16", *overrides])
+
+
+def test_every_measured_step_time_is_predicted_within_half_and_the_median_within_a_tenth():
+    sys.path.insert(0, str(ROOT / "tools"))
+    from check_planner import checked
+    ratios = [row["seconds_predicted"] / row["seconds_measured"] for row in checked()]
+    assert len(ratios) >= 19 and 0.66 < min(ratios) and max(ratios) < 1.5 and statistics.median(ratios) == pytest.approx(1, abs=0.1)
+
+
+def test_the_largest_micro_batch_that_fits_is_taken_and_the_next_would_not_fit():
+    machine = dataclasses.replace(MACHINES["h100"], memory=6.0)
+    config = config_of()
+    for p in plan(config, machine, nodes=1):
+        if p.fits:
+            assert p.memory["total"] <= 6 * (1 - HEADROOM) and p.micro_batch * p.accumulation * 8 == 256
+            larger = plan(config, machine, nodes=1, micro_batch=2 * p.micro_batch)[p.stage]
+            assert p.micro_batch == 32 or not larger.fits
+    tiny = plan(config, dataclasses.replace(machine, memory=0.05), nodes=1)
+    assert recommended(tiny) is None and not any(p.fits for p in tiny)
+
+
+def test_memory_falls_with_the_stage_and_a_fast_plan_is_recommended():
+    plans = plan(config_of("model.size=xl"), MACHINES["h100"], nodes=2)
+    totals = [p.memory["total"] for p in plans]
+    assert totals[3] < totals[1] < totals[0] and recommended(plans).stage == 0
+    small = plan(config_of("model.size=xl"), dataclasses.replace(MACHINES["h100"], memory=13.0), nodes=2)
+    assert not small[0].fits and recommended(small).stage in (1, 2)
+
+
+@pytest.mark.parametrize("stage, moved", [(0, 2), (1, 2), (2, 5)])
+def test_what_is_sent_per_step_is_what_ring_algorithms_send(stage, moved):
+    config = config_of(f"deepspeed.zero_stage={stage}")
+    parameters = count_parameters(WorldModel(config))["total"]
+    assert communicated(config, world=4, accumulation=4) == pytest.approx(2 * moved * parameters * 3 / 4)
+    assert communicated(config, world=1, accumulation=4) == 0
+
+
+def test_stage_3_gathers_blocks_for_every_sweep():
+    one, two = (communicated(config_of("deepspeed.zero_stage=3", "refinement.checkpoint=block", f"refinement.num_steps={n}"), world=2, accumulation=1) for n in (1, 2))
+    blocks = count_parameters(WorldModel(config_of()))["blocks"]
+    assert two - one == pytest.approx(2 * 4 * blocks / 2)
+
+
+def test_time_grows_with_the_work():
+    seconds = lambda *overrides: compute_seconds(config_of(*overrides), MACHINES["h100"], samples=8)
+    assert seconds("refinement.num_steps=4") > 1.7 * seconds() and seconds("model.kind=baseline") < seconds() / 4
+
+
+def test_the_command_recommends_and_prices_a_run(capsys):
+    code = command.main(["--config", str(ROOT / "configs" / "nlp" / "anchored.yaml"), "--machine", "h100", "--nodes", "2", "--tokens", "10e9",
+                         "--set", "model.vocabulary_size=32000", "data.context_length=256", "train.precision=bf16", "train.global_batch_size=256"])
+    out = capsys.readouterr().out
+    assert code == 0 and "recommended: deepspeed.zero_stage=0 train.micro_batch_size=16" in out and "GPU-hours" in out and "assumed utilisations" in out
+    assert command.main(["--machines"]) == 0 and "h200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [((), "--config is missing"), (("--config", "configs/nlp/anchored.yaml"), "no dataset to take sizes from"),
+                                                (("--config", "configs/nlp/anchored.yaml", "--nodes", "0"), "must be above 0"),
+                                                (("--config", "configs/nlp/anchored.yaml", "--nodes", "7", "--set", "model.vocabulary_size=99", "data.context_length=8"), "global_batch_size")])
+def test_what_cannot_be_planned_is_one_clear_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert command.main(list(arguments)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_bf16_is_not_planned_for_what_has_none():
+    with pytest.raises(ConfigError, match="use fp32"):
+        plan(config_of(), MACHINES["cpu"], nodes=1)
