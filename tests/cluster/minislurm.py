@@ -38,6 +38,7 @@ AuthType=auth/munge
 AuthInfo=socket={root}/munge/sock,cred_expire=5
 CredType=cred/munge
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmctldPidFile={root}/ctld/slurmctld.pid
 SlurmdPidFile={root}/slurmd-%n.pid
 StateSaveLocation={root}/ctld
@@ -193,7 +194,9 @@ class MiniSlurm:
         gpus = f" Gres=gpu:a100:{self.gpus}" if self.gpus else ""
         nodes = "\n".join(f"NodeName={node} NodeHostname=localhost NodeAddr={node} Port={port} CPUs={self.cpus} RealMemory={self.memory_mb}{gpus} "
                           "State=UNKNOWN" for node, port in zip(self.nodes, ports))
-        self.configuration.write_text(CONFIGURATION.format(root=root, port=port, nodes=nodes))
+        # Jobs of two clusters on one machine must not share an id: ports for the rendezvous follow from it.
+        self.configuration.write_text(CONFIGURATION.format(root=root, port=port, nodes=nodes,
+                                                               first_job=64 * port))
         lines = [f"NodeName={node} Name=gpu Type=a100 File={root}/dev/nvidia[0-{self.gpus - 1}]" for node in self.nodes] if self.gpus else []
         (root / "gres.conf").write_text("\n".join(["AutoDetect=off", *lines, ""]))
         for number in range(self.gpus):     # character devices, or CUDA_VISIBLE_DEVICES is not set
