@@ -6,7 +6,7 @@
 `step` is that of the newest checkpoint. An attempt without an end was lost with its node; the next one writes its end. An attempt that
 published no new checkpoint made no progress. Two of these in a row within a job, and the job gives up: what broke it will break it again.
 An interruption from outside (preemption, scancel --signal) long before the time limit is not the job's doing and does not count. A `signal` row
-says that the batch step was told to end, in case it is ended before it can write the rest.
+says that the batch step was told to end, in case it is ended before it can write the rest; whatever its tasks end with then is an interruption.
 """
 from __future__ import annotations
 
@@ -69,8 +69,10 @@ class Attempts:
 
         seconds_left: until the time limit, None if there is none.
         """
-        if any(row["attempt"] > self.number for row in read_attempts(self.folder)):
+        rows = read_attempts(self.folder)
+        if any(row["attempt"] > self.number for row in rows):
             return Verdict("again", "a later attempt has begun: this one was taken for lost")
+        told = any(row["event"] == "signal" and row["attempt"] == self.number for row in rows)
         step = newest_step(self.folder)
         progress, counts, what, outcome = _above(step, self.first_step), True, "again", "crashed"
         reason = f"{meaning(code)}{': ' if detail else ''}{detail}"
@@ -78,7 +80,7 @@ class Attempts:
             outcome, what = "finished", "done"
         elif code in (EXIT_BAD_INPUT, EXIT_NOT_FINITE):
             outcome, what = "stopped", "give up"
-        elif code in INTERRUPTIONS:
+        elif code in INTERRUPTIONS or told:     # told: without a grace time one task may be killed before another has saved, which then ends with 77
             outcome = "interrupted"
             counts = seconds_left is not None and seconds_left < EXTERNAL_S
         row = {"event": "end", "attempt": self.number, "job": self.job, "exit_code": code, "outcome": outcome, "step": step,

@@ -66,6 +66,18 @@ def test_a_preemption_that_ends_the_batch_step_before_it_can_write_its_end_does_
     assert [row["outcome"] for row in ends] == ["interrupted"] * 3 and not any(row["counts"] for row in ends)
 
 
+@pytest.mark.parametrize("code", [77, 137, 1])
+def test_tasks_that_are_killed_after_the_job_was_told_to_end_are_an_interruption(tmp_path, code):
+    for told in (True, True, True, False):
+        attempts = Attempts(tmp_path, "1")
+        assert attempts.begin().what == "again"
+        if told:
+            attempts.signalled("SIGTERM")
+        assert attempts.end(code, seconds_left=3600).what == "again"
+    ends = [row for row in read_attempts(tmp_path) if row["event"] == "end"]
+    assert [row["outcome"] for row in ends] == ["interrupted"] * 3 + ["crashed"] and [row["counts"] for row in ends] == [False] * 3 + [True]
+
+
 def test_a_sweep_is_every_combination_under_readable_names():
     runs = expand(["train.seed=1,2", "model.size=xxs,xs"])
     assert [run.name for run in runs] == ["seed=1_size=xxs", "seed=1_size=xs", "seed=2_size=xxs", "seed=2_size=xs"]
