@@ -28,6 +28,7 @@ from .data.mixing import open_sources
 from .errors import EXIT_FINISHED, UserError
 from .loading import load_checkpoint
 from .observation import Observation
+from .provenance import provenance
 from .statistics import interval, interval_of_correlation, tenths
 from .thinking import SequenceNoise, SequenceScore, ThinkingRules, Thought, think
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                           tolerance=options.tolerance, say=lambda text: print(text, flush=True))
         folder = options.output or options.checkpoint
         folder.mkdir(parents=True, exist_ok=True)
-        result = {"checkpoint": str(options.checkpoint), "data": [str(manifest) for manifest, _ in sources], "command": ["python", "-m", "ebwm_scale.evaluate", *(arguments or sys.argv[1:])]} | result
+        result = {"checkpoint": str(options.checkpoint), "data": [str(manifest) for manifest, _ in sources]} | provenance(arguments=list(arguments) if arguments else None) | result
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
         from .evaluation_page import render
         (folder / "evaluation.html").write_text(render(result), encoding="utf-8")

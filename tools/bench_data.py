@@ -24,7 +24,7 @@ from ebwm_scale.data.manifest import load_manifest
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.data.writer import ShardWriter, write_manifest
 from ebwm_scale.errors import UserError
-from result_file import provenance
+from ebwm_scale.provenance import provenance
 
 
 def main() -> int:

@@ -23,9 +23,9 @@ from ebwm_scale.draws import SampledDraws
 from ebwm_scale.generation import Session
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.noise import NoiseSource
+from ebwm_scale.provenance import provenance
 from ebwm_scale.refinement import refine
 from ebwm_scale.thinking import ThinkingRules
-from result_file import provenance
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ebwm_scale.config import load_config
 from ebwm_scale.planner import MACHINES, compute_seconds
-from result_file import provenance
+from ebwm_scale.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

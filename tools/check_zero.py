@@ -22,7 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from result_file import provenance
+from ebwm_scale.provenance import provenance
+
 
 SAMPLES, POSITIONS, STEPS = 4, 12, 5
 RECIPES = {

@@ -21,8 +21,8 @@ import yaml
 from ebwm_scale import launch
 from ebwm_scale.cluster.status import UNFINISHED, status_of, table
 from ebwm_scale.errors import EXIT_FINISHED, ConfigError, UserError
+from ebwm_scale.provenance import provenance
 from ebwm_scale.scaling import QUANTITIES, collect
-from result_file import provenance
 
 KEYS = {"title": str, "unit": str, "config": str, "set": list, "axis": str, "sweep": dict}
 

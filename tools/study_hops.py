@@ -23,10 +23,10 @@ from ebwm_scale.config import config_from_dict
 from ebwm_scale.draws import SampledDraws
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.noise import NoiseSource
+from ebwm_scale.provenance import provenance
 from ebwm_scale.refinement import refine
 from ebwm_scale.statistics import interval
 from ebwm_scale.training.validation import EVALUATION_STEP
-from result_file import provenance
 
 NODES, BATCH = 8, 32
 VOCABULARY = 3 * NODES          # a node as the name of a pair, as what it points to or an answer, and as a question

@@ -22,13 +22,13 @@ from ebwm_scale.errors import UserError
 from ebwm_scale.loading import load_checkpoint
 from ebwm_scale.noise import NoiseSource
 from ebwm_scale.observation import Observation
+from ebwm_scale.provenance import provenance
 from ebwm_scale.refinement import refine
 from ebwm_scale.scaling import read_run
 from ebwm_scale.scoring import last_states
 from ebwm_scale.statistics import interval
 from ebwm_scale.thinking import ThinkingRules
 from ebwm_scale.training.validation import EVALUATION_STEP
-from result_file import provenance
 
 
 def main() -> int:

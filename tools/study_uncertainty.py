@@ -27,9 +27,9 @@ from torch import Tensor
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.noise import NoiseSource
+from ebwm_scale.provenance import provenance
 from ebwm_scale.statistics import interval_of_correlation
 from ebwm_scale.thinking import SequenceNoise, SequenceScore, ThinkingRules, think
-from result_file import provenance
 
 TOKENS, BRANCHES, LENGTH, BATCH = 96, 6, 32, 16
 DEVIATIONS = (0.0, 0.3, 1.0, 3.0)       # radians
