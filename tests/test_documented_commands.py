@@ -66,7 +66,7 @@ class Checkout:
         else:
             words[0] = str(Path(sys.executable).parent / words[0])
         if "ebwm_scale/train.py" in words:
-            words += ["--set", *SMALL]
+            words += ["--set", *SMALL, *([] if "video" in command or "clips" in command else ["data.context_length=16"])]
         elif "ebwm_scale.evaluate" in words:
             words += ["--max-samples", "4", "--steps", "1", "2", "--starts", "1"]
         environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET")}
