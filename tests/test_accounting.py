@@ -43,7 +43,7 @@ def training_step(config, mode, **options):
     return mode
 
 
-ATTENTION = {operation._opoverload: operation._init_fn
+ATTENTION = {operation._qualname: operation._init_fn         # by name: PyTorch may make another overload object of an operation while a process lives
              for operation in (attention_ops._attention, attention_ops._gradient, attention_ops._double_backward)}
 
 
@@ -51,10 +51,10 @@ class Inside(TorchDispatchMode):
     """Sees what the attention operations do inside, which a dispatch mode passes over."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function not in ATTENTION:
+        if function.name() not in ATTENTION:
             return self.see(function, args, kwargs or {})
         with self:
-            return ATTENTION[function](*args, **(kwargs or {}))
+            return ATTENTION[function.name()](*args, **(kwargs or {}))
 
 
 class Counted(Inside):
@@ -79,6 +79,7 @@ class Counted(Inside):
             backward = name.endswith("backward")
             query, key = tensors[int(backward):][:2]
             self.flops["observed"] += (5 if backward else 2) * 2 * query.numel() * key.shape[2]
+        assert function.namespace != "ebwm", f"{function} was not looked into"
         assert name not in ("addbmm", "convolution", "_scaled_mm"), f"{name} is not counted"
         return function(*args, **kwargs)
 

@@ -1,15 +1,19 @@
 """Scaling studies: known laws are found again, intervals say what they know, and runs become a page."""
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from ebwm_scale.errors import UserError
 from ebwm_scale.scaling import collect, compare, iso_flop
 from ebwm_scale.scaling_page import analyse, render, sentences
+from training.training_runs import TINY, dataset  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "scaling_study.py"
@@ -83,7 +87,8 @@ def test_the_page_shows_fits_tables_and_what_is_missing():
 
 
 def tool(*arguments, expect=0):
-    done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == expect, done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -119,3 +124,39 @@ def test_results_are_rebuilt_into_a_page_from_data_alone(tmp_path):
 def test_a_folder_without_a_study_is_refused(tmp_path):
     with pytest.raises(UserError, match="no sweep"):
         collect(tmp_path, "size")
+
+
+@pytest.mark.soak
+def test_a_study_runs_is_killed_goes_on_and_becomes_a_page(tmp_path, dataset):  # noqa: F811
+    """Twelve real runs through the launcher; stopped in the middle, started again, none is trained twice."""
+    pytest.importorskip("submitit", reason="the extra `cluster` is not installed")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"data": {"manifest": str(dataset)}}))
+    study = {"title": "Tiny", "unit": "nats per token", "config": str(tmp_path / "tiny.yaml"), "axis": "size", "set": ["model.num_heads=1"],
+             "sweep": {"seed": {"1": ["train.seed=1"], "2": ["train.seed=2"]}, "size": {f"w{w}": [f"model.width={w}"] for w in (8, 16, 32)},
+                       "form": {"transformer++": ["model.kind=baseline"], "anchored": []}}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    folder, deadline = tmp_path / "runs", time.monotonic() + 500
+    finished = lambda: list(folder.rglob("summary.json"))
+    pattern = f"submitit.core._submit {folder}"
+    try:
+        tool("start", tmp_path / "study.yaml", "--run-dir", folder)
+        while len(finished()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        subprocess.run(["pkill", "-TERM", "-f", pattern], check=True)
+        while subprocess.run(["pgrep", "-f", pattern], stdout=subprocess.DEVNULL).returncode == 0 and time.monotonic() < deadline:
+            time.sleep(0.5)
+        before = {path.with_name("metrics.jsonl"): path.with_name("metrics.jsonl").read_bytes() for path in finished()}
+        assert 3 <= len(before) < 12
+        tool("collect", tmp_path / "study.yaml", folder, "--output", tmp_path / "part.json")
+        assert json.loads((tmp_path / "part.json").read_text())["missing"]
+        tool("start", tmp_path / "study.yaml", "--run-dir", folder)
+        while subprocess.run([sys.executable, str(TOOL), "status", str(folder)], stdout=subprocess.DEVNULL).returncode and time.monotonic() < deadline:
+            time.sleep(2)
+    finally:
+        subprocess.run(["pkill", "-KILL", "-f", pattern])
+    assert all(path.read_bytes() == content for path, content in before.items())
+    tool("collect", tmp_path / "study.yaml", folder, "--output", tmp_path / "whole.json")
+    result = json.loads((tmp_path / "whole.json").read_text())
+    assert len(result["runs"]) == 12 and not result["missing"]
+    tool("page", tmp_path / "whole.json", "--output", tmp_path / "page.html")
+    assert "Tiny" in (tmp_path / "page.html").read_text()

@@ -16,8 +16,6 @@ import argparse
 import itertools
 import json
 import os
-
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -52,13 +50,14 @@ def main() -> int:
     rows, failed = [], False
     for processes in arguments.processes:
         if arguments.memory:
-            combinations = itertools.product(arguments.stages, arguments.checkpoint, arguments.num_refinement_steps)
-            calls = [["--memory", "--stages", str(stage), "--checkpoint", mode, "--num-refinement-steps", str(steps)] for stage, mode, steps in combinations]
+            combinations = itertools.product(arguments.stages, arguments.checkpoint, arguments.precision, arguments.num_refinement_steps)
+            calls = [["--memory", "--stages", str(stage), "--checkpoint", mode, "--num-refinement-steps", str(steps), "--precision", precision]
+                     for stage, mode, precision, steps in combinations]
         else:
             calls = [sys.argv[1:]]
         for call in calls:
             process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__, *call],
-                                     stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=3000)
+                                     stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=3000)
             found = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
             print("\n".join(map(json.dumps, found)), flush=True)
             rows, failed = rows + found, failed or process.returncode != 0
@@ -202,19 +201,31 @@ def break_partition() -> None:
 
 
 def measure_memory(arguments) -> int:
+    """Peak of resident memory in a training step, over what the process holds after one of a tiny model, beside accounting.memory_estimate."""
+    import gc
+
+    from ebwm_scale.accounting import memory_estimate
     from ebwm_scale.training.distributed import join_world
     world = join_world()
-    import deepspeed  # noqa: F401
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size = {"model": {"num_layers": 8, "width": 256, "vocabulary_size": 4096}, "positions": 256, "samples": 2 * world.size}
-    config = configuration(stage=arguments.stages[0], checkpoint=arguments.checkpoint[0], precision="fp32", recipe="S1", processes=world.size, size=size,
-                           refinement={"num_steps": arguments.num_refinement_steps[0]})
+    options = {"stage": arguments.stages[0], "checkpoint": arguments.checkpoint[0], "precision": arguments.precision[0], "recipe": "S1", "processes": world.size,
+               "refinement": {"num_steps": arguments.num_refinement_steps[0]}}
+    tiny = trained(configuration(**options, size={"samples": 2 * world.size}), world, steps=2)      # libraries, threads and sockets are there from here on
+    gc.collect()
+    before = resident("VmRSS")
+    config = configuration(**options, size={"model": {"num_layers": 8, "width": 256, "vocabulary_size": 8192}, "positions": 256, "samples": 2 * world.size})
     trained(config, world, steps=2)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    peak = (resident("VmHWM") - before) / 2**30
     if world.is_main:
-        print(json.dumps({"stage": arguments.stages[0], "checkpoint": arguments.checkpoint[0], "num_refinement_steps": arguments.num_refinement_steps[0],
-                          "processes": world.size, "peak_gib_per_process": round(peak, 3)}), flush=True)
+        print(json.dumps({"stage": options["stage"], "checkpoint": options["checkpoint"], "precision": options["precision"],
+                          "num_refinement_steps": arguments.num_refinement_steps[0], "processes": world.size, "peak_gib_per_process": round(peak, 3),
+                          "estimated_gib": round(memory_estimate(config, world_size=world.size, micro_batch=2)["total"], 3)}), flush=True)
+    del tiny
     return 0
+
+
+def resident(key: str) -> int:
+    """Bytes of resident memory of this process: now (VmRSS) or at most so far (VmHWM)."""
+    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
 
 if __name__ == "__main__":

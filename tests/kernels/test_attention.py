@@ -235,13 +235,13 @@ def test_memory_of_the_reference_is_linear_in_the_number_of_positions(case):
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if operation := OPERATIONS.get(function):
+            if operation := OPERATIONS.get(function.name()):
                 with self:
                     return operation(*args, **(kwargs or {}))
             result = function(*args, **(kwargs or {}))
             largest.extend(u.untyped_storage().nbytes() for u in torch.utils._pytree.tree_leaves(result) if isinstance(u, torch.Tensor))
             return result
-    OPERATIONS = {o._opoverload: o._init_fn for o in (attention_ops._attention, attention_ops._gradient, attention_ops._double_backward)}
+    OPERATIONS = {o._qualname: o._init_fn for o in (attention_ops._attention, attention_ops._gradient, attention_ops._double_backward)}
     S = 16 * ROWS
     with Largest():
         derivatives(case._replace(B=1, H=1, H_kv=1, S=S, C=S, offset=0, d=16).attention, case._replace(B=1, H=1, H_kv=1, S=S, C=S, offset=0, d=16).inputs())

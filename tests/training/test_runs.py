@@ -68,7 +68,7 @@ def close(left, right, tolerance):
 
 
 @pytest.mark.parametrize("name, overrides", [
-    ("S1", {}), pytest.param("S2", S2, marks=pytest.mark.soak), ("Algorithm 1", ALGORITHM_1),
+    ("S1", {}), pytest.param("S2", S2, marks=pytest.mark.soak), pytest.param("Algorithm 1", ALGORITHM_1, marks=pytest.mark.soak),
     pytest.param("baseline", {"model.kind": "baseline"}, marks=pytest.mark.soak)])
 def test_two_processes_and_accumulation_give_the_losses_of_one(runs, name, overrides):
     one, two, accumulated = (f"{name} {what}".replace(" ", "_") for what in ("one", "two", "accumulated"))
@@ -79,7 +79,8 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(runs, name, overr
     close(runs.losses(accumulated), runs.losses(one), 1e-6)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.soak), 2])
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", [1, 2])
 def test_zero_stages_give_the_losses_of_stage_0_and_resume_exactly(runs, reference, stage):
     overrides, name = {"deepspeed.zero_stage": stage}, f"zero_{stage}"
     runs.run(name, overrides=overrides, processes=2)

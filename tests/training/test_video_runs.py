@@ -54,7 +54,7 @@ def runs(tmp_path_factory, clips):
     return Runs(tmp_path_factory.mktemp("runs"), clips["embedding"])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [pytest.param(recipe, marks=pytest.mark.soak) if recipe == "S2" else recipe for recipe in RECIPES])
 def test_every_recipe_trains_and_resumes_bitwise_after_a_kill(runs, recipe):
     overrides = VIDEO | RECIPES[recipe]
     output = runs.run(recipe, overrides=overrides)

@@ -16,7 +16,7 @@ def checked(*arguments: str) -> tuple[int, list[dict]]:
     return process.returncode, [json.loads(line) for line in process.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("S1", marks=pytest.mark.soak), "S2", "algorithm_1", "baseline"])
+@pytest.mark.parametrize("recipe", [pytest.param("S1", marks=pytest.mark.soak), "S2", "algorithm_1", pytest.param("baseline", marks=pytest.mark.soak)])
 def test_two_processes_train_the_reference_at_every_stage(recipe):
     precisions = ["fp32", "bf16"] if recipe in ("S1", "baseline") else ["fp32"]        # the others in bf16: results/zero_exactness.json
     code, rows = checked("--processes", "2", "--recipe", recipe, "--precision", *precisions)
@@ -30,6 +30,7 @@ def test_accumulated_micro_batches_train_the_same_at_every_stage():
     assert code == 0 and len(rows) == 4, rows
 
 
+@pytest.mark.soak
 def test_four_processes_and_parameters_on_the_host():
     code, rows = checked("--processes", "4", "--recipe", "S1", "--stages", "3", "--checkpoint", "block", "--offload", "parameters")
     assert code == 0 and len(rows) == 2, rows
