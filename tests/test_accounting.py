@@ -43,7 +43,7 @@ def training_step(config, mode, **options):
     return mode
 
 
-ATTENTION = {operation._qualname: operation._init_fn         # by name: PyTorch may make another overload object of an operation while a process lives
+ATTENTION = {operation._qualname: operation._init_fn         # by name: importing diffusers makes PyTorch build the overload objects anew
              for operation in (attention_ops._attention, attention_ops._gradient, attention_ops._double_backward)}
 
 
