@@ -33,13 +33,15 @@ class Prediction:
 class Session:
     """Prompts of different lengths, continued together. prompts: tokens (S,) int64, or states (S, dimension), S >= 1.
 
-    sample_ids: what the noise of each is addressed by; default 0, 1, ...  Raises UserError for an empty prompt.
+    sample_ids: what the noise of each is addressed by; default 0, 1, ...  energies: False leaves out the pass that only measures a prediction's
+    final energy, unless several starts are compared by it. Raises UserError for an empty prompt.
     """
 
-    def __init__(self, model: WorldModel, prompts: Sequence[Tensor], rules: ThinkingRules = ThinkingRules(), *, sample_ids: Tensor | None = None):
+    def __init__(self, model: WorldModel, prompts: Sequence[Tensor], rules: ThinkingRules = ThinkingRules(), *, sample_ids: Tensor | None = None, energies: bool = True):
         if any(len(prompt) == 0 for prompt in prompts) or not prompts:
             raise UserError("an empty prompt has no position to continue from; give at least one token or frame")
         self.model, self.rules, self.context_length = model, rules, model.config.data.context_length
+        self.with_energy = energies or rules.num_starts > 1
         self.is_energy, self.is_text = model.config.model.kind == "energy", model.config.state.kind == "vocabulary"
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
@@ -58,7 +60,9 @@ class Session:
         lengths = torch.tensor([len(row) for row in self.rows])
         noise = NextNoise(self.model, self.rules, self.sample_ids, lengths - 1)
         last = None if self.is_text else torch.stack([row[-1] for row in self.rows])[:, None]
-        thought = think(self.model, CachedScore(self.model, self.caches, self.last), noise.initial(last), self.rules, noise=noise)
+        thought = think(self.model, CachedScore(self.model, self.caches, self.last), noise.initial(last), self.rules, noise=noise, with_energy=self.with_energy)
+        if thought.energy is None:
+            return Prediction(thought.state[:, 0], thought=thought)
         state, energy, start = lowest(thought)
         return Prediction(state, energy, start, thought)
 
@@ -121,9 +125,9 @@ class Sampling:
 
 
 def continue_texts(model: WorldModel, prompts: Sequence[Tensor], count: int, *, rules: ThinkingRules = ThinkingRules(), sampling: Sampling = Sampling(),
-                   end: int | None = None) -> Iterator[tuple[Tensor, Prediction]]:
+                   end: int | None = None, energies: bool = True) -> Iterator[tuple[Tensor, Prediction]]:
     """(tokens (B,), what they were taken from) for each of at most `count` positions; ends when every row has had the token `end`."""
-    session = Session(model, prompts, rules)
+    session = Session(model, prompts, rules, energies=energies)
     generator = torch.Generator().manual_seed(sampling.seed)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     for index in range(count):
@@ -139,7 +143,7 @@ def continue_texts(model: WorldModel, prompts: Sequence[Tensor], count: int, *, 
 def continue_states(model: WorldModel, prompts: Sequence[Tensor], count: int, *, rules: ThinkingRules = ThinkingRules(),
                     sample_ids: Tensor | None = None) -> Tensor:
     """`count` further states (B, count, dimension) of clips, each predicted from those before it."""
-    session, states = Session(model, prompts, rules, sample_ids=sample_ids), []
+    session, states = Session(model, prompts, rules, sample_ids=sample_ids, energies=False), []
     for index in range(count):
         states.append(session.predict().state)
         if index + 1 < count:

@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable token (default)")
     sampling.add_argument("--top-k", type=int, default=None, metavar="K", help="only the K most probable")
     sampling.add_argument("--top-p", type=float, default=None, metavar="P", help="only the fewest that hold probability P")
+    result.add_argument("--energies", action="store_true", help="text: the mean final energy too, which costs one more pass per token")
     result.add_argument("--seed", type=int, default=None, metavar="N", help="of sampling, noise and initial states (default: the run's)")
     result.add_argument("--output", type=Path, default=None, metavar="FILE", help="video: .gif, .mp4 or .png (default continuation.png)")
     return result
@@ -129,10 +130,11 @@ def continue_prompts(model, manifest: Manifest, options: argparse.Namespace, rul
     written = ""
     if len(texts) == 1:
         print(texts[0], end="", flush=True)
-    for chosen, prediction in continue_texts(model, prompts, options.max_new or 64, rules=rules, sampling=sampling, end=tokenizer.eos_id):
+    for chosen, prediction in continue_texts(model, prompts, options.max_new or 64, rules=rules, sampling=sampling, end=tokenizer.eos_id, energies=options.energies):
         tokens.append(chosen)
         if prediction.energy is not None:
             energies.append(prediction.energy.mean().item())
+        if prediction.thought is not None:
             steps.append(prediction.thought.steps.double().mean().item())
         if len(texts) == 1 and int(chosen) != tokenizer.eos_id:
             whole = tokenizer.decode([int(t) for t in tokens])
@@ -148,8 +150,10 @@ def continue_prompts(model, manifest: Manifest, options: argparse.Namespace, rul
             ids = ids[:ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
             print(f"{text}{tokenizer.decode(ids)}\n")
     about = f"{len(tokens) * len(texts) / seconds:,.1f} tokens/s"
+    if steps:
+        about += f"; {sum(steps) / len(steps):.2f} steps per token"
     if energies:
-        about += f"; mean energy {sum(energies) / len(energies):.3f}, {sum(steps) / len(steps):.2f} steps per token"
+        about += f", mean energy {sum(energies) / len(energies):.3f}"
     print(about, file=sys.stderr)
 
 

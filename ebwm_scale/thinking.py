@@ -69,18 +69,23 @@ class Score(Protocol):
 class Thought:
     """state (B, K, size), energy (B, K) of it in the last landscape, steps (B, K) that were taken, trace (N + 1, B, K): energy before and after each step.
 
+    energy is None, and trace (N, B, K) ends before the last step, where think was not asked for the final energy.
+
     trace is measured in the landscape of the step (the last entry in the last one's); where nothing is compared it holds what was computed anyway.
     """
     state: Tensor
-    energy: Tensor
+    energy: Tensor | None
     steps: Tensor
     trace: Tensor
     accepted: Tensor        # (B, K) steps that changed the state
 
 
 @torch.no_grad()
-def think(model, score: Score, x: Tensor, rules: ThinkingRules, *, noise: "Noise") -> Thought:
-    """Refine rows x (B, K, size), which are the caller's to overwrite. noise: where Langevin numbers come from."""
+def think(model, score: Score, x: Tensor, rules: ThinkingRules, *, noise: "Noise", with_energy: bool = True) -> Thought:
+    """Refine rows x (B, K, size), which are the caller's to overwrite. noise: where Langevin numbers come from.
+
+    with_energy: False saves the pass that only measures where the last step ended; rules that compare energies have made it anyway.
+    """
     num_steps = rules.num_steps or model.config.refinement.num_steps
     landscapes, state_space = model.landscapes(num_steps), model.state
     alpha = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE) if rules.step_size is None else torch.tensor(rules.step_size, device=x.device)
@@ -129,6 +134,8 @@ def think(model, score: Score, x: Tensor, rules: ThinkingRules, *, noise: "Noise
         if going.sum() * 2 <= len(moving):                 # compute only what still moves, where that is worth a copy
             kept = going.nonzero().squeeze(1)
             moving, x, scale, active, energy, part = moving[kept], x[kept], scale[kept], active[kept], energy[kept], part.select(kept)
+    if not with_energy and not rules.compares:
+        return Thought(x, None, steps, torch.stack(trace), accepted)
     x = whole if rules.compares else x
     part = score
     final = energy_of(x, landscapes[-1])

@@ -63,7 +63,7 @@ def cached(model, tokens: int, num_steps: int) -> float:
     """Seconds for all tokens, prefill included."""
     rules = ThinkingRules(num_steps=num_steps if model.config.model.kind == "energy" else None)
     start = time.perf_counter()
-    session = Session(model, [torch.tensor([1])], rules)
+    session = Session(model, [torch.tensor([1])], rules, energies=False)
     for _ in range(tokens - 1):
         session.accept(session.predict().state.argmax(-1))
     session.predict()

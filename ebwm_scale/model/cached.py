@@ -242,12 +242,22 @@ def _rotated(heads: Tensor, factors: Tensor) -> Tensor:
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.epsilon)
+    wide = _wide(x)
+    return (wide * _root(norm, wide) * norm.weight).to(x.dtype)
 
 
 def _norm_gradient(gradient: Tensor, x: Tensor, norm: RMSNorm) -> Tensor:
     """The way back through an RMSNorm: r (h - n mean(h n)), h = g w, n = r x."""
-    wide, h = (x.float(), gradient.float() * norm.weight.float()) if x.dtype in (torch.bfloat16, torch.float16) else (x, gradient * norm.weight)
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.epsilon)
-    n = wide * r
-    return ((h - n * (h * n).mean(-1, keepdim=True)) * r).to(x.dtype)
+    wide, h = _wide(x), _wide(gradient) * norm.weight
+    r = _root(norm, wide)
+    slope = torch.linalg.vecdot(h, wide).unsqueeze(-1) * r.square() * (1 / wide.shape[-1])
+    return ((h - wide * slope) * r).to(x.dtype)
+
+
+def _root(norm: RMSNorm, x: Tensor) -> Tensor:
+    """1 / sqrt(mean x^2 + epsilon) of rows, kept as (..., 1). An inner product is one operation; square and mean are four."""
+    return (torch.linalg.vecdot(x, x) * (1 / x.shape[-1]) + norm.epsilon).rsqrt_().unsqueeze(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -66,7 +66,8 @@ def run(capsys, *arguments):
 def test_text_is_continued_and_prompts_of_any_length_are_taken(text, use, capsys, kind):
     use({"model": {"vocabulary_size": 300, "kind": kind}}, text)
     code, out, err = run(capsys, "--prompt", "abc de", "--max-new", 20)
-    assert code == 0 and out.startswith("abc de") and len(out) > 10 and "tokens/s" in err and ("mean energy" in err) == (kind == "energy")
+    assert code == 0 and out.startswith("abc de") and len(out) > 10 and "tokens/s" in err and ("steps per token" in err) == (kind == "energy") and "mean energy" not in err
+    assert ("mean energy" in run(capsys, "--prompt", "abc de", "--max-new", 3, "--energies")[2]) == (kind == "energy")
     long = "abc defg hij " * 30
     code, out, err = run(capsys, "--prompt", long, "--prompt", "", "--prompt", "ünknown ☃ characters", "--max-new", 5)
     assert code == 0 and f"is cut to its last {LENGTH}, the context" in err and len(out.split("\n\n")) >= 3 and "ünknown ☃" in out

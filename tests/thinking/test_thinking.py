@@ -211,6 +211,15 @@ def test_early_stopping_saves_steps_and_gives_what_running_on_gives_within_its_t
             assert stopped.trace[taken[row] - 1, row] - stopped.energy[row] <= tolerance and (stopped.trace[1:taken[row], row] < stopped.trace[:taken[row] - 1, row] - tolerance).all()
 
 
+@pytest.mark.parametrize("rules", [{}, {"num_starts": 3}, {"accept_only_if_lower": True}])
+def test_leaving_out_the_final_energy_changes_no_state(rules):
+    model = model_of(TEXT)
+    prompts = [prompt_of(model, 5, seed=s) for s in range(4)]
+    measured, lean = (Session(model, prompts, ThinkingRules(seed=SEED, **rules), energies=energies).predict() for energies in (True, False))
+    assert torch.equal(measured.state, lean.state) and torch.equal(measured.thought.steps, lean.thought.steps)
+    assert (lean.energy is None) == (not rules) and len(lean.thought.trace) == len(measured.thought.trace) - (not rules)
+
+
 def test_of_several_starts_the_lowest_energy_is_kept_and_the_first_is_the_usual_one():
     model = model_of(TEXT)
     prompts = [prompt_of(model, 5, seed=s) for s in range(4)]
