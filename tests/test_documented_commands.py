@@ -19,6 +19,7 @@ from test_docs import COMMANDS, ROOT
 ELSEWHERE = {       # what a command contains -> where it runs
     "sbatch ": "cluster/test_sbatch.py", "srun ": "cluster/test_doctor.py", "slurm/": "cluster/test_scripts.py", "ebwm_scale.launch": "cluster/test_attempts.py",
     "check_zero.py": "training/test_zero.py", "check_parity.py": "test_parity.py", "ebwm_scale.harness": "thinking/test_scoring.py",
+    "scaling_study.py": "test_scaling.py",
 }
 SMALL = ["model.num_layers=1", "model.width=16", "model.num_heads=1", "train.max_steps=3", "train.global_batch_size=8", "checkpoint.every_steps=2", "evaluation.every_steps=0",
          "evaluation.max_samples=4", "schedule.warmup_steps=1", "logging.every_steps=1"]

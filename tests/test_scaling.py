@@ -121,6 +121,26 @@ def test_results_are_rebuilt_into_a_page_from_data_alone(tmp_path):
     assert "not a result of" in tool("page", tmp_path / "bad.json", "--output", tmp_path / "page.html", expect=2)
 
 
+def test_the_committed_studies_say_what_the_documentation_says(tmp_path):
+    """The page is rebuilt from the repository's data within a minute, and docs/scaling.md quotes its losses and exponents."""
+    results = sorted((ROOT / "results" / "scaling").glob("*.json"))
+    start = time.perf_counter()
+    tool("page", *results, "--output", tmp_path / "page.html")
+    assert time.perf_counter() - start < 60
+    document = (ROOT / "docs" / "scaling.md").read_text()
+    for path in results:
+        study = json.loads(path.read_text())
+        forms, points, seeds = ({run[key] for run in study["runs"]} for key in ("form", "point", "seed"))
+        assert not study["missing"] and len(study["runs"]) == len(forms) * len(points) * len(seeds) and len(points) >= 4 and len(seeds) >= 3
+        for point in points:
+            for form in forms:
+                assert f"{np.mean([run['loss'] for run in study['runs'] if (run['form'], run['point']) == (form, point)]):.3f}" in document, (path.name, form, point)
+        for fit in analyse(study)["fits"]:
+            for form in ("transformer++", "anchored"):
+                exponent = fit["forms"][form]["exponent"]
+                assert f"{exponent['mean']:.4g} [{exponent['low']:.4g}, {exponent['high']:.4g}]" in document, (path.name, fit["what"], form)
+
+
 def test_a_folder_without_a_study_is_refused(tmp_path):
     with pytest.raises(UserError, match="no sweep"):
         collect(tmp_path, "size")
