@@ -38,7 +38,7 @@ from .model.energy import Context
 from .term_gradients import Cut, TermGradients
 
 MIN_STEP_SIZE = 1e-4
-TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}      # of state (float32) in a tile: large enough for efficient products
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}      # of state (float32) in a tile: large enough for efficient products
 
 
 class Draws(Protocol):
@@ -233,8 +233,8 @@ def energy_and_gradient(network, embedded: Tensor, context: Context, positions: 
         embedded = embedded.detach().requires_grad_()
     if create_graph and compiled:
         with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
-            return _compiled(network, embedded, positions.start, positions.stop, landscape if network.modulations is not None else 0,
-                             context.offset, *(u for pair in context.keys_values for u in pair))
+            return _compiled()(network, embedded, positions.start, positions.stop, landscape if network.modulations is not None else 0,
+                               context.offset, *(u for pair in context.keys_values for u in pair))
 
     if mode == "block":
         return block_sweeps.energy_and_gradient(network, embedded, context.at(positions), landscape, create_graph=create_graph)
@@ -250,8 +250,13 @@ def energy_and_gradient(network, embedded: Tensor, context: Context, positions: 
     return compute(embedded, context)
 
 
-@functools.partial(torch.compile, fullgraph=True, dynamic=False)
-def _compiled(network, embedded: Tensor, start: int, stop: int, landscape: int, offset: int, *keys_values: Tensor) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _compiled() -> Callable:
+    """Made when it is first needed: asking for a compiler imports one, 90 MiB and a second."""
+    return torch.compile(_gradient_inside, fullgraph=True, dynamic=False)
+
+
+def _gradient_inside(network, embedded: Tensor, start: int, stop: int, landscape: int, offset: int, *keys_values: Tensor) -> tuple[Tensor, Tensor]:
     """The inner gradient is taken inside: what is compiled is differentiated once, which is all that torch.compile supports."""
     context = Context(list(zip(keys_values[::2], keys_values[1::2])), offset).at(slice(start, stop))
     energy = network.energy(embedded, context, landscape)

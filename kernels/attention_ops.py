@@ -18,7 +18,6 @@ import os
 import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
-from torch.utils.flop_counter import register_flop_formula
 
 from . import attention_reference as reference
 from .attention_reference import Cotangents, Shape
@@ -188,23 +187,3 @@ def visible_pairs(num_queries: int, num_keys: int, offset: int = 0, causal: bool
         return num_queries * num_keys
     below = max(0, min(num_queries, num_keys - offset))         # queries that do not see every key yet: 1 + offset, 2 + offset, ..
     return below * offset + below * (below + 1) // 2 + (num_queries - below) * num_keys
-
-
-def _flops(products: int, q_shape, k_shape, offset: int, causal: bool) -> int:
-    batch, heads, queries, d = q_shape
-    return 2 * products * batch * heads * visible_pairs(queries, k_shape[2], offset, causal) * d
-
-
-@register_flop_formula(torch.ops.ebwm.attention)
-def _(q, k, v, k_own, v_own, scale, offset, causal, backend, *, out_shape=None):
-    return _flops(PRODUCTS[backend]["forward"], q, k, offset, causal)
-
-
-@register_flop_formula(torch.ops.ebwm.attention_gradient)
-def _(grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, with_keys, compiled, *, out_shape=None):
-    return _flops(PRODUCTS[backend]["gradient"][with_keys], q, k, offset, causal)
-
-
-@register_flop_formula(torch.ops.ebwm.attention_double_backward)
-def _(a, b, c, b_own, c_own, grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, *, out_shape=None):
-    return _flops(PRODUCTS[backend]["double_backward"][b is not None], q, k, offset, causal)

@@ -37,8 +37,8 @@ def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):
 
 
 def test_the_comparison_notices_a_compiled_step_whose_inner_gradient_has_no_graph(monkeypatch):
-    right = refinement_module._compiled
-    monkeypatch.setattr(refinement_module, "_compiled", lambda *a: (lambda energy, g: (energy, g.detach() + 0 * energy.sum()))(*right(*a)))
+    right = refinement_module._compiled()
+    monkeypatch.setattr(refinement_module, "_compiled", lambda: lambda *a: (lambda energy, g: (energy, g.detach() + 0 * energy.sum()))(*right(*a)))
     with pytest.raises(AssertionError):
         test_a_compiled_step_has_the_gradients_of_the_eager_one({})
 

@@ -4,6 +4,7 @@ import torch
 from attention_cases import Case, derivatives, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
+import ebwm_kernels.flop_formulas      # noqa: F401  registers them
 from ebwm_kernels import attention_ops, attention_reference, attention_tuning, causal_attention, energy_attention
 from ebwm_kernels.attention_ops import visible_pairs, why_not_triton
 from ebwm_kernels.attention_reference import ROWS
