@@ -53,6 +53,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
 
     from ebwm_scale.accounting import describe
     from ebwm_scale.data.mixing import open_sources
+    from ebwm_scale.denormals import flush_denormals
     from ebwm_scale.model.transformer import attention_paths
     from ebwm_scale.model.world_model import WorldModel
     from ebwm_scale.training.checkpoint import check_same_run, find_latest, saved_config
@@ -66,7 +67,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     sources = [(source.manifest, source.weight) for source in config.data.sources] or [(config.data.manifest, 1.0)]
     if sources[0][0] is None:
         raise ConfigError("data.manifest is absent: make a dataset with tools/make_text_shards.py or make_video_shards.py and name its manifest.json")
-    torch.set_flush_denormal(True)      # the tails of a softmax over a vocabulary are denormal, and 100 times slower to multiply
+    flush_denormals()
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS") or "1"))
     batch_arithmetic(config.train, world_size, paired=config.refinement.replay)     # before anything is started or read
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ebwm_scale.config import load_config
+from ebwm_scale.denormals import flush_denormals
 from ebwm_scale.draws import SampledDraws
 from ebwm_scale.generation import Session
 from ebwm_scale.model.world_model import WorldModel
@@ -37,7 +38,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=5, help="prefix lengths at which recomputing is timed (default %(default)s)")
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
-    torch.set_flush_denormal(True)
+    flush_denormals()
     rows = {}
     for kind in ("energy", "baseline"):
         torch.manual_seed(0)

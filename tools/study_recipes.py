@@ -17,6 +17,7 @@ import torch
 
 from ebwm_scale.data.loader import validation_batches
 from ebwm_scale.data.shards import open_split
+from ebwm_scale.denormals import flush_denormals
 from ebwm_scale.draws import SampledDraws
 from ebwm_scale.errors import UserError
 from ebwm_scale.loading import load_checkpoint
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--against", default="one-step", metavar="RECIPE")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    torch.set_flush_denormal(True)
+    flush_denormals()
     try:
         sweep = json.loads((options.sweep / "sweep.json").read_text())
     except OSError as error:

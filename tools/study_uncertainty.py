@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config import config_from_dict
+from ebwm_scale.denormals import flush_denormals
 from ebwm_scale.model.world_model import WorldModel
 from ebwm_scale.noise import NoiseSource
 from ebwm_scale.provenance import provenance
@@ -44,7 +45,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=64, help="sequences to evaluate on (default %(default)s)")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
-    torch.set_flush_denormal(True)
+    flush_denormals()
     rows = []
     for world, draw in (("text", chain), ("states", circle)):
         for form, predicted_input in FORMS.items():

@@ -33,22 +33,24 @@ def test_the_stated_deviation_of_the_circle_is_that_of_its_steps():
 
 
 def test_chains_of_look_ups_are_answered_by_looking_up():
-    for hops in (1, 3):
-        observed, targets = study_hops.sequences(4, hops, seed=1)
+    for hops in ((1,), (3,), (1, 2, 4)):
+        observed, targets, asked_hops = study_hops.sequences(4, hops, seed=1)
         n = study_hops.NODES
-        for row, answers in zip(observed.tolist(), targets.tolist()):
+        assert int(observed.max()) < study_hops.vocabulary_of(hops) and set(asked_hops.flatten().tolist()) == set(hops)
+        for row, answers, numbers in zip(observed.tolist(), targets.tolist(), asked_hops.tolist()):
             points_to = {row[2 * i]: row[2 * i + 1] - n for i in range(n)}
             asked = [i for i, answer in enumerate(answers) if answer != IGNORE]
             assert len(asked) == n
-            for i in asked:
-                node = row[i] - 2 * n
-                for _ in range(hops):
+            for i, number in zip(asked, numbers):
+                kind, node = divmod(row[i] - 2 * n, n)
+                assert hops[kind] == number
+                for _ in range(number):
                     node = points_to[node]
                 assert answers[i] == n + node
 
 
 @pytest.mark.parametrize("tool, arguments, rows", [
-    (study_hops, ["--hops", "1", "--forms", "transformer++, 2 layers", "2 steps, every", "--steps", "2"], 2),
+    (study_hops, ["--hops", "1", "1,2", "--forms", "transformer++, 2 layers", "2 steps, every", "--steps", "2"], 4),
     (study_uncertainty, ["--steps", "2", "--starts", "2", "--samples", "4"], 4)])
 def test_a_study_runs_and_writes_its_rows(tmp_path, monkeypatch, capsys, tool, arguments, rows):
     output = tmp_path / "r.json"
