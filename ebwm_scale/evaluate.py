@@ -1,6 +1,6 @@
 """What a trained model knows, and what thinking adds: losses with intervals, thinking curves, and how far its energies can be trusted.
 
-    python -m ebwm_scale.evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4] [--output DIR]
+    python -m ebwm_scale.evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4] [--foreign FILE ..] [--output DIR]
 
 Writes evaluation.json and evaluation.html into RUN (or DIR). Losses are means per target over the validation split (text: nats per token, perplexity is the
 exponential of the mean; video: SmoothL1), with 95 % intervals from a bootstrap over samples. For an energy model:
@@ -9,7 +9,8 @@ exponential of the mean; video: SmoothL1), with 95 % intervals from a bootstrap 
     energy       rank correlation of final energy and actual error over positions; mean error in tenths of energy
     allocation   with early stopping: steps used against error, in tenths of it; what the saved steps cost in loss
     uncertainty  rank correlation of the spread of energy over starts with the error
-    foreign      (text) energies of shuffled tokens against real ones: the share of pairs in which the real text has the lower energy
+    foreign      (text) energies of shuffled tokens against real ones: the share of pairs in which the real text has the lower energy; the same for each file of
+                 --foreign, another language or program code, beside what the loss (of Transformer++ too) would say
 """
 from __future__ import annotations
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 4, 8], metavar="N", help="numbers of refinement steps (default 1 2 3 4 8)")
     parser.add_argument("--starts", type=int, nargs="+", default=[1, 2, 4], metavar="K", help="numbers of starts (default 1 2 4)")
     parser.add_argument("--tolerance", type=float, default=None, metavar="E", help="of early stopping (default: a hundredth of the mean fall of the first step)")
+    parser.add_argument("--foreign", type=Path, nargs="+", default=[], metavar="FILE", help="texts (UTF-8) of another kind, to be told from the validation split")
     parser.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: the run folder")
     options = parser.parse_args(arguments)
     try:
@@ -50,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, config = load_checkpoint(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
         sources = [(options.data, 1.0)] if options.data else [(s.manifest, s.weight) for s in config.data.sources] or [(config.data.manifest, 1.0)]
         split = open_sources(sources, "validation", verify="sizes")
+        texts = foreign_texts(options.foreign, split.manifest, config.data.context_length, options.max_samples)
         result = evaluate(model, config, split, max_samples=options.max_samples, batch_size=options.batch_size, steps=options.steps, starts=options.starts,
-                          tolerance=options.tolerance, say=lambda text: print(text, flush=True))
+                          tolerance=options.tolerance, texts=texts, say=lambda text: print(text, flush=True))
         folder = options.output or options.checkpoint
         folder.mkdir(parents=True, exist_ok=True)
         result = {"checkpoint": str(options.checkpoint), "data": [str(manifest) for manifest, _ in sources]} | provenance(arguments=list(arguments) if arguments else None) | result
@@ -65,10 +68,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_FINISHED
 
 
+def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> dict[str, Tensor]:
+    """{file name: token ids (n, length + 1)}, n at most `most` sequences spread over the file. Raises UserError for a file that cannot be read or is too short."""
+    if paths and manifest.modality != "text":
+        raise UserError(f"--foreign takes texts, and this is a model of {manifest.modality}: leave it out")
+    texts: dict[str, Tensor] = {}
+    for path in paths:
+        from .data.tokenizer import Tokenizer
+        try:
+            ids = torch.tensor(Tokenizer(manifest.content.tokenizer_path).encode(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--foreign {path}: cannot be read as UTF-8 text: {error}") from None
+        if len(ids) <= length:
+            raise UserError(f"--foreign {path}: {len(ids)} tokens, and one sequence of this model takes {length + 1}: give a longer text")
+        sequences = ids[:len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
+        texts[path.name] = sequences[torch.linspace(0, len(sequences) - 1, min(most, len(sequences))).round().long()]
+    return texts
+
+
 @torch.no_grad()
 def evaluate(model, config: Config, split, *, max_samples: int, batch_size: int, steps: Sequence[int], starts: Sequence[int], tolerance: float | None = None,
-             say=lambda text: None) -> dict[str, Any]:
-    """The content of evaluation.json. split: a validation split."""
+             texts: dict[str, Tensor] | None = None, say=lambda text: None) -> dict[str, Any]:
+    """The content of evaluation.json. split: a validation split; texts: of another kind, name -> token ids (n, S + 1)."""
     observe = Observation(split.manifest, next(model.parameters()).device)
     batches = list(_batches(split, observe, config.data.context_length, max_samples, batch_size))
     num_samples = sum(len(ids) for ids, _, _ in batches)
@@ -76,7 +97,7 @@ def evaluate(model, config: Config, split, *, max_samples: int, batch_size: int,
                               "num_targets": num_samples * config.data.context_length}
     if config.model.kind == "baseline":
         errors = torch.cat([_baseline_errors(model, observed, targets) for _, observed, targets in batches])
-        return result | {"loss": _estimate(errors, config)}
+        return result | {"loss": _estimate(errors, config)} | _foreign_texts(model, batches, texts or {}, batch_size, seed=0)
     seed, trained = config.train.seed, config.refinement.num_steps
 
     say(f"{num_samples} samples; thinking curves over {', '.join(map(str, steps))} steps")
@@ -111,6 +132,7 @@ def evaluate(model, config: Config, split, *, max_samples: int, batch_size: int,
     result["allocation"] = _allocation(model, config, batches, 4 * trained, tolerance, seed)
     if split.manifest.modality == "text":
         result["foreign"] = _foreign(model, batches, seed)
+        result |= _foreign_texts(model, batches, texts or {}, batch_size, seed)
     return result
 
 
@@ -183,24 +205,50 @@ def _allocation(model, config: Config, batches, num_steps: int, tolerance: float
 
 
 def _foreign(model, batches, seed: int) -> dict[str, Any]:
-    """Real sequences against the same tokens shuffled: mean energy of the true next tokens, as certain predictions."""
-    def energies(observed: Tensor, targets: Tensor) -> Tensor:
-        embedded = model.embed_observed(observed)
-        landscape = model.network.num_landscapes - 1
-        certain = model.state.weight[targets.clamp(min=0)]
-        return SequenceScore(model, embedded)(certain, landscape).mean(1).float().cpu()
-
+    """Real sequences against the same tokens shuffled."""
     real, shuffled = [], []
     generator = torch.Generator().manual_seed(seed)
     for _, observed, targets in batches:
-        real.append(energies(observed, targets))
+        real.append(_energies(model, observed, targets))
         tokens = torch.cat([observed, targets[:, -1:]], 1)
         order = torch.stack([torch.randperm(tokens.shape[1], generator=generator) for _ in range(len(tokens))]).to(tokens.device)
         tokens = tokens.gather(1, order)
-        shuffled.append(energies(tokens[:, :-1], tokens[:, 1:]))
+        shuffled.append(_energies(model, tokens[:, :-1], tokens[:, 1:]))
     real, shuffled = torch.cat(real), torch.cat(shuffled)
-    lower = (real[:, None] < shuffled[None]).double().mean(1)
-    return {"mean_energy_real": interval(real), "mean_energy_shuffled": interval(shuffled), "share_of_pairs_in_which_real_is_lower": interval(lower)}
+    return {"mean_energy_real": interval(real), "mean_energy_shuffled": interval(shuffled), "share_of_pairs_in_which_real_is_lower": _share_lower(real, shuffled)}
+
+
+def _foreign_texts(model, batches, texts: dict[str, Tensor], batch_size: int, seed: int) -> dict[str, Any]:
+    """Validation sequences against those of other texts, by energy and by loss."""
+    def of(observed: Tensor, targets: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        if model.config.model.kind == "baseline":
+            return {"loss": _baseline_errors(model, observed, targets).mean(1)}
+        return {"energy": _energies(model, observed, targets), "loss": _think(model, (ids, observed, targets), ThinkingRules(seed=seed))[0].mean(1)}
+
+    def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    if not texts:
+        return {}
+    device, rows = batches[0][1].device, []
+    real = together([of(observed, targets, ids) for ids, observed, targets in batches])
+    for name, tokens in texts.items():
+        ids = torch.arange(len(tokens))
+        other = together([of(part[:, :-1], part[:, 1:], ids[:len(part)]) for part in tokens.to(device).split(batch_size)])
+        rows.append({"name": name, "num_samples": len(tokens)} | {f"mean_{what}": interval(value) for what, value in other.items()}
+                    | {f"share_of_pairs_in_which_real_has_lower_{what}": _share_lower(real[what], value) for what, value in other.items()})
+    return {"foreign_texts": rows}
+
+
+def _energies(model, observed: Tensor, targets: Tensor) -> Tensor:
+    """(B,) mean energy of the true next tokens, as certain predictions."""
+    certain = model.state.weight[targets.clamp(min=0)]
+    return SequenceScore(model, model.embed_observed(observed))(certain, model.network.num_landscapes - 1).mean(1).float().cpu()
+
+
+def _share_lower(real: Tensor, other: Tensor) -> dict[str, float]:
+    """Of all pairs, those in which the real sequence has the lower value; equal ones count half."""
+    return interval(((real[:, None] < other[None]).double() + 0.5 * (real[:, None] == other[None])).mean(1))
 
 
 def _estimate(errors: Tensor, config: Config) -> dict[str, Any]:

@@ -26,6 +26,12 @@ def render(result: dict[str, Any]) -> str:
         parts.append(f'<div class="grid">{"".join(card(title, draw) for title, draw in figures)}</div>')
         rows = [[f"{p['num_steps']}{' (trained)' if p['num_steps'] == result['trained_steps'] else ''}", with_interval(p), show(p["mean_energy"])] for p in result["steps"]]
         parts.append(table(["steps", f"loss, {unit}", "mean energy"], [["0", with_interval(result["initial"]), "–"], *rows]))
+    if result.get("foreign_texts"):
+        share = "share_of_pairs_in_which_real_has_lower_"
+        parts.append("<p>Texts of another kind: the share of pairs in which the validation text has the lower energy, or loss (0.5: cannot tell).</p>")
+        parts.append(table(["text", "sequences", "by energy", f"its loss, {unit}", "by loss"],
+                           [[text["name"], str(text["num_samples"]), with_interval(text[share + "energy"]) if share + "energy" in text else "–", with_interval(text["mean_loss"]),
+                             with_interval(text[share + "loss"])] for text in result["foreign_texts"]]))
     return page("Evaluation", parts)
 
 

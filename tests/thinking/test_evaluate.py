@@ -8,6 +8,7 @@ import torch
 
 from ebwm_scale import evaluate as evaluation
 from ebwm_scale.config import config_from_dict
+from ebwm_scale.errors import UserError
 from ebwm_scale.evaluate import evaluate
 from ebwm_scale.evaluation_page import render
 from ebwm_scale.model.world_model import WorldModel
@@ -62,6 +63,32 @@ def test_video_and_a_model_that_starts_from_the_last_frame(video):
     model, config, split = model_for(manifest)
     result = run(model, config, split)
     assert "perplexity" not in result["loss"] and "foreign" not in result and "SmoothL1" in render(result)
+
+
+@pytest.mark.parametrize("kind", ["energy", "baseline"])
+def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(text, tmp_path, kind):
+    """Against itself a text cannot be told apart; against one whose energies are all higher, always."""
+    model, config, split = model_for(text, kind=kind)
+    own, code = tmp_path / "own.txt", tmp_path / "code.c"
+    own.write_text("the cat sat on the mat and looked at the dog. " * 60), code.write_text("int f(int x) { return x << 2; }\n" * 60)
+    texts = evaluation.foreign_texts([own, code], split.manifest, LENGTH, 12)
+    assert list(texts) == ["own.txt", "code.c"] and all(tokens.shape[1] == LENGTH + 1 and 1 <= len(tokens) <= 12 for tokens in texts.values())
+    result = run(model, config, split, texts=texts)
+    assert [row["name"] for row in result["foreign_texts"]] == list(texts) and "code.c" in render(json.loads(json.dumps(result)))
+    kinds = {"loss"} | ({"energy"} if kind == "energy" else set())
+    for row in result["foreign_texts"]:
+        assert {key for key in row if key.startswith("share")} == {f"share_of_pairs_in_which_real_has_lower_{what}" for what in kinds}
+    values = torch.rand(9)
+    assert evaluation._share_lower(values, values)["mean"] == pytest.approx(0.5) and evaluation._share_lower(values, values + 2)["mean"] == 1
+
+
+def test_a_foreign_text_that_cannot_be_used_is_refused_in_one_line(text, video, tmp_path):
+    split, short = open_split(text, "validation", verify="sizes"), tmp_path / "short.txt"
+    short.write_text("a")
+    for manifest, path, words in ((split.manifest, short, "give a longer text"), (split.manifest, tmp_path / "absent.txt", "cannot be read"),
+                                  (open_split(video[1], "validation", verify="sizes").manifest, short, "leave it out")):
+        with pytest.raises(UserError, match=words):
+            evaluation.foreign_texts([path], manifest, LENGTH, 12)
 
 
 def test_results_do_not_depend_on_the_batch_size(text):
