@@ -5,13 +5,14 @@
 Memory and FLOPs are accounting.py's. Time is the sum of
     computation      FLOPs of each part over (vendor's peak x utilisation of that part)
     communication    bytes that a process sends and receives over its bandwidth, nothing overlapped
-so a plan is slower than what overlaps well. Utilisations of GPUs are assumptions (UTILISATION) until someone measures them with tools/bench_step.py; those of the CPU
-are fitted to measured steps, and tests compare the fit with every measured step there is (results/planner.json).
+so a plan is slower than what overlaps well. Utilisations of GPUs are assumptions (UTILISATION) until someone measures them with tools/bench_step.py; those of the two CPU
+machines are fitted to measured steps, and tests compare the fit with every measured step there is (results/planner.json).
 """
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Mapping
 
 from .accounting import GIB, count_parameters, memory_estimate, model_flops, step_flops
 from .config import Config, batch_arithmetic
@@ -31,7 +32,15 @@ class Machine:
     within: float               # between GPUs of a node
     between: float              # between nodes
     source: str
-    assumed: bool = True        # whether utilisations are assumptions
+    rates: Mapping[str, float] | None = None    # share of the peak that each part reaches, fitted to measured steps; None: UTILISATION, assumed
+
+    @property
+    def assumed(self) -> bool:
+        return self.rates is None
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.name.startswith("cpu") else "cuda"
 
 
 MACHINES = {machine.name: machine for machine in (
@@ -42,12 +51,14 @@ MACHINES = {machine.name: machine for machine in (
     Machine("a100-40gb", 8, 40e9 / GIB, 312, 19.5, 300, 25, "A100 40 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU"),
     Machine("l40s", 8, 48e9 / GIB, 362.05, 91.6, 32, 12.5, "L40S datasheet; PCIe 4 x16; 100 Gbit/s per GPU"),
     Machine("rtx4090", 1, 24e9 / GIB, 165.2, 82.6, 32, 1.25, "Ada architecture paper; PCIe 4 x16; 10 Gbit/s Ethernet"),
-    Machine("cpu", 1, 24, 0, 0.16, 10, 1.25, "2 cores at 2.5 GHz with AVX-512: 2 x 2.5e9 x 32 FLOPs in fp32; rates fitted to results/bench_step_*.json", assumed=False),
+    Machine("cpu-xeon", 1, 24, 0, 0.16, 10, 1.25, "2 cores of a Xeon at 2.5 GHz with AVX-512: 2 x 2.5e9 x 32 FLOPs in fp32; rates fitted to results/bench_step_*_xeon.json",
+            {"blocks": 0.30, "attention": 0.60, "vocabulary": 0.68}),
+    Machine("cpu-epyc", 1, 24, 0, 0.33, 10, 1.25, "2 cores of an EPYC at 2.6 GHz with AVX-512: 2 x 2.6e9 x 64 FLOPs in fp32; rates fitted to results/bench_step_xxs.json and bench_step_sweeps.json",
+            {"blocks": 0.34, "attention": 0.85, "vocabulary": 0.48}),
 )}
 
-# Share of the peak that each part reaches. GPUs: assumed. Double backward of attention and the elementwise work between products is what is slow.
+# Share of the peak that each part reaches on a GPU: assumed. Double backward of attention and the elementwise work between products is what is slow.
 UTILISATION = {"blocks": 0.45, "attention": 0.25, "vocabulary": 0.40}
-CPU_UTILISATION = {"blocks": 0.30, "attention": 0.60, "vocabulary": 0.68}
 
 GRADIENT_PASSES = {"graph": 4, "plain": 2}      # times a block's parameters are gathered per refinement step at stage 3: block_sweeps.py
 
@@ -110,7 +121,7 @@ def _divisors(config: Config, world: int) -> list[int]:
 
 
 def _plan(config: Config, machine: Machine, nodes: int, gpus: int, candidates: list[int]) -> Plan:
-    world, device = nodes * gpus, "cpu" if machine.name == "cpu" else "cuda"
+    world, device = nodes * gpus, machine.device
     room, chosen, memory = machine.memory * (1 - HEADROOM), None, {}
     for size in candidates:
         memory = memory_estimate(config, world_size=world, micro_batch=size, device=device)
@@ -131,8 +142,8 @@ def _plan(config: Config, machine: Machine, nodes: int, gpus: int, candidates: l
 
 
 def compute_seconds(config: Config, machine: Machine, *, samples: int) -> float:
-    """Of one training step of `samples` samples on one GPU (or on the CPU of the table)."""
-    rates, peak = UTILISATION if machine.assumed else CPU_UTILISATION, _peak(config, machine)
+    """Of one training step of `samples` samples on one GPU (or on a CPU of the table)."""
+    rates, peak = machine.rates or UTILISATION, _peak(config, machine)
     return sum(value / (peak * rates["attention" if part.startswith("attention") else "vocabulary" if part in ("vocabulary", "output", "state_projection") else "blocks"])
                for part, value in step_flops(config, samples=samples).items())
 

@@ -2,7 +2,7 @@
 
     python tools/check_planner.py [--output results/planner.json]
 
-Each row: the measured seconds of a step on two CPU cores, and what ebwm_scale/planner.py predicts.
+Each row: the measured seconds of a step on two CPU cores, and what ebwm_scale/planner.py predicts for the machine that the file names.
 """
 from __future__ import annotations
 
@@ -38,14 +38,17 @@ def checked() -> list[dict]:
     """One row per measured step."""
     rows = []
     for path in sorted(RESULTS.glob("bench_step_*.json")):
-        for run in json.loads(path.read_text())["runs"]:
+        content = json.loads(path.read_text())
+        machine = MACHINES["cpu-epyc" if "EPYC" in content["machine"] else "cpu-xeon"]
+        for run in content["runs"]:
             result, command = run["result"], shlex.split(run["command"])
             overrides = command[command.index("--set") + 1:] if "--set" in command else []
             config = load_config(None, [
                 f"model.kind={result['model']}", f"model.size={result['size']}", f"model.vocabulary_size={result['vocabulary']}", f"model.conditioning={result['conditioning']}",
                 f"data.context_length={result['sequence']}", f"train.global_batch_size={result['batch']}", f"train.precision={result['precision']}",
                 f"refinement.num_steps={result['num_refinement_steps']}", *overrides])
-            rows.append({"command": run["command"], "seconds_measured": result["wall_s"], "seconds_predicted": compute_seconds(config, MACHINES["cpu"], samples=result["batch"])})
+            rows.append({"file": path.name, "machine": machine.name, "command": run["command"], "seconds_measured": result["wall_s"],
+                         "seconds_predicted": compute_seconds(config, machine, samples=result["batch"])})
     return rows
 
 
