@@ -63,7 +63,7 @@ def main() -> int:
                 model, history = train(form, hops, seed, options.steps, options.rate)
                 row = key | {"training_cpu_s": round(time.process_time() - start, 1), "history": history} | measure(model, hops, seed)
                 rows.append(row)
-                print(",".join(map(str, hops)), form, seed, " -> ".join(f"{p['loss']['mean']:.3f} ({p['accuracy']['mean']:.0%})" for p in row["after"]), f"{row["training_cpu_s"]} s", flush=True)
+                print(",".join(map(str, hops)), form, seed, " -> ".join(f"{p['loss']['mean']:.3f} ({p['accuracy']['mean']:.0%})" for p in row["after"]), f"{row['training_cpu_s']} s", flush=True)
                 if options.output:
                     options.output.write_text(json.dumps(provenance() | {"rows": rows}, indent=1) + "\n")
     return 0
