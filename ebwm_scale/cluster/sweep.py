@@ -5,6 +5,11 @@ An axis of a sweep is one key with its values (--sweep train.seed=1,2), or names
     form:                                   # the axis
       transformer++: [model.kind=baseline]  # a name, and the overrides it stands for
       energy: [model.kind=energy, model.predicted_input=anchored]
+    size:
+      w32: [model.width=32]
+      w64: [model.width=64]
+    combinations:                           # no axis: further overrides of the runs that have all of these names
+      form=energy size=w64: [optimizer.learning_rate=0.006]
 """
 from __future__ import annotations
 
@@ -24,6 +29,7 @@ from ..config import Config, load_config
 from ..errors import ConfigError
 
 MAX_NAME = 120
+COMBINATIONS = "combinations"
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Run:
 
 def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
     """["a.b=1,2", "c.d=x,y"] -> the four combinations, with those of a file's axes. Commas inside quotes or brackets do not separate."""
-    keys, axes = [], {} if file is None else file_axes(file)
+    keys, (axes, combinations) = [], ({}, {}) if file is None else file_axes(file)
     for text in sweeps:
         key, equals, values = text.partition("=")
         if not equals or not all(key.strip().split(".")):
@@ -53,12 +59,14 @@ def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
         name = "_".join(f"{label}={value}" for label, (value, _) in zip(axes, choice))[:MAX_NAME]
         unique = next(candidate for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if candidate not in taken)
         taken.add(unique)
-        runs.append(Run(unique, tuple(override for _, overrides in choice for override in overrides), tuple((axis, fit) for axis, (fit, _) in zip(axes, choice))))
+        labels = tuple((axis, fit) for axis, (fit, _) in zip(axes, choice))
+        further = [overrides for wanted, overrides in combinations.items() if wanted <= set(labels)]
+        runs.append(Run(unique, tuple(override for overrides in [*(overrides for _, overrides in choice), *further] for override in overrides), labels))
     return runs
 
 
-def file_axes(path: str) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
-    """{axis: [(name for the run's folder, overrides)]} of a sweep file."""
+def file_axes(path: str) -> tuple[dict[str, list[tuple[str, tuple[str, ...]]]], dict[frozenset[tuple[str, str]], tuple[str, ...]]]:
+    """{axis: [(name for the run's folder, overrides)]} of a sweep file, and {names that a run has to have, as (axis, name): overrides}."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -72,8 +80,16 @@ def file_axes(path: str) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
         for name, overrides in names.items():
             if not isinstance(overrides, list) or not all(isinstance(override, str) and "=" in override for override in overrides):
                 raise ConfigError(f"{path}: {axis}: {name} is {overrides!r}: must be a list of section.key=value, such as [model.size=4xs]")
+        if axis == COMBINATIONS:
+            continue
         axes[str(axis)] = [(fit, tuple(overrides)) for fit, overrides in zip(_fit([str(name) for name in names]), names.values())]
-    return axes
+    combinations, known = {}, {f"{axis}={name}": (axis, fit) for axis, names in content.items() if axis in axes for name, (fit, _) in zip(names, axes[axis])}
+    for text, overrides in content.get(COMBINATIONS, {}).items():
+        unknown = [word for word in str(text).split() if word not in known]
+        if unknown:
+            raise ConfigError(f"{path}: {COMBINATIONS}: {text!r} names {', '.join(unknown)}, which is not there; there are {', '.join(known)}")
+        combinations[frozenset(known[word] for word in str(text).split())] = tuple(overrides)
+    return axes, combinations
 
 
 def split_values(text: str) -> list[str]:

@@ -95,7 +95,18 @@ def test_a_sweep_file_names_sets_of_overrides_and_crosses_with_keys(tmp_path):
     assert dict(runs[3].labels) == {"form": "energy", "seed": "2"}
 
 
-@pytest.mark.parametrize("content, message", [("[1]", "maps each axis"), ("form: {a: model.kind=baseline}", "must be a list"), ("form: []", "must map names"),
+def test_combinations_are_no_axis_and_reach_the_runs_that_have_all_their_names_last(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text("size:\n  w32: [model.width=32, optimizer.learning_rate=1]\n  w64: [model.width=64]\nform:\n  transformer++: [model.kind=baseline]\n  energy: [model.kind=energy]\n"
+                    "combinations:\n  form=transformer++ size=w32: [optimizer.learning_rate=2]\n  size=w64: [train.seed=7]\n")
+    runs = {run.name: run.overrides for run in expand([], str(file))}
+    assert runs == {"size=w32_form=transformer++": ("model.width=32", "optimizer.learning_rate=1", "model.kind=baseline", "optimizer.learning_rate=2"),
+                    "size=w32_form=energy": ("model.width=32", "optimizer.learning_rate=1", "model.kind=energy"),
+                    "size=w64_form=transformer++": ("model.width=64", "model.kind=baseline", "train.seed=7"), "size=w64_form=energy": ("model.width=64", "model.kind=energy", "train.seed=7")}
+
+
+@pytest.mark.parametrize("content, message", [("[1]", "maps each axis"), ("form: {a: [b.c=1]}\ncombinations: {form=b: [d.e=1]}", "names form=b, which is not there; there are form=a"),
+                                              ("form: {a: [b.c=1]}\ncombinations: [a]", "must map names"), ("form: {a: model.kind=baseline}", "must be a list"), ("form: []", "must map names"),
                                               ("form: [", "cannot be read as YAML")])
 def test_a_sweep_file_that_means_nothing_is_refused(tmp_path, content, message):
     (tmp_path / "sweep.yaml").write_text(content)
