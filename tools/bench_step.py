@@ -4,7 +4,7 @@
         --num-refinement-steps 2 --conditioning default --steps 3 [--compare baseline]
 
 Prints one JSON line: median wall and CPU seconds per step, tokens/s, peak memory over the process's start (resident memory on a CPU,
-allocator peak on a GPU), FLOPs per step by part, MFU on a GPU. With --compare baseline, Transformer++ steps are interleaved in the same
+allocator peak on a GPU) and what of it are weights and optimizer, FLOPs per step by part, MFU on a GPU. With --compare baseline, Transformer++ steps are interleaved in the same
 process and `cpu_ratio`, `wall_ratio` are the medians of the ratios of neighbouring steps (memory is then that of both; measure it alone).
 --profile adds where the time of one further step goes, by operation. --sweep vocabulary=8192,32000,50277 (or sequence, batch,
 num-refinement-steps) does all of this once per value, each in a process of its own, and --plot FILE.png draws time and memory against it.
@@ -86,7 +86,7 @@ def main() -> int:
         "conditioning": config.model.conditioning, "precision": arguments.precision, "steps": arguments.steps,
         "wall_s": wall, "cpu_s": cpu, "tokens_per_s": arguments.batch * arguments.sequence / wall, "peak_memory_gib": memory / 2**30,
         "flops": flops, "flops_total": sum(flops.values()), "tflops_per_s": sum(flops.values()) / wall / 1e12,
-        "mfu": model_flops(flops) / wall / peak if peak else None,
+        "weights_and_optimizer_gib": runs[0][1].kept_bytes() / 2**30, "mfu": model_flops(flops) / wall / peak if peak else None,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -166,6 +166,11 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), lr=1e-4, betas=(0.9, 0.999), fused=True)
         tokens = torch.randint(arguments.vocabulary, (arguments.batch, arguments.sequence + 1), device=device)
         self.observed, self.targets, self.ids, self.count = tokens[:, :-1], tokens[:, 1:], torch.arange(arguments.batch), 0
+
+    def kept_bytes(self) -> int:
+        """Of weights and the optimizer's moments; gradients come and go."""
+        moments = [u for state in self.optimizer.state.values() for u in state.values() if hasattr(u, "numel")]
+        return sum(u.numel() * u.element_size() for u in [*self.model.parameters(), *moments])
 
     def step(self) -> None:
         from ebwm_scale.noise import NoiseSource
