@@ -275,7 +275,11 @@ def memory_estimate(config: Config, *, world_size: int, micro_batch: int, device
         workspace = max(workspace, min(4.0 * rows * V, CHUNK_BYTES) * (1.5 if half else 1) + (4 + element) * V * D * half)
     else:
         state, scores = 4.0 * rows * V, z.steps if config.refinement.loss == "every" else 1
-        states = FULL_STATES[update] * z.steps + scores + FULL_TRANSIENT if full else STATES[update] + (config.refinement.noise > 0)
+        clamps = (config.refinement.change_clamp is not None) + (config.refinement.state_clamp is not None)
+        if full:        # autograd keeps what each clamp was given
+            states = (FULL_STATES[update] + clamps) * z.steps + scores + FULL_TRANSIENT
+        else:           # a byte per number says where a clamp binds
+            states = STATES[update] + 0.25 * (clamps > 0) + (config.refinement.noise > 0)
         parts["vocabulary"] = state * (states + half / 2) + V * D * (2 * element * (config.state.map_scale != 1) + (4 + element) * half)
     gib = {part: value / GIB for part, value in (parts | {"workspace": workspace}).items()}
     return gib | {"total": sum(gib.values())}

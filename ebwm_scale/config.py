@@ -81,6 +81,8 @@ class RefinementConfig:
     graph: Literal["detach", "truncate", "full"] = "detach"
     loss: Literal["every", "last"] = "every"
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"  # vocabulary states only: kernels/vocabulary.py
+    change_clamp: float | None = None       # bound on |alpha dE/dx| of each number of the state and step (released: clamp_futures_grad)
+    state_clamp: float | None = None        # bound on |x| of each number of the state after a step (released: absolute_clamp)
     noise: float = 0.0                      # Langevin: + noise * N(0, 1) before each step in training
     replay: bool = False                    # half of a batch restarts from stored final states
     replay_capacity: int = 256              # samples kept in all, over all ranks
@@ -242,7 +244,8 @@ def check(config: Config) -> list[str]:
              feed_forward_width=model.feed_forward_width, vocabulary_size=model.vocabulary_size, norm_epsilon=model.norm_epsilon)
     positive("state", dimension=state.dimension, map_scale=state.map_scale)
     positive("refinement", num_steps=refinement.num_steps, min_num_steps=refinement.min_num_steps, step_size=refinement.step_size,
-             learning_rate_multiplier=refinement.learning_rate_multiplier, replay_capacity=refinement.replay_capacity, tile_rows=refinement.tile_rows)
+             learning_rate_multiplier=refinement.learning_rate_multiplier, replay_capacity=refinement.replay_capacity, tile_rows=refinement.tile_rows,
+             change_clamp=refinement.change_clamp, state_clamp=refinement.state_clamp)
     positive("data", context_length=config.data.context_length, window_shards=config.data.window_shards, stream_buffer=config.data.stream_buffer)
     positive("optimizer", learning_rate=config.optimizer.learning_rate, epsilon=config.optimizer.epsilon)
     positive("train", global_batch_size=train.global_batch_size, micro_batch_size=train.micro_batch_size, max_steps=train.max_steps,

@@ -96,6 +96,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
     for name, value, allowed in (
             ("model.predicted_input", model.predicted_input, ("state",)), ("model.conditioning", model.conditioning, ("default", "time_embed", "adaln", "adaln_zero")),
             ("state.map_scale", state.map_scale, (1.0,)), ("refinement.update", refinement.update, ("probabilities",)),
+            ("refinement.change_clamp", refinement.change_clamp, (None,)), ("refinement.state_clamp", refinement.state_clamp, (None,)),
             ("refinement.min_num_steps", refinement.min_num_steps, (None, refinement.num_steps)), ("refinement.replay", refinement.replay, (False,)),
             ("refinement.graph", (refinement.graph, refinement.loss), (("detach", "every"), ("full", "every"), ("truncate", "last")))):
         if energy and value not in allowed:

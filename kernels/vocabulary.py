@@ -8,6 +8,8 @@ state e = p W, and h = -alpha g, one refinement step and its cross-entropy again
     mirror:         x' = x + W h                             p' ~ p exp(-alpha dE/dp): mirror descent on the simplex
     loss = sum over rows of (logsumexp(x') - x'_y) / n       its gradient on x':  r = (p' - onehot(y)) / n,  p' = softmax(x')
 
+With clamps, the change x' - x is bounded by Clamps.change and then x' by Clamps.state, number by number; r is zero where one of them binds.
+
 Everything here is for states that carry no gradient (refinement.graph detach and truncate); `vocabulary_descend_reference` is the step
 in plain autograd, for one that does (full). Nothing differentiates the loss a second time, so its gradient needs no graph:
 
@@ -24,6 +26,8 @@ of tiles x steps matrices of W's size through autograd. States are float32 (floa
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,6 +35,15 @@ from .contract import refuse_graph
 
 IGNORE = -100               # target of a row that does not count
 CHUNK_BYTES = 16 * 2**20    # of logits per chunk in vocabulary_cross_entropy: large enough for efficient products, small beside W
+
+
+class Clamps(NamedTuple):
+    """Bounds, above zero, on the absolute change of each number of a state in a step, and on its absolute value after it; None: no bound."""
+    change: float | None = None
+    state: float | None = None
+
+
+NO_CLAMPS = Clamps()
 
 
 def vocabulary_embed(x: Tensor, weight: Tensor, *, sink: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -43,22 +56,22 @@ def vocabulary_embed(x: Tensor, weight: Tensor, *, sink: Tensor | None = None, o
 
 def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *, probabilities: Tensor | None = None, x: Tensor | None = None,
                        keep_state: bool = False, count: Tensor | float | None = None, sink: Tensor | None = None, loss_weight: float = 1.0,
-                       out: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+                       clamps: Clamps = NO_CLAMPS, out: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
     """One descent step and its loss: (x' (rows, V) without graph or None, cross-entropy, a scalar, or None without targets).
 
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
     p (rows, V) alone, p is what moves; with x alone, x is; with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a
     model that predicts logits directly.
-    keep_state False: x' is not wanted. The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32
+    clamps: bounds on the change and on x'. keep_state False: x' is not wanted. The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32
     or float64, with first-order gradients of weight and hidden, which exist once: a second backward through it raises.
     sink (V, D): receives weight's gradient of loss_weight * loss now; back-propagate the loss with that weight, for hidden's.
     out (rows, V): memory for x'; its contents are lost also where x' is not kept.
     """
     if targets is None:
         with torch.no_grad():
-            return _move(weight, hidden, probabilities, x, out), None
+            return _step(weight, hidden, probabilities, x, out, clamps)[0], None
     wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
-    loss, state = _DescendAndScore.apply(weight, hidden, targets, probabilities, x, count, sink, loss_weight, wanted, keep_state, out)
+    loss, state = _DescendAndScore.apply(weight, hidden, targets, probabilities, x, count, sink, loss_weight, wanted, keep_state, clamps, out)
     return (state if keep_state else None), loss
 
 
@@ -89,12 +102,19 @@ def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return probabilities, probabilities.to(weight.dtype) @ weight
 
 
-def vocabulary_descend_reference(weight: Tensor, hidden: Tensor, *, probabilities: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+def vocabulary_descend_reference(weight: Tensor, hidden: Tensor, *, probabilities: Tensor | None = None, x: Tensor | None = None,
+                                 clamps: Clamps = NO_CLAMPS) -> Tensor:
     """x' of `vocabulary_descend` in plain differentiable operations."""
     move = (hidden.to(weight.dtype) @ weight.T).to(state_dtype(weight))
-    if x is None or probabilities is None:
-        return (probabilities if x is None else x) + move
-    return x + probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
+    if x is not None and probabilities is not None:
+        move = probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
+    return clamped_step(probabilities if x is None else x, move, clamps)
+
+
+def clamped_step(x: Tensor, move: Tensor, clamps: Clamps) -> Tensor:
+    """x + move within the clamps, differentiable."""
+    move = move if clamps.change is None else move.clamp(-clamps.change, clamps.change)
+    return x + move if clamps.state is None else (x + move).clamp(-clamps.state, clamps.state)
 
 
 def state_dtype(weight: Tensor) -> torch.dtype:
@@ -113,6 +133,29 @@ def _move(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tenso
     if through:
         move.sub_(torch.linalg.vecdot(probabilities, move)[:, None]).mul_(probabilities)
     return move if start is None else move.add_(start)
+
+
+def _step(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tensor | None, out: Tensor | None, clamps: Clamps) -> tuple[Tensor, Tensor | None]:
+    """(x' (rows, V), where no clamp binds (rows, V) or None for everywhere)."""
+    if clamps == NO_CLAMPS:
+        return _move(weight, hidden, probabilities, x, out), None
+    start, free = probabilities if x is None else x, None
+    move = _move(weight, hidden, None, None, out)
+    if x is not None and probabilities is not None:
+        move.sub_(torch.linalg.vecdot(probabilities, move)[:, None]).mul_(probabilities)
+    if clamps.change is not None:
+        free = _within(move, clamps.change)
+        move.clamp_(-clamps.change, clamps.change)
+    state = move.add_(start)
+    if clamps.state is not None:
+        inside = _within(state, clamps.state)
+        free = inside if free is None else free.logical_and_(inside)
+        state.clamp_(-clamps.state, clamps.state)
+    return state, free
+
+
+def _within(x: Tensor, bound: float) -> Tensor:
+    return x.ge(-bound).logical_and_(x.le(bound))
 
 
 def _softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -202,15 +245,17 @@ class _GivenGradient(torch.autograd.Function):
 
 class _DescendAndScore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, hidden, targets, probabilities, x, count, sink, loss_weight, wanted, keep_state, out):
+    def forward(ctx, weight, hidden, targets, probabilities, x, count, sink, loss_weight, wanted, keep_state, clamps, out):
         ctx.set_materialize_grads(False)
-        state = _move(weight, hidden, probabilities, x, out)
+        state, free = _step(weight, hidden, probabilities, x, out, clamps)
         score = _Score(targets, count, state.dtype)
         residual, loss = score.softmax(state, in_place=not keep_state)
         if not keep_state:
             state = state.new_empty(0)
         if wanted:
             score.to_residual_(residual)
+            if free is not None:
+                residual.mul_(free)
             if x is not None and probabilities is not None:     # pull r back through p * (W h - p.W h), p fixed
                 residual.sub_(torch.linalg.vecdot(probabilities, residual)[:, None]).mul_(probabilities)
             residual = residual.to(weight.dtype)
@@ -225,7 +270,7 @@ class _DescendAndScore(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         refuse_graph("vocabulary_descend", "second")
         grad_hidden, *grad_weight = _spend(ctx, grad_loss, "vocabulary_descend")
-        return grad_weight[0] if grad_weight else None, grad_hidden, *(None,) * 9
+        return grad_weight[0] if grad_weight else None, grad_hidden, *(None,) * 10
 
 
 class _CrossEntropy(torch.autograd.Function):

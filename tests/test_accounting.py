@@ -176,6 +176,8 @@ MEMORY_CASES = {
     "text, in parts of samples": {"refinement": {"num_steps": 3, "tile_rows": 16}, "model": {"conditioning": "time_embed"}},
     "text, logits": {"refinement": {"update": "logits"}},
     "text, a block at a time": {"refinement": {"num_steps": 3, "checkpoint": "block"}, "model": {"num_layers": 6}},
+    "text, clamped": {"refinement": {"num_steps": 3, "change_clamp": 5.0, "state_clamp": 9.0}},
+    "text, full and clamped": {"refinement": {"graph": "full", "change_clamp": 5.0, "state_clamp": 9.0}},
     "text, mirror": {"refinement": {"update": "mirror", "num_steps": 3}},
     "text, full": {"refinement": {"graph": "full"}},
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},

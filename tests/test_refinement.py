@@ -85,7 +85,12 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if rules.graph != "full":
             start = start.detach()
         step = alpha.detach() if rules.graph == "truncate" and not last else alpha
-        x = start - step * gradient
+        change = -step * gradient
+        if rules.change_clamp is not None:
+            change = torch.clamp(change, -rules.change_clamp, rules.change_clamp)
+        x = start + change
+        if rules.state_clamp is not None:
+            x = torch.clamp(x, -rules.state_clamp, rules.state_clamp)
         losses.append(F.cross_entropy(x.flatten(0, 1), targets.flatten()) if kind == "vocabulary" else F.smooth_l1_loss(x, targets))
         if rules.graph == "truncate" and not last:
             losses[-1] = losses[-1].detach()
@@ -139,12 +144,43 @@ def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update
     "blocks_in_parts_of_samples": {"model": {"conditioning": "adaln", "num_kv_heads": 2}, "refinement": {"checkpoint": "block", "tile_rows": 3}},
     "blocks_with_time_embed": {"model": {"conditioning": "time_embed", "predicted_input": "anchored"}, "refinement": {"checkpoint": "block", "num_steps": 3}},
     "blocks_of_frames": {"kind": "embedding", "model": {"conditioning": "predicted_only"}, "refinement": {"checkpoint": "block"}},
+    "clamped": {"refinement": {"change_clamp": 5.0, "state_clamp": 4.0, "num_steps": 3}}, "change_clamped": {"refinement": {"change_clamp": 4.0, "tile_rows": 3}},
+    "clamped_logits": {"refinement": {"update": "logits", "change_clamp": 0.3, "state_clamp": 0.8}},
+    "clamped_mirror": {"refinement": {"update": "mirror", "change_clamp": 4.0, "state_clamp": 6.0, "step_size_random_factor": 2.0}},
+    "clamped_frames": {"kind": "embedding", "refinement": {"change_clamp": 0.8, "state_clamp": 1.2}},
     "frames": {"kind": "embedding"}, "frames_from_the_last": {"kind": "embedding", "state": {"initial": "most_recent"}},
     "frames_randomised": {"kind": "embedding", "model": {"conditioning": "adaln"}, "refinement": {"step_size_random_factor": 2.0, "noise": 0.1}},
 }.items(), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_option_is_exact(graph, loss, name, options):
     options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph, "loss": loss}}
     compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
+@pytest.mark.parametrize("kind, update, change, state", [("vocabulary", "probabilities", 4.0, 4.0), ("vocabulary", "logits", 0.3, 0.8), ("vocabulary", "mirror", 4.0, 6.0),
+                                                         ("embedding", "probabilities", 0.8, 1.2)])
+def test_each_clamp_binds_somewhere_and_not_everywhere(kind, update, change, state):
+    """So that the comparisons above mean something; and no state is beyond its bound, nor moved further than a step may."""
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2), "keep_state": torch.float64}
+
+    def final(**clamps):
+        model, observed, targets = build(kind=kind, refinement={"update": update, "num_steps": 1, **clamps})
+        return model.eval()(observed, targets, **options).state
+
+    free, changed, bounded = final(), final(change_clamp=change), final(state_clamp=state)
+    for clamped in (changed, bounded):
+        same = torch.isclose(clamped, free, rtol=1e-12, atol=1e-13)
+        assert same.any() and not same.all()
+    assert bounded.abs().max() <= state
+    start = final(change_clamp=1e-300)
+    assert (changed - start).abs().max() <= change * (1 + 1e-12)
+
+
+def test_the_comparison_notices_a_clamp_that_lets_gradients_through(monkeypatch):
+    from ebwm_kernels import vocabulary
+    right = vocabulary._step
+    monkeypatch.setattr(vocabulary, "_step", lambda *a: (right(*a)[0], None))
+    with pytest.raises(AssertionError):
+        compare(*build(refinement={"change_clamp": 4.0}))
 
 
 def test_tiles_cover_a_batch_once_and_are_of_about_the_same_size():

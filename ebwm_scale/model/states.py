@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..term_gradients import Cut, sink_of
-from ebwm_kernels.vocabulary import (IGNORE, vocabulary_descend, vocabulary_descend_reference, vocabulary_embed,
-                                     vocabulary_embed_reference, vocabulary_step)
+from ebwm_kernels.vocabulary import (IGNORE, NO_CLAMPS, Clamps, clamped_step, vocabulary_descend, vocabulary_descend_reference,
+                                     vocabulary_embed, vocabulary_embed_reference, vocabulary_step)
 
 
 class Entered(NamedTuple):
@@ -43,6 +43,7 @@ class VocabularyState:
     """V logits per position, embedded as softmax(x) @ weight; criterion: cross-entropy in nats."""
     weight: Tensor              # (V, D): an own matrix, or the token embedding's
     update: str                 # "probabilities", "logits" or "mirror"
+    clamps: Clamps = NO_CLAMPS
     sink: Tensor | None = None  # (V, D) where the map's gradient is added up, see kernels/vocabulary.py
 
     @property
@@ -82,14 +83,14 @@ class VocabularyState:
         flat_targets = None if targets is None else targets.flatten()
         options = {"count": count, "sink": self.sink, "loss_weight": loss_weight}
         if connected:
-            state = vocabulary_descend_reference(self.weight, hidden, probabilities=p, x=x)
+            state = vocabulary_descend_reference(self.weight, hidden, probabilities=p, x=x, clamps=self.clamps)
             loss = None if targets is None else F.cross_entropy(state, flat_targets, ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
-        elif go_on and not keep_state and self.update == "probabilities":       # two tensors of the state's size take turns
+        elif go_on and not keep_state and self.update == "probabilities" and self.clamps == NO_CLAMPS:       # two tensors of the state's size take turns
             after, embedded, loss = vocabulary_step(p, self.weight, hidden, flat_targets, out=entered.spare, **options)
             return Descended(None, Entered(embedded.view(gradient.shape), after.view(shape), spare=p), loss)
         else:
             state, loss = vocabulary_descend(self.weight, hidden, flat_targets, probabilities=p, x=x, keep_state=keep_state or go_on,
-                                             out=entered.spare, **options)
+                                             clamps=self.clamps, out=entered.spare, **options)
         return Descended(None if state is None else state.view(shape), None, loss)
 
     def slope(self, gradient: Tensor) -> Tensor:
@@ -106,6 +107,7 @@ class VocabularyState:
 class EmbeddingState:
     """A frame embedding per position, mapped by the projection that observed frames share; criterion: SmoothL1, beta 1."""
     projection: nn.Linear
+    clamps: Clamps = NO_CLAMPS
 
     @property
     def size(self) -> int:
@@ -122,7 +124,7 @@ class EmbeddingState:
 
     def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, count: Tensor | None, *,
                 connected: bool = False, keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
-        state = entered.x - step_size * self.slope(gradient).to(entered.x.dtype)
+        state = clamped_step(entered.x, -step_size * self.slope(gradient).to(entered.x.dtype), self.clamps)
         loss = None if targets is None else self.loss(state, targets, reduction="none").sum() / count
         return Descended((state if connected else state.detach()) if keep_state or go_on else None, None, loss)
 

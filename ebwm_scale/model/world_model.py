@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebwm_kernels.vocabulary import IGNORE
+from ebwm_kernels.vocabulary import IGNORE, Clamps
 
 from ..block_sweeps import available
 from ..config import Config
@@ -72,12 +72,13 @@ class WorldModel(nn.Module):
     @property
     def state(self) -> VocabularyState | EmbeddingState:
         """The state space, on this model's parameters."""
+        clamps = Clamps(self.config.refinement.change_clamp, self.config.refinement.state_clamp)
         if self.config.state.kind == "embedding":
-            return EmbeddingState(self.frame_projection)
+            return EmbeddingState(self.frame_projection, clamps)
         weight = self.token_embedding.weight if self.config.state.tie_embedding else self.state_map
         if self.config.state.map_scale != 1:
             weight = weight * self.config.state.map_scale
-        return VocabularyState(weight, self.config.refinement.update)
+        return VocabularyState(weight, self.config.refinement.update, clamps)
 
     def embed_observed(self, observed: Tensor) -> Tensor:
         """(B, S) token ids or (B, S, dimension) frame embeddings -> (B, S, D)."""

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from ebwm_kernels import vocabulary
-from ebwm_kernels.vocabulary import (IGNORE, vocabulary_cross_entropy, vocabulary_descend, vocabulary_descend_reference, vocabulary_embed,
+from ebwm_kernels.vocabulary import (IGNORE, NO_CLAMPS, Clamps, vocabulary_cross_entropy, vocabulary_descend, vocabulary_descend_reference, vocabulary_embed,
                                      vocabulary_embed_reference, vocabulary_step)
 
 ROWS, V, D = 11, 23, 6
@@ -29,8 +29,8 @@ def moving(x, p, update):
     return {"probabilities": {"probabilities": p}, "logits": {"probabilities": p, "x": x}, "mirror": {"x": x}}[update]
 
 
-def reference_loss(x, weight, hidden, targets, update):
-    state = vocabulary_descend_reference(weight, hidden, **moving(x, x.softmax(-1), update))
+def reference_loss(x, weight, hidden, targets, update, clamps=NO_CLAMPS):
+    state = vocabulary_descend_reference(weight, hidden, **moving(x, x.softmax(-1), update), clamps=clamps)
     return F.cross_entropy(state, targets, ignore_index=IGNORE), state.detach()
 
 
@@ -46,10 +46,11 @@ def assert_close(ours, plain):
 
 @pytest.mark.parametrize("update", ["probabilities", "logits", "mirror"])
 @pytest.mark.parametrize("keep_state", [False, True])
-def test_descend_and_score_equal_plain_autograd(chunk_rows, update, keep_state):
+@pytest.mark.parametrize("clamps", [NO_CLAMPS, Clamps(0.05, None), Clamps(None, 1.0), Clamps(0.3, 0.9)], ids=["free", "change", "state", "both"])
+def test_descend_and_score_equal_plain_autograd(chunk_rows, update, keep_state, clamps):
     x, p, weight, hidden, targets, _ = problem()
-    state, loss = vocabulary_descend(weight, hidden, targets, **moving(x, p, update), keep_state=keep_state)
-    plain_loss, plain = reference_loss(x, weight, hidden, targets, update)
+    state, loss = vocabulary_descend(weight, hidden, targets, **moving(x, p, update), keep_state=keep_state, clamps=clamps)
+    plain_loss, plain = reference_loss(x, weight, hidden, targets, update, clamps)
     assert_close(loss, plain_loss)
     assert_close(torch.autograd.grad(3 * loss, [weight, hidden]), torch.autograd.grad(3 * plain_loss, [weight, hidden]))
     if keep_state:
