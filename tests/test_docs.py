@@ -1,4 +1,5 @@
 """The documentation says what is there: the reference is built from today's docstrings, links lead somewhere, and commands and their options exist."""
+import json
 import re
 import shlex
 import subprocess
@@ -85,3 +86,19 @@ def test_every_command_of_the_documentation_is_there_with_its_options(target):
         options = {word.partition("=")[0] for word in rest if re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", word)}
         missing = [option for option in options if not re.search(re.escape(option) + r"(?![\w-])", help_of(target))]
         assert not missing, f"{page}: {command}: {target} --help does not know {missing}"
+
+
+def test_the_page_on_thinking_quotes_its_result_files():
+    text, folder = (ROOT / "docs" / "thinking.md").read_text(encoding="utf-8"), ROOT / "results"
+
+    def quoted(value, digits=3):
+        return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+    for name in ("quickstart", "long", "long_noise"):
+        result = json.loads((folder / "evaluation" / name / "evaluation.json").read_text())
+        for value in (result["gain_of_later_steps"], result["energy"]["rank_correlation_with_error"], result["allocation"]["rank_correlation_of_steps_with_error"]):
+            assert quoted(value) in text, (name, value)
+        assert ", ".join(f"**{point['mean']:.3f}**" if point["num_steps"] == result["trained_steps"] else f"{point['mean']:.3f}" for point in result["steps"]) in text, name
+    for row in json.loads((folder / "uncertainty.json").read_text())["rows"]:
+        for value in row["rank_correlation_with_truth"].values():
+            assert quoted(value, 2) in text, (row["world"], row["form"], value)
