@@ -214,6 +214,7 @@ PREDICTED_D, PREDICTED_F = 16, 6            # norm inputs 2, normed 2, q, k*, v*
 STREAMS_D = 3                               # checkpoint block, per block: p_l, c_l, and a_l in the backward
 OBSERVED_ADALN_D, PREDICTED_ADALN_D = 5, 8  # a modulated norm keeps its input, a gate what it gates; and their cotangents
 OUTSIDE_D = 6                               # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
+REDUCE_BUCKET = 500_000_000                 # DeepSpeed's default, in numbers
 ATTENTION_BLOCKS = 6                        # score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
 STATES = {"probabilities": 2, "mirror": 3, "logits": 3}             # (rows, V) tensors of a tile in kernels/vocabulary.py
 FULL_STATES = {"probabilities": 1, "mirror": 1, "logits": 3}        # (R, V) tensors of plain autograd (graph full): per step,
@@ -252,6 +253,7 @@ def memory_estimate(config: Config, *, world_size: int, micro_batch: int, device
         workspace += element * num_parameters       # a micro-batch's gradients are summed on their own, beside those accumulated or partitioned
     if stage == 3:                                  # whole while they are used; the baseline gathers a block at a time too
         blocks = z.layers * (z.block_weights + 2 * D)
+        workspace += element * min(num_parameters, REDUCE_BUCKET)       # gradients on their way to the others
         workspace += element * (num_parameters - (blocks * (z.layers - 1) // z.layers if by_block or baseline else 0))
     if config.deepspeed.offload == "parameters":
         parts["weights"] = 0

@@ -1,5 +1,6 @@
 """The planner: near every measured step, right about what a cluster changes, and clear about what it cannot know."""
 import dataclasses
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ebwm_scale import plan as command
-from ebwm_scale.accounting import count_parameters
+from ebwm_scale.accounting import count_parameters, memory_estimate
 from ebwm_scale.config import load_config
 from ebwm_scale.errors import ConfigError
 from ebwm_scale.model.world_model import WorldModel
@@ -25,6 +26,20 @@ def test_every_measured_step_time_is_predicted_within_half_and_the_median_within
     from check_planner import checked
     ratios = [row["seconds_predicted"] / row["seconds_measured"] for row in checked()]
     assert len(ratios) >= 38 and 0.66 < min(ratios) and max(ratios) < 1.5 and statistics.median(ratios) == pytest.approx(1, abs=0.1)
+
+
+def test_memory_is_predicted_within_15_percent_of_what_processes_took():
+    """Every stage and checkpoint of results/zero_memory.json: resident memory of real runs, DeepSpeed's buffers and the allocator's waste included."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from check_zero import configuration
+    rows = json.loads((ROOT / "results" / "zero_memory.json").read_text())["rows"]
+    assert {(row["stage"], row["checkpoint"]) for row in rows} == {(stage, mode) for stage in range(4) for mode in ("none", "step", "block")}
+    for row in rows:
+        config = configuration(stage=row["stage"], checkpoint=row["checkpoint"], precision=row["precision"], recipe="S1", processes=row["processes"],
+                               refinement={"num_steps": row["num_refinement_steps"]},
+                               size={"model": {"num_layers": 8, "width": 256, "vocabulary_size": 8192}, "positions": 256, "samples": 2 * row["processes"]})
+        predicted = memory_estimate(config, world_size=row["processes"], micro_batch=2, device="cpu")["total"]
+        assert predicted == pytest.approx(row["peak_gib_per_process"], rel=0.15), row
 
 
 def test_the_largest_micro_batch_that_fits_is_taken_and_the_next_would_not_fit():
