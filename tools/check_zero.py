@@ -6,7 +6,7 @@
 
 Prints a JSON line per combination: the largest difference of any parameter and of any first moment of AdamW (a mean of the clipped
 gradients of the steps), each relative to the largest entry of its tensor, from plain double backward in float64 in one process. Exit code 1
-if one is beyond its limit: 1e-5 in fp32 for both; in bf16 0.05 for parameters (rounded gradients through AdamW's division), 0.1 for moments.
+if one is beyond its limit: in fp32 1e-5 for moments, 3e-5 for parameters, whose rounding AdamW's division magnifies differently on every kind of machine; in bf16 0.05 for parameters (rounded gradients through AdamW's division), 0.1 for moments.
 --memory: peak resident memory per process over that of an idle one, by stage, checkpoint and number of refinement steps, at another size.
 --break partition: give every process its part of a gathered parameter in place of the whole, to see that the check fails.
 """
@@ -28,7 +28,7 @@ RECIPES = {
     "S1": {}, "algorithm_1": {"graph": "full", "loss": "last"},
     "S2": {"graph": "truncate", "loss": "last", "num_steps": 3, "landscapes": "one", "noise": 1.0, "step_size_random_factor": 2.0},
 }
-LIMITS = {"fp32": {"parameters": 1e-5, "gradients": 1e-5}, "bf16": {"parameters": 0.05, "gradients": 0.1}}
+LIMITS = {"fp32": {"parameters": 3e-5, "gradients": 1e-5}, "bf16": {"parameters": 0.05, "gradients": 0.1}}
 
 
 def main() -> int:
