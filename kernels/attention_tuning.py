@@ -54,8 +54,8 @@ KEYS["sm_86"] = KEYS["sm_80"]
 # With cotangents on dK and dV registers spill at 128 (correct, slow).
 SINGLE = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1)}
 SINGLE_EXCEPT = {64: {"_gradient_key": Tile(32, 16, 4, 1), "_second_key": Tile(32, 16, 4, 1)},
-                 128: {"_gradient_key": Tile(32, 16, 4, 1), "_second_query": Tile(16, 16, 4, 1), "_second_key": Tile(16, 16, 4, 1)}}
-SINGLE_KEYS = {64: {"_second_query": Tile(16, 16, 4, 1)}, 128: {k: Tile(16, 16, 8, 1) for k in ("_tangent", "_second_query", "_second_key")}}
+                 128: {"_gradient_key": Tile(32, 16, 4, 1), "_second_query": Tile(16, 16, 8, 1), "_second_key": Tile(16, 16, 4, 1)}}
+SINGLE_KEYS = {64: {"_second_query": Tile(16, 32, 8, 1)}, 128: {k: Tile(16, 16, 8, 1) for k in ("_tangent", "_second_query", "_second_key")}}
 MAX_HEAD_DIMENSION = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128, torch.float64: 256}     # float64: the interpreter
 
 
