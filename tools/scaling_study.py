@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from ebwm_scale import launch
-from ebwm_scale.cluster.status import UNFINISHED, status_of, table
+from ebwm_scale.cluster.status import status_of, table
 from ebwm_scale.errors import EXIT_FINISHED, ConfigError, UserError
 from ebwm_scale.provenance import provenance
 from ebwm_scale.scaling import QUANTITIES, collect
@@ -38,7 +38,7 @@ def main() -> int:
     start.add_argument("study", type=Path)
     start.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
     start.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="for every run, such as data.manifest")
-    commands.add_parser("status", help="one line per run").add_argument("run_dir", type=Path)
+    commands.add_parser("status", help="one line per run; exit code 1 until all have finished").add_argument("run_dir", type=Path)
     gather = commands.add_parser("collect", help="the finished runs as one result file")
     gather.add_argument("study", type=Path)
     gather.add_argument("run_dir", type=Path)
@@ -87,7 +87,7 @@ def begin(options: argparse.Namespace, passed_on: list[str]) -> int:
 def show(options: argparse.Namespace, _: list[str]) -> int:
     runs = status_of(options.run_dir)
     print(table(runs))
-    return EXIT_FINISHED if all(run.state not in UNFINISHED for run in runs) else 1
+    return EXIT_FINISHED if all(run.state == "finished" for run in runs) else 1
 
 
 def write_result(options: argparse.Namespace, _: list[str]) -> int:

@@ -68,7 +68,11 @@ class Trainer:
         self.skipped_in_a_row = 0
 
     def resume(self, saved: Saved) -> None:
-        """Continue after a checkpoint: weights, optimizer, replay buffer and the place in the data."""
+        """Continue after a checkpoint: weights, optimizer, replay buffer and the place in the data; or start from its weights, where it holds nothing else."""
+        if "data" not in saved.trainer:         # conversion.import_run, of a folder without training state
+            load_into(saved, self.engine.state)
+            self.run.forget_after(0)
+            return
         data = DataState.load_state_dict(saved.trainer["data"], fingerprint=self.train_split.fingerprint, seed=self.config.train.seed)
         self.faults.at("load")
         load_into(saved, self.engine.state)

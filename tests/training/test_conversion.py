@@ -62,6 +62,11 @@ def test_a_folder_without_training_state_starts_a_run_from_its_weights(runs, who
     conversion.import_run(tmp_path / "weights", tmp_path / "run", **SILENT)
     model, _ = ebwm_scale.load_checkpoint(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), ebwm_scale.load_checkpoint(whole)[0].state_dict().values()))
+    conversion.import_run(tmp_path / "weights", runs.folder / "from_weights", **SILENT)
+    overrides = {"refinement.graph": "truncate", "refinement.loss": "last", "refinement.replay": True, "refinement.landscapes": "one"}
+    assert "resumed at step 0" in runs.run("from_weights", overrides=overrides, flags=("--resume",))
+    again, first = ([row for row in runs.rows(name) if "split" not in row] for name in ("from_weights", "whole"))
+    assert [row["step"] for row in again] == [row["step"] for row in first] and again[0]["loss"] < first[0]["loss"]        # the same batches, from trained weights
 
 
 def test_a_folder_is_the_model_and_needs_no_dataset(whole, converted, dataset, tmp_path, capsys):
