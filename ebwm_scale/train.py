@@ -213,6 +213,4 @@ def measure_step(config: Config, model, world_size: int) -> float:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    if "ebwm_scale.training.distributed" in sys.modules:        # not imported for a configuration that was refused
-        sys.modules["ebwm_scale.training.distributed"].leave_world()
     sys.exit(code)

@@ -1,6 +1,7 @@
 """Processes: who am I, start the group, and the few things ranks agree on. The same code under python, deepspeed, torchrun and srun."""
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import socket
@@ -102,13 +103,14 @@ def join_world() -> World:
         # every rank would otherwise start a thread per core, and threads that wait for each other in turns are many times slower
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False)
+    atexit.register(_leave_world)
     return World(rank, size, local_rank, device)
 
 
-def leave_world() -> None:
-    """End the group while the interpreter is whole. Left to the interpreter's own end, gloo's threads sometimes abort a process that has
+def _leave_world() -> None:
+    """End a gloo group while the interpreter is whole. Left to the interpreter's own end, its threads sometimes abort a process that has
     finished what it was doing, and its exit code is lost (134 in place of 75)."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 
