@@ -6,7 +6,7 @@ import torch
 
 
 def flush_denormals() -> None:
-    """For this thread and those it starts. NumPy looks for the smallest denormal when it is first asked about a type and warns if there is none: it is asked before."""
+    """From here on. NumPy looks for the smallest denormal when it is first asked about a type and warns if there is none: it is asked before."""
     for dtype in (np.float32, np.float64):
         np.finfo(dtype)
     torch.set_flush_denormal(True)

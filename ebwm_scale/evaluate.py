@@ -69,12 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> dict[str, Tensor]:
-    """{file name: token ids (n, length + 1)}, n at most `most` sequences spread over the file. Raises UserError for a file that cannot be read or is too short."""
+    """{path: token ids (n, length + 1)}, n at most `most` sequences spread over the file. Raises UserError for a file that cannot be read or is too short."""
     if paths and manifest.modality != "text":
         raise UserError(f"--foreign takes texts, and this is a model of {manifest.modality}: leave it out")
+    from .data.tokenizer import Tokenizer
     texts: dict[str, Tensor] = {}
     for path in paths:
-        from .data.tokenizer import Tokenizer
         try:
             ids = torch.tensor(Tokenizer(manifest.content.tokenizer_path).encode(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
@@ -82,7 +82,7 @@ def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> di
         if len(ids) <= length:
             raise UserError(f"--foreign {path}: {len(ids)} tokens, and one sequence of this model takes {length + 1}: give a longer text")
         sequences = ids[:len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
-        texts[path.name] = sequences[torch.linspace(0, len(sequences) - 1, min(most, len(sequences))).round().long()]
+        texts[str(path)] = sequences[torch.linspace(0, len(sequences) - 1, min(most, len(sequences))).round().long()]
     return texts
 
 

@@ -37,6 +37,9 @@ _NAMES = [                      # (released, ours) as regular expressions with t
     (r"transformer\.time_embeddings\.weight", r"network.landscape_embedding.weight"),
     (r"transformer\.norm\.weight", r"network.norm.weight"),
 ]
+# Released settings that change predictions and have no counterpart here. What touches the loss alone (soft targets, contrastive terms) is not carried over.
+ONLY = {"ebt_norm": "rms", "ebt_act_func": "silu", "gaussian_random_noise_scaling": 1.0, "normalize_initial_condition_only_first_step": False,
+        "num_modality_processing_mlp_layers": 1, "learnable_process_memory": False, "sharpen_predicted_distribution": 0.0}
 SETTINGS = {"langevin_dynamics_noise_std"}      # entries of a released state dict that are no weights of ours
 
 
@@ -96,7 +99,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
     for name, value, allowed in (
             ("model.predicted_input", model.predicted_input, ("state",)), ("model.conditioning", model.conditioning, ("default", "time_embed", "adaln", "adaln_zero")),
             ("state.map_scale", state.map_scale, (1.0,)), ("refinement.update", refinement.update, ("probabilities",)),
-            ("refinement.change_clamp", refinement.change_clamp, (None,)), ("refinement.state_clamp", refinement.state_clamp, (None,)),
+            ("refinement.change_clamp with a random step size", refinement.change_clamp is not None and refinement.step_size_random_factor > 1, (False,)),
             ("refinement.min_num_steps", refinement.min_num_steps, (None, refinement.num_steps)), ("refinement.replay", refinement.replay, (False,)),
             ("refinement.graph", (refinement.graph, refinement.loss), (("detach", "every"), ("full", "every"), ("truncate", "last")))):
         if energy and value not in allowed:
@@ -113,14 +116,18 @@ def hparams_of(config: Config) -> dict[str, Any]:
         "mcmc_step_size": refinement.step_size, "mcmc_step_size_learnable": refinement.learnable, "mcmc_step_size_lr_multiplier": refinement.learning_rate_multiplier,
         "randomize_mcmc_step_size_scale": refinement.step_size_random_factor, "langevin_dynamics_noise": refinement.noise,
         "truncate_mcmc": refinement.graph == "truncate", "no_mcmc_detach": refinement.graph in ("full", "truncate"),
+        "clamp_futures_grad": refinement.change_clamp is not None, "clamp_futures_grad_max_change": refinement.change_clamp or 9.0, "absolute_clamp": refinement.state_clamp or 0.0,
         "peak_learning_rate": optimizer.learning_rate, "beta1": optimizer.beta1, "beta2": optimizer.beta2, "weight_decay": optimizer.weight_decay,
         "gradient_clip_val": optimizer.gradient_clipping}
 
 
 def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Config:
     """The Config of a released run, from its hyper-parameters and the shapes of its state dict."""
-    if hparams.get("ebt_norm", "rms") != "rms":
-        raise ConfigError(f"ebt_norm is {hparams['ebt_norm']!r}: only rms is supported")
+    beyond = [f"{name} is {hparams[name]!r} (only {value!r})" for name, value in ONLY.items() if hparams.get(name, value) != value]
+    if hparams.get("clamp_futures_grad") and hparams.get("randomize_mcmc_step_size_scale", 1) > 1:
+        beyond.append("clamp_futures_grad with randomize_mcmc_step_size_scale (the released bound grows with the random factor, ours does not)")
+    if beyond:
+        raise ConfigError("this released run cannot be expressed here: " + "; ".join(beyond))
     text, energy = hparams["modality"] == "NLP", hparams["model_name"] == "ebt"
     if text and energy and not hparams["normalize_initial_condition"]:
         raise ConfigError("normalize_initial_condition is false: text states are embedded through a softmax here; only true is supported")
@@ -146,6 +153,8 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
                   "step_size": hparams["mcmc_step_size"], "learnable": hparams["mcmc_step_size_learnable"],
                   "learning_rate_multiplier": hparams["mcmc_step_size_lr_multiplier"],
                   "step_size_random_factor": hparams["randomize_mcmc_step_size_scale"], "noise": hparams["langevin_dynamics_noise"],
+                  "change_clamp": hparams.get("clamp_futures_grad_max_change", 9.0) if hparams.get("clamp_futures_grad") else None,
+                  "state_clamp": hparams.get("absolute_clamp") or None,
                   "graph": "truncate" if truncated else "full" if hparams["no_mcmc_detach"] else "detach",
                   "loss": "last" if truncated else "every"}
     optimizer = {"learning_rate": hparams["peak_learning_rate"], "beta1": hparams["beta1"], "beta2": hparams["beta2"],

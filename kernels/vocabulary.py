@@ -62,8 +62,8 @@ def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
     p (rows, V) alone, p is what moves; with x alone, x is; with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a
     model that predicts logits directly.
-    clamps: bounds on the change and on x'. keep_state False: x' is not wanted. The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32
-    or float64, with first-order gradients of weight and hidden, which exist once: a second backward through it raises.
+    clamps: bounds on the change and on x'. keep_state False: x' is not wanted.
+    The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32 or float64, with first-order gradients of weight and hidden, which exist once: a second backward through it raises.
     sink (V, D): receives weight's gradient of loss_weight * loss now; back-propagate the loss with that weight, for hidden's.
     out (rows, V): memory for x'; its contents are lost also where x' is not kept.
     """
@@ -131,7 +131,7 @@ def _move(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tenso
         return torch.addmm(start, hidden, weight.T, out=out)
     move = torch.mm(hidden, weight.T, out=out) if weight.dtype == dtype else out.copy_(hidden @ weight.T)
     if through:
-        move.sub_(torch.linalg.vecdot(probabilities, move)[:, None]).mul_(probabilities)
+        _through_softmax_(probabilities, move)
     return move if start is None else move.add_(start)
 
 
@@ -142,7 +142,7 @@ def _step(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tenso
     start, free = probabilities if x is None else x, None
     move = _move(weight, hidden, None, None, out)
     if x is not None and probabilities is not None:
-        move.sub_(torch.linalg.vecdot(probabilities, move)[:, None]).mul_(probabilities)
+        _through_softmax_(probabilities, move)
     if clamps.change is not None:
         free = _within(move, clamps.change)
         move.clamp_(-clamps.change, clamps.change)
@@ -152,6 +152,11 @@ def _step(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tenso
         free = inside if free is None else free.logical_and_(inside)
         state.clamp_(-clamps.state, clamps.state)
     return state, free
+
+
+def _through_softmax_(probabilities: Tensor, u: Tensor) -> Tensor:
+    """The softmax's Jacobian, which is symmetric, times u (rows, V), in u's place: p * (u - p.u)."""
+    return u.sub_(torch.linalg.vecdot(probabilities, u)[:, None]).mul_(probabilities)
 
 
 def _within(x: Tensor, bound: float) -> Tensor:
@@ -257,7 +262,7 @@ class _DescendAndScore(torch.autograd.Function):
             if free is not None:
                 residual.mul_(free)
             if x is not None and probabilities is not None:     # pull r back through p * (W h - p.W h), p fixed
-                residual.sub_(torch.linalg.vecdot(probabilities, residual)[:, None]).mul_(probabilities)
+                _through_softmax_(probabilities, residual)
             residual = residual.to(weight.dtype)
             grad_hidden = (residual @ weight).to(hidden.dtype)
             grad_weight = _give(sink, residual.T, hidden.to(weight.dtype), loss_weight)

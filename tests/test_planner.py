@@ -42,6 +42,14 @@ def test_memory_is_predicted_within_15_percent_of_what_processes_took():
         assert predicted == pytest.approx(row["peak_gib_per_process"], rel=0.15), row
 
 
+def test_the_bucket_that_deepspeed_allocates_is_no_larger_than_the_model_and_can_be_set():
+    from ebwm_scale.training.engine import deepspeed_config
+    bucket = lambda config, numbers: deepspeed_config(config, micro_batch=1, accumulation=1, num_parameters=numbers)["zero_optimization"]["reduce_bucket_size"]
+    assert bucket(config_of(), 1000) == 1000 and bucket(config_of(), 10**10) == 500_000_000
+    raw = dataclasses.replace(config_of(), deepspeed=dataclasses.replace(config_of().deepspeed, raw={"zero_optimization": {"reduce_bucket_size": 7}}))
+    assert bucket(raw, 1000) == 7
+
+
 def test_the_largest_micro_batch_that_fits_is_taken_and_the_next_would_not_fit():
     machine = dataclasses.replace(MACHINES["h100"], memory=6.0)
     config = config_of()

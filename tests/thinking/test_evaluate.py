@@ -66,20 +66,30 @@ def test_video_and_a_model_that_starts_from_the_last_frame(video):
 
 
 @pytest.mark.parametrize("kind", ["energy", "baseline"])
-def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(text, tmp_path, kind):
-    """Against itself a text cannot be told apart; against one whose energies are all higher, always."""
+def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(text, tmp_path, kind, monkeypatch):
+    """The validation text against itself cannot be told apart and has the validation loss; a text of higher energies and losses always can; files of one name stay two."""
     model, config, split = model_for(text, kind=kind)
-    own, code = tmp_path / "own.txt", tmp_path / "code.c"
-    own.write_text("the cat sat on the mat and looked at the dog. " * 60), code.write_text("int f(int x) { return x << 2; }\n" * 60)
-    texts = evaluation.foreign_texts([own, code], split.manifest, LENGTH, 12)
-    assert list(texts) == ["own.txt", "code.c"] and all(tokens.shape[1] == LENGTH + 1 and 1 <= len(tokens) <= 12 for tokens in texts.values())
-    result = run(model, config, split, texts=texts)
-    assert [row["name"] for row in result["foreign_texts"]] == list(texts) and "code.c" in render(json.loads(json.dumps(result)))
-    kinds = {"loss"} | ({"energy"} if kind == "energy" else set())
-    for row in result["foreign_texts"]:
-        assert {key for key in row if key.startswith("share")} == {f"share_of_pairs_in_which_real_has_lower_{what}" for what in kinds}
-    values = torch.rand(9)
-    assert evaluation._share_lower(values, values)["mean"] == pytest.approx(0.5) and evaluation._share_lower(values, values + 2)["mean"] == 1
+    observe = Observation(split.manifest, "cpu")
+    own = torch.cat([torch.cat([observed, targets[:, -1:]], 1) for _, observed, targets in evaluation._batches(split, observe, LENGTH, 12, 5)])
+    kinds = ("loss", "energy") if kind == "energy" else ("loss",)
+    result = run(model, config, split, texts={"own": own})
+    row, = result["foreign_texts"]
+    if kind == "baseline" or config.state.initial == "zeros":       # a random initial state depends on the sample's number
+        assert row["mean_loss"]["mean"] == pytest.approx(result["loss"]["mean"], rel=1e-5)
+    assert {key for key in row if key.startswith("share")} == {f"share_of_pairs_in_which_real_has_lower_{what}" for what in kinds}
+    assert row[f"share_of_pairs_in_which_real_has_lower_{kinds[-1]}"]["mean"] == pytest.approx(0.5)
+    assert "own" in render(json.loads(json.dumps(result)))
+
+    paths = [tmp_path / folder / "code.c" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("int f(int x) { return x << 2; }\n" * 60)
+    texts = evaluation.foreign_texts(paths, split.manifest, LENGTH, 12)
+    assert list(texts) == [str(path) for path in paths] and all(tokens.shape[1] == LENGTH + 1 and 1 <= len(tokens) <= 12 for tokens in texts.values())
+    if kind == "energy":
+        monkeypatch.setattr(evaluation, "_energies", lambda model, observed, targets: (targets == targets[:, :1]).all(1).float())
+        constant = run(model, config, split, texts={"constant": torch.full((3, LENGTH + 1), 5)})["foreign_texts"][0]
+        assert constant["share_of_pairs_in_which_real_has_lower_energy"]["mean"] == 1
 
 
 def test_a_foreign_text_that_cannot_be_used_is_refused_in_one_line(text, video, tmp_path):

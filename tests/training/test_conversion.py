@@ -149,6 +149,19 @@ def test_what_the_released_code_cannot_express_is_listed(tmp_path):
     assert all(words in str(caught.value) for words in ("model.predicted_input is 'anchored'", "refinement.update is 'mirror'", "state.map_scale is 3.0"))
 
 
+def test_released_clamps_are_ours_and_what_has_no_counterpart_is_refused():
+    weights, hparams = golden(ROOT / "tests" / "golden" / "nlp_default_a5.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    clamped = released.config_of(hparams | {"clamp_futures_grad": True, "clamp_futures_grad_max_change": 4.0, "absolute_clamp": 7.0}, shapes)
+    assert (clamped.refinement.change_clamp, clamped.refinement.state_clamp) == (4.0, 7.0)
+    assert released.config_of(released.hparams_of(clamped), shapes) == clamped
+    free = released.config_of(hparams | {"clamp_futures_grad": False, "clamp_futures_grad_max_change": 4.0, "absolute_clamp": 0.0}, shapes)
+    assert (free.refinement.change_clamp, free.refinement.state_clamp) == (None, None)
+    with pytest.raises(ConfigError) as caught:
+        released.config_of(hparams | {"sharpen_predicted_distribution": 0.5, "ebt_norm": "dyt", "clamp_futures_grad": True, "randomize_mcmc_step_size_scale": 2.0}, shapes)
+    assert all(words in str(caught.value) for words in ("sharpen_predicted_distribution is 0.5", "ebt_norm is 'dyt'", "clamp_futures_grad with randomize"))
+
+
 class Malicious:
     def __reduce__(self):
         return (os.system, (f"touch {Malicious.proof}",))
