@@ -13,7 +13,8 @@ A row's phi is G . gG: no second pass over the keys for statistics. No kernel wr
 results are the same every time. The online softmax starts with a query's own key, so that no row is ever without a weight.
 
 Legend: B batch, H query heads, H_kv key heads, S queries, C keys, d head dimension. Tensors are contiguous: (B H S, d) for what belongs to
-queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are float32 (float64 in tests: ACC). DP is d padded to a power of two.
+queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are float32 (float64 in tests: ACC). DP is d padded to a power of two;
+rows are held as tuples of DP / PART tiles of PART columns, since three TF32 passes over 128 columns at once do not fit the registers.
 Scores are multiplied by scale log2(e), so that exp2 serves; L is kept in natural units. PRECISION is tl.dot's input_precision.
 """
 from __future__ import annotations
@@ -28,39 +29,100 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_reference import Cotangents, Shape, wide_dtype
-from .attention_tuning import Tile, tile_for
+from .attention_tuning import Tile, part_for, tile_for
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _tile(pointer, first_row, rows, num_rows, D: tl.constexpr, DP: tl.constexpr):
-    """Rows (len(rows), DP) of a (.., D) tensor from first_row on; zeros beyond num_rows and D."""
-    columns = tl.arange(0, DP)
-    mask = rows[:, None] < num_rows
-    if D != DP:
-        mask = mask & (columns[None, :] < D)
-    return tl.load(pointer + first_row * D + rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
+def _rows(pointer, first_row, rows, num_rows, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
+    """Rows of a (.., D) tensor from first_row on, in parts (len(rows), PART); zeros beyond num_rows and D."""
+    parts = ()
+    for part in tl.static_range(DP // PART):
+        columns = part * PART + tl.arange(0, PART)
+        mask = rows[:, None] < num_rows
+        if D != DP:
+            mask = mask & (columns[None, :] < D)
+        parts += (tl.load(pointer + first_row * D + rows[:, None] * D + columns[None, :], mask=mask, other=0.0),)
+    return parts
 
 
 @triton.jit
-def _put(pointer, first_row, rows, num_rows, value, D: tl.constexpr, DP: tl.constexpr):
-    columns = tl.arange(0, DP)
-    mask = rows[:, None] < num_rows
-    if D != DP:
-        mask = mask & (columns[None, :] < D)
-    tl.store(pointer + first_row * D + rows[:, None] * D + columns[None, :], value.to(pointer.dtype.element_ty), mask=mask)
+def _put(pointer, first_row, rows, num_rows, parts, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
+    for part in tl.static_range(DP // PART):
+        columns = part * PART + tl.arange(0, PART)
+        mask = rows[:, None] < num_rows
+        if D != DP:
+            mask = mask & (columns[None, :] < D)
+        value = parts[part].to(pointer.dtype.element_ty)
+        tl.store(pointer + first_row * D + rows[:, None] * D + columns[None, :], value, mask=mask)
+
+
+@triton.jit
+def _vector(pointer, row, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
+    """One row of a (.., D) tensor, in parts (1, PART)."""
+    parts = ()
+    for part in tl.static_range(DP // PART):
+        columns = part * PART + tl.arange(0, PART)
+        parts += (tl.load(pointer + row * D + columns, mask=columns < D, other=0.0)[None, :],)
+    return parts
+
+
+@triton.jit
+def _zeros(num_rows: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr):
+    parts = ()
+    for part in tl.static_range(DP // PART):
+        parts += (tl.zeros([num_rows, PART], ACC),)
+    return parts
+
+
+@triton.jit
+def _scores(left, right, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """left right': every row of the one with every row of the other."""
+    total = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION).to(ACC)
+    for part in tl.static_range(1, len(left)):
+        total += tl.dot(left[part], tl.trans(right[part]), input_precision=PRECISION).to(ACC)
+    return total
+
+
+@triton.jit
+def _add_mix(total, weights, rows, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """total + weights rows."""
+    parts = ()
+    for part in tl.static_range(len(rows)):
+        parts += (total[part] + tl.dot(weights.to(rows[part].dtype), rows[part], input_precision=PRECISION).to(ACC),)
+    return parts
+
+
+@triton.jit
+def _row_dot(left, right, ACC: tl.constexpr):
+    """Every row of the one with the same row of the other."""
+    total = tl.sum(left[0].to(ACC) * right[0].to(ACC), 1)
+    for part in tl.static_range(1, len(left)):
+        total += tl.sum(left[part].to(ACC) * right[part].to(ACC), 1)
+    return total
+
+
+@triton.jit
+def _scaled(rows, factors, ACC: tl.constexpr):
+    """Every row times its own factor."""
+    parts = ()
+    for part in tl.static_range(len(rows)):
+        parts += (factors[:, None] * rows[part].to(ACC),)
+    return parts
+
+
+@triton.jit
+def _plus(left, right):
+    parts = ()
+    for part in tl.static_range(len(left)):
+        parts += (left[part] + right[part],)
+    return parts
 
 
 @triton.jit
 def _statistic(pointer, first_row, rows, num_rows):
     return tl.load(pointer + first_row + rows, mask=rows < num_rows, other=0.0)
-
-
-@triton.jit
-def _vector(pointer, row, D: tl.constexpr, DP: tl.constexpr):
-    columns = tl.arange(0, DP)
-    return tl.load(pointer + row * D + columns, mask=columns < D, other=0.0)
 
 
 @triton.jit
@@ -74,13 +136,12 @@ def _visible(rows, keys, C, offset, CAUSAL: tl.constexpr):
 @triton.jit
 def _weights(left, right, normalizer, visible, factor: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """P of a tile, exp(score - L) where a pair exists and 0 elsewhere: of (q, k), or its transpose of (k, q)."""
-    p = tl.exp2(tl.dot(left, tl.trans(right), input_precision=PRECISION).to(ACC) * factor - normalizer)
-    return tl.where(visible, p, 0.0)
+    return tl.where(visible, tl.exp2(_scores(left, right, ACC, PRECISION) * factor - normalizer), 0.0)
 
 
 @triton.jit
 def _my_rows(S, BM: tl.constexpr):
-    """(head, first row, one past the last) of this program; rows that see most keys come first, so that no long program starts last."""
+    """(head, first row) of this program; rows that see most keys come first, so that no long program starts last."""
     num_blocks = tl.cdiv(S, BM)
     program = tl.program_id(0)
     first = (num_blocks - 1 - program % num_blocks) * BM
@@ -105,39 +166,39 @@ def _first_row(first_key, offset, BM: tl.constexpr, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _forward(Q, K, V, KO, VO, O, L, S, C, offset, group,
-             scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, ACC: tl.constexpr,
-             PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+             scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+             ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     head, first = _my_rows(S, BM)
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q = _tile(Q, own, rows, S, D, DP)
+    q = _rows(Q, own, rows, S, D, DP, PART)
     if OWN:
-        row_max = tl.sum(q.to(ACC) * _tile(KO, own, rows, S, D, DP).to(ACC), 1) * factor
+        row_max = _row_dot(q, _rows(KO, own, rows, S, D, DP, PART), ACC) * factor
         total = tl.full([BM], 1.0, ACC)
-        mixed = _tile(VO, own, rows, S, D, DP).to(ACC)
+        mixed = _scaled(_rows(VO, own, rows, S, D, DP, PART), total, ACC)
     else:
         row_max = tl.full([BM], float("-inf"), ACC)
         total = tl.zeros([BM], ACC)
-        mixed = tl.zeros([BM, DP], ACC)
+        mixed = _zeros(BM, DP, PART, ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = _tile(K, seen, keys, C, D, DP), _tile(V, seen, keys, C, D, DP)
-        score = tl.dot(q, tl.trans(k), input_precision=PRECISION).to(ACC) * factor
+        k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
+        score = _scores(q, k, ACC, PRECISION) * factor
         score = tl.where(_visible(rows[:, None], keys[None, :], C, offset, CAUSAL), score, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(score, 1))
         weight, shrink = tl.exp2(score - new_max[:, None]), tl.exp2(row_max - new_max)
         total = total * shrink + tl.sum(weight, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION).to(ACC)
+        mixed = _add_mix(_scaled(mixed, shrink, ACC), weight, v, ACC, PRECISION)
         row_max = new_max
-    _put(O, own, rows, S, mixed / total[:, None], D, DP)
+    _put(O, own, rows, S, _scaled(mixed, 1 / total, ACC), D, DP, PART)
     tl.store(L + own + rows, (row_max + tl.log2(total)) / LOG2_E, mask=rows < S)
 
 
 @triton.jit
 def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, offset, group,
-                    scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, ACC: tl.constexpr,
-                    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+                    scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+                    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """dQ = s (dS K + ds* k*), dk* = s ds* q, dv* = p* G, and D for the kernels after it.
 
     A row of dS sums to zero, as rounded for the product it does not: what is left over takes its share of the mean key away again.
@@ -146,61 +207,62 @@ def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, o
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q, g = _tile(Q, own, rows, S, D, DP), _tile(G, own, rows, S, D, DP)
+    q, g = _rows(Q, own, rows, S, D, DP, PART), _rows(G, own, rows, S, D, DP, PART)
     normalizer = _statistic(L, own, rows, S) * LOG2_E
-    delta = tl.sum(_tile(O, own, rows, S, D, DP).to(ACC) * g.to(ACC), 1)
+    delta = _row_dot(_rows(O, own, rows, S, D, DP, PART), g, ACC)
     tl.store(DELTA + own + rows, delta, mask=rows < S)
     if OWN:         # in the prologue: what it loads is dead before the loop
-        k_own, v_own = _tile(KO, own, rows, S, D, DP).to(ACC), _tile(VO, own, rows, S, D, DP).to(ACC)
-        p_own = tl.exp2(tl.sum(q.to(ACC) * k_own, 1) * factor - normalizer)
-        ds_own = p_own * (tl.sum(g.to(ACC) * v_own, 1) - delta)
-        _put(DKO, own, rows, S, (ds_own * scale)[:, None] * q.to(ACC), D, DP)
-        _put(DVO, own, rows, S, p_own[:, None] * g.to(ACC), D, DP)
-        dq, left_over = ds_own[:, None] * k_own, ds_own
+        k_own = _rows(KO, own, rows, S, D, DP, PART)
+        p_own = tl.exp2(_row_dot(q, k_own, ACC) * factor - normalizer)
+        ds_own = p_own * (_row_dot(g, _rows(VO, own, rows, S, D, DP, PART), ACC) - delta)
+        _put(DKO, own, rows, S, _scaled(q, ds_own * scale, ACC), D, DP, PART)
+        _put(DVO, own, rows, S, _scaled(g, p_own, ACC), D, DP, PART)
+        dq, left_over = _scaled(k_own, ds_own, ACC), ds_own
     else:
-        dq, left_over = tl.zeros([BM, DP], ACC), tl.zeros([BM], ACC)
+        dq, left_over = _zeros(BM, DP, PART, ACC), tl.zeros([BM], ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = _tile(K, seen, keys, C, D, DP), _tile(V, seen, keys, C, D, DP)
+        k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
         p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
-        ds = (p * (tl.dot(g, tl.trans(v), input_precision=PRECISION).to(ACC) - delta[:, None])).to(k.dtype)
+        ds = (p * (_scores(g, v, ACC, PRECISION) - delta[:, None])).to(Q.dtype.element_ty)
         left_over += tl.sum(ds.to(ACC), 1)
-        dq += tl.dot(ds, k, input_precision=PRECISION).to(ACC)
-    dq -= left_over[:, None] * _vector(MEAN, head // group, D, DP).to(ACC)[None, :]
-    _put(DQ, own, rows, S, dq * scale, D, DP)
+        dq = _add_mix(dq, ds, k, ACC, PRECISION)
+    dq = _plus(dq, _scaled(_vector(MEAN, head // group, D, DP, PART), -left_over, ACC))
+    _put(DQ, own, rows, S, _scaled(dq, tl.full([BM], scale, ACC), ACC), D, DP, PART)
 
 
 @triton.jit
 def _gradient_key(Q, K, V, L, G, DELTA, DK, DV, S, C, offset, group,
-                  scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
+                  scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
                   PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """dK = s dS' Q, dV = P' G, over all heads that share the keys; tiles are (keys, rows)."""
     num_blocks = tl.cdiv(C, BN)
     key_head, first_key = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks * BN
     keys = first_key + tl.arange(0, BN)
+    seen = key_head * C
     factor: tl.constexpr = scale * LOG2_E
-    k, v = _tile(K, key_head * C, keys, C, D, DP), _tile(V, key_head * C, keys, C, D, DP)
-    dk, dv = tl.zeros([BN, DP], ACC), tl.zeros([BN, DP], ACC)
+    k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
+    dk, dv = _zeros(BN, DP, PART, ACC), _zeros(BN, DP, PART, ACC)
     start = _first_row(first_key, offset, BM, CAUSAL)
     blocks_per_head = tl.cdiv(tl.maximum(S - start, 0), BM)
     for step in range(0, group * blocks_per_head):      # one loop over heads and rows: two nested ones cost 40 registers
         own = (key_head * group + step // blocks_per_head) * S
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
-        q, g = _tile(Q, own, rows, S, D, DP), _tile(G, own, rows, S, D, DP)
+        q, g = _rows(Q, own, rows, S, D, DP, PART), _rows(G, own, rows, S, D, DP, PART)
         normalizer, delta = _statistic(L, own, rows, S) * LOG2_E, _statistic(DELTA, own, rows, S)
         visible = _visible(rows[None, :], keys[:, None], C, offset, CAUSAL) & (rows[None, :] < S)
         p = _weights(k, q, normalizer[None, :], visible, factor, ACC, PRECISION)
-        dv += tl.dot(p.to(g.dtype), g, input_precision=PRECISION).to(ACC)
-        ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION).to(ACC) - delta[None, :])
-        dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION).to(ACC)
-    _put(DK, key_head * C, keys, C, dk * scale, D, DP)
-    _put(DV, key_head * C, keys, C, dv, D, DP)
+        dv = _add_mix(dv, p, g, ACC, PRECISION)
+        ds = p * (_scores(v, g, ACC, PRECISION) - delta[None, :])
+        dk = _add_mix(dk, ds, q, ACC, PRECISION)
+    _put(DK, seen, keys, C, _scaled(dk, tl.full([BN], scale, ACC), ACC), D, DP, PART)
+    _put(DV, seen, keys, C, dv, D, DP, PART)
 
 
 @triton.jit
 def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, S, C, offset, group,
-             scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, KEYS: tl.constexpr,
-             ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+             scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+             KEYS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG.
 
     Sdot loses s A . mean(K) per row, which is exact for any constant (sum P = 1) and keeps what keys have in common out of the rounding.
@@ -209,134 +271,132 @@ def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, S, C
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q, a = _tile(Q, own, rows, S, D, DP), _tile(A, own, rows, S, D, DP)
+    q, a = _rows(Q, own, rows, S, D, DP, PART), _rows(A, own, rows, S, D, DP, PART)
     normalizer = _statistic(L, own, rows, S) * LOG2_E
-    centre = tl.sum(a.to(ACC) * _vector(MEAN, head // group, D, DP).to(ACC)[None, :], 1) * scale
+    centre = _row_dot(a, _vector(MEAN, head // group, D, DP, PART), ACC) * scale
     if OWN:
-        k_own = _tile(KO, own, rows, S, D, DP).to(ACC)
-        p_own = tl.exp2(tl.sum(q.to(ACC) * k_own, 1) * factor - normalizer)
-        sd_own = scale * (tl.sum(a.to(ACC) * k_own, 1) + tl.sum(q.to(ACC) * _tile(BO, own, rows, S, D, DP).to(ACC), 1)) - centre
+        k_own = _rows(KO, own, rows, S, D, DP, PART)
+        p_own = tl.exp2(_row_dot(q, k_own, ACC) * factor - normalizer)
+        sd_own = scale * (_row_dot(a, k_own, ACC) + _row_dot(q, _rows(BO, own, rows, S, D, DP, PART), ACC)) - centre
         mu = p_own * sd_own
-        moved = mu[:, None] * _tile(VO, own, rows, S, D, DP).to(ACC) + p_own[:, None] * _tile(CO, own, rows, S, D, DP).to(ACC)
+        moved = _plus(_scaled(_rows(VO, own, rows, S, D, DP, PART), mu, ACC), _scaled(_rows(CO, own, rows, S, D, DP, PART), p_own, ACC))
     else:
         mu = tl.zeros([BM], ACC)
-        moved = tl.zeros([BM, DP], ACC)
+        moved = _zeros(BM, DP, PART, ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = _tile(K, seen, keys, C, D, DP), _tile(V, seen, keys, C, D, DP)
+        k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
         p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
-        sd = tl.dot(a, tl.trans(k), input_precision=PRECISION).to(ACC)
+        sd = _scores(a, k, ACC, PRECISION)
         if KEYS:
-            b, c = _tile(B, seen, keys, C, D, DP), _tile(CV, seen, keys, C, D, DP)
-            sd += tl.dot(q, tl.trans(b), input_precision=PRECISION).to(ACC)
-            moved += tl.dot(p.to(c.dtype), c, input_precision=PRECISION).to(ACC)
+            sd += _scores(q, _rows(B, seen, keys, C, D, DP, PART), ACC, PRECISION)
+            moved = _add_mix(moved, p, _rows(CV, seen, keys, C, D, DP, PART), ACC, PRECISION)
         weighted = p * (sd * scale - centre[:, None])
         mu += tl.sum(weighted, 1)
-        moved += tl.dot(weighted.to(v.dtype), v, input_precision=PRECISION).to(ACC)
-    moved = moved - mu[:, None] * _tile(O, own, rows, S, D, DP).to(ACC)
-    _put(GG, own, rows, S, moved, D, DP)
+        moved = _add_mix(moved, weighted, v, ACC, PRECISION)
+    moved = _plus(moved, _scaled(_rows(O, own, rows, S, D, DP, PART), -mu, ACC))
+    _put(GG, own, rows, S, moved, D, DP, PART)
     tl.store(MU + own + rows, mu + centre, mask=rows < S)
-    tl.store(PHI + own + rows, tl.sum(moved * _tile(G, own, rows, S, D, DP).to(ACC), 1), mask=rows < S)
+    tl.store(PHI + own + rows, _row_dot(moved, _rows(G, own, rows, S, D, DP, PART), ACC), mask=rows < S)
 
 
 @triton.jit
 def _second_own(Q, KO, VO, L, G, A, BO, CO, MU, PHI, DELTA, GKO, GVO, Z, DS, S,
-                scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr):
+                scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr):
     """The own key's column: gk* = s (z* q + ds* A), gv* = p* (sd* - mu) G, and z*, ds* for gQ."""
     head, first = _my_rows(S, BM)
     own = head * S
     rows = first + tl.arange(0, BM)
-    q, a, g = _tile(Q, own, rows, S, D, DP).to(ACC), _tile(A, own, rows, S, D, DP).to(ACC), _tile(G, own, rows, S, D, DP).to(ACC)
-    k_own, mu = _tile(KO, own, rows, S, D, DP).to(ACC), _statistic(MU, own, rows, S)
-    p_own = tl.exp2((tl.sum(q * k_own, 1) * scale - _statistic(L, own, rows, S)) * LOG2_E)
-    sd_own = scale * (tl.sum(a * k_own, 1) + tl.sum(q * _tile(BO, own, rows, S, D, DP).to(ACC), 1))
-    slope = tl.sum(g * _tile(VO, own, rows, S, D, DP).to(ACC), 1) - _statistic(DELTA, own, rows, S)
+    q, a, g = _rows(Q, own, rows, S, D, DP, PART), _rows(A, own, rows, S, D, DP, PART), _rows(G, own, rows, S, D, DP, PART)
+    k_own, mu = _rows(KO, own, rows, S, D, DP, PART), _statistic(MU, own, rows, S)
+    p_own = tl.exp2((_row_dot(q, k_own, ACC) * scale - _statistic(L, own, rows, S)) * LOG2_E)
+    sd_own = scale * (_row_dot(a, k_own, ACC) + _row_dot(q, _rows(BO, own, rows, S, D, DP, PART), ACC))
+    slope = _row_dot(g, _rows(VO, own, rows, S, D, DP, PART), ACC) - _statistic(DELTA, own, rows, S)
     ds, pd = p_own * slope, p_own * (sd_own - mu)
-    z = pd * slope + p_own * (tl.sum(g * _tile(CO, own, rows, S, D, DP).to(ACC), 1) - _statistic(PHI, own, rows, S))
-    _put(GKO, own, rows, S, scale * (z[:, None] * q + ds[:, None] * a), D, DP)
-    _put(GVO, own, rows, S, pd[:, None] * g, D, DP)
+    z = pd * slope + p_own * (_row_dot(g, _rows(CO, own, rows, S, D, DP, PART), ACC) - _statistic(PHI, own, rows, S))
+    _put(GKO, own, rows, S, _plus(_scaled(q, scale * z, ACC), _scaled(a, scale * ds, ACC)), D, DP, PART)
+    _put(GVO, own, rows, S, _scaled(g, pd, ACC), D, DP, PART)
     tl.store(Z + own + rows, z, mask=rows < S)
     tl.store(DS + own + rows, ds, mask=rows < S)
 
 
 @triton.jit
 def _second_query(Q, K, V, KO, L, G, A, B, CV, BO, MEAN, MU, PHI, DELTA, Z, DS, GQ, S, C, offset, group,
-                  scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, KEYS: tl.constexpr,
-                  ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+                  scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+                  KEYS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """gQ = s (Z K + dS B + z* k* + ds* b*); Z of a row sums to zero, see _gradient_query."""
     head, first = _my_rows(S, BM)
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q, a, g = _tile(Q, own, rows, S, D, DP), _tile(A, own, rows, S, D, DP), _tile(G, own, rows, S, D, DP)
+    q, a, g = _rows(Q, own, rows, S, D, DP, PART), _rows(A, own, rows, S, D, DP, PART), _rows(G, own, rows, S, D, DP, PART)
     normalizer, mu = _statistic(L, own, rows, S) * LOG2_E, _statistic(MU, own, rows, S)
     phi, delta = _statistic(PHI, own, rows, S), _statistic(DELTA, own, rows, S)
-    gq, left_over = tl.zeros([BM, DP], ACC), tl.zeros([BM], ACC)
+    gq, left_over = _zeros(BM, DP, PART, ACC), tl.zeros([BM], ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = _tile(K, seen, keys, C, D, DP), _tile(V, seen, keys, C, D, DP)
+        k = _rows(K, seen, keys, C, D, DP, PART)
         p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
-        sd = tl.dot(a, tl.trans(k), input_precision=PRECISION).to(ACC)
-        slope = tl.dot(g, tl.trans(v), input_precision=PRECISION).to(ACC) - delta[:, None]
+        sd = _scores(a, k, ACC, PRECISION)
+        if KEYS:        # in this order: others cost up to hundreds of registers
+            b = _rows(B, seen, keys, C, D, DP, PART)
+            sd += _scores(q, b, ACC, PRECISION)
+        ds = p * (_scores(g, _rows(V, seen, keys, C, D, DP, PART), ACC, PRECISION) - delta[:, None])
         if KEYS:
-            b, c = _tile(B, seen, keys, C, D, DP), _tile(CV, seen, keys, C, D, DP)
-            sd += tl.dot(q, tl.trans(b), input_precision=PRECISION).to(ACC)
-            rest = tl.dot(g, tl.trans(c), input_precision=PRECISION).to(ACC) - phi[:, None]
-            gq += tl.dot((p * slope).to(b.dtype), b, input_precision=PRECISION).to(ACC)
-            z = p * ((sd * scale - mu[:, None]) * slope + rest)
-        else:
-            z = p * ((sd * scale - mu[:, None]) * slope - phi[:, None])
-        z = z.to(k.dtype)
+            gq = _add_mix(gq, ds, b, ACC, PRECISION)
+        z = ds * (sd * scale - mu[:, None]) - p * phi[:, None]
+        if KEYS:
+            z += p * _scores(g, _rows(CV, seen, keys, C, D, DP, PART), ACC, PRECISION)
+        z = z.to(Q.dtype.element_ty)
         left_over += tl.sum(z.to(ACC), 1)
-        gq += tl.dot(z, k, input_precision=PRECISION).to(ACC)
+        gq = _add_mix(gq, z, k, ACC, PRECISION)
     if OWN:         # in the epilogue: nothing of it lives through the loop
         z_own = _statistic(Z, own, rows, S)
         left_over += z_own
-        gq += z_own[:, None] * _tile(KO, own, rows, S, D, DP).to(ACC)
-        gq += _statistic(DS, own, rows, S)[:, None] * _tile(BO, own, rows, S, D, DP).to(ACC)
-    gq -= left_over[:, None] * _vector(MEAN, head // group, D, DP).to(ACC)[None, :]
-    _put(GQ, own, rows, S, gq * scale, D, DP)
+        gq = _plus(gq, _scaled(_rows(KO, own, rows, S, D, DP, PART), z_own, ACC))
+        gq = _plus(gq, _scaled(_rows(BO, own, rows, S, D, DP, PART), _statistic(DS, own, rows, S), ACC))
+    gq = _plus(gq, _scaled(_vector(MEAN, head // group, D, DP, PART), -left_over, ACC))
+    _put(GQ, own, rows, S, _scaled(gq, tl.full([BM], scale, ACC), ACC), D, DP, PART)
 
 
 @triton.jit
 def _second_key(Q, K, V, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, S, C, offset, group,
-                scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr, KEYS: tl.constexpr, ACC: tl.constexpr,
-                PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+                scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, KEYS: tl.constexpr,
+                ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys; tiles are (keys, rows)."""
     num_blocks = tl.cdiv(C, BN)
     key_head, first_key = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks * BN
     keys = first_key + tl.arange(0, BN)
     seen = key_head * C
     factor: tl.constexpr = scale * LOG2_E
-    k, v = _tile(K, seen, keys, C, D, DP), _tile(V, seen, keys, C, D, DP)
+    k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
     if KEYS:
-        b, c = _tile(B, seen, keys, C, D, DP), _tile(CV, seen, keys, C, D, DP)
-    gk, gv = tl.zeros([BN, DP], ACC), tl.zeros([BN, DP], ACC)
+        b, c = _rows(B, seen, keys, C, D, DP, PART), _rows(CV, seen, keys, C, D, DP, PART)
+    gk, gv = _zeros(BN, DP, PART, ACC), _zeros(BN, DP, PART, ACC)
     start = _first_row(first_key, offset, BM, CAUSAL)
     blocks_per_head = tl.cdiv(tl.maximum(S - start, 0), BM)
     for step in range(0, group * blocks_per_head):      # one loop over heads and rows: two nested ones cost 40 registers
         own = (key_head * group + step // blocks_per_head) * S
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
-        q, a, g = _tile(Q, own, rows, S, D, DP), _tile(A, own, rows, S, D, DP), _tile(G, own, rows, S, D, DP)
+        q, a = _rows(Q, own, rows, S, D, DP, PART), _rows(A, own, rows, S, D, DP, PART)
         normalizer, mu = _statistic(L, own, rows, S) * LOG2_E, _statistic(MU, own, rows, S)
         phi, delta = _statistic(PHI, own, rows, S), _statistic(DELTA, own, rows, S)
-        qt, gt = tl.trans(q), tl.trans(g)
         visible = _visible(rows[None, :], keys[:, None], C, offset, CAUSAL) & (rows[None, :] < S)
         p = _weights(k, q, normalizer[None, :], visible, factor, ACC, PRECISION)
-        sd = tl.dot(k, tl.trans(a), input_precision=PRECISION).to(ACC)
+        sd = _scores(k, a, ACC, PRECISION)
         if KEYS:
-            sd += tl.dot(b, qt, input_precision=PRECISION).to(ACC)
-        pd = p * (sd * scale - mu[None, :])
-        gv += tl.dot(pd.to(g.dtype), g, input_precision=PRECISION).to(ACC)
-        slope = tl.dot(v, gt, input_precision=PRECISION).to(ACC) - delta[None, :]
-        gk += tl.dot((p * slope).to(a.dtype), a, input_precision=PRECISION).to(ACC)
+            sd += _scores(b, q, ACC, PRECISION)
+        sd = sd * scale - mu[None, :]
+        g = _rows(G, own, rows, S, D, DP, PART)
+        gv = _add_mix(gv, p * sd, g, ACC, PRECISION)
+        ds = p * (_scores(v, g, ACC, PRECISION) - delta[None, :])
+        gk = _add_mix(gk, ds, a, ACC, PRECISION)
+        z = ds * sd - p * phi[None, :]
         if KEYS:
-            z = pd * slope + p * (tl.dot(c, gt, input_precision=PRECISION).to(ACC) - phi[None, :])
-        else:
-            z = pd * slope - p * phi[None, :]
-        gk += tl.dot(z.to(q.dtype), q, input_precision=PRECISION).to(ACC)
-    _put(GK, seen, keys, C, gk * scale, D, DP)
-    _put(GV, seen, keys, C, gv, D, DP)
+            z += p * _scores(c, g, ACC, PRECISION)
+        gk = _add_mix(gk, z, q, ACC, PRECISION)
+    _put(GK, seen, keys, C, _scaled(gk, tl.full([BN], scale, ACC), ACC), D, DP, PART)
+    _put(GV, seen, keys, C, gv, D, DP, PART)
 
 
 # ---------------------------------------------------------------------------------------------------------------- launches
@@ -348,7 +408,8 @@ class _Launcher:
         self.batch, self.heads, self.num_rows, self.d = q.shape
         self.key_heads, self.num_keys = k.shape[1:3]
         self.shape, self.own, self.dtype, self.device = shape, own, q.dtype, q.device
-        self.constants = {"scale": shape.scale, "D": self.d, "DP": max(16, triton.next_power_of_2(self.d)),
+        padded = max(16, triton.next_power_of_2(self.d))
+        self.constants = {"scale": shape.scale, "D": self.d, "DP": padded, "PART": part_for(architecture(self.device), padded, self.dtype),
                           "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
 
     def tile(self, kernel: str, with_keys: bool) -> Tile:
@@ -371,7 +432,7 @@ class _Launcher:
         tiles = {"BM": tile.rows, "BN": tile.keys, "CAUSAL": self.shape.causal, "PRECISION": _precision(self.dtype), **self.constants, **constants}
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             if kernel is _second_own:
-                names = ("scale", "D", "DP", "ACC", "BM")
+                names = ("scale", "D", "DP", "PART", "ACC", "BM")
                 kernel[(num_programs,)](*arguments, self.num_rows, **{n: tiles[n] for n in names}, num_warps=tile.warps)
             else:
                 kernel[(num_programs,)](*arguments, *sizes, **tiles, num_warps=tile.warps, num_stages=tile.stages)

@@ -29,7 +29,7 @@ HALF = {
         128: {"_forward": Tile(64, 64, 8, 2), "_gradient_query": Tile(64, 64, 8, 2), "_gradient_key": Tile(64, 32, 8, 2),
               "_tangent": Tile(64, 64, 8, 2), "_second_own": Tile(32, 16, 8, 1), "_second_query": Tile(64, 64, 8, 2), "_second_key": Tile(64, 32, 8, 2)},
         256: {"_forward": Tile(64, 32, 8, 2), "_gradient_query": Tile(32, 32, 8, 2), "_gradient_key": Tile(32, 32, 8, 2),
-              "_tangent": Tile(32, 32, 8, 2), "_second_own": Tile(16, 16, 8, 1), "_second_query": Tile(32, 32, 4, 2), "_second_key": Tile(32, 32, 8, 2)},
+              "_tangent": Tile(32, 32, 4, 2), "_second_own": Tile(16, 16, 8, 1), "_second_query": Tile(32, 32, 4, 2), "_second_key": Tile(32, 32, 8, 2)},
     },
     "sm_90": {
         64: {"_forward": Tile(64, 64, 4, 2), "_gradient_query": Tile(64, 64, 4, 2), "_gradient_key": Tile(32, 64, 4, 2),
@@ -51,12 +51,18 @@ SMALL_HEADS = {(a, "_second_key"): Tile(32, 32, 4, 2) for a in ("sm_80", "sm_86"
 KEYS["sm_86"] = KEYS["sm_80"]
 
 # float32 in three TF32 passes takes twice the shared memory and more registers: small tiles for all architectures, and head dimensions to 128.
-# With cotangents on dK and dV registers spill at 128 (correct, slow).
 SINGLE = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1)}
-SINGLE_EXCEPT = {64: {"_gradient_key": Tile(32, 16, 4, 1), "_second_key": Tile(32, 16, 4, 1)},
-                 128: {"_gradient_key": Tile(32, 16, 4, 1), "_second_query": Tile(16, 16, 8, 1), "_second_key": Tile(16, 16, 4, 1)}}
-SINGLE_KEYS = {64: {"_second_query": Tile(16, 32, 8, 1)}, 128: {k: Tile(16, 16, 8, 1) for k in ("_tangent", "_second_query", "_second_key")}}
+SINGLE_EXCEPT = {64: {"_gradient_key": Tile(32, 16, 4, 1), "_second_query": Tile(16, 32, 8, 1), "_second_key": Tile(32, 16, 4, 1)},
+                 128: {"_gradient_key": Tile(32, 16, 4, 1), "_second_query": Tile(16, 16, 8, 1), "_second_key": Tile(16, 16, 8, 1)}}
+SINGLE_KEYS = {64: {"_tangent": Tile(16, 32, 8, 1), "_second_key": Tile(16, 16, 4, 1)}, 128: {"_tangent": Tile(16, 32, 8, 1)}}
 MAX_HEAD_DIMENSION = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128, torch.float64: 256}     # float64: the interpreter
+
+
+def part_for(architecture: str, padded_d: int, dtype: torch.dtype) -> int:
+    """How many of the padded_d columns a kernel holds as one tile."""
+    if architecture == "interpreter":       # small, so that tests meet several
+        return min(padded_d, 32)
+    return min(padded_d, 64) if dtype == torch.float32 else padded_d
 
 
 def tile_for(kernel: str, architecture: str, padded_d: int, dtype: torch.dtype, with_keys: bool) -> Tile:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from ebwm_kernels import attention_triton  # noqa: E402
-from ebwm_kernels.attention_tuning import KERNELS, Tile, tile_for  # noqa: E402
+from ebwm_kernels.attention_tuning import KERNELS, Tile, part_for, tile_for  # noqa: E402
 
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227}      # per block; CUDA programming guide, compute capabilities
 STATISTICS = {"L", "DELTA", "MU", "PHI", "Z", "DS", "MEAN"}
@@ -42,7 +43,7 @@ def compile_kernel(name: str, architecture: str, head_dimension: int, dtype: tor
     kernel = getattr(attention_triton, name)
     padded = max(16, triton.next_power_of_2(head_dimension))
     tile = tile or tile_for(name, architecture, padded, dtype, with_keys)
-    values = {"scale": head_dimension**-0.5, "D": head_dimension, "DP": padded, "CAUSAL": causal, "OWN": own, "KEYS": with_keys,
+    values = {"scale": head_dimension**-0.5, "D": head_dimension, "DP": padded, "PART": part_for(architecture, padded, dtype), "CAUSAL": causal, "OWN": own, "KEYS": with_keys,
               "ACC": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": tile.rows, "BN": tile.keys}
     constants = {n: values[n] for n in kernel.arg_names if n in values}
     if ones:
@@ -90,6 +91,11 @@ def _output(program: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / program), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def _compile(work: tuple) -> dict:
+    *what, options = work
+    return compile_kernel(*what, **options)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", nargs="+", default=["sm_80", "sm_90"], choices=sorted(SHARED_KIB))
@@ -100,18 +106,17 @@ def main() -> int:
     parser.add_argument("--not-causal", action="store_true")
     parser.add_argument("--ones", action="store_true", help="sizes of one, which Triton makes constants")
     parser.add_argument("--variant", nargs="+", type=int, default=[0, 1], help="0: energy_attention, 1: causal_attention")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
     arguments = parser.parse_args()
+    work = [(name, architecture, d, getattr(torch, dtype), dict(variant, causal=not arguments.not_causal, ones=arguments.ones,
+                                                                tile=None if tile is None else Tile(*map(int, tile.split(",")))))
+            for architecture in arguments.architecture for d in arguments.head_dimension for dtype in arguments.dtype for name in arguments.kernel
+            for index, variant in enumerate(variants(name)) if index in arguments.variant for tile in arguments.tile]
     bad = 0
-    for architecture in arguments.architecture:
-        for d in arguments.head_dimension:
-            for dtype in arguments.dtype:
-                for name in arguments.kernel:
-                    for variant in [v for i, v in enumerate(variants(name)) if i in arguments.variant]:
-                        for tile in arguments.tile:
-                            row = compile_kernel(name, architecture, d, getattr(torch, dtype), **variant, causal=not arguments.not_causal, ones=arguments.ones,
-                                                 tile=None if tile is None else Tile(*map(int, tile.split(","))))
-                            print(json.dumps(row), flush=True)
-                            bad += not row["fits"]
+    with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
+        for row in pool.imap(_compile, work):
+            print(json.dumps(row), flush=True)
+            bad += not row["fits"]
     return int(bad > 0)
 
 

@@ -23,24 +23,27 @@ def compiled(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.soak), "sm_90", pytest.param("sm_86", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", pytest.param("sm_86", marks=pytest.mark.soak)])
 def test_every_half_precision_kernel_fits_its_gpu_without_spills(architecture):
     rows = compiled("--architecture", architecture, "--head-dimension", "16", "32", "64", "128", "256")
     assert len(rows) == 5 * 12
     for row in rows:
         assert row["fits"], row
-        assert row["spilled_bytes"] <= (8 if row["head_dimension"] < 64 else 0), row
+        assert row["spilled_bytes"] == 0, row
         assert row["kernel"] == "_second_own" or row["tensor_core_instructions"], row
         if architecture == "sm_90" and row["head_dimension"] == 64 and row["kernel"] != "_second_own":
             assert row["warpgroup_instructions"], row
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_every_float32_kernel_fits_its_gpu(architecture):
-    for row in compiled("--architecture", architecture, "--head-dimension", "64", "128", "--dtype", "float32"):
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", pytest.param("sm_86", marks=pytest.mark.soak)])
+def test_every_float32_kernel_fits_its_gpu_and_spills_four_registers_at_most(architecture):
+    rows = compiled("--architecture", architecture, "--head-dimension", "16", "32", "64", "128", "--dtype", "float32")
+    assert len(rows) == 4 * 12
+    for row in rows:
         assert row["fits"], row
         assert row["kernel"] == "_second_own" or row["tensor_core_instructions"], row
-        assert row["with_keys"] or row["spilled_bytes"] <= 128, row
+        most = 0 if row["head_dimension"] <= 64 else 16 if architecture != "sm_86" else 40
+        assert row["spilled_bytes"] <= most, row
 
 
 def test_head_dimensions_that_are_no_power_of_two_and_attention_without_a_mask_compile():
