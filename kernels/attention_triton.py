@@ -48,13 +48,14 @@ def _rows(pointer, first_row, rows, num_rows, D: tl.constexpr, DP: tl.constexpr,
 
 
 @triton.jit
-def _put(pointer, first_row, rows, num_rows, parts, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
+def _put(pointer, first_row, rows, num_rows, parts, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, factor: tl.constexpr = 1.0):
+    """Write factor * parts where _rows would read them."""
     for part in tl.static_range(DP // PART):
         columns = part * PART + tl.arange(0, PART)
         mask = rows[:, None] < num_rows
         if D != DP:
             mask = mask & (columns[None, :] < D)
-        value = parts[part].to(pointer.dtype.element_ty)
+        value = (parts[part] * factor).to(pointer.dtype.element_ty)
         tl.store(pointer + first_row * D + rows[:, None] * D + columns[None, :], value, mask=mask)
 
 
@@ -228,7 +229,7 @@ def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, o
         left_over += tl.sum(ds.to(ACC), 1)
         dq = _add_mix(dq, ds, k, ACC, PRECISION)
     dq = _plus(dq, _scaled(_vector(MEAN, head // group, D, DP, PART), -left_over, ACC))
-    _put(DQ, own, rows, S, _scaled(dq, tl.full([BM], scale, ACC), ACC), D, DP, PART)
+    _put(DQ, own, rows, S, dq, D, DP, PART, scale)
 
 
 @triton.jit
@@ -255,7 +256,7 @@ def _gradient_key(Q, K, V, L, G, DELTA, DK, DV, S, C, offset, group,
         dv = _add_mix(dv, p, g, ACC, PRECISION)
         ds = p * (_scores(v, g, ACC, PRECISION) - delta[None, :])
         dk = _add_mix(dk, ds, q, ACC, PRECISION)
-    _put(DK, seen, keys, C, _scaled(dk, tl.full([BN], scale, ACC), ACC), D, DP, PART)
+    _put(DK, seen, keys, C, dk, D, DP, PART, scale)
     _put(DV, seen, keys, C, dv, D, DP, PART)
 
 
@@ -356,7 +357,7 @@ def _second_query(Q, K, V, KO, L, G, A, B, CV, BO, MEAN, MU, PHI, DELTA, Z, DS, 
         gq = _plus(gq, _scaled(_rows(KO, own, rows, S, D, DP, PART), z_own, ACC))
         gq = _plus(gq, _scaled(_rows(BO, own, rows, S, D, DP, PART), _statistic(DS, own, rows, S), ACC))
     gq = _plus(gq, _scaled(_vector(MEAN, head // group, D, DP, PART), -left_over, ACC))
-    _put(GQ, own, rows, S, _scaled(gq, tl.full([BM], scale, ACC), ACC), D, DP, PART)
+    _put(GQ, own, rows, S, gq, D, DP, PART, scale)
 
 
 @triton.jit
@@ -395,7 +396,7 @@ def _second_key(Q, K, V, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, S, C, offset, g
         if KEYS:
             z += p * _scores(c, g, ACC, PRECISION)
         gk = _add_mix(gk, z, q, ACC, PRECISION)
-    _put(GK, seen, keys, C, _scaled(gk, tl.full([BN], scale, ACC), ACC), D, DP, PART)
+    _put(GK, seen, keys, C, gk, D, DP, PART, scale)
     _put(GV, seen, keys, C, gv, D, DP, PART)
 
 
