@@ -4,7 +4,7 @@
     _forward          query rows, all their keys                  2
     _gradient_query   query rows: D, dQ, dk*, dv*                 3
     _gradient_key     keys, all the queries that see them: dK, dV 4
-    _tangent          query rows: mu, gG, phi                     3 (5)
+    _tangent          query rows: mu, gG, phi, D                  3 (5)
     _second_own       query rows, own keys only: gk*, gv*, z*, ds*
     _second_query     query rows: gQ                              4 (7)
     _second_key       keys: gK, gV                                6 (8)
@@ -261,10 +261,10 @@ def _gradient_key(Q, K, V, L, G, DELTA, DK, DV, S, C, offset, group,
 
 
 @triton.jit
-def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, S, C, offset, group,
+def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, DELTA, S, C, offset, group,
              scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
              KEYS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG.
+    """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG, and D = G . O for the kernels after it.
 
     Sdot loses s A . mean(K) per row, which is exact for any constant (sum P = 1) and keeps what keys have in common out of the rounding.
     """
@@ -295,10 +295,12 @@ def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, S, C
         weighted = p * (sd * scale - centre[:, None])
         mu += tl.sum(weighted, 1)
         moved = _add_mix(moved, weighted, v, ACC, PRECISION)
-    moved = _plus(moved, _scaled(_rows(O, own, rows, S, D, DP, PART), -mu, ACC))
+    g, out = _rows(G, own, rows, S, D, DP, PART), _rows(O, own, rows, S, D, DP, PART)
+    moved = _plus(moved, _scaled(out, -mu, ACC))
     _put(GG, own, rows, S, moved, D, DP, PART)
     tl.store(MU + own + rows, mu + centre, mask=rows < S)
-    tl.store(PHI + own + rows, _row_dot(moved, _rows(G, own, rows, S, D, DP, PART), ACC), mask=rows < S)
+    tl.store(PHI + own + rows, _row_dot(moved, g, ACC), mask=rows < S)
+    tl.store(DELTA + own + rows, _row_dot(out, g, ACC), mask=rows < S)
 
 
 @triton.jit
@@ -482,10 +484,9 @@ def double_backward(cotangents: Cotangents, grad: Tensor, q: Tensor, k: Tensor, 
     a, b, c, b_own, c_own = _contiguous(*cotangents)
     grad, q, k, v, k_own, v_own, out = _contiguous(grad, q, k, v, k_own, v_own, out)
     run, keys = _Launcher(q, k, shape, k_own is not None), b is not None
-    delta = (grad.to(log_normalizer.dtype) * out).sum(-1)
-    g_grad, mu, phi = run.like_rows(), run.statistic(), run.statistic()
+    g_grad, mu, phi, delta = run.like_rows(), run.statistic(), run.statistic(), run.statistic()
     mean = run.mean(k)
-    run.over_rows(_tangent, q, k, v, *_or(q, k_own, v_own), out, log_normalizer, grad, a, *_or(q, b, c, b_own, c_own), mean, g_grad, mu, phi,
+    run.over_rows(_tangent, q, k, v, *_or(q, k_own, v_own), out, log_normalizer, grad, a, *_or(q, b, c, b_own, c_own), mean, g_grad, mu, phi, delta,
                   OWN=run.own, KEYS=keys)
     g_k_own = g_v_own = z = ds = None
     if run.own:
