@@ -57,7 +57,8 @@ class WorldModel(nn.Module):
             nn.init.zeros_(self.frame_projection.bias)
         if model.kind == "baseline":
             self.network = BaselineTransformer(model)
-            self.output = Output(width, model.vocabulary_size or config.state.dimension, bias=config.state.kind == "embedding")
+            frames = config.state.kind == "embedding"
+            self.output = Output(width, config.state.dimension if frames else model.vocabulary_size, bias=frames)
             nn.init.xavier_normal_(self.output.weight)
             if self.output.bias is not None:
                 nn.init.zeros_(self.output.bias)
