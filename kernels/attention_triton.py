@@ -13,8 +13,9 @@ A row's phi is G . gG: no second pass over the keys for statistics. No kernel wr
 results are the same every time. The online softmax starts with a query's own key, so that no row is ever without a weight.
 
 Legend: B batch, H query heads, H_kv key heads, S queries, C keys, d head dimension. Tensors are contiguous: (B H S, d) for what belongs to
-queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are float32 (float64 in tests: ACC). DP is d padded to a power of two;
-rows are held as tuples of DP / PART tiles of PART columns, since three TF32 passes over 128 columns at once do not fit the registers.
+queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are float32 (float64 in tests: ACC). DP is d padded (padded_for);
+rows are held as tuples of DP / PART tiles of PART columns: tiles have powers of two of them, 96 columns have not; and three TF32 passes over 128
+columns at once do not fit the registers.
 Scores are multiplied by scale log2(e), so that exp2 serves; L is kept in natural units. PRECISION is tl.dot's input_precision.
 """
 from __future__ import annotations
@@ -29,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_reference import Cotangents, Shape, wide_dtype
-from .attention_tuning import Tile, part_for, tile_for
+from .attention_tuning import Tile, padded_for, part_for, tile_for
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -411,7 +412,7 @@ class _Launcher:
         self.batch, self.heads, self.num_rows, self.d = q.shape
         self.key_heads, self.num_keys = k.shape[1:3]
         self.shape, self.own, self.dtype, self.device = shape, own, q.dtype, q.device
-        padded = max(16, triton.next_power_of_2(self.d))
+        padded = padded_for(self.d)
         self.constants = {"scale": shape.scale, "D": self.d, "DP": padded, "PART": part_for(architecture(self.device), padded, self.dtype),
                           "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
 

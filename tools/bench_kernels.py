@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebwm_kernels import attention_tuning
 from ebwm_kernels.attention_ops import PRODUCTS, resolve_backend, visible_pairs
-from ebwm_kernels.attention_tuning import KERNELS, Tile, tile_for
+from ebwm_kernels.attention_tuning import KERNELS, Tile, padded_for, tile_for
 from ebwm_kernels.energy_attention import energy_attention_definition
 
 LARGEST_EXACT = 2048            # S up to which the float64 result is computed
@@ -205,7 +205,7 @@ def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
                     print(f"    {kernel} {tuple(tile)}: {type(error).__name__}", file=sys.stderr)
             attention_triton.tile_for = tile_for
             best = min(times, key=times.get)
-            now = tile_for(kernel, attention_triton.architecture(problem.q.device), max(16, problem.d), dtype, not own)
+            now = tile_for(kernel, attention_triton.architecture(problem.q.device), padded_for(problem.d), dtype, not own)
             print(json.dumps({"own": own, "kernel": kernel, "S": problem.S, "d": problem.d, "best": list(best), "milliseconds_of_level": times[best],
                               "table": list(now), "milliseconds_of_table": timer(problem.ours(own)[LEVEL_OF[kernel]][0])[0]}), flush=True)
 

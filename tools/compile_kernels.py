@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from ebwm_kernels import attention_triton  # noqa: E402
-from ebwm_kernels.attention_tuning import KERNELS, Tile, part_for, tile_for  # noqa: E402
+from ebwm_kernels.attention_tuning import KERNELS, Tile, padded_for, part_for, tile_for  # noqa: E402
 
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227}      # per block; CUDA programming guide, compute capabilities
 STATISTICS = {"L", "DELTA", "MU", "PHI", "Z", "DS", "MEAN"}
@@ -41,7 +41,7 @@ def compile_kernel(name: str, architecture: str, head_dimension: int, dtype: tor
                    ones: bool = False, tile: Tile | None = None) -> dict:
     """Compile one kernel (KERNELS) and read its machine code; see the module's docstring. ones: sizes that are 1, which a launch makes constants."""
     kernel = getattr(attention_triton, name)
-    padded = max(16, triton.next_power_of_2(head_dimension))
+    padded = padded_for(head_dimension)
     tile = tile or tile_for(name, architecture, padded, dtype, with_keys)
     values = {"scale": head_dimension**-0.5, "D": head_dimension, "DP": padded, "PART": part_for(architecture, padded, dtype), "CAUSAL": causal, "OWN": own, "KEYS": with_keys,
               "ACC": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": tile.rows, "BN": tile.keys}

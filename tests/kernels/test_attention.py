@@ -11,7 +11,7 @@ from ebwm_kernels.attention_reference import ROWS
 
 CASES = [  # B, H, H_kv, S, C, d, offset, own, causal
     Case(1, 1, 1, 1, 1, 16), Case(1, 1, 1, 2, 2, 16), Case(2, 4, 2, 17, 17, 32), Case(1, 2, 1, 64, 64, 64), Case(1, 2, 2, 3, 40, 16, 33),
-    Case(1, 4, 1, 5, 6, 16, 1), Case(1, 2, 1, 1, 50, 128, 49), Case(1, 1, 1, 9, 4, 24, 2), Case(1, 1, 1, 6, 6, 80), Case(1, 1, 1, 20, 20, 256),
+    Case(1, 4, 1, 5, 6, 16, 1), Case(1, 2, 1, 1, 50, 128, 49), Case(1, 1, 1, 9, 4, 24, 2), Case(1, 1, 1, 6, 6, 80), Case(1, 1, 1, 6, 6, 96), Case(1, 1, 1, 20, 20, 256),
     Case(1, 1, 1, 1, 2, 16, 1, False), Case(2, 4, 2, 17, 17, 32, 0, False), Case(1, 2, 1, 33, 40, 16, 7, False), Case(1, 1, 1, 9, 4, 24, 2, False),
     Case(2, 2, 1, 17, 23, 16, 0, False, False), Case(1, 1, 1, 1, 5, 64, 0, False, False),
     Case(1, 1, 1, 130, 130, 8), Case(1, 1, 1, 130, 130, 8, 0, False),
@@ -169,7 +169,7 @@ def test_every_tile_of_the_table_computes_the_same(monkeypatch):
     """The tiles that GPUs get, in the interpreter: sizes that are no multiple of them, heads that share keys."""
     from ebwm_kernels import attention_triton
     for architecture in ("sm_80", "sm_90"):
-        for case in (Case(1, 2, 1, 70, 70, 64), Case(1, 2, 1, 70, 70, 64, 0, False)):
+        for case in (Case(1, 2, 1, 70, 70, 64), Case(1, 2, 1, 70, 70, 64, 0, False), Case(1, 1, 1, 70, 70, 90)):
             monkeypatch.setattr(attention_triton, "architecture", lambda device: architecture)
             monkeypatch.setattr(attention_triton, "tile_for", lambda kernel, a, d, dtype, keys: attention_tuning.tile_for(kernel, a, d, torch.bfloat16, keys))
             check(case, "triton")
