@@ -13,9 +13,9 @@ A row's phi is G . gG: no second pass over the keys for statistics. No kernel wr
 results are the same every time. The online softmax starts with a query's own key, so that no row is ever without a weight.
 
 Legend: B batch, H query heads, H_kv key heads, S queries, C keys, d head dimension. Tensors are contiguous: (B H S, d) for what belongs to
-queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are float32 (float64 in tests: ACC). DP is d padded (padded_for);
-rows are held as tuples of DP / PART tiles of PART columns: tiles have powers of two of them, 96 columns have not; and three TF32 passes over 128
-columns at once do not fit the registers.
+queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are float32 (float64 in tests: ACC). DP is d padded (padded_for); rows
+are held as tuples of DP / PART tiles of PART columns, because a tile has a power of two of them, which 96 is not, and because three TF32 passes
+over 128 columns at once do not fit the registers.
 Scores are multiplied by scale log2(e), so that exp2 serves; L is kept in natural units. PRECISION is tl.dot's input_precision.
 """
 from __future__ import annotations
