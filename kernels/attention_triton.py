@@ -14,8 +14,7 @@ results are the same every time. The online softmax starts with a query's own ke
 
 Legend: B batch, H query heads, H_kv key heads, S queries, C keys, d head dimension. Tensors are contiguous: (B H S, d) for what belongs to
 queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are float32 (float64 in tests: ACC). DP is d padded (padded_for); rows
-are held as tuples of DP / PART tiles of PART columns, because a tile has a power of two of them, which 96 is not, and because three TF32 passes
-over 128 columns at once do not fit the registers.
+are held in DP / PART parts of PART columns (row_tiles.py).
 Scores are multiplied by scale log2(e), so that exp2 serves; L is kept in natural units. PRECISION is tl.dot's input_precision.
 """
 from __future__ import annotations
@@ -31,95 +30,9 @@ from torch import Tensor
 
 from .attention_reference import Cotangents, Shape, wide_dtype
 from .attention_tuning import Tile, padded_for, part_for, tile_for
+from .row_tiles import add_mix, add_scaled, put, row_dot, row_of, rows_of, scaled, scores, zeros
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-
-
-@triton.jit
-def _rows(pointer, first_row, rows, num_rows, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
-    """Rows of a (.., D) tensor from first_row on, in parts (len(rows), PART); zeros beyond num_rows and D."""
-    parts = ()
-    for part in tl.static_range(DP // PART):
-        columns = part * PART + tl.arange(0, PART)
-        mask = rows[:, None] < num_rows
-        if D != DP:
-            mask = mask & (columns[None, :] < D)
-        parts += (tl.load(pointer + first_row * D + rows[:, None] * D + columns[None, :], mask=mask, other=0.0),)
-    return parts
-
-
-@triton.jit
-def _put(pointer, first_row, rows, num_rows, parts, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, factor: tl.constexpr = 1.0):
-    """Write factor * parts where _rows would read them."""
-    for part in tl.static_range(DP // PART):
-        columns = part * PART + tl.arange(0, PART)
-        mask = rows[:, None] < num_rows
-        if D != DP:
-            mask = mask & (columns[None, :] < D)
-        value = (parts[part] * factor).to(pointer.dtype.element_ty)
-        tl.store(pointer + first_row * D + rows[:, None] * D + columns[None, :], value, mask=mask)
-
-
-@triton.jit
-def _vector(pointer, row, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
-    """One row of a (.., D) tensor, in parts (1, PART)."""
-    parts = ()
-    for part in tl.static_range(DP // PART):
-        columns = part * PART + tl.arange(0, PART)
-        parts += (tl.load(pointer + row * D + columns, mask=columns < D, other=0.0)[None, :],)
-    return parts
-
-
-@triton.jit
-def _zeros(num_rows: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr):
-    parts = ()
-    for part in tl.static_range(DP // PART):
-        parts += (tl.zeros([num_rows, PART], ACC),)
-    return parts
-
-
-@triton.jit
-def _scores(left, right, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """left right': every row of the one with every row of the other."""
-    total = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION).to(ACC)
-    for part in tl.static_range(1, len(left)):
-        total += tl.dot(left[part], tl.trans(right[part]), input_precision=PRECISION).to(ACC)
-    return total
-
-
-@triton.jit
-def _add_mix(total, weights, rows, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """total + weights rows."""
-    parts = ()
-    for part in tl.static_range(len(rows)):
-        parts += (total[part] + tl.dot(weights.to(rows[part].dtype), rows[part], input_precision=PRECISION).to(ACC),)
-    return parts
-
-
-@triton.jit
-def _row_dot(left, right, ACC: tl.constexpr):
-    """Every row of the one with the same row of the other."""
-    total = tl.sum(left[0].to(ACC) * right[0].to(ACC), 1)
-    for part in tl.static_range(1, len(left)):
-        total += tl.sum(left[part].to(ACC) * right[part].to(ACC), 1)
-    return total
-
-
-@triton.jit
-def _scaled(rows, factors, ACC: tl.constexpr):
-    """Every row times its own factor."""
-    parts = ()
-    for part in tl.static_range(len(rows)):
-        parts += (factors[:, None] * rows[part].to(ACC),)
-    return parts
-
-
-@triton.jit
-def _plus(left, right):
-    parts = ()
-    for part in tl.static_range(len(left)):
-        parts += (left[part] + right[part],)
-    return parts
 
 
 @triton.jit
@@ -138,7 +51,7 @@ def _visible(rows, keys, C, offset, CAUSAL: tl.constexpr):
 @triton.jit
 def _weights(left, right, normalizer, visible, factor: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """P of a tile, exp(score - L) where a pair exists and 0 elsewhere: of (q, k), or its transpose of (k, q)."""
-    return tl.where(visible, tl.exp2(_scores(left, right, ACC, PRECISION) * factor - normalizer), 0.0)
+    return tl.where(visible, tl.exp2(scores(left, right, ACC, PRECISION) * factor - normalizer), 0.0)
 
 
 @triton.jit
@@ -174,26 +87,26 @@ def _forward(Q, K, V, KO, VO, O, L, S, C, offset, group,
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q = _rows(Q, own, rows, S, D, DP, PART)
+    q = rows_of(Q, own, rows, S, D, DP, PART)
     if OWN:
-        row_max = _row_dot(q, _rows(KO, own, rows, S, D, DP, PART), ACC) * factor
+        row_max = row_dot(q, rows_of(KO, own, rows, S, D, DP, PART), ACC) * factor
         total = tl.full([BM], 1.0, ACC)
-        mixed = _scaled(_rows(VO, own, rows, S, D, DP, PART), total, ACC)
+        mixed = scaled(rows_of(VO, own, rows, S, D, DP, PART), total, ACC)
     else:
         row_max = tl.full([BM], float("-inf"), ACC)
         total = tl.zeros([BM], ACC)
-        mixed = _zeros(BM, DP, PART, ACC)
+        mixed = zeros(BM, DP, PART, ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
-        score = _scores(q, k, ACC, PRECISION) * factor
+        k, v = rows_of(K, seen, keys, C, D, DP, PART), rows_of(V, seen, keys, C, D, DP, PART)
+        score = scores(q, k, ACC, PRECISION) * factor
         score = tl.where(_visible(rows[:, None], keys[None, :], C, offset, CAUSAL), score, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(score, 1))
         weight, shrink = tl.exp2(score - new_max[:, None]), tl.exp2(row_max - new_max)
         total = total * shrink + tl.sum(weight, 1)
-        mixed = _add_mix(_scaled(mixed, shrink, ACC), weight, v, ACC, PRECISION)
+        mixed = add_mix(scaled(mixed, shrink, ACC), weight, v, ACC, PRECISION)
         row_max = new_max
-    _put(O, own, rows, S, _scaled(mixed, 1 / total, ACC), D, DP, PART)
+    put(O, own, rows, S, scaled(mixed, 1 / total, ACC), D, DP, PART)
     tl.store(L + own + rows, (row_max + tl.log2(total)) / LOG2_E, mask=rows < S)
 
 
@@ -209,28 +122,28 @@ def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, o
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q, g = _rows(Q, own, rows, S, D, DP, PART), _rows(G, own, rows, S, D, DP, PART)
+    q, g = rows_of(Q, own, rows, S, D, DP, PART), rows_of(G, own, rows, S, D, DP, PART)
     normalizer = _statistic(L, own, rows, S) * LOG2_E
-    delta = _row_dot(_rows(O, own, rows, S, D, DP, PART), g, ACC)
+    delta = row_dot(rows_of(O, own, rows, S, D, DP, PART), g, ACC)
     tl.store(DELTA + own + rows, delta, mask=rows < S)
     if OWN:         # in the prologue: what it loads is dead before the loop
-        k_own = _rows(KO, own, rows, S, D, DP, PART)
-        p_own = tl.exp2(_row_dot(q, k_own, ACC) * factor - normalizer)
-        ds_own = p_own * (_row_dot(g, _rows(VO, own, rows, S, D, DP, PART), ACC) - delta)
-        _put(DKO, own, rows, S, _scaled(q, ds_own * scale, ACC), D, DP, PART)
-        _put(DVO, own, rows, S, _scaled(g, p_own, ACC), D, DP, PART)
-        dq, left_over = _scaled(k_own, ds_own, ACC), ds_own
+        k_own = rows_of(KO, own, rows, S, D, DP, PART)
+        p_own = tl.exp2(row_dot(q, k_own, ACC) * factor - normalizer)
+        ds_own = p_own * (row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - delta)
+        put(DKO, own, rows, S, scaled(q, ds_own * scale, ACC), D, DP, PART)
+        put(DVO, own, rows, S, scaled(g, p_own, ACC), D, DP, PART)
+        dq, left_over = scaled(k_own, ds_own, ACC), ds_own
     else:
-        dq, left_over = _zeros(BM, DP, PART, ACC), tl.zeros([BM], ACC)
+        dq, left_over = zeros(BM, DP, PART, ACC), tl.zeros([BM], ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
+        k, v = rows_of(K, seen, keys, C, D, DP, PART), rows_of(V, seen, keys, C, D, DP, PART)
         p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
-        ds = (p * (_scores(g, v, ACC, PRECISION) - delta[:, None])).to(Q.dtype.element_ty)
+        ds = (p * (scores(g, v, ACC, PRECISION) - delta[:, None])).to(Q.dtype.element_ty)
         left_over += tl.sum(ds.to(ACC), 1)
-        dq = _add_mix(dq, ds, k, ACC, PRECISION)
-    dq = _plus(dq, _scaled(_vector(MEAN, head // group, D, DP, PART), -left_over, ACC))
-    _put(DQ, own, rows, S, dq, D, DP, PART, scale)
+        dq = add_mix(dq, ds, k, ACC, PRECISION)
+    dq = add_scaled(dq, row_of(MEAN, head // group, D, DP, PART), -left_over, ACC)
+    put(DQ, own, rows, S, dq, D, DP, PART, scale)
 
 
 @triton.jit
@@ -243,22 +156,22 @@ def _gradient_key(Q, K, V, L, G, DELTA, DK, DV, S, C, offset, group,
     keys = first_key + tl.arange(0, BN)
     seen = key_head * C
     factor: tl.constexpr = scale * LOG2_E
-    k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
-    dk, dv = _zeros(BN, DP, PART, ACC), _zeros(BN, DP, PART, ACC)
+    k, v = rows_of(K, seen, keys, C, D, DP, PART), rows_of(V, seen, keys, C, D, DP, PART)
+    dk, dv = zeros(BN, DP, PART, ACC), zeros(BN, DP, PART, ACC)
     start = _first_row(first_key, offset, BM, CAUSAL)
     blocks_per_head = tl.cdiv(tl.maximum(S - start, 0), BM)
     for step in range(0, group * blocks_per_head):      # one loop over heads and rows: two nested ones cost 40 registers
         own = (key_head * group + step // blocks_per_head) * S
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
-        q, g = _rows(Q, own, rows, S, D, DP, PART), _rows(G, own, rows, S, D, DP, PART)
+        q, g = rows_of(Q, own, rows, S, D, DP, PART), rows_of(G, own, rows, S, D, DP, PART)
         normalizer, delta = _statistic(L, own, rows, S) * LOG2_E, _statistic(DELTA, own, rows, S)
         visible = _visible(rows[None, :], keys[:, None], C, offset, CAUSAL) & (rows[None, :] < S)
         p = _weights(k, q, normalizer[None, :], visible, factor, ACC, PRECISION)
-        dv = _add_mix(dv, p, g, ACC, PRECISION)
-        ds = p * (_scores(v, g, ACC, PRECISION) - delta[None, :])
-        dk = _add_mix(dk, ds, q, ACC, PRECISION)
-    _put(DK, seen, keys, C, dk, D, DP, PART, scale)
-    _put(DV, seen, keys, C, dv, D, DP, PART)
+        dv = add_mix(dv, p, g, ACC, PRECISION)
+        ds = p * (scores(v, g, ACC, PRECISION) - delta[None, :])
+        dk = add_mix(dk, ds, q, ACC, PRECISION)
+    put(DK, seen, keys, C, dk, D, DP, PART, scale)
+    put(DV, seen, keys, C, dv, D, DP, PART)
 
 
 @triton.jit
@@ -273,35 +186,36 @@ def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, DELT
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q, a = _rows(Q, own, rows, S, D, DP, PART), _rows(A, own, rows, S, D, DP, PART)
+    q, a = rows_of(Q, own, rows, S, D, DP, PART), rows_of(A, own, rows, S, D, DP, PART)
     normalizer = _statistic(L, own, rows, S) * LOG2_E
-    centre = _row_dot(a, _vector(MEAN, head // group, D, DP, PART), ACC) * scale
+    centre = row_dot(a, row_of(MEAN, head // group, D, DP, PART), ACC) * scale
     if OWN:
-        k_own = _rows(KO, own, rows, S, D, DP, PART)
-        p_own = tl.exp2(_row_dot(q, k_own, ACC) * factor - normalizer)
-        sd_own = scale * (_row_dot(a, k_own, ACC) + _row_dot(q, _rows(BO, own, rows, S, D, DP, PART), ACC)) - centre
+        k_own = rows_of(KO, own, rows, S, D, DP, PART)
+        p_own = tl.exp2(row_dot(q, k_own, ACC) * factor - normalizer)
+        sd_own = scale * (row_dot(a, k_own, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC)) - centre
         mu = p_own * sd_own
-        moved = _plus(_scaled(_rows(VO, own, rows, S, D, DP, PART), mu, ACC), _scaled(_rows(CO, own, rows, S, D, DP, PART), p_own, ACC))
+        moved = scaled(rows_of(VO, own, rows, S, D, DP, PART), mu, ACC)
+        moved = add_scaled(moved, rows_of(CO, own, rows, S, D, DP, PART), p_own, ACC)
     else:
         mu = tl.zeros([BM], ACC)
-        moved = _zeros(BM, DP, PART, ACC)
+        moved = zeros(BM, DP, PART, ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
+        k, v = rows_of(K, seen, keys, C, D, DP, PART), rows_of(V, seen, keys, C, D, DP, PART)
         p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
-        sd = _scores(a, k, ACC, PRECISION)
+        sd = scores(a, k, ACC, PRECISION)
         if KEYS:
-            sd += _scores(q, _rows(B, seen, keys, C, D, DP, PART), ACC, PRECISION)
-            moved = _add_mix(moved, p, _rows(CV, seen, keys, C, D, DP, PART), ACC, PRECISION)
+            sd += scores(q, rows_of(B, seen, keys, C, D, DP, PART), ACC, PRECISION)
+            moved = add_mix(moved, p, rows_of(CV, seen, keys, C, D, DP, PART), ACC, PRECISION)
         weighted = p * (sd * scale - centre[:, None])
         mu += tl.sum(weighted, 1)
-        moved = _add_mix(moved, weighted, v, ACC, PRECISION)
-    g, out = _rows(G, own, rows, S, D, DP, PART), _rows(O, own, rows, S, D, DP, PART)
-    moved = _plus(moved, _scaled(out, -mu, ACC))
-    _put(GG, own, rows, S, moved, D, DP, PART)
+        moved = add_mix(moved, weighted, v, ACC, PRECISION)
+    g, out = rows_of(G, own, rows, S, D, DP, PART), rows_of(O, own, rows, S, D, DP, PART)
+    moved = add_scaled(moved, out, -mu, ACC)
+    put(GG, own, rows, S, moved, D, DP, PART)
     tl.store(MU + own + rows, mu + centre, mask=rows < S)
-    tl.store(PHI + own + rows, _row_dot(moved, g, ACC), mask=rows < S)
-    tl.store(DELTA + own + rows, _row_dot(out, g, ACC), mask=rows < S)
+    tl.store(PHI + own + rows, row_dot(moved, g, ACC), mask=rows < S)
+    tl.store(DELTA + own + rows, row_dot(out, g, ACC), mask=rows < S)
 
 
 @triton.jit
@@ -311,15 +225,15 @@ def _second_own(Q, KO, VO, L, G, A, BO, CO, MU, PHI, DELTA, GKO, GVO, Z, DS, S,
     head, first = _my_rows(S, BM)
     own = head * S
     rows = first + tl.arange(0, BM)
-    q, a, g = _rows(Q, own, rows, S, D, DP, PART), _rows(A, own, rows, S, D, DP, PART), _rows(G, own, rows, S, D, DP, PART)
-    k_own, mu = _rows(KO, own, rows, S, D, DP, PART), _statistic(MU, own, rows, S)
-    p_own = tl.exp2((_row_dot(q, k_own, ACC) * scale - _statistic(L, own, rows, S)) * LOG2_E)
-    sd_own = scale * (_row_dot(a, k_own, ACC) + _row_dot(q, _rows(BO, own, rows, S, D, DP, PART), ACC))
-    slope = _row_dot(g, _rows(VO, own, rows, S, D, DP, PART), ACC) - _statistic(DELTA, own, rows, S)
+    q, a, g = rows_of(Q, own, rows, S, D, DP, PART), rows_of(A, own, rows, S, D, DP, PART), rows_of(G, own, rows, S, D, DP, PART)
+    k_own, mu = rows_of(KO, own, rows, S, D, DP, PART), _statistic(MU, own, rows, S)
+    p_own = tl.exp2((row_dot(q, k_own, ACC) * scale - _statistic(L, own, rows, S)) * LOG2_E)
+    sd_own = scale * (row_dot(a, k_own, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC))
+    slope = row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - _statistic(DELTA, own, rows, S)
     ds, pd = p_own * slope, p_own * (sd_own - mu)
-    z = pd * slope + p_own * (_row_dot(g, _rows(CO, own, rows, S, D, DP, PART), ACC) - _statistic(PHI, own, rows, S))
-    _put(GKO, own, rows, S, _plus(_scaled(q, scale * z, ACC), _scaled(a, scale * ds, ACC)), D, DP, PART)
-    _put(GVO, own, rows, S, _scaled(g, pd, ACC), D, DP, PART)
+    z = pd * slope + p_own * (row_dot(g, rows_of(CO, own, rows, S, D, DP, PART), ACC) - _statistic(PHI, own, rows, S))
+    put(GKO, own, rows, S, add_scaled(scaled(q, scale * z, ACC), a, scale * ds, ACC), D, DP, PART)
+    put(GVO, own, rows, S, scaled(g, pd, ACC), D, DP, PART)
     tl.store(Z + own + rows, z, mask=rows < S)
     tl.store(DS + own + rows, ds, mask=rows < S)
 
@@ -333,34 +247,34 @@ def _second_query(Q, K, V, KO, L, G, A, B, CV, BO, MEAN, MU, PHI, DELTA, Z, DS, 
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q, a, g = _rows(Q, own, rows, S, D, DP, PART), _rows(A, own, rows, S, D, DP, PART), _rows(G, own, rows, S, D, DP, PART)
+    q, a, g = rows_of(Q, own, rows, S, D, DP, PART), rows_of(A, own, rows, S, D, DP, PART), rows_of(G, own, rows, S, D, DP, PART)
     normalizer, mu = _statistic(L, own, rows, S) * LOG2_E, _statistic(MU, own, rows, S)
     phi, delta = _statistic(PHI, own, rows, S), _statistic(DELTA, own, rows, S)
-    gq, left_over = _zeros(BM, DP, PART, ACC), tl.zeros([BM], ACC)
+    gq, left_over = zeros(BM, DP, PART, ACC), tl.zeros([BM], ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
-        k = _rows(K, seen, keys, C, D, DP, PART)
+        k = rows_of(K, seen, keys, C, D, DP, PART)
         p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
-        sd = _scores(a, k, ACC, PRECISION)
+        sd = scores(a, k, ACC, PRECISION)
         if KEYS:        # in this order: others cost up to hundreds of registers
-            b = _rows(B, seen, keys, C, D, DP, PART)
-            sd += _scores(q, b, ACC, PRECISION)
-        ds = p * (_scores(g, _rows(V, seen, keys, C, D, DP, PART), ACC, PRECISION) - delta[:, None])
+            b = rows_of(B, seen, keys, C, D, DP, PART)
+            sd += scores(q, b, ACC, PRECISION)
+        ds = p * (scores(g, rows_of(V, seen, keys, C, D, DP, PART), ACC, PRECISION) - delta[:, None])
         if KEYS:
-            gq = _add_mix(gq, ds, b, ACC, PRECISION)
+            gq = add_mix(gq, ds, b, ACC, PRECISION)
         z = ds * (sd * scale - mu[:, None]) - p * phi[:, None]
         if KEYS:
-            z += p * _scores(g, _rows(CV, seen, keys, C, D, DP, PART), ACC, PRECISION)
+            z += p * scores(g, rows_of(CV, seen, keys, C, D, DP, PART), ACC, PRECISION)
         z = z.to(Q.dtype.element_ty)
         left_over += tl.sum(z.to(ACC), 1)
-        gq = _add_mix(gq, z, k, ACC, PRECISION)
+        gq = add_mix(gq, z, k, ACC, PRECISION)
     if OWN:         # in the epilogue: nothing of it lives through the loop
         z_own = _statistic(Z, own, rows, S)
         left_over += z_own
-        gq = _plus(gq, _scaled(_rows(KO, own, rows, S, D, DP, PART), z_own, ACC))
-        gq = _plus(gq, _scaled(_rows(BO, own, rows, S, D, DP, PART), _statistic(DS, own, rows, S), ACC))
-    gq = _plus(gq, _scaled(_vector(MEAN, head // group, D, DP, PART), -left_over, ACC))
-    _put(GQ, own, rows, S, gq, D, DP, PART, scale)
+        gq = add_scaled(gq, rows_of(KO, own, rows, S, D, DP, PART), z_own, ACC)
+        gq = add_scaled(gq, rows_of(BO, own, rows, S, D, DP, PART), _statistic(DS, own, rows, S), ACC)
+    gq = add_scaled(gq, row_of(MEAN, head // group, D, DP, PART), -left_over, ACC)
+    put(GQ, own, rows, S, gq, D, DP, PART, scale)
 
 
 @triton.jit
@@ -373,34 +287,34 @@ def _second_key(Q, K, V, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, S, C, offset, g
     keys = first_key + tl.arange(0, BN)
     seen = key_head * C
     factor: tl.constexpr = scale * LOG2_E
-    k, v = _rows(K, seen, keys, C, D, DP, PART), _rows(V, seen, keys, C, D, DP, PART)
+    k, v = rows_of(K, seen, keys, C, D, DP, PART), rows_of(V, seen, keys, C, D, DP, PART)
     if KEYS:
-        b, c = _rows(B, seen, keys, C, D, DP, PART), _rows(CV, seen, keys, C, D, DP, PART)
-    gk, gv = _zeros(BN, DP, PART, ACC), _zeros(BN, DP, PART, ACC)
+        b, c = rows_of(B, seen, keys, C, D, DP, PART), rows_of(CV, seen, keys, C, D, DP, PART)
+    gk, gv = zeros(BN, DP, PART, ACC), zeros(BN, DP, PART, ACC)
     start = _first_row(first_key, offset, BM, CAUSAL)
     blocks_per_head = tl.cdiv(tl.maximum(S - start, 0), BM)
     for step in range(0, group * blocks_per_head):      # one loop over heads and rows: two nested ones cost 40 registers
         own = (key_head * group + step // blocks_per_head) * S
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
-        q, a = _rows(Q, own, rows, S, D, DP, PART), _rows(A, own, rows, S, D, DP, PART)
+        q, a = rows_of(Q, own, rows, S, D, DP, PART), rows_of(A, own, rows, S, D, DP, PART)
         normalizer, mu = _statistic(L, own, rows, S) * LOG2_E, _statistic(MU, own, rows, S)
         phi, delta = _statistic(PHI, own, rows, S), _statistic(DELTA, own, rows, S)
         visible = _visible(rows[None, :], keys[:, None], C, offset, CAUSAL) & (rows[None, :] < S)
         p = _weights(k, q, normalizer[None, :], visible, factor, ACC, PRECISION)
-        sd = _scores(k, a, ACC, PRECISION)
+        sd = scores(k, a, ACC, PRECISION)
         if KEYS:
-            sd += _scores(b, q, ACC, PRECISION)
+            sd += scores(b, q, ACC, PRECISION)
         sd = sd * scale - mu[None, :]
-        g = _rows(G, own, rows, S, D, DP, PART)
-        gv = _add_mix(gv, p * sd, g, ACC, PRECISION)
-        ds = p * (_scores(v, g, ACC, PRECISION) - delta[None, :])
-        gk = _add_mix(gk, ds, a, ACC, PRECISION)
+        g = rows_of(G, own, rows, S, D, DP, PART)
+        gv = add_mix(gv, p * sd, g, ACC, PRECISION)
+        ds = p * (scores(v, g, ACC, PRECISION) - delta[None, :])
+        gk = add_mix(gk, ds, a, ACC, PRECISION)
         z = ds * sd - p * phi[None, :]
         if KEYS:
-            z += p * _scores(c, g, ACC, PRECISION)
-        gk = _add_mix(gk, z, q, ACC, PRECISION)
-    _put(GK, seen, keys, C, gk, D, DP, PART, scale)
-    _put(GV, seen, keys, C, gv, D, DP, PART)
+            z += p * scores(c, g, ACC, PRECISION)
+        gk = add_mix(gk, z, q, ACC, PRECISION)
+    put(GK, seen, keys, C, gk, D, DP, PART, scale)
+    put(GV, seen, keys, C, gv, D, DP, PART)
 
 
 # ---------------------------------------------------------------------------------------------------------------- launches

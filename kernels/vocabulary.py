@@ -63,7 +63,8 @@ def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *
     p (rows, V) alone, p is what moves; with x alone, x is; with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a
     model that predicts logits directly.
     clamps: bounds on the change and on x'. keep_state False: x' is not wanted.
-    The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32 or float64, with first-order gradients of weight and hidden, which exist once: a second backward through it raises.
+    The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32 or float64, with first-order gradients
+    of weight and hidden, which exist once: a second backward through it raises.
     sink (V, D): receives weight's gradient of loss_weight * loss now; back-propagate the loss with that weight, for hidden's.
     out (rows, V): memory for x'; its contents are lost also where x' is not kept.
     """

@@ -43,8 +43,8 @@ def compile_kernel(name: str, architecture: str, head_dimension: int, dtype: tor
     kernel = getattr(attention_triton, name)
     padded = padded_for(head_dimension)
     tile = tile or tile_for(name, architecture, padded, dtype, with_keys)
-    values = {"scale": head_dimension**-0.5, "D": head_dimension, "DP": padded, "PART": part_for(architecture, padded, dtype), "CAUSAL": causal, "OWN": own, "KEYS": with_keys,
-              "ACC": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": tile.rows, "BN": tile.keys}
+    values = {"scale": head_dimension**-0.5, "D": head_dimension, "DP": padded, "PART": part_for(architecture, padded, dtype), "CAUSAL": causal,
+              "OWN": own, "KEYS": with_keys, "ACC": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": tile.rows, "BN": tile.keys}
     constants = {n: values[n] for n in kernel.arg_names if n in values}
     if ones:
         constants |= {n: 1 for n in kernel.arg_names if n in SIZES}
@@ -106,14 +106,13 @@ def main() -> int:
     parser.add_argument("--not-causal", action="store_true")
     parser.add_argument("--ones", action="store_true", help="sizes of one, which Triton makes constants")
     parser.add_argument("--variant", nargs="+", type=int, default=[0, 1], help="0: energy_attention, 1: causal_attention")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
     arguments = parser.parse_args()
     work = [(name, architecture, d, getattr(torch, dtype), dict(variant, causal=not arguments.not_causal, ones=arguments.ones,
                                                                 tile=None if tile is None else Tile(*map(int, tile.split(",")))))
             for architecture in arguments.architecture for d in arguments.head_dimension for dtype in arguments.dtype for name in arguments.kernel
             for index, variant in enumerate(variants(name)) if index in arguments.variant for tile in arguments.tile]
     bad = 0
-    with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
+    with multiprocessing.get_context("fork").Pool() as pool:
         for row in pool.imap(_compile, work):
             print(json.dumps(row), flush=True)
             bad += not row["fits"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..accounting import REDUCE_BUCKET
+from ..accounting import REDUCE_BUCKET, count_parameters
 from ..config import Config
 from .distributed import World
 from .optimizer import parameter_groups
@@ -17,8 +17,9 @@ from .schedule import learning_rate_factor
 
 
 def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int, num_parameters: int) -> dict[str, Any]:
-    """What DeepSpeed is given. Gradient clipping is always set: its default is 1.0, not off. So is the bucket that gradients are reduced in: DeepSpeed allocates
-    all of it, half a billion numbers, also for a model that has fewer."""
+    """What DeepSpeed is given. Gradient clipping is always set: its default is 1.0, not off. So is the bucket that gradients are reduced in:
+    DeepSpeed allocates all of it, half a billion numbers, also for a model that has fewer.
+    """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -63,7 +64,8 @@ class Engine:
         optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=options.learning_rate, betas=(options.beta1, options.beta2),
                                       eps=options.epsilon, fused=True)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation, num_parameters=sum(p.numel() for p in model.parameters())))
+            model=model, optimizer=optimizer, config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation,
+                                                                      num_parameters=count_parameters(model)["total"]))
         if config.train.precision == "bf16" and config.deepspeed.zero_stage == 0:
             _forget_rehearsal(self.optimizer)
         if _gathers_itself(config):
