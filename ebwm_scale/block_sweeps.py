@@ -17,6 +17,7 @@ turn comes and drops it after. Their gradients are added to them (to their stand
 
 The observed stream goes the same way, to first order. Source: derived for this project; the test is plain double backward in float64.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -37,11 +38,14 @@ def available(parameters: Iterable[nn.Parameter | Tensor]) -> ContextManager[Non
 @contextlib.contextmanager
 def _gathered(parameters: list[Tensor]) -> Iterator[None]:
     from deepspeed.runtime.zero import GatheredParameters
+
     with GatheredParameters([getattr(p, "stands_for", p) for p in parameters]):
         stand_ins = [p for p in parameters if hasattr(p, "stands_for")]
         for p in stand_ins:
             p.data = p.stands_for.data
-            if not hasattr(p, "source"):        # where the parameter's gradient enters its graph: autograd notes the whole shape now
+            if not hasattr(
+                p, "source"
+            ):  # where the parameter's gradient enters its graph: autograd notes the whole shape now
                 with torch.enable_grad():
                     p.source = p.stands_for.expand_as(p.stands_for)
                 p.source.data = p.data.new_empty(0)
@@ -52,11 +56,20 @@ def _gathered(parameters: list[Tensor]) -> Iterator[None]:
                 p.data = p.data.new_empty(0)
 
 
-def energy_and_gradient(network, embedded: Tensor, context, landscape: int, *, create_graph: bool) -> tuple[Tensor, Tensor]:
+def energy_and_gradient(
+    network, embedded: Tensor, context, landscape: int, *, create_graph: bool
+) -> tuple[Tensor, Tensor]:
     """E (B, s) and g = d(sum E)/d embedded (B, s, D), both differentiable once more under create_graph."""
     modulations, final = network.modulations_of(landscape, predicted=True)
-    layers = [_Layer(layer, (*pair, *(modulation or ())), network.predicted_rotary(embedded, context), context.offset)
-              for layer, pair, modulation in zip(network.layers, context.keys_values, modulations)]
+    layers = [
+        _Layer(
+            layer,
+            (*pair, *(modulation or ())),
+            network.predicted_rotary(embedded, context),
+            context.offset,
+        )
+        for layer, pair, modulation in zip(network.layers, context.keys_values, modulations)
+    ]
     sweep = _Sweep(network, layers, final or ())
     if not create_graph:
         with torch.no_grad():
@@ -67,8 +80,10 @@ def energy_and_gradient(network, embedded: Tensor, context, landscape: int, *, c
 def encode(network, observed: Tensor, landscape: int) -> list[tuple[Tensor, Tensor]]:
     """(K, V) of every layer of observed embeddings (B, S, D); with a graph where gradients are enabled."""
     modulations, _ = network.modulations_of(landscape, predicted=False)
-    layers = [_Layer(layer, tuple(modulation or ()), network.rotary(observed.shape[1], observed), 0)
-              for layer, modulation in zip(network.layers, modulations)]
+    layers = [
+        _Layer(layer, tuple(modulation or ()), network.rotary(observed.shape[1], observed), 0)
+        for layer, modulation in zip(network.layers, modulations)
+    ]
     flat = _Encode.apply(layers, observed, *(u for layer in layers for u in layer.inputs))
     return list(zip(flat[::2], flat[1::2]))
 
@@ -81,14 +96,22 @@ class _Layer:
 
     def predict(self, p: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         from .model.transformer import Modulation
-        return self.block.predict(p, inputs[:2], self.rotary, self.offset, Modulation(*inputs[2:]) if inputs[2:] else None)
+
+        return self.block.predict(
+            p, inputs[:2], self.rotary, self.offset, Modulation(*inputs[2:]) if inputs[2:] else None
+        )
 
     def observe(self, o: Tensor, inputs: tuple[Tensor, ...], *, last: bool) -> tuple[Tensor, ...]:
         """(K, V) and, but for the last block, the stream behind it."""
         from .model.transformer import Modulation
+
         modulation = Modulation(*inputs) if inputs else None
         keys, values = self.block.keys_values(o, self.rotary, modulation)
-        return (keys, values) if last else (keys, values, self.block.observe(o, keys, values, self.rotary, modulation))
+        return (
+            (keys, values)
+            if last
+            else (keys, values, self.block.observe(o, keys, values, self.rotary, modulation))
+        )
 
 
 class _Sweep:
@@ -111,10 +134,20 @@ class _Sweep:
         for layer, p in zip(reversed(self.layers), reversed(streams[:-1])):
             with torch.enable_grad(), available(layer.block.parameters()):
                 p = _leaf(p)
-                slopes.append(torch.autograd.grad(layer.predict(p, tuple(u.detach() for u in layer.inputs)), p, slopes[-1])[0])
+                slopes.append(
+                    torch.autograd.grad(
+                        layer.predict(p, tuple(u.detach() for u in layer.inputs)), p, slopes[-1]
+                    )[0]
+                )
         return energy.detach(), slopes[-1], streams, slopes[::-1]
 
-    def backward(self, streams: list[Tensor], slopes: list[Tensor], on_energy: Tensor | None, on_gradient: Tensor) -> list[Tensor | None]:
+    def backward(
+        self,
+        streams: list[Tensor],
+        slopes: list[Tensor],
+        on_energy: Tensor | None,
+        on_gradient: Tensor,
+    ) -> list[Tensor | None]:
         """Gradients of embedded and of inputs(); those of parameters are added to them."""
         gamma, bends = on_gradient, []
         inputs = [[_leaf(u, u.requires_grad) for u in layer.inputs] for layer in self.layers]
@@ -122,17 +155,23 @@ class _Sweep:
         for layer, own, p, slope in zip(self.layers, inputs, streams, slopes[1:]):
             with available(layer.block.parameters()):
                 p, slope = _leaf(p), _leaf(slope)
-                pulled, = torch.autograd.grad(layer.predict(p, tuple(own)), p, slope, create_graph=True)
+                (pulled,) = torch.autograd.grad(
+                    layer.predict(p, tuple(own)), p, slope, create_graph=True
+                )
                 pulled.backward(gamma)
             gamma, bend = slope.grad, p.grad
             bends.append(bend)
         top = _leaf(streams[-1])
         energy = self.network.score(top, final)
-        slope, = torch.autograd.grad(energy.sum(), top, create_graph=True)
-        outputs, cotangents = ([slope], [gamma]) if on_energy is None else ([slope, energy], [gamma, on_energy])
+        (slope,) = torch.autograd.grad(energy.sum(), top, create_graph=True)
+        outputs, cotangents = (
+            ([slope], [gamma]) if on_energy is None else ([slope, energy], [gamma, on_energy])
+        )
         torch.autograd.backward(outputs, cotangents)
         delta = top.grad
-        for layer, own, p, bend in zip(reversed(self.layers), reversed(inputs), reversed(streams[:-1]), reversed(bends)):
+        for layer, own, p, bend in zip(
+            reversed(self.layers), reversed(inputs), reversed(streams[:-1]), reversed(bends)
+        ):
             with available(layer.block.parameters()):
                 p = _leaf(p)
                 layer.predict(p, tuple(own)).backward(delta)
@@ -152,9 +191,11 @@ class _EnergyGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, on_energy, on_gradient):
         if torch.is_grad_enabled():
-            raise RuntimeError("refinement.checkpoint block: the step's third derivative is not defined; call backward without create_graph=True")
+            raise RuntimeError(
+                "refinement.checkpoint block: the step's third derivative is not defined; call backward without create_graph=True"
+            )
         saved = ctx.saved_tensors
-        streams, slopes = saved[:ctx.num_layers], saved[ctx.num_layers:]
+        streams, slopes = saved[: ctx.num_layers], saved[ctx.num_layers :]
         with torch.enable_grad():
             on_gradient = torch.zeros_like(slopes[0]) if on_gradient is None else on_gradient
             return None, *ctx.sweep.backward(streams, slopes, on_energy, on_gradient)
@@ -167,7 +208,9 @@ class _Encode(torch.autograd.Function):
         streams, keys_values = [observed], []
         for index, layer in enumerate(layers):
             with available(layer.block.parameters()):
-                keys, values, *behind = layer.observe(streams[-1], layer.inputs, last=index + 1 == len(layers))
+                keys, values, *behind = layer.observe(
+                    streams[-1], layer.inputs, last=index + 1 == len(layers)
+                )
             keys_values += [keys, values]
             streams += behind
         ctx.layers = layers
@@ -177,7 +220,9 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         if torch.is_grad_enabled():
-            raise RuntimeError("refinement.checkpoint block: the observed stream has no second derivative; call backward without create_graph=True")
+            raise RuntimeError(
+                "refinement.checkpoint block: the observed stream has no second derivative; call backward without create_graph=True"
+            )
         delta, all_inputs = None, []
         with torch.enable_grad():
             for index in reversed(range(len(ctx.layers))):
@@ -185,7 +230,11 @@ class _Encode(torch.autograd.Function):
                 own = [_leaf(u, u.requires_grad) for u in layer.inputs]
                 with available(layer.block.parameters()):
                     outputs = layer.observe(o, tuple(own), last=index + 1 == len(ctx.layers))
-                    wanted = [(u, g) for u, g in zip(outputs, (*gradients[2 * index:2 * index + 2], delta)) if g is not None]
+                    wanted = [
+                        (u, g)
+                        for u, g in zip(outputs, (*gradients[2 * index : 2 * index + 2], delta))
+                        if g is not None
+                    ]
                     if wanted:
                         torch.autograd.backward(*map(list, zip(*wanted)))
                 delta = o.grad

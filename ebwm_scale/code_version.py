@@ -1,4 +1,5 @@
 """Which code this is: the release, and the commit where it runs from a checkout."""
+
 from __future__ import annotations
 
 import subprocess
@@ -19,6 +20,12 @@ def uncommitted() -> list[str]:
 
 def _git(*arguments: str) -> str:
     try:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -9,6 +9,7 @@
 
 One tensor is in memory at a time, whatever the size of the model.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,7 +26,12 @@ from .data.manifest import MANIFEST_NAME, Manifest, file_sha256
 from .errors import CheckpointError
 from .tensor_files import TensorFile, TensorWriter
 
-WEIGHTS, INDEX, FACTS, TRAINING = "model.safetensors", "model.safetensors.index.json", "conversion.json", "training"
+WEIGHTS, INDEX, FACTS, TRAINING = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "conversion.json",
+    "training",
+)
 MODEL_TYPE = "ebwm"
 Read = Callable[[str], Tensor]
 
@@ -43,14 +49,23 @@ class ModelFolder:
             self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
             entries = self.facts["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}: no complete converted model ({FACTS}: {error})") from None
+            raise CheckpointError(
+                f"{folder}: no complete converted model ({FACTS}: {error})"
+            ) from None
         for name, entry in entries.items() if verify else ():
             path = folder / name
             if not path.is_file() or path.stat().st_size != entry["size"]:
-                raise CheckpointError(f"{path} {'has ' + str(path.stat().st_size) + ' bytes, ' + FACTS + ' says ' + str(entry['size']) if path.is_file() else 'is missing'}")
+                raise CheckpointError(
+                    f"{path} {'has ' + str(path.stat().st_size) + ' bytes, ' + FACTS + ' says ' + str(entry['size']) if path.is_file() else 'is missing'}"
+                )
             if file_sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{path} does not match its hash: damaged")
-        self.files = {name: file for path in _weight_files(folder) for file in [TensorFile(path)] for name in file.names()}
+        self.files = {
+            name: file
+            for path in _weight_files(folder)
+            for file in [TensorFile(path)]
+            for name in file.names()
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: file.shape(name) for name, file in self.files.items()}
@@ -66,8 +81,19 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(mapped.values()))]
 
 
-def write_model(folder: Path, config: Config, shapes: Mapping[str, tuple[int, ...]], read: Read, *, dtype: torch.dtype, source: dict[str, Any], manifest: Manifest | None,
-                max_shard_bytes: int, training: "Training | None" = None, say: Callable[[str], None] = lambda _: None) -> None:
+def write_model(
+    folder: Path,
+    config: Config,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Read,
+    *,
+    dtype: torch.dtype,
+    source: dict[str, Any],
+    manifest: Manifest | None,
+    max_shard_bytes: int,
+    training: "Training | None" = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
     """Write a folder. read(name) gives a weight in its shape; floating point ones are stored as dtype. Raises CheckpointError if the folder is there already.
 
     The folder appears when everything in it is complete.
@@ -80,17 +106,42 @@ def write_model(folder: Path, config: Config, shapes: Mapping[str, tuple[int, ..
     try:
         _write_weights(staging, shapes, read, dtype, max_shard_bytes, say)
         (staging / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        described = {"model_type": MODEL_TYPE, "architectures": ["EbwmModel"], "torch_dtype": str(dtype).removeprefix("torch."), "ebwm": config.to_dict()}
+        described = {
+            "model_type": MODEL_TYPE,
+            "architectures": ["EbwmModel"],
+            "torch_dtype": str(dtype).removeprefix("torch."),
+            "ebwm": config.to_dict(),
+        }
         (staging / "config.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
         if manifest is not None:
             (staging / "data").mkdir()
-            (staging / "data" / MANIFEST_NAME).write_text(json.dumps(manifest.values | {"splits": {}}, indent=1), encoding="utf-8")
+            (staging / "data" / MANIFEST_NAME).write_text(
+                json.dumps(manifest.values | {"splits": {}}, indent=1), encoding="utf-8"
+            )
             for path in manifest.content.files():
                 shutil.copyfile(path, staging / "data" / path.name)
         if training is not None:
             training.write(staging / TRAINING, shapes, max_shard_bytes, say)
-        files = {str(path.relative_to(staging)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(staging.rglob("*")) if path.is_file()}
-        (staging / FACTS).write_text(json.dumps({"format": 1, "dtype": str(dtype).removeprefix("torch."), "source": source, "files": files}, indent=1), encoding="utf-8")
+        files = {
+            str(path.relative_to(staging)): {
+                "size": path.stat().st_size,
+                "sha256": file_sha256(path),
+            }
+            for path in sorted(staging.rglob("*"))
+            if path.is_file()
+        }
+        (staging / FACTS).write_text(
+            json.dumps(
+                {
+                    "format": 1,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "source": source,
+                    "files": files,
+                },
+                indent=1,
+            ),
+            encoding="utf-8",
+        )
         os.replace(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -99,15 +150,26 @@ def write_model(folder: Path, config: Config, shapes: Mapping[str, tuple[int, ..
 class Training:
     """What a run goes on from, beside the weights. read(name, kind) -> flat float32 moment; trainer: trainer.json; replay: the merged buffer, or None."""
 
-    def __init__(self, read: Callable[[str, str], Tensor], trainer: dict[str, Any], replay: dict | None):
+    def __init__(
+        self, read: Callable[[str, str], Tensor], trainer: dict[str, Any], replay: dict | None
+    ):
         self.read, self.trainer, self.replay = read, trainer, replay
 
-    def write(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], max_shard_bytes: int, say: Callable[[str], None]) -> None:
+    def write(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        max_shard_bytes: int,
+        say: Callable[[str], None],
+    ) -> None:
         folder.mkdir()
         for kind in ("exp_avg", "exp_avg_sq"):
             for number, names in enumerate(_groups(shapes, torch.float32, max_shard_bytes)):
                 say(f"{kind} {number + 1}")
-                with TensorWriter(folder / f"{kind}-{number:05d}.safetensors", {name: (torch.float32, shapes[name]) for name in names}) as file:
+                with TensorWriter(
+                    folder / f"{kind}-{number:05d}.safetensors",
+                    {name: (torch.float32, shapes[name]) for name in names},
+                ) as file:
                     for name in names:
                         file.write(name, self.read(name, kind).view(shapes[name]))
         (folder / "trainer.json").write_text(json.dumps(self.trainer, indent=1), encoding="utf-8")
@@ -115,21 +177,41 @@ class Training:
             torch.save(self.replay, folder / "replay.pt")
 
 
-def _write_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], read: Read, dtype: torch.dtype, max_shard_bytes: int, say: Callable[[str], None]) -> None:
+def _write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Read,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    say: Callable[[str], None],
+) -> None:
     groups, done = _groups(shapes, dtype, max_shard_bytes), 0
     mapped, total = {}, sum(torch.Size(shape).numel() for shape in shapes.values())
     for number, names in enumerate(groups):
-        name_of_file = WEIGHTS if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        with TensorWriter(folder / name_of_file, {name: (dtype, shapes[name]) for name in names}) as file:
+        name_of_file = (
+            WEIGHTS
+            if len(groups) == 1
+            else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        )
+        with TensorWriter(
+            folder / name_of_file, {name: (dtype, shapes[name]) for name in names}
+        ) as file:
             for name in names:
                 file.write(name, read(name).to(dtype).view(shapes[name]))
                 mapped[name], done = name_of_file, done + torch.Size(shapes[name]).numel()
         say(f"{name_of_file}: {done / total:.0%} of {total:,} numbers")
     if len(groups) > 1:
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total * dtype.itemsize}, "weight_map": mapped}, indent=1), encoding="utf-8")
+        (folder / INDEX).write_text(
+            json.dumps(
+                {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": mapped}, indent=1
+            ),
+            encoding="utf-8",
+        )
 
 
-def _groups(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
+def _groups(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_bytes: int
+) -> list[list[str]]:
     """Names in their order, as many to a file as fit; a tensor is never cut."""
     groups: list[list[str]] = [[]]
     size = 0

@@ -5,6 +5,7 @@
 
 Weights are compared tensor by tensor, one at a time; up to FULL_BYTES of them also energies, loss and gradients of both models on a fixed batch.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -28,38 +29,91 @@ from .errors import CheckpointError, ConfigError, DataError
 from .loading import build, expected_shapes, refuse_mismatches
 from .noise import NoiseSource
 from .tensor_files import TensorFile, TensorWriter
-from .training.checkpoint import VERSION, SavedState, checkpoint_name, find_latest, load_replay, saved_config, verify
+from .training.checkpoint import (
+    VERSION,
+    SavedState,
+    checkpoint_name,
+    find_latest,
+    load_replay,
+    saved_config,
+    verify,
+)
 
-FULL_BYTES = 2**28          # of weights up to which whole models are built and compared
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+FULL_BYTES = 2**28  # of weights up to which whole models are built and compared
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 Say = Callable[[str], None]
 
 
-def export_run(source: Path, folder: Path, *, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9, training: bool = False, data: Path | None = None, say: Say = print) -> str:
+def export_run(
+    source: Path,
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+    training: bool = False,
+    data: Path | None = None,
+    say: Say = print,
+) -> str:
     """A run's newest good checkpoint (or a checkpoint folder) as a converted folder. training: with what a resumed run needs. Returns what was compared."""
-    saved = verify(source) if (source / "manifest.json").exists() else find_latest(source / "checkpoints", lambda text: say(f"warning: {text}"))
+    saved = (
+        verify(source)
+        if (source / "manifest.json").exists()
+        else find_latest(source / "checkpoints", lambda text: say(f"warning: {text}"))
+    )
     if saved is None:
-        raise CheckpointError(f"{source}: neither a run folder with checkpoints nor a checkpoint folder")
+        raise CheckpointError(
+            f"{source}: neither a run folder with checkpoints nor a checkpoint folder"
+        )
     if training and dtype != "float32":
-        raise ConfigError(f"--dtype {dtype} with --training: a run goes on from its float32 weights; leave one of them out")
+        raise ConfigError(
+            f"--dtype {dtype} with --training: a run goes on from its float32 weights; leave one of them out"
+        )
     config, state = saved_config(saved.folder), SavedState(saved.folder)
     shapes = {name: tuple(shape) for name, shape in state.shapes.items()}
     refuse_mismatches(expected_shapes(config), shapes, saved.folder)
     read = lambda name: state.read(name).view(shapes[name])
     rest = Training(state.read, saved.trainer, load_replay(saved)) if training else None
-    write_model(folder, config, shapes, read, dtype=DTYPES[dtype], source={"checkpoint": str(saved.folder), "step": saved.step, "code": code_version()},
-                manifest=dataset_of(config, data, say), max_shard_bytes=max_shard_bytes, training=rest, say=say)
-    return _checked(folder, lambda: compare(config, read, ModelFolder(folder, verify=False).read, dtype=DTYPES[dtype]), shutil.rmtree)
+    write_model(
+        folder,
+        config,
+        shapes,
+        read,
+        dtype=DTYPES[dtype],
+        source={"checkpoint": str(saved.folder), "step": saved.step, "code": code_version()},
+        manifest=dataset_of(config, data, say),
+        max_shard_bytes=max_shard_bytes,
+        training=rest,
+        say=say,
+    )
+    return _checked(
+        folder,
+        lambda: compare(config, read, ModelFolder(folder, verify=False).read, dtype=DTYPES[dtype]),
+        shutil.rmtree,
+    )
 
 
-def import_run(folder: Path, run: Path, *, zero_stage: int | None = None, world_size: int | None = None, say: Say = print) -> str:
+def import_run(
+    folder: Path,
+    run: Path,
+    *,
+    zero_stage: int | None = None,
+    world_size: int | None = None,
+    say: Say = print,
+) -> str:
     """A run folder that resumes where the exported one stood (`training`), or starts from its weights. Returns what was compared."""
     source = ModelFolder(folder)
     if run.exists():
         raise CheckpointError(f"{run} exists: nothing is overwritten; name a new run folder")
     config = saved_config(folder)
     if zero_stage is not None:
-        config = dataclasses.replace(config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=zero_stage))
+        config = dataclasses.replace(
+            config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=zero_stage)
+        )
     if source.facts["dtype"] not in ("float32",):
         say(f"weights are {source.facts['dtype']}: the run starts from them as float32")
     shapes, moments = source.shapes(), {}
@@ -71,7 +125,9 @@ def import_run(folder: Path, run: Path, *, zero_stage: int | None = None, world_
             file, kind = TensorFile(path), path.name.partition("-")[0]
             moments |= {f"{kind}/{name}": (file, name) for name in file.names()}
     else:
-        say("no training state was exported: the run starts at step 0 with these weights and fresh moments")
+        say(
+            "no training state was exported: the run starts at step 0 with these weights and fresh moments"
+        )
         trainer = {"version": VERSION, "step": 0, "updates": 0.0}
     trainer["world_size"] = world_size or trainer.get("world_size", 1)
     staging = run.with_name(f".{run.name}.partial")
@@ -79,29 +135,65 @@ def import_run(folder: Path, run: Path, *, zero_stage: int | None = None, world_
     target = staging / "checkpoints" / checkpoint_name(trainer["step"])
     target.mkdir(parents=True)
     try:
-        held = {f"weight/{name}": shape for name, shape in shapes.items()} | {name: shapes[name.partition("/")[2]] for name in moments}
-        facts = {"ranges": json.dumps({name: [0, torch.Size(shape).numel()] for name, shape in shapes.items()}), "shapes": json.dumps({k: list(v) for k, v in shapes.items()})}
-        with TensorWriter(target / "state-00000-of-00001.safetensors", {name: (torch.float32, (torch.Size(shape).numel(),)) for name, shape in held.items()}, facts) as file:
+        held = {f"weight/{name}": shape for name, shape in shapes.items()} | {
+            name: shapes[name.partition("/")[2]] for name in moments
+        }
+        facts = {
+            "ranges": json.dumps(
+                {name: [0, torch.Size(shape).numel()] for name, shape in shapes.items()}
+            ),
+            "shapes": json.dumps({k: list(v) for k, v in shapes.items()}),
+        }
+        with TensorWriter(
+            target / "state-00000-of-00001.safetensors",
+            {name: (torch.float32, (torch.Size(shape).numel(),)) for name, shape in held.items()},
+            facts,
+        ) as file:
             for name in held:
                 kind, _, parameter = name.partition("/")
-                tensor = source.read(parameter) if kind == "weight" else moments[name][0].read(parameter)
+                tensor = (
+                    source.read(parameter) if kind == "weight" else moments[name][0].read(parameter)
+                )
                 file.write(name, tensor.float().view(-1))
         if (folder / TRAINING / "replay.pt").exists():
             shutil.copyfile(folder / TRAINING / "replay.pt", target / "replay_rank_0.pt")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (target / "trainer.json").write_text(json.dumps(trainer, indent=1), encoding="utf-8")
-        entries = {path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(target.iterdir())}
-        (target / "manifest.json").write_text(json.dumps({"version": VERSION, "files": entries}, indent=1), encoding="utf-8")
+        entries = {
+            path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(target.iterdir())
+        }
+        (target / "manifest.json").write_text(
+            json.dumps({"version": VERSION, "files": entries}, indent=1), encoding="utf-8"
+        )
         (staging / "checkpoints" / "latest").write_text(target.name + "\n", encoding="utf-8")
         (staging / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         os.replace(staging, run)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     state = SavedState(run / "checkpoints" / target.name)
-    return _checked(run, lambda: compare(config, source.read, lambda name: state.read(name).view(shapes[name]), dtype=torch.float32), shutil.rmtree)
+    return _checked(
+        run,
+        lambda: compare(
+            config,
+            source.read,
+            lambda name: state.read(name).view(shapes[name]),
+            dtype=torch.float32,
+        ),
+        shutil.rmtree,
+    )
 
 
-def import_released(source: Path, folder: Path, *, hparams: Path | None = None, dtype: str = "float32", max_shard_bytes: int = 5 * 10**9, data: Path | None = None, say: Say = print) -> str:
+def import_released(
+    source: Path,
+    folder: Path,
+    *,
+    hparams: Path | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+    data: Path | None = None,
+    say: Say = print,
+) -> str:
     """A released Lightning .ckpt, or a bare state dict (.pt, .safetensors) with its hyper-parameters as JSON, as a converted folder."""
     weights, known = read_released(source)
     if hparams is not None:
@@ -110,18 +202,52 @@ def import_released(source: Path, folder: Path, *, hparams: Path | None = None, 
         except (OSError, ValueError) as error:
             raise ConfigError(f"{hparams}: cannot be read as JSON: {error}") from None
     if not isinstance(known, Mapping):
-        raise ConfigError(f"{source}: a state dict without hyper-parameters; give them with --hparams FILE.json")
+        raise ConfigError(
+            f"{source}: a state dict without hyper-parameters; give them with --hparams FILE.json"
+        )
     try:
-        config = released.config_of(known, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        config = released.config_of(
+            known, {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        )
     except KeyError as error:
-        raise ConfigError(f"{hparams or source}: the hyper-parameters or weights lack {error}") from None
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, context_length=known.get("context_length") or config.data.context_length or 256))
+        raise ConfigError(
+            f"{hparams or source}: the hyper-parameters or weights lack {error}"
+        ) from None
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data,
+            context_length=known.get("context_length") or config.data.context_length or 256,
+        ),
+    )
     ours = released.to_ours(weights)
-    refuse_mismatches(expected_shapes(config), {name: tuple(tensor.shape) for name, tensor in ours.items()}, source)
+    refuse_mismatches(
+        expected_shapes(config),
+        {name: tuple(tensor.shape) for name, tensor in ours.items()},
+        source,
+    )
     shapes = expected_shapes(config)
-    write_model(folder, config, shapes, ours.__getitem__, dtype=DTYPES[dtype], source={"released": str(source), "hyper_parameters": {k: v for k, v in known.items() if _is_plain(v)}},
-                manifest=None if data is None else load_manifest(data), max_shard_bytes=max_shard_bytes, say=say)
-    return _checked(folder, lambda: compare(config, ours.__getitem__, ModelFolder(folder, verify=False).read, dtype=DTYPES[dtype]), shutil.rmtree)
+    write_model(
+        folder,
+        config,
+        shapes,
+        ours.__getitem__,
+        dtype=DTYPES[dtype],
+        source={
+            "released": str(source),
+            "hyper_parameters": {k: v for k, v in known.items() if _is_plain(v)},
+        },
+        manifest=None if data is None else load_manifest(data),
+        max_shard_bytes=max_shard_bytes,
+        say=say,
+    )
+    return _checked(
+        folder,
+        lambda: compare(
+            config, ours.__getitem__, ModelFolder(folder, verify=False).read, dtype=DTYPES[dtype]
+        ),
+        shutil.rmtree,
+    )
 
 
 def export_released(folder: Path, target: Path, *, say: Say = print) -> str:
@@ -130,8 +256,14 @@ def export_released(folder: Path, target: Path, *, say: Say = print) -> str:
         raise CheckpointError(f"{target} exists: nothing is overwritten; name a new file")
     source, config = ModelFolder(folder), saved_config(folder)
     ours = {name: source.read(name) for name in source.files}
-    content = {"state_dict": {f"model.{name}": tensor for name, tensor in released.to_released(ours, config).items()},
-               "hyper_parameters": released.hparams_of(config) | {"context_length": config.data.context_length}, "pytorch-lightning_version": "2.0.0"}
+    content = {
+        "state_dict": {
+            f"model.{name}": tensor for name, tensor in released.to_released(ours, config).items()
+        },
+        "hyper_parameters": released.hparams_of(config)
+        | {"context_length": config.data.context_length},
+        "pytorch-lightning_version": "2.0.0",
+    }
     partial = target.with_name(f".{target.name}.partial")
     try:
         torch.save(content, partial)
@@ -139,7 +271,13 @@ def export_released(folder: Path, target: Path, *, say: Say = print) -> str:
     finally:
         partial.unlink(missing_ok=True)
     again = released.to_ours(read_released(target)[0])
-    return _checked(target, lambda: compare(config, ours.__getitem__, again.__getitem__, dtype=next(iter(ours.values())).dtype), Path.unlink)
+    return _checked(
+        target,
+        lambda: compare(
+            config, ours.__getitem__, again.__getitem__, dtype=next(iter(ours.values())).dtype
+        ),
+        Path.unlink,
+    )
 
 
 def read_released(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -153,22 +291,41 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = next((line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error).splitlines()[0])
-        raise CheckpointError(f"{path}: refused: it holds more than tensors and plain values, and unpickling that could run code ({first.strip()})") from None
+        first = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line),
+            str(error).splitlines()[0],
+        )
+        raise CheckpointError(
+            f"{path}: refused: it holds more than tensors and plain values, and unpickling that could run code ({first.strip()})"
+        ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: no PyTorch file, or a truncated one ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(
+            f"{path}: no PyTorch file, or a truncated one ({str(error).splitlines()[0]})"
+        ) from None
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}: expected a state dict or a Lightning checkpoint")
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}: expected a state dict or a Lightning checkpoint"
+        )
     weights = content.get("state_dict", content)
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    if (
+        not isinstance(weights, Mapping)
+        or not weights
+        or not all(isinstance(tensor, Tensor) for tensor in weights.values())
+    ):
         raise CheckpointError(f"{path}: holds no state dict: expected names and tensors")
-    if all(name.startswith("model.") for name in weights):          # Lightning's module holds the model
+    if all(name.startswith("model.") for name in weights):  # Lightning's module holds the model
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     hparams = content.get("hyper_parameters") if weights is not content else None
     return dict(weights), vars(hparams) if isinstance(hparams, argparse.Namespace) else hparams
 
 
-def compare(config: Config, source: Callable[[str], Tensor], result: Callable[[str], Tensor], *, dtype: torch.dtype) -> str:
+def compare(
+    config: Config,
+    source: Callable[[str], Tensor],
+    result: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype,
+) -> str:
     """What was compared, in words; CheckpointError with the list of what differs.
 
     Every weight has to be the source's in the given precision, bit for bit. Of models of up to FULL_BYTES also energies, loss and gradients have to be equal.
@@ -180,15 +337,26 @@ def compare(config: Config, source: Callable[[str], Tensor], result: Callable[[s
     if wrong:
         raise CheckpointError("the result is not its source:\n  " + "\n  ".join(wrong))
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
-    said = f"{len(shapes)} tensors, {total:,} numbers, equal bit for bit" + ("" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}")
+    said = f"{len(shapes)} tensors, {total:,} numbers, equal bit for bit" + (
+        "" if dtype == torch.float32 else f" in {str(dtype).removeprefix('torch.')}"
+    )
     if 4 * total > FULL_BYTES:
         return said
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    left, right = ({name: read(name).to(dtype).to(wide) for name in shapes} for read in (source, result))
+    left, right = (
+        {name: read(name).to(dtype).to(wide) for name in shapes} for read in (source, result)
+    )
     left, right = (behaviour(config, weights) for weights in (left, right))
-    wrong = [f"{name}: {float(left[name].flatten()[0])} and {float(right[name].flatten()[0])}" for name in left if not torch.equal(left[name], right[name])]
+    wrong = [
+        f"{name}: {float(left[name].flatten()[0])} and {float(right[name].flatten()[0])}"
+        for name in left
+        if not torch.equal(left[name], right[name])
+    ]
     if wrong:
-        raise CheckpointError("on a fixed batch the result behaves differently from its source:\n  " + "\n  ".join(wrong))
+        raise CheckpointError(
+            "on a fixed batch the result behaves differently from its source:\n  "
+            + "\n  ".join(wrong)
+        )
     return said + f"; loss, energies and {len(left) - 2} gradients on a fixed batch equal"
 
 
@@ -199,22 +367,45 @@ def behaviour(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if config.state.kind == "vocabulary":
         states = torch.randint(config.model.vocabulary_size, shape, generator=generator)
     else:
-        states = torch.randn(*shape, config.state.dimension, generator=generator).to(next(iter(weights.values())).dtype)
-    output = model(states[:, :-1], states[:, 1:], sample_ids=torch.arange(2), source=NoiseSource(0, 0), keep_state=None)
+        states = torch.randn(*shape, config.state.dimension, generator=generator).to(
+            next(iter(weights.values())).dtype
+        )
+    output = model(
+        states[:, :-1],
+        states[:, 1:],
+        sample_ids=torch.arange(2),
+        source=NoiseSource(0, 0),
+        keep_state=None,
+    )
     output.loss.backward()
-    return {"loss": output.loss.detach(), "energies": output.energy_per_step if output.energy_per_step is not None else torch.zeros(1),
-            **{f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    return {
+        "loss": output.loss.detach(),
+        "energies": output.energy_per_step
+        if output.energy_per_step is not None
+        else torch.zeros(1),
+        **{
+            f"gradient of {name}": p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        },
+    }
 
 
 def dataset_of(config: Config, data: Path | None, say: Say) -> Manifest | None:
     """The manifest whose tokenizer or encoder the folder is to carry; None, with a word, where it is not there any more."""
-    path = data or config.data.manifest or (config.data.sources[0].manifest if config.data.sources else None)
+    path = (
+        data
+        or config.data.manifest
+        or (config.data.sources[0].manifest if config.data.sources else None)
+    )
     try:
         return load_manifest(path)
     except (DataError, TypeError) as error:
         if data is not None:
             raise
-        say(f"warning: without tokenizer or encoder: {error}; name the dataset with --data to include it")
+        say(
+            f"warning: without tokenizer or encoder: {error}; name the dataset with --data to include it"
+        )
         return None
 
 

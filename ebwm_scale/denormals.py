@@ -1,4 +1,5 @@
 """Denormal numbers as zero: the tails of a softmax over a vocabulary are denormal, and 100 times slower to multiply."""
+
 from __future__ import annotations
 
 import numpy as np

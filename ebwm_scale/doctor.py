@@ -6,6 +6,7 @@
 One line per check: `ok`, `note` (works, but you may want to know) or `MISSING` (a run of this configuration would fail or starve).
 Exit code 0 if nothing is missing, 1 otherwise.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,10 +26,24 @@ from .config import Config, batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece", "webdataset", "PyYAML", "matplotlib")
-OPTIONAL = {"triton": "the Triton kernels of a GPU", "flash-attn": "the fastest observed stream of a GPU", "wandb": "logging.wandb",
-            "submitit": "ebwm_scale.launch", "av": "video shards"}
-COLLECTIVE_S = 120          # for processes that import torch and meet
+NEEDED = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "safetensors",
+    "sentencepiece",
+    "webdataset",
+    "PyYAML",
+    "matplotlib",
+)
+OPTIONAL = {
+    "triton": "the Triton kernels of a GPU",
+    "flash-attn": "the fastest observed stream of a GPU",
+    "wandb": "logging.wandb",
+    "submitit": "ebwm_scale.launch",
+    "av": "video shards",
+}
+COLLECTIVE_S = 120  # for processes that import torch and meet
 COLLECTIVE_MIB = 16
 DISK_MIB = 64
 SLOW_MIB_PER_S = 50
@@ -37,6 +52,7 @@ SLOW_MIB_PER_S = 50
 @dataclass
 class Report:
     """Lines of (verdict, subject, text)."""
+
     lines: list[tuple[str, str, str]] = field(default_factory=list)
 
     def ok(self, subject: str, text: str) -> None:
@@ -55,11 +71,36 @@ class Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=None, metavar="FILE", help="also check its data, memory on disk and what would run")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs are to be written; default: runs")
-    parser.add_argument("--collective", action="store_true", help=argparse.SUPPRESS)        # a process of check_collective
+    parser = argparse.ArgumentParser(
+        prog="python -m ebwm_scale.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="also check its data, memory on disk and what would run",
+    )
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="wins over the file",
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="DIR",
+        help="where runs are to be written; default: runs",
+    )
+    parser.add_argument(
+        "--collective", action="store_true", help=argparse.SUPPRESS
+    )  # a process of check_collective
     options = parser.parse_args(arguments)
     try:
         if options.collective:
@@ -94,14 +135,24 @@ def finish(report: Report, rank: int) -> int:
         print(report.text())
     elif any(verdict == "MISSING" for verdict, _, _ in report.lines):
         print(f"rank {rank} on {os.uname().nodename}:\n{report.text()}")
-    return EXIT_FAILED if any(verdict == "MISSING" for verdict, _, _ in report.lines) else EXIT_FINISHED
+    return (
+        EXIT_FAILED
+        if any(verdict == "MISSING" for verdict, _, _ in report.lines)
+        else EXIT_FINISHED
+    )
 
 
 def check_packages(report: Report) -> None:
     constraints = ROOT / "constraints.txt"
-    tested = dict(line.split("==") for line in constraints.read_text().split() if "==" in line) if constraints.exists() else {}
-    report.ok("python", f"{sys.version.split()[0]}, {sys.executable}") if sys.version_info >= (3, 11) else \
-        report.missing("python", f"{sys.version.split()[0]}: needs 3.11 or newer")
+    tested = (
+        dict(line.split("==") for line in constraints.read_text().split() if "==" in line)
+        if constraints.exists()
+        else {}
+    )
+    report.ok("python", f"{sys.version.split()[0]}, {sys.executable}") if sys.version_info >= (
+        3,
+        11,
+    ) else report.missing("python", f"{sys.version.split()[0]}: needs 3.11 or newer")
     found, absent, other = [], [], []
     for name in NEEDED:
         version = _version(name)
@@ -116,65 +167,116 @@ def check_packages(report: Report) -> None:
         report.missing("packages", f"{', '.join(absent)}: pip install -c constraints.txt -e .")
     if other:
         report.note("packages", "; ".join(other))
-    lacking = [f"{name} ({purpose})" for name, purpose in OPTIONAL.items() if _version(name) is None]
+    lacking = [
+        f"{name} ({purpose})" for name, purpose in OPTIONAL.items() if _version(name) is None
+    ]
     if lacking:
-        report.note("packages", f"not installed, and only needed for what stands beside it: {', '.join(lacking)}")
+        report.note(
+            "packages",
+            f"not installed, and only needed for what stands beside it: {', '.join(lacking)}",
+        )
 
 
 def check_devices(report: Report) -> bool:
     """False if torch cannot be imported: nothing else can be checked then."""
     try:
         import torch
-    except Exception as error:      # a broken installation raises anything
+    except Exception as error:  # a broken installation raises anything
         report.missing("torch", f"cannot be imported: {error}")
         return False
     visible, wanted = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if not torch.cuda.is_available():
-        hidden = shutil.which("nvidia-smi") is not None and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+        hidden = (
+            shutil.which("nvidia-smi") is not None
+            and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+        )
         if hidden:
-            report.missing("GPU", f"nvidia-smi finds one, torch {torch.__version__} does not: it is a build without CUDA, needs another driver, or "
-                           f"CUDA_VISIBLE_DEVICES={wanted} hides it")
+            report.missing(
+                "GPU",
+                f"nvidia-smi finds one, torch {torch.__version__} does not: it is a build without CUDA, needs another driver, or "
+                f"CUDA_VISIBLE_DEVICES={wanted} hides it",
+            )
         else:
-            report.note("GPU", f"none; runs on {os.cpu_count()} CPU cores with gloo" + (f" (CUDA_VISIBLE_DEVICES={wanted} names none that torch can use)" if wanted else ""))
+            report.note(
+                "GPU",
+                f"none; runs on {os.cpu_count()} CPU cores with gloo"
+                + (
+                    f" (CUDA_VISIBLE_DEVICES={wanted} names none that torch can use)"
+                    if wanted
+                    else ""
+                ),
+            )
         return True
     for index in range(visible):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        line = (f"{index}: {properties.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, compute capability {properties.major}.{properties.minor}, "
-                f"bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}")
-        report.ok("GPU", line) if free > 0.9 * total else report.note("GPU", f"{line}; another process uses it")
+        line = (
+            f"{index}: {properties.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, compute capability {properties.major}.{properties.minor}, "
+            f"bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
+        )
+        report.ok("GPU", line) if free > 0.9 * total else report.note(
+            "GPU", f"{line}; another process uses it"
+        )
     return True
 
 
 def check_collective(report: Report) -> None:
     """One process per GPU (two without), each sums over all: what a run's first step does."""
     import torch
-    count = max(2, torch.cuda.device_count()) if not torch.cuda.is_available() else torch.cuda.device_count()
+
+    count = (
+        max(2, torch.cuda.device_count())
+        if not torch.cuda.is_available()
+        else torch.cuda.device_count()
+    )
     from .cluster.tasks import LocalTasks, last_words
+
     with tempfile.TemporaryDirectory() as folder:
-        tasks = LocalTasks(count, [sys.executable, "-m", "ebwm_scale.doctor", "--collective"], Path(folder))
+        tasks = LocalTasks(
+            count, [sys.executable, "-m", "ebwm_scale.doctor", "--collective"], Path(folder)
+        )
         code = tasks.wait(timeout=COLLECTIVE_S)
         said = last_words(Path(folder))
         answer = Path(folder, "rank_0000.log").read_text(errors="replace").strip().splitlines()
     if code == 0:
         report.ok("collective", answer[-1])
     else:
-        report.missing("collective", f"{count} processes on this machine could not sum a tensor within {COLLECTIVE_S} s: {said}")
+        report.missing(
+            "collective",
+            f"{count} processes on this machine could not sum a tensor within {COLLECTIVE_S} s: {said}",
+        )
 
 
 def check_collective_of_job(report: Report, rank: int) -> None:
     """The same with the tasks of this srun."""
     from .cluster.slurm import PORTS, hostnames
+
     os.environ.setdefault("MASTER_ADDR", hostnames(os.environ["SLURM_JOB_NODELIST"])[0])
-    os.environ.setdefault("MASTER_PORT", str(PORTS[(int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])) % len(PORTS)]))
+    os.environ.setdefault(
+        "MASTER_PORT",
+        str(
+            PORTS[(int(os.environ["SLURM_JOB_ID"]) + int(os.environ["SLURM_STEP_ID"])) % len(PORTS)]
+        ),
+    )
     try:
-        done = subprocess.run([sys.executable, "-m", "ebwm_scale.doctor", "--collective"], capture_output=True, text=True, timeout=COLLECTIVE_S)
+        done = subprocess.run(
+            [sys.executable, "-m", "ebwm_scale.doctor", "--collective"],
+            capture_output=True,
+            text=True,
+            timeout=COLLECTIVE_S,
+        )
     except subprocess.TimeoutExpired:
-        report.missing("collective", f"no answer within {COLLECTIVE_S} s: a firewall between the nodes, or the wrong interface; see NCCL_SOCKET_IFNAME "
-                       "(CPUs: GLOO_SOCKET_IFNAME) in slurm/site.sh, and repeat with NCCL_DEBUG=INFO")
+        report.missing(
+            "collective",
+            f"no answer within {COLLECTIVE_S} s: a firewall between the nodes, or the wrong interface; see NCCL_SOCKET_IFNAME "
+            "(CPUs: GLOO_SOCKET_IFNAME) in slurm/site.sh, and repeat with NCCL_DEBUG=INFO",
+        )
         return
     if done.returncode:
-        report.missing("collective", f"{(done.stderr.strip().splitlines() or ['no word'])[-1]}; see slurm/site.sh for the network's variables")
+        report.missing(
+            "collective",
+            f"{(done.stderr.strip().splitlines() or ['no word'])[-1]}; see slurm/site.sh for the network's variables",
+        )
     else:
         report.ok("collective", done.stdout.strip().splitlines()[-1])
 
@@ -184,9 +286,10 @@ def collective() -> str:
     import torch
 
     from .training.distributed import join_world
+
     world = join_world()
     tensor = torch.full((COLLECTIVE_MIB * 2**18,), float(world.rank + 1), device=world.device)
-    for _ in range(2):              # the first one connects
+    for _ in range(2):  # the first one connects
         values = tensor.clone()
         world.barrier()
         start = time.perf_counter()
@@ -197,21 +300,38 @@ def collective() -> str:
         raise RuntimeError(f"the sum over {world.size} ranks is {total}, expected {expected}")
     backend = torch.distributed.get_backend()
     version = f" {'.'.join(map(str, torch.cuda.nccl.version()))}" if backend == "nccl" else ""
-    return (f"{backend}{version}: {world.size} processes summed {COLLECTIVE_MIB} MiB in {1000 * seconds:.1f} ms"
-            + (f", {2 * (world.size - 1) / world.size * COLLECTIVE_MIB / 1024 / seconds:.2f} GiB/s per process" if world.size > 1 else ""))
+    return (
+        f"{backend}{version}: {world.size} processes summed {COLLECTIVE_MIB} MiB in {1000 * seconds:.1f} ms"
+        + (
+            f", {2 * (world.size - 1) / world.size * COLLECTIVE_MIB / 1024 / seconds:.2f} GiB/s per process"
+            if world.size > 1
+            else ""
+        )
+    )
 
 
 def check_slurm(report: Report) -> None:
     if shutil.which("sbatch") is None:
-        report.note("Slurm", "no sbatch here: python, torchrun, deepspeed and ebwm_scale.launch --cluster local work without")
+        report.note(
+            "Slurm",
+            "no sbatch here: python, torchrun, deepspeed and ebwm_scale.launch --cluster local work without",
+        )
         return
     try:
-        done = subprocess.run(["sinfo", "--noheader", "--format=%R %a %l %D nodes %G"], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            ["sinfo", "--noheader", "--format=%R %a %l %D nodes %G"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
     except subprocess.TimeoutExpired:
         report.missing("Slurm", "sinfo does not answer within 30 s")
         return
     if done.returncode:
-        report.note("Slurm", f"sbatch is installed, but there is no cluster to be reached: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        report.note(
+            "Slurm",
+            f"sbatch is installed, but there is no cluster to be reached: {(done.stderr.strip().splitlines() or ['no word'])[-1]}",
+        )
     else:
         report.ok("Slurm", "; ".join(sorted(set(done.stdout.strip().splitlines()))))
 
@@ -224,12 +344,14 @@ def check_disk(report: Report, config: Config | None, run_dir: Path) -> None:
     free = shutil.disk_usage(folder).free
     needed = 0
     if config is not None and (config.model.vocabulary_size or config.state.dimension):
-        kept = config.checkpoint.keep_last + 2          # the best one, and the one being written
-        needed = kept * 12 * _parameters(config)        # weights and two moments in float32
+        kept = config.checkpoint.keep_last + 2  # the best one, and the one being written
+        needed = kept * 12 * _parameters(config)  # weights and two moments in float32
         text = f"{free / 2**30:.0f} GiB free in {folder}; {kept} checkpoints of this model take {needed / 2**30:.1f} GiB"
     else:
         text = f"{free / 2**30:.0f} GiB free in {folder}"
-    report.ok("disk", text) if free > max(2 * needed, 2**30) else report.missing("disk", f"{text}: too little; see checkpoint.keep_last and --run-dir")
+    report.ok("disk", text) if free > max(2 * needed, 2**30) else report.missing(
+        "disk", f"{text}: too little; see checkpoint.keep_last and --run-dir"
+    )
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             block, start = os.urandom(2**20), time.perf_counter()
@@ -239,22 +361,35 @@ def check_disk(report: Report, config: Config | None, run_dir: Path) -> None:
             os.fsync(file.fileno())
             speed = DISK_MIB / (time.perf_counter() - start)
     except OSError as error:
-        report.missing("disk", f"{folder} cannot be written: {error.strerror}; name another --run-dir")
+        report.missing(
+            "disk", f"{folder} cannot be written: {error.strerror}; name another --run-dir"
+        )
         return
     text = f"writes {speed:.0f} MiB/s with fsync"
-    report.ok("disk", text) if speed >= SLOW_MIB_PER_S else report.note("disk", f"{text}: slow; training goes on while a checkpoint is written, but the "
-                                                                        "last save before a time limit must fit into --signal's lead")
+    report.ok("disk", text) if speed >= SLOW_MIB_PER_S else report.note(
+        "disk",
+        f"{text}: slow; training goes on while a checkpoint is written, but the "
+        "last save before a time limit must fit into --signal's lead",
+    )
 
 
 def check_tracking(report: Report, config: Config) -> None:
     if config.logging.wandb != "online":
         return
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
+    known = bool(os.environ.get("WANDB_API_KEY")) or (
+        netrc.exists() and "wandb" in netrc.read_text(errors="replace")
+    )
     if _version("wandb") is None:
-        report.missing("tracking", "logging.wandb is online, and wandb is not installed: pip install -c constraints.txt -e '.[tracking]'")
+        report.missing(
+            "tracking",
+            "logging.wandb is online, and wandb is not installed: pip install -c constraints.txt -e '.[tracking]'",
+        )
     elif not known:
-        report.missing("tracking", "logging.wandb is online, and there is no key: export WANDB_API_KEY, or run `wandb login` once")
+        report.missing(
+            "tracking",
+            "logging.wandb is online, and there is no key: export WANDB_API_KEY, or run `wandb login` once",
+        )
     else:
         report.ok("tracking", "W&B has a key")
 
@@ -264,13 +399,22 @@ def check_data(report: Report, config: Config) -> None:
         report.missing("data", "data.manifest is absent: --set data.manifest=.../manifest.json")
         return
     from .data.shards import open_split
+
     for name in ("train", "validation"):
         try:
-            split = open_split(config.data.manifest, name, verify=config.data.verify, report=lambda text: report.note("data", text))
+            split = open_split(
+                config.data.manifest,
+                name,
+                verify=config.data.verify,
+                report=lambda text: report.note("data", text),
+            )
         except UserError as error:
             report.missing("data", str(error))
             continue
-        report.ok("data", f"{name}: {len(split)} samples in {len(split.manifest.splits[name].shards)} shards, {config.data.verify} verified")
+        report.ok(
+            "data",
+            f"{name}: {len(split)} samples in {len(split.manifest.splits[name].shards)} shards, {config.data.verify} verified",
+        )
 
 
 def check_run(report: Report, config: Config) -> None:
@@ -278,17 +422,31 @@ def check_run(report: Report, config: Config) -> None:
     import torch
 
     from .model.transformer import attention_paths
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        paths = attention_paths(config.model, device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-        report.ok("kernels", "attention of " + ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items()))
+        paths = attention_paths(
+            config.model,
+            device,
+            torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        )
+        report.ok(
+            "kernels",
+            "attention of "
+            + ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items()),
+        )
     except ValueError as error:
         report.missing("kernels", str(error))
     processes = int(os.environ.get("SLURM_NTASKS") or torch.cuda.device_count() or 1)
     try:
-        micro, accumulation = batch_arithmetic(config.train, processes, paired=config.refinement.replay)
-        report.ok("batch", f"{config.train.global_batch_size} samples over {processes} processes: {micro} per forward pass, {accumulation} accumulated; "
-                  f"ZeRO stage {config.deepspeed.zero_stage}, {config.train.precision}")
+        micro, accumulation = batch_arithmetic(
+            config.train, processes, paired=config.refinement.replay
+        )
+        report.ok(
+            "batch",
+            f"{config.train.global_batch_size} samples over {processes} processes: {micro} per forward pass, {accumulation} accumulated; "
+            f"ZeRO stage {config.deepspeed.zero_stage}, {config.train.precision}",
+        )
     except UserError as error:
         report.missing("batch", str(error))
 
@@ -298,6 +456,7 @@ def _parameters(config: Config) -> int:
     import torch
 
     from .model.world_model import WorldModel
+
     with torch.device("meta"):
         return sum(p.numel() for p in WorldModel(config).parameters())
 

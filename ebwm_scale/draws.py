@@ -1,4 +1,5 @@
 """The random numbers of refinement, addressed by (seed, step, sample, position): see noise.py."""
+
 from __future__ import annotations
 
 import copy
@@ -16,12 +17,29 @@ class SampledDraws:
     randomize False (evaluation): no random step sizes, no Langevin noise; x_0 stays random but is always the same for a sample.
     """
 
-    def __init__(self, source: NoiseSource, rules: RefinementConfig, sample_ids: Tensor, shape: tuple[int, int, int], *, kind: str,
-                 noise_scale: float = 1.0, step_size_scale: float = 1.0, randomize: bool = True, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32, start: Tensor | None = None, restart: tuple[Tensor, Tensor] | None = None):
+    def __init__(
+        self,
+        source: NoiseSource,
+        rules: RefinementConfig,
+        sample_ids: Tensor,
+        shape: tuple[int, int, int],
+        *,
+        kind: str,
+        noise_scale: float = 1.0,
+        step_size_scale: float = 1.0,
+        randomize: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        start: Tensor | None = None,
+        restart: tuple[Tensor, Tensor] | None = None,
+    ):
         self.source, self.rules, self.sample_ids, self.kind = source, rules, sample_ids, kind
         self.positions, self.size = slice(0, shape[1]), shape[2]
-        self.noise, self.step_size_scale, self.randomize = rules.noise * noise_scale, step_size_scale, randomize
+        self.noise, self.step_size_scale, self.randomize = (
+            rules.noise * noise_scale,
+            step_size_scale,
+            randomize,
+        )
         self.options = {"device": device, "dtype": dtype}
         self.start, self.restart = start, restart
 
@@ -33,7 +51,9 @@ class SampledDraws:
         if self.restart is not None:
             rows, states = self.restart
             inside = (rows >= samples.start) & (rows < samples.stop)
-            part.restart = (rows[inside] - samples.start, states[inside, positions]) if inside.any() else None
+            part.restart = (
+                (rows[inside] - samples.start, states[inside, positions]) if inside.any() else None
+            )
         return part
 
     def initial(self) -> Tensor:
@@ -43,7 +63,7 @@ class SampledDraws:
             x = torch.zeros(len(self.sample_ids), self._num_positions, self.size, **self.options)
         else:
             x = self._normal(Purpose.INITIAL_STATE)
-        if self.restart is not None:                    # (rows (n,), states (n, S, size)) from the replay buffer
+        if self.restart is not None:  # (rows (n,), states (n, S, size)) from the replay buffer
             rows, states = self.restart
             x[rows] = states.to(**self.options)
         return x
@@ -53,7 +73,9 @@ class SampledDraws:
         r = self.rules.step_size_random_factor
         if not self.randomize or r == 1:
             return self.step_size_scale
-        uniform = self.source.uniform(self.sample_ids, self.positions.stop, purpose=Purpose.STEP_SIZE, **self.options)
+        uniform = self.source.uniform(
+            self.sample_ids, self.positions.stop, purpose=Purpose.STEP_SIZE, **self.options
+        )
         return self.step_size_scale * (1 / r + (r - 1 / r) * uniform[:, self.positions])
 
     def langevin(self, step: int) -> Tensor | None:
@@ -66,5 +88,11 @@ class SampledDraws:
         return self.positions.stop - self.positions.start
 
     def _normal(self, purpose: int) -> Tensor:
-        return self.source.normal(self.sample_ids, self._num_positions, self.size, purpose=purpose, first_position=self.positions.start,
-                                  **self.options)
+        return self.source.normal(
+            self.sample_ids,
+            self._num_positions,
+            self.size,
+            purpose=purpose,
+            first_position=self.positions.start,
+            **self.options,
+        )

@@ -12,6 +12,7 @@ exponential of the mean; video: SmoothL1), with 95 % intervals from a bootstrap 
     foreign      (text) energies of shuffled tokens against real ones: the share of pairs in which the real text has the lower energy; the same for each file of
                  --foreign, another language or program code, beside what the loss (of Transformer++ too) would say
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,31 +36,109 @@ from .thinking import SequenceNoise, SequenceScore, ThinkingRules, Thought, thin
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder")
-    parser.add_argument("--data", metavar="MANIFEST", help="evaluate on the validation split of this dataset instead of the run's")
-    parser.add_argument("--max-samples", type=int, default=256, metavar="N", help="validation samples (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="samples at a time (default %(default)s)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 4, 8], metavar="N", help="numbers of refinement steps (default 1 2 3 4 8)")
-    parser.add_argument("--starts", type=int, nargs="+", default=[1, 2, 4], metavar="K", help="numbers of starts (default 1 2 4)")
-    parser.add_argument("--tolerance", type=float, default=None, metavar="E", help="of early stopping (default: a hundredth of the mean fall of the first step)")
-    parser.add_argument("--foreign", type=Path, nargs="+", default=[], metavar="FILE", help="texts (UTF-8) of another kind, to be told from the validation split")
-    parser.add_argument("--output", type=Path, default=None, metavar="DIR", help="default: the run folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m ebwm_scale.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder"
+    )
+    parser.add_argument(
+        "--data",
+        metavar="MANIFEST",
+        help="evaluate on the validation split of this dataset instead of the run's",
+    )
+    parser.add_argument(
+        "--max-samples",
+        type=int,
+        default=256,
+        metavar="N",
+        help="validation samples (default %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="samples at a time (default %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3, 4, 8],
+        metavar="N",
+        help="numbers of refinement steps (default 1 2 3 4 8)",
+    )
+    parser.add_argument(
+        "--starts",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4],
+        metavar="K",
+        help="numbers of starts (default 1 2 4)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=None,
+        metavar="E",
+        help="of early stopping (default: a hundredth of the mean fall of the first step)",
+    )
+    parser.add_argument(
+        "--foreign",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="texts (UTF-8) of another kind, to be told from the validation split",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=None, metavar="DIR", help="default: the run folder"
+    )
     options = parser.parse_args(arguments)
     try:
         if min(options.max_samples, options.batch_size, *options.steps, *options.starts) < 1:
             raise UserError("--max-samples, --batch-size, --steps and --starts must be at least 1")
-        model, config = load_checkpoint(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
-        sources = [(options.data, 1.0)] if options.data else [(s.manifest, s.weight) for s in config.data.sources] or [(config.data.manifest, 1.0)]
+        model, config = load_checkpoint(
+            options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
+        )
+        sources = (
+            [(options.data, 1.0)]
+            if options.data
+            else [(s.manifest, s.weight) for s in config.data.sources]
+            or [(config.data.manifest, 1.0)]
+        )
         split = open_sources(sources, "validation", verify="sizes")
-        texts = foreign_texts(options.foreign, split.manifest, config.data.context_length, options.max_samples)
-        result = evaluate(model, config, split, max_samples=options.max_samples, batch_size=options.batch_size, steps=options.steps, starts=options.starts,
-                          tolerance=options.tolerance, texts=texts, say=lambda text: print(text, flush=True))
+        texts = foreign_texts(
+            options.foreign, split.manifest, config.data.context_length, options.max_samples
+        )
+        result = evaluate(
+            model,
+            config,
+            split,
+            max_samples=options.max_samples,
+            batch_size=options.batch_size,
+            steps=options.steps,
+            starts=options.starts,
+            tolerance=options.tolerance,
+            texts=texts,
+            say=lambda text: print(text, flush=True),
+        )
         folder = options.output or options.checkpoint
         folder.mkdir(parents=True, exist_ok=True)
-        result = {"checkpoint": str(options.checkpoint), "data": [str(manifest) for manifest, _ in sources]} | provenance(arguments=list(arguments) if arguments else None) | result
+        result = (
+            {
+                "checkpoint": str(options.checkpoint),
+                "data": [str(manifest) for manifest, _ in sources],
+            }
+            | provenance(arguments=list(arguments) if arguments else None)
+            | result
+        )
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
         from .evaluation_page import render
+
         (folder / "evaluation.html").write_text(render(result), encoding="utf-8")
         print(f"{folder / 'evaluation.html'}")
     except UserError as error:
@@ -71,62 +150,131 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> dict[str, Tensor]:
     """{path: token ids (n, length + 1)}, n at most `most` sequences spread over the file. Raises UserError for a file that cannot be read or is too short."""
     if paths and manifest.modality != "text":
-        raise UserError(f"--foreign takes texts, and this is a model of {manifest.modality}: leave it out")
+        raise UserError(
+            f"--foreign takes texts, and this is a model of {manifest.modality}: leave it out"
+        )
     from .data.tokenizer import Tokenizer
+
     texts: dict[str, Tensor] = {}
     for path in paths:
         try:
-            ids = torch.tensor(Tokenizer(manifest.content.tokenizer_path).encode(path.read_text(encoding="utf-8")))
+            ids = torch.tensor(
+                Tokenizer(manifest.content.tokenizer_path).encode(path.read_text(encoding="utf-8"))
+            )
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--foreign {path}: cannot be read as UTF-8 text: {error}") from None
         if len(ids) <= length:
-            raise UserError(f"--foreign {path}: {len(ids)} tokens, and one sequence of this model takes {length + 1}: give a longer text")
-        sequences = ids[:len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
-        texts[str(path)] = sequences[torch.linspace(0, len(sequences) - 1, min(most, len(sequences))).round().long()]
+            raise UserError(
+                f"--foreign {path}: {len(ids)} tokens, and one sequence of this model takes {length + 1}: give a longer text"
+            )
+        sequences = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
+        texts[str(path)] = sequences[
+            torch.linspace(0, len(sequences) - 1, min(most, len(sequences))).round().long()
+        ]
     return texts
 
 
 @torch.no_grad()
-def evaluate(model, config: Config, split, *, max_samples: int, batch_size: int, steps: Sequence[int], starts: Sequence[int], tolerance: float | None = None,
-             texts: dict[str, Tensor] | None = None, say=lambda text: None) -> dict[str, Any]:
+def evaluate(
+    model,
+    config: Config,
+    split,
+    *,
+    max_samples: int,
+    batch_size: int,
+    steps: Sequence[int],
+    starts: Sequence[int],
+    tolerance: float | None = None,
+    texts: dict[str, Tensor] | None = None,
+    say=lambda text: None,
+) -> dict[str, Any]:
     """The content of evaluation.json. split: a validation split; texts: of another kind, name -> token ids (n, S + 1)."""
     observe = Observation(split.manifest, next(model.parameters()).device)
     batches = list(_batches(split, observe, config.data.context_length, max_samples, batch_size))
     num_samples = sum(len(ids) for ids, _, _ in batches)
-    result: dict[str, Any] = {"modality": split.manifest.modality, "kind": config.model.kind, "num_samples": num_samples,
-                              "num_targets": num_samples * config.data.context_length}
+    result: dict[str, Any] = {
+        "modality": split.manifest.modality,
+        "kind": config.model.kind,
+        "num_samples": num_samples,
+        "num_targets": num_samples * config.data.context_length,
+    }
     if config.model.kind == "baseline":
-        errors = torch.cat([_baseline_errors(model, observed, targets) for _, observed, targets in batches])
-        return result | {"loss": _estimate(errors, config)} | _foreign_texts(model, batches, texts or {}, batch_size, seed=0)
+        errors = torch.cat(
+            [_baseline_errors(model, observed, targets) for _, observed, targets in batches]
+        )
+        return (
+            result
+            | {"loss": _estimate(errors, config)}
+            | _foreign_texts(model, batches, texts or {}, batch_size, seed=0)
+        )
     seed, trained = config.train.seed, config.refinement.num_steps
 
     say(f"{num_samples} samples; thinking curves over {', '.join(map(str, steps))} steps")
     result["trained_steps"] = trained
-    result["initial"] = _estimate(torch.cat([_errors(model, SequenceNoise(model, ThinkingRules(seed=seed), ids, observed.shape[1]).initial(_frames(model, observed)), targets)
-                                             for ids, observed, targets in batches]), config)
+    result["initial"] = _estimate(
+        torch.cat(
+            [
+                _errors(
+                    model,
+                    SequenceNoise(model, ThinkingRules(seed=seed), ids, observed.shape[1]).initial(
+                        _frames(model, observed)
+                    ),
+                    targets,
+                )
+                for ids, observed, targets in batches
+            ]
+        ),
+        config,
+    )
     curve, kept = [], {}
     for n in sorted(set(steps) | {trained}):
-        errors, energies = zip(*[_think(model, batch, ThinkingRules(num_steps=n, seed=seed)) for batch in batches])
+        errors, energies = zip(
+            *[_think(model, batch, ThinkingRules(num_steps=n, seed=seed)) for batch in batches]
+        )
         errors = torch.cat(errors)
-        curve.append({"num_steps": n} | _estimate(errors, config) | {"mean_energy": float(torch.cat(energies).mean())})
+        curve.append(
+            {"num_steps": n}
+            | _estimate(errors, config)
+            | {"mean_energy": float(torch.cat(energies).mean())}
+        )
         if n == trained:
             kept = {"errors": errors, "energies": torch.cat(energies)}
     result["steps"] = curve
     result["loss"] = next(point for point in curve if point["num_steps"] == trained)
     paired = next((point for point in curve if point["num_steps"] == 1), None)
     if paired is not None and trained > 1:
-        first = torch.cat([_think(model, batch, ThinkingRules(num_steps=1, seed=seed))[0] for batch in batches])
+        first = torch.cat(
+            [_think(model, batch, ThinkingRules(num_steps=1, seed=seed))[0] for batch in batches]
+        )
         result["gain_of_later_steps"] = interval((first - kept["errors"]).mean(1))
-    accepted = [{"num_steps": n} | _estimate(torch.cat([_think(model, batch, ThinkingRules(num_steps=n, seed=seed, accept_only_if_lower=True))[0] for batch in batches]), config)
-                for n in sorted(set(steps))]
+    accepted = [
+        {"num_steps": n}
+        | _estimate(
+            torch.cat(
+                [
+                    _think(
+                        model,
+                        batch,
+                        ThinkingRules(num_steps=n, seed=seed, accept_only_if_lower=True),
+                    )[0]
+                    for batch in batches
+                ]
+            ),
+            config,
+        )
+        for n in sorted(set(steps))
+    ]
     result["steps_accept_only_if_lower"] = accepted
 
-    result["energy"] = {"rank_correlation_with_error": interval_of_correlation(kept["energies"], kept["errors"]), "tenths": tenths(kept["energies"], kept["errors"])}
+    result["energy"] = {
+        "rank_correlation_with_error": interval_of_correlation(kept["energies"], kept["errors"]),
+        "tenths": tenths(kept["energies"], kept["errors"]),
+    }
     if config.state.initial == "random_noise":
         say(f"starts: {', '.join(map(str, starts))}")
         result.update(_starts(model, config, batches, starts, seed))
     else:
-        result["starts"] = None         # every start is the same: the initial state is not random
+        result["starts"] = None  # every start is the same: the initial state is not random
 
     say("dynamic allocation")
     result["allocation"] = _allocation(model, config, batches, 4 * trained, tolerance, seed)
@@ -136,10 +284,20 @@ def evaluate(model, config: Config, split, *, max_samples: int, batch_size: int,
     return result
 
 
-def _batches(split, observe: Observation, length: int, max_samples: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(
+    split, observe: Observation, length: int, max_samples: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(sample ids, observed, targets)."""
     from .data.loader import validation_batches
-    for batch in validation_batches(split, context_length=length, batch_size=batch_size, max_samples=max_samples, rank=0, world_size=1):
+
+    for batch in validation_batches(
+        split,
+        context_length=length,
+        batch_size=batch_size,
+        max_samples=max_samples,
+        rank=0,
+        world_size=1,
+    ):
         yield batch.sample_ids, *observe(batch.sequences)
 
 
@@ -155,14 +313,32 @@ def _errors(model, state: Tensor, targets: Tensor) -> Tensor:
 def _baseline_errors(model, observed: Tensor, targets: Tensor) -> Tensor:
     prediction = model.output(model.network(model.embed_observed(observed))).float()
     if model.config.state.kind == "embedding":
-        return torch.nn.functional.smooth_l1_loss(prediction, targets.float(), beta=1.0, reduction="none").mean(-1).cpu()
-    return torch.nn.functional.cross_entropy(prediction.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).cpu()
+        return (
+            torch.nn.functional.smooth_l1_loss(
+                prediction, targets.float(), beta=1.0, reduction="none"
+            )
+            .mean(-1)
+            .cpu()
+        )
+    return (
+        torch.nn.functional.cross_entropy(
+            prediction.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        .view(targets.shape)
+        .cpu()
+    )
 
 
 def _thought(model, batch, rules: ThinkingRules, start: int = 0) -> Thought:
     ids, observed, _ = batch
     noise = SequenceNoise(model, rules, ids, observed.shape[1], start)
-    return think(model, SequenceScore(model, model.embed_observed(observed)), noise.initial(_frames(model, observed)), rules, noise=noise)
+    return think(
+        model,
+        SequenceScore(model, model.embed_observed(observed)),
+        noise.initial(_frames(model, observed)),
+        rules,
+        noise=noise,
+    )
 
 
 def _think(model, batch, rules: ThinkingRules, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -176,19 +352,32 @@ def _starts(model, config: Config, batches, starts: Sequence[int], seed: int) ->
     errors, energies = [], []
     for k in range(max(starts)):
         pairs = [_think(model, batch, ThinkingRules(seed=seed), start=k) for batch in batches]
-        errors.append(torch.cat([e for e, _ in pairs])), energies.append(torch.cat([g for _, g in pairs]))
-    errors, energies = torch.stack(errors), torch.stack(energies)              # (K, samples, S)
+        (
+            errors.append(torch.cat([e for e, _ in pairs])),
+            energies.append(torch.cat([g for _, g in pairs])),
+        )
+    errors, energies = torch.stack(errors), torch.stack(energies)  # (K, samples, S)
     rows = []
     for k in sorted(set(starts)):
         best = energies[:k].argmin(0, keepdim=True)
-        rows.append({"num_starts": k} | _estimate(errors[:k].gather(0, best)[0], config) | {"mean_energy": float(energies[:k].amin(0).mean())})
+        rows.append(
+            {"num_starts": k}
+            | _estimate(errors[:k].gather(0, best)[0], config)
+            | {"mean_energy": float(energies[:k].amin(0).mean())}
+        )
     result: dict[str, Any] = {"starts": rows}
     if max(starts) > 1:
-        result["uncertainty"] = {"rank_correlation_of_energy_spread_with_error": interval_of_correlation(energies.std(0), errors.mean(0))}
+        result["uncertainty"] = {
+            "rank_correlation_of_energy_spread_with_error": interval_of_correlation(
+                energies.std(0), errors.mean(0)
+            )
+        }
     return result
 
 
-def _allocation(model, config: Config, batches, num_steps: int, tolerance: float | None, seed: int) -> dict[str, Any]:
+def _allocation(
+    model, config: Config, batches, num_steps: int, tolerance: float | None, seed: int
+) -> dict[str, Any]:
     """Early stopping: steps used by easy and hard positions, and the loss against that of running on."""
     rules = ThinkingRules(num_steps=num_steps, accept_only_if_lower=True, seed=seed, tolerance=0.0)
     on = [_thought(model, batch, rules) for batch in batches]
@@ -196,12 +385,25 @@ def _allocation(model, config: Config, batches, num_steps: int, tolerance: float
         falls = torch.cat([(t.trace[0] - t.trace[1]).flatten() for t in on])
         tolerance = 0.01 * max(float(falls.mean()), 1e-12)
     import dataclasses
-    stopped = [_thought(model, batch, dataclasses.replace(rules, tolerance=tolerance)) for batch in batches]
-    loss_on, loss_stopped = (torch.cat([_errors(model, t.state, b[2]) for t, b in zip(thoughts, batches)]) for thoughts in (on, stopped))
+
+    stopped = [
+        _thought(model, batch, dataclasses.replace(rules, tolerance=tolerance)) for batch in batches
+    ]
+    loss_on, loss_stopped = (
+        torch.cat([_errors(model, t.state, b[2]) for t, b in zip(thoughts, batches)])
+        for thoughts in (on, stopped)
+    )
     steps = torch.cat([t.steps for t in stopped]).double().cpu()
-    return {"max_steps": num_steps, "tolerance": tolerance, "mean_steps": float(steps.mean()), "saved": 1 - float(steps.mean()) / num_steps,
-            "loss_running_on": _estimate(loss_on, config), "loss_stopped": _estimate(loss_stopped, config),
-            "rank_correlation_of_steps_with_error": interval_of_correlation(steps, loss_stopped), "tenths_of_error": tenths(loss_stopped, steps)}
+    return {
+        "max_steps": num_steps,
+        "tolerance": tolerance,
+        "mean_steps": float(steps.mean()),
+        "saved": 1 - float(steps.mean()) / num_steps,
+        "loss_running_on": _estimate(loss_on, config),
+        "loss_stopped": _estimate(loss_stopped, config),
+        "rank_correlation_of_steps_with_error": interval_of_correlation(steps, loss_stopped),
+        "tenths_of_error": tenths(loss_stopped, steps),
+    }
 
 
 def _foreign(model, batches, seed: int) -> dict[str, Any]:
@@ -211,19 +413,31 @@ def _foreign(model, batches, seed: int) -> dict[str, Any]:
     for _, observed, targets in batches:
         real.append(_energies(model, observed, targets))
         tokens = torch.cat([observed, targets[:, -1:]], 1)
-        order = torch.stack([torch.randperm(tokens.shape[1], generator=generator) for _ in range(len(tokens))]).to(tokens.device)
+        order = torch.stack(
+            [torch.randperm(tokens.shape[1], generator=generator) for _ in range(len(tokens))]
+        ).to(tokens.device)
         tokens = tokens.gather(1, order)
         shuffled.append(_energies(model, tokens[:, :-1], tokens[:, 1:]))
     real, shuffled = torch.cat(real), torch.cat(shuffled)
-    return {"mean_energy_real": interval(real), "mean_energy_shuffled": interval(shuffled), "share_of_pairs_in_which_real_is_lower": _share_lower(real, shuffled)}
+    return {
+        "mean_energy_real": interval(real),
+        "mean_energy_shuffled": interval(shuffled),
+        "share_of_pairs_in_which_real_is_lower": _share_lower(real, shuffled),
+    }
 
 
-def _foreign_texts(model, batches, texts: dict[str, Tensor], batch_size: int, seed: int) -> dict[str, Any]:
+def _foreign_texts(
+    model, batches, texts: dict[str, Tensor], batch_size: int, seed: int
+) -> dict[str, Any]:
     """Validation sequences against those of other texts, by energy and by loss."""
+
     def of(observed: Tensor, targets: Tensor, ids: Tensor) -> dict[str, Tensor]:
         if model.config.model.kind == "baseline":
             return {"loss": _baseline_errors(model, observed, targets).mean(1)}
-        return {"energy": _energies(model, observed, targets), "loss": _think(model, (ids, observed, targets), ThinkingRules(seed=seed))[0].mean(1)}
+        return {
+            "energy": _energies(model, observed, targets),
+            "loss": _think(model, (ids, observed, targets), ThinkingRules(seed=seed))[0].mean(1),
+        }
 
     def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -234,21 +448,41 @@ def _foreign_texts(model, batches, texts: dict[str, Tensor], batch_size: int, se
     real = together([of(observed, targets, ids) for ids, observed, targets in batches])
     for name, tokens in texts.items():
         ids = torch.arange(len(tokens))
-        other = together([of(part[:, :-1], part[:, 1:], ids[:len(part)]) for part in tokens.to(device).split(batch_size)])
-        rows.append({"name": name, "num_samples": len(tokens)} | {f"mean_{what}": interval(value) for what, value in other.items()}
-                    | {f"share_of_pairs_in_which_real_has_lower_{what}": _share_lower(real[what], value) for what, value in other.items()})
+        other = together(
+            [
+                of(part[:, :-1], part[:, 1:], ids[: len(part)])
+                for part in tokens.to(device).split(batch_size)
+            ]
+        )
+        rows.append(
+            {"name": name, "num_samples": len(tokens)}
+            | {f"mean_{what}": interval(value) for what, value in other.items()}
+            | {
+                f"share_of_pairs_in_which_real_has_lower_{what}": _share_lower(real[what], value)
+                for what, value in other.items()
+            }
+        )
     return {"foreign_texts": rows}
 
 
 def _energies(model, observed: Tensor, targets: Tensor) -> Tensor:
     """(B,) mean energy of the true next tokens, as certain predictions."""
     certain = model.state.weight[targets.clamp(min=0)]
-    return SequenceScore(model, model.embed_observed(observed))(certain, model.network.num_landscapes - 1).mean(1).float().cpu()
+    return (
+        SequenceScore(model, model.embed_observed(observed))(
+            certain, model.network.num_landscapes - 1
+        )
+        .mean(1)
+        .float()
+        .cpu()
+    )
 
 
 def _share_lower(real: Tensor, other: Tensor) -> dict[str, float]:
     """Of all pairs, those in which the real sequence has the lower value; equal ones count half."""
-    return interval(((real[:, None] < other[None]).double() + 0.5 * (real[:, None] == other[None])).mean(1))
+    return interval(
+        ((real[:, None] < other[None]).double() + 0.5 * (real[:, None] == other[None])).mean(1)
+    )
 
 
 def _estimate(errors: Tensor, config: Config) -> dict[str, Any]:

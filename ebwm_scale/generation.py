@@ -7,6 +7,7 @@
 A prompt longer than the context is cut to its end; a row that has filled the context goes on with its later half (prefilled again), so a
 position costs the same however long the text becomes.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .thinking import CachedScore, NextNoise, ThinkingRules, Thought, lowest, th
 @dataclass
 class Prediction:
     """state (B, size): logits of text, an embedding of video; energy (B,), start (B,) and thought of an energy model."""
+
     state: Tensor
     energy: Tensor | None = None
     start: Tensor | None = None
@@ -37,19 +39,38 @@ class Session:
     final energy, unless several starts are compared by it. Raises UserError for an empty prompt.
     """
 
-    def __init__(self, model: WorldModel, prompts: Sequence[Tensor], rules: ThinkingRules = ThinkingRules(), *, sample_ids: Tensor | None = None, energies: bool = True):
+    def __init__(
+        self,
+        model: WorldModel,
+        prompts: Sequence[Tensor],
+        rules: ThinkingRules = ThinkingRules(),
+        *,
+        sample_ids: Tensor | None = None,
+        energies: bool = True,
+    ):
         if any(len(prompt) == 0 for prompt in prompts) or not prompts:
-            raise UserError("an empty prompt has no position to continue from; give at least one token or frame")
+            raise UserError(
+                "an empty prompt has no position to continue from; give at least one token or frame"
+            )
         self.model, self.rules, self.context_length = model, rules, model.config.data.context_length
         self.with_energy = energies or rules.num_starts > 1
-        self.is_energy, self.is_text = model.config.model.kind == "energy", model.config.state.kind == "vocabulary"
+        self.is_energy, self.is_text = (
+            model.config.model.kind == "energy",
+            model.config.state.kind == "vocabulary",
+        )
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
-        self.rows = [prompt[-self.context_length:].to(self.device) for prompt in prompts]
-        landscapes = set(model.landscapes(rules.num_steps or model.config.refinement.num_steps)) if self.is_energy else {0}
+        self.rows = [prompt[-self.context_length :].to(self.device) for prompt in prompts]
+        landscapes = (
+            set(model.landscapes(rules.num_steps or model.config.refinement.num_steps))
+            if self.is_energy
+            else {0}
+        )
         self.landscapes = {0} if not self.is_energy or model.network.shares_context else landscapes
         self.caches: dict[int, ObservedCache] = {}
-        self.positions_computed = 0         # observed positions that went through the network, per landscape
+        self.positions_computed = (
+            0  # observed positions that went through the network, per landscape
+        )
         self._prefill()
 
     @torch.no_grad()
@@ -60,7 +81,14 @@ class Session:
         lengths = torch.tensor([len(row) for row in self.rows])
         noise = NextNoise(self.model, self.rules, self.sample_ids, lengths - 1)
         last = None if self.is_text else torch.stack([row[-1] for row in self.rows])[:, None]
-        thought = think(self.model, CachedScore(self.model, self.caches, self.last), noise.initial(last), self.rules, noise=noise, with_energy=self.with_energy)
+        thought = think(
+            self.model,
+            CachedScore(self.model, self.caches, self.last),
+            noise.initial(last),
+            self.rules,
+            noise=noise,
+            with_energy=self.with_energy,
+        )
         if thought.energy is None:
             return Prediction(thought.state[:, 0], thought=thought)
         state, energy, start = lowest(thought)
@@ -69,12 +97,20 @@ class Session:
     @torch.no_grad()
     def accept(self, chosen: Tensor) -> None:
         """The next observed position of every row: tokens (B,) or states (B, dimension)."""
-        self.rows = [torch.cat([row, new[None].to(row)]) for row, new in zip(self.rows, chosen.to(self.device))]
+        self.rows = [
+            torch.cat([row, new[None].to(row)])
+            for row, new in zip(self.rows, chosen.to(self.device))
+        ]
         if any(len(row) > self.context_length for row in self.rows):
-            self.rows = [row[-max(1, self.context_length // 2):] if len(row) > self.context_length else row for row in self.rows]
+            self.rows = [
+                row[-max(1, self.context_length // 2) :] if len(row) > self.context_length else row
+                for row in self.rows
+            ]
             self._prefill()
             return
-        self.last = self.model.embed_observed(torch.stack([row[-1] for row in self.rows])[:, None])[:, 0]
+        self.last = self.model.embed_observed(torch.stack([row[-1] for row in self.rows])[:, None])[
+            :, 0
+        ]
         for cache in self.caches.values():
             hidden = cache.append(self.last)
         self.hidden = hidden
@@ -86,7 +122,10 @@ class Session:
         padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
         embedded = self.model.embed_observed(padded)
         self.last = embedded[torch.arange(len(self.rows)), lengths - 1]
-        self.caches = {landscape: ObservedCache(self.model.network, self.context_length, landscape) for landscape in self.landscapes}
+        self.caches = {
+            landscape: ObservedCache(self.model.network, self.context_length, landscape)
+            for landscape in self.landscapes
+        }
         for cache in self.caches.values():
             hidden = cache.prefill(embedded, lengths)
         self.hidden = hidden
@@ -96,6 +135,7 @@ class Session:
 @dataclass(frozen=True)
 class Sampling:
     """temperature 0: the most probable token. top_k, top_p: only the k most probable, only the fewest that hold probability p."""
+
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -112,10 +152,14 @@ class Sampling:
     def distribution(self, logits: Tensor) -> Tensor:
         """Probabilities (B, V) of the next token given logits (B, V)."""
         if self.temperature == 0:
-            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(torch.float64)
+            return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(
+                torch.float64
+            )
         probabilities = (logits.double() / self.temperature).softmax(-1)
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            probabilities = torch.where(probabilities >= probabilities.topk(self.top_k).values[:, -1:], probabilities, 0)
+            probabilities = torch.where(
+                probabilities >= probabilities.topk(self.top_k).values[:, -1:], probabilities, 0
+            )
         if self.top_p is not None:
             ordered, places = probabilities.sort(-1, descending=True)
             ordered = ordered / ordered.sum(-1, keepdim=True)
@@ -124,15 +168,25 @@ class Sampling:
         return probabilities / probabilities.sum(-1, keepdim=True)
 
 
-def continue_texts(model: WorldModel, prompts: Sequence[Tensor], count: int, *, rules: ThinkingRules = ThinkingRules(), sampling: Sampling = Sampling(),
-                   end: int | None = None, energies: bool = True) -> Iterator[tuple[Tensor, Prediction]]:
+def continue_texts(
+    model: WorldModel,
+    prompts: Sequence[Tensor],
+    count: int,
+    *,
+    rules: ThinkingRules = ThinkingRules(),
+    sampling: Sampling = Sampling(),
+    end: int | None = None,
+    energies: bool = True,
+) -> Iterator[tuple[Tensor, Prediction]]:
     """(tokens (B,), what they were taken from) for each of at most `count` positions; ends when every row has had the token `end`."""
     session = Session(model, prompts, rules, energies=energies)
     generator = torch.Generator().manual_seed(sampling.seed)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     for index in range(count):
         prediction = session.predict()
-        tokens = torch.multinomial(sampling.distribution(prediction.state.cpu()), 1, generator=generator)[:, 0]
+        tokens = torch.multinomial(
+            sampling.distribution(prediction.state.cpu()), 1, generator=generator
+        )[:, 0]
         yield tokens, prediction
         ended |= tokens == end if end is not None else False
         if bool(ended.all()) or index + 1 == count:
@@ -140,8 +194,14 @@ def continue_texts(model: WorldModel, prompts: Sequence[Tensor], count: int, *, 
         session.accept(tokens)
 
 
-def continue_states(model: WorldModel, prompts: Sequence[Tensor], count: int, *, rules: ThinkingRules = ThinkingRules(),
-                    sample_ids: Tensor | None = None) -> Tensor:
+def continue_states(
+    model: WorldModel,
+    prompts: Sequence[Tensor],
+    count: int,
+    *,
+    rules: ThinkingRules = ThinkingRules(),
+    sample_ids: Tensor | None = None,
+) -> Tensor:
     """`count` further states (B, count, dimension) of clips, each predicted from those before it."""
     session, states = Session(model, prompts, rules, sample_ids=sample_ids, energies=False), []
     for index in range(count):
@@ -164,9 +224,12 @@ def candidate_energies(model: WorldModel, observed: Tensor, embedded: Tensor) ->
 def samples_to_look_at(model: WorldModel, split, *, seed: int) -> dict[str, Any]:
     """What samples.json holds beside the step: {"continuations": [...]} of text, {"clips": [...]} of video."""
     from .data.mixing import MixedSplit
+
     split = split.parts[0] if isinstance(split, MixedSplit) else split
     if split.manifest.modality == "video":
         from .samples_video import sample_clips
+
         return {"clips": sample_clips(model, split, seed=seed)}
     from .samples_text import sample_continuations
+
     return {"continuations": sample_continuations(model, split, seed=seed)}

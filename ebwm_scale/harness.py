@@ -5,6 +5,7 @@
 is the harness's own command line with the model `ebwm` registered. model_args: checkpoint (required), data (a manifest, if the dataset has moved),
 batch_size, device, and the fields of ThinkingRules (num_steps, step_size, noise, num_starts, accept_only_if_lower, tolerance, seed).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,25 +23,47 @@ from .scoring import Scorer
 from .think import manifest_of
 from .thinking import ThinkingRules
 
-MAX_NEW = 256       # tokens, where a task does not say
+MAX_NEW = 256  # tokens, where a task does not say
 
 
 @register_model("ebwm")
 class HarnessModel(LM):
     """A run or checkpoint of ours as the harness sees it: text in, log-likelihoods and text out."""
 
-    def __init__(self, checkpoint: str, data: str | None = None, batch_size: int | str = 8, device: str | None = None, max_batch_size: Any = None, **thinking: Any):
+    def __init__(
+        self,
+        checkpoint: str,
+        data: str | None = None,
+        batch_size: int | str = 8,
+        device: str | None = None,
+        max_batch_size: Any = None,
+        **thinking: Any,
+    ):
         super().__init__()
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, config = load_checkpoint(checkpoint, device=self._device)
         if config.model.kind == "baseline" and thinking:
-            raise UserError(f"{', '.join(thinking)}: a Transformer++ does not think; leave it out of model_args, or take an energy model")
+            raise UserError(
+                f"{', '.join(thinking)}: a Transformer++ does not think; leave it out of model_args, or take an energy model"
+            )
         try:
             self.rules = ThinkingRules(**{"seed": config.train.seed} | thinking)
         except TypeError as error:
-            raise UserError(f"model_args: {error}; known are checkpoint, data, batch_size, device and {', '.join(ThinkingRules.__dataclass_fields__)}") from None
-        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8       # the harness may say "auto"
-        tokenizer = Tokenizer(manifest_of(argparse.Namespace(data=data, checkpoint=checkpoint), config).content.tokenizer_path) if config.state.kind == "vocabulary" else None
+            raise UserError(
+                f"model_args: {error}; known are checkpoint, data, batch_size, device and {', '.join(ThinkingRules.__dataclass_fields__)}"
+            ) from None
+        self.batch_size = (
+            int(batch_size) if str(batch_size).isdigit() else 8
+        )  # the harness may say "auto"
+        tokenizer = (
+            Tokenizer(
+                manifest_of(
+                    argparse.Namespace(data=data, checkpoint=checkpoint), config
+                ).content.tokenizer_path
+            )
+            if config.state.kind == "vocabulary"
+            else None
+        )
         self.scorer = Scorer(self.model, tokenizer, self.rules, batch_size=self.batch_size)
 
     @property
@@ -48,12 +71,18 @@ class HarnessModel(LM):
         return str(self.scorer.tokenizer.path)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        scores = [(score.log_likelihood, score.is_greedy) for score in self.scorer.score([request.args for request in requests])]
+        scores = [
+            (score.log_likelihood, score.is_greedy)
+            for score in self.scorer.score([request.args for request in requests])
+        ]
         self._remember("loglikelihood", requests, scores)
         return scores
 
     def loglikelihood_rolling(self, requests) -> list[float]:
-        scores = [score.log_likelihood for score in self.scorer.score([("", request.args[0]) for request in requests])]
+        scores = [
+            score.log_likelihood
+            for score in self.scorer.score([("", request.args[0]) for request in requests])
+        ]
         self._remember("loglikelihood_rolling", requests, scores)
         return scores
 
@@ -66,18 +95,30 @@ class HarnessModel(LM):
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         sampled = options.get("do_sample", False) or options.get("temperature", 0) > 0
-        sampling = Sampling(options.get("temperature", 1.0) if sampled else 0.0, options.get("top_k"), options.get("top_p"), self.rules.seed)
+        sampling = Sampling(
+            options.get("temperature", 1.0) if sampled else 0.0,
+            options.get("top_k"),
+            options.get("top_p"),
+            self.rules.seed,
+        )
         tokenizer = self.scorer.tokenizer
         tokens = torch.tensor(tokenizer.encode(prompt) or [tokenizer.eos_id])
         new, text = [], ""
-        for chosen, _ in continue_texts(self.model, [tokens], options.get("max_gen_toks", MAX_NEW), rules=self.rules, sampling=sampling, end=tokenizer.eos_id):
+        for chosen, _ in continue_texts(
+            self.model,
+            [tokens],
+            options.get("max_gen_toks", MAX_NEW),
+            rules=self.rules,
+            sampling=sampling,
+            end=tokenizer.eos_id,
+        ):
             if int(chosen) == tokenizer.eos_id:
                 break
             new.append(int(chosen))
             text = tokenizer.decode(new)
             ends = [text.index(stop) for stop in until if stop in text]
             if ends:
-                return text[:min(ends)]
+                return text[: min(ends)]
         return text
 
     def _remember(self, kind: str, requests, answers) -> None:
@@ -87,4 +128,5 @@ class HarnessModel(LM):
 
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
+
     cli_evaluate()

@@ -8,6 +8,7 @@
 A run's folder holds its resolved configuration and the code version before it is submitted, and the run reads that configuration: what is
 edited later does not reach it. Jobs are preempted, requeued and given up as docs/cluster.md says.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,23 +28,79 @@ from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ebwm_scale.launch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", metavar="FILE", help="YAML, see configs/")
     what.add_argument("--status", type=Path, metavar="DIR", help="of a sweep or a run")
-    what.add_argument("--resubmit", type=Path, metavar="DIR", help="the failed and lost runs of a sweep, or a run")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
-    parser.add_argument("--sweep", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE,VALUE", help="every combination of all values")
-    parser.add_argument("--sweep-file", metavar="FILE", help="YAML with named sets of overrides, crossed with --sweep; see ebwm_scale/cluster/sweep.py")
-    parser.add_argument("--run-dir", type=Path, default=None, metavar="DIR", help="of the run, or above the runs of a sweep; default: runs/<configuration>")
+    what.add_argument(
+        "--resubmit", type=Path, metavar="DIR", help="the failed and lost runs of a sweep, or a run"
+    )
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="wins over the file",
+    )
+    parser.add_argument(
+        "--sweep",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE,VALUE",
+        help="every combination of all values",
+    )
+    parser.add_argument(
+        "--sweep-file",
+        metavar="FILE",
+        help="YAML with named sets of overrides, crossed with --sweep; see ebwm_scale/cluster/sweep.py",
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="of the run, or above the runs of a sweep; default: runs/<configuration>",
+    )
     parser.add_argument("--nodes", type=int, default=None, help="default: 1")
-    parser.add_argument("--gpus-per-node", type=int, default=None, help="one task each; default: 8 on Slurm, this machine's with --cluster local")
-    parser.add_argument("--tasks-per-node", type=int, default=None, help="default: one per GPU, one without GPUs")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=None,
+        help="one task each; default: 8 on Slurm, this machine's with --cluster local",
+    )
+    parser.add_argument(
+        "--tasks-per-node", type=int, default=None, help="default: one per GPU, one without GPUs"
+    )
     parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm")
-    parser.add_argument("--minutes", type=int, default=None, help="Slurm's time limit of an attempt; default: 1440")
-    parser.add_argument("--parallel", type=int, default=None, help="runs of a sweep at a time; default: 64 on Slurm, 1 locally")
-    parser.add_argument("--slurm", action="extend", nargs="+", default=[], metavar="OPTION=VALUE", help="further options of sbatch: partition=gpu qos=high")
-    parser.add_argument("--dry-run", action="store_true", help="print the runs and the job script, have Slurm check it; submit and write nothing")
+    parser.add_argument(
+        "--minutes", type=int, default=None, help="Slurm's time limit of an attempt; default: 1440"
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=None,
+        help="runs of a sweep at a time; default: 64 on Slurm, 1 locally",
+    )
+    parser.add_argument(
+        "--slurm",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="further options of sbatch: partition=gpu qos=high",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the runs and the job script, have Slurm check it; submit and write nothing",
+    )
     options = parser.parse_args(arguments)
     try:
         if options.status is not None:
@@ -59,22 +116,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch(options: argparse.Namespace) -> int:
     resources = resources_of(options)
     sweeps = bool(options.sweep or options.sweep_file)
-    folder = options.run_dir or Path("runs") / (Path(options.config).stem + ("-sweep" if sweeps else ""))
+    folder = options.run_dir or Path("runs") / (
+        Path(options.config).stem + ("-sweep" if sweeps else "")
+    )
     runs = expand(options.sweep, options.sweep_file) if sweeps else [Run("", ())]
-    for run in runs:            # all of them, before anything is written
+    for run in runs:  # all of them, before anything is written
         config = load_config(options.config, [*options.overrides, *run.overrides])
-        batch_arithmetic(config.train, resources.nodes * resources.tasks_per_node, paired=config.refinement.replay)
+        batch_arithmetic(
+            config.train,
+            resources.nodes * resources.tasks_per_node,
+            paired=config.refinement.replay,
+        )
     if options.dry_run:
         return dry_run(folder, runs, resources)
     if (folder / "sweep.json").exists():
-        raise ConfigError(f"{folder} already holds a sweep: look at it with --status, go on with it with --resubmit, or name another --run-dir")
-    request = {"cluster": resources.cluster, "directory": str(Path.cwd()), "resources": vars(resources), "jobs": []}
+        raise ConfigError(
+            f"{folder} already holds a sweep: look at it with --status, go on with it with --resubmit, or name another --run-dir"
+        )
+    request = {
+        "cluster": resources.cluster,
+        "directory": str(Path.cwd()),
+        "resources": vars(resources),
+        "jobs": [],
+    }
     for run in runs:
-        prepare(folder / run.name, config_file=options.config, overrides=[*options.overrides, *run.overrides], request=request)
+        prepare(
+            folder / run.name,
+            config_file=options.config,
+            overrides=[*options.overrides, *run.overrides],
+            request=request,
+        )
     if sweeps:
-        content = {"sweep": options.sweep, "file": options.sweep_file, "runs": [run.name for run in runs], "labels": [dict(run.labels) for run in runs]}
-        (folder / "sweep.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    report(folder, [folder / run.name for run in runs], submit(folder, [folder / run.name for run in runs], resources))
+        content = {
+            "sweep": options.sweep,
+            "file": options.sweep_file,
+            "runs": [run.name for run in runs],
+            "labels": [dict(run.labels) for run in runs],
+        }
+        (folder / "sweep.json").write_text(
+            json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
+    report(
+        folder,
+        [folder / run.name for run in runs],
+        submit(folder, [folder / run.name for run in runs], resources),
+    )
     return EXIT_FINISHED
 
 
@@ -87,9 +173,21 @@ def resubmit(folder: Path, overrides: Sequence[str]) -> int:
     configs = [load_config(run / "config.yaml", overrides) for run in runs]
     requests = [json.loads((run / "launch.json").read_text(encoding="utf-8")) for run in runs]
     for run, config, request in zip(runs, configs, requests):
-        write_request(run, config, {**request, "overrides": [*request["overrides"], *overrides], "rows_before": len(read_attempts(run))})
+        write_request(
+            run,
+            config,
+            {
+                **request,
+                "overrides": [*request["overrides"], *overrides],
+                "rows_before": len(read_attempts(run)),
+            },
+        )
     resources = requests[0]["resources"]
-    report(folder, runs, submit(folder, runs, Resources(**{**resources, "slurm": tuple(resources["slurm"])})))
+    report(
+        folder,
+        runs,
+        submit(folder, runs, Resources(**{**resources, "slurm": tuple(resources["slurm"])})),
+    )
     return EXIT_FINISHED
 
 
@@ -106,14 +204,22 @@ def dry_run(folder: Path, runs: Sequence[Run], resources: Resources) -> int:
     for run in runs:
         print(f"# run {folder / run.name}  {shlex.join(run.overrides)}")
     if resources.cluster == "local":
-        print(f"# in the background of this machine, {resources.parallel} at a time, {resources.tasks_per_node} tasks each")
+        print(
+            f"# in the background of this machine, {resources.parallel} at a time, {resources.tasks_per_node} tasks each"
+        )
         return EXIT_FINISHED
     executor = executor_for(folder, resources, name=f"ebwm-{folder.name}")
     if len(runs) > 1:
-        executor.parameters["map_count"] = len(runs)        # what submitit sets for an array
+        executor.parameters["map_count"] = len(runs)  # what submitit sets for an array
     script = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
     print(script)
-    done = subprocess.run(["sbatch", "--test-only"], input=script, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        ["sbatch", "--test-only"],
+        input=script,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     print(f"# sbatch --test-only says:\n{done.stdout.strip()}")
     return EXIT_FAILED if done.returncode else EXIT_FINISHED
 
@@ -121,26 +227,54 @@ def dry_run(folder: Path, runs: Sequence[Run], resources: Resources) -> int:
 def resources_of(options: argparse.Namespace) -> Resources:
     local = options.cluster == "local"
     if local:
-        for name, value in (("--nodes", options.nodes), ("--minutes", options.minutes), ("--slurm", options.slurm)):
+        for name, value in (
+            ("--nodes", options.nodes),
+            ("--minutes", options.minutes),
+            ("--slurm", options.slurm),
+        ):
             if value and value != 1:
-                raise ConfigError(f"{name} is for --cluster slurm: a local run has one node and no time limit but train.max_minutes; leave it out")
-    gpus = options.gpus_per_node if options.gpus_per_node is not None else len(list(Path("/dev").glob("nvidia[0-9]*"))) if local else 8
+                raise ConfigError(
+                    f"{name} is for --cluster slurm: a local run has one node and no time limit but train.max_minutes; leave it out"
+                )
+    gpus = (
+        options.gpus_per_node
+        if options.gpus_per_node is not None
+        else len(list(Path("/dev").glob("nvidia[0-9]*")))
+        if local
+        else 8
+    )
     tasks = options.tasks_per_node or gpus or 1
-    for name, value, least in (("--nodes", options.nodes, 1), ("--gpus-per-node", gpus, 0), ("--tasks-per-node", tasks, 1), ("--minutes", options.minutes, 1),
-                               ("--parallel", options.parallel, 1)):
+    for name, value, least in (
+        ("--nodes", options.nodes, 1),
+        ("--gpus-per-node", gpus, 0),
+        ("--tasks-per-node", tasks, 1),
+        ("--minutes", options.minutes, 1),
+        ("--parallel", options.parallel, 1),
+    ):
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}: must be {least} or more")
     for option in options.slurm:
         if option.startswith("-") or not option.partition("=")[0]:
-            raise ConfigError(f"--slurm {option}: expected sbatch's long option without its dashes, for example partition=gpu")
-    return Resources(options.cluster, options.nodes or 1, gpus, tasks, options.minutes or 1440, options.parallel or (1 if local else 64),
-                     tuple(options.slurm))
+            raise ConfigError(
+                f"--slurm {option}: expected sbatch's long option without its dashes, for example partition=gpu"
+            )
+    return Resources(
+        options.cluster,
+        options.nodes or 1,
+        gpus,
+        tasks,
+        options.minutes or 1440,
+        options.parallel or (1 if local else 64),
+        tuple(options.slurm),
+    )
 
 
 def report(folder: Path, runs: Sequence[Path], jobs: Sequence[str]) -> None:
     for run, job in zip(runs, jobs):
         print(f"job {job}: {run}")
-    print(f"submitted; look at it with: python -m ebwm_scale.launch --status {shlex.quote(str(folder))}")
+    print(
+        f"submitted; look at it with: python -m ebwm_scale.launch --status {shlex.quote(str(folder))}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """From what is stored to what a model sees: (observed, targets) on its device, for text and for video.
 
-    text    observed = tokens[:, :-1], targets = tokens[:, 1:]
-    video   the same of standardised embeddings (encoders/space.py)
+text    observed = tokens[:, :-1], targets = tokens[:, 1:]
+video   the same of standardised embeddings (encoders/space.py)
 """
+
 from __future__ import annotations
 
 import torch
@@ -17,10 +18,14 @@ from .encoders.space import FrameSpace
 class Observation:
     """mask_document_starts: the first token of a document is no target, since nothing before it tells of it."""
 
-    def __init__(self, manifest: Manifest, device: torch.device | str, *, mask_document_starts: bool = False):
+    def __init__(
+        self, manifest: Manifest, device: torch.device | str, *, mask_document_starts: bool = False
+    ):
         self.content, self.device = manifest.content, torch.device(device)
         self.space = FrameSpace(manifest.content, device) if manifest.modality == "video" else None
-        self.masked_after = manifest.content.eos_id if mask_document_starts and self.space is None else None
+        self.masked_after = (
+            manifest.content.eos_id if mask_document_starts and self.space is None else None
+        )
 
     def __call__(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
         """Stored sequences (b, S + 1, ...) -> observed and targets, (b, S) int64 or (b, S, dimension) float32."""

@@ -1,4 +1,5 @@
 """Pieces of self-contained HTML pages in the style of the run report: a page, a plot on a card, a table, a number with its interval."""
+
 from __future__ import annotations
 
 import io
@@ -16,10 +17,14 @@ from .report_plots import NARROW, PALETTE, STYLE, inline_svg
 def page(title: str, parts: list[str]) -> str:
     """Parts of HTML as one self-contained page in the report's style."""
     colours = {**PALETTE, **PAGE_COLOURS}
-    light, dark = (";".join(f"--{role}:{pair[i]}" for role, pair in colours.items()) for i in (0, 1))
-    return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{escape(title)}</title><style>:root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{CSS}</style></head>\n"
-            f"<body><main>\n{chr(10).join(parts)}\n</main></body></html>\n")
+    light, dark = (
+        ";".join(f"--{role}:{pair[i]}" for role, pair in colours.items()) for i in (0, 1)
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>:root{{color-scheme:light dark;{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{CSS}</style></head>\n"
+        f"<body><main>\n{chr(10).join(parts)}\n</main></body></html>\n"
+    )
 
 
 def card(title: str, draw: Callable[[Axes], str]) -> str:

@@ -1,4 +1,5 @@
 """Comparison with golden cases: numbers recorded from the authors' released code, replayed through our model with the same draws."""
+
 from __future__ import annotations
 
 import copy
@@ -21,7 +22,9 @@ from .training.optimizer import parameter_groups
 class RecordedDraws:
     """The random numbers of a golden case, in the released code's call order: step-size factor, number of repeats, Langevin noise."""
 
-    def __init__(self, noise: Tensor, draws: dict[int, Tensor], kinds: dict[int, str], config: Config):
+    def __init__(
+        self, noise: Tensor, draws: dict[int, Tensor], kinds: dict[int, str], config: Config
+    ):
         self.noise, self.factor = noise, 1.0
         r = config.refinement.step_size_random_factor
         by_kind = lambda kind: [draws[i] for i in sorted(draws) if kinds.get(i) == kind]
@@ -33,7 +36,10 @@ class RecordedDraws:
 
     def of(self, samples: slice, positions: slice) -> "RecordedDraws":
         part, cut = copy.copy(self), (samples, positions)
-        part.noise, part.langevin_noise = self.noise[cut], [noise[cut] for noise in self.langevin_noise]
+        part.noise, part.langevin_noise = (
+            self.noise[cut],
+            [noise[cut] for noise in self.langevin_noise],
+        )
         part.factor = self.factor[cut] if isinstance(self.factor, Tensor) else self.factor
         return part
 
@@ -54,10 +60,14 @@ def check_case(path: str | Path) -> dict[str, float]:
             case = json.loads((file.metadata() or {})["case"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"not a golden case ({type(error).__name__}: {error}); expected a safetensors file with the metadata entry 'case'") from None
+        raise DataError(
+            f"not a golden case ({type(error).__name__}: {error}); expected a safetensors file with the metadata entry 'case'"
+        ) from None
     hparams = case["hparams"]
     weights = _group(tensors, "state_dict/")
-    config = released.config_of(hparams, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    config = released.config_of(
+        hparams, {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    )
     model = WorldModel(config).double()
     model.load_state_dict(released.to_ours(weights), strict=True)
     observed, targets = _inputs(tensors, case)
@@ -65,14 +75,25 @@ def check_case(path: str | Path) -> dict[str, float]:
     errors: dict[str, float] = {}
     outcome = _forward(model, config, observed, targets, tensors, case)
     errors["loss"] = relative_error(outcome["loss"], tensors["log/loss"])
-    for name, key in (("energies", "energies"), ("predictions", "predictions"), ("prediction_gradients", "pred_grads")):
-        golden = [tensors[f"{key}/{i}"] for i in range(len(outcome[name])) if f"{key}/{i}" in tensors]
+    for name, key in (
+        ("energies", "energies"),
+        ("predictions", "predictions"),
+        ("prediction_gradients", "pred_grads"),
+    ):
+        golden = [
+            tensors[f"{key}/{i}"] for i in range(len(outcome[name])) if f"{key}/{i}" in tensors
+        ]
         if golden:
-            errors[name] = max(relative_error(ours.reshape(theirs.shape), theirs) for ours, theirs in zip(outcome[name], golden, strict=True))
+            errors[name] = max(
+                relative_error(ours.reshape(theirs.shape), theirs)
+                for ours, theirs in zip(outcome[name], golden, strict=True)
+            )
     _forward(model, config, observed, targets, tensors, case, record=False)["loss"].backward()
     errors["gradients"] = _gradient_error(model, _group(tensors, "grads/"))
     if "grad_norm" in tensors:
-        norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
+        norm = torch.linalg.vector_norm(
+            torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+        )
         errors["gradient_norm"] = relative_error(norm, tensors["grad_norm"])
     if any(name.startswith("train/loss/") for name in tensors):
         errors.update(_trajectory_errors(config, weights, observed, targets, tensors, case))
@@ -87,29 +108,64 @@ def relative_error(ours: Tensor, golden: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def _forward(model: WorldModel, config: Config, observed: Tensor, targets: Tensor, tensors: dict, case: dict, *, record: bool = True,
-             noise: Tensor | None = None) -> dict:
+def _forward(
+    model: WorldModel,
+    config: Config,
+    observed: Tensor,
+    targets: Tensor,
+    tensors: dict,
+    case: dict,
+    *,
+    record: bool = True,
+    noise: Tensor | None = None,
+) -> dict:
     """Loss, and per step energies, predictions and their gradients. record False: the loss alone, the way training computes it."""
     if config.model.kind == "baseline":
         hidden = model.network(model.embed_observed(observed))
-        return {"loss": model._baseline_loss(hidden, targets), "energies": [], "prediction_gradients": [],
-                "predictions": [_baseline_prediction(model, hidden, tensors)]}
+        return {
+            "loss": model._baseline_loss(hidden, targets),
+            "energies": [],
+            "prediction_gradients": [],
+            "predictions": [_baseline_prediction(model, hidden, tensors)],
+        }
     kinds = {int(name.split("/")[1]): kind for name, kind in case.get("scalars", {}).items()}
-    recorded = {int(name.split("/")[1]): tensor for name, tensor in tensors.items() if re.fullmatch(r"rand/\d+/1", name)}
+    recorded = {
+        int(name.split("/")[1]): tensor
+        for name, tensor in tensors.items()
+        if re.fullmatch(r"rand/\d+/1", name)
+    }
     draws = RecordedDraws(tensors["noise"] if noise is None else noise, recorded, kinds, config)
-    landscapes = [step for step, count in enumerate(draws.repeats) for _ in range(count)] or list(range(case["hparams"]["mcmc_num_steps"]))
+    landscapes = [step for step, count in enumerate(draws.repeats) for _ in range(count)] or list(
+        range(case["hparams"]["mcmc_num_steps"])
+    )
     records: list[StepRecord] = []
-    result = refine(model, model.embed_observed(observed), targets, rules=config.refinement, landscapes=landscapes, draws=draws,
-                    training=True, record=records.append if record else None)
-    return {"loss": result.loss, "energies": [r.energy for r in records], "predictions": [r.state for r in records],
-            "prediction_gradients": [model.state.slope(r.gradient).detach() for r in records]}
+    result = refine(
+        model,
+        model.embed_observed(observed),
+        targets,
+        rules=config.refinement,
+        landscapes=landscapes,
+        draws=draws,
+        training=True,
+        record=records.append if record else None,
+    )
+    return {
+        "loss": result.loss,
+        "energies": [r.energy for r in records],
+        "predictions": [r.state for r in records],
+        "prediction_gradients": [model.state.slope(r.gradient).detach() for r in records],
+    }
 
 
 def _baseline_prediction(model: WorldModel, hidden: Tensor, tensors: dict) -> Tensor:
     """The released baseline records log-probabilities or logits; both are compared as what they are."""
     prediction = model.output(hidden).detach()
     golden = tensors.get("predictions/0")
-    if model.config.state.kind == "vocabulary" and golden is not None and torch.allclose(golden.logsumexp(-1), golden.new_zeros(()), atol=1e-6):
+    if (
+        model.config.state.kind == "vocabulary"
+        and golden is not None
+        and torch.allclose(golden.logsumexp(-1), golden.new_zeros(()), atol=1e-6)
+    ):
         return prediction.log_softmax(-1)
     return prediction
 
@@ -125,7 +181,11 @@ def _inputs(tensors: dict, case: dict) -> tuple[Tensor, Tensor]:
 
 def _gradient_error(model: WorldModel, golden: dict[str, Tensor]) -> float:
     """Relative to each golden gradient; where that is zero, to the largest gradient of all, so that noise around zero passes."""
-    ours = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    ours = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     expected = released.to_ours(golden)
     largest = max(tensor.abs().max().item() for tensor in expected.values())
     if set(ours) != set(expected):
@@ -133,33 +193,63 @@ def _gradient_error(model: WorldModel, golden: dict[str, Tensor]) -> float:
     errors = []
     for name, gradient in expected.items():
         scale = gradient.abs().max().item()
-        errors.append((ours[name] - gradient).abs().max().item() / (scale if scale > 1e-13 * largest else largest))
+        errors.append(
+            (ours[name] - gradient).abs().max().item()
+            / (scale if scale > 1e-13 * largest else largest)
+        )
     return max(errors)
 
 
-def _trajectory_errors(config: Config, weights: dict, observed: Tensor, targets: Tensor, tensors: dict, case: dict) -> dict[str, float]:
+def _trajectory_errors(
+    config: Config, weights: dict, observed: Tensor, targets: Tensor, tensors: dict, case: dict
+) -> dict[str, float]:
     """Repeat the case's AdamW steps: loss, gradient norm and alpha of each, and the weights after the last."""
     model = WorldModel(config).double()
     model.load_state_dict(released.to_ours(weights), strict=True)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), betas=(config.optimizer.beta1, config.optimizer.beta2), eps=config.optimizer.epsilon)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config),
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.epsilon,
+    )
     for group in optimizer.param_groups:
         group["lr"] = config.optimizer.learning_rate * group["rate_scale"]
     errors = {"train_loss": 0.0, "train_gradient_norm": 0.0, "train_weights": 0.0}
     step = 0
     while f"train/loss/{step}" in tensors:
         optimizer.zero_grad()
-        loss = _forward(model, config, observed, targets, tensors, case, record=False, noise=tensors.get(f"train/noise/{step}"))["loss"]
+        loss = _forward(
+            model,
+            config,
+            observed,
+            targets,
+            tensors,
+            case,
+            record=False,
+            noise=tensors.get(f"train/noise/{step}"),
+        )["loss"]
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
+        norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), config.optimizer.gradient_clipping
+        )
         optimizer.step()
-        errors["train_loss"] = max(errors["train_loss"], relative_error(loss, tensors[f"train/loss/{step}"]))
-        errors["train_gradient_norm"] = max(errors["train_gradient_norm"], relative_error(norm, tensors[f"train/grad_norm/{step}"]))
+        errors["train_loss"] = max(
+            errors["train_loss"], relative_error(loss, tensors[f"train/loss/{step}"])
+        )
+        errors["train_gradient_norm"] = max(
+            errors["train_gradient_norm"], relative_error(norm, tensors[f"train/grad_norm/{step}"])
+        )
         step += 1
     after = released.to_ours(_group(tensors, "train/state_dict_after/"))
     state = model.state_dict()
-    errors["train_weights"] = max(relative_error(state[name], tensor) for name, tensor in after.items())
+    errors["train_weights"] = max(
+        relative_error(state[name], tensor) for name, tensor in after.items()
+    )
     return errors
 
 
 def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

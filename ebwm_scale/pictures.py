@@ -1,4 +1,5 @@
 """Frames as files for people: a contact sheet, a gif, an mp4. Predicted frames have a coloured border."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,11 +12,15 @@ BORDER, COLOUR, MIN_SIDE = 3, (214, 120, 0), 96
 SUFFIXES = (".png", ".gif", ".mp4")
 
 
-def write_continuation(path: Path, context: np.ndarray, predicted: np.ndarray, *, interval_s: float) -> None:
+def write_continuation(
+    path: Path, context: np.ndarray, predicted: np.ndarray, *, interval_s: float
+) -> None:
     """context (n, height, width, 3) and predicted (m, height, width, 3) uint8 as .png (both in rows), .gif or .mp4. Raises UserError."""
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of file; use {', '.join(SUFFIXES)}")
-    frames = [enlarged(frame) for frame in context] + [bordered(enlarged(frame)) for frame in predicted]
+    frames = [enlarged(frame) for frame in context] + [
+        bordered(enlarged(frame)) for frame in predicted
+    ]
     try:
         {".png": _sheet, ".gif": _gif, ".mp4": _mp4}[path.suffix.lower()](path, frames, interval_s)
     except OSError as error:
@@ -36,33 +41,49 @@ def bordered(frame: np.ndarray) -> np.ndarray:
 
 def _sheet(path: Path, frames: list[np.ndarray], interval_s: float) -> None:
     from PIL import Image
+
     columns = min(8, len(frames))
     rows = -(-len(frames) // columns)
     height, width = frames[0].shape[:2]
     sheet = np.full((rows * (height + 4), columns * (width + 4), 3), 255, np.uint8)
     for i, frame in enumerate(frames):
         top, left = i // columns * (height + 4) + 2, i % columns * (width + 4) + 2
-        sheet[top:top + height, left:left + width] = frame
+        sheet[top : top + height, left : left + width] = frame
     Image.fromarray(sheet).save(path)
 
 
 def _gif(path: Path, frames: list[np.ndarray], interval_s: float) -> None:
     from PIL import Image
+
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, save_all=True, append_images=rest, duration=max(20, round(1000 * interval_s)), loop=0)
+    first.save(
+        path, save_all=True, append_images=rest, duration=max(20, round(1000 * interval_s)), loop=0
+    )
 
 
 def _mp4(path: Path, frames: list[np.ndarray], interval_s: float) -> None:
     from fractions import Fraction
 
     from .data.clips import _av
+
     av = _av()
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(1 / interval_s).limit_denominator(1000))
+        stream = container.add_stream(
+            "mpeg4", rate=Fraction(1 / interval_s).limit_denominator(1000)
+        )
         height, width = (side - side % 2 for side in frames[0].shape[:2])
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", 8_000_000
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = (
+            width,
+            height,
+            "yuv420p",
+            8_000_000,
+        )
         for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")):
+            for packet in stream.encode(
+                av.VideoFrame.from_ndarray(
+                    np.ascontiguousarray(frame[:height, :width]), format="rgb24"
+                )
+            ):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)

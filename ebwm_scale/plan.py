@@ -6,6 +6,7 @@
 Sizes that a dataset would give have to be named where there is none: --set model.vocabulary_size=32000 data.context_length=256. Figures are predictions: memory is
 compared with measurements in the tests; times on GPUs rest on assumed utilisations (ebwm_scale/planner.py) and on no overlap of communication with computation.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,13 +21,38 @@ from .planner import MACHINES, Machine, Plan, plan, recommended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ebwm_scale.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML, see configs/")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
-    parser.add_argument("--machine", default="h100", choices=sorted(MACHINES), help="kind of node (default %(default)s)")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="wins over the file",
+    )
+    parser.add_argument(
+        "--machine",
+        default="h100",
+        choices=sorted(MACHINES),
+        help="kind of node (default %(default)s)",
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, default=None, metavar="N", help="default: all of the node")
-    parser.add_argument("--tokens", type=float, default=None, metavar="N", help="observed positions to train on (default: those of train.max_steps)")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=None, metavar="N", help="default: all of the node"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=float,
+        default=None,
+        metavar="N",
+        help="observed positions to train on (default: those of train.max_steps)",
+    )
     parser.add_argument("--machines", action="store_true", help="print the table of machines")
     options = parser.parse_args(arguments)
     try:
@@ -41,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = MACHINES[options.machine]
         plans = plan(config, machine, nodes=options.nodes, gpus_per_node=options.gpus_per_node)
         gpus = options.nodes * (options.gpus_per_node or machine.gpus)
-        print(describe(config, machine, plans, gpus=gpus, nodes=options.nodes, tokens=options.tokens))
+        print(
+            describe(config, machine, plans, gpus=gpus, nodes=options.nodes, tokens=options.tokens)
+        )
         return EXIT_FINISHED if recommended(plans) else EXIT_FAILED
     except UserError as error:
         print(error, file=sys.stderr)
@@ -52,7 +80,10 @@ def sized(config: Config) -> Config:
     """With the sizes of its dataset, where it names one that is there; ConfigError for sizes that are missing."""
     from .data.manifest import load_manifest
     from .train import fill_from_data
-    path = config.data.manifest or (config.data.sources[0].manifest if config.data.sources else None)
+
+    path = config.data.manifest or (
+        config.data.sources[0].manifest if config.data.sources else None
+    )
     if path and Path(path).exists():
         return fill_from_data(config, load_manifest(path))
     missing = [] if config.data.context_length else ["data.context_length=256"]
@@ -61,43 +92,117 @@ def sized(config: Config) -> Config:
     if config.state.kind == "embedding" and config.state.dimension is None:
         missing.append("state.dimension=256")
     if missing:
-        raise ConfigError(f"there is no dataset to take sizes from: name them, for example --set {' '.join(missing)}")
+        raise ConfigError(
+            f"there is no dataset to take sizes from: name them, for example --set {' '.join(missing)}"
+        )
     return dataclasses.replace(config)
 
 
 def machines() -> str:
     rows = [("machine", "GPUs", "GiB", "bf16", "fp32", "within", "between", "")]
-    rows += [(m.name, str(m.gpus), f"{m.memory:.0f}", f"{m.bf16:g}", f"{m.fp32:g}", f"{m.within:g}", f"{m.between:g}", m.source) for m in MACHINES.values()]
-    return _table(rows) + "\npeaks in TFLOP/s, bandwidths in GB/s per GPU and direction: vendors' figures"
+    rows += [
+        (
+            m.name,
+            str(m.gpus),
+            f"{m.memory:.0f}",
+            f"{m.bf16:g}",
+            f"{m.fp32:g}",
+            f"{m.within:g}",
+            f"{m.between:g}",
+            m.source,
+        )
+        for m in MACHINES.values()
+    ]
+    return (
+        _table(rows)
+        + "\npeaks in TFLOP/s, bandwidths in GB/s per GPU and direction: vendors' figures"
+    )
 
 
-def describe(config: Config, machine: Machine, plans: list[Plan], *, gpus: int, nodes: int, tokens: float | None) -> str:
+def describe(
+    config: Config,
+    machine: Machine,
+    plans: list[Plan],
+    *,
+    gpus: int,
+    nodes: int,
+    tokens: float | None,
+) -> str:
     """The plans as text."""
     unit = "tokens" if config.state.kind == "vocabulary" else "frames"
     per_step = config.train.global_batch_size * config.data.context_length
     budget = tokens or per_step * config.train.max_steps
-    lines = [f"{nodes} x {gpus // nodes} {machine.name}: {machine.source}", f"global batch {config.train.global_batch_size} samples of {config.data.context_length} {unit}, {config.train.precision}", ""]
-    rows = [("ZeRO", "micro-batch", "GiB per GPU", "sent GB/step", "compute s", "communication s", "step s", "MFU", f"{unit}/day", "days", "GPU-hours")]
+    lines = [
+        f"{nodes} x {gpus // nodes} {machine.name}: {machine.source}",
+        f"global batch {config.train.global_batch_size} samples of {config.data.context_length} {unit}, {config.train.precision}",
+        "",
+    ]
+    rows = [
+        (
+            "ZeRO",
+            "micro-batch",
+            "GiB per GPU",
+            "sent GB/step",
+            "compute s",
+            "communication s",
+            "step s",
+            "MFU",
+            f"{unit}/day",
+            "days",
+            "GPU-hours",
+        )
+    ]
     for p in plans:
         days = budget / p.tokens_per_day
-        rows.append((str(p.stage), f"{p.micro_batch} x {p.accumulation}" if p.fits else "none fits", f"{p.memory['total']:.2f}", f"{p.gigabytes:.2f}", f"{p.compute_s:.3f}",
-                     f"{p.communication_s:.3f}", f"{p.step_s:.3f}", f"{100 * p.mfu:.1f} %", f"{p.tokens_per_day:.3g}", f"{days:.2f}", f"{24 * days * gpus:,.0f}"))
+        rows.append(
+            (
+                str(p.stage),
+                f"{p.micro_batch} x {p.accumulation}" if p.fits else "none fits",
+                f"{p.memory['total']:.2f}",
+                f"{p.gigabytes:.2f}",
+                f"{p.compute_s:.3f}",
+                f"{p.communication_s:.3f}",
+                f"{p.step_s:.3f}",
+                f"{100 * p.mfu:.1f} %",
+                f"{p.tokens_per_day:.3g}",
+                f"{days:.2f}",
+                f"{24 * days * gpus:,.0f}",
+            )
+        )
     lines.append(_table(rows))
     best = recommended(plans)
     if best is None:
-        lines.append(f"\nnothing fits into {machine.memory:.0f} GiB: take more GPUs, refinement.checkpoint=block, deepspeed.offload=optimizer, or a smaller refinement.tile_rows")
+        lines.append(
+            f"\nnothing fits into {machine.memory:.0f} GiB: take more GPUs, refinement.checkpoint=block, deepspeed.offload=optimizer, or a smaller refinement.tile_rows"
+        )
     else:
-        lines += ["", f"recommended: deepspeed.zero_stage={best.stage} train.micro_batch_size={best.micro_batch}" +
-                  (" refinement.checkpoint=block" if best.stage == 3 and config.model.kind == "energy" else ""),
-                  "memory per GPU at that stage, GiB: " + ", ".join(f"{part} {value:.3f}" for part, value in best.memory.items())]
-    lines.append(f"{budget:.3g} {unit} are {budget / per_step:,.0f} steps. " + (
-        "Times rest on assumed utilisations and no overlap; measure with tools/bench_step.py." if machine.assumed else "Rates are fitted to measured steps of that machine."))
+        lines += [
+            "",
+            f"recommended: deepspeed.zero_stage={best.stage} train.micro_batch_size={best.micro_batch}"
+            + (
+                " refinement.checkpoint=block"
+                if best.stage == 3 and config.model.kind == "energy"
+                else ""
+            ),
+            "memory per GPU at that stage, GiB: "
+            + ", ".join(f"{part} {value:.3f}" for part, value in best.memory.items()),
+        ]
+    lines.append(
+        f"{budget:.3g} {unit} are {budget / per_step:,.0f} steps. "
+        + (
+            "Times rest on assumed utilisations and no overlap; measure with tools/bench_step.py."
+            if machine.assumed
+            else "Rates are fitted to measured steps of that machine."
+        )
+    )
     return "\n".join(lines)
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows
+    )
 
 
 if __name__ == "__main__":

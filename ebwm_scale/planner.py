@@ -8,6 +8,7 @@ Memory and FLOPs are accounting.py's. Time is the sum of
 so a plan is slower than what overlaps well. Utilisations of GPUs are assumptions (UTILISATION) until someone measures them with tools/bench_step.py; those of the two CPU
 machines are fitted to measured steps, and tests compare the fit with every measured step there is (results/planner.json).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,21 +19,24 @@ from .accounting import GIB, count_parameters, memory_estimate, model_flops, ste
 from .config import Config, batch_arithmetic
 from .errors import ConfigError
 
-HEADROOM = 0.08             # of a GPU's memory: CUDA context, allocator's fragments, NCCL buffers
+HEADROOM = 0.08  # of a GPU's memory: CUDA context, allocator's fragments, NCCL buffers
 
 
 @dataclass(frozen=True)
 class Machine:
     """A kind of node. Peaks in TFLOP/s, memory in GiB per GPU, bandwidths in GB/s per GPU and direction; vendors' figures."""
+
     name: str
     gpus: int
     memory: float
     bf16: float
     fp32: float
-    within: float               # between GPUs of a node
-    between: float              # between nodes
+    within: float  # between GPUs of a node
+    between: float  # between nodes
     source: str
-    rates: Mapping[str, float] | None = None    # share of the peak that each part reaches, fitted to measured steps; None: UTILISATION, assumed
+    rates: Mapping[str, float] | None = (
+        None  # share of the peak that each part reaches, fitted to measured steps; None: UTILISATION, assumed
+    )
 
     @property
     def assumed(self) -> bool:
@@ -43,29 +47,117 @@ class Machine:
         return "cpu" if self.name.startswith("cpu") else "cuda"
 
 
-MACHINES = {machine.name: machine for machine in (
-    Machine("h100", 8, 80e9 / GIB, 989.4, 66.9, 450, 50, "H100 SXM datasheet; NVLink 4; 400 Gbit/s InfiniBand per GPU, as in DGX H100"),
-    Machine("h200", 8, 141e9 / GIB, 989.4, 66.9, 450, 50, "H200 datasheet; NVLink 4; 400 Gbit/s InfiniBand per GPU, as in DGX H200"),
-    Machine("b200", 8, 180e9 / GIB, 2250, 75, 900, 50, "HGX B200 datasheet; NVLink 5; 400 Gbit/s InfiniBand per GPU"),
-    Machine("a100", 8, 80e9 / GIB, 312, 19.5, 300, 25, "A100 80 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU, as in DGX A100"),
-    Machine("a100-40gb", 8, 40e9 / GIB, 312, 19.5, 300, 25, "A100 40 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU"),
-    Machine("l40s", 8, 48e9 / GIB, 362.05, 91.6, 32, 12.5, "L40S datasheet; PCIe 4 x16; 100 Gbit/s per GPU"),
-    Machine("rtx4090", 1, 24e9 / GIB, 165.2, 82.6, 32, 1.25, "Ada architecture paper; PCIe 4 x16; 10 Gbit/s Ethernet"),
-    Machine("cpu-xeon", 1, 24, 0, 0.16, 10, 1.25, "2 cores of a Xeon at 2.5 GHz with AVX-512: 2 x 2.5e9 x 32 FLOPs in fp32; rates fitted to results/bench_step_*_xeon.json",
-            {"blocks": 0.30, "attention": 0.60, "vocabulary": 0.68}),
-    Machine("cpu-epyc", 1, 24, 0, 0.33, 10, 1.25, "2 cores of an EPYC at 2.6 GHz with AVX-512: 2 x 2.6e9 x 64 FLOPs in fp32; rates fitted to results/bench_step_xxs.json and bench_step_sweeps.json",
-            {"blocks": 0.34, "attention": 0.85, "vocabulary": 0.48}),
-)}
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        Machine(
+            "h100",
+            8,
+            80e9 / GIB,
+            989.4,
+            66.9,
+            450,
+            50,
+            "H100 SXM datasheet; NVLink 4; 400 Gbit/s InfiniBand per GPU, as in DGX H100",
+        ),
+        Machine(
+            "h200",
+            8,
+            141e9 / GIB,
+            989.4,
+            66.9,
+            450,
+            50,
+            "H200 datasheet; NVLink 4; 400 Gbit/s InfiniBand per GPU, as in DGX H200",
+        ),
+        Machine(
+            "b200",
+            8,
+            180e9 / GIB,
+            2250,
+            75,
+            900,
+            50,
+            "HGX B200 datasheet; NVLink 5; 400 Gbit/s InfiniBand per GPU",
+        ),
+        Machine(
+            "a100",
+            8,
+            80e9 / GIB,
+            312,
+            19.5,
+            300,
+            25,
+            "A100 80 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU, as in DGX A100",
+        ),
+        Machine(
+            "a100-40gb",
+            8,
+            40e9 / GIB,
+            312,
+            19.5,
+            300,
+            25,
+            "A100 40 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU",
+        ),
+        Machine(
+            "l40s",
+            8,
+            48e9 / GIB,
+            362.05,
+            91.6,
+            32,
+            12.5,
+            "L40S datasheet; PCIe 4 x16; 100 Gbit/s per GPU",
+        ),
+        Machine(
+            "rtx4090",
+            1,
+            24e9 / GIB,
+            165.2,
+            82.6,
+            32,
+            1.25,
+            "Ada architecture paper; PCIe 4 x16; 10 Gbit/s Ethernet",
+        ),
+        Machine(
+            "cpu-xeon",
+            1,
+            24,
+            0,
+            0.16,
+            10,
+            1.25,
+            "2 cores of a Xeon at 2.5 GHz with AVX-512: 2 x 2.5e9 x 32 FLOPs in fp32; rates fitted to results/bench_step_*_xeon.json",
+            {"blocks": 0.30, "attention": 0.60, "vocabulary": 0.68},
+        ),
+        Machine(
+            "cpu-epyc",
+            1,
+            24,
+            0,
+            0.33,
+            10,
+            1.25,
+            "2 cores of an EPYC at 2.6 GHz with AVX-512: 2 x 2.6e9 x 64 FLOPs in fp32; rates fitted to results/bench_step_xxs.json and bench_step_sweeps.json",
+            {"blocks": 0.34, "attention": 0.85, "vocabulary": 0.48},
+        ),
+    )
+}
 
 # Share of the peak that each part reaches on a GPU: assumed. Double backward of attention and the elementwise work between products is what is slow.
 UTILISATION = {"blocks": 0.45, "attention": 0.25, "vocabulary": 0.40}
 
-GRADIENT_PASSES = {"graph": 4, "plain": 2}      # times a block's parameters are gathered per refinement step at stage 3: block_sweeps.py
+GRADIENT_PASSES = {
+    "graph": 4,
+    "plain": 2,
+}  # times a block's parameters are gathered per refinement step at stage 3: block_sweeps.py
 
 
 @dataclass(frozen=True)
 class Plan:
     """Of one ZeRO stage. memory: GiB by part; seconds of a training step; None where not even one sample fits."""
+
     stage: int
     micro_batch: int | None
     accumulation: int | None
@@ -85,7 +177,14 @@ class Plan:
         return self.compute_s + self.communication_s
 
 
-def plan(config: Config, machine: Machine, *, nodes: int, gpus_per_node: int | None = None, micro_batch: int | None = None) -> list[Plan]:
+def plan(
+    config: Config,
+    machine: Machine,
+    *,
+    nodes: int,
+    gpus_per_node: int | None = None,
+    micro_batch: int | None = None,
+) -> list[Plan]:
     """A plan for each ZeRO stage that the configuration can run at, with its largest micro-batch that fits (or the one given).
 
     Needs what step_flops needs: data.context_length and the size of the vocabulary or the state. Raises ConfigError where the global batch does not divide.
@@ -93,13 +192,23 @@ def plan(config: Config, machine: Machine, *, nodes: int, gpus_per_node: int | N
     gpus = gpus_per_node or machine.gpus
     world = nodes * gpus
     if config.train.precision == "bf16" and not machine.bf16:
-        raise ConfigError(f"train.precision is bf16, which {machine.name} is not planned for; use fp32")
-    candidates = [config.train.micro_batch_size or micro_batch] if config.train.micro_batch_size or micro_batch else _divisors(config, world)
+        raise ConfigError(
+            f"train.precision is bf16, which {machine.name} is not planned for; use fp32"
+        )
+    candidates = (
+        [config.train.micro_batch_size or micro_batch]
+        if config.train.micro_batch_size or micro_batch
+        else _divisors(config, world)
+    )
     plans = []
     for stage in (0, 1, 2, 3):
-        staged = dataclasses.replace(config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=stage))
+        staged = dataclasses.replace(
+            config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=stage)
+        )
         if stage == 3 and config.model.kind == "energy":
-            staged = dataclasses.replace(staged, refinement=dataclasses.replace(staged.refinement, checkpoint="block"))
+            staged = dataclasses.replace(
+                staged, refinement=dataclasses.replace(staged.refinement, checkpoint="block")
+            )
         plans.append(_plan(staged, machine, nodes, gpus, candidates))
     return plans
 
@@ -117,7 +226,11 @@ def _divisors(config: Config, world: int) -> list[int]:
     """Micro-batches that the global batch divides into, largest first. Raises ConfigError for a world that it does not divide into at all."""
     batch_arithmetic(config.train, world, paired=config.refinement.replay)
     share = config.train.global_batch_size // world
-    return [size for size in range(share, 0, -1) if share % size == 0 and not (config.refinement.replay and size % 2)]
+    return [
+        size
+        for size in range(share, 0, -1)
+        if share % size == 0 and not (config.refinement.replay and size % 2)
+    ]
 
 
 def _plan(config: Config, machine: Machine, nodes: int, gpus: int, candidates: list[int]) -> Plan:
@@ -133,19 +246,42 @@ def _plan(config: Config, machine: Machine, nodes: int, gpus: int, candidates: l
     accumulation = -(-share // size)
     compute = compute_seconds(config, machine, samples=share)
     gigabytes = communicated(config, world=world, accumulation=accumulation) / 1e9
-    communication = gigabytes / (machine.within if nodes == 1 else machine.between) if world > 1 else 0.0
+    communication = (
+        gigabytes / (machine.within if nodes == 1 else machine.between) if world > 1 else 0.0
+    )
     useful = model_flops(step_flops(config, samples=share))
     peak = _peak(config, machine)
     step = compute + communication
-    return Plan(config.deepspeed.zero_stage, chosen, accumulation if chosen else None, memory, gigabytes, compute, communication, useful / step / peak,
-                86400 / step * config.train.global_batch_size * config.data.context_length)
+    return Plan(
+        config.deepspeed.zero_stage,
+        chosen,
+        accumulation if chosen else None,
+        memory,
+        gigabytes,
+        compute,
+        communication,
+        useful / step / peak,
+        86400 / step * config.train.global_batch_size * config.data.context_length,
+    )
 
 
 def compute_seconds(config: Config, machine: Machine, *, samples: int) -> float:
     """Of one training step of `samples` samples on one GPU (or on a CPU of the table)."""
     rates, peak = machine.rates or UTILISATION, _peak(config, machine)
-    return sum(value / (peak * rates["attention" if part.startswith("attention") else "vocabulary" if part in ("vocabulary", "output", "state_projection") else "blocks"])
-               for part, value in step_flops(config, samples=samples).items())
+    return sum(
+        value
+        / (
+            peak
+            * rates[
+                "attention"
+                if part.startswith("attention")
+                else "vocabulary"
+                if part in ("vocabulary", "output", "state_projection")
+                else "blocks"
+            ]
+        )
+        for part, value in step_flops(config, samples=samples).items()
+    )
 
 
 def _peak(config: Config, machine: Machine) -> float:
@@ -163,9 +299,14 @@ def communicated(config: Config, *, world: int, accumulation: int) -> float:
     import torch
 
     from .model.world_model import WorldModel
+
     with torch.device("meta"):
         counts = count_parameters(WorldModel(config))
-    element, stage, parameters = (2 if config.train.precision == "bf16" else 4), config.deepspeed.zero_stage, counts["total"]
+    element, stage, parameters = (
+        (2 if config.train.precision == "bf16" else 4),
+        config.deepspeed.zero_stage,
+        counts["total"],
+    )
     if stage <= 1:
         moved = 2.0 * parameters
     elif stage == 2:
@@ -175,7 +316,13 @@ def communicated(config: Config, *, world: int, accumulation: int) -> float:
         passes = 2.0
         if config.model.kind == "energy":
             steps, rules = config.refinement.num_steps, config.refinement
-            graph = steps if rules.graph == "full" or (rules.graph == "detach" and rules.loss == "every") else 1
-            passes = 2.0 + GRADIENT_PASSES["graph"] * graph + GRADIENT_PASSES["plain"] * (steps - graph)
+            graph = (
+                steps
+                if rules.graph == "full" or (rules.graph == "detach" and rules.loss == "every")
+                else 1
+            )
+            passes = (
+                2.0 + GRADIENT_PASSES["graph"] * graph + GRADIENT_PASSES["plain"] * (steps - graph)
+            )
         moved = accumulation * (passes * blocks + (parameters - blocks) + parameters)
     return element * moved * (world - 1) / world

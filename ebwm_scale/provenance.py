@@ -1,4 +1,5 @@
 """What every result file carries besides its numbers: command, machine, versions, commit."""
+
 from __future__ import annotations
 
 import os
@@ -22,8 +23,16 @@ def provenance(*packages: str, arguments: list[str] | None = None) -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = ["-m", spec.name] if spec is not None else [os.path.relpath(sys.argv[0], ROOT)]
-    return {"command": " ".join(["python", *start, *(sys.argv[1:] if arguments is None else arguments)]),
-            "machine": f"{os.cpu_count()}-core {platform.machine()} machine", "versions": versions, "commit": commit}
+    return {
+        "command": " ".join(
+            ["python", *start, *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+        "machine": f"{os.cpu_count()}-core {platform.machine()} machine",
+        "versions": versions,
+        "commit": commit,
+    }

@@ -11,6 +11,7 @@ Multiple choice: the share of questions whose right choice has the highest log-l
 energy model, the lowest mean energy of its tokens (`accuracy_by_energy`), beside `chance`. Cloze: the share of answers that greedy choice writes
 (`accuracy`), and nats per token of the answers. 95 % intervals from a bootstrap over questions. Written to questions.json in RUN (or --output FILE).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,14 +31,40 @@ from .think import add_thinking_options, manifest_of, rules_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.questions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m ebwm_scale.questions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder"
+    )
     parser.add_argument("--multiple-choice", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--cloze", type=Path, nargs="+", default=[], metavar="FILE")
-    parser.add_argument("--data", metavar="MANIFEST", help="the dataset's manifest, if it has moved since training")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at a time (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=None, metavar="N", help="of noise and initial states (default: the run's)")
-    parser.add_argument("--output", type=Path, default=None, metavar="FILE", help="default: questions.json in the run folder")
+    parser.add_argument(
+        "--data", metavar="MANIFEST", help="the dataset's manifest, if it has moved since training"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="texts at a time (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of noise and initial states (default: the run's)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="default: questions.json in the run folder",
+    )
     add_thinking_options(parser)
     options = parser.parse_args(arguments)
     try:
@@ -45,18 +72,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--batch-size is {options.batch_size}: must be at least 1")
         if not options.multiple_choice and not options.cloze:
             raise UserError("nothing to ask: give --multiple-choice FILE or --cloze FILE")
-        asked = [("multiple_choice", file, read_questions(file, "choices")) for file in options.multiple_choice]
+        asked = [
+            ("multiple_choice", file, read_questions(file, "choices"))
+            for file in options.multiple_choice
+        ]
         asked += [("cloze", file, read_questions(file, "answer")) for file in options.cloze]
-        model, config = load_checkpoint(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+        model, config = load_checkpoint(
+            options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
+        )
         rules = rules_of(options, config)
-        tokenizer = Tokenizer(manifest_of(options, config).content.tokenizer_path) if config.state.kind == "vocabulary" else None
+        tokenizer = (
+            Tokenizer(manifest_of(options, config).content.tokenizer_path)
+            if config.state.kind == "vocabulary"
+            else None
+        )
         scorer = Scorer(model, tokenizer, rules, batch_size=options.batch_size)
-        result: dict[str, Any] = {"checkpoint": str(options.checkpoint), "kind": config.model.kind, "thinking": vars(rules), "multiple_choice": [], "cloze": []}
+        result: dict[str, Any] = {
+            "checkpoint": str(options.checkpoint),
+            "kind": config.model.kind,
+            "thinking": vars(rules),
+            "multiple_choice": [],
+            "cloze": [],
+        }
         for kind, file, questions in asked:
-            row = {"file": str(file), "num_questions": len(questions)} | (multiple_choice if kind == "multiple_choice" else cloze)(scorer, questions)
+            row = {"file": str(file), "num_questions": len(questions)} | (
+                multiple_choice if kind == "multiple_choice" else cloze
+            )(scorer, questions)
             result[kind].append(row)
-            print(f"{file}: " + "; ".join(f"{name.replace('_', ' ')} {value['mean']:.4g} [{value['low']:.4g}, {value['high']:.4g}]" if isinstance(value, dict) else
-                                          f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items() if name not in ("file",)))
+            print(
+                f"{file}: "
+                + "; ".join(
+                    f"{name.replace('_', ' ')} {value['mean']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+                    if isinstance(value, dict)
+                    else f"{name.replace('_', ' ')} {value:.4g}"
+                    for name, value in row.items()
+                    if name not in ("file",)
+                )
+            )
         output = options.output or options.checkpoint / "questions.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -81,7 +133,9 @@ def read_questions(file: Path, kind: str) -> list[dict[str, Any]]:
                 raise DataError(f"{file}, line {number}: not JSON: {error}") from None
             wrong = _what_is_wrong(question, kind)
             if wrong:
-                raise DataError(f"{file}, line {number}: {wrong}; see python -m ebwm_scale.questions --help")
+                raise DataError(
+                    f"{file}, line {number}: {wrong}; see python -m ebwm_scale.questions --help"
+                )
             questions.append(question)
     if not questions:
         raise DataError(f"{file}: holds no question")
@@ -90,11 +144,19 @@ def read_questions(file: Path, kind: str) -> list[dict[str, Any]]:
 
 def _what_is_wrong(question: Any, kind: str) -> str | None:
     if not isinstance(question, dict) or not isinstance(question.get("context"), str):
-        return "expected an object with a text \"context\""
+        return 'expected an object with a text "context"'
     if kind == "answer":
-        return None if isinstance(question.get("answer"), str) and question["answer"] else f"answer is {question.get('answer')!r}: must be a text that is not empty"
+        return (
+            None
+            if isinstance(question.get("answer"), str) and question["answer"]
+            else f"answer is {question.get('answer')!r}: must be a text that is not empty"
+        )
     choices, answer = question.get("choices"), question.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(choice, str) and choice for choice in choices)
+    ):
         return f"choices is {choices!r}: must be two or more texts that are not empty"
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         return f"answer is {answer!r}: must be the index of a choice, 0 to {len(choices) - 1}"
@@ -103,22 +165,50 @@ def _what_is_wrong(question: Any, kind: str) -> str | None:
 
 def multiple_choice(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Shares of questions answered right, each with its interval."""
-    scores = iter(scorer.score([(question["context"], choice) for question in questions for choice in question["choices"]]))
+    scores = iter(
+        scorer.score(
+            [
+                (question["context"], choice)
+                for question in questions
+                for choice in question["choices"]
+            ]
+        )
+    )
     by_question = [[next(scores) for _ in question["choices"]] for question in questions]
+
     def share(better) -> dict[str, float]:
-        right = [max(range(len(row)), key=lambda i: better(row[i])) == question["answer"] for row, question in zip(by_question, questions)]
+        right = [
+            max(range(len(row)), key=lambda i: better(row[i])) == question["answer"]
+            for row, question in zip(by_question, questions)
+        ]
         return interval(torch.tensor(right, dtype=torch.float64))
-    result = {"accuracy": share(lambda score: score.log_likelihood), "accuracy_per_byte": share(lambda score: score.log_likelihood / score.num_bytes)}
+
+    result = {
+        "accuracy": share(lambda score: score.log_likelihood),
+        "accuracy_per_byte": share(lambda score: score.log_likelihood / score.num_bytes),
+    }
     if by_question[0][0].energy is not None:
         result["accuracy_by_energy"] = share(lambda score: -score.energy)
-    return result | {"chance": sum(1 / len(question["choices"]) for question in questions) / len(questions)}
+    return result | {
+        "chance": sum(1 / len(question["choices"]) for question in questions) / len(questions)
+    }
 
 
 def cloze(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The share of answers that greedy choice writes, and nats per token of the answers (a mean over questions)."""
-    scores: list[ContinuationScore] = scorer.score([(question["context"], question["answer"]) for question in questions])
-    return {"accuracy": interval(torch.tensor([score.is_greedy for score in scores], dtype=torch.float64)),
-            "nats_per_token": interval(torch.tensor([-score.log_likelihood / score.num_tokens for score in scores], dtype=torch.float64))}
+    scores: list[ContinuationScore] = scorer.score(
+        [(question["context"], question["answer"]) for question in questions]
+    )
+    return {
+        "accuracy": interval(
+            torch.tensor([score.is_greedy for score in scores], dtype=torch.float64)
+        ),
+        "nats_per_token": interval(
+            torch.tensor(
+                [-score.log_likelihood / score.num_tokens for score in scores], dtype=torch.float64
+            )
+        ),
+    }
 
 
 if __name__ == "__main__":

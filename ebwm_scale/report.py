@@ -5,6 +5,7 @@
 The page needs no network and no script. What the folder lacks is named in the page instead of guessed; every mark is computed from the
 numbers beside it. report_run.py reads and judges, report_plots.py draws the curves, report_page.py writes the page.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,14 +38,24 @@ def _replace(path: Path, content: bytes) -> Path:
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}; make the run folder writable") from None
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}; make the run folder writable"
+        ) from None
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.report", description="Write RUN/report.html and RUN/report_plot.png.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ebwm_scale.report",
+        description="Write RUN/report.html and RUN/report_plot.png.",
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="run folder to compare with, usually of model.kind baseline")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="RUN",
+        help="run folder to compare with, usually of model.kind baseline",
+    )
     options = parser.parse_args(arguments)
     try:
         print(write_report(options.run, baseline_dir=options.baseline))

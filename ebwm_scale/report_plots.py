@@ -3,6 +3,7 @@
 A drawing function fills one pair of axes and returns the sentence under the plot, with the numbers in it; None means
 that the run did not log what the plot needs. Figures are small on purpose: their text has to stay legible on a phone.
 """
+
 from __future__ import annotations
 
 import io
@@ -20,28 +21,55 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 if TYPE_CHECKING:
     from .report_run import Run
 
-MAX_POINTS = 300            # per curve: what a screen can show; bounds the page's size
-MAX_CURVES = 6              # refinement steps drawn in one plot; the first and the last always are
-RECENT = 0.1                # "at the end" means the last tenth of the logged training steps
+MAX_POINTS = 300  # per curve: what a screen can show; bounds the page's size
+MAX_CURVES = 6  # refinement steps drawn in one plot; the first and the last always are
+RECENT = 0.1  # "at the end" means the last tenth of the logged training steps
 
 # role -> (on a light page, on a dark page). The SVG refers to the roles as CSS variables; the PNG has the light colours.
 # Order is carried by lightness and kind by dash pattern, so that no reader depends on telling hues apart.
 PALETTE: dict[str, tuple[str, str]] = {
-    "ink": ("#1c2128", "#e7eaef"), "muted": ("#59636f", "#a3adba"), "grid": ("#e0e4e9", "#303843"),
-    "unigram": ("#4d5562", "#b9c2ce"), "initial": ("#9b3f87", "#e79fd6"), "baseline": ("#c24e08", "#ffa264"),
-    "curve0": ("#559fd5", "#3f7fb5"), "curve1": ("#3c87c1", "#5795c9"), "curve2": ("#296fab", "#72abd9"),
-    "curve3": ("#1b5993", "#90c1e8"), "curve4": ("#0e4379", "#b0d6f4"), "curve5": ("#072e5f", "#d3eaff"),
+    "ink": ("#1c2128", "#e7eaef"),
+    "muted": ("#59636f", "#a3adba"),
+    "grid": ("#e0e4e9", "#303843"),
+    "unigram": ("#4d5562", "#b9c2ce"),
+    "initial": ("#9b3f87", "#e79fd6"),
+    "baseline": ("#c24e08", "#ffa264"),
+    "curve0": ("#559fd5", "#3f7fb5"),
+    "curve1": ("#3c87c1", "#5795c9"),
+    "curve2": ("#296fab", "#72abd9"),
+    "curve3": ("#1b5993", "#90c1e8"),
+    "curve4": ("#0e4379", "#b0d6f4"),
+    "curve5": ("#072e5f", "#d3eaff"),
 }
 LIGHT = {role: colours[0] for role, colours in PALETTE.items()}
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False, "font.family": "DejaVu Sans", "font.size": 8.5,
-    "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["muted"], "text.color": LIGHT["ink"], "xtick.color": LIGHT["muted"],
-    "ytick.color": LIGHT["muted"], "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": LIGHT["grid"], "grid.linewidth": 0.7, "axes.linewidth": 0.7, "axes.facecolor": "none", "figure.facecolor": "none",
-    "legend.frameon": False, "legend.handlelength": 2.2, "legend.columnspacing": 1.4, "legend.borderaxespad": 0.0,
-    "lines.solid_capstyle": "round", "lines.linewidth": 1.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.edgecolor": LIGHT["muted"],
+    "axes.labelcolor": LIGHT["muted"],
+    "text.color": LIGHT["ink"],
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["grid"],
+    "grid.linewidth": 0.7,
+    "axes.linewidth": 0.7,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "legend.columnspacing": 1.4,
+    "legend.borderaxespad": 0.0,
+    "lines.solid_capstyle": "round",
+    "lines.linewidth": 1.5,
 }
-NARROW, WIDE, TALL = (3.9, 2.6), (8.2, 4.1), (3.9, 3.9)     # inches
+NARROW, WIDE, TALL = (3.9, 2.6), (8.2, 4.1), (3.9, 3.9)  # inches
 Draw = Callable[[Axes, "Run", "Run | None"], "str | None"]
 
 
@@ -49,29 +77,39 @@ Draw = Callable[[Axes, "Run", "Run | None"], "str | None"]
 class Plot:
     title: str
     caption: str
-    svg: str | None                 # None: nothing to draw, the caption says why
-    narrow_svg: str | None = None   # a second shape of the same plot, for phones
+    svg: str | None  # None: nothing to draw, the caption says why
+    narrow_svg: str | None = None  # a second shape of the same plot, for phones
 
 
 def number(value: Any) -> float:
     """`value` as a float; NaN for what is no finite number (absent, null, text, infinite, absurdly large)."""
-    if type(value) is not float:        # the common case first: a long run has millions of values
+    if type(value) is not float:  # the common case first: a long run has millions of values
         try:
             value = float(value)
         except (TypeError, ValueError, OverflowError):
             return math.nan
-    return value if -1e30 < value < 1e30 else math.nan      # larger ones overflow in averages and axis limits
+    return (
+        value if -1e30 < value < 1e30 else math.nan
+    )  # larger ones overflow in averages and axis limits
 
 
 def values_of(row: dict, key: str) -> list[float]:
     """A logged list as floats; a single number counts as a list of one, absent and null as none."""
     value = row.get(key)
-    return [number(item) for item in value] if isinstance(value, list) else [] if value is None else [number(value)]
+    return (
+        [number(item) for item in value]
+        if isinstance(value, list)
+        else []
+        if value is None
+        else [number(value)]
+    )
 
 
 def final_loss(row: dict) -> float:
     """The loss after the last refinement step."""
-    return number(row["loss"]) if row.get("loss") is not None else (losses_of(row) or [math.nan])[-1]
+    return (
+        number(row["loss"]) if row.get("loss") is not None else (losses_of(row) or [math.nan])[-1]
+    )
 
 
 def losses_of(row: dict) -> list[float]:
@@ -109,11 +147,18 @@ def report_plots(run: Run, baseline: Run | None) -> tuple[Plot, list[Plot]]:
     headline = _plot("headline", "Validation loss", draw_validation, run, baseline, WIDE)
     tall = _plot("headline-narrow", "Validation loss", draw_validation, run, baseline, TALL)
     headline = Plot(headline.title, headline.caption, headline.svg, tall.svg)
-    others = [("profile", "What each refinement step does", draw_profile), ("training-loss", "Training loss", draw_training_loss),
-              ("energy", "Energy before each refinement step", draw_energy), ("step-size", "Step size of the refinement", draw_step_size),
-              ("gradient-norm", "Gradient norm", draw_gradient_norm), ("learning-rate", "Learning rate", draw_learning_rate),
-              ("throughput", "Throughput", draw_throughput)]
-    return headline, [_plot(name, title, draw, run, baseline, NARROW) for name, title, draw in others]
+    others = [
+        ("profile", "What each refinement step does", draw_profile),
+        ("training-loss", "Training loss", draw_training_loss),
+        ("energy", "Energy before each refinement step", draw_energy),
+        ("step-size", "Step size of the refinement", draw_step_size),
+        ("gradient-norm", "Gradient norm", draw_gradient_norm),
+        ("learning-rate", "Learning rate", draw_learning_rate),
+        ("throughput", "Throughput", draw_throughput),
+    ]
+    return headline, [
+        _plot(name, title, draw, run, baseline, NARROW) for name, title, draw in others
+    ]
 
 
 def headline_png(run: Run, baseline: Run | None) -> bytes:
@@ -129,6 +174,7 @@ def headline_png(run: Run, baseline: Run | None) -> bytes:
 
 # -------------------------------------------------------------------------------------------------------------- the drawings
 
+
 def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     if not run.validation:
         return None
@@ -136,35 +182,68 @@ def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     for curve in _curves(run.validation, losses_of):
         x, y = _thin_by_stride(curve.x, curve.y)
         label = "after step" if run.refines else run.label
-        axes.plot(x, y, label=f"{label} {curve.index + 1}" if run.refines else label, **_curve_style(curve), **_markers(x))
+        axes.plot(
+            x,
+            y,
+            label=f"{label} {curve.index + 1}" if run.refines else label,
+            **_curve_style(curve),
+            **_markers(x),
+        )
         shown.append(y)
     references = []
     if baseline and baseline.validation:
         x, y = _thin_by_stride(*_series(baseline.validation, final_loss))
-        axes.plot(x, y, color=LIGHT["baseline"], linestyle=(0, (5, 1.5)), label=baseline.label, **_markers(x, "s"))
+        axes.plot(
+            x,
+            y,
+            color=LIGHT["baseline"],
+            linestyle=(0, (5, 1.5)),
+            label=baseline.label,
+            **_markers(x, "s"),
+        )
         references.append(y[x <= 1.25 * steps[-1]] if steps[-1] else y)
         if x[-1] > 1.25 * steps[-1] > 0:
             axes.set_xlim(right=1.25 * steps[-1])
             notes.append(f"The curve of {baseline.label} goes on to step {x[-1]:,.0f}.")
     reference = run.reference_loss
     if reference == reference:
-        axes.axhline(reference, color=LIGHT["unigram"], linestyle=(0, (1, 1.4)), linewidth=1.8, label=run.reference_name)
+        axes.axhline(
+            reference,
+            color=LIGHT["unigram"],
+            linestyle=(0, (1, 1.4)),
+            linewidth=1.8,
+            label=run.reference_name,
+        )
         references.append(np.array([reference]))
     notes += _limit(axes, shown, references)
     x, y = _thin_by_stride(*_series(run.validation, lambda row: number(row.get("initial_loss"))))
     finite = y[np.isfinite(y)]
     if len(finite):
         low, high = axes.get_ylim()
-        if finite.max() < high + 2 * (high - low):      # a far start would press everything else into one line
-            axes.plot(x, y, color=LIGHT["initial"], linestyle=(0, (4, 1.5, 1, 1.5)), linewidth=1.2, label="initial random state")
+        if finite.max() < high + 2 * (
+            high - low
+        ):  # a far start would press everything else into one line
+            axes.plot(
+                x,
+                y,
+                color=LIGHT["initial"],
+                linestyle=(0, (4, 1.5, 1, 1.5)),
+                linewidth=1.2,
+                label="initial random state",
+            )
             axes.set_ylim(low, max(high, finite.max() + 0.04 * (high - low)))
         else:
             notes.append(f"The initial random state is off the scale, at {show(finite[-1])}.")
     _label_axes(axes, run.loss_unit)
     _legend(axes)
     first, last = final_loss(run.validation[0]), final_loss(run.validation[-1])
-    return " ".join([f"Loss on held-out data in {run.loss_unit}; lower is better. "
-                     f"It was {show(first)} at step {steps[0]:,} and is {show(last)} at step {steps[-1]:,}.", *notes])
+    return " ".join(
+        [
+            f"Loss on held-out data in {run.loss_unit}; lower is better. "
+            f"It was {show(first)} at step {steps[0]:,} and is {show(last)} at step {steps[-1]:,}.",
+            *notes,
+        ]
+    )
 
 
 def draw_profile(axes: Axes, run: Run, baseline: Run | None) -> str | None:
@@ -181,19 +260,29 @@ def draw_profile(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     note = ""
     spread = np.ptp(y[1:][finite[1:]]) + 0.5 * y[1:][finite[1:]].mean()
     if finite[0] and initial > y[1:][finite[1:]].max() + 4 * spread:
-        draw[0] = False             # as above: the changes between the steps are what the plot is for
+        draw[0] = False  # as above: the changes between the steps are what the plot is for
         note = f" The initial state is off the scale, at {show(initial)}."
     x = np.arange(len(y))
     axes.plot(x[draw], y[draw], color=LIGHT["curve3"], marker="o", markersize=5)
     if len(losses) <= 8:
         for position in x[draw]:
-            axes.annotate(show(y[position]), (position, y[position]), xytext=(3, 6), textcoords="offset points", fontsize=8)
+            axes.annotate(
+                show(y[position]),
+                (position, y[position]),
+                xytext=(3, 6),
+                textcoords="offset points",
+                fontsize=8,
+            )
     axes.margins(x=0.12, y=0.2)
     axes.xaxis.set_major_locator(MaxNLocator(min(8, len(losses) + 1), integer=True))
     axes.set_xlabel("refinement steps taken (0: random start)")
     axes.set_ylabel(run.loss_unit)
     changes = enumerate(np.diff([initial, *losses]), start=1)
-    steps = [f"step {i} changes it by {show_change(change)}" for i, change in changes if np.isfinite(change)]
+    steps = [
+        f"step {i} changes it by {show_change(change)}"
+        for i, change in changes
+        if np.isfinite(change)
+    ]
     listed = "; ".join(steps if len(steps) <= 4 else [*steps[:2], "…", steps[-1]])
     return f"Validation loss along the refinement at training step {row['step']:,}: {listed}.{note}"
 
@@ -204,17 +293,36 @@ def draw_training_loss(axes: Axes, run: Run, baseline: Run | None) -> str | None
         x, mean, low, high = thin(curve.x, curve.y)
         if curve.last and len(curve.x) > MAX_POINTS:
             axes.fill_between(x, low, high, color=LIGHT["curve5"], alpha=0.15, linewidth=0)
-        axes.plot(x, mean, label=f"after step {curve.index + 1}" if run.refines else run.label, **_curve_style(curve), **_markers(x, few=8))
+        axes.plot(
+            x,
+            mean,
+            label=f"after step {curve.index + 1}" if run.refines else run.label,
+            **_curve_style(curve),
+            **_markers(x, few=8),
+        )
         shown.append(mean)
     if not shown:
         return None
-    notes += _limit(axes, shown, [np.array([run.reference_loss])] if run.reference_loss == run.reference_loss else [])
+    notes += _limit(
+        axes,
+        shown,
+        [np.array([run.reference_loss])] if run.reference_loss == run.reference_loss else [],
+    )
     if run.reference_loss == run.reference_loss:
-        axes.axhline(run.reference_loss, color=LIGHT["unigram"], linestyle=(0, (1, 1.4)), label=run.reference_name)
+        axes.axhline(
+            run.reference_loss,
+            color=LIGHT["unigram"],
+            linestyle=(0, (1, 1.4)),
+            label=run.reference_name,
+        )
     _label_axes(axes, run.loss_unit)
     _legend(axes)
     broken = sum(any(v != v for v in losses_of(row)) for row in run.training)
-    notes += [f"{broken:,} logged steps have a loss that is not finite and are left out."] if broken else []
+    notes += (
+        [f"{broken:,} logged steps have a loss that is not finite and are left out."]
+        if broken
+        else []
+    )
     return " ".join([f"Loss on the training batches, {len(run.training):,} logged steps.", *notes])
 
 
@@ -222,7 +330,13 @@ def draw_energy(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     curves = list(_curves(run.training, lambda row: values_of(row, "energy_per_step")))
     for curve in curves:
         x, mean, *_ = thin(curve.x, curve.y)
-        axes.plot(x, mean, label=f"before step {curve.index + 1}", **_curve_style(curve), **_markers(x, few=8))
+        axes.plot(
+            x,
+            mean,
+            label=f"before step {curve.index + 1}",
+            **_curve_style(curve),
+            **_markers(x, few=8),
+        )
     if not curves:
         return None
     _limit(axes, [np.concatenate([line.get_ydata() for line in axes.get_lines()])], [], both=True)
@@ -230,13 +344,21 @@ def draw_energy(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     _legend(axes)
     at_end = [float(end.mean()) for curve in curves if len(end := _finite_end(curve.y))]
     if len(at_end) < 2:
-        return "Mean energy of the states before each update; lower means a better fit to the context."
-    if run.setting("refinement", "landscapes") == "per_step" and run.setting("model", "conditioning") not in (None, "default"):
-        return (f"Mean energy of the states before each update; at the end {show(at_end[0])} before the first and "
-                f"{show(at_end[-1])} before the last. Each step has a landscape of its own here, so their levels do not compare.")
+        return (
+            "Mean energy of the states before each update; lower means a better fit to the context."
+        )
+    if run.setting("refinement", "landscapes") == "per_step" and run.setting(
+        "model", "conditioning"
+    ) not in (None, "default"):
+        return (
+            f"Mean energy of the states before each update; at the end {show(at_end[0])} before the first and "
+            f"{show(at_end[-1])} before the last. Each step has a landscape of its own here, so their levels do not compare."
+        )
     verb = "falls" if at_end[-1] < at_end[0] else "does not fall"
-    return (f"Mean energy of the states before each update. At the end of training it {verb} along the refinement: "
-            f"{show(at_end[0])} before the first step, {show(at_end[-1])} before the last.")
+    return (
+        f"Mean energy of the states before each update. At the end of training it {verb} along the refinement: "
+        f"{show(at_end[0])} before the first step, {show(at_end[-1])} before the last."
+    )
 
 
 def draw_step_size(axes: Axes, run: Run, baseline: Run | None) -> str | None:
@@ -245,7 +367,9 @@ def draw_step_size(axes: Axes, run: Run, baseline: Run | None) -> str | None:
         return None
     _single(axes, x, y, "step size α")
     finite = y[np.isfinite(y)]
-    learned = {True: "learned", False: "fixed"}.get(run.setting("refinement", "learnable"), "logged")
+    learned = {True: "learned", False: "fixed"}.get(
+        run.setting("refinement", "learnable"), "logged"
+    )
     return f"How far one refinement step moves down the energy gradient ({learned}): from {show(finite[0])} to {show(finite[-1])}."
 
 
@@ -261,7 +385,13 @@ def draw_gradient_norm(axes: Axes, run: Run, baseline: Run | None) -> str | None
     text = f"Before clipping; median {show(float(np.nanmedian(y)))}, largest {show(float(np.nanmax(y)))}."
     if clipping > 0:
         low, high = axes.get_ylim()
-        axes.axhline(clipping, color=LIGHT["baseline"], linestyle=(0, (5, 1.5)), linewidth=1.2, label=f"clipped above {clipping:g}")
+        axes.axhline(
+            clipping,
+            color=LIGHT["baseline"],
+            linestyle=(0, (5, 1.5)),
+            linewidth=1.2,
+            label=f"clipped above {clipping:g}",
+        )
         axes.set_ylim(min(low, clipping * 0.9), max(high, clipping * 1.1))
         _legend(axes)
         text += f" Clipped in {np.mean(y[np.isfinite(y)] > clipping):.0%} of the logged steps."
@@ -282,7 +412,14 @@ def draw_learning_rate(axes: Axes, run: Run, baseline: Run | None) -> str | None
 
 
 def draw_throughput(axes: Axes, run: Run, baseline: Run | None) -> str | None:
-    key = next((k for k in ("tokens_per_s", "frames_per_s") if any(row.get(k) is not None for row in run.training)), None)
+    key = next(
+        (
+            k
+            for k in ("tokens_per_s", "frames_per_s")
+            if any(row.get(k) is not None for row in run.training)
+        ),
+        None,
+    )
     if key is None:
         return None
     unit = key.removesuffix("_per_s")
@@ -299,12 +436,13 @@ def draw_throughput(axes: Axes, run: Run, baseline: Run | None) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------------------- series
 
+
 @dataclass(frozen=True)
 class _Curve:
-    index: int          # refinement step, counted from 0
-    x: np.ndarray       # training steps that have this refinement step
-    y: np.ndarray       # NaN where the logged value is not finite
-    shade: int          # 0..5, rising with the refinement step
+    index: int  # refinement step, counted from 0
+    x: np.ndarray  # training steps that have this refinement step
+    y: np.ndarray  # NaN where the logged value is not finite
+    shade: int  # 0..5, rising with the refinement step
     last: bool
 
 
@@ -322,22 +460,30 @@ def _curves(rows: list[dict], values: Callable[[dict], list[float]]) -> Iterator
 
 
 def _series(rows: list[dict], value: Callable[[dict], float]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([row["step"] for row in rows], float), np.array([value(row) for row in rows], float)
+    return np.array([row["step"] for row in rows], float), np.array(
+        [value(row) for row in rows], float
+    )
 
 
 def _finite_end(y: np.ndarray) -> np.ndarray:
-    end = y[-max(1, round(len(y) * RECENT)):]
+    end = y[-max(1, round(len(y) * RECENT)) :]
     return end[np.isfinite(end)]
 
 
-def thin(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def thin(
+    x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(x, mean, lowest, highest) of at most `limit` bins of neighbouring points; bins without a finite value are NaN."""
     if len(x) <= limit:
         return x, y, y, y
     bins = []
     for xs, ys in zip(np.array_split(x, limit), np.array_split(y, limit)):
         ys = ys[np.isfinite(ys)]
-        bins.append((xs.mean(), ys.mean(), ys.min(), ys.max()) if len(ys) else (xs.mean(), np.nan, np.nan, np.nan))
+        bins.append(
+            (xs.mean(), ys.mean(), ys.min(), ys.max())
+            if len(ys)
+            else (xs.mean(), np.nan, np.nan, np.nan)
+        )
     return tuple(np.array(bins).T)
 
 
@@ -349,7 +495,10 @@ def _thin_by_stride(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 # ------------------------------------------------------------------------------------------------------------------ figures
 
-def _plot(name: str, title: str, draw: Draw, run: Run, baseline: Run | None, size: tuple[float, float]) -> Plot:
+
+def _plot(
+    name: str, title: str, draw: Draw, run: Run, baseline: Run | None, size: tuple[float, float]
+) -> Plot:
     with matplotlib.rc_context(STYLE):
         figure, caption = _draw(draw, run, baseline, size)
         if caption is None:
@@ -359,7 +508,9 @@ def _plot(name: str, title: str, draw: Draw, run: Run, baseline: Run | None, siz
     return Plot(title, caption, inline_svg(buffer.getvalue(), name, f"{title}. {caption}"))
 
 
-def _draw(draw: Draw, run: Run, baseline: Run | None, size: tuple[float, float]) -> tuple[Figure, str | None]:
+def _draw(
+    draw: Draw, run: Run, baseline: Run | None, size: tuple[float, float]
+) -> tuple[Figure, str | None]:
     figure = Figure(figsize=size, layout="constrained")
     return figure, draw(figure.add_subplot(), run, baseline)
 
@@ -367,17 +518,23 @@ def _draw(draw: Draw, run: Run, baseline: Run | None, size: tuple[float, float])
 def _why_empty(name: str, run: Run) -> str:
     if not run.refines and name in ("profile", "energy", "step-size"):
         return f"{run.label} predicts in one go: there is nothing to refine."
-    what = "validation row" if name.startswith(("headline", "profile")) else "finite value for this plot"
+    what = (
+        "validation row"
+        if name.startswith(("headline", "profile"))
+        else "finite value for this plot"
+    )
     return f"metrics.jsonl has no {what} yet."
 
 
 def inline_svg(svg: str, name: str, alt: str) -> str:
     """An SVG document as part of an HTML page: ids of its own, the page's colours and font, no reference to anything outside."""
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     view_box = re.search(r'viewBox="[^"]*"', svg).group()
     escaped = alt.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    svg = re.sub(r"<svg[^>]*>", lambda _: f'<svg {view_box} role="img" aria-label="{escaped}">', svg, count=1)
+    svg = re.sub(
+        r"<svg[^>]*>", lambda _: f'<svg {view_box} role="img" aria-label="{escaped}">', svg, count=1
+    )
     body_at = svg.index(">") + 1
     head, body = svg[:body_at], svg[body_at:]
     body = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', body)
@@ -390,7 +547,11 @@ def inline_svg(svg: str, name: str, alt: str) -> str:
 
 
 def _curve_style(curve: _Curve) -> dict[str, Any]:
-    return {"color": LIGHT[f"curve{curve.shade}"], "linewidth": 2.0 if curve.last else 1.3, "zorder": 3 if curve.last else 2.5}
+    return {
+        "color": LIGHT[f"curve{curve.shade}"],
+        "linewidth": 2.0 if curve.last else 1.3,
+        "zorder": 3 if curve.last else 2.5,
+    }
 
 
 def _markers(x: np.ndarray, marker: str = "o", few: int = 40) -> dict[str, Any]:
@@ -419,7 +580,9 @@ def _legend(axes: Axes) -> None:
     figure.legend(loc="outside upper left", ncols=4 if wide else 2, fontsize=8.5 if wide else 8)
 
 
-def _limit(axes: Axes, shown: list[np.ndarray], references: list[np.ndarray], *, both: bool = False) -> list[str]:
+def _limit(
+    axes: Axes, shown: list[np.ndarray], references: list[np.ndarray], *, both: bool = False
+) -> list[str]:
     """Keep a few huge values (a first loss of 1e4 is normal with a large step size) from flattening everything else; say so."""
     values = np.concatenate(shown) if shown else np.array([])
     values = values[np.isfinite(values)]
@@ -432,5 +595,8 @@ def _limit(axes: Axes, shown: list[np.ndarray], references: list[np.ndarray], *,
     spread = (high - low) or abs(high) or 1.0
     top, bottom = max(values.max(), high), min(values.min(), low)
     cut_top, cut_bottom = top > high + 1.5 * spread, both and bottom < low - 1.5 * spread
-    axes.set_ylim((low - 0.3 * spread) if cut_bottom else bottom - 0.05 * spread, (high + 0.3 * spread) if cut_top else top + 0.05 * spread)
+    axes.set_ylim(
+        (low - 0.3 * spread) if cut_bottom else bottom - 0.05 * spread,
+        (high + 0.3 * spread) if cut_top else top + 0.05 * spread,
+    )
     return [f"Values up to {show(top)} are cut off at the top."] if cut_top else []

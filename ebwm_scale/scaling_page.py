@@ -1,4 +1,5 @@
 """Scaling studies as one self-contained page: loss against size, FLOPs and data per form, fits with intervals, crossovers, equal FLOPs."""
+
 from __future__ import annotations
 
 from html import escape
@@ -17,13 +18,18 @@ COLOURS = ("baseline", "curve3", "initial", "curve0", "unigram", "curve5")
 def analyse(study: dict[str, Any]) -> dict[str, Any]:
     """The fits of a study's runs: {"fits": [...], "iso_flop": {...}}."""
     quantities = [x for x, (_, axes) in QUANTITIES.items() if study["axis"] in axes]
-    return {"fits": [compare(study["runs"], x) for x in quantities], "iso_flop": iso_flop(study["runs"])}
+    return {
+        "fits": [compare(study["runs"], x) for x in quantities],
+        "iso_flop": iso_flop(study["runs"]),
+    }
 
 
 def render(studies: Sequence[dict[str, Any]]) -> str:
     """The page of several studies, each with "title", "axis", "runs", "command" and analyse()'s result."""
-    parts = ['<header><h1>Scaling studies</h1><p class="muted">loss = a x<sup>-b</sup>, least squares on logarithms; 95 % intervals from a bootstrap over seeds, the same seeds for every '
-             "form. An interval that includes zero shows no difference.</p></header>"]
+    parts = [
+        '<header><h1>Scaling studies</h1><p class="muted">loss = a x<sup>-b</sup>, least squares on logarithms; 95 % intervals from a bootstrap over seeds, the same seeds for every '
+        "form. An interval that includes zero shows no difference.</p></header>"
+    ]
     for study in studies:
         parts += _study(study)
     return page("Scaling studies", parts)
@@ -32,37 +38,89 @@ def render(studies: Sequence[dict[str, Any]]) -> str:
 def _study(study: dict[str, Any]) -> list[str]:
     runs, unit = study["runs"], study["unit"]
     seeds = sorted({str(run["seed"]) for run in runs})
-    parts = [f"<h2>{escape(study['title'])}</h2>", f'<p class="muted">{len(runs)} runs, seeds {escape(", ".join(seeds))}. <code>{escape(study["command"])}</code></p>']
+    parts = [
+        f"<h2>{escape(study['title'])}</h2>",
+        f'<p class="muted">{len(runs)} runs, seeds {escape(", ".join(seeds))}. <code>{escape(study["command"])}</code></p>',
+    ]
     if study["missing"]:
-        parts.append(f"<p><strong>Not finished, and left out:</strong> {escape(', '.join(study['missing']))}</p>")
+        parts.append(
+            f"<p><strong>Not finished, and left out:</strong> {escape(', '.join(study['missing']))}</p>"
+        )
     for fit in study["fits"]:
         parts += [f"<p>{escape(sentence)}</p>" for sentence in sentences(fit, unit)]
-    figures = [card(f"Loss against {fit['what']}", lambda axes, fit=fit: _fit(axes, fit, unit)) for fit in study["fits"]]
+    figures = [
+        card(f"Loss against {fit['what']}", lambda axes, fit=fit: _fit(axes, fit, unit))
+        for fit in study["fits"]
+    ]
     if study["iso_flop"]["budgets"]:
-        figures.append(card("Lowest loss within a budget of FLOPs", lambda axes: _iso(axes, study["iso_flop"], unit)))
+        figures.append(
+            card(
+                "Lowest loss within a budget of FLOPs",
+                lambda axes: _iso(axes, study["iso_flop"], unit),
+            )
+        )
     parts.append(f'<div class="grid">{"".join(figures)}</div>')
-    heads = ["form", study["axis"], "parameters", "FLOPs per step", "steps", f"loss, {unit}", "per refinement step, mean over seeds"]
+    heads = [
+        "form",
+        study["axis"],
+        "parameters",
+        "FLOPs per step",
+        "steps",
+        f"loss, {unit}",
+        "per refinement step, mean over seeds",
+    ]
     cells: dict[tuple[str, str], list[dict]] = {}
     for run in runs:
         cells.setdefault((run["form"], run["point"]), []).append(run)
     body = []
     for (form, point), group in cells.items():
-        losses = ", ".join(f"{run['loss']:.4f}" for run in sorted(group, key=lambda run: str(run["seed"])))
-        steps = np.mean([run["loss_per_step"] for run in group], 0) if all(run["loss_per_step"] for run in group) else []
-        body.append([form, point, f"{group[0]['parameters']:,}", show(group[0]["flops_per_step"]), str(group[0]["curve"][-1][0]), losses, " → ".join(f"{loss:.4f}" for loss in steps) if len(steps) > 1 else ""])
+        losses = ", ".join(
+            f"{run['loss']:.4f}" for run in sorted(group, key=lambda run: str(run["seed"]))
+        )
+        steps = (
+            np.mean([run["loss_per_step"] for run in group], 0)
+            if all(run["loss_per_step"] for run in group)
+            else []
+        )
+        body.append(
+            [
+                form,
+                point,
+                f"{group[0]['parameters']:,}",
+                show(group[0]["flops_per_step"]),
+                str(group[0]["curve"][-1][0]),
+                losses,
+                " → ".join(f"{loss:.4f}" for loss in steps) if len(steps) > 1 else "",
+            ]
+        )
     parts.append(table(heads, body))
     return parts
 
 
 def sentences(fit: dict[str, Any], unit: str) -> list[str]:
     """What a fit says, and what it does not."""
-    lines = [f"Against {fit['what']}: " + "; ".join(f"{form} falls with exponent {with_interval(row['exponent'])}" for form, row in fit["forms"].items()) + "."]
+    lines = [
+        f"Against {fit['what']}: "
+        + "; ".join(
+            f"{form} falls with exponent {with_interval(row['exponent'])}"
+            for form, row in fit["forms"].items()
+        )
+        + "."
+    ]
     for form, row in fit["against_reference"].items():
         difference = row["exponent_difference"]
-        verdict = ("scales faster than" if difference["low"] > 0 else "scales slower than" if difference["high"] < 0 else "scales no differently, as far as these runs show, than")
-        text = (f"{form} {verdict} {fit['reference']}: exponents differ by {with_interval(difference)}, "
-                f"relative rate {100 * row['relative_rate']['mean']:+.1f} % [{100 * row['relative_rate']['low']:+.1f}, {100 * row['relative_rate']['high']:+.1f}]. "
-                f"At the largest x its fit is {with_interval(row['loss_difference_at_largest'])} {unit} above.")
+        verdict = (
+            "scales faster than"
+            if difference["low"] > 0
+            else "scales slower than"
+            if difference["high"] < 0
+            else "scales no differently, as far as these runs show, than"
+        )
+        text = (
+            f"{form} {verdict} {fit['reference']}: exponents differ by {with_interval(difference)}, "
+            f"relative rate {100 * row['relative_rate']['mean']:+.1f} % [{100 * row['relative_rate']['low']:+.1f}, {100 * row['relative_rate']['high']:+.1f}]. "
+            f"At the largest x its fit is {with_interval(row['loss_difference_at_largest'])} {unit} above."
+        )
         crossover = row["crossover"]
         if crossover is None:
             text += " The fits do not cross beyond it."
@@ -78,20 +136,54 @@ def _fit(axes: Axes, fit: dict[str, Any], unit: str) -> str:
     for (form, row), colour in zip(fit["forms"].items(), COLOURS):
         places = np.array([point["x"] for point in row["points"]])
         for point in row["points"]:
-            axes.plot([point["x"]] * len(point["losses"]), point["losses"], ".", color=LIGHT[colour], markersize=4)
+            axes.plot(
+                [point["x"]] * len(point["losses"]),
+                point["losses"],
+                ".",
+                color=LIGHT[colour],
+                markersize=4,
+            )
         line = np.geomspace(places.min(), places.max(), 40)
-        axes.plot(line, row["factor"] * line**-row["exponent"]["mean"], color=LIGHT[colour], label=form)
+        axes.plot(
+            line, row["factor"] * line ** -row["exponent"]["mean"], color=LIGHT[colour], label=form
+        )
     _logarithmic(axes, fit["what"], unit)
-    return "Points are runs, lines are fits. Largest relative distance of a mean from its line: " + ", ".join(f"{form} {row['residual']:.1%}" for form, row in fit["forms"].items()) + "."
+    return (
+        "Points are runs, lines are fits. Largest relative distance of a mean from its line: "
+        + ", ".join(f"{form} {row['residual']:.1%}" for form, row in fit["forms"].items())
+        + "."
+    )
 
 
 def _iso(axes: Axes, result: dict[str, Any], unit: str) -> str:
     for (form, row), colour in zip(result["forms"].items(), COLOURS):
-        axes.fill_between(result["budgets"], row["lowest"], row["highest"], color=LIGHT[colour], alpha=0.18, linewidth=0)
-        axes.plot(result["budgets"], row["mean"], color=LIGHT[colour], marker="o", markersize=3, label=form)
+        axes.fill_between(
+            result["budgets"],
+            row["lowest"],
+            row["highest"],
+            color=LIGHT[colour],
+            alpha=0.18,
+            linewidth=0,
+        )
+        axes.plot(
+            result["budgets"],
+            row["mean"],
+            color=LIGHT[colour],
+            marker="o",
+            markersize=3,
+            label=form,
+        )
     _logarithmic(axes, "FLOPs, matrix products and attention", unit)
-    said = [f"{form} {row['difference']['mean'][-1]:+.4g} [{row['difference']['lowest'][-1]:+.4g}, {row['difference']['highest'][-1]:+.4g}]" for form, row in result["forms"].items() if "difference" in row]
-    return "Difference at the largest common budget, mean and range over seeds: " + "; ".join(said) + "."
+    said = [
+        f"{form} {row['difference']['mean'][-1]:+.4g} [{row['difference']['lowest'][-1]:+.4g}, {row['difference']['highest'][-1]:+.4g}]"
+        for form, row in result["forms"].items()
+        if "difference" in row
+    ]
+    return (
+        "Difference at the largest common budget, mean and range over seeds: "
+        + "; ".join(said)
+        + "."
+    )
 
 
 def _logarithmic(axes: Axes, x: str, y: str) -> None:

@@ -6,6 +6,7 @@
 A token's probability is that of the state refinement ends with at the position before it. An energy model also says what it makes of the tokens themselves:
 the energy of each as a certain prediction (a one-hot state), which needs no refinement. Nothing depends on the order or the batching of the pairs.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .thinking import SequenceNoise, SequenceScore, ThinkingRules, think
 @dataclass(frozen=True)
 class ContinuationScore:
     """log_likelihood: nats, summed over num_tokens; is_greedy: every token is the most probable one; energy: mean of the tokens as certain predictions."""
+
     log_likelihood: float
     is_greedy: bool
     num_tokens: int
@@ -32,6 +34,7 @@ class ContinuationScore:
 @dataclass(frozen=True)
 class Window:
     """Tokens of one forward pass, of which the last `scored` are scored given all before them."""
+
     request: int
     tokens: list[int]
     scored: int
@@ -40,35 +43,71 @@ class Window:
 class Scorer:
     """model: of text, energy or baseline. rules: how to think (energy models). batch_size: windows at a time."""
 
-    def __init__(self, model: WorldModel, tokenizer, rules: ThinkingRules = ThinkingRules(), *, batch_size: int = 8):
+    def __init__(
+        self,
+        model: WorldModel,
+        tokenizer,
+        rules: ThinkingRules = ThinkingRules(),
+        *,
+        batch_size: int = 8,
+    ):
         if model.config.state.kind != "vocabulary":
-            raise UserError("continuations of text are scored, and this is a model of video; take a run that was trained on text")
-        self.model, self.tokenizer, self.rules, self.batch_size = model, tokenizer, rules, batch_size
+            raise UserError(
+                "continuations of text are scored, and this is a model of video; take a run that was trained on text"
+            )
+        self.model, self.tokenizer, self.rules, self.batch_size = (
+            model,
+            tokenizer,
+            rules,
+            batch_size,
+        )
         self.context_length = model.config.data.context_length
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[ContinuationScore]:
         """(context, continuation) each; a context may be empty: then a document begins. What does not fit into the model's context is cut from the left."""
         tokens = [self.tokens_of(*pair) for pair in pairs]
-        sums = self._sums([window for index, (whole, first) in enumerate(tokens) for window in windows(index, whole, first, self.context_length)], len(pairs))
-        return [ContinuationScore(total, greedy, len(whole) - first, len(continuation.encode("utf-8")), None if energy is None else energy / max(1, len(whole) - first))
-                for (total, greedy, energy), (whole, first), (_, continuation) in zip(sums, tokens, pairs)]
+        sums = self._sums(
+            [
+                window
+                for index, (whole, first) in enumerate(tokens)
+                for window in windows(index, whole, first, self.context_length)
+            ],
+            len(pairs),
+        )
+        return [
+            ContinuationScore(
+                total,
+                greedy,
+                len(whole) - first,
+                len(continuation.encode("utf-8")),
+                None if energy is None else energy / max(1, len(whole) - first),
+            )
+            for (total, greedy, energy), (whole, first), (_, continuation) in zip(
+                sums, tokens, pairs
+            )
+        ]
 
     def tokens_of(self, context: str, continuation: str) -> tuple[list[int], int]:
         """(all tokens, index of the first scored one). The text is tokenized as a whole where that leaves the context's own tokens as they are."""
         before = self.tokenizer.encode(context)
         whole = self.tokenizer.encode(context + continuation)
-        if whole[:len(before)] != before:
+        if whole[: len(before)] != before:
             whole = before + self.tokenizer.encode(continuation)
         return [self.tokenizer.eos_id, *whole], 1 + len(before)
 
     @torch.no_grad()
     def _sums(self, todo: list[Window], count: int) -> list[tuple[float, bool, float | None]]:
-        sums: list[list] = [[0.0, True, 0.0 if self.model.config.model.kind == "energy" else None] for _ in range(count)]
+        sums: list[list] = [
+            [0.0, True, 0.0 if self.model.config.model.kind == "energy" else None]
+            for _ in range(count)
+        ]
         todo = sorted(todo, key=lambda window: (len(window.tokens), window.request))
         device = next(self.model.parameters()).device
         for first in range(0, len(todo), self.batch_size):
-            group = todo[first:first + self.batch_size]
-            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(window.tokens) for window in group], batch_first=True).to(device)
+            group = todo[first : first + self.batch_size]
+            padded = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(window.tokens) for window in group], batch_first=True
+            ).to(device)
             observed, targets = padded[:, :-1], padded[:, 1:]
             state = last_states(self.model, observed, self.rules)
             chosen = state.gather(2, targets[..., None])[..., 0]
@@ -84,14 +123,18 @@ class Scorer:
         return [tuple(total) for total in sums]
 
     def _energies(self, observed: Tensor, targets: Tensor) -> Tensor | None:
-        return None if self.model.config.model.kind == "baseline" else energies_of_tokens(self.model, observed, targets)
+        return (
+            None
+            if self.model.config.model.kind == "baseline"
+            else energies_of_tokens(self.model, observed, targets)
+        )
 
 
 def windows(request: int, tokens: list[int], first: int, length: int) -> Iterator[Window]:
     """Cover tokens[first:] by windows of at most `length` predictions; each predicts its last ones given as much as fits before them."""
     for start in range(first, len(tokens), length):
         end = min(len(tokens), start + length)
-        yield Window(request, tokens[max(0, end - 1 - length):end], end - start)
+        yield Window(request, tokens[max(0, end - 1 - length) : end], end - start)
 
 
 def last_states(model: WorldModel, observed: Tensor, rules: ThinkingRules) -> Tensor:
@@ -105,7 +148,11 @@ def last_states(model: WorldModel, observed: Tensor, rules: ThinkingRules) -> Te
         prediction = model.output(model.network(embedded))
         return prediction if prediction.dtype == torch.float64 else prediction.float()
     frames = observed if model.config.state.kind == "embedding" else None
-    ids, score, best = torch.zeros(len(observed), dtype=torch.int64), SequenceScore(model, embedded), None
+    ids, score, best = (
+        torch.zeros(len(observed), dtype=torch.int64),
+        SequenceScore(model, embedded),
+        None,
+    )
     for start in range(rules.num_starts):
         noise = SequenceNoise(model, rules, ids, observed.shape[1], start)
         thought = think(model, score, noise.initial(frames), rules, noise=noise)
@@ -113,10 +160,15 @@ def last_states(model: WorldModel, observed: Tensor, rules: ThinkingRules) -> Te
             state, best = thought.state, thought.energy
         else:
             lower = thought.energy < best
-            state, best = torch.where(lower[..., None], thought.state, state), torch.where(lower, thought.energy, best)
+            state, best = (
+                torch.where(lower[..., None], thought.state, state),
+                torch.where(lower, thought.energy, best),
+            )
     return state
 
 
 def energies_of_tokens(model: WorldModel, observed: Tensor, targets: Tensor) -> Tensor:
     """Energies (B, S) in the last landscape of the tokens `targets` (B, S) as certain predictions (one-hot states)."""
-    return SequenceScore(model, model.embed_observed(observed))(model.state.weight[targets.clamp(min=0)], model.network.num_landscapes - 1)
+    return SequenceScore(model, model.embed_observed(observed))(
+        model.state.weight[targets.clamp(min=0)], model.network.num_landscapes - 1
+    )

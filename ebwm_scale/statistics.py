@@ -1,4 +1,5 @@
 """Intervals of what is measured on samples: percentile bootstrap, rank correlation, tenths."""
+
 from __future__ import annotations
 
 import math
@@ -17,18 +18,28 @@ def interval(per_sample: Tensor) -> dict[str, float]:
     """{"mean", "low", "high"}: 95 % percentile bootstrap over samples."""
     values = per_sample.double().numpy()
     means = values[resamples(len(values))].mean(1)
-    return {"mean": float(values.mean()), "low": float(np.quantile(means, 0.025)), "high": float(np.quantile(means, 0.975))}
+    return {
+        "mean": float(values.mean()),
+        "low": float(np.quantile(means, 0.025)),
+        "high": float(np.quantile(means, 0.975)),
+    }
 
 
 def interval_of_correlation(a: Tensor, b: Tensor) -> dict[str, float]:
     """Spearman's rank correlation over all positions, (samples, S); bootstrap over samples, on ranks taken once."""
     ranked = [ranks(u.double().flatten().numpy()).reshape(u.shape) for u in (a, b)]
+
     def correlation(x: np.ndarray, y: np.ndarray) -> float:
         x, y = x.ravel() - x.mean(), y.ravel() - y.mean()
         scale = math.sqrt((x @ x) * (y @ y))
         return float(x @ y / scale) if scale > 0 else 0.0
+
     draws = [correlation(ranked[0][i], ranked[1][i]) for i in resamples(len(ranked[0]))[:200]]
-    return {"mean": correlation(*ranked), "low": float(np.quantile(draws, 0.025)), "high": float(np.quantile(draws, 0.975))}
+    return {
+        "mean": correlation(*ranked),
+        "low": float(np.quantile(draws, 0.025)),
+        "high": float(np.quantile(draws, 0.975)),
+    }
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -41,4 +52,10 @@ def ranks(values: np.ndarray) -> np.ndarray:
 def tenths(by: Tensor, what: Tensor) -> list[dict[str, float]]:
     """Positions sorted by one quantity, cut into tenths: the mean of both in each."""
     order = by.flatten().argsort(stable=True)
-    return [{"by": float(by.flatten()[part].double().mean()), "mean": float(what.flatten()[part].double().mean())} for part in order.chunk(BINS)]
+    return [
+        {
+            "by": float(by.flatten()[part].double().mean()),
+            "mean": float(what.flatten()[part].double().mean()),
+        }
+        for part in order.chunk(BINS)
+    ]

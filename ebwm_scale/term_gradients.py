@@ -11,6 +11,7 @@
 The sums are those of one backward through sum(terms), in another order of addition. Memory: one tensor per parameter and cut tensor, in
 place of the graphs of all terms but one.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -33,9 +34,15 @@ class Cut:
 
     def settle(self) -> None:
         """Back-propagate what reached the leaves through the tensors' own graphs."""
-        reached = [(source, leaf) for source, leaf in zip(self.sources, self.leaves) if _sum(leaf) is not None]
+        reached = [
+            (source, leaf)
+            for source, leaf in zip(self.sources, self.leaves)
+            if _sum(leaf) is not None
+        ]
         self.sources, self.leaves = [], []
-        torch.autograd.backward([source for source, _ in reached], [_sum(leaf) for _, leaf in reached])
+        torch.autograd.backward(
+            [source for source, _ in reached], [_sum(leaf) for _, leaf in reached]
+        )
 
     def _leaf(self, tensor: Tensor) -> Tensor:
         leaf = tensor.detach().requires_grad_()
@@ -54,8 +61,12 @@ class TermGradients(Cut):
     @contextlib.contextmanager
     def stand_in(self, module: nn.Module) -> Iterator[None]:
         """Within it, every learned parameter of the module is a leaf that shares its memory."""
-        places = [(owner, name, parameter) for owner in module.modules() for name, parameter in owner._parameters.items()
-                  if parameter is not None and parameter.requires_grad]
+        places = [
+            (owner, name, parameter)
+            for owner in module.modules()
+            for name, parameter in owner._parameters.items()
+            if parameter is not None and parameter.requires_grad
+        ]
         leaves: dict[int, Tensor] = {}
         for owner, name, parameter in places:
             if id(parameter) not in leaves:
@@ -70,8 +81,11 @@ class TermGradients(Cut):
 
     def total(self, value: Tensor) -> Tensor:
         """The loss, of the given value, whose gradients are the sums. It can be back-propagated once."""
-        sources, sums = [getattr(leaf, "source", source) for leaf, source in zip(self.leaves, self.sources)], [_sum(leaf) for leaf in self.leaves]
-        for leaf in self.leaves:        # autograd takes a gradient as it is only if nobody else holds it; of a partitioned parameter it must
+        sources, sums = (
+            [getattr(leaf, "source", source) for leaf, source in zip(self.leaves, self.sources)],
+            [_sum(leaf) for leaf in self.leaves],
+        )
+        for leaf in self.leaves:  # autograd takes a gradient as it is only if nobody else holds it; of a partitioned parameter it must
             leaf.grad = None
         self.sources, self.leaves = [], []
         return _Total.apply(value, sums, *sources)
@@ -108,8 +122,12 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            raise RuntimeError("refinement loss: its gradients were taken term by term and have no graph; call backward without create_graph=True")
+            raise RuntimeError(
+                "refinement loss: its gradients were taken term by term and have no graph; call backward without create_graph=True"
+            )
         if ctx.sums is None:
-            raise RuntimeError("refinement loss: a second backward through the same loss is not possible; compute the loss again")
+            raise RuntimeError(
+                "refinement loss: a second backward through the same loss is not possible; compute the loss again"
+            )
         sums, ctx.sums = ctx.sums, None
         return None, None, *(None if u is None else u.mul_(grad.to(u.dtype)) for u in sums)

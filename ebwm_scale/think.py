@@ -9,6 +9,7 @@ RUN is a run folder or a checkpoint folder; energy models and the Transformer++ 
 observed stream is computed once; a prompt longer than the context is cut to its end; an empty one starts after an end of sequence.
 One prompt is printed as it is written, several when they are done. A clip's continuation is written as .gif, .mp4, or .png (a contact sheet).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +31,9 @@ from .thinking import ThinkingRules
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        model, config = load_checkpoint(options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+        model, config = load_checkpoint(
+            options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
+        )
         rules = rules_of(options, config)
         manifest = manifest_of(options, config)
         check_modality(options, config)
@@ -45,58 +48,169 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="python -m ebwm_scale.think", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = argparse.ArgumentParser(
+        prog="python -m ebwm_scale.think",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     result.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint folder")
     prompts = result.add_argument_group("what to continue")
-    prompts.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    prompts.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"
+    )
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt per line")
     prompts.add_argument("--video", type=Path, metavar="FILE", help="a video model continues this")
-    prompts.add_argument("--start", type=float, default=0.0, metavar="S", help="video: where the context begins (default %(default)s)")
-    prompts.add_argument("--data", metavar="MANIFEST", help="the dataset's manifest, if it has moved since training")
-    result.add_argument("--max-new", type=int, default=None, metavar="N", help="tokens or frames (default 64 tokens, 8 frames)")
+    prompts.add_argument(
+        "--start",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="video: where the context begins (default %(default)s)",
+    )
+    prompts.add_argument(
+        "--data", metavar="MANIFEST", help="the dataset's manifest, if it has moved since training"
+    )
+    result.add_argument(
+        "--max-new",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens or frames (default 64 tokens, 8 frames)",
+    )
     add_thinking_options(result)
     sampling = result.add_argument_group("choosing tokens")
-    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: the most probable token (default)")
-    sampling.add_argument("--top-k", type=int, default=None, metavar="K", help="only the K most probable")
-    sampling.add_argument("--top-p", type=float, default=None, metavar="P", help="only the fewest that hold probability P")
-    result.add_argument("--energies", action="store_true", help="text: the mean final energy too, which costs one more pass per token")
-    result.add_argument("--seed", type=int, default=None, metavar="N", help="of sampling, noise and initial states (default: the run's)")
-    result.add_argument("--output", type=Path, default=None, metavar="FILE", help="video: .gif, .mp4 or .png (default continuation.png)")
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0: the most probable token (default)",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=None, metavar="K", help="only the K most probable"
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        default=None,
+        metavar="P",
+        help="only the fewest that hold probability P",
+    )
+    result.add_argument(
+        "--energies",
+        action="store_true",
+        help="text: the mean final energy too, which costs one more pass per token",
+    )
+    result.add_argument(
+        "--seed",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of sampling, noise and initial states (default: the run's)",
+    )
+    result.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="video: .gif, .mp4 or .png (default continuation.png)",
+    )
     return result
 
 
 def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     thinking = parser.add_argument_group("thinking")
-    thinking.add_argument("--num-steps", type=int, default=None, metavar="N", help="refinement steps (default: as trained)")
-    thinking.add_argument("--step-size", type=float, default=None, metavar="ALPHA", help="instead of the trained one")
-    thinking.add_argument("--noise", type=float, default=0.0, metavar="SIGMA", help="Langevin noise before each step (default 0)")
-    thinking.add_argument("--num-starts", type=int, default=1, metavar="K", help="initial states; the lowest final energy is kept (default 1)")
-    thinking.add_argument("--accept-only-if-lower", action="store_true", help="undo a step that does not lower the energy, and halve the next one")
-    thinking.add_argument("--tolerance", type=float, default=None, metavar="E", help="stop a position when a step lowers its energy by no more than this")
+    thinking.add_argument(
+        "--num-steps",
+        type=int,
+        default=None,
+        metavar="N",
+        help="refinement steps (default: as trained)",
+    )
+    thinking.add_argument(
+        "--step-size", type=float, default=None, metavar="ALPHA", help="instead of the trained one"
+    )
+    thinking.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="SIGMA",
+        help="Langevin noise before each step (default 0)",
+    )
+    thinking.add_argument(
+        "--num-starts",
+        type=int,
+        default=1,
+        metavar="K",
+        help="initial states; the lowest final energy is kept (default 1)",
+    )
+    thinking.add_argument(
+        "--accept-only-if-lower",
+        action="store_true",
+        help="undo a step that does not lower the energy, and halve the next one",
+    )
+    thinking.add_argument(
+        "--tolerance",
+        type=float,
+        default=None,
+        metavar="E",
+        help="stop a position when a step lowers its energy by no more than this",
+    )
 
 
 def rules_of(options: argparse.Namespace, config: Config) -> ThinkingRules:
     if config.model.kind == "baseline":
-        asked = [name for name, default in (("num_steps", None), ("step_size", None), ("noise", 0.0), ("num_starts", 1), ("accept_only_if_lower", False),
-                                            ("tolerance", None)) if getattr(options, name) != default]
+        asked = [
+            name
+            for name, default in (
+                ("num_steps", None),
+                ("step_size", None),
+                ("noise", 0.0),
+                ("num_starts", 1),
+                ("accept_only_if_lower", False),
+                ("tolerance", None),
+            )
+            if getattr(options, name) != default
+        ]
         if asked:
-            raise UserError(f"--{asked[0].replace('_', '-')}: a Transformer++ does not think; leave the option out, or take an energy model")
-    return ThinkingRules(num_steps=options.num_steps, step_size=options.step_size, noise=options.noise, num_starts=options.num_starts,
-                         accept_only_if_lower=options.accept_only_if_lower, tolerance=options.tolerance,
-                         seed=config.train.seed if options.seed is None else options.seed)
+            raise UserError(
+                f"--{asked[0].replace('_', '-')}: a Transformer++ does not think; leave the option out, or take an energy model"
+            )
+    return ThinkingRules(
+        num_steps=options.num_steps,
+        step_size=options.step_size,
+        noise=options.noise,
+        num_starts=options.num_starts,
+        accept_only_if_lower=options.accept_only_if_lower,
+        tolerance=options.tolerance,
+        seed=config.train.seed if options.seed is None else options.seed,
+    )
 
 
 def manifest_of(options: argparse.Namespace, config: Config) -> Manifest:
     """The manifest of the data a model was trained on, for its tokenizer or encoder."""
-    own = Path(options.checkpoint) / "data" / "manifest.json"       # a converted model carries it
-    path = options.data or (own if own.exists() else None) or config.data.manifest or (config.data.sources[0].manifest if config.data.sources else None)
+    own = Path(options.checkpoint) / "data" / "manifest.json"  # a converted model carries it
+    path = (
+        options.data
+        or (own if own.exists() else None)
+        or config.data.manifest
+        or (config.data.sources[0].manifest if config.data.sources else None)
+    )
     try:
         manifest = load_manifest(path)
     except DataError as error:
-        raise DataError(f"{error}; the tokenizer or encoder is needed: name the dataset with --data") from None
-    expected = config.model.vocabulary_size if config.state.kind == "vocabulary" else config.state.dimension
+        raise DataError(
+            f"{error}; the tokenizer or encoder is needed: name the dataset with --data"
+        ) from None
+    expected = (
+        config.model.vocabulary_size
+        if config.state.kind == "vocabulary"
+        else config.state.dimension
+    )
     if manifest.content.size != expected:
-        raise DataError(f"{manifest.path}: {manifest.content.size_name} is {manifest.content.size}, the model has {expected}: not the data it was trained on")
+        raise DataError(
+            f"{manifest.path}: {manifest.content.size_name} is {manifest.content.size}, the model has {expected}: not the data it was trained on"
+        )
     return manifest
 
 
@@ -109,8 +223,11 @@ def check_modality(options: argparse.Namespace, config: Config) -> None:
         raise UserError(f"--max-new is {options.max_new}: must be at least 1")
 
 
-def continue_prompts(model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingRules) -> None:
+def continue_prompts(
+    model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingRules
+) -> None:
     from .data.tokenizer import Tokenizer
+
     tokenizer = Tokenizer(manifest.content.tokenizer_path)
     texts = list(options.prompt)
     if options.prompts is not None:
@@ -124,13 +241,24 @@ def continue_prompts(model, manifest: Manifest, options: argparse.Namespace, rul
     length = model.config.data.context_length
     for text, prompt in zip(texts, prompts):
         if len(prompt) > length:
-            print(f"a prompt of {len(prompt)} tokens is cut to its last {length}, the context: {text[:40]!r} ...", file=sys.stderr)
+            print(
+                f"a prompt of {len(prompt)} tokens is cut to its last {length}, the context: {text[:40]!r} ...",
+                file=sys.stderr,
+            )
     sampling = Sampling(options.temperature, options.top_k, options.top_p, rules.seed)
     tokens, energies, steps, start = [], [], [], time.perf_counter()
     written = ""
     if len(texts) == 1:
         print(texts[0], end="", flush=True)
-    for chosen, prediction in continue_texts(model, prompts, options.max_new or 64, rules=rules, sampling=sampling, end=tokenizer.eos_id, energies=options.energies):
+    for chosen, prediction in continue_texts(
+        model,
+        prompts,
+        options.max_new or 64,
+        rules=rules,
+        sampling=sampling,
+        end=tokenizer.eos_id,
+        energies=options.energies,
+    ):
         tokens.append(chosen)
         if prediction.energy is not None:
             energies.append(prediction.energy.mean().item())
@@ -138,8 +266,10 @@ def continue_prompts(model, manifest: Manifest, options: argparse.Namespace, rul
             steps.append(prediction.thought.steps.double().mean().item())
         if len(texts) == 1 and int(chosen) != tokenizer.eos_id:
             whole = tokenizer.decode([int(t) for t in tokens])
-            if not whole.endswith("\ufffd"):        # a character of several pieces is printed when it is whole
-                print(whole[len(written):], end="", flush=True)
+            if not whole.endswith(
+                "\ufffd"
+            ):  # a character of several pieces is printed when it is whole
+                print(whole[len(written) :], end="", flush=True)
                 written = whole
     seconds = time.perf_counter() - start
     if len(texts) == 1:
@@ -147,7 +277,7 @@ def continue_prompts(model, manifest: Manifest, options: argparse.Namespace, rul
     else:
         for row, text in enumerate(texts):
             ids = [int(t[row]) for t in tokens]
-            ids = ids[:ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
+            ids = ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
             print(f"{text}{tokenizer.decode(ids)}\n")
     about = f"{len(tokens) * len(texts) / seconds:,.1f} tokens/s"
     if steps:
@@ -157,9 +287,12 @@ def continue_prompts(model, manifest: Manifest, options: argparse.Namespace, rul
     print(about, file=sys.stderr)
 
 
-def continue_video(model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingRules) -> None:
+def continue_video(
+    model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingRules
+) -> None:
     from .encoders.space import FrameSpace
     from .pictures import write_continuation
+
     if options.video is None:
         raise UserError("nothing to continue: give --video FILE")
     if not options.video.is_file():
@@ -179,7 +312,9 @@ def continue_video(model, manifest: Manifest, options: argparse.Namespace, rules
     seconds = time.perf_counter() - start
     shown = space.frames(torch.stack(new, 1))
     if shown is None:
-        raise UserError(f"the encoder {content.encoder_name} cannot go back to frames, so there is nothing to show; energies: {energies}")
+        raise UserError(
+            f"the encoder {content.encoder_name} cannot go back to frames, so there is nothing to show; energies: {energies}"
+        )
     write_continuation(output, frames, shown[0].cpu().numpy(), interval_s=content.interval_s)
     about = f"{output}: {len(frames)} frames of context, {len(new)} predicted, {len(new) / seconds:,.1f} frames/s"
     print(about + (f"; energies {', '.join(f'{e:.3f}' for e in energies)}" if energies else ""))
@@ -190,6 +325,7 @@ def context_frames(path: Path, content, start_s: float, count: int):
     import numpy as np
 
     from .data.clips import resize_and_crop, shown_at
+
     frames = []
     for _, k, frame in shown_at(path, content.interval_s, [start_s]):
         frames.append(resize_and_crop(frame, content.height, content.width, 1)[0][1])

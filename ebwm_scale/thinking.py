@@ -10,6 +10,7 @@
 A row is one candidate for one position: of a prompt's next position (CachedScore), or of every position of a sequence (SequenceScore). No second-order
 graph is built, and memory does not depend on the number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class ThinkingRules:
 
     tolerance: a row stops when a step lowers its energy by no more than this; None: never. seed: of noise and initial states.
     """
+
     num_steps: int | None = None
     step_size: float | None = None
     noise: float = 0.0
@@ -40,7 +42,12 @@ class ThinkingRules:
     seed: int = 33
 
     def __post_init__(self):
-        for name, value, low in (("num_steps", self.num_steps, 1), ("num_starts", self.num_starts, 1), ("noise", self.noise, 0), ("tolerance", self.tolerance, 0)):
+        for name, value, low in (
+            ("num_steps", self.num_steps, 1),
+            ("num_starts", self.num_starts, 1),
+            ("noise", self.noise, 0),
+            ("tolerance", self.tolerance, 0),
+        ):
             if value is not None and value < low:
                 raise ConfigError(f"{name} is {value}: must be {low} or more")
         if self.step_size is not None and self.step_size <= 0:
@@ -73,24 +80,39 @@ class Thought:
 
     trace is measured in the landscape of the step (the last entry in the last one's); where nothing is compared it holds what was computed anyway.
     """
+
     state: Tensor
     energy: Tensor | None
     steps: Tensor
     trace: Tensor
-    accepted: Tensor        # (B, K) steps that changed the state
+    accepted: Tensor  # (B, K) steps that changed the state
 
 
 @torch.no_grad()
-def think(model, score: Score, x: Tensor, rules: ThinkingRules, *, noise: "Noise", with_energy: bool = True) -> Thought:
+def think(
+    model,
+    score: Score,
+    x: Tensor,
+    rules: ThinkingRules,
+    *,
+    noise: "Noise",
+    with_energy: bool = True,
+) -> Thought:
     """Refine rows x (B, K, size), which are the caller's to overwrite. noise: where Langevin numbers come from.
 
     with_energy: False saves the pass that only measures where the last step ended; rules that compare energies have made it anyway.
     """
     num_steps = rules.num_steps or model.config.refinement.num_steps
     landscapes, state_space = model.landscapes(num_steps), model.state
-    alpha = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE) if rules.step_size is None else torch.tensor(rules.step_size, device=x.device)
+    alpha = (
+        model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
+        if rules.step_size is None
+        else torch.tensor(rules.step_size, device=x.device)
+    )
     B, K, _ = x.shape
-    moving = torch.arange(B, device=x.device)               # rows of the batch that still move; `whole` collects them
+    moving = torch.arange(
+        B, device=x.device
+    )  # rows of the batch that still move; `whole` collects them
     whole = x if rules.compares else None
     scale = torch.ones(B, K, 1, device=x.device, dtype=x.dtype)
     steps, accepted = (torch.zeros(B, K, dtype=torch.int64, device=x.device) for _ in range(2))
@@ -108,12 +130,18 @@ def think(model, score: Score, x: Tensor, rules: ThinkingRules, *, noise: "Noise
             x = x + rules.noise * noise.langevin(i)[moving]
         entered = state_space.enter(x)
         here, gradient = part.with_gradient(entered.embedded, landscape)
-        proposal = state_space.descend(entered, gradient, (alpha * scale).to(gradient.dtype), None, None).x
+        proposal = state_space.descend(
+            entered, gradient, (alpha * scale).to(gradient.dtype), None, None
+        ).x
         if not rules.compares:
             trace.append(here)
             x, steps, accepted = proposal, steps + 1, accepted + 1
             continue
-        trace_row = torch.full((B, K), float("nan"), device=x.device, dtype=energy.dtype) if not trace else trace[-1].clone()
+        trace_row = (
+            torch.full((B, K), float("nan"), device=x.device, dtype=energy.dtype)
+            if not trace
+            else trace[-1].clone()
+        )
         trace_row[moving] = energy
         trace.append(trace_row)
         after = energy_of(proposal, landscape)
@@ -131,9 +159,18 @@ def think(model, score: Score, x: Tensor, rules: ThinkingRules, *, noise: "Noise
         going = active.any(1)
         if not going.any():
             break
-        if going.sum() * 2 <= len(moving):                 # compute only what still moves, where that is worth a copy
+        if going.sum() * 2 <= len(
+            moving
+        ):  # compute only what still moves, where that is worth a copy
             kept = going.nonzero().squeeze(1)
-            moving, x, scale, active, energy, part = moving[kept], x[kept], scale[kept], active[kept], energy[kept], part.select(kept)
+            moving, x, scale, active, energy, part = (
+                moving[kept],
+                x[kept],
+                scale[kept],
+                active[kept],
+                energy[kept],
+                part.select(kept),
+            )
     if not with_energy and not rules.compares:
         return Thought(x, None, steps, torch.stack(trace), accepted)
     x = whole if rules.compares else x
@@ -157,23 +194,35 @@ class CachedScore:
         self.model, self.caches, self.last = model, caches, last
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
-        return self._cache(landscape).energy(self.model.predicted_rows(embedded, self.last[:, None]), landscape)
+        return self._cache(landscape).energy(
+            self.model.predicted_rows(embedded, self.last[:, None]), landscape
+        )
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
-        return self._cache(landscape).energy_and_gradient(self.model.predicted_rows(embedded, self.last[:, None]), landscape)
+        return self._cache(landscape).energy_and_gradient(
+            self.model.predicted_rows(embedded, self.last[:, None]), landscape
+        )
 
     def _cache(self, landscape: int) -> ObservedCache:
         return self.caches[0 if self.model.network.shares_context else landscape]
 
     def select(self, rows: Tensor) -> "CachedScore":
-        return CachedScore(self.model, {key: cache.select(rows) for key, cache in self.caches.items()}, self.last[rows])
+        return CachedScore(
+            self.model,
+            {key: cache.select(rows) for key, cache in self.caches.items()},
+            self.last[rows],
+        )
 
 
 class SequenceScore:
     """One candidate for every position of a sequence; observed: embeddings (B, S, D)."""
 
     def __init__(self, model, observed: Tensor, contexts: dict | None = None):
-        self.model, self.observed, self.contexts = model, observed, {} if contexts is None else contexts
+        self.model, self.observed, self.contexts = (
+            model,
+            observed,
+            {} if contexts is None else contexts,
+        )
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
         network = self.model.network
@@ -181,7 +230,9 @@ class SequenceScore:
         if key not in self.contexts:
             with torch.no_grad():
                 self.contexts[key] = network.encode(self.observed, landscape)
-        return network.energy(self.model.predicted_rows(embedded, self.observed), self.contexts[key], landscape)
+        return network.energy(
+            self.model.predicted_rows(embedded, self.observed), self.contexts[key], landscape
+        )
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -190,7 +241,10 @@ class SequenceScore:
             return energy.detach(), torch.autograd.grad(energy.sum(), embedded)[0]
 
     def select(self, rows: Tensor) -> "SequenceScore":
-        contexts = {key: type(c)([(k[rows], v[rows]) for k, v in c.keys_values], c.offset) for key, c in self.contexts.items()}
+        contexts = {
+            key: type(c)([(k[rows], v[rows]) for k, v in c.keys_values], c.offset)
+            for key, c in self.contexts.items()
+        }
         return SequenceScore(self.model, self.observed[rows], contexts)
 
 
@@ -221,8 +275,14 @@ class Noise:
     def _rows(self, sample_ids: Tensor, purpose: int, start: int, first: int, count: int) -> Tensor:
         weight = self.model.network.head.weight
         return NoiseSource(self.rules.seed, EVALUATION_STEP + start).normal(
-            sample_ids, count, self.model.state.size, purpose=purpose, device=weight.device, first_position=first,
-            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+            sample_ids,
+            count,
+            self.model.state.size,
+            purpose=purpose,
+            device=weight.device,
+            first_position=first,
+            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+        )
 
 
 class NextNoise(Noise):
@@ -233,14 +293,26 @@ class NextNoise(Noise):
         self.positions = positions.tolist()
 
     def normal(self, purpose: int) -> Tensor:
-        return torch.cat([torch.cat([self._rows(self.sample_ids[b:b + 1], purpose, start, position, 1) for start in range(self.rules.num_starts)], 1)
-                          for b, position in enumerate(self.positions)])
+        return torch.cat(
+            [
+                torch.cat(
+                    [
+                        self._rows(self.sample_ids[b : b + 1], purpose, start, position, 1)
+                        for start in range(self.rules.num_starts)
+                    ],
+                    1,
+                )
+                for b, position in enumerate(self.positions)
+            ]
+        )
 
 
 class SequenceNoise(Noise):
     """Of one start's candidates for positions 0 .. num_positions - 1 of each sample."""
 
-    def __init__(self, model, rules: ThinkingRules, sample_ids: Tensor, num_positions: int, start: int = 0):
+    def __init__(
+        self, model, rules: ThinkingRules, sample_ids: Tensor, num_positions: int, start: int = 0
+    ):
         super().__init__(model, rules, sample_ids)
         self.num_positions, self.start = num_positions, start
 

@@ -6,6 +6,7 @@
 
 The prediction after each position, refined with as many steps as were trained, or num_steps. Training goes through ebwm_scale/train.py.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .thinking import ThinkingRules
 
 class EbwmConfig(PretrainedConfig):
     """ebwm: the resolved configuration as a mapping, as in config.yaml."""
+
     model_type = MODEL_TYPE
 
     def __init__(self, ebwm: dict | None = None, **rest):
@@ -34,13 +36,14 @@ class EbwmConfig(PretrainedConfig):
 @dataclass
 class Prediction(ModelOutput):
     """logits (B, S, V) of text; predictions (B, S, dimension) of video."""
+
     logits: Tensor | None = None
     predictions: Tensor | None = None
 
 
 class EbwmModel(PreTrainedModel):
     config_class = EbwmConfig
-    base_model_prefix = "world_model"       # names in the file are the world model's own
+    base_model_prefix = "world_model"  # names in the file are the world model's own
 
     def __init__(self, config: EbwmConfig):
         super().__init__(config)
@@ -51,13 +54,25 @@ class EbwmModel(PreTrainedModel):
         """WorldModel has initialised itself."""
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, num_steps: int | None = None, **_) -> Prediction:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        num_steps: int | None = None,
+        **_,
+    ) -> Prediction:
         """input_ids (B, S) of text, or inputs_embeds (B, S, dimension) of video."""
         text = self.world_model.config.state.kind == "vocabulary"
         observed = input_ids if text else inputs_embeds
         if observed is None:
-            raise ValueError(f"a model of {'text' if text else 'video'} needs {'input_ids' if text else 'inputs_embeds'}")
-        state = last_states(self.world_model, observed, ThinkingRules(num_steps=num_steps, seed=self.world_model.config.train.seed))
+            raise ValueError(
+                f"a model of {'text' if text else 'video'} needs {'input_ids' if text else 'inputs_embeds'}"
+            )
+        state = last_states(
+            self.world_model,
+            observed,
+            ThinkingRules(num_steps=num_steps, seed=self.world_model.config.train.seed),
+        )
         return Prediction(logits=state) if text else Prediction(predictions=state)
 
 

@@ -10,6 +10,7 @@ does not exist is empty.
 
 Backends: "triton" (attention_triton.py; a GPU, or Triton's interpreter) and "reference" (plain PyTorch).
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -27,11 +28,15 @@ from .contract import is_traced_without_graph, refuse_graph, refuse_kept_graph, 
 BACKENDS = ("auto", "triton", "reference")
 # Matrix products of (queries, keys, d) that a backend makes at each level: without and with gradients of K and V; the last without and with
 # cotangents on these. Triton computes the weights again in each pass (design: docs/kernels.md).
-PRODUCTS = {"reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 13)},
-            "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)}}
+PRODUCTS = {
+    "reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 13)},
+    "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)},
+}
 
 
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int, operation: str) -> str:
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int, operation: str
+) -> str:
     """ "triton" or "reference" for such tensors. Raises ValueError for a backend that is unknown or cannot run them."""
     if backend not in BACKENDS:
         raise ValueError(f"{operation}: backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
@@ -41,8 +46,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     if backend == "auto":
         return "triton" if obstacle is None and device.type == "cuda" else "reference"
     if obstacle:
-        raise ValueError(f"{operation}: backend triton cannot run {dtype}, head dimension {head_dimension} on {device}: {obstacle}; "
-                         "use backend auto or reference")
+        raise ValueError(
+            f"{operation}: backend triton cannot run {dtype}, head dimension {head_dimension} on {device}: {obstacle}; "
+            "use backend auto or reference"
+        )
     return backend
 
 
@@ -68,7 +75,15 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dimension: int
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, shape: Shape, backend: str) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    shape: Shape,
+    backend: str,
+) -> Tensor:
     """Output (B, H, S, d) of attention in which a query may have a key of its own; backend resolved."""
     return torch.ops.ebwm.attention(q, k, v, k_own, v_own, *shape, backend)[0]
 
@@ -76,6 +91,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor 
 def _implementation(backend: str):
     if backend == "triton":
         from . import attention_triton
+
         return attention_triton
     return reference
 
@@ -88,9 +104,19 @@ def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 # ---------------------------------------------------------------------------------------------------------------- forward
 
+
 @custom_op("ebwm::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, scale: float, offset: int, causal: bool,
-               backend: str) -> tuple[Tensor, Tensor]:
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    scale: float,
+    offset: int,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     return _implementation(backend).forward(q, k, v, k_own, v_own, Shape(scale, offset, causal))
 
 
@@ -108,10 +134,23 @@ def _setup_attention(ctx, inputs, output):
 def _backward_attention(ctx, grad, _):
     if grad is None:
         return (None,) * 9
-    q, k, v, k_own, v_own, out, log_normalizer = ctx.saved_tensors      # read once: a checkpoint recomputes for each reading
+    q, k, v, k_own, v_own, out, log_normalizer = (
+        ctx.saved_tensors
+    )  # read once: a checkpoint recomputes for each reading
     with_keys = wanted(ctx, 1) or wanted(ctx, 2)
     dq, dk, dv, dk_own, dv_own = torch.ops.ebwm.attention_gradient(
-        grad, q, k, v, k_own, v_own, out.detach(), log_normalizer.detach(), *ctx.rest, with_keys, is_traced_without_graph())
+        grad,
+        q,
+        k,
+        v,
+        k_own,
+        v_own,
+        out.detach(),
+        log_normalizer.detach(),
+        *ctx.rest,
+        with_keys,
+        is_traced_without_graph(),
+    )
     own = (None, None) if k_own is None else (dk_own, dv_own)
     return dq, *((dk, dv) if with_keys else (None, None)), *own, None, None, None, None
 
@@ -121,17 +160,59 @@ register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_a
 
 # ------------------------------------------------------------------------------------------------------------ its gradient
 
+
 @custom_op("ebwm::attention_gradient", mutates_args=())
-def _gradient(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, out: Tensor, log_normalizer: Tensor,
-              scale: float, offset: int, causal: bool, backend: str, with_keys: bool, compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradient(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    scale: float,
+    offset: int,
+    causal: bool,
+    backend: str,
+    with_keys: bool,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if compiled:
         refuse_kept_graph("attention")
-    return _given(*_implementation(backend).gradient(grad, q, k, v, k_own, v_own, out, log_normalizer, Shape(scale, offset, causal),
-                                                     with_keys=with_keys))
+    return _given(
+        *_implementation(backend).gradient(
+            grad,
+            q,
+            k,
+            v,
+            k_own,
+            v_own,
+            out,
+            log_normalizer,
+            Shape(scale, offset, causal),
+            with_keys=with_keys,
+        )
+    )
 
 
 @_gradient.register_fake
-def _(grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, with_keys, compiled):
+def _(
+    grad,
+    q,
+    k,
+    v,
+    k_own,
+    v_own,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    backend,
+    with_keys,
+    compiled,
+):
     keys = (k.new_empty(k.shape), v.new_empty(v.shape)) if with_keys else (None, None)
     own = (None, None) if k_own is None else (q.new_empty(q.shape), q.new_empty(q.shape))
     return _given(q.new_empty(q.shape), *keys, *own)
@@ -155,7 +236,8 @@ def _backward_gradient(ctx, a, b, c, b_own, c_own):
     if k_own is not None:
         b_own, c_own = (torch.zeros_like(q) if u is None else u for u in (b_own, c_own))
     g_grad, g_q, g_k, g_v, g_k_own, g_v_own = torch.ops.ebwm.attention_double_backward(
-        a, b, c, b_own, c_own, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend)
+        a, b, c, b_own, c_own, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend
+    )
     own = (None, None) if k_own is None else (g_k_own, g_v_own)
     return g_grad, g_q, g_k, g_v, *own, *(None,) * 8
 
@@ -165,25 +247,77 @@ register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=
 
 # --------------------------------------------------------------------------------------------------------- double backward
 
+
 @custom_op("ebwm::attention_double_backward", mutates_args=())
-def _double_backward(a: Tensor, b: Tensor | None, c: Tensor | None, b_own: Tensor | None, c_own: Tensor | None, grad: Tensor, q: Tensor, k: Tensor,
-                     v: Tensor, k_own: Tensor | None, v_own: Tensor | None, out: Tensor, log_normalizer: Tensor, scale: float, offset: int,
-                     causal: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _given(*_implementation(backend).double_backward(Cotangents(a, b, c, b_own, c_own), grad, q, k, v, k_own, v_own, out, log_normalizer,
-                                                            Shape(scale, offset, causal)))
+def _double_backward(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    b_own: Tensor | None,
+    c_own: Tensor | None,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    scale: float,
+    offset: int,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _given(
+        *_implementation(backend).double_backward(
+            Cotangents(a, b, c, b_own, c_own),
+            grad,
+            q,
+            k,
+            v,
+            k_own,
+            v_own,
+            out,
+            log_normalizer,
+            Shape(scale, offset, causal),
+        )
+    )
 
 
 @_double_backward.register_fake
-def _(a, b, c, b_own, c_own, grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend):
+def _(
+    a,
+    b,
+    c,
+    b_own,
+    c_own,
+    grad,
+    q,
+    k,
+    v,
+    k_own,
+    v_own,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    backend,
+):
     own = (None, None) if k_own is None else (q.new_empty(q.shape), q.new_empty(q.shape))
-    return _given(q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *own)
+    return _given(
+        q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *own
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- FLOPs
+
 
 def visible_pairs(num_queries: int, num_keys: int, offset: int = 0, causal: bool = True) -> int:
     """(query, key) pairs of one head that are not in the future, own keys aside."""
     if not causal:
         return num_queries * num_keys
-    below = max(0, min(num_queries, num_keys - offset))         # queries that do not see every key yet: 1 + offset, 2 + offset, ..
+    below = max(
+        0, min(num_queries, num_keys - offset)
+    )  # queries that do not see every key yet: 1 + offset, 2 + offset, ..
     return below * offset + below * (below + 1) // 2 + (num_queries - below) * num_keys

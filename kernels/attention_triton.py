@@ -17,6 +17,7 @@ queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are fl
 are held in DP / PART parts of PART columns (row_tiles.py).
 Scores are multiplied by scale log2(e), so that exp2 serves; L is kept in natural units. PRECISION is tl.dot's input_precision.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -49,9 +50,19 @@ def _visible(rows, keys, C, offset, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _weights(left, right, normalizer, visible, factor: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def _weights(
+    left,
+    right,
+    normalizer,
+    visible,
+    factor: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """P of a tile, exp(score - L) where a pair exists and 0 elsewhere: of (q, k), or its transpose of (k, q)."""
-    return tl.where(visible, tl.exp2(scores(left, right, ACC, PRECISION) * factor - normalizer), 0.0)
+    return tl.where(
+        visible, tl.exp2(scores(left, right, ACC, PRECISION) * factor - normalizer), 0.0
+    )
 
 
 @triton.jit
@@ -80,9 +91,29 @@ def _first_row(first_key, offset, BM: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _forward(Q, K, V, KO, VO, O, L, S, C, offset, group,
-             scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-             ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _forward(
+    Q,
+    K,
+    V,
+    KO,
+    VO,
+    O,
+    L,
+    S,
+    C,
+    offset,
+    group,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    OWN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     head, first = _my_rows(S, BM)
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
@@ -100,7 +131,9 @@ def _forward(Q, K, V, KO, VO, O, L, S, C, offset, group,
         keys = first_key + tl.arange(0, BN)
         k, v = rows_of(K, seen, keys, C, D, DP, PART), rows_of(V, seen, keys, C, D, DP, PART)
         score = scores(q, k, ACC, PRECISION) * factor
-        score = tl.where(_visible(rows[:, None], keys[None, :], C, offset, CAUSAL), score, float("-inf"))
+        score = tl.where(
+            _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), score, float("-inf")
+        )
         new_max = tl.maximum(row_max, tl.max(score, 1))
         weight, shrink = tl.exp2(score - new_max[:, None]), tl.exp2(row_max - new_max)
         total = total * shrink + tl.sum(weight, 1)
@@ -111,9 +144,35 @@ def _forward(Q, K, V, KO, VO, O, L, S, C, offset, group,
 
 
 @triton.jit
-def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, offset, group,
-                    scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-                    ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _gradient_query(
+    Q,
+    K,
+    V,
+    KO,
+    VO,
+    O,
+    L,
+    G,
+    MEAN,
+    DQ,
+    DKO,
+    DVO,
+    DELTA,
+    S,
+    C,
+    offset,
+    group,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    OWN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """dQ = s (dS K + ds* k*), dk* = s ds* q, dv* = p* G, and D for the kernels after it.
 
     A row of dS sums to zero, as rounded for the product it does not: what is left over takes its share of the mean key away again.
@@ -126,7 +185,7 @@ def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, o
     normalizer = _statistic(L, own, rows, S) * LOG2_E
     delta = row_dot(rows_of(O, own, rows, S, D, DP, PART), g, ACC)
     tl.store(DELTA + own + rows, delta, mask=rows < S)
-    if OWN:         # in the prologue: what it loads is dead before the loop
+    if OWN:  # in the prologue: what it loads is dead before the loop
         k_own = rows_of(KO, own, rows, S, D, DP, PART)
         p_own = tl.exp2(row_dot(q, k_own, ACC) * factor - normalizer)
         ds_own = p_own * (row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - delta)
@@ -138,7 +197,15 @@ def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, o
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
         k, v = rows_of(K, seen, keys, C, D, DP, PART), rows_of(V, seen, keys, C, D, DP, PART)
-        p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
+        p = _weights(
+            q,
+            k,
+            normalizer[:, None],
+            _visible(rows[:, None], keys[None, :], C, offset, CAUSAL),
+            factor,
+            ACC,
+            PRECISION,
+        )
         ds = (p * (scores(g, v, ACC, PRECISION) - delta[:, None])).to(Q.dtype.element_ty)
         left_over += tl.sum(ds.to(ACC), 1)
         dq = add_mix(dq, ds, k, ACC, PRECISION)
@@ -147,12 +214,35 @@ def _gradient_query(Q, K, V, KO, VO, O, L, G, MEAN, DQ, DKO, DVO, DELTA, S, C, o
 
 
 @triton.jit
-def _gradient_key(Q, K, V, L, G, DELTA, DK, DV, S, C, offset, group,
-                  scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, ACC: tl.constexpr,
-                  PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _gradient_key(
+    Q,
+    K,
+    V,
+    L,
+    G,
+    DELTA,
+    DK,
+    DV,
+    S,
+    C,
+    offset,
+    group,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """dK = s dS' Q, dV = P' G, over all heads that share the keys; tiles are (keys, rows)."""
     num_blocks = tl.cdiv(C, BN)
-    key_head, first_key = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks * BN
+    key_head, first_key = (
+        (tl.program_id(0) // num_blocks).to(tl.int64),
+        tl.program_id(0) % num_blocks * BN,
+    )
     keys = first_key + tl.arange(0, BN)
     seen = key_head * C
     factor: tl.constexpr = scale * LOG2_E
@@ -160,7 +250,9 @@ def _gradient_key(Q, K, V, L, G, DELTA, DK, DV, S, C, offset, group,
     dk, dv = zeros(BN, DP, PART, ACC), zeros(BN, DP, PART, ACC)
     start = _first_row(first_key, offset, BM, CAUSAL)
     blocks_per_head = tl.cdiv(tl.maximum(S - start, 0), BM)
-    for step in range(0, group * blocks_per_head):      # one loop over heads and rows: two nested ones cost 40 registers
+    for step in range(
+        0, group * blocks_per_head
+    ):  # one loop over heads and rows: two nested ones cost 40 registers
         own = (key_head * group + step // blocks_per_head) * S
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
         q, g = rows_of(Q, own, rows, S, D, DP, PART), rows_of(G, own, rows, S, D, DP, PART)
@@ -175,9 +267,41 @@ def _gradient_key(Q, K, V, L, G, DELTA, DK, DV, S, C, offset, group,
 
 
 @triton.jit
-def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, DELTA, S, C, offset, group,
-             scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-             KEYS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _tangent(
+    Q,
+    K,
+    V,
+    KO,
+    VO,
+    O,
+    L,
+    G,
+    A,
+    B,
+    CV,
+    BO,
+    CO,
+    MEAN,
+    GG,
+    MU,
+    PHI,
+    DELTA,
+    S,
+    C,
+    offset,
+    group,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    OWN: tl.constexpr,
+    KEYS: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG, and D = G . O for the kernels after it.
 
     Sdot loses s A . mean(K) per row, which is exact for any constant (sum P = 1) and keeps what keys have in common out of the rounding.
@@ -192,7 +316,11 @@ def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, DELT
     if OWN:
         k_own = rows_of(KO, own, rows, S, D, DP, PART)
         p_own = tl.exp2(row_dot(q, k_own, ACC) * factor - normalizer)
-        sd_own = scale * (row_dot(a, k_own, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC)) - centre
+        sd_own = (
+            scale
+            * (row_dot(a, k_own, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC))
+            - centre
+        )
         mu = p_own * sd_own
         moved = scaled(rows_of(VO, own, rows, S, D, DP, PART), mu, ACC)
         moved = add_scaled(moved, rows_of(CO, own, rows, S, D, DP, PART), p_own, ACC)
@@ -202,7 +330,15 @@ def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, DELT
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
         k, v = rows_of(K, seen, keys, C, D, DP, PART), rows_of(V, seen, keys, C, D, DP, PART)
-        p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
+        p = _weights(
+            q,
+            k,
+            normalizer[:, None],
+            _visible(rows[:, None], keys[None, :], C, offset, CAUSAL),
+            factor,
+            ACC,
+            PRECISION,
+        )
         sd = scores(a, k, ACC, PRECISION)
         if KEYS:
             sd += scores(q, rows_of(B, seen, keys, C, D, DP, PART), ACC, PRECISION)
@@ -219,19 +355,51 @@ def _tangent(Q, K, V, KO, VO, O, L, G, A, B, CV, BO, CO, MEAN, GG, MU, PHI, DELT
 
 
 @triton.jit
-def _second_own(Q, KO, VO, L, G, A, BO, CO, MU, PHI, DELTA, GKO, GVO, Z, DS, S,
-                scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr):
+def _second_own(
+    Q,
+    KO,
+    VO,
+    L,
+    G,
+    A,
+    BO,
+    CO,
+    MU,
+    PHI,
+    DELTA,
+    GKO,
+    GVO,
+    Z,
+    DS,
+    S,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+    ACC: tl.constexpr,
+    BM: tl.constexpr,
+):
     """The own key's column: gk* = s (z* q + ds* A), gv* = p* (sd* - mu) G, and z*, ds* for gQ."""
     head, first = _my_rows(S, BM)
     own = head * S
     rows = first + tl.arange(0, BM)
-    q, a, g = rows_of(Q, own, rows, S, D, DP, PART), rows_of(A, own, rows, S, D, DP, PART), rows_of(G, own, rows, S, D, DP, PART)
+    q, a, g = (
+        rows_of(Q, own, rows, S, D, DP, PART),
+        rows_of(A, own, rows, S, D, DP, PART),
+        rows_of(G, own, rows, S, D, DP, PART),
+    )
     k_own, mu = rows_of(KO, own, rows, S, D, DP, PART), _statistic(MU, own, rows, S)
     p_own = tl.exp2((row_dot(q, k_own, ACC) * scale - _statistic(L, own, rows, S)) * LOG2_E)
-    sd_own = scale * (row_dot(a, k_own, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC))
-    slope = row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - _statistic(DELTA, own, rows, S)
+    sd_own = scale * (
+        row_dot(a, k_own, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC)
+    )
+    slope = row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - _statistic(
+        DELTA, own, rows, S
+    )
     ds, pd = p_own * slope, p_own * (sd_own - mu)
-    z = pd * slope + p_own * (row_dot(g, rows_of(CO, own, rows, S, D, DP, PART), ACC) - _statistic(PHI, own, rows, S))
+    z = pd * slope + p_own * (
+        row_dot(g, rows_of(CO, own, rows, S, D, DP, PART), ACC) - _statistic(PHI, own, rows, S)
+    )
     put(GKO, own, rows, S, add_scaled(scaled(q, scale * z, ACC), a, scale * ds, ACC), D, DP, PART)
     put(GVO, own, rows, S, scaled(g, pd, ACC), D, DP, PART)
     tl.store(Z + own + rows, z, mask=rows < S)
@@ -239,27 +407,72 @@ def _second_own(Q, KO, VO, L, G, A, BO, CO, MU, PHI, DELTA, GKO, GVO, Z, DS, S,
 
 
 @triton.jit
-def _second_query(Q, K, V, KO, L, G, A, B, CV, BO, MEAN, MU, PHI, DELTA, Z, DS, GQ, S, C, offset, group,
-                  scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-                  KEYS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _second_query(
+    Q,
+    K,
+    V,
+    KO,
+    L,
+    G,
+    A,
+    B,
+    CV,
+    BO,
+    MEAN,
+    MU,
+    PHI,
+    DELTA,
+    Z,
+    DS,
+    GQ,
+    S,
+    C,
+    offset,
+    group,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    OWN: tl.constexpr,
+    KEYS: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """gQ = s (Z K + dS B + z* k* + ds* b*); Z of a row sums to zero, see _gradient_query."""
     head, first = _my_rows(S, BM)
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
-    q, a, g = rows_of(Q, own, rows, S, D, DP, PART), rows_of(A, own, rows, S, D, DP, PART), rows_of(G, own, rows, S, D, DP, PART)
+    q, a, g = (
+        rows_of(Q, own, rows, S, D, DP, PART),
+        rows_of(A, own, rows, S, D, DP, PART),
+        rows_of(G, own, rows, S, D, DP, PART),
+    )
     normalizer, mu = _statistic(L, own, rows, S) * LOG2_E, _statistic(MU, own, rows, S)
     phi, delta = _statistic(PHI, own, rows, S), _statistic(DELTA, own, rows, S)
     gq, left_over = zeros(BM, DP, PART, ACC), tl.zeros([BM], ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
         keys = first_key + tl.arange(0, BN)
         k = rows_of(K, seen, keys, C, D, DP, PART)
-        p = _weights(q, k, normalizer[:, None], _visible(rows[:, None], keys[None, :], C, offset, CAUSAL), factor, ACC, PRECISION)
+        p = _weights(
+            q,
+            k,
+            normalizer[:, None],
+            _visible(rows[:, None], keys[None, :], C, offset, CAUSAL),
+            factor,
+            ACC,
+            PRECISION,
+        )
         sd = scores(a, k, ACC, PRECISION)
-        if KEYS:        # in this order: others cost up to hundreds of registers
+        if KEYS:  # in this order: others cost up to hundreds of registers
             b = rows_of(B, seen, keys, C, D, DP, PART)
             sd += scores(q, b, ACC, PRECISION)
-        ds = p * (scores(g, rows_of(V, seen, keys, C, D, DP, PART), ACC, PRECISION) - delta[:, None])
+        ds = p * (
+            scores(g, rows_of(V, seen, keys, C, D, DP, PART), ACC, PRECISION) - delta[:, None]
+        )
         if KEYS:
             gq = add_mix(gq, ds, b, ACC, PRECISION)
         z = ds * (sd * scale - mu[:, None]) - p * phi[:, None]
@@ -268,22 +481,53 @@ def _second_query(Q, K, V, KO, L, G, A, B, CV, BO, MEAN, MU, PHI, DELTA, Z, DS, 
         z = z.to(Q.dtype.element_ty)
         left_over += tl.sum(z.to(ACC), 1)
         gq = add_mix(gq, z, k, ACC, PRECISION)
-    if OWN:         # in the epilogue: nothing of it lives through the loop
+    if OWN:  # in the epilogue: nothing of it lives through the loop
         z_own = _statistic(Z, own, rows, S)
         left_over += z_own
         gq = add_scaled(gq, rows_of(KO, own, rows, S, D, DP, PART), z_own, ACC)
-        gq = add_scaled(gq, rows_of(BO, own, rows, S, D, DP, PART), _statistic(DS, own, rows, S), ACC)
+        gq = add_scaled(
+            gq, rows_of(BO, own, rows, S, D, DP, PART), _statistic(DS, own, rows, S), ACC
+        )
     gq = add_scaled(gq, row_of(MEAN, head // group, D, DP, PART), -left_over, ACC)
     put(GQ, own, rows, S, gq, D, DP, PART, scale)
 
 
 @triton.jit
-def _second_key(Q, K, V, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, S, C, offset, group,
-                scale: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, CAUSAL: tl.constexpr, KEYS: tl.constexpr,
-                ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _second_key(
+    Q,
+    K,
+    V,
+    L,
+    G,
+    A,
+    B,
+    CV,
+    MU,
+    PHI,
+    DELTA,
+    GK,
+    GV,
+    S,
+    C,
+    offset,
+    group,
+    scale: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    KEYS: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys; tiles are (keys, rows)."""
     num_blocks = tl.cdiv(C, BN)
-    key_head, first_key = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks * BN
+    key_head, first_key = (
+        (tl.program_id(0) // num_blocks).to(tl.int64),
+        tl.program_id(0) % num_blocks * BN,
+    )
     keys = first_key + tl.arange(0, BN)
     seen = key_head * C
     factor: tl.constexpr = scale * LOG2_E
@@ -293,7 +537,9 @@ def _second_key(Q, K, V, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, S, C, offset, g
     gk, gv = zeros(BN, DP, PART, ACC), zeros(BN, DP, PART, ACC)
     start = _first_row(first_key, offset, BM, CAUSAL)
     blocks_per_head = tl.cdiv(tl.maximum(S - start, 0), BM)
-    for step in range(0, group * blocks_per_head):      # one loop over heads and rows: two nested ones cost 40 registers
+    for step in range(
+        0, group * blocks_per_head
+    ):  # one loop over heads and rows: two nested ones cost 40 registers
         own = (key_head * group + step // blocks_per_head) * S
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
         q, a = rows_of(Q, own, rows, S, D, DP, PART), rows_of(A, own, rows, S, D, DP, PART)
@@ -319,6 +565,7 @@ def _second_key(Q, K, V, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, S, C, offset, g
 
 # ---------------------------------------------------------------------------------------------------------------- launches
 
+
 class _Launcher:
     """What every kernel of one call is given."""
 
@@ -327,49 +574,91 @@ class _Launcher:
         self.key_heads, self.num_keys = k.shape[1:3]
         self.shape, self.own, self.dtype, self.device = shape, own, q.dtype, q.device
         padded = padded_for(self.d)
-        self.constants = {"scale": shape.scale, "D": self.d, "DP": padded, "PART": part_for(architecture(self.device), padded, self.dtype),
-                          "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
+        self.constants = {
+            "scale": shape.scale,
+            "D": self.d,
+            "DP": padded,
+            "PART": part_for(architecture(self.device), padded, self.dtype),
+            "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
+        }
 
     def tile(self, kernel: str, with_keys: bool) -> Tile:
-        return tile_for(kernel, architecture(self.device), self.constants["DP"], self.dtype, with_keys)
+        return tile_for(
+            kernel, architecture(self.device), self.constants["DP"], self.dtype, with_keys
+        )
 
     def over_rows(self, kernel, *arguments, **constants) -> None:
         """One program per block of BM query rows of a head."""
         tile = self.tile(kernel.__name__, constants.get("KEYS", False))
-        self._run(kernel, tile, triton.cdiv(self.num_rows, tile.rows) * self.batch * self.heads, arguments, constants)
+        self._run(
+            kernel,
+            tile,
+            triton.cdiv(self.num_rows, tile.rows) * self.batch * self.heads,
+            arguments,
+            constants,
+        )
 
     def over_keys(self, kernel, *arguments, **constants) -> None:
         """One program per block of BN keys of a key head."""
         tile = self.tile(kernel.__name__, constants.get("KEYS", False))
-        self._run(kernel, tile, triton.cdiv(self.num_keys, tile.keys) * self.batch * self.key_heads, arguments, constants)
+        self._run(
+            kernel,
+            tile,
+            triton.cdiv(self.num_keys, tile.keys) * self.batch * self.key_heads,
+            arguments,
+            constants,
+        )
 
     def _run(self, kernel, tile: Tile, num_programs: int, arguments, constants) -> None:
         if num_programs == 0:
             return
         sizes = (self.num_rows, self.num_keys, self.shape.offset, self.heads // self.key_heads)
-        tiles = {"BM": tile.rows, "BN": tile.keys, "CAUSAL": self.shape.causal, "PRECISION": _precision(self.dtype), **self.constants, **constants}
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        tiles = {
+            "BM": tile.rows,
+            "BN": tile.keys,
+            "CAUSAL": self.shape.causal,
+            "PRECISION": _precision(self.dtype),
+            **self.constants,
+            **constants,
+        }
+        with (
+            torch.cuda.device(self.device)
+            if self.device.type == "cuda"
+            else contextlib.nullcontext()
+        ):
             if kernel is _second_own:
                 names = ("scale", "D", "DP", "PART", "ACC", "BM")
-                kernel[(num_programs,)](*arguments, self.num_rows, **{n: tiles[n] for n in names}, num_warps=tile.warps)
+                kernel[(num_programs,)](
+                    *arguments, self.num_rows, **{n: tiles[n] for n in names}, num_warps=tile.warps
+                )
             else:
-                kernel[(num_programs,)](*arguments, *sizes, **tiles, num_warps=tile.warps, num_stages=tile.stages)
+                kernel[(num_programs,)](
+                    *arguments, *sizes, **tiles, num_warps=tile.warps, num_stages=tile.stages
+                )
 
     def like_rows(self) -> Tensor:
-        return torch.empty(self.batch, self.heads, self.num_rows, self.d, dtype=self.dtype, device=self.device)
+        return torch.empty(
+            self.batch, self.heads, self.num_rows, self.d, dtype=self.dtype, device=self.device
+        )
 
     def like_keys(self) -> Tensor:
-        return torch.empty(self.batch, self.key_heads, self.num_keys, self.d, dtype=self.dtype, device=self.device)
+        return torch.empty(
+            self.batch, self.key_heads, self.num_keys, self.d, dtype=self.dtype, device=self.device
+        )
 
     def mean(self, k: Tensor) -> Tensor:
         """The mean key of every key head (B, H_kv, d)."""
         return k.mean(2, dtype=wide_dtype(self.dtype))
 
     def statistic(self) -> Tensor:
-        return torch.empty(self.batch, self.heads, self.num_rows, dtype=wide_dtype(self.dtype), device=self.device)
+        return torch.empty(
+            self.batch, self.heads, self.num_rows, dtype=wide_dtype(self.dtype), device=self.device
+        )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, shape: Shape) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, shape: Shape
+) -> tuple[Tensor, Tensor]:
     """As attention_reference.forward."""
     q, k, v, k_own, v_own = _contiguous(q, k, v, k_own, v_own)
     run = _Launcher(q, k, shape, k_own is not None)
@@ -378,40 +667,140 @@ def forward(q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor
     return out, log_normalizer
 
 
-def gradient(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, out: Tensor, log_normalizer: Tensor,
-             shape: Shape, *, with_keys: bool) -> tuple[Tensor | None, ...]:
+def gradient(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    shape: Shape,
+    *,
+    with_keys: bool,
+) -> tuple[Tensor | None, ...]:
     """As attention_reference.gradient."""
     grad, q, k, v, k_own, v_own, out = _contiguous(grad, q, k, v, k_own, v_own, out)
     run = _Launcher(q, k, shape, k_own is not None)
     dq, delta = run.like_rows(), run.statistic()
     dk_own, dv_own = (run.like_rows(), run.like_rows()) if run.own else (None, None)
-    run.over_rows(_gradient_query, q, k, v, *_or(q, k_own, v_own), out, log_normalizer, grad, run.mean(k), dq,
-                  *_or(q, dk_own, dv_own), delta, OWN=run.own)
+    run.over_rows(
+        _gradient_query,
+        q,
+        k,
+        v,
+        *_or(q, k_own, v_own),
+        out,
+        log_normalizer,
+        grad,
+        run.mean(k),
+        dq,
+        *_or(q, dk_own, dv_own),
+        delta,
+        OWN=run.own,
+    )
     dk, dv = (run.like_keys(), run.like_keys()) if with_keys else (None, None)
     if with_keys:
         run.over_keys(_gradient_key, q, k, v, log_normalizer, grad, delta, dk, dv)
     return dq, dk, dv, dk_own, dv_own
 
 
-def double_backward(cotangents: Cotangents, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, out: Tensor,
-                    log_normalizer: Tensor, shape: Shape) -> tuple[Tensor | None, ...]:
+def double_backward(
+    cotangents: Cotangents,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    shape: Shape,
+) -> tuple[Tensor | None, ...]:
     """As attention_reference.double_backward."""
     a, b, c, b_own, c_own = _contiguous(*cotangents)
     grad, q, k, v, k_own, v_own, out = _contiguous(grad, q, k, v, k_own, v_own, out)
     run, keys = _Launcher(q, k, shape, k_own is not None), b is not None
     g_grad, mu, phi, delta = run.like_rows(), run.statistic(), run.statistic(), run.statistic()
     mean = run.mean(k)
-    run.over_rows(_tangent, q, k, v, *_or(q, k_own, v_own), out, log_normalizer, grad, a, *_or(q, b, c, b_own, c_own), mean, g_grad, mu, phi, delta,
-                  OWN=run.own, KEYS=keys)
+    run.over_rows(
+        _tangent,
+        q,
+        k,
+        v,
+        *_or(q, k_own, v_own),
+        out,
+        log_normalizer,
+        grad,
+        a,
+        *_or(q, b, c, b_own, c_own),
+        mean,
+        g_grad,
+        mu,
+        phi,
+        delta,
+        OWN=run.own,
+        KEYS=keys,
+    )
     g_k_own = g_v_own = z = ds = None
     if run.own:
         g_k_own, g_v_own, z, ds = run.like_rows(), run.like_rows(), run.statistic(), run.statistic()
-        run.over_rows(_second_own, q, k_own, v_own, log_normalizer, grad, a, b_own, c_own, mu, phi, delta, g_k_own, g_v_own, z, ds)
+        run.over_rows(
+            _second_own,
+            q,
+            k_own,
+            v_own,
+            log_normalizer,
+            grad,
+            a,
+            b_own,
+            c_own,
+            mu,
+            phi,
+            delta,
+            g_k_own,
+            g_v_own,
+            z,
+            ds,
+        )
     g_q = run.like_rows()
-    run.over_rows(_second_query, q, k, v, *_or(q, k_own), log_normalizer, grad, a, *_or(q, b, c, b_own), mean, mu, phi, delta,
-                  *_or(mu, z, ds), g_q, OWN=run.own, KEYS=keys)
+    run.over_rows(
+        _second_query,
+        q,
+        k,
+        v,
+        *_or(q, k_own),
+        log_normalizer,
+        grad,
+        a,
+        *_or(q, b, c, b_own),
+        mean,
+        mu,
+        phi,
+        delta,
+        *_or(mu, z, ds),
+        g_q,
+        OWN=run.own,
+        KEYS=keys,
+    )
     g_k, g_v = run.like_keys(), run.like_keys()
-    run.over_keys(_second_key, q, k, v, log_normalizer, grad, a, *_or(q, b, c), mu, phi, delta, g_k, g_v, KEYS=keys)
+    run.over_keys(
+        _second_key,
+        q,
+        k,
+        v,
+        log_normalizer,
+        grad,
+        a,
+        *_or(q, b, c),
+        mu,
+        phi,
+        delta,
+        g_k,
+        g_v,
+        KEYS=keys,
+    )
     return g_grad, g_q, g_k, g_v, g_k_own, g_v_own
 
 
@@ -423,7 +812,9 @@ def architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major in (9, 10):
         return "sm_90"
-    return "sm_80" if (major, minor) == (8, 0) else "sm_86"        # 8.6, 8.9 and 12.x have 99 KiB of shared memory per block
+    return (
+        "sm_80" if (major, minor) == (8, 0) else "sm_86"
+    )  # 8.6, 8.9 and 12.x have 99 KiB of shared memory per block
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -440,4 +831,3 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def _or(placeholder: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Pointers for a kernel: something valid where a constant says that it is not read."""
     return tuple(placeholder if u is None else u for u in tensors)
-

@@ -7,6 +7,7 @@
 
 `ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The engine knows; `wanted` asks it.
 """
+
 from __future__ import annotations
 
 import torch
@@ -19,7 +20,7 @@ def wanted(ctx, position: int) -> bool:
         return False
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:        # a leaf among the inputs of autograd.grad: the engine captures its gradient instead of executing the node
+    except RuntimeError:  # a leaf among the inputs of autograd.grad: the engine captures its gradient instead of executing the node
         return True
 
 
@@ -30,8 +31,10 @@ def refuse_graph(operation: str, order: str = "third") -> None:
     its error node where that lies on no path to the inputs, and a wrong number comes out.
     """
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{operation}: its {order} derivative is not defined; call backward or autograd.grad without create_graph=True "
-                           "for the last differentiation")
+        raise RuntimeError(
+            f"{operation}: its {order} derivative is not defined; call backward or autograd.grad without create_graph=True "
+            "for the last differentiation"
+        )
 
 
 def is_traced_without_graph() -> bool:
@@ -45,7 +48,12 @@ def refuse_kept_graph(operation: str) -> None:
     PyTorch (2.11 to 2.13) notices a second differentiation of what it compiled only where a path leads back to it, and otherwise drops
     gradients without a word.
     """
-    if torch._C._current_graph_task_id() != -1 and torch._C._autograd._get_current_graph_task_keep_graph():
-        raise RuntimeError(f"{operation}: torch.compile made this backward for one differentiation, and it was asked for under create_graph or "
-                           "retain_graph; take the inner gradient inside the compiled function (torch._dynamo.config.trace_autograd_ops = True, "
-                           "fullgraph=True), or leave the function uncompiled")
+    if (
+        torch._C._current_graph_task_id() != -1
+        and torch._C._autograd._get_current_graph_task_keep_graph()
+    ):
+        raise RuntimeError(
+            f"{operation}: torch.compile made this backward for one differentiation, and it was asked for under create_graph or "
+            "retain_graph; take the inner gradient inside the compiled function (torch._dynamo.config.trace_autograd_ops = True, "
+            "fullgraph=True), or leave the function uncompiled"
+        )

@@ -5,6 +5,7 @@
 
 A module of its own because PyTorch's counter imports Triton, 60 MiB that a process on a CPU has no use for.
 """
+
 from __future__ import annotations
 
 import torch
@@ -24,10 +25,47 @@ def _(q, k, v, k_own, v_own, scale, offset, causal, backend, *, out_shape=None):
 
 
 @register_flop_formula(torch.ops.ebwm.attention_gradient)
-def _(grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, with_keys, compiled, *, out_shape=None):
+def _(
+    grad,
+    q,
+    k,
+    v,
+    k_own,
+    v_own,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    backend,
+    with_keys,
+    compiled,
+    *,
+    out_shape=None,
+):
     return _flops(PRODUCTS[backend]["gradient"][with_keys], q, k, offset, causal)
 
 
 @register_flop_formula(torch.ops.ebwm.attention_double_backward)
-def _(a, b, c, b_own, c_own, grad, q, k, v, k_own, v_own, out, log_normalizer, scale, offset, causal, backend, *, out_shape=None):
+def _(
+    a,
+    b,
+    c,
+    b_own,
+    c_own,
+    grad,
+    q,
+    k,
+    v,
+    k_own,
+    v_own,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    backend,
+    *,
+    out_shape=None,
+):
     return _flops(PRODUCTS[backend]["double_backward"][b is not None], q, k, offset, causal)

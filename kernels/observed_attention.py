@@ -2,6 +2,7 @@
 
 flash-attn where it is installed, on a GPU, in half precision; PyTorch's scaled_dot_product_attention otherwise.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -21,20 +22,31 @@ def observed_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto"
     """
     if resolve_observed_backend(backend, q.device, q.dtype, q.shape[-1]) == "flash_attn":
         from flash_attn import flash_attn_func
-        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+        return flash_attn_func(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True
+        ).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
-def resolve_observed_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int) -> str:
+def resolve_observed_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int
+) -> str:
     """ "flash_attn" or "sdpa"."""
     if backend not in OBSERVED_BACKENDS:
-        raise ValueError(f"observed_attention: backend is {backend!r}; allowed: {', '.join(OBSERVED_BACKENDS)}")
+        raise ValueError(
+            f"observed_attention: backend is {backend!r}; allowed: {', '.join(OBSERVED_BACKENDS)}"
+        )
     if backend == "sdpa":
         return backend
     obstacle = why_not_flash_attn(device, dtype, head_dimension)
     if obstacle and backend == "flash_attn":
-        raise ValueError(f"observed_attention: backend flash_attn cannot run {dtype}, head dimension {head_dimension} on {device}: {obstacle}; "
-                         "use backend auto or sdpa")
+        raise ValueError(
+            f"observed_attention: backend flash_attn cannot run {dtype}, head dimension {head_dimension} on {device}: {obstacle}; "
+            "use backend auto or sdpa"
+        )
     return "sdpa" if obstacle else "flash_attn"
 
 

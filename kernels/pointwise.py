@@ -12,6 +12,7 @@
 Means run over the last dimension, sums over all rows. Half precisions are computed in float32. When gradients of weights exist, and that
 a third derivative raises: contract.py.
 """
+
 from __future__ import annotations
 
 import torch
@@ -23,7 +24,9 @@ from .contract import refuse_graph, wanted
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension: x (..., D), weight (D,) -> (..., D); twice differentiable."""
-    if torch.compiler.is_compiling():       # nested autograd.Functions are not traced; the compiler fuses the definition, to any order
+    if (
+        torch.compiler.is_compiling()
+    ):  # nested autograd.Functions are not traced; the compiler fuses the definition, to any order
         return rms_norm_reference(x, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
 
@@ -53,7 +56,13 @@ def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
     """r (..., 1)."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    return (
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        .square_()
+        .div_(x.shape[-1])
+        .add_(epsilon)
+        .rsqrt_()
+    )
 
 
 def _mean(product: Tensor, weight: Tensor) -> Tensor:
@@ -81,8 +90,10 @@ class _RMSNorm(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return *_rms_norm_gradient(grad, x, weight, ctx.epsilon, with_weight=with_weight), None
         if with_weight:
-            raise RuntimeError("rms_norm: the gradient of its weight cannot be differentiated again; under create_graph=True ask "
-                               "autograd.grad for the gradients of activations only")
+            raise RuntimeError(
+                "rms_norm: the gradient of its weight cannot be differentiated again; under create_graph=True ask "
+                "autograd.grad for the gradients of activations only"
+            )
         return _RMSNormGradient.apply(grad, x, weight, ctx.epsilon), None, None
 
 
@@ -102,19 +113,25 @@ class _RMSNormGradient(torch.autograd.Function):
         a_n = (a * wide).mean(-1, keepdim=True).mul_(r)
         h_n, a_h = _mean(gx, w).mul_(r), _mean(ga, w)
         grad_weight = None
-        if ctx.needs_input_grad[2]:                         # sum g t
+        if ctx.needs_input_grad[2]:  # sum g t
             grad_weight = (_sum_rows(r, ga) - _sum_rows(r.square() * a_n, gx)).to(weight.dtype)
         grad_grad = torch.addcmul(a, wide, r * a_n, value=-1).mul_(r).mul_(w)
         h, minus_r2 = torch.mul(g, w, out=gx), -r * r
-        grad_x = (wide * ((a_h - 3 * a_n * h_n) * r * minus_r2)).addcmul_(a, h_n * minus_r2).addcmul_(h, a_n * minus_r2)
+        grad_x = (
+            (wide * ((a_h - 3 * a_n * h_n) * r * minus_r2))
+            .addcmul_(a, h_n * minus_r2)
+            .addcmul_(h, a_n * minus_r2)
+        )
         return grad_grad.to(grad.dtype), grad_x.to(x.dtype), grad_weight, None
 
 
-def _rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, *, with_weight: bool) -> tuple[Tensor, Tensor | None]:
+def _rms_norm_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, *, with_weight: bool
+) -> tuple[Tensor, Tensor | None]:
     g, wide, w = _wide(grad, x, weight)
     r, gx = _inverse_rms(wide, epsilon), g * wide
     grad_weight = _sum_rows(r, gx).to(weight.dtype) if with_weight else None
-    along = _mean(gx, w).mul_(r).mul_(r)                    # n mean(h n) = x r^2 mean(h x)
+    along = _mean(gx, w).mul_(r).mul_(r)  # n mean(h n) = x r^2 mean(h x)
     return torch.mul(g, w, out=gx).addcmul_(wide, along, value=-1).mul_(r).to(x.dtype), grad_weight
 
 
@@ -141,14 +158,20 @@ class _SwiGLUGradient(torch.autograd.Function):
         refuse_graph("swiglu")
         grad, u, v = ctx.saved_tensors
         g, u, v, a, b = _wide(grad, u, v, a, b)
-        a_first = torch.ops.aten.silu_backward(a, u)        # a silu'
+        a_first = torch.ops.aten.silu_backward(a, u)  # a silu'
         grad_g = F.silu(u).mul_(b).addcmul_(a_first, v)
         s = u.sigmoid()
         second = torch.addcmul(u.new_full((), 2.0), u, torch.rsub(s, 1, alpha=2)).mul_(a).mul_(v)
-        grad_u = torch.ops.aten.sigmoid_backward(second, s).add_(torch.ops.aten.silu_backward(b, u)).mul_(g)
+        grad_u = (
+            torch.ops.aten.sigmoid_backward(second, s)
+            .add_(torch.ops.aten.silu_backward(b, u))
+            .mul_(g)
+        )
         return tuple(t.to(grad.dtype) for t in (grad_g, grad_u, a_first.mul_(g)))
 
 
 def _swiglu_gradient(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     g, wide_u, wide_v = _wide(grad, u, v)
-    return torch.ops.aten.silu_backward(g * wide_v, wide_u).to(u.dtype), F.silu(wide_u).mul_(g).to(v.dtype)
+    return torch.ops.aten.silu_backward(g * wide_v, wide_u).to(u.dtype), F.silu(wide_u).mul_(g).to(
+        v.dtype
+    )

@@ -4,6 +4,7 @@ A row of DP columns is DP / PART tiles of PART: a tile has a power of two of col
 columns at once do not fit the registers. D of the DP columns are in memory, the rest is zero. ACC is the type of sums, PRECISION tl.dot's
 input_precision.
 """
+
 from __future__ import annotations
 
 import triton
@@ -11,7 +12,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(pointer, first_row, rows, num_rows, part: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
+def _place(
+    pointer,
+    first_row,
+    rows,
+    num_rows,
+    part: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+):
     """(addresses, mask) of one part of rows from first_row on in a (.., D) tensor: nothing beyond num_rows and D."""
     columns = part * PART + tl.arange(0, PART)
     mask = rows[:, None] < num_rows
@@ -21,7 +31,9 @@ def _place(pointer, first_row, rows, num_rows, part: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def rows_of(pointer, first_row, rows, num_rows, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
+def rows_of(
+    pointer, first_row, rows, num_rows, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr
+):
     """Rows of a (.., D) tensor from first_row on, in parts (len(rows), PART); zeros beyond num_rows and D."""
     parts = ()
     for part in tl.static_range(DP // PART):
@@ -31,7 +43,17 @@ def rows_of(pointer, first_row, rows, num_rows, D: tl.constexpr, DP: tl.constexp
 
 
 @triton.jit
-def put(pointer, first_row, rows, num_rows, parts, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, factor: tl.constexpr = 1.0):
+def put(
+    pointer,
+    first_row,
+    rows,
+    num_rows,
+    parts,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PART: tl.constexpr,
+    factor: tl.constexpr = 1.0,
+):
     """Write factor * parts where rows_of would read them."""
     for part in tl.static_range(DP // PART):
         addresses, mask = _place(pointer, first_row, rows, num_rows, part, D, DP, PART)
@@ -70,7 +92,10 @@ def add_mix(total, weights, rows, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """total + weights rows."""
     parts = ()
     for part in tl.static_range(len(rows)):
-        parts += (total[part] + tl.dot(weights.to(rows[part].dtype), rows[part], input_precision=PRECISION).to(ACC),)
+        parts += (
+            total[part]
+            + tl.dot(weights.to(rows[part].dtype), rows[part], input_precision=PRECISION).to(ACC),
+        )
     return parts
 
 

@@ -24,6 +24,7 @@ Rows are (batch, position) pairs, independent of each other: a caller takes as m
 gives n, the number of rows that count in all, and a `sink` (V, D), float32 or float64, to which W's gradients are added at once, in place
 of tiles x steps matrices of W's size through autograd. States are float32 (float64 in tests) whatever the dtype of W.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -33,12 +34,15 @@ from torch import Tensor
 
 from .contract import refuse_graph
 
-IGNORE = -100               # target of a row that does not count
-CHUNK_BYTES = 16 * 2**20    # of logits per chunk in vocabulary_cross_entropy: large enough for efficient products, small beside W
+IGNORE = -100  # target of a row that does not count
+CHUNK_BYTES = (
+    16 * 2**20
+)  # of logits per chunk in vocabulary_cross_entropy: large enough for efficient products, small beside W
 
 
 class Clamps(NamedTuple):
     """Bounds, above zero, on the absolute change of each number of a state in a step, and on its absolute value after it; None: no bound."""
+
     change: float | None = None
     state: float | None = None
 
@@ -46,7 +50,9 @@ class Clamps(NamedTuple):
 NO_CLAMPS = Clamps()
 
 
-def vocabulary_embed(x: Tensor, weight: Tensor, *, sink: Tensor | None = None, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def vocabulary_embed(
+    x: Tensor, weight: Tensor, *, sink: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """p = softmax(x) without graph, and p @ weight (rows, D) in weight's dtype: x (rows, V), weight (V, D). No gradient flows into x.
 
     sink (V, D): receives weight's gradient, by addition, in the backward; autograd gets none. out: memory for p, x itself for example.
@@ -54,9 +60,20 @@ def vocabulary_embed(x: Tensor, weight: Tensor, *, sink: Tensor | None = None, o
     return _Embed.apply(x, weight, sink, out)
 
 
-def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *, probabilities: Tensor | None = None, x: Tensor | None = None,
-                       keep_state: bool = False, count: Tensor | float | None = None, sink: Tensor | None = None, loss_weight: float = 1.0,
-                       clamps: Clamps = NO_CLAMPS, out: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+def vocabulary_descend(
+    weight: Tensor,
+    hidden: Tensor,
+    targets: Tensor | None,
+    *,
+    probabilities: Tensor | None = None,
+    x: Tensor | None = None,
+    keep_state: bool = False,
+    count: Tensor | float | None = None,
+    sink: Tensor | None = None,
+    loss_weight: float = 1.0,
+    clamps: Clamps = NO_CLAMPS,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
     """One descent step and its loss: (x' (rows, V) without graph or None, cross-entropy, a scalar, or None without targets).
 
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
@@ -72,19 +89,43 @@ def vocabulary_descend(weight: Tensor, hidden: Tensor, targets: Tensor | None, *
         with torch.no_grad():
             return _step(weight, hidden, probabilities, x, out, clamps)[0], None
     wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
-    loss, state = _DescendAndScore.apply(weight, hidden, targets, probabilities, x, count, sink, loss_weight, wanted, keep_state, clamps, out)
+    loss, state = _DescendAndScore.apply(
+        weight,
+        hidden,
+        targets,
+        probabilities,
+        x,
+        count,
+        sink,
+        loss_weight,
+        wanted,
+        keep_state,
+        clamps,
+        out,
+    )
     return (state if keep_state else None), loss
 
 
-def vocabulary_step(probabilities: Tensor, weight: Tensor, hidden: Tensor, targets: Tensor | None, *, count: Tensor | float | None = None,
-                    sink: Tensor | None = None, loss_weight: float = 1.0, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def vocabulary_step(
+    probabilities: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    targets: Tensor | None,
+    *,
+    count: Tensor | float | None = None,
+    sink: Tensor | None = None,
+    loss_weight: float = 1.0,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """A step of the probabilities update, entered into the next: (p' (rows, V) without graph, e' = p' @ weight (rows, D), loss or None).
 
     Equal to `vocabulary_descend` followed by `vocabulary_embed`, except for where weight's gradient comes from: the loss has a gradient of
     hidden alone; weight's gradient of loss_weight * loss comes with that of e', since both are products with p'. So both have to be
     back-propagated, in any order or apart from each other, and the loss with the weight that was announced. out: memory for p'.
     """
-    p, embedded, loss, grad_hidden = _StepEmbed.apply(probabilities, weight, hidden.detach(), targets, count, sink, loss_weight, out)
+    p, embedded, loss, grad_hidden = _StepEmbed.apply(
+        probabilities, weight, hidden.detach(), targets, count, sink, loss_weight, out
+    )
     return p, embedded, None if targets is None else _GivenGradient.apply(hidden, loss, grad_hidden)
 
 
@@ -103,8 +144,14 @@ def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return probabilities, probabilities.to(weight.dtype) @ weight
 
 
-def vocabulary_descend_reference(weight: Tensor, hidden: Tensor, *, probabilities: Tensor | None = None, x: Tensor | None = None,
-                                 clamps: Clamps = NO_CLAMPS) -> Tensor:
+def vocabulary_descend_reference(
+    weight: Tensor,
+    hidden: Tensor,
+    *,
+    probabilities: Tensor | None = None,
+    x: Tensor | None = None,
+    clamps: Clamps = NO_CLAMPS,
+) -> Tensor:
     """x' of `vocabulary_descend` in plain differentiable operations."""
     move = (hidden.to(weight.dtype) @ weight.T).to(state_dtype(weight))
     if x is not None and probabilities is not None:
@@ -123,20 +170,45 @@ def state_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _move(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tensor | None, out: Tensor | None) -> Tensor:
+def _move(
+    weight: Tensor,
+    hidden: Tensor,
+    probabilities: Tensor | None,
+    x: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
     """x' (rows, V)."""
-    start, hidden, dtype = probabilities if x is None else x, hidden.to(weight.dtype), state_dtype(weight)
-    out = torch.empty(len(hidden), len(weight), dtype=dtype, device=weight.device) if out is None else out
+    start, hidden, dtype = (
+        probabilities if x is None else x,
+        hidden.to(weight.dtype),
+        state_dtype(weight),
+    )
+    out = (
+        torch.empty(len(hidden), len(weight), dtype=dtype, device=weight.device)
+        if out is None
+        else out
+    )
     through = x is not None and probabilities is not None
     if weight.dtype == dtype and not through and start is not None:
         return torch.addmm(start, hidden, weight.T, out=out)
-    move = torch.mm(hidden, weight.T, out=out) if weight.dtype == dtype else out.copy_(hidden @ weight.T)
+    move = (
+        torch.mm(hidden, weight.T, out=out)
+        if weight.dtype == dtype
+        else out.copy_(hidden @ weight.T)
+    )
     if through:
         _through_softmax_(probabilities, move)
     return move if start is None else move.add_(start)
 
 
-def _step(weight: Tensor, hidden: Tensor, probabilities: Tensor | None, x: Tensor | None, out: Tensor | None, clamps: Clamps) -> tuple[Tensor, Tensor | None]:
+def _step(
+    weight: Tensor,
+    hidden: Tensor,
+    probabilities: Tensor | None,
+    x: Tensor | None,
+    out: Tensor | None,
+    clamps: Clamps,
+) -> tuple[Tensor, Tensor | None]:
     """(x' (rows, V), where no clamp binds (rows, V) or None for everywhere)."""
     if clamps == NO_CLAMPS:
         return _move(weight, hidden, probabilities, x, out), None
@@ -172,7 +244,7 @@ def _softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, sink, out):
-        ctx.set_materialize_grads(False)        # p has none, and zeros in its place would be (rows, V)
+        ctx.set_materialize_grads(False)  # p has none, and zeros in its place would be (rows, V)
         p = _softmax(x, None if out is None else out.view_as(x))
         ctx.save_for_backward(p)
         ctx.mark_non_differentiable(p)
@@ -182,7 +254,7 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _, grad):
         refuse_graph("vocabulary_embed", "second")
-        p, = ctx.saved_tensors
+        (p,) = ctx.saved_tensors
         return None, None if grad is None else _give(ctx.sink, p.to(grad.dtype).T, grad), None, None
 
 
@@ -190,17 +262,23 @@ class _StepEmbed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, probabilities, weight, hidden, targets, count, sink, loss_weight, out):
         ctx.set_materialize_grads(False)
-        logits = _move(weight, hidden, probabilities, None, None if out is None else out.view_as(probabilities))
+        logits = _move(
+            weight, hidden, probabilities, None, None if out is None else out.view_as(probabilities)
+        )
         score = None if targets is None else _Score(targets, count, logits.dtype)
         if score is None:
             p = _softmax(logits, out=logits)
-            loss, embedded, grad_hidden = p.new_zeros(()), p.to(weight.dtype) @ weight, hidden.new_empty(0)
+            loss, embedded, grad_hidden = (
+                p.new_zeros(()),
+                p.to(weight.dtype) @ weight,
+                hidden.new_empty(0),
+            )
         else:
             p, loss = score.softmax(logits, in_place=True)
             if weight.dtype == p.dtype:
                 embedded = p @ weight
                 beside = embedded - weight[score.target]
-            else:                               # in half precision e' - W_y would cancel to nothing where p'_y is near 1
+            else:  # in half precision e' - W_y would cancel to nothing where p'_y is near 1
                 beside = score.rounded_residual(p, weight.dtype) @ weight
                 embedded = beside + weight[score.target]
             grad_hidden = (beside.to(p.dtype) * score.share[:, None]).to(hidden.dtype)
@@ -228,7 +306,7 @@ class _StepEmbed(torch.autograd.Function):
         if ctx.weight_dtype == p.dtype:
             _give(sink, p.T, right)
             sink.index_add_(0, score.target, scaled, alpha=-1)
-        else:                                   # (p' - onehot) (grad_embedded + s h) + onehot grad_embedded
+        else:  # (p' - onehot) (grad_embedded + s h) + onehot grad_embedded
             _give(sink, score.rounded_residual(p, ctx.weight_dtype).T, right.to(ctx.weight_dtype))
             sink.index_add_(0, score.target, grad_embedded.to(sink.dtype))
         return None, sink.to(ctx.weight_dtype) if ctx.sink is None else None, *none
@@ -245,13 +323,27 @@ class _GivenGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         refuse_graph("vocabulary_step", "second")
-        gradient, = ctx.saved_tensors
+        (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
 
 
 class _DescendAndScore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, hidden, targets, probabilities, x, count, sink, loss_weight, wanted, keep_state, clamps, out):
+    def forward(
+        ctx,
+        weight,
+        hidden,
+        targets,
+        probabilities,
+        x,
+        count,
+        sink,
+        loss_weight,
+        wanted,
+        keep_state,
+        clamps,
+        out,
+    ):
         ctx.set_materialize_grads(False)
         state, free = _step(weight, hidden, probabilities, x, out, clamps)
         score = _Score(targets, count, state.dtype)
@@ -262,7 +354,9 @@ class _DescendAndScore(torch.autograd.Function):
             score.to_residual_(residual)
             if free is not None:
                 residual.mul_(free)
-            if x is not None and probabilities is not None:     # pull r back through p * (W h - p.W h), p fixed
+            if (
+                x is not None and probabilities is not None
+            ):  # pull r back through p * (W h - p.W h), p fixed
                 _through_softmax_(probabilities, residual)
             residual = residual.to(weight.dtype)
             grad_hidden = (residual @ weight).to(hidden.dtype)
@@ -285,10 +379,17 @@ class _CrossEntropy(torch.autograd.Function):
         dtype, space = state_dtype(weight), None
         rows = max(1, CHUNK_BYTES // (4 * len(weight)))
         count, total = (targets != IGNORE).sum(), torch.zeros((), dtype=dtype, device=weight.device)
-        grad_weight, grad_hidden = torch.zeros(weight.shape if wanted else 0, dtype=dtype, device=weight.device), torch.empty_like(hidden)
-        for part, part_targets, part_grad in zip(hidden.split(rows), targets.split(rows), grad_hidden.split(rows)):
-            logits = _move(weight, part, None, None, None if space is None else space[:len(part)])
-            space = logits if space is None else space          # fresh pages for every chunk cost more than its arithmetic
+        grad_weight, grad_hidden = (
+            torch.zeros(weight.shape if wanted else 0, dtype=dtype, device=weight.device),
+            torch.empty_like(hidden),
+        )
+        for part, part_targets, part_grad in zip(
+            hidden.split(rows), targets.split(rows), grad_hidden.split(rows)
+        ):
+            logits = _move(weight, part, None, None, None if space is None else space[: len(part)])
+            space = (
+                logits if space is None else space
+            )  # fresh pages for every chunk cost more than its arithmetic
             score = _Score(part_targets, count, dtype)
             residual, loss = score.softmax(logits, in_place=True)
             total += loss
@@ -311,7 +412,9 @@ class _CrossEntropy(torch.autograd.Function):
 def _spend(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
     """The gradients that a forward prepared, times the loss's: once, since they are scaled in place."""
     if ctx.spent:
-        raise RuntimeError(f"{name}: a second backward through the same loss is not possible: the first one took its gradients; compute the loss again")
+        raise RuntimeError(
+            f"{name}: a second backward through the same loss is not possible: the first one took its gradients; compute the loss again"
+        )
     ctx.spent = True
     return [tensor.mul_(grad_loss.to(tensor.dtype)) for tensor in ctx.saved_tensors]
 
@@ -322,25 +425,33 @@ class _Score:
     def __init__(self, targets: Tensor, count: Tensor | float | None, dtype: torch.dtype):
         counted = (targets != IGNORE).to(dtype)
         self.target = targets.clamp(min=0)
-        count = counted.sum() if count is None else torch.as_tensor(count, dtype=dtype, device=targets.device)
+        count = (
+            counted.sum()
+            if count is None
+            else torch.as_tensor(count, dtype=dtype, device=targets.device)
+        )
         self.share = counted / count.clamp(min=1)
 
     def softmax(self, logits: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
         """(p = softmax(logits), loss): what the loss needs of the logits is read before they are overwritten."""
         largest, of_target = logits.amax(-1), logits.gather(-1, self.target[:, None]).squeeze(-1)
         p = _softmax(logits, out=logits if in_place else None)
-        log_normalizer = largest - p.amax(-1).log()             # the largest p is 1 / sum exp(x - max)
+        log_normalizer = largest - p.amax(-1).log()  # the largest p is 1 / sum exp(x - max)
         return p, ((log_normalizer - of_target) * self.share).sum()
 
     def to_residual_(self, probabilities: Tensor) -> Tensor:
         """(p - onehot(y)) share, in place of p."""
-        probabilities.scatter_add_(-1, self.target[:, None], probabilities.new_full((), -1.0).expand(len(probabilities), 1))
+        probabilities.scatter_add_(
+            -1, self.target[:, None], probabilities.new_full((), -1.0).expand(len(probabilities), 1)
+        )
         return probabilities.mul_(self.share[:, None])
 
     def rounded_residual(self, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
         """p - onehot(target), rounded to a half precision after the subtraction."""
         target = self.target[:, None]
-        return probabilities.to(dtype).scatter_(-1, target, (probabilities.gather(-1, target) - 1).to(dtype))
+        return probabilities.to(dtype).scatter_(
+            -1, target, (probabilities.gather(-1, target) - 1).to(dtype)
+        )
 
 
 def _give(sink: Tensor | None, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor | None:

@@ -1,4 +1,5 @@
 """Before anything is imported: without a GPU the Triton kernels run in Triton's interpreter. And the order: what takes longest comes first."""
+
 import os
 
 import torch
@@ -7,10 +8,21 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # A module stays with one worker (--dist loadscope). So that none is left with a long one at the end, those that take minutes start first.
-LONGEST = ("training/test_runs", "training/test_reliability", "training/test_zero", "cluster/test_sbatch", "training/test_video_runs",
-           "kernels/test_attention_compiled", "cluster/test_failures", "training/test_bad_input", "training/test_stop")
+LONGEST = (
+    "training/test_runs",
+    "training/test_reliability",
+    "training/test_zero",
+    "cluster/test_sbatch",
+    "training/test_video_runs",
+    "kernels/test_attention_compiled",
+    "cluster/test_failures",
+    "training/test_bad_input",
+    "training/test_stop",
+)
 
 
 def pytest_collection_modifyitems(items):
     place = {name: index for index, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get("/".join(item.path.with_suffix("").parts[-2:]), len(place)))
+    items.sort(
+        key=lambda item: place.get("/".join(item.path.with_suffix("").parts[-2:]), len(place))
+    )

@@ -1,4 +1,5 @@
 """The closed forms of accounting.py against what a real training step computes and keeps."""
+
 import dataclasses
 import weakref
 
@@ -8,7 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ebwm_kernels import attention_ops, attention_reference
-from ebwm_scale.accounting import count_parameters, describe, memory_estimate, model_flops, peak_flops_per_s, step_flops
+from ebwm_scale.accounting import (
+    count_parameters,
+    describe,
+    memory_estimate,
+    model_flops,
+    peak_flops_per_s,
+    step_flops,
+)
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.errors import ConfigError
 from ebwm_scale.model.world_model import WorldModel
@@ -18,14 +26,30 @@ SAMPLES, FRAME = 2, 7
 FRAMES = {"kind": "embedding", "dimension": FRAME}
 
 
-def configuration(*, model=None, refinement=None, state=None, train=None, deepspeed=None, context_length=9, vocabulary_size=11):
+def configuration(
+    *,
+    model=None,
+    refinement=None,
+    state=None,
+    train=None,
+    deepspeed=None,
+    context_length=9,
+    vocabulary_size=11,
+):
     """Two small blocks whose sizes differ from one another, so that a mistaken factor shows."""
     sizes = {"size": "4xs", "num_layers": 2, "width": 16, "num_heads": 4, "feed_forward_width": 24}
     if (state or {}).get("kind") != "embedding":
         sizes["vocabulary_size"] = vocabulary_size
-    return config_from_dict({"model": sizes | (model or {}), "refinement": refinement or {}, "state": state or {},
-                             "deepspeed": deepspeed or {}, "data": {"context_length": context_length},
-                             "train": {"global_batch_size": SAMPLES} | (train or {})})
+    return config_from_dict(
+        {
+            "model": sizes | (model or {}),
+            "refinement": refinement or {},
+            "state": state or {},
+            "deepspeed": deepspeed or {},
+            "data": {"context_length": context_length},
+            "train": {"global_batch_size": SAMPLES} | (train or {}),
+        }
+    )
 
 
 def training_step(config, mode, **options):
@@ -33,18 +57,34 @@ def training_step(config, mode, **options):
     torch.manual_seed(0)
     model = WorldModel(config).train()
     shape = (config.train.global_batch_size, config.data.context_length + 1)
-    stream = torch.randn(*shape, FRAME) if config.state.kind == "embedding" else torch.randint(config.model.vocabulary_size, shape)
+    stream = (
+        torch.randn(*shape, FRAME)
+        if config.state.kind == "embedding"
+        else torch.randint(config.model.vocabulary_size, shape)
+    )
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with mode:
-        for parameter in model.parameters():        # shows a Live mode what was there before the step
+        for parameter in model.parameters():  # shows a Live mode what was there before the step
             parameter.detach().mul_(1), parameter.grad.mul_(1)
-        model(stream[:, :-1], stream[:, 1:], sample_ids=torch.arange(shape[0]), source=NoiseSource(3, 0), **options).loss.backward()
+        model(
+            stream[:, :-1],
+            stream[:, 1:],
+            sample_ids=torch.arange(shape[0]),
+            source=NoiseSource(3, 0),
+            **options,
+        ).loss.backward()
     return mode
 
 
-ATTENTION = {operation._qualname: operation._init_fn         # by name: importing diffusers makes PyTorch build the overload objects anew
-             for operation in (attention_ops._attention, attention_ops._gradient, attention_ops._double_backward)}
+ATTENTION = {
+    operation._qualname: operation._init_fn  # by name: importing diffusers makes PyTorch build the overload objects anew
+    for operation in (
+        attention_ops._attention,
+        attention_ops._gradient,
+        attention_ops._double_backward,
+    )
+}
 
 
 class Inside(TorchDispatchMode):
@@ -69,7 +109,10 @@ class Counted(Inside):
         self.flops = {"products": 0, "predicted": 0, "observed": 0}
 
     def see(self, function, args, kwargs):
-        name, tensors = function.overloadpacket.__name__, [a for a in args if isinstance(a, torch.Tensor)]
+        name, tensors = (
+            function.overloadpacket.__name__,
+            [a for a in args if isinstance(a, torch.Tensor)],
+        )
         if name in ("mm", "addmm", "addmm_"):
             self.flops["products"] += 2 * tensors[-2].numel() * tensors[-1].shape[1]
         elif name in ("bmm", "baddbmm", "baddbmm_"):
@@ -77,7 +120,7 @@ class Counted(Inside):
             self.flops["predicted"] += 2 * left.numel() * right.shape[2]
         elif name.startswith("_scaled_dot_product"):
             backward = name.endswith("backward")
-            query, key = tensors[int(backward):][:2]
+            query, key = tensors[int(backward) :][:2]
             self.flops["observed"] += (5 if backward else 2) * 2 * query.numel() * key.shape[2]
         assert function.namespace != "ebwm", f"{function} was not looked into"
         assert name not in ("addbmm", "convolution", "_scaled_mm"), f"{name} is not counted"
@@ -94,7 +137,10 @@ class Live(Inside):
     def see(self, function, args, kwargs):
         result = function(*args, **kwargs)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage()._cdata not in self.sizes
+            ):
                 storage = tensor.untyped_storage()
                 self.sizes[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
@@ -123,18 +169,43 @@ FLOP_CASES = {
     "mirror": {"refinement": {"update": "mirror", "num_steps": 3}, "state": {"map_scale": 3.0}},
     "noise": {"refinement": {"noise": 0.1, "num_steps": 3}},
     "time_embed": {"model": {"conditioning": "time_embed"}},
-    "time_embed, unused contexts": {"model": {"conditioning": "time_embed"}, "refinement": {"graph": "truncate", "num_steps": 3}},
-    "time_embed, one landscape": {"model": {"conditioning": "time_embed"}, "refinement": {"landscapes": "one"}},
+    "time_embed, unused contexts": {
+        "model": {"conditioning": "time_embed"},
+        "refinement": {"graph": "truncate", "num_steps": 3},
+    },
+    "time_embed, one landscape": {
+        "model": {"conditioning": "time_embed"},
+        "refinement": {"landscapes": "one"},
+    },
     "adaln": {"model": {"conditioning": "adaln"}},
-    "adaln, unused contexts": {"model": {"conditioning": "adaln"}, "refinement": {"graph": "truncate", "loss": "last"}},
-    "predicted_only": {"model": {"conditioning": "predicted_only"}, "refinement": {"graph": "full", "loss": "last"}},
+    "adaln, unused contexts": {
+        "model": {"conditioning": "adaln"},
+        "refinement": {"graph": "truncate", "loss": "last"},
+    },
+    "predicted_only": {
+        "model": {"conditioning": "predicted_only"},
+        "refinement": {"graph": "full", "loss": "last"},
+    },
     "checkpoint step": {"refinement": {"checkpoint": "step"}},
-    "checkpoint step, adaln": {"refinement": {"checkpoint": "step", "graph": "truncate"}, "model": {"conditioning": "adaln"}},
+    "checkpoint step, adaln": {
+        "refinement": {"checkpoint": "step", "graph": "truncate"},
+        "model": {"conditioning": "adaln"},
+    },
     "checkpoint block": {"refinement": {"checkpoint": "block", "graph": "full"}},
-    "checkpoint block, adaln": {"refinement": {"checkpoint": "block"}, "model": {"conditioning": "adaln"}},
+    "checkpoint block, adaln": {
+        "refinement": {"checkpoint": "block"},
+        "model": {"conditioning": "adaln"},
+    },
     "frames": {"state": FRAMES, "refinement": {"num_steps": 3}},
-    "frames, full": {"state": FRAMES | {"initial": "most_recent"}, "refinement": {"graph": "full", "loss": "last", "num_steps": 3}},
-    "frames, truncate, time_embed": {"state": FRAMES, "refinement": {"graph": "truncate"}, "model": {"conditioning": "time_embed"}},
+    "frames, full": {
+        "state": FRAMES | {"initial": "most_recent"},
+        "refinement": {"graph": "full", "loss": "last", "num_steps": 3},
+    },
+    "frames, truncate, time_embed": {
+        "state": FRAMES,
+        "refinement": {"graph": "truncate"},
+        "model": {"conditioning": "time_embed"},
+    },
     "baseline": {"model": {"kind": "baseline", "num_kv_heads": 1}},
     "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
 }
@@ -142,15 +213,24 @@ FLOP_CASES = {
 
 @pytest.mark.parametrize("case", FLOP_CASES)
 def test_flops_are_what_a_real_step_computes(case, monkeypatch):
-    monkeypatch.setattr(attention_reference, "ROWS", 1)                 # blocks of one query compute the pairs that exist and no others
+    monkeypatch.setattr(
+        attention_reference, "ROWS", 1
+    )  # blocks of one query compute the pairs that exist and no others
     config = configuration(**FLOP_CASES[case])
     counted = training_step(config, Counted()).flops
     parts = step_flops(config, samples=SAMPLES)
-    attention = {part: parts.get(part, 0.0) for part in ("attention_observed", "attention_predicted")}
+    attention = {
+        part: parts.get(part, 0.0) for part in ("attention_observed", "attention_predicted")
+    }
     if config.model.kind == "baseline":
         attention["attention_observed"] = parts["attention"]
-    if config.refinement.checkpoint == "none":                          # otherwise recomputation holds both products and attention
-        assert attention == {"attention_observed": counted["observed"], "attention_predicted": counted["predicted"]}
+    if (
+        config.refinement.checkpoint == "none"
+    ):  # otherwise recomputation holds both products and attention
+        assert attention == {
+            "attention_observed": counted["observed"],
+            "attention_predicted": counted["predicted"],
+        }
     assert sum(parts.values()) == sum(counted.values())
 
 
@@ -162,7 +242,10 @@ def test_flops_follow_the_number_of_steps_of_a_training_step(monkeypatch):
 
 
 def test_recomputation_is_a_part_of_its_own():
-    plain, again = (step_flops(configuration(refinement={"checkpoint": mode}), samples=SAMPLES) for mode in ("none", "step"))
+    plain, again = (
+        step_flops(configuration(refinement={"checkpoint": mode}), samples=SAMPLES)
+        for mode in ("none", "step")
+    )
     assert "recomputation" not in plain
     assert {part: value for part, value in again.items() if part != "recomputation"} == plain
     assert model_flops(again) == model_flops(plain) == sum(plain.values()) < sum(again.values())
@@ -173,11 +256,19 @@ MEMORY_CASES = {
     "text": {"refinement": {"num_steps": 3}},
     "text, step recomputed": {"refinement": {"num_steps": 2, "checkpoint": "step"}},
     "text, in tiles": {"refinement": {"num_steps": 3, "tile_rows": 32}},
-    "text, in parts of samples": {"refinement": {"num_steps": 3, "tile_rows": 16}, "model": {"conditioning": "time_embed"}},
+    "text, in parts of samples": {
+        "refinement": {"num_steps": 3, "tile_rows": 16},
+        "model": {"conditioning": "time_embed"},
+    },
     "text, logits": {"refinement": {"update": "logits"}},
-    "text, a block at a time": {"refinement": {"num_steps": 3, "checkpoint": "block"}, "model": {"num_layers": 6}},
+    "text, a block at a time": {
+        "refinement": {"num_steps": 3, "checkpoint": "block"},
+        "model": {"num_layers": 6},
+    },
     "text, clamped": {"refinement": {"num_steps": 3, "change_clamp": 5.0, "state_clamp": 9.0}},
-    "text, full and clamped": {"refinement": {"graph": "full", "change_clamp": 5.0, "state_clamp": 9.0}},
+    "text, full and clamped": {
+        "refinement": {"graph": "full", "change_clamp": 5.0, "state_clamp": 9.0}
+    },
     "text, mirror": {"refinement": {"update": "mirror", "num_steps": 3}},
     "text, full": {"refinement": {"graph": "full"}},
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},
@@ -191,7 +282,9 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
     options = MEMORY_CASES[case]
     model = {"width": 64, "feed_forward_width": 96, "num_layers": 2} | options.get("model", {})
     config = configuration(**(options | {"model": model}), context_length=32, vocabulary_size=4000)
-    accumulating = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=2 * SAMPLES))
+    accumulating = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, global_batch_size=2 * SAMPLES)
+    )
     estimate = memory_estimate(accumulating, world_size=1, micro_batch=SAMPLES)
     measured = training_step(config, Live()).peak / 2**30
     assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=0.12)
@@ -199,7 +292,9 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
 
 def test_memory_is_sharded_as_zero_does_it():
     def parts(*, world_size=4, stage=0, precision="bf16", offload="none"):
-        config = configuration(deepspeed={"zero_stage": stage, "offload": offload}, train={"precision": precision})
+        config = configuration(
+            deepspeed={"zero_stage": stage, "offload": offload}, train={"precision": precision}
+        )
         memory = memory_estimate(config, world_size=world_size, micro_batch=SAMPLES)
         number = count_parameters(WorldModel(config))["total"] / 2**30
         return tuple(memory[part] / number for part in ("weights", "gradients", "optimizer"))
@@ -217,14 +312,27 @@ def test_parameters_are_counted_once_and_none_is_left_out():
     config = configuration(model={"conditioning": "adaln"})
     model = WorldModel(config)
     counts = count_parameters(model)
-    assert counts["total"] == sum(p.numel() for p in model.parameters()) == sum(counts.values()) - counts["total"]
-    assert list(counts) == ["token_embedding", "state_map", "blocks", "conditioning", "norm_and_head", "step_size", "total"]
+    assert (
+        counts["total"]
+        == sum(p.numel() for p in model.parameters())
+        == sum(counts.values()) - counts["total"]
+    )
+    assert list(counts) == [
+        "token_embedding",
+        "state_map",
+        "blocks",
+        "conditioning",
+        "norm_and_head",
+        "step_size",
+        "total",
+    ]
     assert counts["blocks"] == 2 * (4 * 16**2 + 3 * 16 * 24 + 2 * 16)
     assert counts["conditioning"] == 2 * 16 + 2 * (16 * 96 + 96) + 16 * 32 + 32
     tied = count_parameters(WorldModel(configuration(state={"tie_embedding": True})))
     assert "state_map" not in tied and tied["token_embedding"] == 11 * 16
-    assert list(count_parameters(WorldModel(configuration(model={"kind": "baseline"}, state=FRAMES)))) == [
-        "frame_projection", "blocks", "norm_and_head", "output", "total"]
+    assert list(
+        count_parameters(WorldModel(configuration(model={"kind": "baseline"}, state=FRAMES)))
+    ) == ["frame_projection", "blocks", "norm_and_head", "output", "total"]
 
 
 def test_an_unknown_parameter_is_not_counted_in_silence():
@@ -234,14 +342,27 @@ def test_an_unknown_parameter_is_not_counted_in_silence():
         count_parameters(model)
 
 
-@pytest.mark.parametrize("name, bf16, fp32", [
-    ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12), ("NVIDIA H100 80GB HBM3", 989.4e12, 66.9e12), ("NVIDIA H100 PCIe", 756e12, 51e12),
-    ("NVIDIA H200", 989.4e12, 66.9e12), ("NVIDIA B200", 2250e12, 75e12), ("Tesla V100-SXM2-32GB", None, 15.7e12),
-    ("Tesla V100-PCIE-16GB", None, 14e12), ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12), ("Some Other Device", None, None)])
+@pytest.mark.parametrize(
+    "name, bf16, fp32",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12, 66.9e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA H200", 989.4e12, 66.9e12),
+        ("NVIDIA B200", 2250e12, 75e12),
+        ("Tesla V100-SXM2-32GB", None, 15.7e12),
+        ("Tesla V100-PCIE-16GB", None, 14e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+        ("Some Other Device", None, None),
+    ],
+)
 def test_peak_is_the_vendors_dense_figure(name, bf16, fp32, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
-    assert (peak_flops_per_s("bf16"), peak_flops_per_s("fp32")) == (bf16, pytest.approx(fp32) if fp32 else None)
+    assert (peak_flops_per_s("bf16"), peak_flops_per_s("fp32")) == (
+        bf16,
+        pytest.approx(fp32) if fp32 else None,
+    )
 
 
 def test_peak_is_unknown_without_a_device_and_refuses_other_precisions(monkeypatch):
@@ -251,33 +372,74 @@ def test_peak_is_unknown_without_a_device_and_refuses_other_precisions(monkeypat
         peak_flops_per_s("fp16")
 
 
-DATA = {"manifest": "data/manifest.json", "fingerprint": "f" * 64, "train_samples": 400, "train_tokens": 3600, "validation_samples": 10,
-        "validation_tokens": 90, "vocabulary_size": 11, "context_length": 9, "train_frames": 3600, "validation_frames": 90, "dimension": 12}
+DATA = {
+    "manifest": "data/manifest.json",
+    "fingerprint": "f" * 64,
+    "train_samples": 400,
+    "train_tokens": 3600,
+    "validation_samples": 10,
+    "validation_tokens": 90,
+    "vocabulary_size": 11,
+    "context_length": 9,
+    "train_frames": 3600,
+    "validation_frames": 90,
+    "dimension": 12,
+}
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"model": {"conditioning": "adaln"}, "refinement": {"checkpoint": "step"}}, {"model": {"kind": "baseline"}}, {"state": FRAMES}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"model": {"conditioning": "adaln"}, "refinement": {"checkpoint": "step"}},
+        {"model": {"kind": "baseline"}},
+        {"state": FRAMES},
+    ],
+)
 def test_dry_run_text_is_short_and_has_a_unit_in_every_line(options):
-    config = configuration(**options, train={"global_batch_size": 24, "micro_batch_size": 3, "max_steps": 50})
-    text = describe(config, WorldModel(config), world_size=2, data_summary=DATA, seconds_per_step=0.5)
+    config = configuration(
+        **options, train={"global_batch_size": 24, "micro_batch_size": 3, "max_steps": 50}
+    )
+    text = describe(
+        config, WorldModel(config), world_size=2, data_summary=DATA, seconds_per_step=0.5
+    )
     lines = text.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 140
-    units = ("numbers", "samples", "tokens", "frames", "steps", "sha256", "epochs", "TFLOP", "GiB", " s", "h ", ".json")
+    units = (
+        "numbers",
+        "samples",
+        "tokens",
+        "frames",
+        "steps",
+        "sha256",
+        "epochs",
+        "TFLOP",
+        "GiB",
+        " s",
+        "h ",
+        ".json",
+    )
     for line in lines:
         assert not line.startswith(" ") or any(unit in line for unit in units), line
 
 
 def test_dry_run_arithmetic():
     config = configuration(train={"global_batch_size": 24, "micro_batch_size": 3, "max_steps": 50})
-    lines = {tuple(line.split()[:3]): line for line in describe(
-        config, WorldModel(config), world_size=2, data_summary=DATA, seconds_per_step=0.5).splitlines()}
+    lines = {
+        tuple(line.split()[:3]): line
+        for line in describe(
+            config, WorldModel(config), world_size=2, data_summary=DATA, seconds_per_step=0.5
+        ).splitlines()
+    }
     assert "= 2 processes x 3 samples x 4 accumulation steps" in lines["global", "batch", "24"]
-    assert ("training", "step", "216") in lines                         # 24 samples of 9 tokens
+    assert ("training", "step", "216") in lines  # 24 samples of 9 tokens
     assert "10,800 tokens" in lines["run", "50", "steps"]
-    assert ("run", "3.00", "epochs") in lines                           # 50 x 24 / 400
+    assert ("run", "3.00", "epochs") in lines  # 50 x 24 / 400
     assert ("throughput", "432", "tokens/s") in lines
-    assert ("time", "left", "0.01") in lines                            # 25 s
-    without = describe(config, WorldModel(config), world_size=2, data_summary=None, seconds_per_step=None)
+    assert ("time", "left", "0.01") in lines  # 25 s
+    without = describe(
+        config, WorldModel(config), world_size=2, data_summary=None, seconds_per_step=None
+    )
     assert "fingerprint" not in without and "throughput" not in without
 
 
@@ -293,7 +455,11 @@ def test_memory_does_not_grow_with_the_number_of_steps(conditioning, update):
     """Each step of a detached refinement is back-propagated before the next one starts."""
     peaks = []
     for num_steps in (2, 4):
-        config = configuration(refinement={"num_steps": num_steps, "update": update}, model={"width": 64, "num_layers": 2, "conditioning": conditioning},
-                               context_length=32, vocabulary_size=4000)
+        config = configuration(
+            refinement={"num_steps": num_steps, "update": update},
+            model={"width": 64, "num_layers": 2, "conditioning": conditioning},
+            context_length=32,
+            vocabulary_size=4000,
+        )
         peaks.append(training_step(config, Live()).peak)
     assert peaks[1] < 1.1 * peaks[0]

@@ -1,4 +1,5 @@
 """The documentation says what is there: the reference is built from today's docstrings, links lead somewhere, and commands and their options exist."""
+
 import json
 import re
 import shlex
@@ -14,7 +15,12 @@ WRITTEN = [page for page in PAGES if page.name != "reference.md"]
 
 
 def test_the_reference_is_what_the_docstrings_say():
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / "build_reference.py"), "--check"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "build_reference.py"), "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -29,7 +35,12 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
-    for name in set(re.findall(r"`((?:ebwm_scale|kernels|configs|slurm|tools|tests|docs|results)/[\w./-]*\w\.\w+)`", text)):
+    for name in set(
+        re.findall(
+            r"`((?:ebwm_scale|kernels|configs|slurm|tools|tests|docs|results)/[\w./-]*\w\.\w+)`",
+            text,
+        )
+    ):
         assert (ROOT / name).exists(), name
 
 
@@ -37,7 +48,9 @@ def commands():
     """(page, command) of every indented line that runs something of ours, continuation lines joined, comments and prose behind two spaces cut."""
     for page in WRITTEN:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for line in re.findall(r"^ {4,}((?:python|deepspeed|torchrun|sbatch|srun|slurm/)[^\n]*)", text, re.M):
+        for line in re.findall(
+            r"^ {4,}((?:python|deepspeed|torchrun|sbatch|srun|slurm/)[^\n]*)", text, re.M
+        ):
             yield page.name, re.split(r"\s{3,}|\s#", line.strip())[0]
 
 
@@ -46,9 +59,9 @@ def targets(command):
     words = shlex.split(command.replace("[", " ").replace("]", " ").replace("...", " "))
     for i, word in enumerate(words):
         if word == "-m" and words[i + 1].startswith("ebwm_scale"):
-            return words[i + 1], words[i + 2:]
+            return words[i + 1], words[i + 2 :]
         if word.endswith((".py", ".sh")):
-            return word, words[i + 1:]
+            return word, words[i + 1 :]
     return None, []
 
 
@@ -59,17 +72,31 @@ HELP = {}
 def help_of(target):
     if target not in HELP:
         start = ["-m", target] if target.startswith("ebwm_scale.") else [str(ROOT / target)]
-        done = subprocess.run([sys.executable, *start, "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, *start, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=ROOT,
+        )
         assert done.returncode == 0, done.stderr
         HELP[target] = done.stdout
         choice = re.search(r"\{([a-z,-]+)\} \.\.\.", done.stdout)
         for part in choice[1].split(",") if choice else []:
-            HELP[target] += subprocess.run([sys.executable, *start, part, "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT).stdout
+            HELP[target] += subprocess.run(
+                [sys.executable, *start, part, "--help"],
+                capture_output=True,
+                text=True,
+                timeout=120,
+                cwd=ROOT,
+            ).stdout
     return HELP[target]
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) > 40 and {"README.md", "cluster.md", "conversion.md", "thinking.md"} <= {page for page, _ in COMMANDS}
+    assert len(COMMANDS) > 40 and {"README.md", "cluster.md", "conversion.md", "thinking.md"} <= {
+        page for page, _ in COMMANDS
+    }
 
 
 @pytest.mark.parametrize("target", sorted({targets(command)[0] for _, command in COMMANDS}))
@@ -82,9 +109,17 @@ def test_every_command_of_the_documentation_is_there_with_its_options(target):
         if target.endswith(".sh"):
             continue
         if "--" in rest:
-            rest = rest[:rest.index("--")]
-        options = {word.partition("=")[0] for word in rest if re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", word)}
-        missing = [option for option in options if not re.search(re.escape(option) + r"(?![\w-])", help_of(target))]
+            rest = rest[: rest.index("--")]
+        options = {
+            word.partition("=")[0]
+            for word in rest
+            if re.fullmatch(r"--[a-z][a-z0-9-]*(=.*)?", word)
+        }
+        missing = [
+            option
+            for option in options
+            if not re.search(re.escape(option) + r"(?![\w-])", help_of(target))
+        ]
         assert not missing, f"{page}: {command}: {target} --help does not know {missing}"
 
 
@@ -96,9 +131,21 @@ def test_the_page_on_thinking_quotes_its_result_files():
 
     for name in ("quickstart", "long", "long_noise"):
         result = json.loads((folder / "evaluation" / name / "evaluation.json").read_text())
-        for value in (result["gain_of_later_steps"], result["energy"]["rank_correlation_with_error"], result["allocation"]["rank_correlation_of_steps_with_error"]):
+        for value in (
+            result["gain_of_later_steps"],
+            result["energy"]["rank_correlation_with_error"],
+            result["allocation"]["rank_correlation_of_steps_with_error"],
+        ):
             assert quoted(value) in text, (name, value)
-        assert ", ".join(f"**{point['mean']:.3f}**" if point["num_steps"] == result["trained_steps"] else f"{point['mean']:.3f}" for point in result["steps"]) in text, name
+        assert (
+            ", ".join(
+                f"**{point['mean']:.3f}**"
+                if point["num_steps"] == result["trained_steps"]
+                else f"{point['mean']:.3f}"
+                for point in result["steps"]
+            )
+            in text
+        ), name
     for row in json.loads((folder / "uncertainty.json").read_text())["rows"]:
         for value in row["rank_correlation_with_truth"].values():
             assert quoted(value, 2) in text, (row["world"], row["form"], value)

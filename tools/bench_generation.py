@@ -6,6 +6,7 @@ One prompt of one token is continued to --tokens; weights are random, greedy cho
 reads the last; it is timed at --samples evenly spaced lengths, each by the median of three, and added up over all lengths by the trapezoid rule. Peak memory is of the growing process,
 for --num-steps and four times as many.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,30 +31,63 @@ from ebwm_scale.thinking import ThinkingRules
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="xs")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--num-steps", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=5, help="prefix lengths at which recomputing is timed (default %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=5,
+        help="prefix lengths at which recomputing is timed (default %(default)s)",
+    )
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
     flush_denormals()
     rows = {}
     for kind in ("energy", "baseline"):
         torch.manual_seed(0)
-        model = WorldModel(load_config(None, [f"model.kind={kind}", f"model.size={arguments.size}", f"model.vocabulary_size={arguments.vocabulary}", "model.predicted_input=anchored",
-                                              "refinement.step_size=30", f"data.context_length={arguments.tokens}", f"refinement.num_steps={arguments.num_steps}"])).eval()
-        rows[kind] = {"cached_tokens_per_s": arguments.tokens / cached(model, arguments.tokens, arguments.num_steps)}
+        model = WorldModel(
+            load_config(
+                None,
+                [
+                    f"model.kind={kind}",
+                    f"model.size={arguments.size}",
+                    f"model.vocabulary_size={arguments.vocabulary}",
+                    "model.predicted_input=anchored",
+                    "refinement.step_size=30",
+                    f"data.context_length={arguments.tokens}",
+                    f"refinement.num_steps={arguments.num_steps}",
+                ],
+            )
+        ).eval()
+        rows[kind] = {
+            "cached_tokens_per_s": arguments.tokens
+            / cached(model, arguments.tokens, arguments.num_steps)
+        }
         if kind == "energy":
             seconds = recomputed(model, arguments.tokens, arguments.samples)
             rows[kind]["recomputed_tokens_per_s"] = arguments.tokens / seconds
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             cached(model, 8, 4 * arguments.num_steps)
-            rows[kind]["more_peak_memory_mib_with_four_times_the_steps"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    row = {"size": arguments.size, "tokens": arguments.tokens, "vocabulary": arguments.vocabulary, "num_steps": arguments.num_steps, "threads": torch.get_num_threads(), **rows,
-           "cached_over_recomputed": rows["energy"]["cached_tokens_per_s"] / rows["energy"]["recomputed_tokens_per_s"],
-           "baseline_over_energy": rows["baseline"]["cached_tokens_per_s"] / rows["energy"]["cached_tokens_per_s"]}
+            rows[kind]["more_peak_memory_mib_with_four_times_the_steps"] = (
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            ) / 1024
+    row = {
+        "size": arguments.size,
+        "tokens": arguments.tokens,
+        "vocabulary": arguments.vocabulary,
+        "num_steps": arguments.num_steps,
+        "threads": torch.get_num_threads(),
+        **rows,
+        "cached_over_recomputed": rows["energy"]["cached_tokens_per_s"]
+        / rows["energy"]["recomputed_tokens_per_s"],
+        "baseline_over_energy": rows["baseline"]["cached_tokens_per_s"]
+        / rows["energy"]["cached_tokens_per_s"],
+    }
     print(json.dumps(row))
     if arguments.output:
         arguments.output.write_text(json.dumps(provenance() | {"rows": [row]}, indent=1) + "\n")
@@ -80,11 +114,30 @@ def recomputed(model, tokens: int, samples: int) -> float:
         prompt, timed = torch.randint(model.config.model.vocabulary_size, (1, length)), []
         for _ in range(3):
             start = time.perf_counter()
-            draws = SampledDraws(NoiseSource(0, 0), rules, torch.tensor([0]), (1, length, model.state.size), kind="random_noise", randomize=False)
-            refine(model, model.embed_observed(prompt), None, rules=rules, landscapes=model.landscapes(rules.num_steps), draws=draws, training=False, keep_state=torch.float32)
+            draws = SampledDraws(
+                NoiseSource(0, 0),
+                rules,
+                torch.tensor([0]),
+                (1, length, model.state.size),
+                kind="random_noise",
+                randomize=False,
+            )
+            refine(
+                model,
+                model.embed_observed(prompt),
+                None,
+                rules=rules,
+                landscapes=model.landscapes(rules.num_steps),
+                draws=draws,
+                training=False,
+                keep_state=torch.float32,
+            )
             timed.append(time.perf_counter() - start)
         seconds.append(statistics.median(timed))
-    return sum((b - a) * (s + t) / 2 for a, b, s, t in zip(lengths, lengths[1:], seconds, seconds[1:])) + seconds[0]
+    return (
+        sum((b - a) * (s + t) / 2 for a, b, s, t in zip(lengths, lengths[1:], seconds, seconds[1:]))
+        + seconds[0]
+    )
 
 
 if __name__ == "__main__":

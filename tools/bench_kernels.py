@@ -15,6 +15,7 @@ One row each: median milliseconds, TFLOP/s by the matrix products the implementa
 flash; none for math), peak memory, largest relative error of any result against float64 where S * S is small enough for that. A row that runs
 out of memory says so. The file names command, device, versions and commit.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,11 +37,24 @@ from ebwm_kernels.attention_ops import PRODUCTS, resolve_backend, visible_pairs
 from ebwm_kernels.attention_tuning import KERNELS, Tile, padded_for, tile_for
 from ebwm_kernels.energy_attention import energy_attention_definition
 
-LARGEST_EXACT = 2048            # S up to which the float64 result is computed
-CANDIDATES = [Tile(rows, keys, warps, stages) for rows in (32, 64, 128) for keys in (32, 64, 128) for warps in (4, 8) for stages in (1, 2, 3)
-              if rows * keys <= 128 * 64 and not (warps == 8 and rows * keys < 64 * 32)]
-LEVEL_OF = {"_forward": "forward", "_gradient_query": "inner_gradient", "_gradient_key": "backward", "_tangent": "double_backward",
-            "_second_own": "double_backward", "_second_query": "double_backward", "_second_key": "double_backward"}
+LARGEST_EXACT = 2048  # S up to which the float64 result is computed
+CANDIDATES = [
+    Tile(rows, keys, warps, stages)
+    for rows in (32, 64, 128)
+    for keys in (32, 64, 128)
+    for warps in (4, 8)
+    for stages in (1, 2, 3)
+    if rows * keys <= 128 * 64 and not (warps == 8 and rows * keys < 64 * 32)
+]
+LEVEL_OF = {
+    "_forward": "forward",
+    "_gradient_query": "inner_gradient",
+    "_gradient_key": "backward",
+    "_tangent": "double_backward",
+    "_second_own": "double_backward",
+    "_second_query": "double_backward",
+    "_second_key": "double_backward",
+}
 
 
 class Timer:
@@ -63,7 +77,10 @@ class Timer:
         run()
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(self.repeats)]
+        events = [
+            (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            for _ in range(self.repeats)
+        ]
         for start, end in events:
             start.record()
             run()
@@ -75,13 +92,30 @@ class Timer:
 class Problem:
     """Inputs of one size: q, own keys and values, K, V, and cotangents of every level."""
 
-    def __init__(self, S: int, d: int, dtype: torch.dtype, device: torch.device, *, tokens: int, hidden: int):
+    def __init__(
+        self, S: int, d: int, dtype: torch.dtype, device: torch.device, *, tokens: int, hidden: int
+    ):
         self.B, self.H, self.S, self.d = max(1, tokens // S), hidden // d, S, d
         generator = torch.Generator(device).manual_seed(0)
 
         def draw():
-            return torch.randn(self.B, self.H, S, d, generator=generator, device=device, dtype=torch.float32).to(dtype)
-        self.q, self.k, self.v, self.k_own, self.v_own, self.grad, self.a, self.b, self.c, self.b_own, self.c_own = (draw() for _ in range(11))
+            return torch.randn(
+                self.B, self.H, S, d, generator=generator, device=device, dtype=torch.float32
+            ).to(dtype)
+
+        (
+            self.q,
+            self.k,
+            self.v,
+            self.k_own,
+            self.v_own,
+            self.grad,
+            self.a,
+            self.b,
+            self.c,
+            self.b_own,
+            self.c_own,
+        ) = (draw() for _ in range(11))
         self.backend = resolve_backend("auto", device, dtype, d, "bench_kernels")
         self.rest = (d**-0.5, 0, True, self.backend)
 
@@ -94,30 +128,53 @@ class Problem:
         own_kv = (self.k_own, self.v_own) if own else (None, None)
         tensors = (self.q, self.k, self.v, *own_kv)
         out, normalizer = ops.attention(*tensors, *self.rest)
-        cotangents = (self.a, None, None, self.b_own, self.c_own) if own else (self.a, self.b, self.c, None, None)
+        cotangents = (
+            (self.a, None, None, self.b_own, self.c_own)
+            if own
+            else (self.a, self.b, self.c, None, None)
+        )
 
         def gradient(with_keys):
-            return ops.attention_gradient(self.grad, *tensors, out, normalizer, *self.rest, with_keys, False)
+            return ops.attention_gradient(
+                self.grad, *tensors, out, normalizer, *self.rest, with_keys, False
+            )
+
         return {
             "forward": (lambda: ops.attention(*tensors, *self.rest)[0], made["forward"]),
             "inner_gradient": (lambda: gradient(not own), made["gradient"][not own]),
             "backward": (lambda: gradient(True), made["gradient"][True]),
-            "double_backward": (lambda: ops.attention_double_backward(*cotangents, self.grad, *tensors, out, normalizer, *self.rest),
-                                made["double_backward"][not own]),
+            "double_backward": (
+                lambda: ops.attention_double_backward(
+                    *cotangents, self.grad, *tensors, out, normalizer, *self.rest
+                ),
+                made["double_backward"][not own],
+            ),
         }
 
     def autograd(self, attention) -> dict:
         """The levels of energy attention by autograd through `attention`; graphs are built outside the timing, as they are in ours."""
-        leaves = [u.detach().to(self.q.dtype).requires_grad_() for u in (self.q, self.k_own, self.v_own, self.k, self.v)]
+        leaves = [
+            u.detach().to(self.q.dtype).requires_grad_()
+            for u in (self.q, self.k_own, self.v_own, self.k, self.v)
+        ]
         grad = self.grad.detach().requires_grad_()
         out = attention(*leaves)
         inner = torch.autograd.grad(out, leaves[:3], grad, create_graph=True)
         cotangents = (self.a, self.b_own, self.c_own)
         return {
             "forward": (lambda: attention(*leaves), None),
-            "inner_gradient": (lambda: torch.autograd.grad(out, leaves[:3], grad, create_graph=True), None),
-            "backward": (lambda: torch.autograd.grad(out, leaves, grad.detach(), retain_graph=True), None),
-            "double_backward": (lambda: torch.autograd.grad(inner, [grad, *leaves], cotangents, retain_graph=True), None),
+            "inner_gradient": (
+                lambda: torch.autograd.grad(out, leaves[:3], grad, create_graph=True),
+                None,
+            ),
+            "backward": (
+                lambda: torch.autograd.grad(out, leaves, grad.detach(), retain_graph=True),
+                None,
+            ),
+            "double_backward": (
+                lambda: torch.autograd.grad(inner, [grad, *leaves], cotangents, retain_graph=True),
+                None,
+            ),
         }
 
     def math(self, q, k_own, v_own, k, v):
@@ -125,41 +182,80 @@ class Problem:
         seen = torch.ones(self.S, self.S, dtype=torch.bool, device=q.device).tril()
         mask = torch.cat([seen, torch.eye(self.S, dtype=torch.bool, device=q.device)], 1)
         with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, torch.cat([k, k_own], 2), torch.cat([v, v_own], 2), attn_mask=mask)
+            return F.scaled_dot_product_attention(
+                q, torch.cat([k, k_own], 2), torch.cat([v, v_own], 2), attn_mask=mask
+            )
 
     def first_order(self, attention) -> dict:
         q, k, v = (u.detach().requires_grad_() for u in (self.q, self.k, self.v))
         out = attention(q, k, v)
-        return {"forward": (lambda: attention(q, k, v), 2), "backward": (lambda: torch.autograd.grad(out, (q, k, v), self.grad, retain_graph=True), 5)}
+        return {
+            "forward": (lambda: attention(q, k, v), 2),
+            "backward": (
+                lambda: torch.autograd.grad(out, (q, k, v), self.grad, retain_graph=True),
+                5,
+            ),
+        }
 
     def exact(self) -> dict[str, list]:
         """Results of energy attention's levels on one head, in float64."""
         head = Problem.__new__(Problem)
-        head.__dict__ |= {name: value[:1, :1].double() if isinstance(value, torch.Tensor) else value for name, value in self.__dict__.items()}
-        return {level: _tensors(run()) for level, (run, _) in head.autograd(energy_attention_definition).items()}
+        head.__dict__ |= {
+            name: value[:1, :1].double() if isinstance(value, torch.Tensor) else value
+            for name, value in self.__dict__.items()
+        }
+        return {
+            level: _tensors(run())
+            for level, (run, _) in head.autograd(energy_attention_definition).items()
+        }
 
 
 def implementations(problem: Problem, device: torch.device, names: list[str]):
     """name -> a function that returns its levels; what is not there on this machine is left out and said."""
+
     def flex():
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, problem.S, problem.S, device=device.type)
+
+        mask = create_block_mask(
+            lambda b, h, i, j: i >= j, None, None, problem.S, problem.S, device=device.type
+        )
         compiled = torch.compile(flex_attention)
         return problem.first_order(lambda q, k, v: compiled(q, k, v, block_mask=mask))
 
     def flash():
         from flash_attn import flash_attn_func
-        return problem.first_order(lambda q, k, v: flash_attn_func(*(u.transpose(1, 2) for u in (q, k, v)), causal=True).transpose(1, 2))
-    table = {"energy": lambda: problem.ours(True), "causal": lambda: problem.ours(False), "math": lambda: problem.autograd(problem.math),
-             "flex": flex, "flash": flash}
+
+        return problem.first_order(
+            lambda q, k, v: flash_attn_func(
+                *(u.transpose(1, 2) for u in (q, k, v)), causal=True
+            ).transpose(1, 2)
+        )
+
+    table = {
+        "energy": lambda: problem.ours(True),
+        "causal": lambda: problem.ours(False),
+        "math": lambda: problem.autograd(problem.math),
+        "flex": flex,
+        "flash": flash,
+    }
     for name in names:
-        if name in ("flex", "flash") and device.type != "cuda" or name == "flash" and importlib.util.find_spec("flash_attn") is None:
+        if (
+            name in ("flex", "flash")
+            and device.type != "cuda"
+            or name == "flash"
+            and importlib.util.find_spec("flash_attn") is None
+        ):
             continue
         yield name, table[name]
 
 
 # gQ, gk*, .. come in another order from autograd: G, q, k*, v*, K, V against G, q, K, V, k*, v*.
-ORDER = {"double_backward": [0, 1, 4, 5, 2, 3], "inner_gradient": [0, 3, 4], "backward": [0, 3, 4, 1, 2], "forward": [0]}
+ORDER = {
+    "double_backward": [0, 1, 4, 5, 2, 3],
+    "inner_gradient": [0, 3, 4],
+    "backward": [0, 3, 4, 1, 2],
+    "forward": [0],
+}
 
 
 def measure(problem: Problem, device: torch.device, names: list[str], timer: Timer) -> list[dict]:
@@ -174,11 +270,17 @@ def measure(problem: Problem, device: torch.device, names: list[str], timer: Tim
             row = {"implementation": name, "level": level}
             try:
                 row["milliseconds"], row["peak_gib"] = timer(run)
-                row["tflops_per_s"] = None if products is None else problem.flops(products) / row["milliseconds"] / 1e9
+                row["tflops_per_s"] = (
+                    None
+                    if products is None
+                    else problem.flops(products) / row["milliseconds"] / 1e9
+                )
                 if exact is not None and name in ("energy", "math"):
                     ours = _tensors(run())
                     ours = [ours[i] for i in ORDER[level]] if name == "energy" else ours
-                    row["error"] = max(_error(mine, right) for mine, right in zip(ours, exact[level]))
+                    row["error"] = max(
+                        _error(mine, right) for mine, right in zip(ours, exact[level])
+                    )
             except torch.OutOfMemoryError:
                 row["out_of_memory"] = True
             rows.append(row)
@@ -191,23 +293,45 @@ def measure(problem: Problem, device: torch.device, names: list[str], timer: Tim
 def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
     """Time every candidate tile of every kernel inside its level, the other kernels' tiles as in the table."""
     from ebwm_kernels import attention_triton
+
     for own in (True, False):
         for kernel in KERNELS:
             if kernel == "_second_own" and not own:
                 continue
             times = {}
             for tile in CANDIDATES:
-                attention_triton.tile_for = lambda name, *rest, t=tile, k=kernel: t if name == k else tile_for(name, *rest)
+                attention_triton.tile_for = lambda name, *rest, t=tile, k=kernel: (
+                    t if name == k else tile_for(name, *rest)
+                )
                 try:
                     times[tile] = timer(problem.ours(own)[LEVEL_OF[kernel]][0])[0]
-                except Exception as error:          # a tile that needs more shared memory than there is
+                except Exception as error:  # a tile that needs more shared memory than there is
                     times[tile] = float("inf")
                     print(f"    {kernel} {tuple(tile)}: {type(error).__name__}", file=sys.stderr)
             attention_triton.tile_for = tile_for
             best = min(times, key=times.get)
-            now = tile_for(kernel, attention_triton.architecture(problem.q.device), padded_for(problem.d), dtype, not own)
-            print(json.dumps({"own": own, "kernel": kernel, "S": problem.S, "d": problem.d, "best": list(best), "milliseconds_of_level": times[best],
-                              "table": list(now), "milliseconds_of_table": timer(problem.ours(own)[LEVEL_OF[kernel]][0])[0]}), flush=True)
+            now = tile_for(
+                kernel,
+                attention_triton.architecture(problem.q.device),
+                padded_for(problem.d),
+                dtype,
+                not own,
+            )
+            print(
+                json.dumps(
+                    {
+                        "own": own,
+                        "kernel": kernel,
+                        "S": problem.S,
+                        "d": problem.d,
+                        "best": list(best),
+                        "milliseconds_of_level": times[best],
+                        "table": list(now),
+                        "milliseconds_of_table": timer(problem.ours(own)[LEVEL_OF[kernel]][0])[0],
+                    }
+                ),
+                flush=True,
+            )
 
 
 def _tensors(result) -> list[torch.Tensor]:
@@ -221,42 +345,103 @@ def _error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 def environment(device: torch.device) -> dict:
     def version(name):
-        return None if importlib.util.find_spec(name) is None else getattr(__import__(name), "__version__", "unknown")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip() or None
-    return {"command": " ".join(sys.argv), "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
-            "torch": torch.__version__, "triton": version("triton"), "flash_attn": version("flash_attn"), "cuda": torch.version.cuda,
-            "python": platform.python_version(), "threads": torch.get_num_threads(), "commit": commit,
-            "tuning": {a: {str(d): {k: list(t) for k, t in row.items()} for d, row in table.items()} for a, table in attention_tuning.HALF.items()}}
+        return (
+            None
+            if importlib.util.find_spec(name) is None
+            else getattr(__import__(name), "__version__", "unknown")
+        )
+
+    commit = (
+        subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+        or None
+    )
+    return {
+        "command": " ".join(sys.argv),
+        "device": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "flash_attn": version("flash_attn"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        "tuning": {
+            a: {str(d): {k: list(t) for k, t in row.items()} for d, row in table.items()}
+            for a, table in attention_tuning.HALF.items()
+        },
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096, 8192, 16384])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, default=[256, 512, 1024, 2048, 4096, 8192, 16384]
+    )
     parser.add_argument("--head-dimension", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=16384, help="positions of all samples together: B = tokens / S")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=16384,
+        help="positions of all samples together: B = tokens / S",
+    )
     parser.add_argument("--hidden", type=int, default=2048, help="H = hidden / d")
-    parser.add_argument("--implementations", nargs="+", default=["energy", "causal", "math", "flex", "flash"],
-                        choices=["energy", "causal", "math", "flex", "flash"])
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        default=["energy", "causal", "math", "flex", "flash"],
+        choices=["energy", "causal", "math", "flex", "flash"],
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--tune", action="store_true", help="time other tiles instead (GPU)")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    device, timer = torch.device(arguments.device), Timer(torch.device(arguments.device), arguments.repeats)
+    device, timer = (
+        torch.device(arguments.device),
+        Timer(torch.device(arguments.device), arguments.repeats),
+    )
     if arguments.tune and device.type != "cuda":
         parser.error("--tune needs a GPU: tiles are timed, not guessed")
     if sizes := [d for d in arguments.head_dimension if arguments.hidden % d]:
-        parser.error(f"--hidden is {arguments.hidden}: must be a multiple of the head dimensions, {sizes[0]} is not a divisor")
-    result = environment(device) | {"tokens": arguments.tokens, "hidden": arguments.hidden, "dtype": arguments.dtype, "rows": []}
+        parser.error(
+            f"--hidden is {arguments.hidden}: must be a multiple of the head dimensions, {sizes[0]} is not a divisor"
+        )
+    result = environment(device) | {
+        "tokens": arguments.tokens,
+        "hidden": arguments.hidden,
+        "dtype": arguments.dtype,
+        "rows": [],
+    }
     for d in arguments.head_dimension:
         for S in arguments.sizes:
-            problem = Problem(S, d, getattr(torch, arguments.dtype), device, tokens=arguments.tokens, hidden=arguments.hidden)
+            problem = Problem(
+                S,
+                d,
+                getattr(torch, arguments.dtype),
+                device,
+                tokens=arguments.tokens,
+                hidden=arguments.hidden,
+            )
             if arguments.tune:
                 tune(problem, timer, getattr(torch, arguments.dtype))
                 continue
             for row in measure(problem, device, arguments.implementations, timer):
-                row = {"S": S, "d": d, "B": problem.B, "H": problem.H, "backend": problem.backend} | row
+                row = {
+                    "S": S,
+                    "d": d,
+                    "B": problem.B,
+                    "H": problem.H,
+                    "backend": problem.backend,
+                } | row
                 result["rows"].append(row)
                 print(json.dumps(row), flush=True)
             if arguments.output:

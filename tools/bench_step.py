@@ -9,6 +9,7 @@ process and `cpu_ratio`, `wall_ratio` are the medians of the ratios of neighbour
 --profile adds where the time of one further step goes, by operation. --sweep vocabulary=8192,32000,50277 (or sequence, batch,
 num-refinement-steps) does all of this once per value, each in a process of its own, and --plot FILE.png draws time and memory against it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,7 +24,9 @@ SWEEPABLE = ("vocabulary", "sequence", "batch", "num-refinement-steps")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=["energy", "baseline"], default="energy")
     parser.add_argument("--size", default="xxs")
     parser.add_argument("--sequence", type=int, default=256, help="observed positions per sample")
@@ -33,12 +36,27 @@ def main() -> int:
     parser.add_argument("--conditioning", default="default")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
-    parser.add_argument("--threads", type=int, default=None, help="PyTorch threads; default: PyTorch's own choice")
+    parser.add_argument(
+        "--threads", type=int, default=None, help="PyTorch threads; default: PyTorch's own choice"
+    )
     parser.add_argument("--compare", choices=["baseline"], default=None)
-    parser.add_argument("--profile", action="store_true", help="shares of one more step's time by operation")
-    parser.add_argument("--sweep", metavar="OPTION=VALUE,VALUE,..", help=f"one of {', '.join(SWEEPABLE)}")
-    parser.add_argument("--plot", metavar="FILE.png", help="with --sweep: time and memory against the option")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", help="further configuration")
+    parser.add_argument(
+        "--profile", action="store_true", help="shares of one more step's time by operation"
+    )
+    parser.add_argument(
+        "--sweep", metavar="OPTION=VALUE,VALUE,..", help=f"one of {', '.join(SWEEPABLE)}"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="with --sweep: time and memory against the option"
+    )
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="further configuration",
+    )
     arguments = parser.parse_args()
     if arguments.sweep:
         return sweep(arguments, parser)
@@ -55,11 +73,20 @@ def main() -> int:
         torch.set_num_threads(arguments.threads)
 
     def configuration(kind: str):
-        return load_config(None, [
-            f"model.kind={kind}", f"model.size={arguments.size}", f"model.vocabulary_size={arguments.vocabulary}",
-            f"model.conditioning={arguments.conditioning if kind == 'energy' else 'default'}",
-            f"refinement.num_steps={arguments.num_refinement_steps}", f"data.context_length={arguments.sequence}",
-            f"train.global_batch_size={arguments.batch}", f"train.precision={arguments.precision}", *arguments.set])
+        return load_config(
+            None,
+            [
+                f"model.kind={kind}",
+                f"model.size={arguments.size}",
+                f"model.vocabulary_size={arguments.vocabulary}",
+                f"model.conditioning={arguments.conditioning if kind == 'energy' else 'default'}",
+                f"refinement.num_steps={arguments.num_refinement_steps}",
+                f"data.context_length={arguments.sequence}",
+                f"train.global_batch_size={arguments.batch}",
+                f"train.precision={arguments.precision}",
+                *arguments.set,
+            ],
+        )
 
     try:
         config = configuration(arguments.model)
@@ -79,15 +106,34 @@ def main() -> int:
     wall, cpu = (statistics.median(t[i] for t in times[0]) for i in (0, 1))
     flops = step_flops(config, samples=arguments.batch)
     peak = peak_flops_per_s(arguments.precision)
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes() - start_memory
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else peak_resident_bytes() - start_memory
+    )
     result = {
-        "model": arguments.model, "size": arguments.size, "sequence": arguments.sequence, "vocabulary": arguments.vocabulary,
-        "batch": arguments.batch, "num_refinement_steps": arguments.num_refinement_steps if arguments.model == "energy" else None,
-        "conditioning": config.model.conditioning, "precision": arguments.precision, "steps": arguments.steps,
-        "wall_s": wall, "cpu_s": cpu, "tokens_per_s": arguments.batch * arguments.sequence / wall, "peak_memory_gib": memory / 2**30,
-        "flops": flops, "flops_total": sum(flops.values()), "tflops_per_s": sum(flops.values()) / wall / 1e12,
-        "weights_and_optimizer_gib": runs[0][1].kept_bytes() / 2**30, "mfu": model_flops(flops) / wall / peak if peak else None,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads(),
+        "model": arguments.model,
+        "size": arguments.size,
+        "sequence": arguments.sequence,
+        "vocabulary": arguments.vocabulary,
+        "batch": arguments.batch,
+        "num_refinement_steps": arguments.num_refinement_steps
+        if arguments.model == "energy"
+        else None,
+        "conditioning": config.model.conditioning,
+        "precision": arguments.precision,
+        "steps": arguments.steps,
+        "wall_s": wall,
+        "cpu_s": cpu,
+        "tokens_per_s": arguments.batch * arguments.sequence / wall,
+        "peak_memory_gib": memory / 2**30,
+        "flops": flops,
+        "flops_total": sum(flops.values()),
+        "tflops_per_s": sum(flops.values()) / wall / 1e12,
+        "weights_and_optimizer_gib": runs[0][1].kept_bytes() / 2**30,
+        "mfu": model_flops(flops) / wall / peak if peak else None,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
     if arguments.compare:
@@ -107,15 +153,19 @@ def sweep(arguments, parser) -> int:
     """This program once per value, so that memory is that of one run."""
     name, _, values = arguments.sweep.partition("=")
     if name not in SWEEPABLE or not values.replace(",", "").isdigit():
-        parser.error(f"--sweep is {arguments.sweep!r}; expected one of {', '.join(SWEEPABLE)}, = and whole numbers with commas between")
+        parser.error(
+            f"--sweep is {arguments.sweep!r}; expected one of {', '.join(SWEEPABLE)}, = and whole numbers with commas between"
+        )
     rest, skip = [], False
-    for word in sys.argv[1:]:           # everything but --sweep and --plot
+    for word in sys.argv[1:]:  # everything but --sweep and --plot
         if not skip and not word.startswith(("--sweep", "--plot")):
             rest.append(word)
         skip = word in ("--sweep", "--plot")
     rows = []
     for value in values.split(","):
-        process = subprocess.run([sys.executable, __file__, *rest, f"--{name}", value], stdout=subprocess.PIPE, text=True)
+        process = subprocess.run(
+            [sys.executable, __file__, *rest, f"--{name}", value], stdout=subprocess.PIPE, text=True
+        )
         if process.returncode:
             return process.returncode
         print(process.stdout, end="", flush=True)
@@ -127,16 +177,35 @@ def sweep(arguments, parser) -> int:
 
 def plot(name: str, rows: list[tuple[int, dict]], path: str) -> None:
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, (time_axes, memory_axes) = pyplot.subplots(1, 2, figsize=(9, 3.5))
     at = [value for value, _ in rows]
-    for axes, key, label in ((time_axes, "cpu_s", "CPU seconds per step"), (memory_axes, "peak_memory_gib", "GiB over the process's start")):
+    for axes, key, label in (
+        (time_axes, "cpu_s", "CPU seconds per step"),
+        (memory_axes, "peak_memory_gib", "GiB over the process's start"),
+    ):
         axes.plot(at, [row[key] for _, row in rows], marker="o")
         axes.set(xlabel=name, ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
-    figure.suptitle(" ".join(f"{key} {rows[0][1][key]}" for key in ("model", "size", "sequence", "vocabulary", "batch", "num_refinement_steps",
-                                                                      "conditioning") if key != name.replace("-", "_")), fontsize=9)
+    figure.suptitle(
+        " ".join(
+            f"{key} {rows[0][1][key]}"
+            for key in (
+                "model",
+                "size",
+                "sequence",
+                "vocabulary",
+                "batch",
+                "num_refinement_steps",
+                "conditioning",
+            )
+            if key != name.replace("-", "_")
+        ),
+        fontsize=9,
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -144,10 +213,14 @@ def plot(name: str, rows: list[tuple[int, dict]], path: str) -> None:
 def profile(stepper: "Stepper", most: int = 15) -> dict[str, float]:
     """Operation -> share of the time of one step spent in itself, device time where there is a device; the largest ones and "rest"."""
     import torch
+
     with torch.profiler.profile() as recorded:
         stepper.step()
     on_device = torch.cuda.is_available()
-    times = {row.key: row.self_device_time_total if on_device else row.self_cpu_time_total for row in recorded.key_averages()}
+    times = {
+        row.key: row.self_device_time_total if on_device else row.self_cpu_time_total
+        for row in recorded.key_averages()
+    }
     total, ordered = sum(times.values()), sorted(times.items(), key=lambda item: -item[1])
     shares = {name: round(time / total, 4) for name, time in ordered[:most]}
     return shares | {"rest": round(1 - sum(shares.values()), 4)}
@@ -160,21 +233,41 @@ class Stepper:
         import torch
         from ebwm_scale.model.world_model import WorldModel
         from ebwm_scale.training.optimizer import parameter_groups
+
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
-        self.model = WorldModel(config).to(device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config), lr=1e-4, betas=(0.9, 0.999), fused=True)
-        tokens = torch.randint(arguments.vocabulary, (arguments.batch, arguments.sequence + 1), device=device)
-        self.observed, self.targets, self.ids, self.count = tokens[:, :-1], tokens[:, 1:], torch.arange(arguments.batch), 0
+        self.model = WorldModel(config).to(
+            device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+        )
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config), lr=1e-4, betas=(0.9, 0.999), fused=True
+        )
+        tokens = torch.randint(
+            arguments.vocabulary, (arguments.batch, arguments.sequence + 1), device=device
+        )
+        self.observed, self.targets, self.ids, self.count = (
+            tokens[:, :-1],
+            tokens[:, 1:],
+            torch.arange(arguments.batch),
+            0,
+        )
 
     def kept_bytes(self) -> int:
         """Of weights and the optimizer's moments; gradients come and go."""
-        moments = [u for state in self.optimizer.state.values() for u in state.values() if hasattr(u, "numel")]
+        moments = [
+            u
+            for state in self.optimizer.state.values()
+            for u in state.values()
+            if hasattr(u, "numel")
+        ]
         return sum(u.numel() * u.element_size() for u in [*self.model.parameters(), *moments])
 
     def step(self) -> None:
         from ebwm_scale.noise import NoiseSource
-        output = self.model(self.observed, self.targets, sample_ids=self.ids, source=NoiseSource(33, self.count))
+
+        output = self.model(
+            self.observed, self.targets, sample_ids=self.ids, source=NoiseSource(33, self.count)
+        )
         output.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -183,6 +276,7 @@ class Stepper:
 
 def timed(stepper: Stepper) -> tuple[float, float]:
     import torch
+
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     synchronize()
     wall, cpu = time.perf_counter(), time.process_time()

@@ -5,6 +5,7 @@
 One JSON line per case with the largest relative error of loss, energies, predictions and gradients (and of the training trajectory,
 where the case has one). Exit 1 if any is above the tolerance, 2 if a file is not a golden case. The format: docs/parity.md.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -16,9 +17,16 @@ from ebwm_scale.parity import check_case
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="+", metavar="CASE.safetensors")
-    parser.add_argument("--tolerance", type=float, default=1e-10, help="largest relative error allowed (default 1e-10)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-10,
+        help="largest relative error allowed (default 1e-10)",
+    )
     arguments = parser.parse_args()
     status = 0
     for path in arguments.cases:
@@ -27,7 +35,7 @@ def main() -> int:
         except UserError as error:
             print(f"{path}: {error}", file=sys.stderr)
             return error.exit_code
-        passed = max(errors.values()) <= arguments.tolerance        # NaN compares false, so it fails
+        passed = max(errors.values()) <= arguments.tolerance  # NaN compares false, so it fails
         print(json.dumps({"case": path, "passed": passed, **errors}))
         status = status if passed else 1
     return status

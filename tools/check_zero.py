@@ -10,6 +10,7 @@ if one is beyond its limit: in fp32 1e-5 for moments, 3e-5 for parameters, whose
 --memory: peak resident memory per process over that of an idle one, by stage, checkpoint and number of refinement steps, at another size.
 --break partition: give every process its part of a gathered parameter in place of the whole, to see that the check fails.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,14 +26,27 @@ from ebwm_scale.provenance import provenance
 
 SAMPLES, POSITIONS, STEPS = 4, 12, 5
 RECIPES = {
-    "S1": {}, "algorithm_1": {"graph": "full", "loss": "last"},
-    "S2": {"graph": "truncate", "loss": "last", "num_steps": 3, "landscapes": "one", "noise": 1.0, "step_size_random_factor": 2.0},
+    "S1": {},
+    "algorithm_1": {"graph": "full", "loss": "last"},
+    "S2": {
+        "graph": "truncate",
+        "loss": "last",
+        "num_steps": 3,
+        "landscapes": "one",
+        "noise": 1.0,
+        "step_size_random_factor": 2.0,
+    },
 }
-LIMITS = {"fp32": {"parameters": 3e-5, "gradients": 1e-5}, "bf16": {"parameters": 0.05, "gradients": 0.1}}
+LIMITS = {
+    "fp32": {"parameters": 3e-5, "gradients": 1e-5},
+    "bf16": {"parameters": 0.05, "gradients": 0.1},
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--checkpoint", nargs="+", default=["none", "step", "block"])
@@ -50,43 +64,121 @@ def main() -> int:
     rows, failed = [], False
     for processes in arguments.processes:
         if arguments.memory:
-            combinations = itertools.product(arguments.stages, arguments.checkpoint, arguments.precision, arguments.num_refinement_steps)
-            calls = [["--memory", "--stages", str(stage), "--checkpoint", mode, "--num-refinement-steps", str(steps), "--precision", precision]
-                     for stage, mode, precision, steps in combinations]
+            combinations = itertools.product(
+                arguments.stages,
+                arguments.checkpoint,
+                arguments.precision,
+                arguments.num_refinement_steps,
+            )
+            calls = [
+                [
+                    "--memory",
+                    "--stages",
+                    str(stage),
+                    "--checkpoint",
+                    mode,
+                    "--num-refinement-steps",
+                    str(steps),
+                    "--precision",
+                    precision,
+                ]
+                for stage, mode, precision, steps in combinations
+            ]
         else:
             calls = [sys.argv[1:]]
         for call in calls:
-            process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__, *call],
-                                     stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=3000)
-            found = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+            process = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    f"--nproc-per-node={processes}",
+                    __file__,
+                    *call,
+                ],
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+                timeout=3000,
+            )
+            found = [
+                json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")
+            ]
             print("\n".join(map(json.dumps, found)), flush=True)
             rows, failed = rows + found, failed or process.returncode != 0
     if arguments.output:
-        arguments.output.write_text(json.dumps(provenance("deepspeed") | {"limits": LIMITS, "rows": rows}, indent=1))
+        arguments.output.write_text(
+            json.dumps(provenance("deepspeed") | {"limits": LIMITS, "rows": rows}, indent=1)
+        )
     return int(failed)
 
 
-def configuration(*, stage: int, checkpoint: str, precision: str, recipe: str, processes: int, offload: str = "none", size: dict | None = None,
-                  refinement: dict | None = None):
+def configuration(
+    *,
+    stage: int,
+    checkpoint: str,
+    precision: str,
+    recipe: str,
+    processes: int,
+    offload: str = "none",
+    size: dict | None = None,
+    refinement: dict | None = None,
+):
     from ebwm_scale.config import config_from_dict
-    return config_from_dict({
-        "model": {"num_layers": 3, "width": 32, "num_heads": 4, "vocabulary_size": 61, "predicted_input": "anchored",
-                  "kind": "baseline" if recipe == "baseline" else "energy", **(size or {}).get("model", {})},
-        "refinement": {"step_size": 5.0, "learning_rate_multiplier": 1.0, **RECIPES.get(recipe, {}), "checkpoint": checkpoint, **(refinement or {})},
-        "optimizer": {"learning_rate": 0.003}, "schedule": {"warmup_steps": 0}, "data": {"context_length": (size or {}).get("positions", POSITIONS)},
-        "train": {"global_batch_size": (size or {}).get("samples", SAMPLES), "precision": precision, "max_steps": 1000},
-        "deepspeed": {"zero_stage": stage, "offload": offload, "raw": {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}}})
+
+    return config_from_dict(
+        {
+            "model": {
+                "num_layers": 3,
+                "width": 32,
+                "num_heads": 4,
+                "vocabulary_size": 61,
+                "predicted_input": "anchored",
+                "kind": "baseline" if recipe == "baseline" else "energy",
+                **(size or {}).get("model", {}),
+            },
+            "refinement": {
+                "step_size": 5.0,
+                "learning_rate_multiplier": 1.0,
+                **RECIPES.get(recipe, {}),
+                "checkpoint": checkpoint,
+                **(refinement or {}),
+            },
+            "optimizer": {"learning_rate": 0.003},
+            "schedule": {"warmup_steps": 0},
+            "data": {"context_length": (size or {}).get("positions", POSITIONS)},
+            "train": {
+                "global_batch_size": (size or {}).get("samples", SAMPLES),
+                "precision": precision,
+                "max_steps": 1000,
+            },
+            "deepspeed": {
+                "zero_stage": stage,
+                "offload": offload,
+                "raw": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+                if stage == 3
+                else {},
+            },
+        }
+    )
 
 
 def tokens_of(config, step: int):
     import torch
+
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randint(config.model.vocabulary_size, (config.train.global_batch_size, config.data.context_length + 1), generator=generator)
+    return torch.randint(
+        config.model.vocabulary_size,
+        (config.train.global_batch_size, config.data.context_length + 1),
+        generator=generator,
+    )
 
 
 def new_model(config):
     import torch
     from ebwm_scale.model.world_model import WorldModel
+
     torch.manual_seed(0)
     return WorldModel(config)
 
@@ -100,9 +192,17 @@ def reference(config) -> dict[str, dict]:
     from ebwm_scale.draws import SampledDraws
     from ebwm_scale.noise import NoiseSource
     from ebwm_scale.training.optimizer import parameter_groups
-    config = dataclasses.replace(config, refinement=dataclasses.replace(config.refinement, checkpoint="none"))
+
+    config = dataclasses.replace(
+        config, refinement=dataclasses.replace(config.refinement, checkpoint="none")
+    )
     model = new_model(config).double()
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=config.optimizer.learning_rate, betas=(0.9, 0.999), eps=config.optimizer.epsilon)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config),
+        lr=config.optimizer.learning_rate,
+        betas=(0.9, 0.999),
+        eps=config.optimizer.epsilon,
+    )
     plain = SampledDraws._normal
 
     def as_float32(draws, purpose):
@@ -116,12 +216,23 @@ def reference(config) -> dict[str, dict]:
         for step in range(STEPS):
             tokens = tokens_of(config, step)
             optimizer.zero_grad()
-            model(tokens[:, :-1], tokens[:, 1:], sample_ids=torch.arange(len(tokens)), source=NoiseSource(0, step)).loss.backward()
+            model(
+                tokens[:, :-1],
+                tokens[:, 1:],
+                sample_ids=torch.arange(len(tokens)),
+                source=NoiseSource(0, step),
+            ).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
             optimizer.step()
     named = dict(model.named_parameters())
-    return {"parameters": {name: p.detach().view(-1) for name, p in named.items()},
-            "gradients": {name: optimizer.state[p]["exp_avg"].view(-1) for name, p in named.items() if p in optimizer.state}}
+    return {
+        "parameters": {name: p.detach().view(-1) for name, p in named.items()},
+        "gradients": {
+            name: optimizer.state[p]["exp_avg"].view(-1)
+            for name, p in named.items()
+            if p in optimizer.state
+        },
+    }
 
 
 def trained(config, world, steps: int = STEPS, accumulation: int = 1):
@@ -129,13 +240,24 @@ def trained(config, world, steps: int = STEPS, accumulation: int = 1):
     import torch
     from ebwm_scale.noise import NoiseSource
     from ebwm_scale.training.engine import Engine
+
     size = config.train.global_batch_size // world.size
-    engine = Engine(config, new_model(config), world, micro_batch=size // accumulation, accumulation=accumulation)
+    engine = Engine(
+        config,
+        new_model(config),
+        world,
+        micro_batch=size // accumulation,
+        accumulation=accumulation,
+    )
     mine = torch.arange(world.rank * size, (world.rank + 1) * size)
     for step in range(steps):
         tokens = tokens_of(config, step)
         for ids in mine.chunk(accumulation):
-            engine.backward(engine.forward(tokens[ids, :-1], tokens[ids, 1:], sample_ids=ids, source=NoiseSource(0, step)).loss)
+            engine.backward(
+                engine.forward(
+                    tokens[ids, :-1], tokens[ids, 1:], sample_ids=ids, source=NoiseSource(0, step)
+                ).loss
+            )
             engine.step()
     return engine
 
@@ -144,24 +266,48 @@ def check(arguments) -> int:
     """All combinations in one group of processes."""
     import torch
     from ebwm_scale.training.distributed import join_world
+
     world = join_world()
     if arguments.broken:
         break_partition()
     failed = False
     references: dict[str, dict] = {}
-    for recipe, precision, stage, mode in itertools.product(arguments.recipe, arguments.precision, arguments.stages, arguments.checkpoint):
+    for recipe, precision, stage, mode in itertools.product(
+        arguments.recipe, arguments.precision, arguments.stages, arguments.checkpoint
+    ):
         if recipe == "baseline" and mode != "none":
             continue
-        config = configuration(stage=stage, checkpoint=mode, precision=precision, recipe=recipe, processes=world.size, offload=arguments.offload if stage else "none")
+        config = configuration(
+            stage=stage,
+            checkpoint=mode,
+            precision=precision,
+            recipe=recipe,
+            processes=world.size,
+            offload=arguments.offload if stage else "none",
+        )
         if recipe not in references:
             references[recipe] = reference(config)
         engine = trained(config, world, accumulation=arguments.accumulation)
-        ours = [{(piece.name, kind): (piece.start, values.double().cpu()) for piece in engine.state.pieces() for kind, values in piece.values.items()}]
+        ours = [
+            {
+                (piece.name, kind): (piece.start, values.double().cpu())
+                for piece in engine.state.pieces()
+                for kind, values in piece.values.items()
+            }
+        ]
         everyone = [None] * world.size
         torch.distributed.all_gather_object(everyone, ours[0])
         partitioned = sum(p.numel() for p in engine.module.parameters())
-        row = {"recipe": recipe, "precision": precision, "stage": stage, "checkpoint": mode, "processes": world.size, "offload": arguments.offload,
-               "accumulation": arguments.accumulation, "numbers_resident_between_steps": partitioned}
+        row = {
+            "recipe": recipe,
+            "precision": precision,
+            "stage": stage,
+            "checkpoint": mode,
+            "processes": world.size,
+            "offload": arguments.offload,
+            "accumulation": arguments.accumulation,
+            "numbers_resident_between_steps": partitioned,
+        }
         for what, kind in (("parameters", "weight"), ("gradients", "exp_avg")):
             worst = 0.0
             for name, expected in references[recipe][what].items():
@@ -169,10 +315,17 @@ def check(arguments) -> int:
                 for pieces in everyone:
                     if (name, kind) in pieces:
                         start, values = pieces[name, kind]
-                        found[start:start + len(values)] = values
-                worst = max(worst, ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).nan_to_num(float("inf")).item())
+                        found[start : start + len(values)] = values
+                worst = max(
+                    worst,
+                    ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+                    .nan_to_num(float("inf"))
+                    .item(),
+                )
             row[what] = worst
-        row["ok"] = all(row[what] <= limit for what, limit in LIMITS[precision].items()) and (stage < 3 or partitioned == 0)
+        row["ok"] = all(row[what] <= limit for what, limit in LIMITS[precision].items()) and (
+            stage < 3 or partitioned == 0
+        )
         failed = failed or not row["ok"]
         if world.is_main:
             print(json.dumps(row), flush=True)
@@ -185,6 +338,7 @@ def break_partition() -> None:
     import contextlib
 
     from ebwm_scale import block_sweeps
+
     right = block_sweeps._gathered
 
     @contextlib.contextmanager
@@ -206,26 +360,59 @@ def measure_memory(arguments) -> int:
 
     from ebwm_scale.accounting import memory_estimate
     from ebwm_scale.training.distributed import join_world
+
     world = join_world()
-    options = {"stage": arguments.stages[0], "checkpoint": arguments.checkpoint[0], "precision": arguments.precision[0], "recipe": "S1", "processes": world.size,
-               "refinement": {"num_steps": arguments.num_refinement_steps[0]}}
-    tiny = trained(configuration(**options, size={"samples": 2 * world.size}), world, steps=2)      # libraries, threads and sockets are there from here on
+    options = {
+        "stage": arguments.stages[0],
+        "checkpoint": arguments.checkpoint[0],
+        "precision": arguments.precision[0],
+        "recipe": "S1",
+        "processes": world.size,
+        "refinement": {"num_steps": arguments.num_refinement_steps[0]},
+    }
+    tiny = trained(
+        configuration(**options, size={"samples": 2 * world.size}), world, steps=2
+    )  # libraries, threads and sockets are there from here on
     gc.collect()
     before = resident("VmRSS")
-    config = configuration(**options, size={"model": {"num_layers": 8, "width": 256, "vocabulary_size": 8192}, "positions": 256, "samples": 2 * world.size})
+    config = configuration(
+        **options,
+        size={
+            "model": {"num_layers": 8, "width": 256, "vocabulary_size": 8192},
+            "positions": 256,
+            "samples": 2 * world.size,
+        },
+    )
     trained(config, world, steps=2)
     peak = (resident("VmHWM") - before) / 2**30
     if world.is_main:
-        print(json.dumps({"stage": options["stage"], "checkpoint": options["checkpoint"], "precision": options["precision"],
-                          "num_refinement_steps": arguments.num_refinement_steps[0], "processes": world.size, "peak_gib_per_process": round(peak, 3),
-                          "estimated_gib": round(memory_estimate(config, world_size=world.size, micro_batch=2)["total"], 3)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "stage": options["stage"],
+                    "checkpoint": options["checkpoint"],
+                    "precision": options["precision"],
+                    "num_refinement_steps": arguments.num_refinement_steps[0],
+                    "processes": world.size,
+                    "peak_gib_per_process": round(peak, 3),
+                    "estimated_gib": round(
+                        memory_estimate(config, world_size=world.size, micro_batch=2)["total"], 3
+                    ),
+                }
+            ),
+            flush=True,
+        )
     del tiny
     return 0
 
 
 def resident(key: str) -> int:
     """Bytes of resident memory of this process: now (VmRSS) or at most so far (VmHWM)."""
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key)
+    )
 
 
 if __name__ == "__main__":

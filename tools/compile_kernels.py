@@ -6,6 +6,7 @@
 One JSON line per kernel and tile: registers, bytes spilled, shared memory, tensor-core instructions, seconds. Shared memory is held against
 the architecture's limit here, since the compiler does not check it. Without --tile the tiles are those of kernels/attention_tuning.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -19,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)        # before the kernels are decorated
+os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -30,21 +31,46 @@ from triton.compiler import ASTSource  # noqa: E402
 from ebwm_kernels import attention_triton  # noqa: E402
 from ebwm_kernels.attention_tuning import KERNELS, Tile, padded_for, part_for, tile_for  # noqa: E402
 
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227}      # per block; CUDA programming guide, compute capabilities
+SHARED_KIB = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_90": 227,
+}  # per block; CUDA programming guide, compute capabilities
 STATISTICS = {"L", "DELTA", "MU", "PHI", "Z", "DS", "MEAN"}
 SIZES = ("S", "C", "offset", "group")
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compile_kernel(name: str, architecture: str, head_dimension: int, dtype: torch.dtype, *, own: bool, with_keys: bool, causal: bool = True,
-                   ones: bool = False, tile: Tile | None = None) -> dict:
+def compile_kernel(
+    name: str,
+    architecture: str,
+    head_dimension: int,
+    dtype: torch.dtype,
+    *,
+    own: bool,
+    with_keys: bool,
+    causal: bool = True,
+    ones: bool = False,
+    tile: Tile | None = None,
+) -> dict:
     """Compile one kernel (KERNELS) and read its machine code; see the module's docstring. ones: sizes that are 1, which a launch makes constants."""
     kernel = getattr(attention_triton, name)
     padded = padded_for(head_dimension)
     tile = tile or tile_for(name, architecture, padded, dtype, with_keys)
-    values = {"scale": head_dimension**-0.5, "D": head_dimension, "DP": padded, "PART": part_for(architecture, padded, dtype), "CAUSAL": causal,
-              "OWN": own, "KEYS": with_keys, "ACC": tl.float32, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee", "BM": tile.rows, "BN": tile.keys}
+    values = {
+        "scale": head_dimension**-0.5,
+        "D": head_dimension,
+        "DP": padded,
+        "PART": part_for(architecture, padded, dtype),
+        "CAUSAL": causal,
+        "OWN": own,
+        "KEYS": with_keys,
+        "ACC": tl.float32,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
+        "BM": tile.rows,
+        "BN": tile.keys,
+    }
     constants = {n: values[n] for n in kernel.arg_names if n in values}
     if ones:
         constants |= {n: 1 for n in kernel.arg_names if n in SIZES}
@@ -56,25 +82,53 @@ def compile_kernel(name: str, architecture: str, head_dimension: int, dtype: tor
             signature[argument] = "i32"
         else:
             signature[argument] = "*fp32" if argument in STATISTICS else POINTERS[dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]      # as at a launch; without it loads are not vectorised
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()}, attrs=attributes)
+            attributes[(position,)] = [
+                ["tt.divisibility", 16]
+            ]  # as at a launch; without it loads are not vectorised
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()},
+        attrs=attributes,
+    )
     start = time.perf_counter()
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
-                              options={"num_warps": tile.warps, "num_stages": tile.stages})
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
     seconds = time.perf_counter() - start
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _output("cuobjdump", "--dump-resource-usage", file.name)
         code = _output("nvdisasm", "-c", file.name)
-    registers, stack, local = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
-    count = {what: len(re.findall(rf"\b{what}\b", code)) for what in ("HGMMA", "HMMA", "LDL", "STL")}
+    registers, stack, local = (
+        int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
+    )
+    count = {
+        what: len(re.findall(rf"\b{what}\b", code)) for what in ("HGMMA", "HMMA", "LDL", "STL")
+    }
     shared = compiled.metadata.shared / 1024
-    return {"kernel": name, "architecture": architecture, "head_dimension": head_dimension, "dtype": str(dtype).removeprefix("torch."), "own": own,
-            "with_keys": with_keys, "causal": causal, "tile": list(tile), "registers": registers, "spilled_bytes": stack + local,
-            "spill_instructions": count["LDL"] + count["STL"], "shared_kib": round(shared, 2), "shared_limit_kib": SHARED_KIB[architecture],
-            "fits": shared <= SHARED_KIB[architecture], "tensor_core_instructions": count["HGMMA"] + count["HMMA"],
-            "warpgroup_instructions": count["HGMMA"], "seconds": round(seconds, 1)}
+    return {
+        "kernel": name,
+        "architecture": architecture,
+        "head_dimension": head_dimension,
+        "dtype": str(dtype).removeprefix("torch."),
+        "own": own,
+        "with_keys": with_keys,
+        "causal": causal,
+        "tile": list(tile),
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "spill_instructions": count["LDL"] + count["STL"],
+        "shared_kib": round(shared, 2),
+        "shared_limit_kib": SHARED_KIB[architecture],
+        "fits": shared <= SHARED_KIB[architecture],
+        "tensor_core_instructions": count["HGMMA"] + count["HMMA"],
+        "warpgroup_instructions": count["HGMMA"],
+        "seconds": round(seconds, 1),
+    }
 
 
 def variants(name: str) -> list[dict]:
@@ -88,7 +142,9 @@ def variants(name: str) -> list[dict]:
 
 
 def _output(program: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / program), *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [str(TOOLS / program), *arguments], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def _compile(work: tuple) -> dict:
@@ -97,20 +153,53 @@ def _compile(work: tuple) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", nargs="+", default=["sm_80", "sm_90"], choices=sorted(SHARED_KIB))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--architecture", nargs="+", default=["sm_80", "sm_90"], choices=sorted(SHARED_KIB)
+    )
     parser.add_argument("--head-dimension", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"]
+    )
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
-    parser.add_argument("--tile", nargs="+", default=[None], help="ROWS,KEYS,WARPS,STAGES instead of the table's")
+    parser.add_argument(
+        "--tile", nargs="+", default=[None], help="ROWS,KEYS,WARPS,STAGES instead of the table's"
+    )
     parser.add_argument("--not-causal", action="store_true")
-    parser.add_argument("--ones", action="store_true", help="sizes of one, which Triton makes constants")
-    parser.add_argument("--variant", nargs="+", type=int, default=[0, 1], help="0: energy_attention, 1: causal_attention")
+    parser.add_argument(
+        "--ones", action="store_true", help="sizes of one, which Triton makes constants"
+    )
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        type=int,
+        default=[0, 1],
+        help="0: energy_attention, 1: causal_attention",
+    )
     arguments = parser.parse_args()
-    work = [(name, architecture, d, getattr(torch, dtype), dict(variant, causal=not arguments.not_causal, ones=arguments.ones,
-                                                                tile=None if tile is None else Tile(*map(int, tile.split(",")))))
-            for architecture in arguments.architecture for d in arguments.head_dimension for dtype in arguments.dtype for name in arguments.kernel
-            for index, variant in enumerate(variants(name)) if index in arguments.variant for tile in arguments.tile]
+    work = [
+        (
+            name,
+            architecture,
+            d,
+            getattr(torch, dtype),
+            dict(
+                variant,
+                causal=not arguments.not_causal,
+                ones=arguments.ones,
+                tile=None if tile is None else Tile(*map(int, tile.split(","))),
+            ),
+        )
+        for architecture in arguments.architecture
+        for d in arguments.head_dimension
+        for dtype in arguments.dtype
+        for name in arguments.kernel
+        for index, variant in enumerate(variants(name))
+        if index in arguments.variant
+        for tile in arguments.tile
+    ]
     bad = 0
     with multiprocessing.get_context("fork").Pool() as pool:
         for row in pool.imap(_compile, work):

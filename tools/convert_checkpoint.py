@@ -9,6 +9,7 @@
 ebwm_scale.transformers_model read it. --training adds the optimizer's moments and the data position, so that `to-run` resumes bit for bit at any ZeRO stage and number
 of processes. One tensor is in memory at a time, but for export-released and .ckpt files, which are read and written whole. Nothing is overwritten.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,38 +21,92 @@ from ebwm_scale.errors import EXIT_FINISHED, UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, source: str, target: str, *, writes_model: bool) -> argparse.ArgumentParser:
+    def command(
+        name: str, source: str, target: str, *, writes_model: bool
+    ) -> argparse.ArgumentParser:
         part = commands.add_parser(name)
         part.add_argument("source", type=Path, metavar=source)
         part.add_argument("target", type=Path, metavar=target)
         if writes_model:
-            part.add_argument("--dtype", choices=list(conversion.DTYPES), default="float32", help="of the weights (default %(default)s)")
-            part.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="size of a weight file at most (default %(default)s)")
-            part.add_argument("--data", type=Path, default=None, metavar="MANIFEST", help="dataset whose tokenizer or encoder is included (a run: its own)")
+            part.add_argument(
+                "--dtype",
+                choices=list(conversion.DTYPES),
+                default="float32",
+                help="of the weights (default %(default)s)",
+            )
+            part.add_argument(
+                "--max-shard-gb",
+                type=float,
+                default=5.0,
+                metavar="GB",
+                help="size of a weight file at most (default %(default)s)",
+            )
+            part.add_argument(
+                "--data",
+                type=Path,
+                default=None,
+                metavar="MANIFEST",
+                help="dataset whose tokenizer or encoder is included (a run: its own)",
+            )
         return part
 
-    command("export", "RUN", "FOLDER", writes_model=True).add_argument("--training", action="store_true", help="with what a resumed run needs")
+    command("export", "RUN", "FOLDER", writes_model=True).add_argument(
+        "--training", action="store_true", help="with what a resumed run needs"
+    )
     to_run = command("to-run", "FOLDER", "RUN", writes_model=False)
     to_run.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=None)
-    to_run.add_argument("--world-size", type=int, default=None, metavar="N", help="processes that will resume it (any other number works too)")
-    command("import-released", "FILE", "FOLDER", writes_model=True).add_argument("--hparams", type=Path, default=None, metavar="JSON", help="of a bare state dict")
+    to_run.add_argument(
+        "--world-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that will resume it (any other number works too)",
+    )
+    command("import-released", "FILE", "FOLDER", writes_model=True).add_argument(
+        "--hparams", type=Path, default=None, metavar="JSON", help="of a bare state dict"
+    )
     command("export-released", "FOLDER", "FILE", writes_model=False)
     options = parser.parse_args()
     say = lambda text: print(text, flush=True)
     try:
-        if getattr(options, "max_shard_gb", 1) <= 0 or (getattr(options, "world_size", None) or 1) < 1:
+        if (
+            getattr(options, "max_shard_gb", 1) <= 0
+            or (getattr(options, "world_size", None) or 1) < 1
+        ):
             raise UserError("--max-shard-gb must be above 0 and --world-size at least 1")
         if options.command == "export":
-            said = conversion.export_run(options.source, options.target, dtype=options.dtype, max_shard_bytes=int(options.max_shard_gb * 1e9), training=options.training,
-                                         data=options.data, say=say)
+            said = conversion.export_run(
+                options.source,
+                options.target,
+                dtype=options.dtype,
+                max_shard_bytes=int(options.max_shard_gb * 1e9),
+                training=options.training,
+                data=options.data,
+                say=say,
+            )
         elif options.command == "to-run":
-            said = conversion.import_run(options.source, options.target, zero_stage=options.zero_stage, world_size=options.world_size, say=say)
+            said = conversion.import_run(
+                options.source,
+                options.target,
+                zero_stage=options.zero_stage,
+                world_size=options.world_size,
+                say=say,
+            )
         elif options.command == "import-released":
-            said = conversion.import_released(options.source, options.target, hparams=options.hparams, dtype=options.dtype, max_shard_bytes=int(options.max_shard_gb * 1e9),
-                                              data=options.data, say=say)
+            said = conversion.import_released(
+                options.source,
+                options.target,
+                hparams=options.hparams,
+                dtype=options.dtype,
+                max_shard_bytes=int(options.max_shard_gb * 1e9),
+                data=options.data,
+                say=say,
+            )
         else:
             said = conversion.export_released(options.source, options.target, say=say)
     except UserError as error:

@@ -6,6 +6,7 @@
 Downloads with the running interpreter's pip, checks a pinned hash, executes nothing of the archive, and does nothing if
 the corpus is already there. Any other folder of text serves as well: see docs/data.md.
 """
+
 import argparse
 import sys
 
@@ -14,10 +15,17 @@ from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the corpus; made if need be")
-    parser.add_argument("--archive", metavar="FILE_OR_FOLDER",
-                        help="a copy of django-5.2.8.tar.gz, or the folder it is in; default: download it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the corpus; made if need be"
+    )
+    parser.add_argument(
+        "--archive",
+        metavar="FILE_OR_FOLDER",
+        help="a copy of django-5.2.8.tar.gz, or the folder it is in; default: download it",
+    )
     arguments = parser.parse_args()
     try:
         fetch_sample_corpus(arguments.output, archive=arguments.archive)

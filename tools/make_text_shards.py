@@ -5,6 +5,7 @@
 Documents go to training or validation as a whole. The dataset folder appears when it is complete; running the same
 command again keeps it. The formats are described in docs/data.md.
 """
+
 import argparse
 import sys
 import time
@@ -14,22 +15,59 @@ from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text files or folders: *.txt, *.md, *.rst, *.jsonl with a text field")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="text files or folders: *.txt, *.md, *.rst, *.jsonl with a text field",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset folder")
-    parser.add_argument("--tokenizer", required=True, metavar="FILE", help="a model of tools/train_tokenizer.py")
-    parser.add_argument("--context-length", required=True, type=int, metavar="N", help="observed tokens per block; a block has one more")
-    parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="X",
-                        help="share of documents held out (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the split and of the packing order (default %(default)s)")
-    parser.add_argument("--samples-per-shard", type=int, default=4096, metavar="N", help="blocks per shard (default %(default)s)")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="FILE", help="a model of tools/train_tokenizer.py"
+    )
+    parser.add_argument(
+        "--context-length",
+        required=True,
+        type=int,
+        metavar="N",
+        help="observed tokens per block; a block has one more",
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="share of documents held out (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the split and of the packing order (default %(default)s)",
+    )
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="blocks per shard (default %(default)s)",
+    )
     arguments = parser.parse_args()
     start = time.monotonic()
     try:
-        manifest = make_text_dataset(arguments.inputs, arguments.output, tokenizer=arguments.tokenizer,
-                                     context_length=arguments.context_length,
-                                     validation_fraction=arguments.validation_fraction, seed=arguments.seed,
-                                     samples_per_shard=arguments.samples_per_shard)
+        manifest = make_text_dataset(
+            arguments.inputs,
+            arguments.output,
+            tokenizer=arguments.tokenizer,
+            context_length=arguments.context_length,
+            validation_fraction=arguments.validation_fraction,
+            seed=arguments.seed,
+            samples_per_shard=arguments.samples_per_shard,
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

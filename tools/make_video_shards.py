@@ -7,6 +7,7 @@
 Videos are decoded in parallel; a killed run goes on with those that are not done. A video that cannot be decoded is reported and left out. A
 video goes to training or validation as a whole; a single one is cut in time, with a gap. The formats are described in docs/data.md.
 """
+
 import argparse
 import sys
 import time
@@ -18,44 +19,191 @@ from ebwm_scale.errors import UserError
 
 def main() -> int:
     default = VideoRules()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="video files, or folders with them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="video files, or folders with them"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset folder")
-    parser.add_argument("--context-length", type=int, default=default.context_length, metavar="N", help="observed frames per clip; a clip has one more (default %(default)s)")
-    parser.add_argument("--interval", type=float, default=default.interval_s, metavar="S", help="seconds between frames (default %(default)s)")
-    parser.add_argument("--stride", type=float, default=None, metavar="S", help="seconds between the starts of clips (default: clips share one frame)")
-    parser.add_argument("--size", type=int, nargs="+", default=[default.height], metavar="N", help="of a frame in pixels: side, or height and width (default %(default)s)")
-    parser.add_argument("--crops", type=int, default=default.crops, metavar="N", help="windows along the longer side (default %(default)s, the middle)")
-    parser.add_argument("--zooms", type=int, nargs="+", default=[1], metavar="N", help="also cut windows of 1/N of the size, N times as many along each side (default 1)")
-    parser.add_argument("--store", choices=("embedding", "jpeg", "webp"), default=default.stored, help="what the shards hold (default %(default)s)")
-    parser.add_argument("--quality", type=int, default=default.quality, metavar="Q", help="of jpeg or webp, 1 to 100 (default %(default)s)")
-    parser.add_argument("--encoder", choices=ENCODERS, default=default.encoder, help="frozen encoder of frames (default %(default)s); see docs/video.md")
-    parser.add_argument("--encoder-path", default=None, metavar="PATH", help="local weights: sd-vae and transformers a folder, timm a file")
-    parser.add_argument("--encoder-model", default=None, metavar="NAME", help="timm: the model's name")
-    parser.add_argument("--encoder-grid", type=int, default=None, metavar="N", help="efficientnet: cells along each side (default 1)")
-    parser.add_argument("--pca-patch", type=int, default=None, metavar="N", help="pca: side of a patch (default 16)")
-    parser.add_argument("--pca-components", type=int, default=None, metavar="N", help="pca: numbers per patch (default 16)")
-    parser.add_argument("--split", choices=("auto", "video", "time"), default=default.split, help="whole videos, or the end of each (default: videos, if there are several)")
-    parser.add_argument("--validation-fraction", type=float, default=default.validation_fraction, metavar="X", help="held out (default %(default)s)")
-    parser.add_argument("--validation-videos", nargs="+", default=[], metavar="NAME", help="hold out these instead")
-    parser.add_argument("--gap", type=float, default=None, metavar="S", help="split by time: seconds left out before validation (default: a clip's length)")
-    parser.add_argument("--seed", type=int, default=default.seed, metavar="N", help="of the split (default %(default)s)")
-    parser.add_argument("--samples-per-shard", type=int, default=default.samples_per_shard, metavar="N", help="clips per shard (default %(default)s)")
-    parser.add_argument("--like", default=None, metavar="MANIFEST", help="use the encoder, statistics and frame size of this dataset, to mix with it")
-    parser.add_argument("--workers", type=int, default=None, metavar="N", help="videos decoded at a time (default: one per core)")
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        default=default.context_length,
+        metavar="N",
+        help="observed frames per clip; a clip has one more (default %(default)s)",
+    )
+    parser.add_argument(
+        "--interval",
+        type=float,
+        default=default.interval_s,
+        metavar="S",
+        help="seconds between frames (default %(default)s)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=float,
+        default=None,
+        metavar="S",
+        help="seconds between the starts of clips (default: clips share one frame)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[default.height],
+        metavar="N",
+        help="of a frame in pixels: side, or height and width (default %(default)s)",
+    )
+    parser.add_argument(
+        "--crops",
+        type=int,
+        default=default.crops,
+        metavar="N",
+        help="windows along the longer side (default %(default)s, the middle)",
+    )
+    parser.add_argument(
+        "--zooms",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="also cut windows of 1/N of the size, N times as many along each side (default 1)",
+    )
+    parser.add_argument(
+        "--store",
+        choices=("embedding", "jpeg", "webp"),
+        default=default.stored,
+        help="what the shards hold (default %(default)s)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        default=default.quality,
+        metavar="Q",
+        help="of jpeg or webp, 1 to 100 (default %(default)s)",
+    )
+    parser.add_argument(
+        "--encoder",
+        choices=ENCODERS,
+        default=default.encoder,
+        help="frozen encoder of frames (default %(default)s); see docs/video.md",
+    )
+    parser.add_argument(
+        "--encoder-path",
+        default=None,
+        metavar="PATH",
+        help="local weights: sd-vae and transformers a folder, timm a file",
+    )
+    parser.add_argument(
+        "--encoder-model", default=None, metavar="NAME", help="timm: the model's name"
+    )
+    parser.add_argument(
+        "--encoder-grid",
+        type=int,
+        default=None,
+        metavar="N",
+        help="efficientnet: cells along each side (default 1)",
+    )
+    parser.add_argument(
+        "--pca-patch", type=int, default=None, metavar="N", help="pca: side of a patch (default 16)"
+    )
+    parser.add_argument(
+        "--pca-components",
+        type=int,
+        default=None,
+        metavar="N",
+        help="pca: numbers per patch (default 16)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=("auto", "video", "time"),
+        default=default.split,
+        help="whole videos, or the end of each (default: videos, if there are several)",
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=default.validation_fraction,
+        metavar="X",
+        help="held out (default %(default)s)",
+    )
+    parser.add_argument(
+        "--validation-videos", nargs="+", default=[], metavar="NAME", help="hold out these instead"
+    )
+    parser.add_argument(
+        "--gap",
+        type=float,
+        default=None,
+        metavar="S",
+        help="split by time: seconds left out before validation (default: a clip's length)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=default.seed,
+        metavar="N",
+        help="of the split (default %(default)s)",
+    )
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=default.samples_per_shard,
+        metavar="N",
+        help="clips per shard (default %(default)s)",
+    )
+    parser.add_argument(
+        "--like",
+        default=None,
+        metavar="MANIFEST",
+        help="use the encoder, statistics and frame size of this dataset, to mix with it",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help="videos decoded at a time (default: one per core)",
+    )
     arguments = parser.parse_args()
     if len(arguments.size) > 2:
         parser.error("--size takes a side, or height and width")
-    settings = {"path": arguments.encoder_path, "model": arguments.encoder_model, "grid": arguments.encoder_grid,
-                "patch": arguments.pca_patch, "components": arguments.pca_components}
+    settings = {
+        "path": arguments.encoder_path,
+        "model": arguments.encoder_model,
+        "grid": arguments.encoder_grid,
+        "patch": arguments.pca_patch,
+        "components": arguments.pca_components,
+    }
     start = time.monotonic()
     try:
-        rules = VideoRules(context_length=arguments.context_length, interval_s=arguments.interval, stride_s=arguments.stride, height=arguments.size[0],
-                           width=arguments.size[-1], crops=arguments.crops, zooms=tuple(arguments.zooms), stored=arguments.store, quality=arguments.quality, encoder=arguments.encoder,
-                           encoder_settings={key: value for key, value in settings.items() if value is not None}, split=arguments.split,
-                           validation_fraction=arguments.validation_fraction, validation_videos=tuple(arguments.validation_videos), gap_s=arguments.gap,
-                           seed=arguments.seed, samples_per_shard=arguments.samples_per_shard)
-        manifest = make_video_dataset(arguments.inputs, arguments.output, rules, like=arguments.like, workers=arguments.workers, progress=sys.stderr.isatty())
+        rules = VideoRules(
+            context_length=arguments.context_length,
+            interval_s=arguments.interval,
+            stride_s=arguments.stride,
+            height=arguments.size[0],
+            width=arguments.size[-1],
+            crops=arguments.crops,
+            zooms=tuple(arguments.zooms),
+            stored=arguments.store,
+            quality=arguments.quality,
+            encoder=arguments.encoder,
+            encoder_settings={key: value for key, value in settings.items() if value is not None},
+            split=arguments.split,
+            validation_fraction=arguments.validation_fraction,
+            validation_videos=tuple(arguments.validation_videos),
+            gap_s=arguments.gap,
+            seed=arguments.seed,
+            samples_per_shard=arguments.samples_per_shard,
+        )
+        manifest = make_video_dataset(
+            arguments.inputs,
+            arguments.output,
+            rules,
+            like=arguments.like,
+            workers=arguments.workers,
+            progress=sys.stderr.isatty(),
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

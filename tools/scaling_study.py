@@ -9,6 +9,7 @@ A study is a file: title, unit (of the loss), config, set (overrides of every ru
 --sweep-file of python -m ebwm_scale.launch; among them `form`, with transformer++ as the reference, and `seed`. Runs go through the launcher: what follows -- is passed
 on to it (-- --cluster slurm --nodes 1 --gpus-per-node 1); the default is this machine, two at a time.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,14 +32,28 @@ def main() -> int:
     arguments, passed_on = sys.argv[1:], []
     if "--" in arguments:
         at = arguments.index("--")
-        arguments, passed_on = arguments[:at], arguments[at + 1:]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        arguments, passed_on = arguments[:at], arguments[at + 1 :]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    start = commands.add_parser("start", help="launch the runs that are not there, and the failed ones again")
+    start = commands.add_parser(
+        "start", help="launch the runs that are not there, and the failed ones again"
+    )
     start.add_argument("study", type=Path)
     start.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
-    start.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="for every run, such as data.manifest")
-    commands.add_parser("status", help="one line per run; exit code 1 until all have finished").add_argument("run_dir", type=Path)
+    start.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="for every run, such as data.manifest",
+    )
+    commands.add_parser(
+        "status", help="one line per run; exit code 1 until all have finished"
+    ).add_argument("run_dir", type=Path)
     gather = commands.add_parser("collect", help="the finished runs as one result file")
     gather.add_argument("study", type=Path)
     gather.add_argument("run_dir", type=Path)
@@ -48,7 +63,9 @@ def main() -> int:
     page.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     try:
-        return {"start": begin, "status": show, "collect": write_result, "page": write_page}[options.command](options, passed_on)
+        return {"start": begin, "status": show, "collect": write_result, "page": write_page}[
+            options.command
+        ](options, passed_on)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -60,12 +77,24 @@ def read_study(path: Path) -> dict:
         study = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    wrong = [f"{key} is {study.get(key)!r}: must be a {kind.__name__}" for key, kind in KEYS.items() if not isinstance(study.get(key), kind)] if isinstance(study, dict) else ["it is no mapping"]
+    wrong = (
+        [
+            f"{key} is {study.get(key)!r}: must be a {kind.__name__}"
+            for key, kind in KEYS.items()
+            if not isinstance(study.get(key), kind)
+        ]
+        if isinstance(study, dict)
+        else ["it is no mapping"]
+    )
     if not wrong:
         axes = {axis for _, axes in QUANTITIES.values() for axis in axes}
         if study["axis"] not in axes:
             wrong.append(f"axis is {study['axis']!r}: must be one of {', '.join(sorted(axes))}")
-        wrong += [f"sweep has no axis {needed}" for needed in ("form", "seed", study["axis"]) if needed not in study["sweep"]]
+        wrong += [
+            f"sweep has no axis {needed}"
+            for needed in ("form", "seed", study["axis"])
+            if needed not in study["sweep"]
+        ]
         if "transformer++" not in study["sweep"].get("form", {}):
             wrong.append("sweep: form has no transformer++, which the others are compared with")
     if wrong:
@@ -80,8 +109,20 @@ def begin(options: argparse.Namespace, passed_on: list[str]) -> int:
     options.run_dir.mkdir(parents=True, exist_ok=True)
     axes = options.run_dir / "axes.yaml"
     axes.write_text(yaml.safe_dump(study["sweep"], sort_keys=False), encoding="utf-8")
-    return launch.main(["--config", study["config"], "--sweep-file", str(axes), "--run-dir", str(options.run_dir), "--set", *study["set"], *options.overrides,
-                        *(passed_on or ["--cluster", "local", "--parallel", "2"])])
+    return launch.main(
+        [
+            "--config",
+            study["config"],
+            "--sweep-file",
+            str(axes),
+            "--run-dir",
+            str(options.run_dir),
+            "--set",
+            *study["set"],
+            *options.overrides,
+            *(passed_on or ["--cluster", "local", "--parallel", "2"]),
+        ]
+    )
 
 
 def show(options: argparse.Namespace, _: list[str]) -> int:
@@ -92,22 +133,35 @@ def show(options: argparse.Namespace, _: list[str]) -> int:
 
 def write_result(options: argparse.Namespace, _: list[str]) -> int:
     study = read_study(options.study)
-    result = {"title": study["title"], "unit": study["unit"]} | provenance() | {"study": study} | collect(options.run_dir, study["axis"])
+    result = (
+        {"title": study["title"], "unit": study["unit"]}
+        | provenance()
+        | {"study": study}
+        | collect(options.run_dir, study["axis"])
+    )
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{options.output}: {len(result['runs'])} runs" + (f"; not finished: {', '.join(result['missing'])}" if result["missing"] else ""))
+    options.output.write_text(
+        json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    print(
+        f"{options.output}: {len(result['runs'])} runs"
+        + (f"; not finished: {', '.join(result['missing'])}" if result["missing"] else "")
+    )
     return EXIT_FINISHED
 
 
 def write_page(options: argparse.Namespace, _: list[str]) -> int:
     from ebwm_scale.scaling_page import analyse, render
+
     studies = []
     for path in options.results:
         try:
             study = json.loads(path.read_text(encoding="utf-8"))
             studies.append(study | analyse(study))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{path}: not a result of scaling_study.py collect: {error!r}") from None
+            raise UserError(
+                f"{path}: not a result of scaling_study.py collect: {error!r}"
+            ) from None
     options.output.write_text(render(studies), encoding="utf-8")
     print(options.output)
     return EXIT_FINISHED

@@ -6,6 +6,7 @@ Per run: the loss after 0, 1, .. steps (beyond the trained number: thinking on, 
 step over the run named by --against, both paired by sample. 95 % intervals from a bootstrap over samples of the validation split: they say how sure a difference is
 on these texts, not how it varies over seeds.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,11 +34,15 @@ from ebwm_scale.training.validation import EVALUATION_STEP
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--max-samples", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8, help="thinking up to this many (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="thinking up to this many (default %(default)s)"
+    )
     parser.add_argument("--against", default="one-step", metavar="RECIPE")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
@@ -60,15 +65,44 @@ def main() -> int:
             return error.exit_code
         key = labels["recipe"] + (f", seed {labels['seed']}" if "seed" in labels else "")
         errors[key] = per_sample
-        rows.append(labels | row | {"parameters": run["parameters"], "tokens": run["tokens"], "flops": run["flops"], "step_time_s": run["step_time_s"]})
-        print(key, " -> ".join(f"{point['mean']:.4f}" for point in row["losses"][:row["trained_steps"] + 1]), flush=True)
+        rows.append(
+            labels
+            | row
+            | {
+                "parameters": run["parameters"],
+                "tokens": run["tokens"],
+                "flops": run["flops"],
+                "step_time_s": run["step_time_s"],
+            }
+        )
+        print(
+            key,
+            " -> ".join(
+                f"{point['mean']:.4f}" for point in row["losses"][: row["trained_steps"] + 1]
+            ),
+            flush=True,
+        )
     for row in rows:
         seed = f", seed {row['seed']}" if "seed" in row else ""
         base = errors.get(options.against + seed)
         if base is not None and row["recipe"] != options.against:
             row[f"gain_over_{options.against}"] = interval(base - errors[row["recipe"] + seed])
-    options.output.write_text(json.dumps(provenance() | {"sweep": {key: sweep[key] for key in ("sweep", "file")}, "missing": missing, "rows": rows}, indent=1) + "\n")
-    print(f"{options.output}: {len(rows)} runs" + (f"; not finished: {', '.join(missing)}" if missing else ""))
+    options.output.write_text(
+        json.dumps(
+            provenance()
+            | {
+                "sweep": {key: sweep[key] for key in ("sweep", "file")},
+                "missing": missing,
+                "rows": rows,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    print(
+        f"{options.output}: {len(rows)} runs"
+        + (f"; not finished: {', '.join(missing)}" if missing else "")
+    )
     return 0
 
 
@@ -77,27 +111,65 @@ def measure(run: Path, options: argparse.Namespace) -> tuple[dict, torch.Tensor]
     """(row, loss per sample after the last trained step)."""
     model, config = load_checkpoint(run)
     split = open_split(config.data.manifest, "validation", verify="sizes")
-    observe, rules, trained = Observation(split.manifest, "cpu"), config.refinement, config.refinement.num_steps
+    observe, rules, trained = (
+        Observation(split.manifest, "cpu"),
+        config.refinement,
+        config.refinement.num_steps,
+    )
     count = max(options.steps, trained)
     losses: list[list[torch.Tensor]] = []
-    for batch in validation_batches(split, context_length=config.data.context_length, batch_size=options.batch_size, max_samples=options.max_samples, rank=0, world_size=1):
+    for batch in validation_batches(
+        split,
+        context_length=config.data.context_length,
+        batch_size=options.batch_size,
+        max_samples=options.max_samples,
+        rank=0,
+        world_size=1,
+    ):
         observed, targets = observe(batch.sequences)
         found: list[torch.Tensor] = []
-        score = lambda state: found.append(criterion(model, state.view(*observed.shape[:2], -1), targets))
+        score = lambda state: found.append(
+            criterion(model, state.view(*observed.shape[:2], -1), targets)
+        )
         if config.model.kind == "baseline":
             score(last_states(model, observed, ThinkingRules()))
         else:
-            draws = SampledDraws(NoiseSource(config.train.seed, EVALUATION_STEP), rules, batch.sample_ids, (*observed.shape[:2], model.state.size), kind=config.state.initial,
-                                 randomize=False, start=observed if config.state.kind == "embedding" else None)
+            draws = SampledDraws(
+                NoiseSource(config.train.seed, EVALUATION_STEP),
+                rules,
+                batch.sample_ids,
+                (*observed.shape[:2], model.state.size),
+                kind=config.state.initial,
+                randomize=False,
+                start=observed if config.state.kind == "embedding" else None,
+            )
             score(draws.initial())
-            refine(model, model.embed_observed(observed), None, rules=rules, landscapes=model.landscapes(count), draws=draws, training=False,
-                   record=lambda step: score(step.state))
+            refine(
+                model,
+                model.embed_observed(observed),
+                None,
+                rules=rules,
+                landscapes=model.landscapes(count),
+                draws=draws,
+                training=False,
+                record=lambda step: score(step.state),
+            )
         losses.append(found)
     curve = [torch.cat(parts) for parts in zip(*losses)]
     if config.model.kind == "baseline":
-        return {"trained_steps": 0, "losses": [{"num_steps": 0} | interval(curve[0])], "gains": []}, curve[0]
-    return {"trained_steps": trained, "losses": [{"num_steps": n} | interval(values) for n, values in enumerate(curve)],
-            "gains": [{"step": n + 1} | interval(before - after) for n, (before, after) in enumerate(zip(curve, curve[1:]))]}, curve[trained]
+        return {
+            "trained_steps": 0,
+            "losses": [{"num_steps": 0} | interval(curve[0])],
+            "gains": [],
+        }, curve[0]
+    return {
+        "trained_steps": trained,
+        "losses": [{"num_steps": n} | interval(values) for n, values in enumerate(curve)],
+        "gains": [
+            {"step": n + 1} | interval(before - after)
+            for n, (before, after) in enumerate(zip(curve, curve[1:]))
+        ],
+    }, curve[trained]
 
 
 def criterion(model, state: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -105,7 +177,13 @@ def criterion(model, state: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     if model.config.model.kind == "baseline":
         if model.config.state.kind == "embedding":
             return torch.nn.functional.smooth_l1_loss(state, targets, reduction="none").mean((1, 2))
-        return torch.nn.functional.cross_entropy(state.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)
+        return (
+            torch.nn.functional.cross_entropy(
+                state.flatten(0, 1), targets.flatten(), reduction="none"
+            )
+            .view(targets.shape)
+            .mean(1)
+        )
     return model.state.loss(state, targets, reduction="none").mean(1)
 
 

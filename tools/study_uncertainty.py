@@ -13,6 +13,7 @@ from several initial states, and what the model offers as uncertainty is compare
     state spread     how far apart the final states are: of text, the deviation of the predicted probabilities over starts; of states, of the coordinates
     entropy          text only: of the predicted distribution (what Transformer++ offers too)
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,16 +34,24 @@ from ebwm_scale.statistics import interval_of_correlation
 from ebwm_scale.thinking import SequenceNoise, SequenceScore, ThinkingRules, think
 
 TOKENS, BRANCHES, LENGTH, BATCH = 96, 6, 32, 16
-DEVIATIONS = (0.0, 0.3, 1.0, 3.0)       # radians
+DEVIATIONS = (0.0, 0.3, 1.0, 3.0)  # radians
 TURN = 0.7
-FORMS = {"released": "state", "anchored": "anchored"}        # model.predicted_input
+FORMS = {"released": "state", "anchored": "anchored"}  # model.predicted_input
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="training steps of each model (default %(default)s)")
-    parser.add_argument("--starts", type=int, default=8, help="initial states per prediction (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=64, help="sequences to evaluate on (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=600, help="training steps of each model (default %(default)s)"
+    )
+    parser.add_argument(
+        "--starts", type=int, default=8, help="initial states per prediction (default %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=64, help="sequences to evaluate on (default %(default)s)"
+    )
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     flush_denormals()
@@ -51,7 +60,12 @@ def main() -> int:
         for form, predicted_input in FORMS.items():
             start = time.perf_counter()
             model = train(model_of(world, predicted_input), draw, options.steps)
-            row = {"world": world, "form": form, "steps": options.steps, "training_s": round(time.perf_counter() - start, 1)} | measure(model, draw, options.samples, options.starts)
+            row = {
+                "world": world,
+                "form": form,
+                "steps": options.steps,
+                "training_s": round(time.perf_counter() - start, 1),
+            } | measure(model, draw, options.samples, options.starts)
             rows.append(row)
             print(json.dumps(row), flush=True)
     if options.output:
@@ -61,13 +75,18 @@ def main() -> int:
 
 def chain(samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """(tokens (B, LENGTH + 1), true entropy (B, LENGTH) in nats of the token after each)."""
-    fixed, most = torch.Generator().manual_seed(0), 2**(BRANCHES - 1)
-    successors = torch.stack([(token + 1 + TOKENS // most * torch.randperm(most, generator=fixed)) % TOKENS for token in range(TOKENS)])
+    fixed, most = torch.Generator().manual_seed(0), 2 ** (BRANCHES - 1)
+    successors = torch.stack(
+        [
+            (token + 1 + TOKENS // most * torch.randperm(most, generator=fixed)) % TOKENS
+            for token in range(TOKENS)
+        ]
+    )
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(TOKENS, (samples, 1), generator=generator)
     for _ in range(LENGTH):
         last = tokens[:, -1]
-        branch = (torch.rand(samples, generator=generator) * 2**(last % BRANCHES)).long()
+        branch = (torch.rand(samples, generator=generator) * 2 ** (last % BRANCHES)).long()
         tokens = torch.cat([tokens, successors[last, branch][:, None]], 1)
     return tokens, (tokens[:, :-1] % BRANCHES) * math.log(2)
 
@@ -83,26 +102,56 @@ def circle(samples: int, seed: int) -> tuple[Tensor, Tensor]:
         states.append(torch.cat([angle.cos()[:, None], angle.sin()[:, None], announced], 1))
         deviation = torch.tensor(DEVIATIONS)[level]
         truth.append(deviation)
-        angle, level = angle + TURN + deviation * torch.randn(samples, generator=generator), (level + 1) % len(DEVIATIONS)
+        angle, level = (
+            angle + TURN + deviation * torch.randn(samples, generator=generator),
+            (level + 1) % len(DEVIATIONS),
+        )
     return torch.stack(states, 1), torch.stack(truth, 1)[:, :-1]
 
 
 def model_of(world: str, predicted_input: str) -> WorldModel:
     torch.manual_seed(33)
     text = world == "text"
-    return WorldModel(config_from_dict({
-        "model": {"num_layers": 2, "width": 64, "num_heads": 2, "predicted_input": predicted_input, **({"vocabulary_size": TOKENS} if text else {})},
-        "state": {"kind": "vocabulary"} if text else {"kind": "embedding", "dimension": 2 + len(DEVIATIONS)},
-        "refinement": {"step_size": 30.0 if text else 10.0}, "data": {"context_length": LENGTH}}))
+    return WorldModel(
+        config_from_dict(
+            {
+                "model": {
+                    "num_layers": 2,
+                    "width": 64,
+                    "num_heads": 2,
+                    "predicted_input": predicted_input,
+                    **({"vocabulary_size": TOKENS} if text else {}),
+                },
+                "state": {"kind": "vocabulary"}
+                if text
+                else {"kind": "embedding", "dimension": 2 + len(DEVIATIONS)},
+                "refinement": {"step_size": 30.0 if text else 10.0},
+                "data": {"context_length": LENGTH},
+            }
+        )
+    )
 
 
 def train(model: WorldModel, draw, steps: int, rate: float = 0.004) -> WorldModel:
-    optimizer = torch.optim.AdamW([{"params": [p for name, p in model.named_parameters() if name != "step_size"]}, {"params": [model.step_size], "lr": 30 * rate, "weight_decay": 0}],
-                                  lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * k / steps)))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for name, p in model.named_parameters() if name != "step_size"]},
+            {"params": [model.step_size], "lr": 30 * rate, "weight_decay": 0},
+        ],
+        lr=rate,
+        weight_decay=0.01,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min(1, (k + 1) / 30) * (0.55 + 0.45 * math.cos(math.pi * k / steps))
+    )
     for k in range(steps):
         sequences, _ = draw(BATCH, seed=1000 + k)
-        loss = model(sequences[:, :-1], sequences[:, 1:], sample_ids=torch.arange(BATCH) + k * BATCH, source=NoiseSource(33, k)).loss
+        loss = model(
+            sequences[:, :-1],
+            sequences[:, 1:],
+            sample_ids=torch.arange(BATCH) + k * BATCH,
+            source=NoiseSource(33, k),
+        ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad(), schedule.step()
@@ -113,7 +162,10 @@ def train(model: WorldModel, draw, steps: int, rate: float = 0.004) -> WorldMode
 def measure(model: WorldModel, draw, samples: int, starts: int) -> dict:
     sequences, truth = draw(samples, seed=1)
     observed, targets = sequences[:, :-1], sequences[:, 1:]
-    rules, score = ThinkingRules(num_starts=starts), SequenceScore(model, model.embed_observed(observed))
+    rules, score = (
+        ThinkingRules(num_starts=starts),
+        SequenceScore(model, model.embed_observed(observed)),
+    )
     energies, states = [], []
     for start in range(starts):
         noise = SequenceNoise(model, rules, torch.arange(samples), LENGTH, start)
@@ -123,14 +175,29 @@ def measure(model: WorldModel, draw, samples: int, starts: int) -> dict:
     is_text = model.config.state.kind == "vocabulary"
     loss = model.state.loss(states[0], targets, reduction="none")
     points = states.softmax(-1) if is_text else states
-    offered = {"energy": energies[0], "energy_spread": energies.std(0), "state_spread": points.std(0).norm(dim=-1)}
+    offered = {
+        "energy": energies[0],
+        "energy_spread": energies.std(0),
+        "state_spread": points.std(0).norm(dim=-1),
+    }
     if is_text:
         offered["entropy"] = -(points[0] * points[0].clamp(min=1e-30).log()).sum(-1)
     levels = truth.unique()
-    row: dict = {"loss": float(loss.mean())} | ({"true_entropy": float(truth.mean())} if is_text else {})
-    row["by_level"] = [{"truth": float(level), "positions": int((truth == level).sum()), "loss": float(loss[truth == level].mean()),
-                        **{name: float(value[truth == level].mean()) for name, value in offered.items()}} for level in levels]
-    row["rank_correlation_with_truth"] = {name: interval_of_correlation(value, truth) for name, value in offered.items()}
+    row: dict = {"loss": float(loss.mean())} | (
+        {"true_entropy": float(truth.mean())} if is_text else {}
+    )
+    row["by_level"] = [
+        {
+            "truth": float(level),
+            "positions": int((truth == level).sum()),
+            "loss": float(loss[truth == level].mean()),
+            **{name: float(value[truth == level].mean()) for name, value in offered.items()},
+        }
+        for level in levels
+    ]
+    row["rank_correlation_with_truth"] = {
+        name: interval_of_correlation(value, truth) for name, value in offered.items()
+    }
     return row
 
 

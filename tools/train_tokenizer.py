@@ -5,6 +5,7 @@
 Only documents of the training split are used: pass the same --validation-fraction and --seed as to make_text_shards.py
 (both have the same defaults).
 """
+
 import argparse
 import sys
 import time
@@ -14,22 +15,49 @@ from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text files or folders: *.txt, *.md, *.rst, *.jsonl with a text field")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="text files or folders: *.txt, *.md, *.rst, *.jsonl with a text field",
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
-    parser.add_argument("--vocabulary-size", required=True, type=int, metavar="N", help="number of pieces, 256 bytes included")
-    parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="X",
-                        help="share of documents held out (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the split (default %(default)s)")
+    parser.add_argument(
+        "--vocabulary-size",
+        required=True,
+        type=int,
+        metavar="N",
+        help="number of pieces, 256 bytes included",
+    )
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="share of documents held out (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the split (default %(default)s)"
+    )
     arguments = parser.parse_args()
     start = time.monotonic()
     try:
-        tokenizer = train_tokenizer(arguments.inputs, arguments.output, arguments.vocabulary_size,
-                                    validation_fraction=arguments.validation_fraction, seed=arguments.seed)
+        tokenizer = train_tokenizer(
+            arguments.inputs,
+            arguments.output,
+            arguments.vocabulary_size,
+            validation_fraction=arguments.validation_fraction,
+            seed=arguments.seed,
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(f"{arguments.output}: {tokenizer.vocabulary_size} pieces, end of sequence {tokenizer.eos_id}, {time.monotonic() - start:.1f} s")
+    print(
+        f"{arguments.output}: {tokenizer.vocabulary_size} pieces, end of sequence {tokenizer.eos_id}, {time.monotonic() - start:.1f} s"
+    )
     return 0
 
 

@@ -1,7 +1,8 @@
 """Check a dataset: sizes, hashes, indexes and every sample. Exit code 0: sound, 1: problems (one line each), 2: no readable manifest.
 
-    python tools/verify_shards.py data/corpus/manifest.json
+python tools/verify_shards.py data/corpus/manifest.json
 """
+
 import argparse
 import sys
 import time
@@ -11,8 +12,12 @@ from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", metavar="MANIFEST", help="a manifest.json, or the folder it is in")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "manifest", metavar="MANIFEST", help="a manifest.json, or the folder it is in"
+    )
     arguments = parser.parse_args()
     start = time.monotonic()
     try:
@@ -22,7 +27,9 @@ def main() -> int:
         return error.exit_code
     for problem in problems:
         print(problem)
-    print(f"{arguments.manifest}: {num_samples} samples checked, {len(problems)} problems, {time.monotonic() - start:.1f} s")
+    print(
+        f"{arguments.manifest}: {num_samples} samples checked, {len(problems)} problems, {time.monotonic() - start:.1f} s"
+    )
     return 1 if problems else 0
 
 

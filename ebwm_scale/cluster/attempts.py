@@ -8,6 +8,7 @@ published no new checkpoint made no progress. Two of these in a row within a job
 An interruption from outside (preemption, scancel --signal) long before the time limit is not the job's doing and does not count. A `signal` row
 says that the batch step was told to end, in case it is ended before it can write the rest; whatever its tasks end with then is an interruption.
 """
+
 from __future__ import annotations
 
 import datetime
@@ -20,14 +21,18 @@ from typing import Any
 
 from ..errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
 
-FRUITLESS_LIMIT = 2         # attempts in a row without progress
-EXTERNAL_S = 600            # an interruption with more than this left of the time limit came from outside
-INTERRUPTIONS = {EXIT_RUN_AGAIN, *(128 + number for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT))}    # before its handlers stood, too
+FRUITLESS_LIMIT = 2  # attempts in a row without progress
+EXTERNAL_S = 600  # an interruption with more than this left of the time limit came from outside
+INTERRUPTIONS = {
+    EXIT_RUN_AGAIN,
+    *(128 + number for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)),
+}  # before its handlers stood, too
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What to do next: done, again, or give up; and why."""
+
     what: str
     reason: str
 
@@ -44,20 +49,61 @@ class Attempts:
         rows = read_attempts(self.folder)
         before = open_attempt(rows)
         if before is not None:
-            told = next((row["signal"] for row in reversed(rows) if row["event"] == "signal" and row["attempt"] == before["attempt"]), None)
-            reason = f"{told} to the job on {before.get('host')}, and its end came before the tasks'" if told else \
-                f"lost on {before.get('host')}: the node failed, or the job was killed before it could say why"
-            self._append({"event": "end", "attempt": before["attempt"], "job": before["job"], "exit_code": None,
-                          "outcome": "interrupted" if told else "lost", "step": newest_step(self.folder),
-                          "progress": _above(newest_step(self.folder), before["step"]), "counts": told is None, "verdict": "again", "reason": reason})
+            told = next(
+                (
+                    row["signal"]
+                    for row in reversed(rows)
+                    if row["event"] == "signal" and row["attempt"] == before["attempt"]
+                ),
+                None,
+            )
+            reason = (
+                f"{told} to the job on {before.get('host')}, and its end came before the tasks'"
+                if told
+                else f"lost on {before.get('host')}: the node failed, or the job was killed before it could say why"
+            )
+            self._append(
+                {
+                    "event": "end",
+                    "attempt": before["attempt"],
+                    "job": before["job"],
+                    "exit_code": None,
+                    "outcome": "interrupted" if told else "lost",
+                    "step": newest_step(self.folder),
+                    "progress": _above(newest_step(self.folder), before["step"]),
+                    "counts": told is None,
+                    "verdict": "again",
+                    "reason": reason,
+                }
+            )
         fruitless = self.fruitless()
         self.number = 1 + max((row["attempt"] for row in rows), default=0)
         self.first_step = newest_step(self.folder)
         if len(fruitless) >= FRUITLESS_LIMIT:
-            self._append({"event": "end", "attempt": fruitless[-1]["attempt"], "job": self.job, "exit_code": None, "outcome": "gave up",
-                          "step": self.first_step, "progress": False, "counts": False, "verdict": "give up", "reason": self._why(fruitless)})
+            self._append(
+                {
+                    "event": "end",
+                    "attempt": fruitless[-1]["attempt"],
+                    "job": self.job,
+                    "exit_code": None,
+                    "outcome": "gave up",
+                    "step": self.first_step,
+                    "progress": False,
+                    "counts": False,
+                    "verdict": "give up",
+                    "reason": self._why(fruitless),
+                }
+            )
             return Verdict("give up", self._why(fruitless))
-        self._append({"event": "begin", "attempt": self.number, "job": self.job, "step": self.first_step, **facts})
+        self._append(
+            {
+                "event": "begin",
+                "attempt": self.number,
+                "job": self.job,
+                "step": self.first_step,
+                **facts,
+            }
+        )
         return Verdict("again", "")
 
     def signalled(self, name: str) -> None:
@@ -80,11 +126,23 @@ class Attempts:
             outcome, what = "finished", "done"
         elif code in (EXIT_BAD_INPUT, EXIT_NOT_FINITE):
             outcome, what = "stopped", "give up"
-        elif code in INTERRUPTIONS or told:     # told: without a grace time one task may be killed before another has saved, which then ends with 77
+        elif (
+            code in INTERRUPTIONS or told
+        ):  # told: without a grace time one task may be killed before another has saved, which then ends with 77
             outcome = "interrupted"
             counts = seconds_left is not None and seconds_left < EXTERNAL_S
-        row = {"event": "end", "attempt": self.number, "job": self.job, "exit_code": code, "outcome": outcome, "step": step,
-               "progress": progress, "counts": counts, "verdict": what, "reason": reason}
+        row = {
+            "event": "end",
+            "attempt": self.number,
+            "job": self.job,
+            "exit_code": code,
+            "outcome": outcome,
+            "step": step,
+            "progress": progress,
+            "counts": counts,
+            "verdict": what,
+            "reason": reason,
+        }
         fruitless = self.fruitless(row)
         if what == "again" and counts and len(fruitless) >= FRUITLESS_LIMIT:
             row.update(verdict="give up", reason=self._why(fruitless))
@@ -105,8 +163,10 @@ class Attempts:
 
     def _why(self, fruitless: list[dict]) -> str:
         step = fruitless[-1]["step"]
-        return (f"gave up: {len(fruitless)} attempts in a row ended without a checkpoint beyond "
-                f"{'the start' if step is None else f'step {step}'}; the last one: {fruitless[-1]['reason']}")
+        return (
+            f"gave up: {len(fruitless)} attempts in a row ended without a checkpoint beyond "
+            f"{'the start' if step is None else f'step {step}'}; the last one: {fruitless[-1]['reason']}"
+        )
 
     def _append(self, row: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,14 +197,27 @@ def open_attempt(rows: list[dict]) -> dict | None:
 def newest_step(folder: Path) -> int | None:
     """The step that checkpoints/latest names."""
     try:
-        return int((folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step_"))
+        return int(
+            (folder / "checkpoints" / "latest")
+            .read_text(encoding="utf-8")
+            .strip()
+            .removeprefix("step_")
+        )
     except (OSError, ValueError):
         return None
 
 
 def meaning(code: int) -> str:
-    known = {0: "finished", 2: "bad configuration or data", 75: "saved, wants to be run again", 76: "gradients were not finite several steps in a row",
-             77: "a process hung or died", 130: "interrupted in start-up", 138: "signalled in start-up", 143: "terminated in start-up"}
+    known = {
+        0: "finished",
+        2: "bad configuration or data",
+        75: "saved, wants to be run again",
+        76: "gradients were not finite several steps in a row",
+        77: "a process hung or died",
+        130: "interrupted in start-up",
+        138: "signalled in start-up",
+        143: "terminated in start-up",
+    }
     if code in known:
         return f"exit code {code} ({known[code]})"
     if 128 < code < 160:

@@ -9,6 +9,7 @@
 
 Outside Slurm (--cluster local of ebwm_scale.launch) the tasks are plain processes and `again` is a loop. Exit codes are those of train.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,19 +32,48 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ebwm_scale.cluster.job", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ebwm_scale.cluster.job",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="wins over the file")
-    parser.add_argument("--run-dir", type=Path, default=None, metavar="DIR", help="default: runs/<name of the configuration file>-<job id>")
-    parser.add_argument("--plan", action="store_true", help="check the configuration and print what would run")
-    parser.add_argument("--dry-run", action="store_true", help="train.py --dry-run in one task: parameters, memory and time on this node")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="wins over the file",
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="default: runs/<name of the configuration file>-<job id>",
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="check the configuration and print what would run"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="train.py --dry-run in one task: parameters, memory and time on this node",
+    )
     options = parser.parse_args(arguments)
     try:
-        load_config(options.config, options.overrides)      # a mistake in it ends the job here, not 64 tasks later
+        load_config(
+            options.config, options.overrides
+        )  # a mistake in it ends the job here, not 64 tasks later
         given = allocation()
         if options.plan:
             return plan(options, given)
-        run_dir = options.run_dir or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
+        run_dir = (
+            options.run_dir
+            or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
+        )
         command = train_command(options.config, options.overrides, run_dir)
         if options.dry_run:
             os.execv(command[0], [*command[:-1], "--dry-run"])
@@ -54,14 +84,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train_command(config: str, overrides: Sequence[str], run_dir: Path) -> list[str]:
-    return [sys.executable, "-u", str(ROOT / "ebwm_scale" / "train.py"), "--config", str(config), *(["--set", *overrides] if overrides else []),
-            "--run-dir", str(run_dir), "--resume"]
+    return [
+        sys.executable,
+        "-u",
+        str(ROOT / "ebwm_scale" / "train.py"),
+        "--config",
+        str(config),
+        *(["--set", *overrides] if overrides else []),
+        "--run-dir",
+        str(run_dir),
+        "--resume",
+    ]
 
 
 class Ended:
     """How an attempt ended, and how the job is to end for it."""
 
-    def __init__(self, verdict: Verdict, code: int, given: Allocation | None, *, signalled: bool = False):
+    def __init__(
+        self, verdict: Verdict, code: int, given: Allocation | None, *, signalled: bool = False
+    ):
         self.verdict, self.code, self.given, self.signalled = verdict, code, given, signalled
 
     def leave(self) -> int:
@@ -76,17 +117,31 @@ class Ended:
         return EXIT_RUN_AGAIN
 
 
-def attempt(command: Sequence[str], run_dir: Path, given: Allocation | None, *, num_tasks: int = 1) -> Ended:
+def attempt(
+    command: Sequence[str], run_dir: Path, given: Allocation | None, *, num_tasks: int = 1
+) -> Ended:
     """Run the tasks once. num_tasks: outside Slurm."""
     job = given.job if given else f"local-{os.getpid()}"
     refuse_if_in_use(run_dir, job)
     attempts, logs = Attempts(run_dir, job), run_dir / "logs"
-    verdict = attempts.begin(restart=given.restart if given else 0, host=socket.gethostname(), nodes=given.num_nodes if given else 1,
-                             tasks=given.num_tasks if given else num_tasks, code=code_version())
+    verdict = attempts.begin(
+        restart=given.restart if given else 0,
+        host=socket.gethostname(),
+        nodes=given.num_nodes if given else 1,
+        tasks=given.num_tasks if given else num_tasks,
+        code=code_version(),
+    )
     if verdict.what == "give up":
         return Ended(verdict, EXIT_FAILED, given)
-    say(f"attempt {attempts.number} at {run_dir}" + (f", job {job}, restart {given.restart}: {given.num_nodes} nodes ({given.node_list}) with "
-        f"{given.tasks_per_node} tasks each ({given.why_tasks})" if given else f": {num_tasks} tasks on this machine"))
+    say(
+        f"attempt {attempts.number} at {run_dir}"
+        + (
+            f", job {job}, restart {given.restart}: {given.num_nodes} nodes ({given.node_list}) with "
+            f"{given.tasks_per_node} tasks each ({given.why_tasks})"
+            if given
+            else f": {num_tasks} tasks on this machine"
+        )
+    )
     tasks = SlurmTasks(given, command, logs) if given else LocalTasks(num_tasks, command, logs)
     say(f"running {printed(tasks.command)}\noutput of rank 0: {logs}/rank_0000.log")
     signals = []
@@ -105,7 +160,10 @@ def attempt(command: Sequence[str], run_dir: Path, given: Allocation | None, *, 
     detail = last_words(logs) if code not in (0, EXIT_RUN_AGAIN) else ""
     verdict = attempts.end(code, seconds_left=left, detail=detail)
     if signals and given is None and verdict.what == "again":
-        verdict = Verdict("give up", f"{meaning(code)}; this machine's user sent {signal.Signals(signals[0]).name}")
+        verdict = Verdict(
+            "give up",
+            f"{meaning(code)}; this machine's user sent {signal.Signals(signals[0]).name}",
+        )
     return Ended(verdict, code, given, signalled=bool(signals))
 
 
@@ -126,11 +184,15 @@ def refuse_if_in_use(run_dir: Path, job: str) -> None:
         return
     other, host = before["job"], before.get("host")
     if other.startswith("local-"):
-        running = host == socket.gethostname() and Path(f"/proc/{other.removeprefix('local-')}").exists()
+        running = (
+            host == socket.gethostname() and Path(f"/proc/{other.removeprefix('local-')}").exists()
+        )
     else:
         running = queue().get(other) in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
     if running:
-        raise UserError(f"{run_dir} is in use by job {other} on {host}: wait for it, end it, or name another folder with --run-dir")
+        raise UserError(
+            f"{run_dir} is in use by job {other} on {host}: wait for it, end it, or name another folder with --run-dir"
+        )
 
 
 def plan(options: argparse.Namespace, given: Allocation | None) -> int:

@@ -1,4 +1,5 @@
 """The few questions to Slurm, and the one request: requeue. All through its command-line programs."""
+
 from __future__ import annotations
 
 import os
@@ -10,20 +11,21 @@ from typing import Iterator, Mapping
 
 from ..errors import ConfigError
 
-PORTS = range(20000, 30000)     # below the range that systems hand out by themselves
+PORTS = range(20000, 30000)  # below the range that systems hand out by themselves
 QUESTION_S = 60
 
 
 @dataclass(frozen=True)
 class Allocation:
     """What a job's batch step was given."""
+
     job: str
     restart: int
     num_nodes: int
     tasks_per_node: int
     cpus_per_task: int
     node_list: str
-    why_tasks: str              # where tasks_per_node comes from
+    why_tasks: str  # where tasks_per_node comes from
 
     @property
     def num_tasks(self) -> int:
@@ -49,15 +51,27 @@ def allocation(environment: Mapping[str, str] = os.environ) -> Allocation | None
     elif environment.get("SLURM_NTASKS"):
         total = int(environment["SLURM_NTASKS"])
         if total % nodes:
-            raise ConfigError(f"--ntasks {total} does not divide over {nodes} nodes; ask for --ntasks-per-node, or for neither: one task per GPU then")
+            raise ConfigError(
+                f"--ntasks {total} does not divide over {nodes} nodes; ask for --ntasks-per-node, or for neither: one task per GPU then"
+            )
         tasks, why = total // nodes, "--ntasks"
     elif gpus:
         tasks, why = gpus, f"{gpus} GPUs on a node"
     else:
         tasks, why = 1, "no GPU on a node"
-    cpus = int(environment.get("SLURM_CPUS_PER_TASK") or max(1, int(environment.get("SLURM_CPUS_ON_NODE") or 1) // tasks))
-    return Allocation(environment["SLURM_JOB_ID"], int(environment.get("SLURM_RESTART_COUNT") or 0), nodes, tasks, cpus,
-                      environment.get("SLURM_JOB_NODELIST", ""), why)
+    cpus = int(
+        environment.get("SLURM_CPUS_PER_TASK")
+        or max(1, int(environment.get("SLURM_CPUS_ON_NODE") or 1) // tasks)
+    )
+    return Allocation(
+        environment["SLURM_JOB_ID"],
+        int(environment.get("SLURM_RESTART_COUNT") or 0),
+        nodes,
+        tasks,
+        cpus,
+        environment.get("SLURM_JOB_NODELIST", ""),
+        why,
+    )
 
 
 def hostnames(node_list: str) -> list[str]:
@@ -67,9 +81,10 @@ def hostnames(node_list: str) -> list[str]:
 @dataclass(frozen=True)
 class JobState:
     """state COMPLETING: Slurm is ending the job, and does not say why; timed_out: because its time is over."""
+
     state: str
     restarts: int
-    seconds_left: float | None          # None: no limit
+    seconds_left: float | None  # None: no limit
     timed_out: bool
 
 
@@ -79,12 +94,29 @@ def job_state(job: str) -> JobState | None:
         text = _ask("scontrol", "show", "job", "--oneliner", job)
     except (OSError, subprocess.SubprocessError):
         return None
-    facts = {key: match[1] for key in ("JobState", "Restarts", "StartTime", "EndTime", "TimeLimit") if (match := re.search(rf"\b{key}=(\S+)", text))}
+    facts = {
+        key: match[1]
+        for key in ("JobState", "Restarts", "StartTime", "EndTime", "TimeLimit")
+        if (match := re.search(rf"\b{key}=(\S+)", text))
+    }
     if not {"JobState", "Restarts"} <= facts.keys():
         return None
-    start, end, limit = _seconds_of(facts.get("StartTime", "")), _seconds_of(facts.get("EndTime", "")), _limit_s(facts.get("TimeLimit", ""))
-    return JobState(facts["JobState"], int(facts["Restarts"]), None if start is None or limit is None else start + limit - time.time(),
-                    facts["JobState"] == "TIMEOUT" or (None not in (start, end, limit) and end - start >= limit and time.time() >= start + limit))
+    start, end, limit = (
+        _seconds_of(facts.get("StartTime", "")),
+        _seconds_of(facts.get("EndTime", "")),
+        _limit_s(facts.get("TimeLimit", "")),
+    )
+    return JobState(
+        facts["JobState"],
+        int(facts["Restarts"]),
+        None if start is None or limit is None else start + limit - time.time(),
+        facts["JobState"] == "TIMEOUT"
+        or (
+            None not in (start, end, limit)
+            and end - start >= limit
+            and time.time() >= start + limit
+        ),
+    )
 
 
 def requeue(job: str, restart: int) -> str | None:
@@ -110,14 +142,18 @@ def requeue(job: str, restart: int) -> str | None:
 def queue() -> dict[str, str]:
     """State of each of this user's jobs that Slurm remembers, by job id; array tasks under both their ids. {} where there is no Slurm."""
     try:
-        lines = _ask("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%A|%T").splitlines()
+        lines = _ask(
+            "squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%A|%T"
+        ).splitlines()
     except (OSError, subprocess.SubprocessError):
         return {}
     return {job: state for line in lines for *jobs, state in [line.split("|")] for job in jobs}
 
 
 def _ask(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=QUESTION_S).stdout
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=QUESTION_S
+    ).stdout
 
 
 def _seconds_of(stamp: str) -> float | None:
@@ -130,4 +166,8 @@ def _seconds_of(stamp: str) -> float | None:
 def _limit_s(text: str) -> float | None:
     """[days-]hours:minutes:seconds, or UNLIMITED."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    return None if match is None else sum(int(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1)))
+    return (
+        None
+        if match is None
+        else sum(int(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1)))
+    )

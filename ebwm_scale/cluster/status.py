@@ -1,4 +1,5 @@
 """What has become of runs that were launched: one line each, from their folders and the queue."""
+
 from __future__ import annotations
 
 import json
@@ -11,15 +12,15 @@ from ..errors import UserError
 from .attempts import newest_step, read_attempts
 from .slurm import queue
 
-UNFINISHED = ("failed", "lost")         # what --resubmit starts again
+UNFINISHED = ("failed", "lost")  # what --resubmit starts again
 
 
 @dataclass(frozen=True)
 class RunStatus:
     folder: Path
-    state: str                          # waiting, running, requeued, finished, failed, lost
+    state: str  # waiting, running, requeued, finished, failed, lost
     attempts: int
-    step: int | None                    # logged last
+    step: int | None  # logged last
     max_steps: int
     loss: float | None
     job: str
@@ -31,8 +32,13 @@ def runs_in(folder: Path) -> list[Path]:
     if (folder / "launch.json").exists():
         return [folder]
     if (folder / "sweep.json").exists():
-        return [folder / name for name in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["runs"]]
-    raise UserError(f"{folder} holds neither a run nor a sweep of python -m ebwm_scale.launch (no launch.json, no sweep.json)")
+        return [
+            folder / name
+            for name in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["runs"]
+        ]
+    raise UserError(
+        f"{folder} holds neither a run nor a sweep of python -m ebwm_scale.launch (no launch.json, no sweep.json)"
+    )
 
 
 def status_of(folder: Path) -> list[RunStatus]:
@@ -43,11 +49,26 @@ def status_of(folder: Path) -> list[RunStatus]:
 def table(runs: list[RunStatus]) -> str:
     rows = [("run", "state", "step", "loss", "attempts", "job", "")]
     for run in runs:
-        rows.append((run.folder.name, run.state, f"{run.step or 0}/{run.max_steps}", "" if run.loss is None else f"{run.loss:.4f}", str(run.attempts),
-                     run.job, run.note))
+        rows.append(
+            (
+                run.folder.name,
+                run.state,
+                f"{run.step or 0}/{run.max_steps}",
+                "" if run.loss is None else f"{run.loss:.4f}",
+                str(run.attempts),
+                run.job,
+                run.note,
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    lines = ["  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[6]]).rstrip() for row in rows]
-    counts = {state: sum(run.state == state for run in runs) for state in dict.fromkeys(run.state for run in runs)}
+    lines = [
+        "  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[6]]).rstrip()
+        for row in rows
+    ]
+    counts = {
+        state: sum(run.state == state for run in runs)
+        for state in dict.fromkeys(run.state for run in runs)
+    }
     return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items())])
 
 
@@ -57,12 +78,23 @@ def _status(folder: Path, known: dict[str, str]) -> RunStatus:
     job = (request.get("jobs") or ["none"])[-1]
     state, note = _state(folder, request, rows, job, known)
     step, loss = _last_logged(folder)
-    return RunStatus(folder, state, len({row["attempt"] for row in rows}), step, load_config(folder / "config.yaml").train.max_steps, loss, job, note)
+    return RunStatus(
+        folder,
+        state,
+        len({row["attempt"] for row in rows}),
+        step,
+        load_config(folder / "config.yaml").train.max_steps,
+        loss,
+        job,
+        note,
+    )
 
 
-def _state(folder: Path, request: dict[str, Any], rows: list[dict], job: str, known: dict[str, str]) -> tuple[str, str]:
+def _state(
+    folder: Path, request: dict[str, Any], rows: list[dict], job: str, known: dict[str, str]
+) -> tuple[str, str]:
     submitted = len(request.get("jobs", []))
-    rows = rows[request.get("rows_before", 0):]         # since it was submitted last
+    rows = rows[request.get("rows_before", 0) :]  # since it was submitted last
     local = request["cluster"] == "local"
     queued = ("RUNNING" if _alive(job) else "") if local else known.get(job, "")
     last = next((row for row in reversed(rows) if row["event"] != "signal"), None)
@@ -75,10 +107,18 @@ def _state(folder: Path, request: dict[str, Any], rows: list[dict], job: str, kn
     if queued in ("RUNNING", "COMPLETING", "SUSPENDED"):
         if local and last is None:
             return "waiting", ""
-        return "running", f"from step {newest_step(folder) or 0}" if last is not None and len(rows) > 1 else ""
+        return "running", f"from step {newest_step(folder) or 0}" if last is not None and len(
+            rows
+        ) > 1 else ""
     if last is None:
-        return "lost", f"never began{f': {queued}' if queued else ''}; see the log in {folder.parent}/submitit or {folder}/submitit"
-    return "lost", f"{last.get('reason') or 'ended without a word'}{f' ({queued})' if queued else ''}; not in the queue any more"
+        return (
+            "lost",
+            f"never began{f': {queued}' if queued else ''}; see the log in {folder.parent}/submitit or {folder}/submitit",
+        )
+    return (
+        "lost",
+        f"{last.get('reason') or 'ended without a word'}{f' ({queued})' if queued else ''}; not in the queue any more",
+    )
 
 
 def _alive(job: str) -> bool:

@@ -3,6 +3,7 @@
 On Slurm the pickled function runs in the batch step (no srun around it) and starts the run's tasks as slurm/job.sh does: ebwm_scale/cluster/job.py.
 A sweep is one job array. Locally a background process makes the runs one after the other, or `parallel` of them at a time.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -32,7 +33,7 @@ class Resources:
     tasks_per_node: int
     minutes: int
     parallel: int
-    slurm: tuple[str, ...] = ()         # further options of sbatch, "partition=gpu"
+    slurm: tuple[str, ...] = ()  # further options of sbatch, "partition=gpu"
 
 
 class RunFailed(Exception):
@@ -42,13 +43,14 @@ class RunFailed(Exception):
 @dataclass(frozen=True)
 class SlurmRun:
     """One attempt at a run, in a job's batch step."""
+
     run_dir: str
 
     def __call__(self) -> str:
         ended = attempt(_command(self.run_dir), Path(self.run_dir), allocation())
         code = ended.leave()
         if ended.verdict.what == "again":
-            os._exit(code)      # without a result: the next attempt writes it
+            os._exit(code)  # without a result: the next attempt writes it
         if ended.verdict.what == "give up":
             raise RunFailed(f"{self.run_dir}: {ended.verdict.reason}")
         return ended.verdict.reason
@@ -57,6 +59,7 @@ class SlurmRun:
 @dataclass(frozen=True)
 class LocalRuns:
     """Runs on this machine, one after the other; a failed one does not keep the next from starting."""
+
     run_dirs: tuple[str, ...]
     num_tasks: int
 
@@ -64,7 +67,9 @@ class LocalRuns:
         failed = []
         for run_dir in self.run_dirs:
             try:
-                ended = attempts_until_the_end(_command(run_dir), Path(run_dir), num_tasks=self.num_tasks)
+                ended = attempts_until_the_end(
+                    _command(run_dir), Path(run_dir), num_tasks=self.num_tasks
+                )
             except UserError as error:
                 failed.append(f"{run_dir}: {error}")
                 continue
@@ -82,7 +87,10 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
     executor = executor_for(folder, resources, name=f"ebwm-{folder.name}")
     paths = [str(path.resolve()) for path in run_dirs]
     if resources.cluster == "local":
-        parts = [tuple(paths[first::resources.parallel]) for first in range(min(resources.parallel, len(paths)))]
+        parts = [
+            tuple(paths[first :: resources.parallel])
+            for first in range(min(resources.parallel, len(paths)))
+        ]
         by_run = {}
         for number, part in enumerate(parts):
             gpus = resources.gpus_per_node
@@ -97,12 +105,18 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
         with executor.batch():
             array = [executor.submit(SlurmRun(path)) for path in paths]
         jobs = [job.job_id for job in array]
-        for job, path in zip(jobs, run_dirs):       # squeue then shows the run's name; a Slurm that refuses loses nothing but that
-            subprocess.run(["scontrol", "update", f"JobId={job}", f"JobName={path.name}"], capture_output=True)
+        for job, path in zip(
+            jobs, run_dirs
+        ):  # squeue then shows the run's name; a Slurm that refuses loses nothing but that
+            subprocess.run(
+                ["scontrol", "update", f"JobId={job}", f"JobName={path.name}"], capture_output=True
+            )
     for path, job in zip(run_dirs, jobs):
         request = json.loads((path / "launch.json").read_text(encoding="utf-8"))
         request["jobs"] = [*request.get("jobs", []), job]
-        (path / "launch.json").write_text(json.dumps(request, indent=1, ensure_ascii=False), encoding="utf-8")
+        (path / "launch.json").write_text(
+            json.dumps(request, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
     return jobs
 
 
@@ -112,7 +126,10 @@ def in_the_background(folder: Path):
     log = folder / "submitit" / "local.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush(), sys.stderr.flush()
-    kept, hangup = [os.dup(number) for number in (0, 1, 2)], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    kept, hangup = (
+        [os.dup(number) for number in (0, 1, 2)],
+        signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
     try:
         with open(os.devnull, "rb") as nothing, open(log, "ab") as file:
             for source, number in ((nothing, 0), (file, 1), (file, 2)):
@@ -130,8 +147,10 @@ def executor_for(folder: Path, resources: Resources, *, name: str):
     try:
         import submitit
     except ImportError:
-        raise ConfigError("ebwm_scale.launch needs the package submitit: pip install -c constraints.txt 'ebwm_scale[cluster]'; "
-                          "sbatch slurm/pretrain_nlp.sh works without it") from None
+        raise ConfigError(
+            "ebwm_scale.launch needs the package submitit: pip install -c constraints.txt 'ebwm_scale[cluster]'; "
+            "sbatch slurm/pretrain_nlp.sh works without it"
+        ) from None
     logs = folder.resolve() / "submitit"
     if resources.cluster == "local":
         executor = submitit.LocalExecutor(folder=logs)
@@ -139,35 +158,64 @@ def executor_for(folder: Path, resources: Resources, *, name: str):
         return executor
     apply_site()
     options = dict(option.partition("=")[::2] for option in resources.slurm)
-    for key in options:                             # these variables win over what a script says, and so would win over the command line
+    for key in (
+        options
+    ):  # these variables win over what a script says, and so would win over the command line
         os.environ.pop(f"SBATCH_{key.upper().replace('-', '_')}", None)
     try:
         executor = submitit.SlurmExecutor(folder=logs)
     except RuntimeError:
-        raise ConfigError("--cluster slurm: there is no srun on this machine; use --cluster local, or log in where jobs are submitted") from None
-    extra: dict[str, Any] = {"requeue": True, "signal": "USR1@300", **{key: value or True for key, value in options.items()}}
+        raise ConfigError(
+            "--cluster slurm: there is no srun on this machine; use --cluster local, or log in where jobs are submitted"
+        ) from None
+    extra: dict[str, Any] = {
+        "requeue": True,
+        "signal": "USR1@300",
+        **{key: value or True for key, value in options.items()},
+    }
     if resources.tasks_per_node != resources.gpus_per_node:
         extra["ntasks-per-node"] = resources.tasks_per_node
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         executor.update_parameters(
-            job_name=name[:60], nodes=resources.nodes, time=resources.minutes, mem="0", exclusive=True, array_parallelism=resources.parallel,
-            use_srun=False, stderr_to_stdout=True, additional_parameters=extra, setup=setup_lines(),
-            **({"gpus_per_node": resources.gpus_per_node} if resources.gpus_per_node else {}))
+            job_name=name[:60],
+            nodes=resources.nodes,
+            time=resources.minutes,
+            mem="0",
+            exclusive=True,
+            array_parallelism=resources.parallel,
+            use_srun=False,
+            stderr_to_stdout=True,
+            additional_parameters=extra,
+            setup=setup_lines(),
+            **({"gpus_per_node": resources.gpus_per_node} if resources.gpus_per_node else {}),
+        )
     return executor
 
 
 def setup_lines() -> list[str]:
     """The job's environment, as slurm/job.sh makes it. Paths of this checkout are the only text from outside, and quoted."""
     here, root = shlex.quote(os.getcwd()), shlex.quote(str(ROOT))
-    return [f"cd {root}", f". {shlex.quote(str(site_file()))}", "ebwm_environment", f"cd {here}", f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    return [
+        f"cd {root}",
+        f". {shlex.quote(str(site_file()))}",
+        "ebwm_environment",
+        f"cd {here}",
+        f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
 
 
 def apply_site() -> None:
     """Take over SBATCH_ variables that slurm/site.sh exports."""
-    done = subprocess.run(["bash", "-c", 'cd "$1" && . "$2" && env -0', "bash", str(ROOT), str(site_file())], capture_output=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", 'cd "$1" && . "$2" && env -0', "bash", str(ROOT), str(site_file())],
+        capture_output=True,
+        timeout=60,
+    )
     if done.returncode:
-        raise ConfigError(f"{site_file()} ends with an error: {done.stderr.decode(errors='replace').strip()}")
+        raise ConfigError(
+            f"{site_file()} ends with an error: {done.stderr.decode(errors='replace').strip()}"
+        )
     for entry in done.stdout.decode(errors="surrogateescape").split("\0"):
         key, _, value = entry.partition("=")
         if key.startswith("SBATCH_"):

@@ -11,6 +11,7 @@ An axis of a sweep is one key with its values (--sweep train.seed=1,2), or names
     combinations:                           # no axis: further overrides of the runs that have all of these names
       form=energy size=w64: [optimizer.learning_rate=0.006]
 """
+
 from __future__ import annotations
 
 import datetime
@@ -35,9 +36,10 @@ COMBINATIONS = "combinations"
 @dataclass(frozen=True)
 class Run:
     """name: unique in the sweep, fit for a file name, `seed=1_width=64`."""
+
     name: str
     overrides: tuple[str, ...]
-    labels: tuple[tuple[str, str], ...] = ()        # (axis, which of it)
+    labels: tuple[tuple[str, str], ...] = ()  # (axis, which of it)
 
 
 def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
@@ -46,10 +48,14 @@ def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
     for text in sweeps:
         key, equals, values = text.partition("=")
         if not equals or not all(key.strip().split(".")):
-            raise ConfigError(f"--sweep {text}: expected section.key=value,value,... for example train.seed=1,2,3")
+            raise ConfigError(
+                f"--sweep {text}: expected section.key=value,value,... for example train.seed=1,2,3"
+            )
         keys.append((key.strip(), split_values(values)))
     if len({key for key, _ in keys}) < len(keys):
-        raise ConfigError(f"--sweep names a key twice: {', '.join(key for key, _ in keys)}; list all its values in one")
+        raise ConfigError(
+            f"--sweep names a key twice: {', '.join(key for key, _ in keys)}; list all its values in one"
+        )
     short = [key.rpartition(".")[2] for key, _ in keys]
     for (key, values), last in zip(keys, short):
         label = last if short.count(last) == 1 and last not in axes else key
@@ -57,37 +63,76 @@ def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
     runs, taken = [], set()
     for choice in itertools.product(*axes.values()):
         name = "_".join(f"{label}={value}" for label, (value, _) in zip(axes, choice))[:MAX_NAME]
-        unique = next(candidate for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if candidate not in taken)
+        unique = next(
+            candidate
+            for candidate in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+            if candidate not in taken
+        )
         taken.add(unique)
         labels = tuple((axis, fit) for axis, (fit, _) in zip(axes, choice))
         further = [overrides for wanted, overrides in combinations.items() if wanted <= set(labels)]
-        runs.append(Run(unique, tuple(override for overrides in [*(overrides for _, overrides in choice), *further] for override in overrides), labels))
+        runs.append(
+            Run(
+                unique,
+                tuple(
+                    override
+                    for overrides in [*(overrides for _, overrides in choice), *further]
+                    for override in overrides
+                ),
+                labels,
+            )
+        )
     return runs
 
 
-def file_axes(path: str) -> tuple[dict[str, list[tuple[str, tuple[str, ...]]]], dict[frozenset[tuple[str, str]], tuple[str, ...]]]:
+def file_axes(
+    path: str,
+) -> tuple[
+    dict[str, list[tuple[str, tuple[str, ...]]]], dict[frozenset[tuple[str, str]], tuple[str, ...]]
+]:
     """{axis: [(name for the run's folder, overrides)]} of a sweep file, and {names that a run has to have, as (axis, name): overrides}."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(content, dict) or not content:
-        raise ConfigError(f"{path}: a sweep file maps each axis to its names, and each name to a list of overrides")
+        raise ConfigError(
+            f"{path}: a sweep file maps each axis to its names, and each name to a list of overrides"
+        )
     axes = {}
     for axis, names in content.items():
         if not isinstance(names, dict) or not names:
-            raise ConfigError(f"{path}: {axis} is {names!r}: must map names to lists of overrides, such as small: [model.size=4xs]")
+            raise ConfigError(
+                f"{path}: {axis} is {names!r}: must map names to lists of overrides, such as small: [model.size=4xs]"
+            )
         for name, overrides in names.items():
-            if not isinstance(overrides, list) or not all(isinstance(override, str) and "=" in override for override in overrides):
-                raise ConfigError(f"{path}: {axis}: {name} is {overrides!r}: must be a list of section.key=value, such as [model.size=4xs]")
+            if not isinstance(overrides, list) or not all(
+                isinstance(override, str) and "=" in override for override in overrides
+            ):
+                raise ConfigError(
+                    f"{path}: {axis}: {name} is {overrides!r}: must be a list of section.key=value, such as [model.size=4xs]"
+                )
         if axis == COMBINATIONS:
             continue
-        axes[str(axis)] = [(fit, tuple(overrides)) for fit, overrides in zip(_fit([str(name) for name in names]), names.values())]
-    combinations, known = {}, {f"{axis}={name}": (axis, fit) for axis, names in content.items() if axis in axes for name, (fit, _) in zip(names, axes[axis])}
+        axes[str(axis)] = [
+            (fit, tuple(overrides))
+            for fit, overrides in zip(_fit([str(name) for name in names]), names.values())
+        ]
+    combinations, known = (
+        {},
+        {
+            f"{axis}={name}": (axis, fit)
+            for axis, names in content.items()
+            if axis in axes
+            for name, (fit, _) in zip(names, axes[axis])
+        },
+    )
     for text, overrides in content.get(COMBINATIONS, {}).items():
         unknown = [word for word in str(text).split() if word not in known]
         if unknown:
-            raise ConfigError(f"{path}: {COMBINATIONS}: {text!r} names {', '.join(unknown)}, which is not there; there are {', '.join(known)}")
+            raise ConfigError(
+                f"{path}: {COMBINATIONS}: {text!r} names {', '.join(unknown)}, which is not there; there are {', '.join(known)}"
+            )
         combinations[frozenset(known[word] for word in str(text).split())] = tuple(overrides)
     return axes, combinations
 
@@ -100,7 +145,9 @@ def split_values(text: str) -> list[str]:
             continue
         if quote is not None:
             quote = None if character == quote else quote
-        elif character in "\"'" and (values[-1] == "" or depth):        # an apostrophe inside a word opens nothing
+        elif character in "\"'" and (
+            values[-1] == "" or depth
+        ):  # an apostrophe inside a word opens nothing
             quote = character
         elif character in "[{":
             depth += 1
@@ -122,13 +169,26 @@ def _fit(values: Sequence[str]) -> list[str]:
     return [clean(value) for value in values]
 
 
-def prepare(folder: Path, *, config_file: str, overrides: Sequence[str], request: dict[str, Any]) -> Config:
+def prepare(
+    folder: Path, *, config_file: str, overrides: Sequence[str], request: dict[str, Any]
+) -> Config:
     """Write config.yaml (resolved) and launch.json (the request and the code version) into a run folder; returns the configuration."""
     config = load_config(config_file, overrides)
     if (folder / "metrics.jsonl").exists() or (folder / "launch.json").exists():
-        raise ConfigError(f"{folder} already holds a run: look at it with --status, go on with it with --resubmit, or name another --run-dir")
-    write_request(folder, config, {"config": str(config_file), "overrides": list(overrides), **request, "code": code_version(),
-                                   "uncommitted": uncommitted()})
+        raise ConfigError(
+            f"{folder} already holds a run: look at it with --status, go on with it with --resubmit, or name another --run-dir"
+        )
+    write_request(
+        folder,
+        config,
+        {
+            "config": str(config_file),
+            "overrides": list(overrides),
+            **request,
+            "code": code_version(),
+            "uncommitted": uncommitted(),
+        },
+    )
     return config
 
 
@@ -136,4 +196,6 @@ def write_request(folder: Path, config: Config, request: dict[str, Any]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "launch.json").write_text(json.dumps({"time": now, **request}, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / "launch.json").write_text(
+        json.dumps({"time": now, **request}, indent=1, ensure_ascii=False), encoding="utf-8"
+    )

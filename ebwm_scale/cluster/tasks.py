@@ -3,6 +3,7 @@
 When the first task has ended, the others get GRACE_S to end too, then they are ended: a task that died takes the attempt with it, while
 those that have saved together also leave together. The exit code is the largest one, 128 + n for a task that signal n ended.
 """
+
 from __future__ import annotations
 
 import os
@@ -25,10 +26,16 @@ class SlurmTasks:
 
     def __init__(self, allocation: Allocation, command: Sequence[str], logs: Path):
         host = hostnames(allocation.node_list)[0]
-        self.variables = {"MASTER_ADDR": host, "MASTER_PORT": str(_free_port(allocation.ports())), "LOCAL_WORLD_SIZE": str(allocation.tasks_per_node)}
+        self.variables = {
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(_free_port(allocation.ports())),
+            "LOCAL_WORLD_SIZE": str(allocation.tasks_per_node),
+        }
         self.command = [*srun_options(allocation, logs), *command]
         logs.mkdir(parents=True, exist_ok=True)
-        self.process = subprocess.Popen(self.command, env={**os.environ, **self.variables}, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command, env={**os.environ, **self.variables}, start_new_session=True
+        )
 
     def wait(self) -> int:
         code = self.process.wait()
@@ -39,10 +46,19 @@ class SlurmTasks:
 
 
 def srun_options(allocation: Allocation, logs: Path) -> list[str]:
-    log = str(logs).replace("%", "%%") + "/rank_%4t.log"       # srun reads % in file names
-    return ["srun", f"--nodes={allocation.num_nodes}", f"--ntasks={allocation.num_tasks}", f"--ntasks-per-node={allocation.tasks_per_node}",
-            f"--cpus-per-task={allocation.cpus_per_task}", f"--wait={GRACE_S}", "--kill-on-bad-exit=0", "--open-mode=append",
-            f"--output={log}", f"--error={log}"]
+    log = str(logs).replace("%", "%%") + "/rank_%4t.log"  # srun reads % in file names
+    return [
+        "srun",
+        f"--nodes={allocation.num_nodes}",
+        f"--ntasks={allocation.num_tasks}",
+        f"--ntasks-per-node={allocation.tasks_per_node}",
+        f"--cpus-per-task={allocation.cpus_per_task}",
+        f"--wait={GRACE_S}",
+        "--kill-on-bad-exit=0",
+        "--open-mode=append",
+        f"--output={log}",
+        f"--error={log}",
+    ]
 
 
 class LocalTasks:
@@ -51,22 +67,40 @@ class LocalTasks:
     def __init__(self, num_tasks: int, command: Sequence[str], logs: Path):
         self.command, self.processes = list(command), []
         logs.mkdir(parents=True, exist_ok=True)
-        place = {"WORLD_SIZE": str(num_tasks), "LOCAL_WORLD_SIZE": str(num_tasks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port([0]))}
+        place = {
+            "WORLD_SIZE": str(num_tasks),
+            "LOCAL_WORLD_SIZE": str(num_tasks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port([0])),
+        }
         for rank in range(num_tasks):
             with open(logs / f"rank_{rank:04d}.log", "ab") as log:
-                self.processes.append(subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                                                       env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+                self.processes.append(
+                    subprocess.Popen(
+                        self.command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                        env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    )
+                )
 
     def wait(self, timeout: float = float("inf")) -> int:
         """timeout: seconds after which all are ended."""
         deadline, end = None, time.monotonic() + timeout
         while any(process.poll() is None for process in self.processes):
-            if deadline is None and any(process.returncode is not None for process in self.processes):
+            if deadline is None and any(
+                process.returncode is not None for process in self.processes
+            ):
                 deadline = time.monotonic() + GRACE_S
             if time.monotonic() > min(end, end if deadline is None else deadline):
                 self.send(signal.SIGKILL)
             time.sleep(0.1)
-        return max(code if code >= 0 else 128 - code for code in (process.returncode for process in self.processes))
+        return max(
+            code if code >= 0 else 128 - code
+            for code in (process.returncode for process in self.processes)
+        )
 
     def send(self, number: int) -> None:
         for process in self.processes:
@@ -80,7 +114,9 @@ def last_words(logs: Path) -> str:
     for path in sorted(logs.glob("rank_*.log")):
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
-            text = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            text = [
+                line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()
+            ]
         if text:
             lines.setdefault(text[-1].strip()[:300], path.name)
     return "; ".join(f"{name} ends with {line!r}" for line, name in list(lines.items())[:3])
@@ -100,4 +136,6 @@ def _free_port(candidates: Iterable[int]) -> int:
             except OSError:
                 continue
             return probe.getsockname()[1]
-    raise UserError(f"no free port between {PORTS[0]} and {PORTS[-1]} on {socket.gethostname()} for the tasks to meet at; end what holds them")
+    raise UserError(
+        f"no free port between {PORTS[0]} and {PORTS[-1]} on {socket.gethostname()} for the tasks to meet at; end what holds them"
+    )

@@ -8,6 +8,7 @@
 A part file holds a video's frames once, however many clips share them: a tar of 000000.jpg ... and clips.json. It is written under another
 name and renamed, so a killed preparation goes on with the videos that are not done yet.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -29,13 +30,28 @@ from .documents import Report
 from .manifest import file_sha256
 from .tar import walk
 
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif")
-_EPSILON_S = 1e-3       # a frame whose time stamp is rounded to just after t still counts as shown at t
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".m4v",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".mpg",
+    ".mpeg",
+    ".ts",
+    ".wmv",
+    ".flv",
+    ".ogv",
+    ".gif",
+)
+_EPSILON_S = 1e-3  # a frame whose time stamp is rounded to just after t still counts as shown at t
 
 
 @dataclass(frozen=True)
 class Video:
     """A file, known by the hash of its content."""
+
     name: str
     path: Path
     digest: str
@@ -45,6 +61,7 @@ class Video:
 class ClipRules:
     """How clips are cut. stored: jpeg or webp; quality: of it; crops: windows taken along the longer side; zooms: 1 for windows as large as
     the frame allows, 2 for half of that, with twice as many windows along each side, and so on."""
+
     context_length: int
     interval_s: float
     stride_s: float
@@ -62,12 +79,15 @@ class ClipRules:
 
     @property
     def identity(self) -> str:
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+        ).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Clip:
     """frames: numbers of the part's frames, first to last. zoom, crop: which window."""
+
     start_s: float
     zoom: int
     crop: int
@@ -79,8 +99,18 @@ def find_videos(inputs: Sequence[str | Path], *, report: Report = print) -> list
     found: dict[str, Video] = {}
     for source in map(Path, inputs):
         if not source.exists():
-            raise DataError(f"{source}: no such file or folder; give video files, or folders with them")
-        paths = [source] if source.is_file() else [p for p in sorted(source.rglob("*")) if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()]
+            raise DataError(
+                f"{source}: no such file or folder; give video files, or folders with them"
+            )
+        paths = (
+            [source]
+            if source.is_file()
+            else [
+                p
+                for p in sorted(source.rglob("*"))
+                if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()
+            ]
+        )
         for path in paths:
             try:
                 digest = file_sha256(path)
@@ -92,7 +122,9 @@ def find_videos(inputs: Sequence[str | Path], *, report: Report = print) -> list
                 report(f"{path}: the same bytes as {found[digest].path}, taken once")
             found.setdefault(digest, Video(name, path, digest))
     if not found:
-        raise DataError(f"{', '.join(map(str, inputs)) or 'no input'}: no video found; looked for {', '.join('*' + s for s in VIDEO_SUFFIXES)}")
+        raise DataError(
+            f"{', '.join(map(str, inputs)) or 'no input'}: no video found; looked for {', '.join('*' + s for s in VIDEO_SUFFIXES)}"
+        )
     return sorted(found.values(), key=lambda video: video.digest)
 
 
@@ -102,7 +134,9 @@ def make_part(video: Video, part: Path, rules: ClipRules) -> None:
     try:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             clips = _write_frames(video, rules, tar)
-            _add(tar, "clips.json", json.dumps([dataclasses.asdict(clip) for clip in clips]).encode())
+            _add(
+                tar, "clips.json", json.dumps([dataclasses.asdict(clip) for clip in clips]).encode()
+            )
         os.replace(partial, part)
     finally:
         partial.unlink(missing_ok=True)
@@ -111,7 +145,10 @@ def make_part(video: Video, part: Path, rules: ClipRules) -> None:
 def read_clips(part: Path) -> list[Clip]:
     """The clips of a part file."""
     with tarfile.open(part, "r:") as tar:
-        return [Clip(c["start_s"], c["zoom"], c["crop"], tuple(c["frames"])) for c in json.load(tar.extractfile("clips.json"))]
+        return [
+            Clip(c["start_s"], c["zoom"], c["crop"], tuple(c["frames"]))
+            for c in json.load(tar.extractfile("clips.json"))
+        ]
 
 
 def read_frames(part: Path) -> list[bytes]:
@@ -120,19 +157,27 @@ def read_frames(part: Path) -> list[bytes]:
         return [member.content for member in walk(file, str(part)) if member.key != "clips"]
 
 
-def shown_at(path: Path, interval_s: float, offsets_s: Sequence[float]) -> Iterator[tuple[int, int, "np.ndarray"]]:
+def shown_at(
+    path: Path, interval_s: float, offsets_s: Sequence[float]
+) -> Iterator[tuple[int, int, "np.ndarray"]]:
     """(offset number, k, frame) for each time offset + k * interval within a video: the frame (height, width, 3) uint8 on screen then.
 
     Times count from the first frame. Raises DataError if the video cannot be opened or decoded.
     """
     av = _av()
-    waiting = [0] * len(offsets_s)              # the next k of each offset
+    waiting = [0] * len(offsets_s)  # the next k of each offset
     last_time, last, step = None, None, None
 
     def due(until: float) -> Iterator[tuple[int, int]]:
         """Which (offset, k) lie before `until`, in the order of time."""
-        times = [(offsets_s[i] + k * interval_s, i, k) for i in range(len(offsets_s))
-                 for k in range(waiting[i], max(waiting[i], math.ceil((until - _EPSILON_S - offsets_s[i]) / interval_s)))]
+        times = [
+            (offsets_s[i] + k * interval_s, i, k)
+            for i in range(len(offsets_s))
+            for k in range(
+                waiting[i],
+                max(waiting[i], math.ceil((until - _EPSILON_S - offsets_s[i]) / interval_s)),
+            )
+        ]
         for _, i, k in sorted(times):
             waiting[i] = k + 1
             yield i, k
@@ -163,7 +208,9 @@ def shown_at(path: Path, interval_s: float, offsets_s: Sequence[float]) -> Itera
         yield i, k, last
 
 
-def resize_and_crop(frame: np.ndarray, height: int, width: int, crops: int, zooms: Sequence[int] = (1,)) -> list[tuple[int, np.ndarray]]:
+def resize_and_crop(
+    frame: np.ndarray, height: int, width: int, crops: int, zooms: Sequence[int] = (1,)
+) -> list[tuple[int, np.ndarray]]:
     """(zoom, window) for all windows of a frame, scaled to height x width: for each zoom z, z of them along the side that fits and crops * z along the other,
     evenly spaced."""
     image = _pillow().fromarray(frame)
@@ -176,7 +223,14 @@ def resize_and_crop(frame: np.ndarray, height: int, width: int, crops: int, zoom
         for top in _places(rows - window[0], along[0]):
             for left in _places(columns - window[1], along[1]):
                 box = (left, top, left + window[1], top + window[0])
-                results.append((zoom, np.asarray(image.resize((width, height), _pillow().Resampling.BILINEAR, box=box))))
+                results.append(
+                    (
+                        zoom,
+                        np.asarray(
+                            image.resize((width, height), _pillow().Resampling.BILINEAR, box=box)
+                        ),
+                    )
+                )
     return results
 
 
@@ -190,8 +244,12 @@ def _places(room: float, count: int) -> list[float]:
 def _write_frames(video: Video, rules: ClipRules, tar: tarfile.TarFile) -> list[Clip]:
     """Writes every frame that a clip needs, once, and says which clip needs which."""
     # Clips start every stride; those whose starts differ by whole intervals share frames. So there are few different phases.
-    phases = sorted({round(math.fmod(k * rules.stride_s, rules.interval_s), 6) for k in range(_phases(rules))})
-    numbers: list[dict[int, int]] = [{} for _ in phases]        # of each phase: k -> number of the first window's frame
+    phases = sorted(
+        {round(math.fmod(k * rules.stride_s, rules.interval_s), 6) for k in range(_phases(rules))}
+    )
+    numbers: list[dict[int, int]] = [
+        {} for _ in phases
+    ]  # of each phase: k -> number of the first window's frame
     count, windows = 0, []
     for phase, k, frame in shown_at(video.path, rules.interval_s, phases):
         numbers[phase][k] = count
@@ -201,7 +259,11 @@ def _write_frames(video: Video, rules: ClipRules, tar: tarfile.TarFile) -> list[
             raise DataError(f"{video.path}: its frames change in size")
         windows = zooms
         for _, image in images:
-            _add(tar, f"{count:08d}.{_SUFFIX[rules.stored]}", encode_image(image, rules.stored, rules.quality))
+            _add(
+                tar,
+                f"{count:08d}.{_SUFFIX[rules.stored]}",
+                encode_image(image, rules.stored, rules.quality),
+            )
             count += 1
     clips, start = [], 0
     while True:
@@ -212,10 +274,15 @@ def _write_frames(video: Video, rules: ClipRules, tar: tarfile.TarFile) -> list[
         wanted = range(first, first + rules.context_length + 1)
         if any(k not in numbers[phase] for k in wanted):
             break
-        clips += [Clip(start_s, zoom, crop, tuple(numbers[phase][k] + crop for k in wanted)) for crop, zoom in enumerate(windows)]
+        clips += [
+            Clip(start_s, zoom, crop, tuple(numbers[phase][k] + crop for k in wanted))
+            for crop, zoom in enumerate(windows)
+        ]
         start += 1
     if not clips:
-        raise DataError(f"{video.path}: shorter than a clip of {rules.context_length} + 1 frames, {rules.interval_s} s apart ({rules.span_s:g} s)")
+        raise DataError(
+            f"{video.path}: shorter than a clip of {rules.context_length} + 1 frames, {rules.interval_s} s apart ({rules.span_s:g} s)"
+        )
     return clips
 
 
@@ -224,7 +291,9 @@ def _phases(rules: ClipRules) -> int:
     for count in range(1, 1000):
         if abs(math.remainder(count * rules.stride_s, rules.interval_s)) < 1e-6:
             return count
-    raise DataError(f"stride {rules.stride_s} s and interval {rules.interval_s} s have no common multiple below 1000 strides; use a simple fraction")
+    raise DataError(
+        f"stride {rules.stride_s} s and interval {rules.interval_s} s have no common multiple below 1000 strides; use a simple fraction"
+    )
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -237,6 +306,8 @@ def _av():
     try:
         import av
     except ImportError:
-        raise DataError('decoding videos needs the package av (PyAV); install it with: python -m pip install "ebwm_scale[video]"') from None
-    av.logging.set_level(av.logging.PANIC)      # what cannot be decoded is reported by us
+        raise DataError(
+            'decoding videos needs the package av (PyAV); install it with: python -m pip install "ebwm_scale[video]"'
+        ) from None
+    av.logging.set_level(av.logging.PANIC)  # what cannot be decoded is reported by us
     return av

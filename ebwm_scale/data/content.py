@@ -7,6 +7,7 @@
 Video samples carry a clip.json beside them: which video, and where in it. How raw frames become the standardised embeddings that a model
 sees is the business of ebwm_scale/encoders/.
 """
+
 from __future__ import annotations
 
 import functools
@@ -23,7 +24,7 @@ from ..errors import DataError
 STORED = ("embedding", "jpeg", "webp")
 CLIP_FIELD = "clip.json"
 _SUFFIX = {"jpeg": "jpg", "webp": "webp"}
-_NPY_HEADER_BYTES = 128             # numpy pads the header of a small array to this
+_NPY_HEADER_BYTES = 128  # numpy pads the header of a small array to this
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class TextContent:
     @property
     def identity(self) -> dict[str, Any]:
         """What two datasets must share to be mixed."""
-        return {"modality": "text", "tokenizer": self.tokenizer_sha256, "vocabulary_size": self.vocabulary_size}
+        return {
+            "modality": "text",
+            "tokenizer": self.tokenizer_sha256,
+            "vocabulary_size": self.vocabulary_size,
+        }
 
     def files(self) -> dict[Path, str]:
         """Files beside the shards, with their sha256."""
@@ -55,27 +60,33 @@ class TextContent:
         """The sequence of a sample; ValueError says what it is instead."""
         tokens = _npy(fields["tokens.npy"])
         if tokens.shape != (block_length,) or tokens.dtype.kind != "u":
-            raise ValueError(f"holds {tokens.dtype} {tokens.shape}: expected unsigned integers ({block_length},)")
+            raise ValueError(
+                f"holds {tokens.dtype} {tokens.shape}: expected unsigned integers ({block_length},)"
+            )
         return tokens
 
     def problem(self, sequences: np.ndarray) -> str | None:
         """What is wrong with the values of decoded sequences, one or a batch."""
         highest = int(sequences.max())
-        return None if highest < self.vocabulary_size else f"holds token {highest}: must be below the vocabulary size {self.vocabulary_size}"
+        return (
+            None
+            if highest < self.vocabulary_size
+            else f"holds token {highest}: must be below the vocabulary size {self.vocabulary_size}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class VideoContent:
-    stored: str                 # of STORED
-    height: int                 # of a frame in pixels, as the encoder sees it
+    stored: str  # of STORED
+    height: int  # of a frame in pixels, as the encoder sees it
     width: int
-    interval_s: float           # between frames
-    dimension: int              # of an embedding
+    interval_s: float  # between frames
+    dimension: int  # of an embedding
     encoder_name: str
     encoder_settings: dict[str, Any]
-    encoder_path: Path | None   # of fitted parameters, inside the dataset folder
+    encoder_path: Path | None  # of fitted parameters, inside the dataset folder
     encoder_sha256: str | None
-    mean: np.ndarray            # (dimension,) float32 statistics of the training embeddings, per component
+    mean: np.ndarray  # (dimension,) float32 statistics of the training embeddings, per component
     std: np.ndarray
 
     modality, unit, size_name = "video", "frames", "dimension"
@@ -86,8 +97,16 @@ class VideoContent:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"modality": "video", "encoder": self.encoder_name, "settings": self.encoder_settings, "parameters": self.encoder_sha256,
-                "interval_s": self.interval_s, "frames": [self.height, self.width], "mean": self.mean.tolist(), "std": self.std.tolist()}
+        return {
+            "modality": "video",
+            "encoder": self.encoder_name,
+            "settings": self.encoder_settings,
+            "parameters": self.encoder_sha256,
+            "interval_s": self.interval_s,
+            "frames": [self.height, self.width],
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+        }
 
     def files(self) -> dict[Path, str]:
         return {} if self.encoder_path is None else {self.encoder_path: self.encoder_sha256}
@@ -97,13 +116,19 @@ class VideoContent:
 
     def decode(self, fields: Mapping[str, bytes], block_length: int) -> np.ndarray:
         if self.stored != "embedding":
-            frames = np.stack([decode_image(fields[name]) for name in self.fields(block_length)[:-1]])
+            frames = np.stack(
+                [decode_image(fields[name]) for name in self.fields(block_length)[:-1]]
+            )
             if frames.shape[1:] != (self.height, self.width, 3):
-                raise ValueError(f"holds frames {frames.shape[1:]}: expected {(self.height, self.width, 3)}")
+                raise ValueError(
+                    f"holds frames {frames.shape[1:]}: expected {(self.height, self.width, 3)}"
+                )
             return frames
         frames = _npy(fields["frames.npy"])
         if frames.shape != (block_length, self.dimension) or frames.dtype.kind != "f":
-            raise ValueError(f"holds {frames.dtype} {frames.shape}: expected floats {(block_length, self.dimension)}")
+            raise ValueError(
+                f"holds {frames.dtype} {frames.shape}: expected floats {(block_length, self.dimension)}"
+            )
         return frames
 
     def problem(self, sequences: np.ndarray) -> str | None:
@@ -114,7 +139,11 @@ class VideoContent:
 
 def field_names(stored: str, block_length: int) -> tuple[str, ...]:
     """The fields of a video sample, clip.json last."""
-    frames = ("frames.npy",) if stored == "embedding" else tuple(f"{i:03d}.{_SUFFIX[stored]}" for i in range(block_length))
+    frames = (
+        ("frames.npy",)
+        if stored == "embedding"
+        else tuple(f"{i:03d}.{_SUFFIX[stored]}" for i in range(block_length))
+    )
     return (*frames, CLIP_FIELD)
 
 
@@ -139,7 +168,9 @@ def _pillow():
     try:
         from PIL import Image
     except ImportError:
-        raise DataError('reading and writing frames needs the package pillow; install it with: python -m pip install "ebwm_scale[video]"') from None
+        raise DataError(
+            'reading and writing frames needs the package pillow; install it with: python -m pip install "ebwm_scale[video]"'
+        ) from None
     return Image
 
 

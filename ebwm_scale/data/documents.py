@@ -5,6 +5,7 @@ its content; the split and the order follow from that hash and the seed alone. S
 moves a document to the other split, and two copies of a text are never on both sides. Documents are scanned once and
 read again when they are needed: memory is proportional to their number, not to their size.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -23,11 +24,12 @@ Report = Callable[[str], None]
 @dataclass(frozen=True)
 class Document:
     """Where a document is and what it is; `read()` returns its text."""
-    name: str               # relative to the input it was found in, with #line for .jsonl
+
+    name: str  # relative to the input it was found in, with #line for .jsonl
     path: Path
-    offset: int             # of its bytes in the file
+    offset: int  # of its bytes in the file
     size: int
-    digest: str             # sha256 of the text, hex
+    digest: str  # sha256 of the text, hex
 
     def read(self) -> str:
         """The text; DataError if it is not what was scanned."""
@@ -36,9 +38,13 @@ class Document:
                 file.seek(self.offset)
                 text = _text(file.read(self.size), self.path)
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.name}: cannot be read again ({error}); leave the input alone while it is used") from None
+            raise DataError(
+                f"{self.name}: cannot be read again ({error}); leave the input alone while it is used"
+            ) from None
         if _digest(text) != self.digest:
-            raise DataError(f"{self.name}: changed while it was used; leave the input alone and run the command again")
+            raise DataError(
+                f"{self.name}: changed while it was used; leave the input alone and run the command again"
+            )
         return text
 
 
@@ -62,32 +68,50 @@ def find_documents(inputs: Sequence[str | Path], *, report: Report = print) -> l
             num_skipped += 1
     if not documents:
         where = ", ".join(str(i) for i in inputs) or "no input"
-        found = f"{len(seen)} files, {num_skipped} of them not readable as UTF-8 text, the others empty" if seen else "no such files"
-        raise DataError(f"{where}: no text found ({found}); looked for {', '.join('*' + s for s in SUFFIXES)}: "
-                        "give files or folders with UTF-8 text")
+        found = (
+            f"{len(seen)} files, {num_skipped} of them not readable as UTF-8 text, the others empty"
+            if seen
+            else "no such files"
+        )
+        raise DataError(
+            f"{where}: no text found ({found}); looked for {', '.join('*' + s for s in SUFFIXES)}: "
+            "give files or folders with UTF-8 text"
+        )
     return sorted(documents, key=lambda d: (d.digest, d.name))
 
 
-def split_documents(documents: Sequence[Document], *, validation_fraction: float, seed: int) -> dict[str, list[Document]]:
+def split_documents(
+    documents: Sequence[Document], *, validation_fraction: float, seed: int
+) -> dict[str, list[Document]]:
     """{"train": [...], "validation": [...]}, each in the shuffled order in which it is packed.
 
     A document is in validation when the hash of (seed, content) falls below validation_fraction; if that leaves a side
     empty, the lowest (highest) hash moves there. Raises DataError with fewer than 2 different documents.
     """
     if not 0 < validation_fraction < 1:
-        raise DataError(f"validation fraction is {validation_fraction}: must lie between 0 and 1, for example 0.05")
+        raise DataError(
+            f"validation fraction is {validation_fraction}: must lie between 0 and 1, for example 0.05"
+        )
     draws: dict[str, tuple[int, int]] = {}
     for document in documents:
         drawn = hashlib.sha256(f"{seed}:{document.digest}".encode()).digest()
-        draws[document.digest] = (int.from_bytes(drawn[:8], "big"), int.from_bytes(drawn[8:16], "big"))
+        draws[document.digest] = (
+            int.from_bytes(drawn[:8], "big"),
+            int.from_bytes(drawn[8:16], "big"),
+        )
     if len(draws) < 2:
-        raise DataError(f"{len(draws)} different documents: the validation split is made of whole documents, so at least 2 are needed; "
-                        "cut the text into several files, or into the lines of a .jsonl file")
+        raise DataError(
+            f"{len(draws)} different documents: the validation split is made of whole documents, so at least 2 are needed; "
+            "cut the text into several files, or into the lines of a .jsonl file"
+        )
     ranked = sorted(draws, key=lambda digest: (draws[digest][0], digest))
     num_validation = sum(draws[digest][0] < validation_fraction * 2**64 for digest in ranked)
-    held_out = set(ranked[:min(max(num_validation, 1), len(ranked) - 1)])
+    held_out = set(ranked[: min(max(num_validation, 1), len(ranked) - 1)])
     shuffled = sorted(documents, key=lambda d: (draws[d.digest][1], d.digest, d.name))
-    return {"train": [d for d in shuffled if d.digest not in held_out], "validation": [d for d in shuffled if d.digest in held_out]}
+    return {
+        "train": [d for d in shuffled if d.digest not in held_out],
+        "validation": [d for d in shuffled if d.digest in held_out],
+    }
 
 
 def digest_of(documents: Sequence[Document]) -> str:
@@ -100,12 +124,18 @@ def _files(inputs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
         if source.is_dir():
             for path in sorted(source.rglob("*")):
                 relative = path.relative_to(source)
-                if path.suffix.lower() in SUFFIXES and path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                if (
+                    path.suffix.lower() in SUFFIXES
+                    and path.is_file()
+                    and not any(part.startswith(".") for part in relative.parts)
+                ):
                     yield relative.as_posix(), path
         elif source.is_file():
             yield source.name, source
         else:
-            raise DataError(f"{source}: no such file or folder; give files or folders with text ({', '.join('*' + s for s in SUFFIXES)})")
+            raise DataError(
+                f"{source}: no such file or folder; give files or folders with text ({', '.join('*' + s for s in SUFFIXES)})"
+            )
 
 
 def _documents_of_file(name: str, path: Path, report: Report) -> Iterator[Document]:

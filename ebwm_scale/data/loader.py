@@ -8,6 +8,7 @@ The main process asks the split's order which samples these are; workers are sta
 the same global batch for every world size, accumulation, number of workers and resume. A run's position in the data is
 its step; DataState, and the list of quarantined samples (quarantine.py), is all there is to save.
 """
+
 from __future__ import annotations
 
 import multiprocessing
@@ -37,14 +38,16 @@ _JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 class Batch:
     """b samples of S + 1 states as stored: token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
     (b, S + 1, height, width, 3) uint8."""
+
     sequences: torch.Tensor
-    sample_ids: torch.Tensor    # (b,) int64, index in the split
-    positions: torch.Tensor     # (b,) int64, global stream positions (in validation: the sample ids)
+    sample_ids: torch.Tensor  # (b,) int64, index in the split
+    positions: torch.Tensor  # (b,) int64, global stream positions (in validation: the sample ids)
 
 
 @dataclass(frozen=True)
 class DataState:
     """Where a run is in its data; `step` is the next optimizer step."""
+
     fingerprint: str
     seed: int
     step: int
@@ -57,20 +60,32 @@ class DataState:
     def load_state_dict(cls, values: dict[str, Any], *, fingerprint: str, seed: int) -> DataState:
         """The saved state, if it belongs to this data and seed; CheckpointError that names both otherwise."""
         try:
-            state = cls(fingerprint=str(values["fingerprint"]), seed=int(values["seed"]), step=int(values["step"]),
-                        version=values["version"])
+            state = cls(
+                fingerprint=str(values["fingerprint"]),
+                seed=int(values["seed"]),
+                step=int(values["step"]),
+                version=values["version"],
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume from an earlier "
-                                  "checkpoint") from None
+            raise CheckpointError(
+                f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume from an earlier "
+                "checkpoint"
+            ) from None
         if state.version != STATE_VERSION:
-            raise CheckpointError(f"the checkpoint's data state has version {state.version!r}, this release reads {STATE_VERSION}; "
-                                  "resume with the release that wrote it")
+            raise CheckpointError(
+                f"the checkpoint's data state has version {state.version!r}, this release reads {STATE_VERSION}; "
+                "resume with the release that wrote it"
+            )
         if state.fingerprint != fingerprint:
-            raise CheckpointError(f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, data.manifest has "
-                                  f"{fingerprint}; resume with the same dataset, or start a new run")
+            raise CheckpointError(
+                f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, data.manifest has "
+                f"{fingerprint}; resume with the same dataset, or start a new run"
+            )
         if state.seed != seed:
-            raise CheckpointError(f"the checkpoint was trained with train.seed {state.seed}, the configuration says {seed}; resume with "
-                                  f"train.seed={state.seed}, or start a new run")
+            raise CheckpointError(
+                f"the checkpoint was trained with train.seed {state.seed}, the configuration says {seed}; resume with "
+                f"train.seed={state.seed}, or start a new run"
+            )
         return state
 
 
@@ -84,28 +99,65 @@ class BatchLoader:
     sample; ValueError if global_batch_size does not divide over the ranks and micro batches.
     """
 
-    def __init__(self, split: ShardedSplit | MixedSplit, *, context_length: int, global_batch_size: int, micro_batch_size: int, rank: int,
-                 world_size: int, seed: int, window_shards: int, num_workers: int, first_step: int = 0,
-                 known_bad: dict[int, BadSample] | None = None):
+    def __init__(
+        self,
+        split: ShardedSplit | MixedSplit,
+        *,
+        context_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        window_shards: int,
+        num_workers: int,
+        first_step: int = 0,
+        known_bad: dict[int, BadSample] | None = None,
+    ):
         check_context(split.manifest, context_length)
         if not 0 <= rank < world_size or first_step < 0 or num_workers < 0:
-            raise ValueError(f"rank {rank} of {world_size}, first_step {first_step}, num_workers {num_workers}: out of range")
-        if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % (world_size * micro_batch_size):
-            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size "
-                             f"{micro_batch_size}")
+            raise ValueError(
+                f"rank {rank} of {world_size}, first_step {first_step}, num_workers {num_workers}: out of range"
+            )
+        if (
+            global_batch_size < 1
+            or micro_batch_size < 1
+            or global_batch_size % (world_size * micro_batch_size)
+        ):
+            raise ValueError(
+                f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size "
+                f"{micro_batch_size}"
+            )
         self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
         order = split.order(seed=seed, window_shards=window_shards)
         self.found: list[BadSample] = []
-        requests = _Requests(order, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, rank=rank,
-                             world_size=world_size, first_step=first_step)
+        requests = _Requests(
+            order,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            first_step=first_step,
+        )
         options: dict[str, Any] = {}
         if num_workers:
             # fork: no second import of torch per worker, and workers touch neither CUDA nor any thread of the parent
-            options = {"multiprocessing_context": multiprocessing.get_context("fork"), "persistent_workers": True, "prefetch_factor": 4,
-                       "worker_init_fn": _stay_until_the_parent_ends_it}
+            options = {
+                "multiprocessing_context": multiprocessing.get_context("fork"),
+                "persistent_workers": True,
+                "prefetch_factor": 4,
+                "worker_init_fn": _stay_until_the_parent_ends_it,
+            }
         # The loader draws a base seed; without a generator of its own it would take it from the global one.
-        self._loader = DataLoader(_Reader(split, context_length, known_bad or {}), batch_size=None, sampler=requests, num_workers=num_workers,
-                                  collate_fn=_same, generator=torch.Generator().manual_seed(0), **options)
+        self._loader = DataLoader(
+            _Reader(split, context_length, known_bad or {}),
+            batch_size=None,
+            sampler=requests,
+            num_workers=num_workers,
+            collate_fn=_same,
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
         self._iterator: Iterator | None = None
 
     def __iter__(self) -> BatchLoader:
@@ -113,7 +165,9 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)   # workers inherit it: see _stay_until_the_parent_ends_it
+            mask = signal.pthread_sigmask(
+                signal.SIG_BLOCK, _JOB_SIGNALS
+            )  # workers inherit it: see _stay_until_the_parent_ends_it
             try:
                 self._iterator = iter(self._loader)
             finally:
@@ -128,8 +182,16 @@ class BatchLoader:
         self._loader = None
 
 
-def validation_batches(split: ShardedSplit | MixedSplit, *, context_length: int, batch_size: int, max_samples: int, rank: int,
-                       world_size: int, found: list[BadSample] | None = None) -> Iterator[Batch]:
+def validation_batches(
+    split: ShardedSplit | MixedSplit,
+    *,
+    context_length: int,
+    batch_size: int,
+    max_samples: int,
+    rank: int,
+    world_size: int,
+    found: list[BadSample] | None = None,
+) -> Iterator[Batch]:
     """This rank's part of the samples that evaluation takes, in their order: ranks take contiguous slices of equal size (+-1).
 
     The last batch can be smaller, and a rank can have none when there are fewer samples than ranks. Damaged samples are replaced and
@@ -137,11 +199,13 @@ def validation_batches(split: ShardedSplit | MixedSplit, *, context_length: int,
     """
     check_context(split.manifest, context_length)
     if not 0 <= rank < world_size or batch_size < 1 or max_samples < 1:
-        raise ValueError(f"rank {rank} of {world_size}, batch_size {batch_size}, max_samples {max_samples}: out of range")
+        raise ValueError(
+            f"rank {rank} of {world_size}, batch_size {batch_size}, max_samples {max_samples}: out of range"
+        )
     reader, ids = _Reader(split, context_length, {}), split.evaluated(max_samples)
     first, end = len(ids) * rank // world_size, len(ids) * (rank + 1) // world_size
     for start in range(first, end, batch_size):
-        part = ids[start:min(start + batch_size, end)]
+        part = ids[start : min(start + batch_size, end)]
         batch, bad = _batch(*reader[(part, part)])
         if found is not None:
             found += bad
@@ -151,8 +215,21 @@ def validation_batches(split: ShardedSplit | MixedSplit, *, context_length: int,
 class _Requests:
     """(sample ids, positions) of each micro batch of a rank, without end: what the sampler is to a DataLoader."""
 
-    def __init__(self, order: SampleOrder | MixedOrder, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, first_step: int):
-        self.order, self.global_batch_size, self.micro_batch_size = order, global_batch_size, micro_batch_size
+    def __init__(
+        self,
+        order: SampleOrder | MixedOrder,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        first_step: int,
+    ):
+        self.order, self.global_batch_size, self.micro_batch_size = (
+            order,
+            global_batch_size,
+            micro_batch_size,
+        )
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -160,34 +237,59 @@ class _Requests:
         while True:
             start = step * self.global_batch_size + self.rank * per_rank
             for first in range(start, start + per_rank, self.micro_batch_size):
-                yield self.order.samples(first, self.micro_batch_size), np.arange(first, first + self.micro_batch_size, dtype=np.int64)
+                yield (
+                    self.order.samples(first, self.micro_batch_size),
+                    np.arange(first, first + self.micro_batch_size, dtype=np.int64),
+                )
             step += 1
 
 
 class _Reader(Dataset):
     """Reads requests. Errors come back as values: a raised one would reach the user as a worker's traceback."""
 
-    def __init__(self, split: ShardedSplit | MixedSplit, context_length: int, known_bad: dict[int, BadSample]):
+    def __init__(
+        self, split: ShardedSplit | MixedSplit, context_length: int, known_bad: dict[int, BadSample]
+    ):
         self.split, self.context_length, self.known_bad = split, context_length, dict(known_bad)
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]):
         sample_ids, positions = request
         before = dict(self.known_bad)
         try:
-            sequences = np.stack([read_or_replace(self.split, int(i), self.known_bad)[:self.context_length + 1] for i in sample_ids])
+            sequences = np.stack(
+                [
+                    read_or_replace(self.split, int(i), self.known_bad)[: self.context_length + 1]
+                    for i in sample_ids
+                ]
+            )
             problem = self.split.manifest.content.problem(sequences)
-            if problem is not None:         # checksums are right, so the dataset was made wrong
-                raise DataError(f"{self.split.manifest.path}: one of the samples {sample_ids.tolist()} {problem}; find it with tools/verify_shards.py")
+            if problem is not None:  # checksums are right, so the dataset was made wrong
+                raise DataError(
+                    f"{self.split.manifest.path}: one of the samples {sample_ids.tolist()} {problem}; find it with tools/verify_shards.py"
+                )
         except UserError as error:
             sequences = error
-        return sequences, sample_ids, positions, [bad for i, bad in self.known_bad.items() if before.get(i) != bad]
+        return (
+            sequences,
+            sample_ids,
+            positions,
+            [bad for i, bad in self.known_bad.items() if before.get(i) != bad],
+        )
 
 
-def _batch(sequences: np.ndarray | UserError, sample_ids: np.ndarray, positions: np.ndarray, found: list[BadSample]) -> tuple[Batch, list[BadSample]]:
+def _batch(
+    sequences: np.ndarray | UserError,
+    sample_ids: np.ndarray,
+    positions: np.ndarray,
+    found: list[BadSample],
+) -> tuple[Batch, list[BadSample]]:
     if isinstance(sequences, UserError):
         raise sequences
-    return Batch(sequences=to_tensor(sequences), sample_ids=torch.from_numpy(sample_ids),
-                 positions=torch.from_numpy(positions)), found
+    return Batch(
+        sequences=to_tensor(sequences),
+        sample_ids=torch.from_numpy(sample_ids),
+        positions=torch.from_numpy(positions),
+    ), found
 
 
 def to_tensor(sequences: np.ndarray) -> torch.Tensor:
@@ -207,8 +309,10 @@ def check_context(manifest: Manifest, context_length: int) -> None:
     packed = manifest.block_length - 1
     if not 1 <= context_length <= packed:
         tool = f"tools/make_{manifest.modality}_shards.py"
-        raise DataError(f"data.context_length is {context_length}: the shards of {manifest.path} were packed for {packed}; use 1 to "
-                        f"{packed}, or pack again with {tool} --context-length {context_length}")
+        raise DataError(
+            f"data.context_length is {context_length}: the shards of {manifest.path} were packed for {packed}; use 1 to "
+            f"{packed}, or pack again with {tool} --context-length {context_length}"
+        )
 
 
 def _stay_until_the_parent_ends_it(worker: int) -> None:

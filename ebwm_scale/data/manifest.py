@@ -1,12 +1,13 @@
 """manifest.json, the root of a dataset folder: what it holds, for whom it was made, and the hashes of every file in it.
 
-    dataset/
-      manifest.json                this file; the hash of its canonical JSON is the dataset's fingerprint
-      tokenizer.model              text: a copy of the tokenizer.  video: encoder.safetensors, where the encoder was fitted
-      train-000000.tar             plain WebDataset shard
-      train-000000.index.json      where each sample of the shard lies, and its checksum
-      validation-000000.tar  ...
+dataset/
+  manifest.json                this file; the hash of its canonical JSON is the dataset's fingerprint
+  tokenizer.model              text: a copy of the tokenizer.  video: encoder.safetensors, where the encoder was fitted
+  train-000000.tar             plain WebDataset shard
+  train-000000.index.json      where each sample of the shard lies, and its checksum
+  validation-000000.tar  ...
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -26,15 +27,24 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 _REMAKE = "make the dataset again with tools/make_text_shards.py or tools/make_video_shards.py"
 
-_FACTS = {"text": {"num_documents": int, "num_dropped_tokens": int, "num_text_bytes": int, "unigram_entropy": float}, "video": {"num_videos": int}}
+_FACTS = {
+    "text": {
+        "num_documents": int,
+        "num_dropped_tokens": int,
+        "num_text_bytes": int,
+        "unigram_entropy": float,
+    },
+    "video": {"num_videos": int},
+}
 
 
 @dataclass(frozen=True)
 class ShardInfo:
     """One shard file and its index; paths are relative to the dataset folder, size in bytes, hashes sha256 in hex."""
+
     path: str
     num_samples: int
-    num_targets: int            # tokens or frames to be predicted: block_length - 1 per sample
+    num_targets: int  # tokens or frames to be predicted: block_length - 1 per sample
     size: int
     sha256: str
     index_path: str
@@ -45,6 +55,7 @@ class ShardInfo:
 class SplitInfo:
     """One split. facts: numbers that only its modality has, for text unigram_entropy (nats per token: entropy of the targets under their own
     frequencies), num_documents, num_text_bytes and num_dropped_tokens (after the last full block), for video num_videos."""
+
     shards: tuple[ShardInfo, ...]
     num_samples: int
     num_targets: int
@@ -54,8 +65,9 @@ class SplitInfo:
 @dataclass(frozen=True)
 class Manifest:
     """The checked content of a manifest; `values` is the plain JSON, `fingerprint` its canonical sha256."""
+
     path: Path
-    block_length: int           # states (tokens, frames) per sample = context_length + 1
+    block_length: int  # states (tokens, frames) per sample = context_length + 1
     content: TextContent | VideoContent
     source: dict[str, Any]
     splits: dict[str, SplitInfo]
@@ -79,40 +91,61 @@ def load_manifest(path: str | Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names the manifest.json "
-                        "that tools/make_text_shards.py writes") from None
+        raise DataError(
+            f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names the manifest.json "
+            "that tools/make_text_shards.py writes"
+        ) from None
     except ValueError as error:
-        raise DataError(f"{path}: not a manifest: not JSON ({' '.join(str(error).split())}); {_REMAKE}") from None
+        raise DataError(
+            f"{path}: not a manifest: not JSON ({' '.join(str(error).split())}); {_REMAKE}"
+        ) from None
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION or isinstance(version, bool):
-        raise DataError(f"{path}: format_version is {version!r}: this release reads {FORMAT_VERSION}; {_REMAKE}")
+        raise DataError(
+            f"{path}: format_version is {version!r}: this release reads {FORMAT_VERSION}; {_REMAKE}"
+        )
     take = _Taker(path)
     modality = take(values, "modality", str)
     if modality not in _FACTS:
-        raise DataError(f"{path}: modality is {modality!r}: this release reads {' and '.join(_FACTS)}")
+        raise DataError(
+            f"{path}: modality is {modality!r}: this release reads {' and '.join(_FACTS)}"
+        )
     splits = {}
     for name, split in take(values, "splits", dict).items():
         if not isinstance(split, dict):
             raise take.wrong(f"splits.{name}", split, "an object")
         splits[name] = _split_info(take, split, name, _FACTS[modality])
-    manifest = Manifest(path=path, block_length=take(values, "block_length", int),
-                        content=(_text_content if modality == "text" else _video_content)(take, values), source=take(values, "source", dict),
-                        splits=splits, values=values, fingerprint=hashlib.sha256(canonical_json(values)).hexdigest())
+    manifest = Manifest(
+        path=path,
+        block_length=take(values, "block_length", int),
+        content=(_text_content if modality == "text" else _video_content)(take, values),
+        source=take(values, "source", dict),
+        splits=splits,
+        values=values,
+        fingerprint=hashlib.sha256(canonical_json(values)).hexdigest(),
+    )
     if manifest.block_length < 2 or manifest.content.size < 1:
-        raise DataError(f"{path}: block_length is {manifest.block_length} and {manifest.content.size_name} {manifest.content.size}: "
-                        f"must be at least 2 and 1; {_REMAKE}")
+        raise DataError(
+            f"{path}: block_length is {manifest.block_length} and {manifest.content.size_name} {manifest.content.size}: "
+            f"must be at least 2 and 1; {_REMAKE}"
+        )
     return manifest
 
 
 def _text_content(take: _Taker, values: dict) -> TextContent:
     tokenizer = take(values, "tokenizer", dict)
-    return TextContent(vocabulary_size=take(values, "vocabulary_size", int), eos_id=take(values, "eos_id", int),
-                       tokenizer_path=take.path.parent / take.relative(tokenizer, "path", "tokenizer."),
-                       tokenizer_sha256=take(tokenizer, "sha256", str, "tokenizer."))
+    return TextContent(
+        vocabulary_size=take(values, "vocabulary_size", int),
+        eos_id=take(values, "eos_id", int),
+        tokenizer_path=take.path.parent / take.relative(tokenizer, "path", "tokenizer."),
+        tokenizer_sha256=take(tokenizer, "sha256", str, "tokenizer."),
+    )
 
 
 def _video_content(take: _Taker, values: dict) -> VideoContent:
-    frames, statistics, encoder = (take(values, key, dict) for key in ("frames", "statistics", "encoder"))
+    frames, statistics, encoder = (
+        take(values, key, dict) for key in ("frames", "statistics", "encoder")
+    )
     stored = take(frames, "stored", str, "frames.")
     if stored not in STORED:
         raise take.wrong("frames.stored", stored, f"one of {', '.join(STORED)}")
@@ -120,19 +153,37 @@ def _video_content(take: _Taker, values: dict) -> VideoContent:
     dimension = take(values, "dimension", int)
     numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in mean + std)
     if not numbers or len(mean) != dimension or len(std) != dimension or any(v <= 0 for v in std):
-        raise take.wrong("statistics", f"{len(mean)} and {len(std)} values", f"{dimension} numbers for mean and std each, std above 0")
+        raise take.wrong(
+            "statistics",
+            f"{len(mean)} and {len(std)} values",
+            f"{dimension} numbers for mean and std each, std above 0",
+        )
     file, sha256 = None, None
     if "file" in encoder:
-        file, sha256 = take.path.parent / take.relative(encoder, "file", "encoder."), take(encoder, "sha256", str, "encoder.")
-    return VideoContent(stored=stored, height=take(frames, "height", int, "frames."), width=take(frames, "width", int, "frames."),
-                        interval_s=float(take(frames, "interval_s", float, "frames.")), dimension=dimension,
-                        encoder_name=take(encoder, "name", str, "encoder."), encoder_settings=take(encoder, "settings", dict, "encoder."),
-                        encoder_path=file, encoder_sha256=sha256, mean=np.array(mean, np.float32), std=np.array(std, np.float32))
+        file, sha256 = (
+            take.path.parent / take.relative(encoder, "file", "encoder."),
+            take(encoder, "sha256", str, "encoder."),
+        )
+    return VideoContent(
+        stored=stored,
+        height=take(frames, "height", int, "frames."),
+        width=take(frames, "width", int, "frames."),
+        interval_s=float(take(frames, "interval_s", float, "frames.")),
+        dimension=dimension,
+        encoder_name=take(encoder, "name", str, "encoder."),
+        encoder_settings=take(encoder, "settings", dict, "encoder."),
+        encoder_path=file,
+        encoder_sha256=sha256,
+        mean=np.array(mean, np.float32),
+        std=np.array(std, np.float32),
+    )
 
 
 def canonical_json(values: Any) -> bytes:
     """One spelling of a JSON value: sorted keys, no spaces, ASCII."""
-    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+    return json.dumps(
+        values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode("ascii")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -163,17 +214,24 @@ def already_there(output: Path, values: dict[str, Any], *, digest: str) -> bool:
         return False
     files: dict[str, int | None] = {path.name: None for path in manifest.content.files()}
     for split in manifest.splits.values():
-        files.update({shard.path: shard.size for shard in split.shards} | {shard.index_path: None for shard in split.shards})
+        files.update(
+            {shard.path: shard.size for shard in split.shards}
+            | {shard.index_path: None for shard in split.shards}
+        )
     for name, size in files.items():
         path = output / name
         if not path.is_file() or (size is not None and path.stat().st_size != size):
             return False
-    different = [key for key in values if key != "source" and manifest.values.get(key) != values[key]]
+    different = [
+        key for key in values if key != "source" and manifest.values.get(key) != values[key]
+    ]
     if manifest.source.get(digest) != values["source"][digest]:
         different.append(digest.removesuffix("_sha256"))
     if different:
-        raise DataError(f"{output}: already holds a dataset that differs in {', '.join(different)}; name another folder, or delete this "
-                        "one first")
+        raise DataError(
+            f"{output}: already holds a dataset that differs in {', '.join(different)}; name another folder, or delete this "
+            "one first"
+        )
     return True
 
 
@@ -187,8 +245,17 @@ class _Taker:
         value = values.get(key)
         number = kind is float and isinstance(value, int)
         if not (isinstance(value, kind) or number) or isinstance(value, bool):
-            raise self.wrong(prefix + key, value, {int: "a whole number", float: "a number", str: "text", dict: "an object",
-                                                   list: "a list"}[kind])
+            raise self.wrong(
+                prefix + key,
+                value,
+                {
+                    int: "a whole number",
+                    float: "a number",
+                    str: "text",
+                    dict: "an object",
+                    list: "a list",
+                }[kind],
+            )
         if kind in (int, float) and value < 0:
             raise self.wrong(prefix + key, value, "0 or more")
         return value
@@ -197,9 +264,17 @@ class _Taker:
         """A path that stays inside the dataset folder."""
         text = self(values, key, str, prefix)
         path = PurePosixPath(text)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in text or "\0" in text:
-            raise DataError(f"{self.path}: {prefix}{key} is {text!r}: refused, a path must be relative and stay inside the dataset "
-                            f"folder; {_REMAKE}")
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or not path.parts
+            or "\\" in text
+            or "\0" in text
+        ):
+            raise DataError(
+                f"{self.path}: {prefix}{key} is {text!r}: refused, a path must be relative and stay inside the dataset "
+                f"folder; {_REMAKE}"
+            )
         return text
 
     def wrong(self, field: str, value: Any, expected: str) -> DataError:
@@ -214,14 +289,26 @@ def _split_info(take: _Taker, split: dict, name: str, facts: dict[str, type]) ->
         here = f"{prefix}shards[{number}]."
         if not isinstance(shard, dict):
             raise take.wrong(here.rstrip("."), shard, "an object")
-        shards.append(ShardInfo(
-            path=take.relative(shard, "path", here), num_samples=take(shard, "num_samples", int, here),
-            num_targets=take(shard, "num_targets", int, here), size=take(shard, "size", int, here),
-            sha256=take(shard, "sha256", str, here), index_path=take.relative(shard, "index_path", here),
-            index_sha256=take(shard, "index_sha256", str, here)))
+        shards.append(
+            ShardInfo(
+                path=take.relative(shard, "path", here),
+                num_samples=take(shard, "num_samples", int, here),
+                num_targets=take(shard, "num_targets", int, here),
+                size=take(shard, "size", int, here),
+                sha256=take(shard, "sha256", str, here),
+                index_path=take.relative(shard, "index_path", here),
+                index_sha256=take(shard, "index_sha256", str, here),
+            )
+        )
     num_samples = take(split, "num_samples", int, prefix)
     if num_samples != sum(s.num_samples for s in shards) or num_samples == 0:
-        raise DataError(f"{take.path}: split {name} has {num_samples} samples and its {len(shards)} shards "
-                        f"{sum(s.num_samples for s in shards)}: must be equal and above 0 (empty split?); {_REMAKE}")
-    return SplitInfo(shards=tuple(shards), num_samples=num_samples, num_targets=take(split, "num_targets", int, prefix),
-                     facts={key: take(split, key, kind, prefix) for key, kind in facts.items()})
+        raise DataError(
+            f"{take.path}: split {name} has {num_samples} samples and its {len(shards)} shards "
+            f"{sum(s.num_samples for s in shards)}: must be equal and above 0 (empty split?); {_REMAKE}"
+        )
+    return SplitInfo(
+        shards=tuple(shards),
+        num_samples=num_samples,
+        num_targets=take(split, "num_targets", int, prefix),
+        facts={key: take(split, key, kind, prefix) for key, kind in facts.items()},
+    )

@@ -7,6 +7,7 @@
 So every source has its exact share of each block, walks through its own epochs (every sample once in each), and nothing has to be
 remembered. Sample ids count through the sources.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -27,8 +28,20 @@ _KEY = 0x6562776D5F6D6978
 class MixedOrder:
     """orders: one per source, in their sample ids; first_ids: of each source; counts: positions of each source in a block."""
 
-    def __init__(self, orders: Sequence[SampleOrder], first_ids: Sequence[int], counts: Sequence[int], *, seed: int):
-        self.orders, self.first_ids, self.counts, self.seed = list(orders), list(first_ids), list(counts), seed
+    def __init__(
+        self,
+        orders: Sequence[SampleOrder],
+        first_ids: Sequence[int],
+        counts: Sequence[int],
+        *,
+        seed: int,
+    ):
+        self.orders, self.first_ids, self.counts, self.seed = (
+            list(orders),
+            list(first_ids),
+            list(counts),
+            seed,
+        )
         self._block: tuple[int, np.ndarray] | None = None
 
     def sample(self, position: int) -> int:
@@ -43,9 +56,11 @@ class MixedOrder:
             block, inside = divmod(position, MIX_LENGTH)
             sources = self.sources(block)
             taken = min(MIX_LENGTH - inside, start + count - position)
-            part = result[position - start:position - start + taken]
-            for source, (order, first_id, share) in enumerate(zip(self.orders, self.first_ids, self.counts)):
-                here = sources[inside:inside + taken] == source
+            part = result[position - start : position - start + taken]
+            for source, (order, first_id, share) in enumerate(
+                zip(self.orders, self.first_ids, self.counts)
+            ):
+                here = sources[inside : inside + taken] == source
                 before = int((sources[:inside] == source).sum())
                 part[here] = first_id + order.samples(block * share + before, int(here.sum()))
             position += taken
@@ -55,7 +70,10 @@ class MixedOrder:
         """Which source each position of a block takes, (MIX_LENGTH,)."""
         if self._block is None or self._block[0] != block:
             labels = np.repeat(np.arange(len(self.counts)), self.counts)
-            self._block = block, labels[permutation(MIX_LENGTH, self.seed, (0, block, 0, 0), key=_KEY)]
+            self._block = (
+                block,
+                labels[permutation(MIX_LENGTH, self.seed, (0, block, 0, 0), key=_KEY)],
+            )
         return self._block[1]
 
 
@@ -67,12 +85,18 @@ class MixedSplit:
         first = parts[0].manifest
         for part in parts[1:]:
             other = part.manifest
-            different = [key for key, value in first.content.identity.items() if other.content.identity.get(key) != value]
+            different = [
+                key
+                for key, value in first.content.identity.items()
+                if other.content.identity.get(key) != value
+            ]
             if other.block_length != first.block_length:
                 different.append("block_length")
             if different:
-                raise ConfigError(f"data.sources: {other.path} and {first.path} differ in {', '.join(different)}: sources of a mixture need the "
-                                  "same tokenizer or encoder and the same block length; make them with the same settings")
+                raise ConfigError(
+                    f"data.sources: {other.path} and {first.path} differ in {', '.join(different)}: sources of a mixture need the "
+                    "same tokenizer or encoder and the same block length; make them with the same settings"
+                )
         self.counts = shares(weights)
         self.manifest, self.split = first, parts[0].split
         self._ends = np.cumsum([len(part) for part in parts])
@@ -82,7 +106,11 @@ class MixedSplit:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(canonical_json([[part.fingerprint, count] for part, count in zip(self.parts, self.counts)])).hexdigest()
+        return hashlib.sha256(
+            canonical_json(
+                [[part.fingerprint, count] for part, count in zip(self.parts, self.counts)]
+            )
+        ).hexdigest()
 
     @property
     def num_targets(self) -> int:
@@ -97,7 +125,10 @@ class MixedSplit:
             raise
 
     def order(self, *, seed: int, window_shards: int) -> MixedOrder:
-        orders = [SampleOrder(part.samples_per_shard, seed=seed, window_shards=window_shards, source=i) for i, part in enumerate(self.parts)]
+        orders = [
+            SampleOrder(part.samples_per_shard, seed=seed, window_shards=window_shards, source=i)
+            for i, part in enumerate(self.parts)
+        ]
         return MixedOrder(orders, [0, *self._ends[:-1].tolist()], self.counts, seed=seed)
 
     def after(self, sample_id: int) -> int:
@@ -111,8 +142,16 @@ class MixedSplit:
 
     def evaluated(self, max_samples: int) -> np.ndarray:
         """The sample ids that evaluation takes: of each source its share of max_samples."""
-        numbers = [min(len(part), max(1, round(max_samples * count / MIX_LENGTH))) for part, count in zip(self.parts, self.counts)]
-        return np.concatenate([self._first(i) + part.evaluated(number) for i, (part, number) in enumerate(zip(self.parts, numbers))])
+        numbers = [
+            min(len(part), max(1, round(max_samples * count / MIX_LENGTH)))
+            for part, count in zip(self.parts, self.counts)
+        ]
+        return np.concatenate(
+            [
+                self._first(i) + part.evaluated(number)
+                for i, (part, number) in enumerate(zip(self.parts, numbers))
+            ]
+        )
 
     def close(self) -> None:
         for part in self.parts:
@@ -136,13 +175,20 @@ def shares(weights: Sequence[float]) -> list[int]:
     counts = np.maximum(1, np.floor(exact)).astype(int)
     while counts.sum() < MIX_LENGTH:
         counts[np.argmax(exact - counts)] += 1
-    while counts.sum() > MIX_LENGTH:            # many tiny sources were raised to one
+    while counts.sum() > MIX_LENGTH:  # many tiny sources were raised to one
         counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     return counts.tolist()
 
 
-def open_sources(sources: Sequence[tuple[str | Path, float]], split: str, *, verify: str, report: Callable[[str], None] = print) -> ShardedSplit | MixedSplit:
+def open_sources(
+    sources: Sequence[tuple[str | Path, float]],
+    split: str,
+    *,
+    verify: str,
+    report: Callable[[str], None] = print,
+) -> ShardedSplit | MixedSplit:
     """One split of one dataset, or of a mixture of (manifest, weight)."""
     from .shards import open_split
+
     parts = [open_split(manifest, split, verify=verify, report=report) for manifest, _ in sources]
     return parts[0] if len(parts) == 1 else MixedSplit(parts, [weight for _, weight in sources])

@@ -10,14 +10,18 @@ are made of (seed, epoch, window). So position 10^9 costs as much as position 0,
 worker count can only cut the order, never change it. The permutation sorts raw 64-bit Philox output, which is fixed by
 the algorithm; numpy may change what Generator.permutation returns between releases.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
 
-_KEY = 0x6562776D5F6F7264       # sets this use of Philox apart from any other with the same seed
-_SHARDS, _SAMPLES = 0, 1        # what a stream permutes: last word of the counter, plus _KINDS for each source before this one
+_KEY = 0x6562776D5F6F7264  # sets this use of Philox apart from any other with the same seed
+_SHARDS, _SAMPLES = (
+    0,
+    1,
+)  # what a stream permutes: last word of the counter, plus _KINDS for each source before this one
 _KINDS = 2
 
 
@@ -30,10 +34,14 @@ class SampleOrder:
     Raises ValueError for arguments outside these bounds or without any sample.
     """
 
-    def __init__(self, samples_per_shard: Sequence[int], *, seed: int, window_shards: int, source: int = 0):
+    def __init__(
+        self, samples_per_shard: Sequence[int], *, seed: int, window_shards: int, source: int = 0
+    ):
         sizes = np.asarray(samples_per_shard, dtype=np.int64)
         if sizes.ndim != 1 or sizes.sum() <= 0 or (sizes < 0).any():
-            raise ValueError(f"samples_per_shard is {samples_per_shard!r}: at least one shard must have samples, and none fewer than 0")
+            raise ValueError(
+                f"samples_per_shard is {samples_per_shard!r}: at least one shard must have samples, and none fewer than 0"
+            )
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: must be in [0, 2^64)")
         if window_shards < 1:
@@ -43,7 +51,7 @@ class SampleOrder:
         self._sizes = sizes
         self._first_ids = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         self._epoch: int | None = None
-        self._window: tuple[int, int] | None = None     # (epoch, window) of the cached permutation
+        self._window: tuple[int, int] | None = None  # (epoch, window) of the cached permutation
 
     def sample(self, position: int) -> int:
         """The sample id at a global stream position (0 or more; epoch = position // num_samples)."""
@@ -60,7 +68,7 @@ class SampleOrder:
             window = int(np.searchsorted(self._window_starts, inside, side="right")) - 1
             ids = self._window_ids(epoch, window)
             first = inside - int(self._window_starts[window])
-            piece = ids[first:first + end - position]
+            piece = ids[first : first + end - position]
             pieces.append(piece)
             position += len(piece)
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
@@ -70,14 +78,27 @@ class SampleOrder:
             return
         self._shards = self._permutation(len(self._sizes), (0, 0, epoch, _SHARDS))
         ends = np.cumsum(self._sizes[self._shards])
-        last_of_window = np.minimum(np.arange(self.window_shards, len(ends) + self.window_shards, self.window_shards), len(ends)) - 1
+        last_of_window = (
+            np.minimum(
+                np.arange(self.window_shards, len(ends) + self.window_shards, self.window_shards),
+                len(ends),
+            )
+            - 1
+        )
         self._window_starts = np.concatenate([[0], ends[last_of_window][:-1]])
         self._epoch = epoch
 
     def _window_ids(self, epoch: int, window: int) -> np.ndarray:
         if self._window != (epoch, window):
-            shards = self._shards[window * self.window_shards:(window + 1) * self.window_shards]
-            ids = np.concatenate([np.arange(self._first_ids[s], self._first_ids[s] + self._sizes[s], dtype=np.int64) for s in shards])
+            shards = self._shards[window * self.window_shards : (window + 1) * self.window_shards]
+            ids = np.concatenate(
+                [
+                    np.arange(
+                        self._first_ids[s], self._first_ids[s] + self._sizes[s], dtype=np.int64
+                    )
+                    for s in shards
+                ]
+            )
             self._ids = ids[self._permutation(len(ids), (0, window, epoch, _SAMPLES))]
             self._window = (epoch, window)
         return self._ids
@@ -87,7 +108,11 @@ class SampleOrder:
         return permutation(count, self.seed, (*words, kind + _KINDS * self.source), key=_KEY)
 
 
-def permutation(count: int, seed: int, counter: tuple[int, int, int, int], *, key: int) -> np.ndarray:
+def permutation(
+    count: int, seed: int, counter: tuple[int, int, int, int], *, key: int
+) -> np.ndarray:
     """A permutation of range(count). The first word of the counter runs while numbers are drawn, so it starts at 0."""
-    generator = np.random.Philox(key=np.array([seed, key], dtype=np.uint64), counter=np.array(counter, dtype=np.uint64))
+    generator = np.random.Philox(
+        key=np.array([seed, key], dtype=np.uint64), counter=np.array(counter, dtype=np.uint64)
+    )
     return np.argsort(generator.random_raw(count), kind="stable")

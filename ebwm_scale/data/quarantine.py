@@ -4,6 +4,7 @@ A sample that cannot be read is replaced by the next one of its shard that can (
 rank keeps equal counts, and what replaces a sample does not depend on which process found it, nor on the number of processes. The list of
 known bad samples is part of a checkpoint: a resumed run replaces the same ones, even if the disk has recovered.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,16 +18,17 @@ from ..errors import DataError
 from .shards import SampleError, ShardError
 
 QUARANTINE_NAME = "quarantine.jsonl"
-MAX_TRIES = 1000        # replacements looked at before giving up
+MAX_TRIES = 1000  # replacements looked at before giving up
 
 
 @dataclass(frozen=True)
 class BadSample:
     """One line of quarantine.jsonl: where the damage is and which sample stands in."""
+
     split: str
     sample_id: int
     shard: str
-    key: str | None         # None and no offset: the whole shard
+    key: str | None  # None and no offset: the whole shard
     offset: int | None
     reason: str
     replaced_by: int
@@ -56,8 +58,15 @@ def read_or_replace(split, sample_id: int, known: dict[int, BadSample]) -> np.nd
 
 
 def _record(split, sample_id: int, error: SampleError | ShardError, replaced_by: int) -> BadSample:
-    return BadSample(split=split.split, sample_id=sample_id, shard=str(error.path), key=getattr(error, "key", None),
-                     offset=getattr(error, "offset", None), reason=error.reason, replaced_by=replaced_by)
+    return BadSample(
+        split=split.split,
+        sample_id=sample_id,
+        shard=str(error.path),
+        key=getattr(error, "key", None),
+        offset=getattr(error, "offset", None),
+        reason=error.reason,
+        replaced_by=replaced_by,
+    )
 
 
 class Quarantine:
@@ -69,7 +78,11 @@ class Quarantine:
 
     def add(self, found: Iterable[BadSample]) -> list[BadSample]:
         """Those that are new, written down. Every rank must be given the same."""
-        new = [bad for bad in sorted(found, key=lambda b: (b.split, b.sample_id)) if (bad.split, bad.sample_id) not in self.bad]
+        new = [
+            bad
+            for bad in sorted(found, key=lambda b: (b.split, b.sample_id))
+            if (bad.split, bad.sample_id) not in self.bad
+        ]
         new = list({(bad.split, bad.sample_id): bad for bad in new}.values())
         self.bad.update({(bad.split, bad.sample_id): bad for bad in new})
         if self.is_main and new:
@@ -103,5 +116,5 @@ class Quarantine:
                 value = json.loads(line)
                 entries.add((value["split"], value["sample_id"]))
             except (ValueError, KeyError, TypeError):
-                continue        # a line that was being written when the process was killed
+                continue  # a line that was being written when the process was killed
         return entries

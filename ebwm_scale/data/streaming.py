@@ -6,6 +6,7 @@ nobody had begun.
 What does not hold: the batches depend on the number of processes; what was left of the shards in progress at a stop is skipped until
 the next pass; a damaged sample has no fixed replacement.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -28,7 +29,7 @@ from .quarantine import BadSample
 _KEY = 0x6562776D5F737472
 _SHUFFLE = 1
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-MAX_EMPTY_SHARDS = 100      # shards in a row without a whole sample before giving up
+MAX_EMPTY_SHARDS = 100  # shards in a row without a whole sample before giving up
 
 
 class StreamLoader:
@@ -39,18 +40,43 @@ class StreamLoader:
     ranks, DataError from next() when shard after shard is unreadable.
     """
 
-    def __init__(self, shards: Sequence[str], manifest: Manifest, *, context_length: int, global_batch_size: int, micro_batch_size: int, rank: int,
-                 world_size: int, seed: int, buffer: int, first_step: int = 0, first_shard: int = 0):
+    def __init__(
+        self,
+        shards: Sequence[str],
+        manifest: Manifest,
+        *,
+        context_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        buffer: int,
+        first_step: int = 0,
+        first_shard: int = 0,
+    ):
         self.shards = [url for pattern in shards for url in expand(pattern)]
         if len(self.shards) < world_size:
-            raise ConfigError(f"data.stream names {len(self.shards)} shards for {world_size} processes: each needs one of its own; make more shards, "
-                              "or use fewer processes")
+            raise ConfigError(
+                f"data.stream names {len(self.shards)} shards for {world_size} processes: each needs one of its own; make more shards, "
+                "or use fewer processes"
+            )
         check_context(manifest, context_length)
-        self.manifest, self.context_length, self.buffer, self.seed = manifest, context_length, buffer, seed
+        self.manifest, self.context_length, self.buffer, self.seed = (
+            manifest,
+            context_length,
+            buffer,
+            seed,
+        )
         self.rank, self.world_size, self.first_shard = rank, world_size, first_shard
-        self.micro_batch_size, self.micro_batches_per_step = micro_batch_size, global_batch_size // world_size // micro_batch_size
+        self.micro_batch_size, self.micro_batches_per_step = (
+            micro_batch_size,
+            global_batch_size // world_size // micro_batch_size,
+        )
         self.global_batch_size, self.step, self.micro = global_batch_size, first_step, 0
-        self.next_shard = first_shard       # no rank has begun this one, nor any after it, as far as this rank knows
+        self.next_shard = (
+            first_shard  # no rank has begun this one, nor any after it, as far as this rank knows
+        )
         self.found: list[BadSample] = []
         self._samples = self._shuffled()
 
@@ -59,13 +85,19 @@ class StreamLoader:
 
     def __next__(self) -> Batch:
         taken = [next(self._samples) for _ in range(self.micro_batch_size)]
-        first = self.step * self.global_batch_size + self.rank * (self.global_batch_size // self.world_size) + self.micro * self.micro_batch_size
+        first = (
+            self.step * self.global_batch_size
+            + self.rank * (self.global_batch_size // self.world_size)
+            + self.micro * self.micro_batch_size
+        )
         self.micro += 1
         if self.micro == self.micro_batches_per_step:
             self.step, self.micro = self.step + 1, 0
-        return Batch(sequences=to_tensor(np.stack([sequence for _, sequence in taken])),
-                     sample_ids=torch.tensor([sample_id for sample_id, _ in taken]),
-                     positions=torch.arange(first, first + self.micro_batch_size))
+        return Batch(
+            sequences=to_tensor(np.stack([sequence for _, sequence in taken])),
+            sample_ids=torch.tensor([sample_id for sample_id, _ in taken]),
+            positions=torch.arange(first, first + self.micro_batch_size),
+        )
 
     def close(self) -> None:
         self._samples.close()
@@ -73,8 +105,12 @@ class StreamLoader:
     def _shuffled(self) -> Iterator[tuple[int, np.ndarray]]:
         """A buffer from which a random sample leaves when one enters; what leaves is decided by a counter, not by a generator's history."""
         buffer: list[tuple[int, np.ndarray]] = []
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, _KEY], dtype=np.uint64),
-                                                         counter=np.array([0, self.first_shard, self.rank, _SHUFFLE], dtype=np.uint64)))
+        generator = np.random.Generator(
+            np.random.Philox(
+                key=np.array([self.seed, _KEY], dtype=np.uint64),
+                counter=np.array([0, self.first_shard, self.rank, _SHUFFLE], dtype=np.uint64),
+            )
+        )
         for item in self._in_order():
             if len(buffer) < self.buffer:
                 buffer.append(item)
@@ -88,20 +124,27 @@ class StreamLoader:
         while True:
             self.next_shard = position - self.rank + self.world_size
             epoch, inside = divmod(position, len(self.shards))
-            number = int(permutation(len(self.shards), self.seed, (0, 0, epoch, 0), key=_KEY)[inside])
+            number = int(
+                permutation(len(self.shards), self.seed, (0, 0, epoch, 0), key=_KEY)[inside]
+            )
             count = 0
             for item in self._of_shard(number):
                 count += 1
                 yield item
             empty = 0 if count else empty + 1
             if empty == MAX_EMPTY_SHARDS:
-                raise DataError(f"{self.shards[number]}: the {empty}th shard in a row without a whole sample ({self.found[-1].reason}); check the network and the shards")
+                raise DataError(
+                    f"{self.shards[number]}: the {empty}th shard in a row without a whole sample ({self.found[-1].reason}); check the network and the shards"
+                )
             position += self.world_size
 
     def _of_shard(self, number: int) -> Iterator[tuple[int, np.ndarray]]:
         """(sample id, sequence) of each whole sample; what is damaged goes on the list."""
         url, row = self.shards[number], 0
-        content, names = self.manifest.content, set(self.manifest.content.fields(self.manifest.block_length))
+        content, names = (
+            self.manifest.content,
+            set(self.manifest.content.fields(self.manifest.block_length)),
+        )
         try:
             with open_shard(url) as stream:
                 for key, fields in tar.samples(stream, url):
@@ -112,18 +155,39 @@ class StreamLoader:
                     try:
                         if missing:
                             raise ValueError(f"has no {', '.join(sorted(missing))}")
-                        sequence = content.decode({name: fields[name].content for name in names}, self.manifest.block_length)
+                        sequence = content.decode(
+                            {name: fields[name].content for name in names},
+                            self.manifest.block_length,
+                        )
                         if (problem := content.problem(sequence)) is not None:
                             raise ValueError(problem)
                     except ValueError as error:
                         self._bad(url, sample_id, key, offset, str(error))
                         continue
-                    yield sample_id, sequence[:self.context_length + 1]
+                    yield sample_id, sequence[: self.context_length + 1]
         except (DataError, OSError, EOFError, zlib.error) as error:
-            self._bad(url, (number << 32) + row, None, None, " ".join(str(error).split()) or type(error).__name__)
+            self._bad(
+                url,
+                (number << 32) + row,
+                None,
+                None,
+                " ".join(str(error).split()) or type(error).__name__,
+            )
 
-    def _bad(self, url: str, sample_id: int, key: str | None, offset: int | None, reason: str) -> None:
-        self.found.append(BadSample(split="train", sample_id=sample_id, shard=url, key=key, offset=offset, reason=reason, replaced_by=-1))
+    def _bad(
+        self, url: str, sample_id: int, key: str | None, offset: int | None, reason: str
+    ) -> None:
+        self.found.append(
+            BadSample(
+                split="train",
+                sample_id=sample_id,
+                shard=url,
+                key=key,
+                offset=offset,
+                reason=reason,
+                replaced_by=-1,
+            )
+        )
 
 
 def expand(pattern: str) -> list[str]:
@@ -132,8 +196,11 @@ def expand(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
     first, last = match.groups()
-    return [url for i in range(int(first), int(last) + 1)
-            for url in expand(f"{pattern[:match.start()]}{i:0{len(first)}d}{pattern[match.end():]}")]
+    return [
+        url
+        for i in range(int(first), int(last) + 1)
+        for url in expand(f"{pattern[: match.start()]}{i:0{len(first)}d}{pattern[match.end() :]}")
+    ]
 
 
 @contextlib.contextmanager
@@ -153,11 +220,16 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 code = process.wait() if problem is None else 0
-        if code not in (0, -13, 141):           # closing before its end gives SIGPIPE: the archive's end mark had been read
+        if code not in (
+            0,
+            -13,
+            141,
+        ):  # closing before its end gives SIGPIPE: the archive's end mark had been read
             raise DataError(f"{url}: the command ended with exit code {code}")
         if problem is not None:
             raise problem
         return
     import fsspec
+
     with fsspec.open(url, "rb") as stream:
         yield stream

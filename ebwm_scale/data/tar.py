@@ -4,6 +4,7 @@ Python's tarfile, and what is built on it, ends quietly when an archive is cut b
 training data must not. Headers are parsed by tarfile; this file only refuses what it would let pass: cuts, missing end marks, links and
 devices, absolute paths and `..`, repeated names, sizes beyond the archive or beyond any sensible sample.
 """
+
 from __future__ import annotations
 
 import tarfile
@@ -23,6 +24,7 @@ _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 @dataclass(frozen=True)
 class Member:
     """A regular file: key.field is its name, offset where its content begins in the archive."""
+
     key: str
     field: str
     offset: int
@@ -49,7 +51,9 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
             raise DataError(f"{name}: offset {at}: no tar header ({error}): damaged") from None
         size = info.size if long_size is None else long_size
         if not 0 <= size <= MAX_MEMBER_BYTES:
-            raise DataError(f"{name}: offset {at}: member {info.name!r} claims {size} bytes; a member has at most {MAX_MEMBER_BYTES}")
+            raise DataError(
+                f"{name}: offset {at}: member {info.name!r} claims {size} bytes; a member has at most {MAX_MEMBER_BYTES}"
+            )
         if info.type in _EXTENDED:
             content = _content(stream, size, name, offset, info.name)
             offset += _padded(size)
@@ -64,17 +68,28 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
         if info.type == tarfile.DIRTYPE:
             continue
         if info.type not in _REGULAR:
-            raise DataError(f"{name}: offset {at}: member {path!r} is a link or a device: refused; a shard holds regular files only")
+            raise DataError(
+                f"{name}: offset {at}: member {path!r} is a link or a device: refused; a shard holds regular files only"
+            )
         inside = PurePosixPath(path)
         if inside.is_absolute() or ".." in inside.parts or "\\" in path or "\0" in path:
-            raise DataError(f"{name}: offset {at}: member {path!r} leads out of the archive: refused")
+            raise DataError(
+                f"{name}: offset {at}: member {path!r} leads out of the archive: refused"
+            )
         path = inside.as_posix()
         if path in seen:
-            raise DataError(f"{name}: offset {at}: member {path!r} is there twice: which one is meant cannot be said")
+            raise DataError(
+                f"{name}: offset {at}: member {path!r} is there twice: which one is meant cannot be said"
+            )
         seen.add(path)
         folder, _, file = path.rpartition("/")
         key, _, field = file.partition(".")
-        yield Member(f"{folder}/{key}" if folder else key, field, offset, _content(stream, size, name, offset, path))
+        yield Member(
+            f"{folder}/{key}" if folder else key,
+            field,
+            offset,
+            _content(stream, size, name, offset, path),
+        )
         offset += _padded(size)
 
 
@@ -91,7 +106,9 @@ def samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, dict[str, Member
                 finished.add(key)
                 yield key, fields
             if member.key in finished:
-                raise DataError(f"{name}: offset {member.offset}: sample {member.key} appears a second time")
+                raise DataError(
+                    f"{name}: offset {member.offset}: sample {member.key} appears a second time"
+                )
             key, fields = member.key, {}
         fields[member.field] = member
     if key is not None:
@@ -100,10 +117,12 @@ def samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, dict[str, Member
 
 def _take(stream: BinaryIO, size: int, name: str, offset: int, what: str) -> bytes:
     content = stream.read(size)
-    while len(content) < size:              # pipes and sockets hand out what they have
+    while len(content) < size:  # pipes and sockets hand out what they have
         more = stream.read(size - len(content))
         if not more:
-            raise DataError(f"{name}: offset {offset}: the archive ends where {what} should be ({len(content)} of {size} bytes): cut off")
+            raise DataError(
+                f"{name}: offset {offset}: the archive ends where {what} should be ({len(content)} of {size} bytes): cut off"
+            )
         content += more
     return content
 
@@ -123,7 +142,7 @@ def _pax_records(content: bytes, name: str, offset: int) -> dict[str, str]:
     try:
         while rest:
             length, _, _ = rest.partition(b" ")
-            record, rest = rest[len(length) + 1:int(length) - 1], rest[int(length):]
+            record, rest = rest[len(length) + 1 : int(length) - 1], rest[int(length) :]
             key, _, value = record.partition(b"=")
             records[key.decode()] = value.decode("utf-8", "surrogateescape")
             if int(length) < 5:

@@ -4,6 +4,7 @@ Nothing is normalised and no space is added in front. Newline and tab are pieces
 pieces, and a character outside the vocabulary falls back to its UTF-8 bytes. End-of-sequence is an own piece that no
 text can produce; there is no padding id.
 """
+
 from __future__ import annotations
 
 import io
@@ -16,9 +17,11 @@ from ..errors import DataError
 from .documents import Document, Report, find_documents, split_documents
 
 EOS = "</s>"
-_SPACE = "\u2581"                   # SentencePiece's mark for a space; a text that holds the character itself needs care
-_SMALLEST = 2 + 2 + 256 + 1         # unknown and end, newline and tab, bytes, and something to learn
-_PIECE_BYTES = 2000                 # training text is cut to this: SentencePiece skips sentences above 4192 bytes
+_SPACE = (
+    "\u2581"  # SentencePiece's mark for a space; a text that holds the character itself needs care
+)
+_SMALLEST = 2 + 2 + 256 + 1  # unknown and end, newline and tab, bytes, and something to learn
+_PIECE_BYTES = 2000  # training text is cut to this: SentencePiece skips sentences above 4192 bytes
 
 
 class Tokenizer:
@@ -29,20 +32,28 @@ class Tokenizer:
         try:
             model = self.path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot read the tokenizer: {error.strerror or error}; "
-                            "make one with tools/train_tokenizer.py") from None
+            raise DataError(
+                f"{path}: cannot read the tokenizer: {error.strerror or error}; "
+                "make one with tools/train_tokenizer.py"
+            ) from None
         try:
             if not model:
                 raise RuntimeError
             self._processor = _sentencepiece().SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise DataError(f"{path}: not a SentencePiece model; make one with tools/train_tokenizer.py") from None
+            raise DataError(
+                f"{path}: not a SentencePiece model; make one with tools/train_tokenizer.py"
+            ) from None
         self.vocabulary_size = int(self._processor.vocab_size())
         self.eos_id = int(self._processor.eos_id())
         if self.eos_id < 0:
-            raise DataError(f"{path}: the model has no end-of-sequence piece, which packing puts after each document; train one with "
-                            "eos_id set")
-        self._space_bytes = [int(self._processor.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE.encode("utf-8")]
+            raise DataError(
+                f"{path}: the model has no end-of-sequence piece, which packing puts after each document; train one with "
+                "eos_id set"
+            )
+        self._space_bytes = [
+            int(self._processor.piece_to_id(f"<0x{byte:02X}>")) for byte in _SPACE.encode("utf-8")
+        ]
         self._has_bytes = all(self._processor.is_byte(i) for i in self._space_bytes)
 
     def encode(self, text: str) -> list[int]:
@@ -69,11 +80,21 @@ class Tokenizer:
     def piece(self, token_id: int) -> str:
         """How a token looks, in printable characters, for example "·the" or "\\n"."""
         piece = self._processor.id_to_piece(int(token_id)).replace(_SPACE, "·")
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in piece)
+        return "".join(
+            c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in piece
+        )
 
 
-def train_tokenizer(inputs: Sequence[str | Path], output: str | Path, vocabulary_size: int, *, validation_fraction: float = 0.05,
-                    seed: int = 0, max_bytes: int = 64 * 2**20, report: Report = print) -> Tokenizer:
+def train_tokenizer(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    vocabulary_size: int,
+    *,
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    max_bytes: int = 64 * 2**20,
+    report: Report = print,
+) -> Tokenizer:
     """Train on the training documents of the inputs and write the model to `output` (replaced as a whole).
 
     The split is that of tools/make_text_shards.py with the same fraction and seed: validation text is never seen. The
@@ -81,16 +102,36 @@ def train_tokenizer(inputs: Sequence[str | Path], output: str | Path, vocabulary
     file, byte for byte. Raises DataError when the corpus cannot fill the vocabulary, naming the largest possible size.
     """
     if vocabulary_size < _SMALLEST:
-        raise DataError(f"vocabulary size is {vocabulary_size}: must be at least {_SMALLEST} (256 bytes, newline, tab, unknown, end, and "
-                        "pieces to learn)")
-    documents = split_documents(find_documents(inputs, report=report), validation_fraction=validation_fraction, seed=seed)["train"]
+        raise DataError(
+            f"vocabulary size is {vocabulary_size}: must be at least {_SMALLEST} (256 bytes, newline, tab, unknown, end, and "
+            "pieces to learn)"
+        )
+    documents = split_documents(
+        find_documents(inputs, report=report), validation_fraction=validation_fraction, seed=seed
+    )["train"]
     model = io.BytesIO()
     try:
         _sentencepiece().SentencePieceTrainer.train(
-            sentence_iterator=_training_text(documents, max_bytes), model_writer=model, model_type="bpe", vocab_size=vocabulary_size,
-            byte_fallback=True, character_coverage=0.9995, unk_id=0, eos_id=1, eos_piece=EOS, bos_id=-1, pad_id=-1,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
-            split_digits=True, user_defined_symbols=["\n", "\t"], num_threads=1, minloglevel=2)  # the file records num_threads
+            sentence_iterator=_training_text(documents, max_bytes),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocabulary_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=EOS,
+            bos_id=-1,
+            pad_id=-1,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n", "\t"],
+            num_threads=1,
+            minloglevel=2,
+        )  # the file records num_threads
     except RuntimeError as error:
         raise DataError(_why_training_failed(str(error), vocabulary_size)) from None
     output = Path(output)
@@ -106,7 +147,9 @@ def _training_text(documents: Sequence[Document], max_bytes: int) -> Iterator[st
     for document in documents:
         for line in document.read().splitlines(keepends=True):
             for start in range(0, len(line), _PIECE_BYTES // 4):
-                piece = line[start:start + _PIECE_BYTES // 4].replace("\0", "")     # SentencePiece ends a sentence at NUL
+                piece = line[start : start + _PIECE_BYTES // 4].replace(
+                    "\0", ""
+                )  # SentencePiece ends a sentence at NUL
                 num_bytes += len(piece.encode("utf-8"))
                 yield piece
         if num_bytes >= max_bytes:
@@ -116,12 +159,16 @@ def _training_text(documents: Sequence[Document], max_bytes: int) -> Iterator[st
 def _why_training_failed(message: str, vocabulary_size: int) -> str:
     too_large = re.search(r"Please set it to a value <= (\d+)", message)
     if too_large:
-        return (f"vocabulary size {vocabulary_size} is too large for this corpus: at most {too_large.group(1)} pieces can be made of it; "
-                "take that, or give more text")
+        return (
+            f"vocabulary size {vocabulary_size} is too large for this corpus: at most {too_large.group(1)} pieces can be made of it; "
+            "take that, or give more text"
+        )
     too_small = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
     if too_small:
-        return (f"vocabulary size {vocabulary_size} is too small for this corpus: its characters and the 256 bytes alone need "
-                f"{too_small.group(1)}; take more")
+        return (
+            f"vocabulary size {vocabulary_size} is too small for this corpus: its characters and the 256 bytes alone need "
+            f"{too_small.group(1)}; take more"
+        )
     return f"the tokenizer cannot be trained on this text: {' '.join(message.split())}"
 
 
@@ -129,5 +176,7 @@ def _sentencepiece():
     try:
         import sentencepiece
     except ImportError:
-        raise DataError("the tokenizer needs the package sentencepiece; install it with: python -m pip install sentencepiece") from None
+        raise DataError(
+            "the tokenizer needs the package sentencepiece; install it with: python -m pip install sentencepiece"
+        ) from None
     return sentencepiece

@@ -1,4 +1,5 @@
 """Check a whole dataset: every file's size and hash, the tars against their indexes, every sample's checksum and decoding."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -26,7 +27,9 @@ def verify_dataset(manifest_path: str | Path) -> tuple[list[str], int]:
     return list(dict.fromkeys(problems)), num_samples
 
 
-def _shard_problems(manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, first_id: int) -> list[str]:
+def _shard_problems(
+    manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, first_id: int
+) -> list[str]:
     path = manifest.folder / shard.path
     try:
         index = load_index(manifest, shard)
@@ -34,7 +37,7 @@ def _shard_problems(manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, 
     except DataError as error:
         return [str(error)]
     except OSError:
-        return []       # a missing shard is in the list already
+        return []  # a missing shard is in the list already
     if damaged:
         return damaged
     problems = []
@@ -42,17 +45,25 @@ def _shard_problems(manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, 
         try:
             problem = manifest.content.problem(reader.read(first_id + row))
             if problem is not None:
-                problems.append(f"{path}: sample {index.keys[row]} (offset {index.spans[row][0]}): {problem}")
+                problems.append(
+                    f"{path}: sample {index.keys[row]} (offset {index.spans[row][0]}): {problem}"
+                )
         except DataError as error:
             problems.append(str(error))
     try:
         found = read_tar_index(path)
     except DataError as error:
-        return problems + [f"{error}: not a sound tar file; other WebDataset readers will lose samples"]
-    expected = {name: {"offsets": f.offsets.tolist(), "sizes": f.sizes.tolist(), "crc32": f.crc32.tolist()}
-                for name, f in index.fields.items()}
+        return problems + [
+            f"{error}: not a sound tar file; other WebDataset readers will lose samples"
+        ]
+    expected = {
+        name: {"offsets": f.offsets.tolist(), "sizes": f.sizes.tolist(), "crc32": f.crc32.tolist()}
+        for name, f in index.fields.items()
+    }
     if found["keys"] != index.keys or found["fields"] != expected:
-        problems.append(f"{path}: its index {shard.index_path} describes other samples than the {len(found['keys'])} in the tar")
+        problems.append(
+            f"{path}: its index {shard.index_path} describes other samples than the {len(found['keys'])} in the tar"
+        )
     return problems
 
 
@@ -63,5 +74,7 @@ def _side_file_problems(manifest: Manifest) -> list[str]:
         if not path.is_file():
             problems.append(f"{path}: is missing")
         elif (found := file_sha256(path)) != expected:
-            problems.append(f"{path}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...: damaged")
+            problems.append(
+                f"{path}: sha256 is {found[:12]}..., the manifest says {expected[:12]}...: damaged"
+            )
     return problems

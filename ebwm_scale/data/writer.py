@@ -4,6 +4,7 @@ The dataset is built in a sibling folder `.NAME.partial`, synced to disk, and re
 lets one process build while others with the same output wait and then find it there; what a killed process leaves is
 cleared by the next one.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -44,9 +45,18 @@ class ShardWriter:
         if self._tar is None:
             self._path = self.folder / f"{self.prefix}-{len(self._shards):06d}.tar"
             self._file = self._path.open("wb")
-            self._tar = _webdataset().TarWriter(self._file, encoder=False, mtime=0)     # no clock: equal inputs give equal files
-        self._tar.write({"__key__": f"{self.prefix}-{self.num_samples:09d}", 
-                         **{name: value if isinstance(value, bytes) else _npy(value) for name, value in fields.items()}})
+            self._tar = _webdataset().TarWriter(
+                self._file, encoder=False, mtime=0
+            )  # no clock: equal inputs give equal files
+        self._tar.write(
+            {
+                "__key__": f"{self.prefix}-{self.num_samples:09d}",
+                **{
+                    name: value if isinstance(value, bytes) else _npy(value)
+                    for name, value in fields.items()
+                },
+            }
+        )
         self._target_counts.append(num_targets)
         self.num_samples += 1
         if len(self._target_counts) == self.samples_per_shard:
@@ -67,13 +77,25 @@ class ShardWriter:
         self._tar.close()
         self._file.close()
         self._tar = self._file = None
-        index = {"index_version": INDEX_VERSION, "shard": self._path.name, "num_targets": self._target_counts, **read_tar_index(self._path)}
+        index = {
+            "index_version": INDEX_VERSION,
+            "shard": self._path.name,
+            "num_targets": self._target_counts,
+            **read_tar_index(self._path),
+        }
         index_path = self._path.with_suffix(".index.json")
         index_path.write_bytes(canonical_json(index))
-        self._shards.append({
-            "path": self._path.name, "num_samples": len(index["keys"]), "num_targets": sum(self._target_counts),
-            "size": self._path.stat().st_size,
-            "sha256": file_sha256(self._path), "index_path": index_path.name, "index_sha256": file_sha256(index_path)})
+        self._shards.append(
+            {
+                "path": self._path.name,
+                "num_samples": len(index["keys"]),
+                "num_targets": sum(self._target_counts),
+                "size": self._path.stat().st_size,
+                "sha256": file_sha256(self._path),
+                "index_path": index_path.name,
+                "index_sha256": file_sha256(index_path),
+            }
+        )
         self._target_counts = []
 
 
@@ -87,11 +109,16 @@ def read_tar_index(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         for key, fields in tar.samples(file, str(path)):
             if keys and fields.keys() != columns.keys():
-                raise DataError(f"{path}: sample {key} has the fields {', '.join(fields)}, those before it {', '.join(columns)}")
+                raise DataError(
+                    f"{path}: sample {key} has the fields {', '.join(fields)}, those before it {', '.join(columns)}"
+                )
             keys.append(key)
             for name, member in fields.items():
                 column = columns.setdefault(name, {"offsets": [], "sizes": [], "crc32": []})
-                for part, value in zip(column.values(), (member.offset, len(member.content), zlib.crc32(member.content))):
+                for part, value in zip(
+                    column.values(),
+                    (member.offset, len(member.content), zlib.crc32(member.content)),
+                ):
                     part.append(value)
     return {"keys": keys, "fields": columns}
 
@@ -104,9 +131,12 @@ def staged_folder(output: Path) -> Iterator[Path]:
     Raises DataError if `output` holds files that no dataset writer made.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging, previous = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.replaced")
+    staging, previous = (
+        output.with_name(f".{output.name}.partial"),
+        output.with_name(f".{output.name}.replaced"),
+    )
     lock = _lock_folder(staging)
-    ours = True         # once renamed or removed, the name may be another process's folder
+    ours = True  # once renamed or removed, the name may be another process's folder
     try:
         for leftover in staging.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -131,16 +161,24 @@ def refuse_foreign_files(output: Path, *, ours: tuple[str, ...]) -> None:
     """DataError if an existing output folder has entries that do not match the patterns `ours`: they would be deleted."""
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: is a file; name a folder for the dataset")
-    foreign = [entry.name for entry in sorted(output.glob("*")) if not any(entry.match(pattern) for pattern in ours)]
+    foreign = [
+        entry.name
+        for entry in sorted(output.glob("*"))
+        if not any(entry.match(pattern) for pattern in ours)
+    ]
     if foreign:
-        raise DataError(f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are not part of a dataset; "
-                        "name a new or empty folder")
+        raise DataError(
+            f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are not part of a dataset; "
+            "name a new or empty folder"
+        )
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
     """The last file of a dataset folder."""
     with (folder / MANIFEST_NAME).open("wb") as file:
-        file.write((json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8"))
+        file.write(
+            (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")
+        )
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -159,7 +197,7 @@ def _lock_folder(folder: Path) -> int:
             if os.stat(folder).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         except FileNotFoundError:
-            pass        # the other process finished and renamed it while we waited
+            pass  # the other process finished and renamed it while we waited
         os.close(descriptor)
 
 
@@ -181,5 +219,7 @@ def _webdataset():
     try:
         import webdataset
     except ImportError:
-        raise DataError("writing shards needs the package webdataset; install it with: python -m pip install webdataset") from None
+        raise DataError(
+            "writing shards needs the package webdataset; install it with: python -m pip install webdataset"
+        ) from None
     return webdataset

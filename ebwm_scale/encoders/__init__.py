@@ -9,6 +9,7 @@
 
 An encoder holds no statistics: those are the dataset's (space.py). Nothing is ever downloaded here.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..errors import DataError
 
 class FrameEncoder(Protocol):
     """name and settings say which encoder it is; height, width: the frames it takes; parameters: tensors to be kept with a dataset."""
+
     name: str
     settings: dict[str, Any]
     height: int
@@ -44,17 +46,28 @@ class FrameEncoder(Protocol):
 ENCODERS = ("pca", "sd-vae", "transformers", "timm", "efficientnet")
 
 
-def build_encoder(name: str, settings: dict[str, Any], *, height: int, width: int, parameters: dict[str, Tensor] | None = None,
-                  device: torch.device | str = "cpu") -> FrameEncoder:
+def build_encoder(
+    name: str,
+    settings: dict[str, Any],
+    *,
+    height: int,
+    width: int,
+    parameters: dict[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> FrameEncoder:
     """The encoder of these settings. parameters: of a fitted one. Raises DataError for what does not exist or cannot be loaded."""
     if name == "pca":
         from .pca import PcaEncoder
+
         if parameters is None:
-            raise DataError("the pca encoder has no parameters yet: it is fitted when shards are made")
+            raise DataError(
+                "the pca encoder has no parameters yet: it is fitted when shards are made"
+            )
         return PcaEncoder(settings, parameters, height=height, width=width, device=device)
     if name not in ENCODERS:
         raise DataError(f"encoder {name!r}: unknown; allowed: {', '.join(ENCODERS)}")
     from .pretrained import build_pretrained
+
     return build_pretrained(name, settings, height=height, width=width, device=device)
 
 
@@ -63,11 +76,19 @@ def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
     parameters = None
     if content.encoder_path is not None:
         parameters = _read(content.encoder_path, content.encoder_sha256)
-    encoder = build_encoder(content.encoder_name, content.encoder_settings, height=content.height, width=content.width, parameters=parameters,
-                            device=device)
+    encoder = build_encoder(
+        content.encoder_name,
+        content.encoder_settings,
+        height=content.height,
+        width=content.width,
+        parameters=parameters,
+        device=device,
+    )
     if encoder.dimension != content.dimension:
-        raise DataError(f"encoder {content.encoder_name} gives embeddings of {encoder.dimension} numbers, the dataset was made with "
-                        f"{content.dimension}: other weights or another version; make the dataset again")
+        raise DataError(
+            f"encoder {content.encoder_name} gives embeddings of {encoder.dimension} numbers, the dataset was made with "
+            f"{content.dimension}: other weights or another version; make the dataset again"
+        )
     return encoder
 
 
@@ -75,10 +96,15 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     import hashlib
+
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot read the encoder's parameters: {error.strerror}; copy the dataset again") from None
+        raise DataError(
+            f"{path}: cannot read the encoder's parameters: {error.strerror}; copy the dataset again"
+        ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{path}: its sha256 is not the manifest's: damaged; copy the dataset again")
+        raise DataError(
+            f"{path}: its sha256 is not the manifest's: damaged; copy the dataset again"
+        )
     return load(content)

@@ -1,8 +1,9 @@
 """The space in which a video model lives: an encoder's embeddings, standardised with the statistics of the training frames.
 
-    frames --encode--> embeddings --standardise--> states          training, evaluation, generation: always this way
-    states --restore--> embeddings --decode--> frames              for people to look at
+frames --encode--> embeddings --standardise--> states          training, evaluation, generation: always this way
+states --restore--> embeddings --decode--> frames              for people to look at
 """
+
 from __future__ import annotations
 
 import functools
@@ -19,7 +20,9 @@ class FrameSpace:
 
     def __init__(self, content: VideoContent, device: torch.device | str = "cpu"):
         self.content, self.device = content, torch.device(device)
-        self.mean, self.std = (torch.from_numpy(v).to(self.device) for v in (content.mean, content.std))
+        self.mean, self.std = (
+            torch.from_numpy(v).to(self.device) for v in (content.mean, content.std)
+        )
 
     @functools.cached_property
     def encoder(self) -> FrameEncoder:

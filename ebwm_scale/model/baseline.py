@@ -1,4 +1,5 @@
 """Transformer++: the same blocks on the observed stream alone, predicting the next state directly."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn

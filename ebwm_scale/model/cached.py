@@ -15,6 +15,7 @@ that a single row would not need. That is where the time goes when one token is 
                 o = heads of Wo^T G';  dP = [o V, o v];  ds = P (dP - sum P dP);  dq = ds [K, k];  dk = ds_own q;  dv = P_own o
                 G'' = G' + norm^T(Wq^T dq + Wk^T dk + Wv^T dv)                             adaLN: shifts, scales and gates at their places
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -31,23 +32,33 @@ from .transformer import Block, Modulation, RMSNorm, modulate
 class ObservedCache:
     """Of one landscape. capacity: observed positions at most.  positions_computed counts them, for tests and reports."""
 
-    def __init__(self, network: EnergyTransformer | BaselineTransformer, capacity: int, landscape: int = 0):
+    def __init__(
+        self, network: EnergyTransformer | BaselineTransformer, capacity: int, landscape: int = 0
+    ):
         self.network, self.landscape = network, landscape
         self.is_energy = isinstance(network, EnergyTransformer)
-        self.offset = int(self.is_energy and network.conditioning == "time_embed")      # a token in front of the context
+        self.offset = int(
+            self.is_energy and network.conditioning == "time_embed"
+        )  # a token in front of the context
         self.capacity = capacity + self.offset
-        self.modulations = network.modulations_of(landscape, predicted=False)[0] if self.is_energy else [None] * len(network.layers)
-        self.keys: list[Tensor] = []            # per layer (B, H_kv, capacity, d)
+        self.modulations = (
+            network.modulations_of(landscape, predicted=False)[0]
+            if self.is_energy
+            else [None] * len(network.layers)
+        )
+        self.keys: list[Tensor] = []  # per layer (B, H_kv, capacity, d)
         self.values: list[Tensor] = []
-        self.lengths: Tensor | None = None      # (B,) entries of each row, the token in front included
-        self.longest = 0                        # the largest of them
+        self.lengths: Tensor | None = None  # (B,) entries of each row, the token in front included
+        self.longest = 0  # the largest of them
         self.positions_computed = 0
 
     @torch.no_grad()
     def prefill(self, observed: Tensor, lengths: Tensor) -> Tensor | None:
         """observed (B, S, D), right-padded to the longest; lengths (B,) >= 1. A baseline's hidden state (B, D) at each row's last position."""
         if self.offset:
-            token = self.network.landscape_embedding.weight[self.landscape].expand(len(observed), 1, -1)
+            token = self.network.landscape_embedding.weight[self.landscape].expand(
+                len(observed), 1, -1
+            )
             observed = torch.cat([token, observed], 1)
         self.lengths = lengths.to(observed.device) + self.offset
         self.longest = int(self.lengths.max())
@@ -57,7 +68,7 @@ class ObservedCache:
             keys, values = layer.keys_values(observed, rotary, modulation)
             for store, new in ((self.keys, keys), (self.values, values)):
                 whole = new.new_zeros(*new.shape[:2], self.capacity, new.shape[3])
-                whole[:, :, :new.shape[2]] = new
+                whole[:, :, : new.shape[2]] = new
                 store.append(whole)
             if not self.is_energy or index + 1 < len(self.network.layers):
                 observed = layer.observe(observed, keys, values, rotary, modulation)
@@ -70,7 +81,9 @@ class ObservedCache:
     def append(self, observed: Tensor) -> Tensor | None:
         """observed (B, D): the next position of every row. A baseline's hidden state (B, D) there. ValueError when a row is full."""
         if self.longest >= self.capacity:
-            raise ValueError(f"a row of the cache has {self.longest - self.offset} positions, its capacity is {self.capacity - self.offset}: prefill again")
+            raise ValueError(
+                f"a row of the cache has {self.longest - self.offset} positions, its capacity is {self.capacity - self.offset}: prefill again"
+            )
         x, rows = observed[:, None], torch.arange(len(observed), device=observed.device)
         factors = self._factors(self.lengths, x)
         self.longest += 1
@@ -82,7 +95,9 @@ class ObservedCache:
             self.values[index][rows, :, self.lengths] = v[:, :, 0]
             if not self.is_energy or index + 1 < len(self.network.layers):
                 out, _ = attend_rows(q, *self._seen(index), mask)
-                x = x + _gated(layer.attention.wo(_rows(out)), modulation and modulation.attention_gate)
+                x = x + _gated(
+                    layer.attention.wo(_rows(out)), modulation and modulation.attention_gate
+                )
                 x = x + _feed_forward(layer, x, modulation)[0]
         self.lengths = self.lengths + 1
         self.positions_computed += len(observed)
@@ -106,7 +121,9 @@ class ObservedCache:
         part.longest = int(part.lengths.max())
         return part
 
-    def _sweep(self, p: Tensor, landscape: int, *, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    def _sweep(
+        self, p: Tensor, landscape: int, *, with_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
         network = self.network
         modulations, final = network.modulations_of(landscape, predicted=True)
         factors, mask, kept = self._factors(self.lengths, p), self._mask(self.lengths), []
@@ -120,12 +137,19 @@ class ObservedCache:
         slope = network.head.weight[0] if final is None else network.head.weight[0] * (1 + final[1])
         gradient = _norm_gradient(slope.expand_as(p), p, network.norm)
         for index in reversed(range(len(kept))):
-            gradient = _backward(network.layers[index], gradient, kept.pop(), factors, *self._seen(index), modulations[index])
+            gradient = _backward(
+                network.layers[index],
+                gradient,
+                kept.pop(),
+                factors,
+                *self._seen(index),
+                modulations[index],
+            )
         return energy, gradient
 
     def _seen(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as far as any row has them."""
-        return self.keys[index][:, :, :self.longest], self.values[index][:, :, :self.longest]
+        return self.keys[index][:, :, : self.longest], self.values[index][:, :, : self.longest]
 
     def _factors(self, positions: Tensor, like: Tensor) -> Tensor:
         """Rotations of one position per row, for all its candidates: complex (B, 1, 1, d / 2)."""
@@ -136,11 +160,14 @@ class ObservedCache:
         """(B, 1, 1, longest) True where a row has no entry; None where every row has all."""
         if bool((lengths == self.longest).all()):
             return None
-        return (torch.arange(self.longest, device=lengths.device) >= lengths[:, None])[:, None, None]
+        return (torch.arange(self.longest, device=lengths.device) >= lengths[:, None])[
+            :, None, None
+        ]
 
 
 class _Kept(NamedTuple):
     """What the backward of a block reads. H_kv groups of heads are folded into rows: q, k, v (B, H_kv, groups K, d), weights (B, H_kv, groups K, seen + 1)."""
+
     p: Tensor
     middle: Tensor
     q: Tensor
@@ -151,7 +178,14 @@ class _Kept(NamedTuple):
     t: Tensor
 
 
-def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, k_own: Tensor | None = None, v_own: Tensor | None = None) -> tuple[Tensor, tuple]:
+def attend_rows(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    k_own: Tensor | None = None,
+    v_own: Tensor | None = None,
+) -> tuple[Tensor, tuple]:
     """Rows q (B, H, K, d) over keys, values (B, H_kv, C, d), and each its own key and value (B, H_kv, K, d) where given.
 
     mask (B, 1, 1, C): True is not seen. Returns ((B, H, K, d), (q, k, v, weights) as _Kept has them). Grouped heads are folded into the rows, so that keys
@@ -166,13 +200,23 @@ def attend_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, k_
     if k_own is None:
         return (scores.softmax(-1) @ values).view(B, H, K, d), ()
     if groups > 1:
-        k_own, v_own = (u[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3) for u in (k_own, v_own))
+        k_own, v_own = (
+            u[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3) for u in (k_own, v_own)
+        )
     weights = torch.cat([scores, (q * k_own).sum(-1, keepdim=True)], -1).softmax(-1)
     out = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v_own)
     return out.view(B, H, K, d), (q, k_own, v_own, weights)
 
 
-def _forward(layer: Block, p: Tensor, factors: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, modulation: Modulation | None) -> tuple[Tensor, _Kept]:
+def _forward(
+    layer: Block,
+    p: Tensor,
+    factors: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    modulation: Modulation | None,
+) -> tuple[Tensor, _Kept]:
     """Candidates (B, K, D) through a block."""
     q, k, v = _heads_of(layer, _attention_input(layer, p, modulation), factors)
     out, attention = attend_rows(q, keys, values, mask, k, v)
@@ -181,49 +225,95 @@ def _forward(layer: Block, p: Tensor, factors: Tensor, keys: Tensor, values: Ten
     return middle + change, _Kept(p, middle, *attention, u, t)
 
 
-def _backward(layer: Block, gradient: Tensor, kept: _Kept, factors: Tensor, keys: Tensor, values: Tensor, modulation: Modulation | None) -> Tensor:
+def _backward(
+    layer: Block,
+    gradient: Tensor,
+    kept: _Kept,
+    factors: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    modulation: Modulation | None,
+) -> Tensor:
     """dE/d p from dE/d p'' (B, K, D)."""
-    attention, feed_forward, half = layer.attention, layer.feed_forward, kept.u.dtype in (torch.bfloat16, torch.float16)
+    attention, feed_forward, half = (
+        layer.attention,
+        layer.feed_forward,
+        kept.u.dtype in (torch.bfloat16, torch.float16),
+    )
     u, t = (kept.u.float(), kept.t.float()) if half else (kept.u, kept.t)
     h = _gated(gradient, modulation and modulation.feed_forward_gate) @ feed_forward.w2.weight
     sigmoid = u.sigmoid()
     silu = u * sigmoid
     du, dt = h * t * (sigmoid + silu * (1 - sigmoid)), h * silu
     change = du.to(h.dtype) @ feed_forward.w1.weight + dt.to(h.dtype) @ feed_forward.w3.weight
-    gradient = gradient + _norm_gradient(_gated(change, None if modulation is None else 1 + modulation.feed_forward_scale), kept.middle, layer.ffn_norm)
+    gradient = gradient + _norm_gradient(
+        _gated(change, None if modulation is None else 1 + modulation.feed_forward_scale),
+        kept.middle,
+        layer.ffn_norm,
+    )
 
     B, K = gradient.shape[:2]
     H, H_kv, d = attention.num_heads, attention.num_kv_heads, attention.head_dimension
-    o = (_gated(gradient, modulation and modulation.attention_gate) @ attention.wo.weight).view(B, K, H, d).transpose(1, 2).unflatten(1, (H_kv, -1)).flatten(2, 3)
+    o = (
+        (_gated(gradient, modulation and modulation.attention_gate) @ attention.wo.weight)
+        .view(B, K, H, d)
+        .transpose(1, 2)
+        .unflatten(1, (H_kv, -1))
+        .flatten(2, 3)
+    )
     slope = torch.cat([o @ values.transpose(-1, -2), (o * kept.v).sum(-1, keepdim=True)], -1)
     ds = kept.weights * (slope - (kept.weights * slope).sum(-1, keepdim=True))
     dq = torch.addcmul(ds[..., :-1] @ keys, ds[..., -1:], kept.k) * d**-0.5
-    dk, dv = ((u.unflatten(2, (-1, K)).sum(2) if H > H_kv else u) for u in (ds[..., -1:] * kept.q, kept.weights[..., -1:] * o))
+    dk, dv = (
+        (u.unflatten(2, (-1, K)).sum(2) if H > H_kv else u)
+        for u in (ds[..., -1:] * kept.q, kept.weights[..., -1:] * o)
+    )
     back = factors.conj()
     dq, dk = _rotated(dq.view(B, H, K, d), back), _rotated(dk, back)
-    change = _rows(dq) @ attention.wq.weight + _rows(dk) @ attention.wk.weight + _rows(dv) @ attention.wv.weight
-    return gradient + _norm_gradient(_gated(change, None if modulation is None else 1 + modulation.attention_scale), kept.p, layer.attention_norm)
+    change = (
+        _rows(dq) @ attention.wq.weight
+        + _rows(dk) @ attention.wk.weight
+        + _rows(dv) @ attention.wv.weight
+    )
+    return gradient + _norm_gradient(
+        _gated(change, None if modulation is None else 1 + modulation.attention_scale),
+        kept.p,
+        layer.attention_norm,
+    )
 
 
 def _attention_input(layer: Block, x: Tensor, modulation: Modulation | None) -> Tensor:
     normed = _norm(layer.attention_norm, x)
-    return normed if modulation is None else modulate(normed, modulation.attention_shift, modulation.attention_scale)
+    return (
+        normed
+        if modulation is None
+        else modulate(normed, modulation.attention_shift, modulation.attention_scale)
+    )
 
 
 def _heads_of(layer: Block, normed: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, H, K, d), k and v (B, H_kv, K, d) of rows (B, K, D); q and k rotated."""
     attention = layer.attention
-    q, k, v = (linear(normed).unflatten(-1, (-1, attention.head_dimension)).transpose(1, 2) for linear in (attention.wq, attention.wk, attention.wv))
+    q, k, v = (
+        linear(normed).unflatten(-1, (-1, attention.head_dimension)).transpose(1, 2)
+        for linear in (attention.wq, attention.wk, attention.wv)
+    )
     return _rotated(q, factors), _rotated(k, factors), v
 
 
-def _feed_forward(layer: Block, x: Tensor, modulation: Modulation | None) -> tuple[Tensor, Tensor, Tensor]:
+def _feed_forward(
+    layer: Block, x: Tensor, modulation: Modulation | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(what it adds to x, u, t)."""
     normed = _norm(layer.ffn_norm, x)
     if modulation is not None:
         normed = modulate(normed, modulation.feed_forward_shift, modulation.feed_forward_scale)
     u, t = layer.feed_forward.w1(normed), layer.feed_forward.w3(normed)
-    return _gated(layer.feed_forward.w2(F.silu(u) * t), modulation and modulation.feed_forward_gate), u, t
+    return (
+        _gated(layer.feed_forward.w2(F.silu(u) * t), modulation and modulation.feed_forward_gate),
+        u,
+        t,
+    )
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:

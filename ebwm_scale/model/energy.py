@@ -10,6 +10,7 @@ Step conditioning (`model.conditioning`) tells refinement steps apart by a lands
     adaln_zero      the same, starting from zero: every block starts as the identity, the energy as 0
     predicted_only  the same for the predicted stream alone, starting as `default`; so all landscapes share one context
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,12 +22,21 @@ from torch.nn import functional as F
 
 from .. import block_sweeps
 from ..config import ModelConfig
-from .transformer import Block, Modulation, RMSNorm, Rotary, RotaryTable, initialize_released, modulate
+from .transformer import (
+    Block,
+    Modulation,
+    RMSNorm,
+    Rotary,
+    RotaryTable,
+    initialize_released,
+    modulate,
+)
 
 
 @dataclass(frozen=True)
 class Context:
     """The observed stream as the predicted one sees it: (K, V) per layer, each (B, H_kv, C, d), and how many keys precede the first row's o."""
+
     keys_values: list[tuple[Tensor, Tensor]]
     offset: int
 
@@ -37,7 +47,10 @@ class Context:
     def at(self, positions: slice) -> "Context":
         """What the candidates of some positions see: everything up to the last of them, the first one's own observed position included."""
         last = self.offset + positions.stop
-        return Context([(keys[:, :, :last], values[:, :, :last]) for keys, values in self.keys_values], self.offset + positions.start)
+        return Context(
+            [(keys[:, :, :last], values[:, :, :last]) for keys, values in self.keys_values],
+            self.offset + positions.start,
+        )
 
 
 class EnergyTransformer(nn.Module):
@@ -48,10 +61,14 @@ class EnergyTransformer(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.head = nn.Linear(config.width, 1, bias=False)
         self.rotary = RotaryTable(config.width // config.num_heads, config.rope_theta)
-        self.landscape_embedding = nn.Embedding(num_landscapes, config.width) if self.conditioning != "default" else None
+        self.landscape_embedding = (
+            nn.Embedding(num_landscapes, config.width) if self.conditioning != "default" else None
+        )
         self.modulations, self.final_modulation = None, None
         if self.conditioning in ("adaln", "adaln_zero", "predicted_only"):
-            self.modulations = nn.ModuleList(nn.Linear(config.width, 6 * config.width) for _ in self.layers)
+            self.modulations = nn.ModuleList(
+                nn.Linear(config.width, 6 * config.width) for _ in self.layers
+            )
             self.final_modulation = nn.Linear(config.width, 2 * config.width)
         initialize_released(self)
         if self.conditioning in ("adaln_zero", "predicted_only"):
@@ -79,7 +96,9 @@ class EnergyTransformer(nn.Module):
         for index, (layer, modulation) in enumerate(zip(self.layers, modulations)):
             keys, values = layer.keys_values(observed, rotary, modulation)
             keys_values.append((keys, values))
-            if index + 1 < len(self.layers):            # of the last block only the keys and values are ever read
+            if index + 1 < len(
+                self.layers
+            ):  # of the last block only the keys and values are ever read
                 observed = layer.observe(observed, keys, values, rotary, modulation)
         return Context(keys_values, offset)
 
@@ -109,6 +128,13 @@ class EnergyTransformer(nn.Module):
             return [None] * len(self.layers), None
         signal = F.silu(self.landscape_embedding.weight[landscape])
         modulations = [Modulation(*linear(signal).chunk(6)) for linear in self.modulations]
-        if self.conditioning == "predicted_only":       # gates count from 1, so that zero weights mean `default`
-            modulations = [m._replace(attention_gate=1 + m.attention_gate, feed_forward_gate=1 + m.feed_forward_gate) for m in modulations]
+        if (
+            self.conditioning == "predicted_only"
+        ):  # gates count from 1, so that zero weights mean `default`
+            modulations = [
+                m._replace(
+                    attention_gate=1 + m.attention_gate, feed_forward_gate=1 + m.feed_forward_gate
+                )
+                for m in modulations
+            ]
         return modulations, self.final_modulation(signal).chunk(2)

@@ -7,6 +7,7 @@
 They hold no parameters of their own, only references to the world model's.
 So the inner gradient of the network is always a D-vector per position, and nothing of size V passes through autograd's second order.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -16,8 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..term_gradients import Cut, sink_of
-from ebwm_kernels.vocabulary import (IGNORE, NO_CLAMPS, Clamps, clamped_step, vocabulary_descend, vocabulary_descend_reference,
-                                     vocabulary_embed, vocabulary_embed_reference, vocabulary_step)
+from ebwm_kernels.vocabulary import (
+    IGNORE,
+    NO_CLAMPS,
+    Clamps,
+    clamped_step,
+    vocabulary_descend,
+    vocabulary_descend_reference,
+    vocabulary_embed,
+    vocabulary_embed_reference,
+    vocabulary_step,
+)
 
 
 class Entered(NamedTuple):
@@ -25,6 +35,7 @@ class Entered(NamedTuple):
 
     spare: memory of a state's size that nobody needs any more.
     """
+
     embedded: Tensor
     probabilities: Tensor | None = None
     x: Tensor | None = None
@@ -33,6 +44,7 @@ class Entered(NamedTuple):
 
 class Descended(NamedTuple):
     """After a step. x: the next state, if asked for; entered: that state inside the next step, where it is free; loss: with targets."""
+
     x: Tensor | None
     entered: Entered | None
     loss: Tensor | None
@@ -41,10 +53,13 @@ class Descended(NamedTuple):
 @dataclass(frozen=True)
 class VocabularyState:
     """V logits per position, embedded as softmax(x) @ weight; criterion: cross-entropy in nats."""
-    weight: Tensor              # (V, D): an own matrix, or the token embedding's
-    update: str                 # "probabilities", "logits" or "mirror"
+
+    weight: Tensor  # (V, D): an own matrix, or the token embedding's
+    update: str  # "probabilities", "logits" or "mirror"
     clamps: Clamps = NO_CLAMPS
-    sink: Tensor | None = None  # (V, D) where the map's gradient is added up, see kernels/vocabulary.py
+    sink: Tensor | None = (
+        None  # (V, D) where the map's gradient is added up, see kernels/vocabulary.py
+    )
 
     @property
     def size(self) -> int:
@@ -65,12 +80,32 @@ class VocabularyState:
         if x.requires_grad:
             entered = vocabulary_embed_reference(rows, self.weight)
         else:
-            entered = vocabulary_embed(rows, self.weight, sink=self.sink, out=rows if self.update == "probabilities" else None)
+            entered = vocabulary_embed(
+                rows,
+                self.weight,
+                sink=self.sink,
+                out=rows if self.update == "probabilities" else None,
+            )
         probabilities, embedded = (u.unflatten(0, x.shape[:2]) for u in entered)
-        return Entered(embedded, None if self.update == "mirror" else probabilities, None if self.update == "probabilities" else x)
+        return Entered(
+            embedded,
+            None if self.update == "mirror" else probabilities,
+            None if self.update == "probabilities" else x,
+        )
 
-    def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, count: Tensor | None, *,
-                connected: bool = False, keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
+    def descend(
+        self,
+        entered: Entered,
+        gradient: Tensor,
+        step_size: Tensor,
+        targets: Tensor | None,
+        count: Tensor | None,
+        *,
+        connected: bool = False,
+        keep_state: bool = True,
+        go_on: bool = False,
+        loss_weight: float = 1.0,
+    ) -> Descended:
         """The step along -dE/dx and its loss, a sum over the targets divided by `count`.
 
         connected: the next state carries the graph of this step (refinement.graph full). go_on: another step follows, without noise.
@@ -83,14 +118,36 @@ class VocabularyState:
         flat_targets = None if targets is None else targets.flatten()
         options = {"count": count, "sink": self.sink, "loss_weight": loss_weight}
         if connected:
-            state = vocabulary_descend_reference(self.weight, hidden, probabilities=p, x=x, clamps=self.clamps)
-            loss = None if targets is None else F.cross_entropy(state, flat_targets, ignore_index=IGNORE, reduction="sum") / count.clamp(min=1)
-        elif go_on and not keep_state and self.update == "probabilities" and self.clamps == NO_CLAMPS:       # two tensors of the state's size take turns
-            after, embedded, loss = vocabulary_step(p, self.weight, hidden, flat_targets, out=entered.spare, **options)
-            return Descended(None, Entered(embedded.view(gradient.shape), after.view(shape), spare=p), loss)
+            state = vocabulary_descend_reference(
+                self.weight, hidden, probabilities=p, x=x, clamps=self.clamps
+            )
+            loss = (
+                None
+                if targets is None
+                else F.cross_entropy(state, flat_targets, ignore_index=IGNORE, reduction="sum")
+                / count.clamp(min=1)
+            )
+        elif (
+            go_on and not keep_state and self.update == "probabilities" and self.clamps == NO_CLAMPS
+        ):  # two tensors of the state's size take turns
+            after, embedded, loss = vocabulary_step(
+                p, self.weight, hidden, flat_targets, out=entered.spare, **options
+            )
+            return Descended(
+                None, Entered(embedded.view(gradient.shape), after.view(shape), spare=p), loss
+            )
         else:
-            state, loss = vocabulary_descend(self.weight, hidden, flat_targets, probabilities=p, x=x, keep_state=keep_state or go_on,
-                                             clamps=self.clamps, out=entered.spare, **options)
+            state, loss = vocabulary_descend(
+                self.weight,
+                hidden,
+                flat_targets,
+                probabilities=p,
+                x=x,
+                keep_state=keep_state or go_on,
+                clamps=self.clamps,
+                out=entered.spare,
+                **options,
+            )
         return Descended(None if state is None else state.view(shape), None, loss)
 
     def slope(self, gradient: Tensor) -> Tensor:
@@ -99,13 +156,16 @@ class VocabularyState:
 
     def loss(self, x: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross-entropy of a state read as logits; reduction "none" gives (B, S)."""
-        loss = F.cross_entropy(x.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+        loss = F.cross_entropy(
+            x.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction
+        )
         return loss.view(targets.shape) if reduction == "none" else loss
 
 
 @dataclass(frozen=True)
 class EmbeddingState:
     """A frame embedding per position, mapped by the projection that observed frames share; criterion: SmoothL1, beta 1."""
+
     projection: nn.Linear
     clamps: Clamps = NO_CLAMPS
 
@@ -114,7 +174,7 @@ class EmbeddingState:
         return self.projection.in_features
 
     def cut(self, by: Cut) -> "EmbeddingState":
-        return self             # a module of parameters
+        return self  # a module of parameters
 
     def count(self, targets: Tensor) -> Tensor:
         return targets.new_tensor(targets.shape[:-1].numel())
@@ -122,11 +182,28 @@ class EmbeddingState:
     def enter(self, x: Tensor) -> Entered:
         return Entered(self.projection(x.to(self.projection.weight.dtype)), x=x)
 
-    def descend(self, entered: Entered, gradient: Tensor, step_size: Tensor, targets: Tensor | None, count: Tensor | None, *,
-                connected: bool = False, keep_state: bool = True, go_on: bool = False, loss_weight: float = 1.0) -> Descended:
-        state = clamped_step(entered.x, -step_size * self.slope(gradient).to(entered.x.dtype), self.clamps)
-        loss = None if targets is None else self.loss(state, targets, reduction="none").sum() / count
-        return Descended((state if connected else state.detach()) if keep_state or go_on else None, None, loss)
+    def descend(
+        self,
+        entered: Entered,
+        gradient: Tensor,
+        step_size: Tensor,
+        targets: Tensor | None,
+        count: Tensor | None,
+        *,
+        connected: bool = False,
+        keep_state: bool = True,
+        go_on: bool = False,
+        loss_weight: float = 1.0,
+    ) -> Descended:
+        state = clamped_step(
+            entered.x, -step_size * self.slope(gradient).to(entered.x.dtype), self.clamps
+        )
+        loss = (
+            None if targets is None else self.loss(state, targets, reduction="none").sum() / count
+        )
+        return Descended(
+            (state if connected else state.detach()) if keep_state or go_on else None, None, loss
+        )
 
     def slope(self, gradient: Tensor) -> Tensor:
         """dE/dx (B, S, size) of g (B, S, D)."""

@@ -6,6 +6,7 @@
 Legend: B batch, S positions, D width, H heads, H_kv key/value heads, d head dimension.
 Source: Energy-Based Transformers, arXiv 2507.02092; blocks as in Llama 2, arXiv 2307.09288.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from ..config import ModelConfig
 
 class Modulation(NamedTuple):
     """Shift, scale and gate of a block's attention, then of its feed-forward (adaLN, arXiv 2212.09748); each (D,)."""
+
     attention_shift: Tensor
     attention_scale: Tensor
     attention_gate: Tensor
@@ -35,15 +37,16 @@ class Rotary(NamedTuple):
 
     factors: real and imaginary parts, (S, d / 2, 2).
     """
+
     factors: Tensor
 
     def rotate(self, x_BHSd: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():       # the definition, for the compiler to fuse
+        if torch.compiler.is_compiling():  # the definition, for the compiler to fuse
             return _rotated(x_BHSd, self.factors)
         return _Rotation.apply(x_BHSd, torch.view_as_complex(self.factors), True)
 
     def slice(self, start: int, count: int) -> "Rotary":
-        return Rotary(self.factors[start:start + count])
+        return Rotary(self.factors[start : start + count])
 
 
 class _Rotation(torch.autograd.Function):
@@ -57,8 +60,13 @@ class _Rotation(torch.autograd.Function):
         ctx.factors, ctx.heads_first = factors, heads_first
         wide = x_BHSd.to(torch.float64 if x_BHSd.dtype == torch.float64 else torch.float32)
         wide = wide if wide.stride(-1) == 1 else wide.contiguous()
-        out = torch.empty_like(wide, memory_format=torch.contiguous_format) if heads_first else \
-            torch.empty_like(wide.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        out = (
+            torch.empty_like(wide, memory_format=torch.contiguous_format)
+            if heads_first
+            else torch.empty_like(
+                wide.transpose(1, 2), memory_format=torch.contiguous_format
+            ).transpose(1, 2)
+        )
         torch.mul(_pairs(wide), factors, out=_pairs(out))
         return out.to(x_BHSd.dtype)
 
@@ -71,7 +79,11 @@ def _rotated(x_BHSd: Tensor, factors: Tensor) -> Tensor:
     """The same in real arithmetic and plain operations."""
     even, odd = x_BHSd.to(factors.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = factors.unbind(-1)
-    return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1).flatten(-2).to(x_BHSd.dtype)
+    return (
+        torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], -1)
+        .flatten(-2)
+        .to(x_BHSd.dtype)
+    )
 
 
 def _pairs(x: Tensor) -> Tensor:
@@ -91,7 +103,9 @@ class RotaryTable(nn.Module):
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         key = (dtype, like.device)
         if key not in self._tables or len(self._tables[key].factors) < num_positions:
-            frequencies = self.theta ** (-torch.arange(0, self.head_dimension, 2, dtype=torch.float64) / self.head_dimension)
+            frequencies = self.theta ** (
+                -torch.arange(0, self.head_dimension, 2, dtype=torch.float64) / self.head_dimension
+            )
             angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
             factors = torch.stack([angles.cos(), angles.sin()], -1)
             self._tables[key] = Rotary(factors.to(like.device, dtype))
@@ -127,13 +141,20 @@ class Attention(nn.Module):
         seen = observed_attention(q, keys, values, backend=self.observed_backend)
         return self.wo(seen.transpose(1, 2).flatten(2))
 
-    def predict(self, p: Tensor, context: tuple[Tensor, Tensor], rotary: Rotary, offset: int) -> Tensor:
+    def predict(
+        self, p: Tensor, context: tuple[Tensor, Tensor], rotary: Rotary, offset: int
+    ) -> Tensor:
         """The predicted stream, given the observed keys and values (B, H_kv, C, d); differentiable twice."""
         q = rotary.rotate(self._heads(self.wq(p)))
         k_self, v_self = self.keys_values(p, rotary)
         if self.num_kv_heads != self.num_heads:
-            k_self, v_self = (u.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for u in (k_self, v_self))
-        seen = energy_attention(q, k_self, v_self, *context, context_offset=offset, backend=self.backend)
+            k_self, v_self = (
+                u.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
+                for u in (k_self, v_self)
+            )
+        seen = energy_attention(
+            q, k_self, v_self, *context, context_offset=offset, backend=self.backend
+        )
         return self.wo(seen.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -161,32 +182,64 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.width, config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 
-    def keys_values(self, o: Tensor, rotary: Rotary, modulation: Modulation | None = None) -> tuple[Tensor, Tensor]:
+    def keys_values(
+        self, o: Tensor, rotary: Rotary, modulation: Modulation | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the predicted stream needs of this layer: (K, V), each (B, H_kv, S, d)."""
         return self.attention.keys_values(self._attention_input(o, modulation), rotary)
 
-    def observe(self, o: Tensor, keys: Tensor, values: Tensor, rotary: Rotary, modulation: Modulation | None = None) -> Tensor:
+    def observe(
+        self,
+        o: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Rotary,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
         """The observed stream (B, S, D) through the block, its keys and values given."""
-        return self._finish(o, self.attention.observe(self._attention_input(o, modulation), keys, values, rotary), modulation)
+        return self._finish(
+            o,
+            self.attention.observe(self._attention_input(o, modulation), keys, values, rotary),
+            modulation,
+        )
 
-    def predict(self, p: Tensor, context: tuple[Tensor, Tensor], rotary: Rotary, offset: int, modulation: Modulation | None = None) -> Tensor:
+    def predict(
+        self,
+        p: Tensor,
+        context: tuple[Tensor, Tensor],
+        rotary: Rotary,
+        offset: int,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
         """The predicted stream (B, S, D) through the block."""
-        return self._finish(p, self.attention.predict(self._attention_input(p, modulation), context, rotary, offset), modulation)
+        return self._finish(
+            p,
+            self.attention.predict(self._attention_input(p, modulation), context, rotary, offset),
+            modulation,
+        )
 
     def _attention_input(self, x: Tensor, modulation: Modulation | None) -> Tensor:
         x = self.attention_norm(x)
-        return x if modulation is None else modulate(x, modulation.attention_shift, modulation.attention_scale)
+        return (
+            x
+            if modulation is None
+            else modulate(x, modulation.attention_shift, modulation.attention_scale)
+        )
 
     def _finish(self, x: Tensor, attended: Tensor, modulation: Modulation | None) -> Tensor:
         if modulation is None:
             x = x + attended
             return x + self.feed_forward(self.ffn_norm(x))
         x = x + modulation.attention_gate * attended
-        normed = modulate(self.ffn_norm(x), modulation.feed_forward_shift, modulation.feed_forward_scale)
+        normed = modulate(
+            self.ffn_norm(x), modulation.feed_forward_shift, modulation.feed_forward_scale
+        )
         return x + modulation.feed_forward_gate * self.feed_forward(normed)
 
 
-def attention_paths(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def attention_paths(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
     """Which code computes each stream's attention, and why not another: said once at the start of a run.
 
     Raises ValueError where the configuration forces a backend that cannot run.
@@ -194,11 +247,18 @@ def attention_paths(config: ModelConfig, device: torch.device, dtype: torch.dtyp
     d = config.width // config.num_heads
     observed = resolve_observed_backend(config.observed_backend, device, dtype, d)
     obstacle = why_not_flash_attn(device, dtype, d)
-    paths = {"observed": observed + (f" (flash_attn: {obstacle})" if config.observed_backend == "auto" and obstacle else "")}
+    paths = {
+        "observed": observed
+        + (f" (flash_attn: {obstacle})" if config.observed_backend == "auto" and obstacle else "")
+    }
     if config.kind == "energy":
-        predicted = resolve_backend(config.attention_backend, device, dtype, d, "model.attention_backend")
+        predicted = resolve_backend(
+            config.attention_backend, device, dtype, d, "model.attention_backend"
+        )
         obstacle = why_not_triton(device, dtype, d)
-        paths["predicted"] = predicted + (f" (triton: {obstacle})" if config.attention_backend == "auto" and obstacle else "")
+        paths["predicted"] = predicted + (
+            f" (triton: {obstacle})" if config.attention_backend == "auto" and obstacle else ""
+        )
     return paths
 
 

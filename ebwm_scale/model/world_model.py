@@ -5,6 +5,7 @@
 
 The whole loss, inner gradient included, is computed inside `forward`, so that an engine sees one ordinary module.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ class StepOutput:
 
     initial_loss: the criterion of x_0 itself, in eval mode.
     """
+
     loss: Tensor
     loss_per_step: Tensor
     energy_per_step: Tensor | None
@@ -47,25 +49,37 @@ class WorldModel(nn.Module):
         model, width = config.model, config.model.width
         if config.state.kind == "vocabulary":
             if model.vocabulary_size is None:
-                raise ValueError("model.vocabulary_size is absent: set it, or take it from the data's manifest")
-            self.token_embedding = nn.Embedding(model.vocabulary_size, width)                       # N(0, 1), as released
+                raise ValueError(
+                    "model.vocabulary_size is absent: set it, or take it from the data's manifest"
+                )
+            self.token_embedding = nn.Embedding(
+                model.vocabulary_size, width
+            )  # N(0, 1), as released
         else:
             if config.state.dimension is None:
-                raise ValueError("state.dimension is absent: set it, or take it from the data's manifest")
+                raise ValueError(
+                    "state.dimension is absent: set it, or take it from the data's manifest"
+                )
             self.frame_projection = nn.Linear(config.state.dimension, width)
             nn.init.xavier_normal_(self.frame_projection.weight)
             nn.init.zeros_(self.frame_projection.bias)
         if model.kind == "baseline":
             self.network = BaselineTransformer(model)
             frames = config.state.kind == "embedding"
-            self.output = Output(width, config.state.dimension if frames else model.vocabulary_size, bias=frames)
+            self.output = Output(
+                width, config.state.dimension if frames else model.vocabulary_size, bias=frames
+            )
             nn.init.xavier_normal_(self.output.weight)
             if self.output.bias is not None:
                 nn.init.zeros_(self.output.bias)
             return
         refinement = config.refinement
-        self.network = EnergyTransformer(model, refinement.num_steps if refinement.landscapes == "per_step" else 1)
-        self.step_size = nn.Parameter(torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable)    # (1,): engines want no 0-d ones
+        self.network = EnergyTransformer(
+            model, refinement.num_steps if refinement.landscapes == "per_step" else 1
+        )
+        self.step_size = nn.Parameter(
+            torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
+        )  # (1,): engines want no 0-d ones
         if config.state.kind == "vocabulary" and not config.state.tie_embedding:
             self.state_map = nn.Parameter(torch.empty(model.vocabulary_size, width))
             nn.init.xavier_normal_(self.state_map)
@@ -95,9 +109,19 @@ class WorldModel(nn.Module):
         """The landscape of each of num_steps steps; steps beyond the trained ones stay in the last landscape."""
         return [min(i, self.network.num_landscapes - 1) for i in range(num_steps)]
 
-    def forward(self, observed: Tensor, targets: Tensor, *, sample_ids: Tensor, source: NoiseSource, num_steps: int | None = None,
-                noise_scale: float = 1.0, step_size_scale: float = 1.0,
-                keep_state: torch.dtype | None = None, restart: tuple[Tensor, Tensor] | None = None) -> StepOutput:
+    def forward(
+        self,
+        observed: Tensor,
+        targets: Tensor,
+        *,
+        sample_ids: Tensor,
+        source: NoiseSource,
+        num_steps: int | None = None,
+        noise_scale: float = 1.0,
+        step_size_scale: float = 1.0,
+        keep_state: torch.dtype | None = None,
+        restart: tuple[Tensor, Tensor] | None = None,
+    ) -> StepOutput:
         """The loss of a batch. observed, targets: (B, S) ids or (B, S, dimension) embeddings; sample_ids: (B,) int64.
 
         num_steps, noise_scale, step_size_scale: this step's point of the schedules. In eval mode: the largest number of steps, no
@@ -109,33 +133,90 @@ class WorldModel(nn.Module):
             output = StepOutput(loss, loss.detach()[None], None)
         else:
             with available(self.resident_parameters()):
-                output = self._refine(observed, targets, sample_ids, source, num_steps, noise_scale, step_size_scale, keep_state, restart)
-        return self._over_all_positions(output, targets) if self.config.data.mask_document_starts else output
+                output = self._refine(
+                    observed,
+                    targets,
+                    sample_ids,
+                    source,
+                    num_steps,
+                    noise_scale,
+                    step_size_scale,
+                    keep_state,
+                    restart,
+                )
+        return (
+            self._over_all_positions(output, targets)
+            if self.config.data.mask_document_starts
+            else output
+        )
 
     @staticmethod
     def _over_all_positions(output: StepOutput, targets: Tensor) -> StepOutput:
         """Means over all positions, masked ones counting as 0: sums of micro-batches then do not depend on how a batch was cut."""
         share = (targets != IGNORE).double().mean().to(output.loss.dtype)
-        return replace(output, loss=output.loss * share, loss_per_step=output.loss_per_step * share,
-                       initial_loss=None if output.initial_loss is None else output.initial_loss * share)
+        return replace(
+            output,
+            loss=output.loss * share,
+            loss_per_step=output.loss_per_step * share,
+            initial_loss=None if output.initial_loss is None else output.initial_loss * share,
+        )
 
     def resident_parameters(self) -> list[nn.Parameter]:
         """Those that are whole for the length of a step under ZeRO stage 3: all, or those outside the blocks (block_sweeps.py)."""
         by_block = self.config.refinement.checkpoint == "block"
-        return [p for name, p in self.named_parameters() if not (by_block and name.startswith("network.layers."))]
+        return [
+            p
+            for name, p in self.named_parameters()
+            if not (by_block and name.startswith("network.layers."))
+        ]
 
-    def _refine(self, observed, targets, sample_ids, source, num_steps, noise_scale, step_size_scale, keep_state, restart) -> StepOutput:
+    def _refine(
+        self,
+        observed,
+        targets,
+        sample_ids,
+        source,
+        num_steps,
+        noise_scale,
+        step_size_scale,
+        keep_state,
+        restart,
+    ) -> StepOutput:
         embedded = self.embed_observed(observed)
         rules, training = self.config.refinement, self.training
         weight = self.network.head.weight
-        draws = SampledDraws(source, rules, sample_ids, (*observed.shape[:2], self.state.size), kind=self.config.state.initial,
-                             noise_scale=noise_scale, step_size_scale=step_size_scale, randomize=training, device=weight.device,
-                             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-                             start=observed if self.config.state.kind == "embedding" else None, restart=restart)
-        result = refine(self, embedded, targets, rules=rules, landscapes=self.landscapes(num_steps or rules.num_steps), draws=draws,
-                        training=training, keep_state=keep_state)
+        draws = SampledDraws(
+            source,
+            rules,
+            sample_ids,
+            (*observed.shape[:2], self.state.size),
+            kind=self.config.state.initial,
+            noise_scale=noise_scale,
+            step_size_scale=step_size_scale,
+            randomize=training,
+            device=weight.device,
+            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            start=observed if self.config.state.kind == "embedding" else None,
+            restart=restart,
+        )
+        result = refine(
+            self,
+            embedded,
+            targets,
+            rules=rules,
+            landscapes=self.landscapes(num_steps or rules.num_steps),
+            draws=draws,
+            training=training,
+            keep_state=keep_state,
+        )
         initial_loss = None if training else self.state.loss(draws.initial(), targets).detach()
-        return StepOutput(result.loss, torch.stack(result.loss_per_step), torch.stack(result.energy_per_step), result.state, initial_loss)
+        return StepOutput(
+            result.loss,
+            torch.stack(result.loss_per_step),
+            torch.stack(result.energy_per_step),
+            result.state,
+            initial_loss,
+        )
 
     def _baseline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":

@@ -13,6 +13,7 @@ A save copies its state in memory; a thread of each rank writes it, the one of r
 collective, so a slow disk delays nobody until the next save. A failed write (a full disk) leaves the previous checkpoint as it was, and
 training goes on with a warning. Loading verifies sizes and hashes, and takes the newest checkpoint that passes.
 """
+
 from __future__ import annotations
 
 import json
@@ -38,7 +39,7 @@ from .pieces import EngineState
 
 VERSION = 2
 NAME = re.compile(r"step_(\d{6,})")
-PATIENCE_S = 1800           # for the other ranks' parts
+PATIENCE_S = 1800  # for the other ranks' parts
 
 
 def checkpoint_name(step: int) -> str:
@@ -48,6 +49,7 @@ def checkpoint_name(step: int) -> str:
 @dataclass(frozen=True)
 class Saved:
     """A verified checkpoint: its folder and trainer.json."""
+
     folder: Path
     trainer: dict[str, Any]
 
@@ -59,10 +61,20 @@ class Saved:
 class CheckpointWriter:
     """Saves of one run. Every rank has one, and calls save at the same steps."""
 
-    def __init__(self, root: Path, world: World, config: Config, warn: Callable[[str], None], faults: Faults):
-        self.root, self.world, self.config, self.warn, self.faults = root, world, config, warn, faults
+    def __init__(
+        self, root: Path, world: World, config: Config, warn: Callable[[str], None], faults: Faults
+    ):
+        self.root, self.world, self.config, self.warn, self.faults = (
+            root,
+            world,
+            config,
+            warn,
+            faults,
+        )
         self.thread: threading.Thread | None = None
-        self.outcome: tuple[Path | None, str | None] | None = None      # of the last finished save, until it is asked for
+        self.outcome: tuple[Path | None, str | None] | None = (
+            None  # of the last finished save, until it is asked for
+        )
 
     def save(self, state: EngineState, trainer: dict[str, Any], replay: dict | None) -> None:
         """Begin to save step trainer["step"]. Waits for the save before it, and for nothing else."""
@@ -72,8 +84,16 @@ class CheckpointWriter:
             ranges[piece.name] = [piece.start, piece.values["weight"].numel()]
             for kind, values in piece.values.items():
                 tensors[f"{kind}/{piece.name}"] = values.detach().to("cpu", copy=True)
-        trainer = {"version": VERSION, "world_size": self.world.size, "updates": state.step_count(), **trainer}
-        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in state.module.named_parameters()}
+        trainer = {
+            "version": VERSION,
+            "world_size": self.world.size,
+            "updates": state.step_count(),
+            **trainer,
+        }
+        shapes = {
+            name: list(getattr(p, "ds_shape", p.shape))
+            for name, p in state.module.named_parameters()
+        }
         staging = self.root / f".staging-{checkpoint_name(trainer['step'])}"
         problem = None
         if self.world.is_main:
@@ -84,10 +104,15 @@ class CheckpointWriter:
                 self._io(staging.mkdir)
             except OSError as error:
                 problem = str(error)
-        if self.world.any(problem is not None):             # also: no rank writes before the folder is there
+        if self.world.any(problem is not None):  # also: no rank writes before the folder is there
             self.outcome = (None, self.world.agree(problem or ""))
             return
-        self.thread = threading.Thread(target=self._write, args=(staging, tensors, ranges, shapes, trainer, replay), daemon=True, name="checkpoint")
+        self.thread = threading.Thread(
+            target=self._write,
+            args=(staging, tensors, ranges, shapes, trainer, replay),
+            daemon=True,
+            name="checkpoint",
+        )
         self.thread.start()
 
     def wait(self) -> None:
@@ -107,15 +132,30 @@ class CheckpointWriter:
             folder, problem = self.outcome
             self.outcome = None
             if folder is None and self.world.is_main:
-                self.warn(f"the checkpoint could not be written ({problem}); training goes on, the previous checkpoint is intact; free some space")
+                self.warn(
+                    f"the checkpoint could not be written ({problem}); training goes on, the previous checkpoint is intact; free some space"
+                )
 
-    def _write(self, staging: Path, tensors: dict, ranges: dict, shapes: dict, trainer: dict, replay: dict | None) -> None:
+    def _write(
+        self,
+        staging: Path,
+        tensors: dict,
+        ranges: dict,
+        shapes: dict,
+        trainer: dict,
+        replay: dict | None,
+    ) -> None:
         rank, size = self.world.rank, self.world.size
         problem, files = None, []
         try:
             self.faults.at("save")
             name = f"state-{rank:05d}-of-{size:05d}.safetensors"
-            self._io(save_file, tensors, staging / name, metadata={"ranges": json.dumps(ranges), "shapes": json.dumps(shapes)})
+            self._io(
+                save_file,
+                tensors,
+                staging / name,
+                metadata={"ranges": json.dumps(ranges), "shapes": json.dumps(shapes)},
+            )
             files = [name]
             if replay is not None:
                 files.append(f"replay_rank_{rank}.pt")
@@ -123,11 +163,17 @@ class CheckpointWriter:
             entries = {}
             for name in files:
                 self._io(_fsync, staging / name)
-                entries[name] = {"size": (staging / name).stat().st_size, "sha256": file_sha256(staging / name)}
-        except Exception as error:          # whatever it is, the others must hear of it
+                entries[name] = {
+                    "size": (staging / name).stat().st_size,
+                    "sha256": file_sha256(staging / name),
+                }
+        except Exception as error:  # whatever it is, the others must hear of it
             problem = str(error) or type(error).__name__
         try:
-            _replace_text(staging / f"rank_{rank:05d}.done", json.dumps({"problem": problem} if problem else {"files": entries}))
+            _replace_text(
+                staging / f"rank_{rank:05d}.done",
+                json.dumps({"problem": problem} if problem else {"files": entries}),
+            )
         except OSError as error:
             problem = problem or str(error)
         if not self.world.is_main:
@@ -159,14 +205,24 @@ class CheckpointWriter:
 
     def _publish(self, staging: Path, entries: dict[str, dict], trainer: dict[str, Any]) -> Path:
         root, folder = self.root, self.root / checkpoint_name(trainer["step"])
-        for name, text in (("config.yaml", self.config.to_yaml()), ("trainer.json", json.dumps(trainer, indent=1))):
+        for name, text in (
+            ("config.yaml", self.config.to_yaml()),
+            ("trainer.json", json.dumps(trainer, indent=1)),
+        ):
             self._io((staging / name).write_text, text, encoding="utf-8")
             self._io(_fsync, staging / name)
-            entries[name] = {"size": (staging / name).stat().st_size, "sha256": file_sha256(staging / name)}
-        self._io((staging / "manifest.json").write_text, json.dumps({"version": VERSION, "files": entries}, indent=1), encoding="utf-8")
+            entries[name] = {
+                "size": (staging / name).stat().st_size,
+                "sha256": file_sha256(staging / name),
+            }
+        self._io(
+            (staging / "manifest.json").write_text,
+            json.dumps({"version": VERSION, "files": entries}, indent=1),
+            encoding="utf-8",
+        )
         self._io(_fsync, staging / "manifest.json")
         self._io(_fsync, staging)
-        if folder.exists():                 # the same step saved again, after a fall-back to an earlier one
+        if folder.exists():  # the same step saved again, after a fall-back to an earlier one
             replaced = root / f".staging-replaced-{folder.name}"
             self._io(os.replace, folder, replaced)
             try:
@@ -190,10 +246,10 @@ class CheckpointWriter:
             if known is None or loss < known:
                 best = folder.name
                 self._io(_replace_text, self.root / "best", best + "\n")
-        for old in _folders(self.root)[rules.keep_last:]:
+        for old in _folders(self.root)[rules.keep_last :]:
             if old.name != best and not _is_milestone(old, rules):
                 doomed = self.root / f".staging-pruned-{old.name}"
-                os.replace(old, doomed)     # never a half-deleted folder under a checkpoint's name
+                os.replace(old, doomed)  # never a half-deleted folder under a checkpoint's name
                 shutil.rmtree(doomed)
 
     def _io(self, function: Callable, *arguments, **options):
@@ -208,7 +264,9 @@ def _is_milestone(folder: Path, rules: CheckpointConfig) -> bool:
 
 def _loss_of(folder: Path) -> float | None:
     try:
-        return json.loads((folder / "trainer.json").read_text(encoding="utf-8")).get("validation_loss")
+        return json.loads((folder / "trainer.json").read_text(encoding="utf-8")).get(
+            "validation_loss"
+        )
     except (OSError, ValueError):
         return None
 
@@ -227,7 +285,11 @@ def _replace_text(path: Path, text: str) -> None:
 
 def _folders(root: Path) -> list[Path]:
     """Published checkpoints, newest first."""
-    return sorted((p for p in root.glob("step_*") if NAME.fullmatch(p.name)), key=lambda p: int(NAME.fullmatch(p.name)[1]), reverse=True)
+    return sorted(
+        (p for p in root.glob("step_*") if NAME.fullmatch(p.name)),
+        key=lambda p: int(NAME.fullmatch(p.name)[1]),
+        reverse=True,
+    )
 
 
 def verify(folder: Path) -> Saved:
@@ -236,17 +298,23 @@ def verify(folder: Path) -> Saved:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         entries = manifest["files"].items()
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no manifest.json, so this is no complete checkpoint") from None
+        raise CheckpointError(
+            f"{folder}: no manifest.json, so this is no complete checkpoint"
+        ) from None
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}/manifest.json is damaged: {error}") from None
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{folder}: checkpoint format {manifest.get('version')!r}; this release reads {VERSION}")
+        raise CheckpointError(
+            f"{folder}: checkpoint format {manifest.get('version')!r}; this release reads {VERSION}"
+        )
     for name, entry in entries:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: truncated")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: truncated"
+            )
         if file_sha256(path) != entry["sha256"]:
             raise CheckpointError(f"{path} does not match its hash: damaged")
     return Saved(folder, json.loads((folder / "trainer.json").read_text(encoding="utf-8")))
@@ -263,11 +331,15 @@ def find_latest(root: Path, warn: Callable[[str], None], *, strict: bool = False
             return verify(folder)
         except CheckpointError as error:
             if strict:
-                raise CheckpointError(f"{error}; --strict takes no earlier checkpoint in its place: restore this one, or leave --strict out") from None
+                raise CheckpointError(
+                    f"{error}; --strict takes no earlier checkpoint in its place: restore this one, or leave --strict out"
+                ) from None
             problems.append(str(error))
             warn(f"{error}; trying the checkpoint before it")
     if problems:
-        raise CheckpointError(f"{root}: none of {len(folders)} checkpoints can be used; start a new run folder, or restore one from a copy")
+        raise CheckpointError(
+            f"{root}: none of {len(folders)} checkpoints can be used; start a new run folder, or restore one from a copy"
+        )
     return None
 
 
@@ -277,7 +349,9 @@ class SavedState:
     def __init__(self, folder: Path):
         self.files = [TensorFile(path) for path in sorted(folder.glob("state-*.safetensors"))]
         if not self.files:
-            raise CheckpointError(f"{folder} holds no state-*.safetensors: it was written by another release; this one reads version {VERSION}")
+            raise CheckpointError(
+                f"{folder} holds no state-*.safetensors: it was written by another release; this one reads version {VERSION}"
+            )
         self.ranges = [json.loads(file.metadata["ranges"]) for file in self.files]
         self.shapes: dict[str, list[int]] = json.loads(self.files[0].metadata["shapes"])
         self.held = [set(file.names()) for file in self.files]
@@ -285,18 +359,26 @@ class SavedState:
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
         """Flattened; zeros where a moment does not exist yet. CheckpointError where the pieces do not cover the parameter."""
         if name not in self.shapes:
-            raise CheckpointError(f"the checkpoint has no parameter {name}: it belongs to another model")
+            raise CheckpointError(
+                f"the checkpoint has no parameter {name}: it belongs to another model"
+            )
         size = torch.Size(self.shapes[name]).numel()
-        parts = [(file, held, *ranges[name]) for file, held, ranges in zip(self.files, self.held, self.ranges) if name in ranges and ranges[name][1]]
+        parts = [
+            (file, held, *ranges[name])
+            for file, held, ranges in zip(self.files, self.held, self.ranges)
+            if name in ranges and ranges[name][1]
+        ]
         covered = sum(count for *_, count in parts)
         if covered != size:
-            raise CheckpointError(f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is missing")
+            raise CheckpointError(
+                f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is missing"
+            )
         if len(parts) == 1 and f"{kind}/{name}" in parts[0][1]:
             return parts[0][0].read(f"{kind}/{name}").float().view(-1)
         whole = torch.zeros(size)
         for file, held, start, count in parts:
             if kind == "weight" or f"{kind}/{name}" in held:
-                whole[start:start + count] = file.read(f"{kind}/{name}").view(-1).float()
+                whole[start : start + count] = file.read(f"{kind}/{name}").view(-1).float()
         return whole
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -309,28 +391,50 @@ def load_into(saved: Saved, state: EngineState) -> None:
     for name, p in state.module.named_parameters():
         shape = list(getattr(p, "ds_shape", p.shape))
         if source.shapes.get(name) != shape:
-            raise CheckpointError(f"{saved.folder}: {name} has shape {source.shapes.get(name)}, the model has {shape}")
+            raise CheckpointError(
+                f"{saved.folder}: {name} has shape {source.shapes.get(name)}, the model has {shape}"
+            )
     state.load(source.read, saved.trainer["updates"])
 
 
 def load_replay(saved: Saved) -> dict | None:
     """The replay buffer of all ranks, merged; None if the checkpoint has none."""
-    parts = [torch.load(path, weights_only=True) for path in sorted(saved.folder.glob("replay_rank_*.pt"))]
+    parts = [
+        torch.load(path, weights_only=True)
+        for path in sorted(saved.folder.glob("replay_rank_*.pt"))
+    ]
     if not parts:
         return None
-    return {**parts[0], "queues": {pair: queue for part in parts for pair, queue in part["queues"].items()}}
+    return {
+        **parts[0],
+        "queues": {pair: queue for part in parts for pair, queue in part["queues"].items()},
+    }
 
 
 def saved_config(folder: Path) -> Config:
     """The resolved configuration beside a checkpoint or in a run folder."""
     import yaml
+
     return config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
 
 
-FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule"}         # sections
-FREE_KEYS = {"data.num_workers", "data.verify", "data.manifest", "train.max_minutes", "train.micro_batch_size", "train.max_steps",
-             "model.attention_backend", "model.observed_backend", "refinement.checkpoint", "refinement.tile_rows",
-             "refinement.compile", "deepspeed.zero_stage", "deepspeed.offload", "deepspeed.raw"}
+FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule"}  # sections
+FREE_KEYS = {
+    "data.num_workers",
+    "data.verify",
+    "data.manifest",
+    "train.max_minutes",
+    "train.micro_batch_size",
+    "train.max_steps",
+    "model.attention_backend",
+    "model.observed_backend",
+    "refinement.checkpoint",
+    "refinement.tile_rows",
+    "refinement.compile",
+    "deepspeed.zero_stage",
+    "deepspeed.offload",
+    "deepspeed.raw",
+}
 
 
 def check_same_run(saved: Config, current: Config) -> list[str]:
@@ -340,10 +444,15 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
         for key, value in values.items():
             before, name = saved.to_dict()[section][key], f"{section}.{key}"
             if before != value:
-                (allowed if section in FREE_TO_CHANGE or name in FREE_KEYS else refused).append(f"{name} was {before}, is {value}")
+                (allowed if section in FREE_TO_CHANGE or name in FREE_KEYS else refused).append(
+                    f"{name} was {before}, is {value}"
+                )
     if refused:
-        raise CheckpointError("the checkpoint belongs to another configuration: " + "; ".join(refused)
-                              + ". Resume with the saved one (config.yaml in the run folder), or start another run with --run-dir")
+        raise CheckpointError(
+            "the checkpoint belongs to another configuration: "
+            + "; ".join(refused)
+            + ". Resume with the saved one (config.yaml in the run folder), or start another run with --run-dir"
+        )
     return allowed
 
 

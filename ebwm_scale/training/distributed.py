@@ -1,4 +1,5 @@
 """Processes: who am I, start the group, and the few things ranks agree on. The same code under python, deepspeed, torchrun and srun."""
+
 from __future__ import annotations
 
 import atexit
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from ..errors import ConfigError
 
-TIMEOUT = datetime.timedelta(minutes=10)     # of a collective; validation and saving stay far below
+TIMEOUT = datetime.timedelta(minutes=10)  # of a collective; validation and saving stay far below
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class World:
         """Whether the flag is up on any rank; every rank must call it."""
         if self.size == 1:
             return flag
-        return bool(self.all_reduce(torch.tensor(float(flag), device=self.device), dist.ReduceOp.MAX).item())
+        return bool(
+            self.all_reduce(torch.tensor(float(flag), device=self.device), dist.ReduceOp.MAX).item()
+        )
 
     def agree(self, value: str) -> str:
         """Rank 0's text on every rank."""
@@ -61,21 +64,39 @@ class World:
 
 def is_connection_error(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone, or did not come."""
-    signs = ("Connection closed by peer", "Connection reset", "Connection refused", "Timed out", "timed out", "Broken pipe", "Socket", "NCCL",
-             "Application timeout")
+    signs = (
+        "Connection closed by peer",
+        "Connection reset",
+        "Connection refused",
+        "Timed out",
+        "timed out",
+        "Broken pipe",
+        "Socket",
+        "NCCL",
+        "Application timeout",
+    )
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def place_in_world() -> tuple[int, int, int]:
     """(rank, world size, local rank) from the launcher's environment; sets what torch.distributed reads."""
     environment = os.environ
-    if "RANK" not in environment and int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in environment:
-        environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], environment["SLURM_NTASKS"]
+    if (
+        "RANK" not in environment
+        and int(environment.get("SLURM_NTASKS") or 1) > 1
+        and "SLURM_PROCID" in environment
+    ):
+        environment["RANK"], environment["WORLD_SIZE"] = (
+            environment["SLURM_PROCID"],
+            environment["SLURM_NTASKS"],
+        )
         environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
         for key in ("MASTER_ADDR", "MASTER_PORT"):
             if key not in environment:
-                raise ConfigError(f"{key} is not set: {environment['SLURM_NTASKS']} srun tasks need an address to meet at; "
-                                  "start through slurm/pretrain_nlp.sh, or export it in the job script")
+                raise ConfigError(
+                    f"{key} is not set: {environment['SLURM_NTASKS']} srun tasks need an address to meet at; "
+                    "start through slurm/pretrain_nlp.sh, or export it in the job script"
+                )
     environment.setdefault("RANK", "0")
     environment.setdefault("WORLD_SIZE", "1")
     environment.setdefault("LOCAL_RANK", "0")
@@ -90,19 +111,24 @@ def join_world() -> World:
     rank, size, local_rank = place_in_world()
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # known, so not searched for with a warning
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # known, so not searched for with a warning
     import deepspeed
+
     # On a CPU DeepSpeed would compile a shared-memory transport at this point: minutes, and a lock that outlives a killed job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu:
-        if torch.cuda.device_count() == 1:      # the launcher shows each task its own GPU only
+        if torch.cuda.device_count() == 1:  # the launcher shows each task its own GPU only
             local_rank = 0
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not on_gpu and size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # every rank would otherwise start a thread per core, and threads that wait for each other in turns are many times slower
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False)
+        torch.set_num_threads(
+            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        )
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False
+    )
     atexit.register(_leave_world)
     return World(rank, size, local_rank, device)
 

@@ -1,4 +1,5 @@
 """The DeepSpeed engine of a run: configuration in, an engine with a client AdamW out."""
+
 from __future__ import annotations
 
 import logging
@@ -16,7 +17,9 @@ from .pieces import EngineState
 from .schedule import learning_rate_factor
 
 
-def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: Config, *, micro_batch: int, accumulation: int, num_parameters: int
+) -> dict[str, Any]:
     """What DeepSpeed is given. Gradient clipping is always set: its default is 1.0, not off. So is the bucket that gradients are reduced in:
     DeepSpeed allocates all of it, half a billion numbers, also for a model that has fewer.
     """
@@ -24,8 +27,14 @@ def deepspeed_config(config: Config, *, micro_batch: int, accumulation: int, num
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 0.0 if _clips_itself(config) else config.optimizer.gradient_clipping,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters)},
-        "bf16": {"enabled": config.train.precision == "bf16", "check_grad_overflow": True},     # a step that is not finite is skipped
+        "zero_optimization": {
+            "stage": config.deepspeed.zero_stage,
+            "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters),
+        },
+        "bf16": {
+            "enabled": config.train.precision == "bf16",
+            "check_grad_overflow": True,
+        },  # a step that is not finite is skipped
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
@@ -55,17 +64,32 @@ def _gathers_itself(config: Config) -> bool:
 class Engine:
     """A thin, typed face of deepspeed.DeepSpeedEngine: forward, backward, step with the norm, learning rates."""
 
-    def __init__(self, config: Config, model: nn.Module, world: World, *, micro_batch: int, accumulation: int):
+    def __init__(
+        self, config: Config, model: nn.Module, world: World, *, micro_batch: int, accumulation: int
+    ):
         import deepspeed
+
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.config, self.world, self.accumulation = config, world, accumulation
         options = config.optimizer
         model.to(world.device)
-        optimizer = torch.optim.AdamW(parameter_groups(model, config), lr=options.learning_rate, betas=(options.beta1, options.beta2),
-                                      eps=options.epsilon, fused=True)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config),
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.epsilon,
+            fused=True,
+        )
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, micro_batch=micro_batch, accumulation=accumulation,
-                                                                      num_parameters=count_parameters(model)["total"]))
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(
+                config,
+                micro_batch=micro_batch,
+                accumulation=accumulation,
+                num_parameters=count_parameters(model)["total"],
+            ),
+        )
         if config.train.precision == "bf16" and config.deepspeed.zero_stage == 0:
             _forget_rehearsal(self.optimizer)
         if _gathers_itself(config):
@@ -78,12 +102,19 @@ class Engine:
     @property
     def state(self) -> EngineState:
         """What a checkpoint holds of it."""
-        return EngineState(self.deepspeed, stage=self.config.deepspeed.zero_stage, half=self.config.train.precision == "bf16",
-                           rank=self.world.rank, world_size=self.world.size)
+        return EngineState(
+            self.deepspeed,
+            stage=self.config.deepspeed.zero_stage,
+            half=self.config.train.precision == "bf16",
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
 
     def set_learning_rates(self, step: int) -> float:
         """Every group's learning rate at an optimizer step; returns the model's."""
-        rate = self.config.optimizer.learning_rate * learning_rate_factor(step, self.config.schedule)
+        rate = self.config.optimizer.learning_rate * learning_rate_factor(
+            step, self.config.schedule
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
         return rate
@@ -114,7 +145,7 @@ class Engine:
             limit = self.config.optimizer.gradient_clipping or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
             if not math.isfinite(norm):
-                self.optimizer.zero_grad(set_to_none=True)      # AdamW passes over what has no gradient
+                self.optimizer.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
         self.deepspeed.step()
         if boundary and norm is None:
             norm = self.deepspeed.get_global_grad_norm()
@@ -135,5 +166,9 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """extra over base, section by section."""
     result = dict(base)
     for key, value in extra.items():
-        result[key] = _merge(result[key], value) if isinstance(value, dict) and isinstance(result.get(key), dict) else value
+        result[key] = (
+            _merge(result[key], value)
+            if isinstance(value, dict) and isinstance(result.get(key), dict)
+            else value
+        )
     return result

@@ -12,6 +12,7 @@ A fault is action@place=number[,rank=r][,seconds=s]; without rank it happens on 
     enospc      OSError: no space left on device
     nan         the loss becomes NaN (step only)
 """
+
 from __future__ import annotations
 
 import errno
@@ -71,8 +72,20 @@ def _happen(fault: Fault) -> str | None:
 def _parse(text: str) -> Fault:
     match = re.fullmatch(r"(\w+)@(\w+)=(\d+)((?:,\w+=[\d.]+)*)", text.replace(" ", ""))
     options = dict(option.split("=") for option in match[4].split(",")[1:]) if match else {}
-    if not match or match[1] not in ACTIONS or match[2] not in PLACES or not options.keys() <= {"rank", "seconds"}:
-        raise ConfigError(f"EBWM_FAULTS: {text!r} is no fault; expected action@place=number[,rank=r][,seconds=s] with an action of "
-                          f"{', '.join(ACTIONS)} and a place of {', '.join(PLACES)}, for example kill@step=7,rank=1")
-    return Fault(match[1], match[2], int(match[3]), int(options["rank"]) if "rank" in options else None,
-                 float(options["seconds"]) if "seconds" in options else None)
+    if (
+        not match
+        or match[1] not in ACTIONS
+        or match[2] not in PLACES
+        or not options.keys() <= {"rank", "seconds"}
+    ):
+        raise ConfigError(
+            f"EBWM_FAULTS: {text!r} is no fault; expected action@place=number[,rank=r][,seconds=s] with an action of "
+            f"{', '.join(ACTIONS)} and a place of {', '.join(PLACES)}, for example kill@step=7,rank=1"
+        )
+    return Fault(
+        match[1],
+        match[2],
+        int(match[3]),
+        int(options["rank"]) if "rank" in options else None,
+        float(options["seconds"]) if "seconds" in options else None,
+    )

@@ -1,4 +1,5 @@
 """AdamW's parameter groups: everything with weight decay, and alpha alone, with a learning rate of its own and no decay."""
+
 from __future__ import annotations
 
 from torch import nn
@@ -12,5 +13,11 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     rest = [p for name, p in model.named_parameters() if name != "step_size" and p.requires_grad]
     groups = [{"params": rest, "weight_decay": config.optimizer.weight_decay, "rate_scale": 1.0}]
     if alpha:
-        groups.append({"params": alpha, "weight_decay": 0.0, "rate_scale": config.refinement.learning_rate_multiplier})
+        groups.append(
+            {
+                "params": alpha,
+                "weight_decay": 0.0,
+                "rate_scale": config.refinement.learning_rate_multiplier,
+            }
+        )
     return groups

@@ -9,6 +9,7 @@ A piece is a range of a flattened parameter: its float32 weights (the master cop
 `save` takes the pieces of this process, `load` any set of pieces that cover the parameters: so a checkpoint of any number of processes and
 any stage continues on any other. Values are copied as they are: with nothing changed, the continued run is bitwise the same.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ KINDS = ("weight", *MOMENTS)
 @dataclass(frozen=True)
 class Piece:
     """Numbers start .. start + n - 1 of the flattened parameter; values: kind -> (n,), views of what training works on."""
+
     name: str
     start: int
     values: dict[str, Tensor]
@@ -35,16 +37,25 @@ class EngineState:
     def __init__(self, deepspeed_engine, *, stage: int, half: bool, rank: int, world_size: int):
         self.module, self.optimizer = deepspeed_engine.module, deepspeed_engine.optimizer
         self.stage, self.half, self.rank, self.world_size = stage, half, rank, world_size
-        self.inner = self.optimizer if stage == 0 and not half else self.optimizer.optimizer     # torch's AdamW
-        self.masters: dict[int, Tensor] = {}                            # stage 0 in bf16: parameter -> float32 copy
+        self.inner = (
+            self.optimizer if stage == 0 and not half else self.optimizer.optimizer
+        )  # torch's AdamW
+        self.masters: dict[int, Tensor] = {}  # stage 0 in bf16: parameter -> float32 copy
         if stage == 0 and half:
-            self.masters = {id(p): master for group, copies in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups)
-                            for p, master in zip(group, copies)}
+            self.masters = {
+                id(p): master
+                for group, copies in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups)
+                for p, master in zip(group, copies)
+            }
 
     def pieces(self) -> Iterator[Piece]:
         for index, (name, p) in enumerate(self.module.named_parameters()):
             start, values = self._local(p)
-            owned = self.stage == 3 or (self.stage > 0 and p.requires_grad) or index % self.world_size == self.rank
+            owned = (
+                self.stage == 3
+                or (self.stage > 0 and p.requires_grad)
+                or index % self.world_size == self.rank
+            )
             if owned and values and values["weight"].numel():
                 yield Piece(name, start, values)
 
@@ -61,12 +72,12 @@ class EngineState:
                 weight = read(name, "weight")
                 for kind, mine in values.items():
                     whole = weight if kind == "weight" else read(name, kind)
-                    mine.copy_(whole[start:start + mine.numel()])
+                    mine.copy_(whole[start : start + mine.numel()])
                 if self.stage == 3:
                     mine = p.ds_tensor
-                    part = weight[self.rank * mine.numel():][:mine.numel()]
-                    mine[:part.numel()].copy_(part)
-                if p.numel() == weight.numel():                         # what the forward pass sees
+                    part = weight[self.rank * mine.numel() :][: mine.numel()]
+                    mine[: part.numel()].copy_(part)
+                if p.numel() == weight.numel():  # what the forward pass sees
                     p.copy_(weight.view_as(p))
 
     def _local(self, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
@@ -76,14 +87,23 @@ class EngineState:
         if not p.requires_grad or self.stage == 0:
             master = self.masters.get(id(p), p)
             state = self.inner.state.get(master, {})
-            return 0, {"weight": master.detach().view(-1), **{key: state[key].view(-1) for key in MOMENTS if key in state}}
+            return 0, {
+                "weight": master.detach().view(-1),
+                **{key: state[key].view(-1) for key in MOMENTS if key in state},
+            }
         mapping = getattr(p, "_hp_mapping", None)
         if mapping is None:
             return 0, {}
-        address, flat = mapping.hp_fragment_address, self.optimizer.single_partition_of_fp32_groups[self._group_of(p)]
+        address, flat = (
+            mapping.hp_fragment_address,
+            self.optimizer.single_partition_of_fp32_groups[self._group_of(p)],
+        )
         part = slice(address.start, address.start + address.numel)
         state = self.inner.state.get(flat, {})
-        return mapping.lp_fragment_address.start, {"weight": flat.detach()[part], **{key: state[key][part] for key in MOMENTS if key in state}}
+        return mapping.lp_fragment_address.start, {
+            "weight": flat.detach()[part],
+            **{key: state[key][part] for key in MOMENTS if key in state},
+        }
 
     def _local_partition(self, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
         size = p.ds_tensor.ds_numel if hasattr(p.ds_tensor, "ds_numel") else p.ds_tensor.numel()
@@ -95,10 +115,15 @@ class EngineState:
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         state = self.inner.state.get(flat, {})
         part = slice(offset, offset + count)
-        return start, {"weight": flat.detach()[part], **{key: state[key][part] for key in MOMENTS if key in state}}
+        return start, {
+            "weight": flat.detach()[part],
+            **{key: state[key][part] for key in MOMENTS if key in state},
+        }
 
     def _group_of(self, p: nn.Parameter) -> int:
-        return next(i for i, group in enumerate(self.optimizer.bit16_groups) if any(p is q for q in group))
+        return next(
+            i for i, group in enumerate(self.optimizer.bit16_groups) if any(p is q for q in group)
+        )
 
     def _create_moments(self, step_count: float) -> None:
         """AdamW makes its state in its first update; here it is wanted before."""

@@ -8,6 +8,7 @@ of a queue is drawn is addressed by (seed, step, pair).
 Memory: `capacity` samples over all ranks, each S x size numbers in bfloat16 (8 bits of mantissa: a state restarts within 0.4 % of where it
 ended) and its sequence.
 """
+
 from __future__ import annotations
 
 from collections import deque
@@ -21,14 +22,16 @@ from ..noise import NoiseSource, Purpose
 
 class ReplayBuffer:
     VERSION = 1
-    DTYPE = torch.bfloat16      # of stored states
+    DTYPE = torch.bfloat16  # of stored states
 
     def __init__(self, *, capacity: int, global_batch_size: int):
         self.num_pairs = global_batch_size // 2
         self.per_pair = max(1, capacity // self.num_pairs)
         self.queues: dict[int, deque[tuple[Tensor, Tensor]]] = {}
 
-    def restart(self, sequences: Tensor, positions: Tensor, source: NoiseSource) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    def restart(
+        self, sequences: Tensor, positions: Tensor, source: NoiseSource
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Put stored samples in the odd places of sequences (b, S + 1); positions (b,) are global stream positions.
 
         Returns the sequences, and (rows (n,) int64, states (n, S, size)) to restart from, or None while there is nothing stored.
@@ -48,15 +51,25 @@ class ReplayBuffer:
         stored = states.detach().to("cpu", self.DTYPE)
         for odd in (False, True):
             for row, pair in self._rows(positions, odd=odd):
-                self.queues.setdefault(pair, deque(maxlen=self.per_pair)).append((sequences[row].cpu().clone(), stored[row].clone()))
+                self.queues.setdefault(pair, deque(maxlen=self.per_pair)).append(
+                    (sequences[row].cpu().clone(), stored[row].clone())
+                )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"version": self.VERSION, "num_pairs": self.num_pairs, "queues": {pair: list(queue) for pair, queue in self.queues.items()}}
+        return {
+            "version": self.VERSION,
+            "num_pairs": self.num_pairs,
+            "queues": {pair: list(queue) for pair, queue in self.queues.items()},
+        }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         if values["version"] != self.VERSION or values["num_pairs"] != self.num_pairs:
-            raise ValueError(f"replay buffer of version {values['version']} with {values['num_pairs']} pairs; expected {self.VERSION}, {self.num_pairs}")
-        self.queues = {pair: deque(entries, maxlen=self.per_pair) for pair, entries in values["queues"].items()}
+            raise ValueError(
+                f"replay buffer of version {values['version']} with {values['num_pairs']} pairs; expected {self.VERSION}, {self.num_pairs}"
+            )
+        self.queues = {
+            pair: deque(entries, maxlen=self.per_pair) for pair, entries in values["queues"].items()
+        }
 
     def _rows(self, positions: Tensor, *, odd: bool) -> list[tuple[int, int]]:
         """(row, pair) of the batch's even or odd samples."""

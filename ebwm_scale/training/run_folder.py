@@ -1,4 +1,5 @@
 """A run's folder: metrics.jsonl, events.jsonl, the console lines and Weights & Biases. Rank 0 writes; every step appears once."""
+
 from __future__ import annotations
 
 import datetime
@@ -35,7 +36,11 @@ class RunFolder:
         """End this process if a later one writes here: a node that was taken for dead, and its run started elsewhere, may come back."""
         owner = (self.path / "owner").read_text(encoding="utf-8") if self.is_main else None
         if self.is_main and owner != self._owner:
-            print(f"{self.path} was taken over by the process {owner}; this one ends and writes nothing more", file=sys.stderr, flush=True)
+            print(
+                f"{self.path} was taken over by the process {owner}; this one ends and writes nothing more",
+                file=sys.stderr,
+                flush=True,
+            )
             os._exit(EXIT_RANK_LOST)
 
     def metrics(self, row: dict[str, Any]) -> None:
@@ -45,7 +50,9 @@ class RunFolder:
             _append(self.path / "metrics.jsonl", row)
             if self._tracker is not None:
                 prefix = "validation/" if row.get("split") == "validation" else "train/"
-                self._tracker.log({prefix + key: value for key, value in _flat(row).items()}, step=row["step"])
+                self._tracker.log(
+                    {prefix + key: value for key, value in _flat(row).items()}, step=row["step"]
+                )
 
     def event(self, name: str, **fields: Any) -> None:
         if self.is_main:
@@ -97,12 +104,21 @@ def _tracker(path: Path, config: Config):
     try:
         import wandb
     except ImportError:
-        raise ConfigError(f"logging.wandb is {settings.wandb}: the package wandb is not installed; pip install wandb, or logging.wandb=off") from None
+        raise ConfigError(
+            f"logging.wandb is {settings.wandb}: the package wandb is not installed; pip install wandb, or logging.wandb=off"
+        ) from None
     identity = path / "wandb_id"
     if not identity.exists():
         _write_atomically(identity, uuid.uuid4().hex[:12])
-    return wandb.init(project=settings.wandb_project, name=settings.run_name or path.name, id=identity.read_text().strip(), resume="allow",
-                      mode=settings.wandb, dir=str(path), config=config.to_dict())
+    return wandb.init(
+        project=settings.wandb_project,
+        name=settings.run_name or path.name,
+        id=identity.read_text().strip(),
+        resume="allow",
+        mode=settings.wandb,
+        dir=str(path),
+        config=config.to_dict(),
+    )
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

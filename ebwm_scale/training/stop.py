@@ -4,6 +4,7 @@ Signals are noticed by a thread, through the wake-up descriptor that the interpr
 also while the main thread waits inside a collective, where no Python handler would run. This file imports no torch, so that the flag
 can stand before the imports that take seconds: before that a signal would end one rank alone.
 """
+
 from __future__ import annotations
 
 import os
@@ -18,7 +19,7 @@ from ..errors import EXIT_FAILED
 if TYPE_CHECKING:
     from .distributed import World
 
-ONE_ENDING_S = 2.0          # where preemption has no grace time Slurm sends SIGTERM and the SIGUSR1 of --signal together; both say the same
+ONE_ENDING_S = 2.0  # where preemption has no grace time Slurm sends SIGTERM and the SIGUSR1 of --signal together; both say the same
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -27,12 +28,14 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.signalled = 0.0            # when the first signal came
+        self.signalled = 0.0  # when the first signal came
         self.start, self.max_minutes = time.monotonic(), None
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))     # what a loader worker receives is not ours
+        os.register_at_fork(
+            after_in_child=lambda: signal.set_wakeup_fd(-1)
+        )  # what a loader worker receives is not ours
         threading.Thread(target=self._listen, args=(reader,), daemon=True, name="signals").start()
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
@@ -57,11 +60,20 @@ class StopFlag:
     def _listen(self, reader: int) -> None:
         while True:
             for number in os.read(reader, 64):
-                if number not in SIGNALS:           # the interpreter writes every signal that has a Python handler
+                if (
+                    number not in SIGNALS
+                ):  # the interpreter writes every signal that has a Python handler
                     continue
-                if {self.reason, signal.Signals(number).name} == {"SIGUSR1", "SIGTERM"} and time.monotonic() - self.signalled < ONE_ENDING_S:
+                if {self.reason, signal.Signals(number).name} == {
+                    "SIGUSR1",
+                    "SIGTERM",
+                } and time.monotonic() - self.signalled < ONE_ENDING_S:
                     continue
                 if self.reason is not None and self.reason.startswith("SIG"):
-                    print(f"{signal.Signals(number).name} after {self.reason}: leaving at once, unsaved", file=sys.stderr, flush=True)
+                    print(
+                        f"{signal.Signals(number).name} after {self.reason}: leaving at once, unsaved",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     os._exit(EXIT_FAILED)
                 self.reason, self.signalled = signal.Signals(number).name, time.monotonic()

@@ -5,6 +5,7 @@
 One optimizer step: draw this step's point of the schedules, take this rank's micro-batches of the global batch, let the model refine and
 score them, step the engine. Everything else (validation, checkpoints, metrics, stopping) happens between steps and changes no loss.
 """
+
 from __future__ import annotations
 
 import math
@@ -39,11 +40,12 @@ from .watchdog import Watchdog
 @dataclass(frozen=True)
 class StepResult:
     """Means over this rank's part of a global batch: (1 + N + N,) = loss, loss_per_step, energy_per_step; what the optimizer used."""
+
     values: torch.Tensor
     num_steps: int
     gradient_norm: float
     learning_rate: float
-    samples: list[int]          # ids, of this rank's part
+    samples: list[int]  # ids, of this rank's part
 
     @property
     def applied(self) -> bool:
@@ -52,28 +54,60 @@ class StepResult:
 
 
 class Trainer:
-    def __init__(self, config: Config, engine: Engine, world: World, run: RunFolder, stop: StopFlag,
-                 train: ShardedSplit | MixedSplit, validation: ShardedSplit | MixedSplit, *, micro_batch: int, watchdog: Watchdog, faults: Faults):
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        world: World,
+        run: RunFolder,
+        stop: StopFlag,
+        train: ShardedSplit | MixedSplit,
+        validation: ShardedSplit | MixedSplit,
+        *,
+        micro_batch: int,
+        watchdog: Watchdog,
+        faults: Faults,
+    ):
         self.config, self.engine, self.world, self.run, self.stop = config, engine, world, run, stop
         self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
-        self.replay = ReplayBuffer(capacity=config.refinement.replay_capacity, global_batch_size=config.train.global_batch_size) \
-            if config.refinement.replay and config.model.kind == "energy" else None
+        self.replay = (
+            ReplayBuffer(
+                capacity=config.refinement.replay_capacity,
+                global_batch_size=config.train.global_batch_size,
+            )
+            if config.refinement.replay and config.model.kind == "energy"
+            else None
+        )
         self.watchdog, self.faults = watchdog, faults
         self.writer = CheckpointWriter(run.checkpoints, world, config, self._warn, faults)
-        self.observe = Observation(train.manifest, world.device, mask_document_starts=config.data.mask_document_starts)
-        self.quarantine = Quarantine(run.path, limit=config.data.max_quarantined, is_main=world.is_main)
+        self.observe = Observation(
+            train.manifest, world.device, mask_document_starts=config.data.mask_document_starts
+        )
+        self.quarantine = Quarantine(
+            run.path, limit=config.data.max_quarantined, is_main=world.is_main
+        )
         self.found_in_validation, self.stream_position = [], 0
-        self.step, self.loader, self.saved, self.validated_step, self.validation_loss = 0, None, None, None, None
-        self.first_step = 0             # of this process
+        self.step, self.loader, self.saved, self.validated_step, self.validation_loss = (
+            0,
+            None,
+            None,
+            None,
+            None,
+        )
+        self.first_step = 0  # of this process
         self.skipped_in_a_row = 0
 
     def resume(self, saved: Saved) -> None:
         """Continue after a checkpoint: weights, optimizer, replay buffer and the place in the data; or start from its weights, where it holds nothing else."""
-        if "data" not in saved.trainer:         # conversion.import_run, of a folder without training state
+        if "data" not in saved.trainer:  # conversion.import_run, of a folder without training state
             load_into(saved, self.engine.state)
             self.run.forget_after(0)
             return
-        data = DataState.load_state_dict(saved.trainer["data"], fingerprint=self.train_split.fingerprint, seed=self.config.train.seed)
+        data = DataState.load_state_dict(
+            saved.trainer["data"],
+            fingerprint=self.train_split.fingerprint,
+            seed=self.config.train.seed,
+        )
         self.faults.at("load")
         load_into(saved, self.engine.state)
         if self.replay is not None:
@@ -90,8 +124,12 @@ class Trainer:
     def fit(self) -> int:
         """Train to train.max_steps; returns the exit code."""
         self.loader = self._loader()
-        if self.step and self._due(self.config.evaluation.every_steps) and not self._evaluated_and_saved():
-            return self.leave_for_later()       # the evaluation that a stopped run did not finish
+        if (
+            self.step
+            and self._due(self.config.evaluation.every_steps)
+            and not self._evaluated_and_saved()
+        ):
+            return self.leave_for_later()  # the evaluation that a stopped run did not finish
         timer = Interval(self.step)
         while self.step < self.config.train.max_steps:
             result = self.train_step()
@@ -123,7 +161,9 @@ class Trainer:
         """Save the last whole step, say why, and leave to be run again."""
         self.save()
         self.run.event("signal", step=self.step, reason=self.stop_reason)
-        self.run.say(f"stopped at step {self.step} ({self.stop_reason}); run the same command with --resume to go on")
+        self.run.say(
+            f"stopped at step {self.step} ({self.stop_reason}); run the same command with --resume to go on"
+        )
         return self.leave(EXIT_RUN_AGAIN)
 
     def _stop_wanted(self) -> bool:
@@ -143,7 +183,7 @@ class Trainer:
         """Wait for what is being written; the code."""
         self.watchdog.beat("the last save")
         self.writer.wait()
-        self.world.barrier()        # nobody leaves, and is missed, before the checkpoint is published
+        self.world.barrier()  # nobody leaves, and is missed, before the checkpoint is published
         self.watchdog.stop()
         return code
 
@@ -162,18 +202,33 @@ class Trainer:
             if self.replay is not None:
                 sequences, restart = self.replay.restart(sequences, batch.positions, source)
             observed, targets = self.observe(sequences)
-            output = self.engine.forward(observed, targets, sample_ids=batch.sample_ids, source=source,
-                                         num_steps=point.num_steps, noise_scale=point.noise_scale, step_size_scale=point.step_size_scale,
-                                         keep_state=None if self.replay is None else self.replay.DTYPE, restart=restart)
+            output = self.engine.forward(
+                observed,
+                targets,
+                sample_ids=batch.sample_ids,
+                source=source,
+                num_steps=point.num_steps,
+                noise_scale=point.noise_scale,
+                step_size_scale=point.step_size_scale,
+                keep_state=None if self.replay is None else self.replay.DTYPE,
+                restart=restart,
+            )
             self.watchdog.beat(f"step {self.step}, its backward pass")
             self.engine.backward(output.loss if fault is None else output.loss * float("nan"))
             norm = self.engine.step()
             final.append((sequences, batch.positions, output.state))
             samples += batch.sample_ids.tolist()
             parts = [output.loss.detach()[None], output.loss_per_step]
-            total = total + torch.cat(parts if output.energy_per_step is None else [*parts, output.energy_per_step]).double()
+            total = (
+                total
+                + torch.cat(
+                    parts if output.energy_per_step is None else [*parts, output.energy_per_step]
+                ).double()
+            )
         num_steps = len(output.loss_per_step)
-        result = StepResult(total / self.loader.micro_batches_per_step, num_steps, float(norm), rate, samples)
+        result = StepResult(
+            total / self.loader.micro_batches_per_step, num_steps, float(norm), rate, samples
+        )
         if self.replay is not None and result.applied:
             for entries in final:
                 self.replay.store(*entries)
@@ -185,27 +240,55 @@ class Trainer:
         limit = self.config.train.max_skipped_steps
         samples = [sample for part in self.world.gather(result.samples) for sample in part]
         loss = (self.world.all_reduce(result.values.clone()) / self.world.size)[0].item()
-        self.run.event("skipped", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm), samples=samples)
-        self._warn(f"step {self.step} was skipped: loss {loss}, gradient norm {result.gradient_norm}; {self.skipped_in_a_row} in a row, "
-                   f"{limit} end the run; its samples are in events.jsonl")
+        self.run.event(
+            "skipped",
+            step=self.step,
+            loss=str(loss),
+            grad_norm=str(result.gradient_norm),
+            samples=samples,
+        )
+        self._warn(
+            f"step {self.step} was skipped: loss {loss}, gradient norm {result.gradient_norm}; {self.skipped_in_a_row} in a row, "
+            f"{limit} end the run; its samples are in events.jsonl"
+        )
         if self.skipped_in_a_row < limit:
             return False
         saved = "none yet" if self.saved is None else f"step {self.saved[0]}"
-        self.run.event("not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm))
-        self._warn(f"stopped after {limit} steps in a row without finite gradients. The last checkpoint ({saved}) is from before; lower "
-                   "optimizer.learning_rate or refinement.step_size and run again with --resume")
+        self.run.event(
+            "not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm)
+        )
+        self._warn(
+            f"stopped after {limit} steps in a row without finite gradients. The last checkpoint ({saved}) is from before; lower "
+            "optimizer.learning_rate or refinement.step_size and run again with --resume"
+        )
         return True
 
     def too_much_damage(self) -> bool:
         """Put what every rank found damaged on the common list, and into the run folder; whether it is more than data.max_quarantined."""
-        found = [bad for part in self.world.gather([*self.loader.found, *self.found_in_validation]) for bad in part]
+        found = [
+            bad
+            for part in self.world.gather([*self.loader.found, *self.found_in_validation])
+            for bad in part
+        ]
         self.loader.found.clear(), self.found_in_validation.clear()
         for bad in self.quarantine.add(found):
-            self.run.event("quarantine", step=self.step, split=bad.split, sample_id=bad.sample_id, shard=bad.shard, key=bad.key, offset=bad.offset)
-            self._warn(f"{bad.shard}: sample {bad.key or '(all)'}: {bad.reason}; sample {bad.replaced_by} stands in for {bad.sample_id}")
+            self.run.event(
+                "quarantine",
+                step=self.step,
+                split=bad.split,
+                sample_id=bad.sample_id,
+                shard=bad.shard,
+                key=bad.key,
+                offset=bad.offset,
+            )
+            self._warn(
+                f"{bad.shard}: sample {bad.key or '(all)'}: {bad.reason}; sample {bad.replaced_by} stands in for {bad.sample_id}"
+            )
         if self.quarantine.exceeded:
-            self._warn(f"stopped: {len(self.quarantine.bad)} damaged samples, data.max_quarantined is {self.quarantine.limit}; see {self.quarantine.path}, "
-                       "check the dataset with tools/verify_shards.py, copy it again, and go on with --resume")
+            self._warn(
+                f"stopped: {len(self.quarantine.bad)} damaged samples, data.max_quarantined is {self.quarantine.limit}; see {self.quarantine.path}, "
+                "check the dataset with tools/verify_shards.py, copy it again, and go on with --resume"
+            )
         return self.quarantine.exceeded
 
     def log(self, result: StepResult, timer: "Interval") -> None:
@@ -214,23 +297,43 @@ class Trainer:
         norm = result.gradient_norm
         config, num_steps = self.config, result.num_steps
         seconds = timer.seconds_per_step(self.step)
-        flops = model_flops(step_flops(config, samples=config.train.global_batch_size, num_steps=num_steps)) / self.world.size
+        flops = (
+            model_flops(
+                step_flops(config, samples=config.train.global_batch_size, num_steps=num_steps)
+            )
+            / self.world.size
+        )
         peak, on_gpu = peak_flops_per_s(config.train.precision), self.world.device.type == "cuda"
-        unit, per_step = self.observe.content.unit, config.train.global_batch_size * config.data.context_length
+        unit, per_step = (
+            self.observe.content.unit,
+            config.train.global_batch_size * config.data.context_length,
+        )
         energy = config.model.kind == "energy"
         remaining_s = seconds * (config.train.max_steps - self.step)
         row = {
-            "step": self.step, f"{unit}_seen": self.step * per_step, "loss": values[0], "loss_per_step": values[1:1 + num_steps],
-            "energy_per_step": values[1 + num_steps:] if energy else None, "grad_norm": norm, "learning_rate": result.learning_rate,
-            "step_size": self.engine.module.step_size.item() if energy else None, "step_time_s": seconds,
-            f"{unit}_per_s": per_step / seconds, "model_tflops": flops / seconds / 1e12,
-            "mfu": flops / seconds / peak if peak else None, "peak_memory_gib": _peak_memory_gib(on_gpu), "eta_s": remaining_s,
+            "step": self.step,
+            f"{unit}_seen": self.step * per_step,
+            "loss": values[0],
+            "loss_per_step": values[1 : 1 + num_steps],
+            "energy_per_step": values[1 + num_steps :] if energy else None,
+            "grad_norm": norm,
+            "learning_rate": result.learning_rate,
+            "step_size": self.engine.module.step_size.item() if energy else None,
+            "step_time_s": seconds,
+            f"{unit}_per_s": per_step / seconds,
+            "model_tflops": flops / seconds / 1e12,
+            "mfu": flops / seconds / peak if peak else None,
+            "peak_memory_gib": _peak_memory_gib(on_gpu),
+            "eta_s": remaining_s,
         }
         self.run.metrics(row)
         steps = " -> ".join(f"{loss:.3f}" for loss in row["loss_per_step"])
-        self.run.say(f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss {values[0]:.4f}"
-                     + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "") + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
-                     f"  {per_step / seconds:,.0f} {unit}/s  ETA {duration(remaining_s)}")
+        self.run.say(
+            f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss {values[0]:.4f}"
+            + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "")
+            + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
+            f"  {per_step / seconds:,.0f} {unit}/s  ETA {duration(remaining_s)}"
+        )
 
     def evaluate(self) -> bool:
         """Validate this step, once; False if it was given up for a stop."""
@@ -238,18 +341,36 @@ class Trainer:
             return True
         self.watchdog.beat(f"the evaluation after step {self.step}")
         self.faults.at("evaluation")
-        point = refinement_point(self.config, self.step, NoiseSource(self.config.train.seed, self.step))
-        row = validate(self.engine.module, self.validation_split, self.config, self.world, self.observe,
-                       context_length=self.config.data.context_length, batch_size=self.micro_batch, step_size_scale=point.step_size_scale,
-                       found=self.found_in_validation,
-                       beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"), stop_wanted=self._stop_wanted)
+        point = refinement_point(
+            self.config, self.step, NoiseSource(self.config.train.seed, self.step)
+        )
+        row = validate(
+            self.engine.module,
+            self.validation_split,
+            self.config,
+            self.world,
+            self.observe,
+            context_length=self.config.data.context_length,
+            batch_size=self.micro_batch,
+            step_size_scale=point.step_size_scale,
+            found=self.found_in_validation,
+            beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"),
+            stop_wanted=self._stop_wanted,
+        )
         if row is None:
             return False
         self.run.metrics({"step": self.step, "split": "validation", **row})
         self.validated_step, self.validation_loss = self.step, row["loss"]
-        steps = " -> ".join(f"{loss:.4f}" for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]]) + row["loss_per_step"])
-        measure = f"nats/token (unigram entropy {row['unigram_entropy']:.4f})" if self.observe.space is None else \
-            f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, going straight on {row['linear_loss']:.4f})"
+        steps = " -> ".join(
+            f"{loss:.4f}"
+            for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]])
+            + row["loss_per_step"]
+        )
+        measure = (
+            f"nats/token (unigram entropy {row['unigram_entropy']:.4f})"
+            if self.observe.space is None
+            else f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, going straight on {row['linear_loss']:.4f})"
+        )
         self.run.say(f"validation at step {self.step}: {steps} {measure}")
         return True
 
@@ -262,12 +383,22 @@ class Trainer:
         self.watchdog.beat(f"the save after step {self.step}")
         self.too_much_damage()
         self.stream_position = max(self.world.gather(getattr(self.loader, "next_shard", 0)))
-        state = DataState(self.train_split.fingerprint, self.config.train.seed, self.step).state_dict()
-        self.writer.save(self.engine.state, {"step": self.step, "data": state, "skipped_in_a_row": self.skipped_in_a_row,
-                                             "quarantine": self.quarantine.state_dict(), "stream_position": self.stream_position,
-                                             "validation_loss": self.validation_loss if validated else None,
-                                             "code": code_version()},
-                         None if self.replay is None else self.replay.state_dict())
+        state = DataState(
+            self.train_split.fingerprint, self.config.train.seed, self.step
+        ).state_dict()
+        self.writer.save(
+            self.engine.state,
+            {
+                "step": self.step,
+                "data": state,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "quarantine": self.quarantine.state_dict(),
+                "stream_position": self.stream_position,
+                "validation_loss": self.validation_loss if validated else None,
+                "code": code_version(),
+            },
+            None if self.replay is None else self.replay.state_dict(),
+        )
         self.saved = (self.step, validated)
         self.run.event("save", step=self.step)
 
@@ -281,13 +412,33 @@ class Trainer:
         return self._due(self.config.checkpoint.every_steps)
 
     def _loader(self) -> BatchLoader | StreamLoader:
-        config, common = self.config, {"context_length": self.config.data.context_length, "global_batch_size": self.config.train.global_batch_size,
-                                       "micro_batch_size": self.micro_batch, "rank": self.world.rank, "world_size": self.world.size,
-                                       "seed": self.config.train.seed, "first_step": self.step}
+        config, common = (
+            self.config,
+            {
+                "context_length": self.config.data.context_length,
+                "global_batch_size": self.config.train.global_batch_size,
+                "micro_batch_size": self.micro_batch,
+                "rank": self.world.rank,
+                "world_size": self.world.size,
+                "seed": self.config.train.seed,
+                "first_step": self.step,
+            },
+        )
         if config.data.stream:
-            return StreamLoader(config.data.stream, self.train_split.manifest, buffer=config.data.stream_buffer, first_shard=self.stream_position, **common)
-        return BatchLoader(self.train_split, window_shards=config.data.window_shards, num_workers=config.data.num_workers,
-                           known_bad=self.quarantine.known("train"), **common)
+            return StreamLoader(
+                config.data.stream,
+                self.train_split.manifest,
+                buffer=config.data.stream_buffer,
+                first_shard=self.stream_position,
+                **common,
+            )
+        return BatchLoader(
+            self.train_split,
+            window_shards=config.data.window_shards,
+            num_workers=config.data.num_workers,
+            known_bad=self.quarantine.known("train"),
+            **common,
+        )
 
 
 class Interval:
@@ -319,5 +470,6 @@ def _peak_memory_gib(on_gpu: bool) -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
     import sys
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (peak if sys.platform == "darwin" else peak * 1024) / 2**30

@@ -1,4 +1,5 @@
 """Validation: the largest number of steps, the same samples and the same noise each time, no second-order graph."""
+
 from __future__ import annotations
 
 import math
@@ -20,12 +21,23 @@ from ..noise import NoiseSource
 from ..observation import Observation
 from .distributed import World
 
-EVALUATION_STEP = 2**62         # the noise address of evaluation: no training step has it
+EVALUATION_STEP = 2**62  # the noise address of evaluation: no training step has it
 
 
-def validate(model: WorldModel, split: ShardedSplit | MixedSplit, config: Config, world: World, observe: Observation, *, context_length: int,
-             batch_size: int, step_size_scale: float = 1.0, beat: Callable[[], None] = lambda: None,
-             stop_wanted: Callable[[], bool] = lambda: False, found: list[BadSample] | None = None) -> dict[str, Any] | None:
+def validate(
+    model: WorldModel,
+    split: ShardedSplit | MixedSplit,
+    config: Config,
+    world: World,
+    observe: Observation,
+    *,
+    context_length: int,
+    batch_size: int,
+    step_size_scale: float = 1.0,
+    beat: Callable[[], None] = lambda: None,
+    stop_wanted: Callable[[], bool] = lambda: False,
+    found: list[BadSample] | None = None,
+) -> dict[str, Any] | None:
     """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N], initial_loss, energy_per_step; for text the
     perplexity and the unigram entropy, for video the same loss of two predictors that learn nothing: copying the last frame
     (copy_last_loss), and going on in a straight line from the last two (linear_loss).
@@ -34,10 +46,23 @@ def validate(model: WorldModel, split: ShardedSplit | MixedSplit, config: Config
     found: damaged samples are added to it.
     """
     source, sums = NoiseSource(config.train.seed, EVALUATION_STEP), None
-    batches = list(validation_batches(split, context_length=context_length, batch_size=batch_size, found=found,
-                                      max_samples=config.evaluation.max_samples, rank=world.rank, world_size=world.size))
+    batches = list(
+        validation_batches(
+            split,
+            context_length=context_length,
+            batch_size=batch_size,
+            found=found,
+            max_samples=config.evaluation.max_samples,
+            rank=world.rank,
+            world_size=world.size,
+        )
+    )
     # Under ZeRO stage 3 every forward is a collective: all ranks make as many, and what is beyond a rank's own batches does not count.
-    rounds = int(world.all_reduce(torch.tensor(len(batches), device=world.device), torch.distributed.ReduceOp.MAX))
+    rounds = int(
+        world.all_reduce(
+            torch.tensor(len(batches), device=world.device), torch.distributed.ReduceOp.MAX
+        )
+    )
     is_text, energy = config.state.kind == "vocabulary", config.model.kind == "energy"
     was_training = model.training
     model.eval()
@@ -49,17 +74,38 @@ def validate(model: WorldModel, split: ShardedSplit | MixedSplit, config: Config
             if index >= len(batches):
                 if config.deepspeed.zero_stage == 3:
                     observed, targets = _nothing(config, context_length, world.device)
-                    model(observed, targets, sample_ids=torch.zeros(1, dtype=torch.int64), source=source, step_size_scale=step_size_scale)
+                    model(
+                        observed,
+                        targets,
+                        sample_ids=torch.zeros(1, dtype=torch.int64),
+                        source=source,
+                        step_size_scale=step_size_scale,
+                    )
                 continue
             batch = batches[index]
             observed, targets = observe(batch.sequences)
-            output = model(observed, targets, sample_ids=batch.sample_ids, source=source, step_size_scale=step_size_scale)
-            parts = [output.loss_per_step, *(part for part in (output.energy_per_step, output.initial_loss) if part is not None)]
+            output = model(
+                observed,
+                targets,
+                sample_ids=batch.sample_ids,
+                source=source,
+                step_size_scale=step_size_scale,
+            )
+            parts = [
+                output.loss_per_step,
+                *(
+                    part
+                    for part in (output.energy_per_step, output.initial_loss)
+                    if part is not None
+                ),
+            ]
             if not is_text:
                 parts += untrained_losses(observed, targets)
             num_positions = targets.shape[0] * targets.shape[1]
             counted = int((targets != IGNORE).sum()) if is_text else num_positions
-            scale = num_positions if config.data.mask_document_starts else counted      # what the model's means are over
+            scale = (
+                num_positions if config.data.mask_document_starts else counted
+            )  # what the model's means are over
             values = torch.cat([part.detach().double().reshape(-1) for part in parts]) * scale
             values = torch.cat([values, values.new_tensor([counted, num_positions])])
             sums = values if sums is None else sums + values
@@ -67,14 +113,27 @@ def validate(model: WorldModel, split: ShardedSplit | MixedSplit, config: Config
         model.train(was_training)
     num_steps = config.refinement.num_steps if energy else 1
     size = (2 * num_steps + 1 if energy else 1) + (0 if is_text else 2)
-    total = torch.zeros(size + 2, dtype=torch.float64, device=world.device) if sums is None else sums
+    total = (
+        torch.zeros(size + 2, dtype=torch.float64, device=world.device) if sums is None else sums
+    )
     *means, counted, num_positions = world.all_reduce(total).tolist()
-    energies = [value / num_positions for value in means[num_steps:2 * num_steps]] if energy else None
+    energies = (
+        [value / num_positions for value in means[num_steps : 2 * num_steps]] if energy else None
+    )
     means = [value / counted for value in means]
     losses = means[:num_steps]
-    row = {"loss": losses[-1], "loss_per_step": losses, "energy_per_step": energies, "initial_loss": means[2 * num_steps] if energy else None}
+    row = {
+        "loss": losses[-1],
+        "loss_per_step": losses,
+        "energy_per_step": energies,
+        "initial_loss": means[2 * num_steps] if energy else None,
+    }
     if is_text:
-        return row | {"perplexity": math.exp(min(losses[-1], 700.0)), "num_tokens": int(counted), "unigram_entropy": unigram_entropy(split)}
+        return row | {
+            "perplexity": math.exp(min(losses[-1], 700.0)),
+            "num_tokens": int(counted),
+            "unigram_entropy": unigram_entropy(split),
+        }
     return row | {"copy_last_loss": means[-2], "linear_loss": means[-1], "num_frames": int(counted)}
 
 
@@ -87,11 +146,16 @@ def untrained_losses(observed: torch.Tensor, targets: torch.Tensor) -> list[torc
 def unigram_entropy(split: ShardedSplit | MixedSplit) -> float:
     """Of the split; of a mixture the mean over its sources, weighted as they are evaluated."""
     if isinstance(split, MixedSplit):
-        return sum(count * part.info.facts["unigram_entropy"] for part, count in zip(split.parts, split.counts)) / sum(split.counts)
+        return sum(
+            count * part.info.facts["unigram_entropy"]
+            for part, count in zip(split.parts, split.counts)
+        ) / sum(split.counts)
     return split.info.facts["unigram_entropy"]
 
 
-def _nothing(config: Config, context_length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _nothing(
+    config: Config, context_length: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     if config.state.kind == "vocabulary":
         observed = torch.zeros(1, context_length, dtype=torch.int64, device=device)
     else:

@@ -4,6 +4,7 @@ The loop says where it is (`beat`). A thread of each process watches that; after
 another process is gone, the process writes how far it has come, looks at what the others wrote, and leaves. The one that has come least
 far is the one the others waited for; one that writes nothing is dead.
 """
+
 from __future__ import annotations
 
 import faulthandler
@@ -16,16 +17,26 @@ from pathlib import Path
 
 from ..errors import EXIT_RANK_LOST
 
-GATHER_S = 3.0          # for the reports of the others
+GATHER_S = 3.0  # for the reports of the others
 
 
 class Watchdog:
     """limit_s 0: no watching for hangs; `lost` works all the same."""
 
     def __init__(self, folder: Path, *, rank: int, world_size: int, limit_s: float):
-        self.folder, self.rank, self.world_size, self.limit_s = folder / "watch", rank, world_size, limit_s
-        self.count, self.where, self.last, self.stopped = 0, "start", time.monotonic(), threading.Event()
-        self._report_path(rank).unlink(missing_ok=True)     # of an earlier attempt in this folder
+        self.folder, self.rank, self.world_size, self.limit_s = (
+            folder / "watch",
+            rank,
+            world_size,
+            limit_s,
+        )
+        self.count, self.where, self.last, self.stopped = (
+            0,
+            "start",
+            time.monotonic(),
+            threading.Event(),
+        )
+        self._report_path(rank).unlink(missing_ok=True)  # of an earlier attempt in this folder
         if limit_s:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
@@ -50,8 +61,12 @@ class Watchdog:
             verdict = self._verdict()
         except OSError as error:
             verdict = f"no report could be written: {error}"
-        print(f"rank {self.rank}: {reason} at {self.where}. {verdict} Stacks of all threads: {self.folder}/stacks_rank_*.txt. "
-              "Run again with --resume", file=sys.stderr, flush=True)
+        print(
+            f"rank {self.rank}: {reason} at {self.where}. {verdict} Stacks of all threads: {self.folder}/stacks_rank_*.txt. "
+            "Run again with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(EXIT_RANK_LOST)
 
     def _watch(self) -> None:

@@ -1,4 +1,5 @@
 """A real Slurm on virtual nodes of this machine. Skipped, with the reason, without root or apt."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 from cluster_jobs import Jobs, install_slurm, training_runs
 from minislurm import MiniSlurm
 
-dataset, runs = training_runs.dataset, training_runs.runs      # fixtures
+dataset, runs = training_runs.dataset, training_runs.runs  # fixtures
 
 
 @pytest.fixture(scope="session")

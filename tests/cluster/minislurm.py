@@ -6,6 +6,7 @@ Needs root and the packages PACKAGES (Debian, Ubuntu). Node names are loopback a
 so that a job is given CUDA_VISIBLE_DEVICES without there being a GPU. Partition `high` preempts `main` with a grace
 time, and `harsh` without.
 """
+
 from __future__ import annotations
 
 import os
@@ -76,8 +77,13 @@ PartitionName=high Nodes=ALL Default=NO MaxTime=INFINITE State=UP PriorityTier=1
 
 
 class MiniSlurm:
-    def __init__(self, root: Path, *, nodes: int = 2, cpus: int = 64, memory_mb: int = 512000, gpus: int = 8):
-        self.root, self.nodes = Path(root).resolve(), [f"127.0.0.{number + 1}" for number in range(nodes)]
+    def __init__(
+        self, root: Path, *, nodes: int = 2, cpus: int = 64, memory_mb: int = 512000, gpus: int = 8
+    ):
+        self.root, self.nodes = (
+            Path(root).resolve(),
+            [f"127.0.0.{number + 1}" for number in range(nodes)],
+        )
         self.cpus, self.memory_mb, self.gpus = cpus, memory_mb, gpus
         self.ports: list[int] = []
         self.configuration = self.root / "slurm.conf"
@@ -86,25 +92,61 @@ class MiniSlurm:
     @property
     def environment(self) -> dict[str, str]:
         """For the programs of this Slurm, and nothing of a Slurm around it."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
-        return {**kept, "SLURM_CONF": str(self.configuration), "PATH": f"{self.root}/bin:/usr/sbin:/usr/bin:" + kept.get("PATH", "")}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+        }
+        return {
+            **kept,
+            "SLURM_CONF": str(self.configuration),
+            "PATH": f"{self.root}/bin:/usr/sbin:/usr/bin:" + kept.get("PATH", ""),
+        }
 
     def start(self, timeout: float = 30) -> "MiniSlurm":
         self._write()
         socket_path = self.root / "munge/sock"
-        self._spawn("munged", "/usr/sbin/munged", "--foreground", f"--socket={socket_path}", f"--key-file={self.root}/munge/key", "--force",
-                    f"--pid-file={self.root}/munge/munged.pid", f"--log-file={self.root}/munge/munged.log", f"--seed-file={self.root}/munge/seed",
-                    "--num-threads=2")
+        self._spawn(
+            "munged",
+            "/usr/sbin/munged",
+            "--foreground",
+            f"--socket={socket_path}",
+            f"--key-file={self.root}/munge/key",
+            "--force",
+            f"--pid-file={self.root}/munge/munged.pid",
+            f"--log-file={self.root}/munge/munged.log",
+            f"--seed-file={self.root}/munge/seed",
+            "--num-threads=2",
+        )
         self._until(socket_path.exists, timeout, "munged's socket")
         self._spawn("slurmctld", "/usr/sbin/slurmctld", "-D", "-c", "-f", str(self.configuration))
         for node in self.nodes:
             self.start_node(node)
-        self._until(lambda: sorted(self.command("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False).split()) == sorted(self.nodes),
-                    timeout, "idle nodes")
+        self._until(
+            lambda: (
+                sorted(
+                    self.command(
+                        "sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N", check=False
+                    ).split()
+                )
+                == sorted(self.nodes)
+            ),
+            timeout,
+            "idle nodes",
+        )
         return self
 
     def start_node(self, node: str) -> None:
-        self._spawn(f"slurmd-{node}", "/usr/sbin/slurmd", "-D", "-c", "-N", node, "-f", str(self.configuration))
+        self._spawn(
+            f"slurmd-{node}",
+            "/usr/sbin/slurmd",
+            "-D",
+            "-c",
+            "-N",
+            node,
+            "-f",
+            str(self.configuration),
+        )
 
     def kill_node(self, node: str) -> None:
         """kill -9 of its slurmd."""
@@ -135,12 +177,22 @@ class MiniSlurm:
     def __exit__(self, *_) -> None:
         self.stop()
 
-    def command(self, *arguments, check: bool = True, variables: dict[str, str] | None = None, **options) -> str:
+    def command(
+        self, *arguments, check: bool = True, variables: dict[str, str] | None = None, **options
+    ) -> str:
         """Output of a program run against this Slurm."""
-        done = subprocess.run([str(argument) for argument in arguments], env={**self.environment, **(variables or {})}, text=True,
-                              capture_output=True, timeout=120, **options)
+        done = subprocess.run(
+            [str(argument) for argument in arguments],
+            env={**self.environment, **(variables or {})},
+            text=True,
+            capture_output=True,
+            timeout=120,
+            **options,
+        )
         if check and done.returncode:
-            raise RuntimeError(f"{arguments}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+            raise RuntimeError(
+                f"{arguments}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+            )
         return done.stdout.strip()
 
     def submit(self, *arguments, **options) -> str:
@@ -148,10 +200,16 @@ class MiniSlurm:
         return self.command("sbatch", "--parsable", *arguments, **options).split(";")[0]
 
     def states(self, job: str) -> list[str]:
-        return self.command("squeue", "--array", "--states=all", "-h", "-j", job, "-o", "%T", check=False).split()
+        return self.command(
+            "squeue", "--array", "--states=all", "-h", "-j", job, "-o", "%T", check=False
+        ).split()
 
     def restarts(self, job: str) -> int:
-        return int(self.command("scontrol", "show", "job", "--oneliner", job).partition("Restarts=")[2].split()[0])
+        return int(
+            self.command("scontrol", "show", "job", "--oneliner", job)
+            .partition("Restarts=")[2]
+            .split()[0]
+        )
 
     def wait(self, job: str, timeout: float = 120) -> list[str]:
         """Until a job (each of an array) is over; its states."""
@@ -166,8 +224,15 @@ class MiniSlurm:
 
     def _spawn(self, name: str, *command: str) -> None:
         with open(self.root / "log" / f"{name}.out", "ab") as log:
-            self.daemons[name] = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                                  start_new_session=True, cwd=self.root)
+            self.daemons[name] = subprocess.Popen(
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.root,
+            )
 
     def _until(self, done: Callable[[], bool], timeout: float, what: str) -> None:
         end = time.monotonic() + timeout
@@ -183,7 +248,14 @@ class MiniSlurm:
 
     def _write(self) -> None:
         root = self.root
-        for name in ("munge", "ctld", "log", "dev", "bin", *(f"spool-{node}" for node in self.nodes)):
+        for name in (
+            "munge",
+            "ctld",
+            "log",
+            "dev",
+            "bin",
+            *(f"spool-{node}" for node in self.nodes),
+        ):
             (root / name).mkdir(parents=True, exist_ok=True)
         root.chmod(0o755)
         (root / "munge").chmod(0o755)
@@ -192,14 +264,25 @@ class MiniSlurm:
         (root / "munge/key").chmod(0o400)
         port, *ports = _free_ports(1 + len(self.nodes))
         gpus = f" Gres=gpu:a100:{self.gpus}" if self.gpus else ""
-        nodes = "\n".join(f"NodeName={node} NodeHostname=localhost NodeAddr={node} Port={port} CPUs={self.cpus} RealMemory={self.memory_mb}{gpus} "
-                          "State=UNKNOWN" for node, port in zip(self.nodes, ports))
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname=localhost NodeAddr={node} Port={port} CPUs={self.cpus} RealMemory={self.memory_mb}{gpus} "
+            "State=UNKNOWN"
+            for node, port in zip(self.nodes, ports)
+        )
         # Jobs of two clusters on one machine must not share an id: ports for the rendezvous follow from it.
-        self.configuration.write_text(CONFIGURATION.format(root=root, port=port, nodes=nodes,
-                                                               first_job=64 * port))
-        lines = [f"NodeName={node} Name=gpu Type=a100 File={root}/dev/nvidia[0-{self.gpus - 1}]" for node in self.nodes] if self.gpus else []
+        self.configuration.write_text(
+            CONFIGURATION.format(root=root, port=port, nodes=nodes, first_job=64 * port)
+        )
+        lines = (
+            [
+                f"NodeName={node} Name=gpu Type=a100 File={root}/dev/nvidia[0-{self.gpus - 1}]"
+                for node in self.nodes
+            ]
+            if self.gpus
+            else []
+        )
         (root / "gres.conf").write_text("\n".join(["AutoDetect=off", *lines, ""]))
-        for number in range(self.gpus):     # character devices, or CUDA_VISIBLE_DEVICES is not set
+        for number in range(self.gpus):  # character devices, or CUDA_VISIBLE_DEVICES is not set
             if not (root / f"dev/nvidia{number}").exists():
                 os.mknod(root / f"dev/nvidia{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (root / "bin/sacct").write_text(SACCT)

@@ -1,4 +1,5 @@
 """`sbatch slurm/pretrain_nlp.sh` against a real Slurm: it trains what one process trains, and survives limits, preemption and signals."""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from cluster_jobs import AWKWARD, ROOT, SECRET, holding_secret, same
 
-SLOW = "slow@step=3,seconds=4"      # time for a signal to arrive between two known steps
+SLOW = "slow@step=3,seconds=4"  # time for a signal to arrive between two known steps
 
 
 @pytest.fixture(scope="module")
@@ -40,55 +41,101 @@ def broken_but_equal(jobs, name, job, rows, state, *, reason):
     jobs.finished(name, job)
     assert jobs.slurm.restarts(job) >= 1
     ends = [row for row in jobs.attempts(name) if row["event"] == "end"]
-    assert [row["outcome"] for row in ends][-1] == "finished" and ends[0]["exit_code"] in ((75,) if reason else (75, 77, None)) and ends[0]["progress"], ends
+    assert (
+        [row["outcome"] for row in ends][-1] == "finished"
+        and ends[0]["exit_code"] in ((75,) if reason else (75, 77, None))
+        and ends[0]["progress"]
+    ), ends
     assert ends[0]["outcome"] == "interrupted"
-    events = [json.loads(line) for line in (jobs.folder / name / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (jobs.folder / name / "events.jsonl").read_text().splitlines()
+    ]
     first = [event["reason"] for event in events if event["event"] == "signal"][0]
     assert first == reason or reason is None
     assert jobs.rows(name) == rows
     assert same(jobs.state(name), state) == []
 
 
-def test_two_nodes_with_two_tasks_train_as_one_process_does_and_text_arrives_as_typed(jobs, limited, one):
+def test_two_nodes_with_two_tasks_train_as_one_process_does_and_text_arrives_as_typed(
+    jobs, limited, one
+):
     """With the shipped slurm/site.sh. The override has spaces, quotes, $(), backquotes and a newline."""
-    variables = {**jobs.variables("four"), "EBWM_SITE": str(ROOT / "slurm" / "site.sh"), "VIRTUAL_ENV": "the test's own"}
-    job = jobs.slurm.submit("--nodes=2", "--ntasks-per-node=2", f"--output={jobs.folder}/four.out", "slurm/pretrain_nlp.sh",
-                            jobs.configuration("four"), "--run-dir", jobs.folder / "four", "--set", f"logging.run_name={AWKWARD}",
-                            cwd=ROOT, variables=variables)
+    variables = {
+        **jobs.variables("four"),
+        "EBWM_SITE": str(ROOT / "slurm" / "site.sh"),
+        "VIRTUAL_ENV": "the test's own",
+    }
+    job = jobs.slurm.submit(
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        f"--output={jobs.folder}/four.out",
+        "slurm/pretrain_nlp.sh",
+        jobs.configuration("four"),
+        "--run-dir",
+        jobs.folder / "four",
+        "--set",
+        f"logging.run_name={AWKWARD}",
+        cwd=ROOT,
+        variables=variables,
+    )
     jobs.finished("four", job)
     four, alone = jobs.rows("four"), one.rows("one")
-    assert [(row["step"], row.get("split")) for row in four] == [(row["step"], row.get("split")) for row in alone] and len(alone) == 10
+    assert [(row["step"], row.get("split")) for row in four] == [
+        (row["step"], row.get("split")) for row in alone
+    ] and len(alone) == 10
     for ours, theirs in zip(four, alone):
         assert ours["loss_per_step"] == pytest.approx(theirs["loss_per_step"], rel=1e-6, abs=0)
     assert "2 nodes" in jobs.output("four") and "with 2 tasks each" in jobs.output("four")
-    assert sorted(path.name for path in (jobs.folder / "four" / "logs").iterdir()) == [f"rank_{rank:04d}.log" for rank in range(4)]
-    assert yaml.safe_load((jobs.folder / "four" / "config.yaml").read_text())["logging"]["run_name"] == AWKWARD
+    assert sorted(path.name for path in (jobs.folder / "four" / "logs").iterdir()) == [
+        f"rank_{rank:04d}.log" for rank in range(4)
+    ]
+    assert (
+        yaml.safe_load((jobs.folder / "four" / "config.yaml").read_text())["logging"]["run_name"]
+        == AWKWARD
+    )
     start = json.loads((jobs.folder / "four" / "events.jsonl").read_text().splitlines()[0])
     assert f"logging.run_name={AWKWARD}" in start["command"]
     assert not list(ROOT.glob("pwned")) and not list(jobs.folder.rglob("pwned"))
     ebwm_scale.load_checkpoint(jobs.folder / "four")
 
 
-def test_scancel_usr1_saves_requeues_and_finishes_bitwise_equal_under_the_same_tracking_id(jobs, limited, unbroken):
+def test_scancel_usr1_saves_requeues_and_finishes_bitwise_equal_under_the_same_tracking_id(
+    jobs, limited, unbroken
+):
     tracked = {"logging.wandb": "offline"} if _has_wandb() else {}
     job = jobs.submit("signalled", faults=SLOW, overrides=tracked)
     jobs.until_step("signalled", job, 3)
     jobs.slurm.command("scancel", "--signal=USR1", job)
-    broken_but_equal(jobs, "signalled", job, jobs.rows(unbroken), jobs.state(unbroken), reason="SIGUSR1")
+    broken_but_equal(
+        jobs, "signalled", job, jobs.rows(unbroken), jobs.state(unbroken), reason="SIGUSR1"
+    )
     if tracked:
         identity = (jobs.folder / "signalled" / "wandb_id").read_text().strip()
         folders = list((jobs.folder / "signalled" / "wandb").glob("offline-run-*"))
         assert len(folders) == 2 and all(folder.name.endswith(identity) for folder in folders)
 
 
-@pytest.mark.parametrize("partition, reason", [("main", "SIGUSR1"), pytest.param("harsh", None, marks=pytest.mark.soak)])
-def test_preemption_by_a_higher_partition_saves_requeues_and_finishes_bitwise_equal(jobs, limited, unbroken, partition, reason):
+@pytest.mark.parametrize(
+    "partition, reason", [("main", "SIGUSR1"), pytest.param("harsh", None, marks=pytest.mark.soak)]
+)
+def test_preemption_by_a_higher_partition_saves_requeues_and_finishes_bitwise_equal(
+    jobs, limited, unbroken, partition, reason
+):
     """harsh: no grace time, so SIGTERM comes right behind, and there is KillWait (5 s here) to save in; Slurm requeues by itself then, and may
     end the batch step before it has written what happened."""
     name = f"preempted_{partition}"
-    job = jobs.submit(name, "--nodelist=127.0.0.[5-6]", f"--partition={partition}", faults=SLOW.replace("4", "2"))
+    job = jobs.submit(
+        name, "--nodelist=127.0.0.[5-6]", f"--partition={partition}", faults=SLOW.replace("4", "2")
+    )
     jobs.until_step(name, job, 3)
-    urgent = jobs.slurm.submit("--partition=high", "--nodes=2", "--nodelist=127.0.0.[5-6]", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    urgent = jobs.slurm.submit(
+        "--partition=high",
+        "--nodes=2",
+        "--nodelist=127.0.0.[5-6]",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 2",
+    )
     jobs.until(name, job, lambda: jobs.slurm.restarts(job) == 1, "the preemption")
     assert jobs.slurm.wait(urgent, 60) == ["COMPLETED"]
     broken_but_equal(jobs, name, job, jobs.rows(unbroken), jobs.state(unbroken), reason=reason)
@@ -103,16 +150,23 @@ def test_a_signal_in_start_up_is_no_failure(jobs, unbroken):
     """To one rank, before the model is built; nothing is there to be saved."""
     job = jobs.submit("early", faults="slow@start=1,seconds=3")
     jobs.until("early", job, lambda: len(jobs.tasks_of(job)) == 2, "both tasks")
-    jobs.until("early", job, lambda: _handles_usr1(jobs.tasks_of(job)[1]), "the second task's handler", 30)
+    jobs.until(
+        "early", job, lambda: _handles_usr1(jobs.tasks_of(job)[1]), "the second task's handler", 30
+    )
     subprocess.run(["kill", "-USR1", str(jobs.tasks_of(job)[1])], check=True)
     jobs.finished("early", job)
     ends = [row for row in jobs.attempts("early") if row["event"] == "end"]
-    assert [(row["exit_code"], row["verdict"]) for row in ends] == [(75, "again"), (0, "done")] and not ends[0]["counts"]
+    assert [(row["exit_code"], row["verdict"]) for row in ends] == [
+        (75, "again"),
+        (0, "done"),
+    ] and not ends[0]["counts"]
     assert jobs.rows("early") == jobs.rows(unbroken)
 
 
 def test_a_job_that_is_cancelled_saves_and_stays_cancelled(jobs):
-    job = jobs.submit("cancelled", faults="slow@step=3,seconds=1", nodes=1, overrides={"train.max_steps": 100})
+    job = jobs.submit(
+        "cancelled", faults="slow@step=3,seconds=1", nodes=1, overrides={"train.max_steps": 100}
+    )
     jobs.until_step("cancelled", job, 3)
     jobs.slurm.command("scancel", job)
     assert jobs.slurm.wait(job, 60) == ["CANCELLED"]

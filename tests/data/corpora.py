@@ -1,4 +1,5 @@
 """A small corpus, tokenizer and dataset, made once; `dataset` gives each test its own copy to damage."""
+
 import random
 import shutil
 from pathlib import Path
@@ -9,15 +10,24 @@ from ebwm_scale.data.text import make_text_dataset
 from ebwm_scale.data.tokenizer import train_tokenizer
 
 CONTEXT_LENGTH = 16
-WORDS = ("energy minimum step field query model token slow deep think gradient descent state block order shard paper river stone "
-         "cloud window metal garden letter number signal").split()
+WORDS = (
+    "energy minimum step field query model token slow deep think gradient descent state block order shard paper river stone "
+    "cloud window metal garden letter number signal"
+).split()
 
 
 def write_corpus(folder: Path, *, num_documents: int = 24, seed: int = 0) -> Path:
     draw = random.Random(seed)
     for i in range(num_documents):
-        lines = [" ".join(draw.choices(WORDS, k=draw.randint(3, 12))) + "." for _ in range(draw.randint(4, 30))]
-        path = folder / ("deep" if i % 3 else ".") / f"document_{i:02d}{('.txt', '.md', '.rst')[i % 3]}"
+        lines = [
+            " ".join(draw.choices(WORDS, k=draw.randint(3, 12))) + "."
+            for _ in range(draw.randint(4, 30))
+        ]
+        path = (
+            folder
+            / ("deep" if i % 3 else ".")
+            / f"document_{i:02d}{('.txt', '.md', '.rst')[i % 3]}"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"Document {i}\n\n\t" + "\n  ".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -39,8 +49,15 @@ def tokenizer_path(corpus, tmp_path_factory) -> Path:
 def pristine(corpus, tokenizer_path, tmp_path_factory) -> Path:
     """The manifest of a dataset that no test may change."""
     output = tmp_path_factory.mktemp("dataset") / "text"
-    return make_text_dataset([corpus], output, tokenizer=tokenizer_path, context_length=CONTEXT_LENGTH, validation_fraction=0.2,
-                             samples_per_shard=20, report=lambda line: None)
+    return make_text_dataset(
+        [corpus],
+        output,
+        tokenizer=tokenizer_path,
+        context_length=CONTEXT_LENGTH,
+        validation_fraction=0.2,
+        samples_per_shard=20,
+        report=lambda line: None,
+    )
 
 
 @pytest.fixture

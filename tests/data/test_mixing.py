@@ -13,7 +13,9 @@ FIRST = [0, 77, 86]
 
 
 def mixture(weights, seed=5):
-    orders = [SampleOrder(sizes, seed=seed, window_shards=2, source=i) for i, sizes in enumerate(SIZES)]
+    orders = [
+        SampleOrder(sizes, seed=seed, window_shards=2, source=i) for i, sizes in enumerate(SIZES)
+    ]
     return MixedOrder(orders, FIRST, shares(weights), seed=seed)
 
 
@@ -33,10 +35,15 @@ def test_each_source_walks_through_its_own_order_so_every_sample_once_per_epoch_
     ids = order.samples(0, 4 * MIX_LENGTH)
     for source, sizes in enumerate(SIZES):
         mine = ids[sources_of(ids) == source] - FIRST[source]
-        assert mine.tolist() == SampleOrder(sizes, seed=5, window_shards=2, source=source).samples(0, len(mine)).tolist()
+        assert (
+            mine.tolist()
+            == SampleOrder(sizes, seed=5, window_shards=2, source=source)
+            .samples(0, len(mine))
+            .tolist()
+        )
         size = sum(sizes)
         for epoch in range(len(mine) // size):
-            assert sorted(mine[epoch * size:(epoch + 1) * size]) == list(range(size))
+            assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 @pytest.mark.parametrize("start, count", [(0, 1), (1000, 50), (1023, 2), (3000, 2500), (10**9, 5)])
@@ -56,7 +63,9 @@ def test_shares_fill_a_block_and_leave_no_source_out(weights):
 
 
 def test_sources_of_a_mixture_are_permuted_independently():
-    first, second = (SampleOrder([100], seed=5, window_shards=1, source=i).samples(0, 100) for i in (0, 1))
+    first, second = (
+        SampleOrder([100], seed=5, window_shards=1, source=i).samples(0, 100) for i in (0, 1)
+    )
     assert not np.array_equal(first, second)
 
 
@@ -71,7 +80,12 @@ def test_a_mixed_dataset_reads_both_and_knows_itself(pristine, tmp_path):
     size = len(single)
     assert len(mixed) == 2 * size and mixed.read(size + 7).tolist() == single.read(7).tolist()
     assert mixed.fingerprint != single.fingerprint
-    assert mixed.fingerprint != open_sources([(pristine, 1), (other / "manifest.json", 1)], "train", verify="sizes").fingerprint
+    assert (
+        mixed.fingerprint
+        != open_sources(
+            [(pristine, 1), (other / "manifest.json", 1)], "train", verify="sizes"
+        ).fingerprint
+    )
     assert mixed.after(size - 1) == 0 and mixed.after_shard_of(2 * size - 1) == size
     assert sorted(mixed.evaluated(8).tolist()) == [0, 1, 2, 3, 4, 5, size, size + 1]
 

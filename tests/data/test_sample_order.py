@@ -5,7 +5,7 @@ from ebwm_scale.data.order import SampleOrder
 
 SIZES = [7, 3, 11, 1, 8, 8, 2]
 TOTAL = sum(SIZES)
-GOLDEN = [14, 19, 20, 13, 38, 17, 12, 39, 10, 18, 11, 16]     # of order() below
+GOLDEN = [14, 19, 20, 13, 38, 17, 12, 39, 10, 18, 11, 16]  # of order() below
 
 
 def order(seed=3, window_shards=2, sizes=SIZES):
@@ -22,10 +22,18 @@ def test_every_sample_once_per_epoch(window_shards, epoch):
 def test_order_is_a_pure_function_of_the_position():
     stream = order().samples(0, 4 * TOTAL)
     fresh = order()
-    for position in [4 * TOTAL - 1, 0, 57, 56, TOTAL, TOTAL - 1, 2 * TOTAL + 3]:      # jumping about changes nothing
+    for position in [
+        4 * TOTAL - 1,
+        0,
+        57,
+        56,
+        TOTAL,
+        TOTAL - 1,
+        2 * TOTAL + 3,
+    ]:  # jumping about changes nothing
         assert fresh.sample(position) == stream[position] == order().sample(position)
     for start, count in [(0, 0), (5, 9), (TOTAL - 2, 5), (1, 3 * TOTAL)]:
-        assert np.array_equal(fresh.samples(start, count), stream[start:start + count])
+        assert np.array_equal(fresh.samples(start, count), stream[start : start + count])
 
 
 def test_epochs_and_seeds_and_windows_differ():
@@ -36,7 +44,9 @@ def test_epochs_and_seeds_and_windows_differ():
     equal = SampleOrder([50, 50], seed=3, window_shards=1).samples(0, 100)
     assert not np.array_equal(equal[:50] % 50, equal[50:] % 50)
     one_shard = SampleOrder([50], seed=3, window_shards=1).samples(0, 100)
-    assert not np.array_equal(one_shard[:50], one_shard[50:])       # not only the shards: the samples inside a window differ too
+    assert not np.array_equal(
+        one_shard[:50], one_shard[50:]
+    )  # not only the shards: the samples inside a window differ too
 
 
 def test_samples_stay_in_their_window_of_shards():
@@ -46,13 +56,15 @@ def test_samples_stay_in_their_window_of_shards():
     while position < TOTAL:
         first = list(dict.fromkeys(shards[position:]))[:2]
         size = sum(SIZES[s] for s in first)
-        windows.append(set(shards[position:position + size]))
+        windows.append(set(shards[position : position + size]))
         position += size
     assert [len(w) for w in windows] == [2, 2, 2, 1] and set().union(*windows) == set(range(7))
 
 
 def test_order_never_changes_between_releases_and_machines():
-    assert order().samples(0, 12).tolist() == GOLDEN, "the order is part of the format: changing it breaks the resume of every run"
+    assert order().samples(0, 12).tolist() == GOLDEN, (
+        "the order is part of the format: changing it breaks the resume of every run"
+    )
 
 
 def test_order_does_not_touch_the_global_generator():
@@ -62,8 +74,17 @@ def test_order_does_not_touch_the_global_generator():
     assert np.array_equal(before, np.random.get_state()[1])
 
 
-@pytest.mark.parametrize("arguments", [dict(sizes=[]), dict(sizes=[0, 0]), dict(sizes=[3, -1]), dict(seed=-1), dict(seed=2**64),
-                                       dict(window_shards=0)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(sizes=[]),
+        dict(sizes=[0, 0]),
+        dict(sizes=[3, -1]),
+        dict(seed=-1),
+        dict(seed=2**64),
+        dict(window_shards=0),
+    ],
+)
 def test_impossible_arguments_are_refused(arguments):
     with pytest.raises(ValueError):
         order(**arguments)

@@ -40,7 +40,12 @@ def edit_index(manifest, change):
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
-    edit(manifest, lambda v: v["splits"]["train"]["shards"][1].update(index_sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    edit(
+        manifest,
+        lambda v: v["splits"]["train"]["shards"][1].update(
+            index_sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        ),
+    )
 
 
 def payload(manifest, row=5):
@@ -56,47 +61,126 @@ def first_train_shard(values):
 MANIFEST_DAMAGE = {
     "missing": (lambda m: m.unlink(), "cannot read the manifest: No such file"),
     "not JSON": (lambda m: m.write_text("{ nope"), "not a manifest: not JSON"),
-    "not an object": (lambda m: m.write_text("[1]"), "format_version is None: this release reads 2"),
+    "not an object": (
+        lambda m: m.write_text("[1]"),
+        "format_version is None: this release reads 2",
+    ),
     "not text": (lambda m: m.write_bytes(b"\xff\xfe\x00"), "not a manifest"),
-    "other version": (lambda m: edit(m, lambda v: v.update(format_version=9)), "format_version is 9: this release reads 2"),
-    "other modality": (lambda m: edit(m, lambda v: v.update(modality="sound")), "modality is 'sound': this release reads text and video"),
-    "empty split": (lambda m: edit(m, lambda v: v["splits"]["train"].update(shards=[], num_samples=0)), "split train has 0 samples"),
-    "counts do not add up": (lambda m: edit(m, lambda v: v["splits"]["train"].update(num_samples=3)), "split train has 3 samples and its"),
-    "no split": (lambda m: edit(m, lambda v: v["splits"].pop("train")), "has no split 'train'; it has validation"),
-    "absent field": (lambda m: edit(m, lambda v: v.pop("eos_id")), "eos_id is None: expected a whole number"),
-    "wrong type": (lambda m: edit(m, lambda v: first_train_shard(v).update(size="big")), r"splits.train.shards\[0\].size is 'big': "
-                                                                                         "expected a whole number"),
-    "negative size": (lambda m: edit(m, lambda v: first_train_shard(v).update(size=-1)), "size is -1: expected 0 or more"),
-    "split is a list": (lambda m: edit(m, lambda v: v["splits"].update(train=[])), "splits.train is .*: expected an object"),
-    "absolute path": (lambda m: edit(m, lambda v: first_train_shard(v).update(path="/etc/passwd")), "'/etc/passwd': refused"),
-    "path upwards": (lambda m: edit(m, lambda v: first_train_shard(v).update(path="a/../../x.tar")), r"'a/../../x.tar': refused"),
-    "index upwards": (lambda m: edit(m, lambda v: first_train_shard(v).update(index_path="../x.json")), "'../x.json': refused"),
-    "tokenizer outside": (lambda m: edit(m, lambda v: v["tokenizer"].update(path="/tokenizer.model")), "'/tokenizer.model': refused"),
+    "other version": (
+        lambda m: edit(m, lambda v: v.update(format_version=9)),
+        "format_version is 9: this release reads 2",
+    ),
+    "other modality": (
+        lambda m: edit(m, lambda v: v.update(modality="sound")),
+        "modality is 'sound': this release reads text and video",
+    ),
+    "empty split": (
+        lambda m: edit(m, lambda v: v["splits"]["train"].update(shards=[], num_samples=0)),
+        "split train has 0 samples",
+    ),
+    "counts do not add up": (
+        lambda m: edit(m, lambda v: v["splits"]["train"].update(num_samples=3)),
+        "split train has 3 samples and its",
+    ),
+    "no split": (
+        lambda m: edit(m, lambda v: v["splits"].pop("train")),
+        "has no split 'train'; it has validation",
+    ),
+    "absent field": (
+        lambda m: edit(m, lambda v: v.pop("eos_id")),
+        "eos_id is None: expected a whole number",
+    ),
+    "wrong type": (
+        lambda m: edit(m, lambda v: first_train_shard(v).update(size="big")),
+        r"splits.train.shards\[0\].size is 'big': "
+        "expected a whole number",
+    ),
+    "negative size": (
+        lambda m: edit(m, lambda v: first_train_shard(v).update(size=-1)),
+        "size is -1: expected 0 or more",
+    ),
+    "split is a list": (
+        lambda m: edit(m, lambda v: v["splits"].update(train=[])),
+        "splits.train is .*: expected an object",
+    ),
+    "absolute path": (
+        lambda m: edit(m, lambda v: first_train_shard(v).update(path="/etc/passwd")),
+        "'/etc/passwd': refused",
+    ),
+    "path upwards": (
+        lambda m: edit(m, lambda v: first_train_shard(v).update(path="a/../../x.tar")),
+        r"'a/../../x.tar': refused",
+    ),
+    "index upwards": (
+        lambda m: edit(m, lambda v: first_train_shard(v).update(index_path="../x.json")),
+        "'../x.json': refused",
+    ),
+    "tokenizer outside": (
+        lambda m: edit(m, lambda v: v["tokenizer"].update(path="/tokenizer.model")),
+        "'/tokenizer.model': refused",
+    ),
 }
 FILE_DAMAGE = {
     "missing shard": (lambda m: (m.parent / SHARD).unlink(), f"{SHARD}: the shard is missing"),
-    "missing index": (lambda m: (m.parent / INDEX).unlink(), f"{INDEX}: the index of shard {SHARD} is missing"),
-    "truncated shard": (lambda m: os.truncate(m.parent / SHARD, payload(m)[1] + 10),
-                        f"{SHARD}: the shard has .* truncated, 15 samples, the first is sample train-000000025 .tokens.npy, offset"),
-    "longer shard": (lambda m: (m.parent / SHARD).open("ab").write(b"x"), f"{SHARD}: the shard has .*too long"),
-    "shards swapped": (lambda m: os.replace(m.parent / "train-000000.tar", m.parent / SHARD), "train-000000.tar: the shard is missing"),
+    "missing index": (
+        lambda m: (m.parent / INDEX).unlink(),
+        f"{INDEX}: the index of shard {SHARD} is missing",
+    ),
+    "truncated shard": (
+        lambda m: os.truncate(m.parent / SHARD, payload(m)[1] + 10),
+        f"{SHARD}: the shard has .* truncated, 15 samples, the first is sample train-000000025 .tokens.npy, offset",
+    ),
+    "longer shard": (
+        lambda m: (m.parent / SHARD).open("ab").write(b"x"),
+        f"{SHARD}: the shard has .*too long",
+    ),
+    "shards swapped": (
+        lambda m: os.replace(m.parent / "train-000000.tar", m.parent / SHARD),
+        "train-000000.tar: the shard is missing",
+    ),
 }
 HASH_DAMAGE = {
-    "flipped bit in a sample": (lambda m: flip(m.parent / SHARD, payload(m)[1] + 140),
-                                f"{SHARD}: sha256 of the shard .*damaged, 1 samples, the first is sample train-000000025 .tokens.npy, "
-                                "offset"),
-    "flipped bit in a header": (lambda m: flip(m.parent / SHARD, payload(m)[1] - 512), f"{SHARD}: sha256 .*damaged, outside of its "
-                                                                                       "samples"),
-    "flipped bit in an index": (lambda m: flip(m.parent / INDEX, 100), f"{INDEX}: sha256 of the index"),
-    "index of another shard": (lambda m: (m.parent / INDEX).write_bytes((m.parent / "train-000000.index.json").read_bytes()),
-                               f"{INDEX}: sha256 of the index"),
-    "index with fewer samples": (lambda m: edit_index(m, lambda v: v["keys"].pop()), f"{INDEX}: does not fit shard {SHARD}"),
-    "index that points outside": (lambda m: edit_index(m, lambda v: v["fields"]["tokens.npy"]["offsets"].__setitem__(3, 10**9)),
-                                  f"{INDEX}: does not fit"),
-    "index for another name": (lambda m: edit_index(m, lambda v: v.update(shard="train-000000.tar")),
-                               f"{INDEX}: does not fit shard {SHARD}"),
-    "index of nonsense": (lambda m: edit_index(m, lambda v: v.update(fields=7)), f"{INDEX}: not an index"),
-    "index version": (lambda m: edit_index(m, lambda v: v.update(index_version=9)), "index_version is 9"),
+    "flipped bit in a sample": (
+        lambda m: flip(m.parent / SHARD, payload(m)[1] + 140),
+        f"{SHARD}: sha256 of the shard .*damaged, 1 samples, the first is sample train-000000025 .tokens.npy, "
+        "offset",
+    ),
+    "flipped bit in a header": (
+        lambda m: flip(m.parent / SHARD, payload(m)[1] - 512),
+        f"{SHARD}: sha256 .*damaged, outside of its samples",
+    ),
+    "flipped bit in an index": (
+        lambda m: flip(m.parent / INDEX, 100),
+        f"{INDEX}: sha256 of the index",
+    ),
+    "index of another shard": (
+        lambda m: (m.parent / INDEX).write_bytes(
+            (m.parent / "train-000000.index.json").read_bytes()
+        ),
+        f"{INDEX}: sha256 of the index",
+    ),
+    "index with fewer samples": (
+        lambda m: edit_index(m, lambda v: v["keys"].pop()),
+        f"{INDEX}: does not fit shard {SHARD}",
+    ),
+    "index that points outside": (
+        lambda m: edit_index(
+            m, lambda v: v["fields"]["tokens.npy"]["offsets"].__setitem__(3, 10**9)
+        ),
+        f"{INDEX}: does not fit",
+    ),
+    "index for another name": (
+        lambda m: edit_index(m, lambda v: v.update(shard="train-000000.tar")),
+        f"{INDEX}: does not fit shard {SHARD}",
+    ),
+    "index of nonsense": (
+        lambda m: edit_index(m, lambda v: v.update(fields=7)),
+        f"{INDEX}: not an index",
+    ),
+    "index version": (
+        lambda m: edit_index(m, lambda v: v.update(index_version=9)),
+        "index_version is 9",
+    ),
 }
 
 
@@ -119,7 +203,9 @@ def test_missing_or_resized_file_is_found_at_opening(dataset, name, verify):
     damage, expected = FILE_DAMAGE[name]
     damage(dataset)
     refuses(lambda: open_split(dataset, "train", verify=verify), expected)
-    assert any(name in p for p in verify_dataset(dataset)[0] for name in (SHARD, "train-000000.tar"))
+    assert any(
+        name in p for p in verify_dataset(dataset)[0] for name in (SHARD, "train-000000.tar")
+    )
 
 
 @pytest.mark.parametrize("name", HASH_DAMAGE)
@@ -130,11 +216,13 @@ def test_changed_byte_is_found_at_opening_with_hashes(dataset, name):
     assert verify_dataset(dataset)[0]
 
 
-@pytest.mark.parametrize("name", [n for n in HASH_DAMAGE if "header" not in n])     # a damaged tar header changes no sample
+@pytest.mark.parametrize(
+    "name", [n for n in HASH_DAMAGE if "header" not in n]
+)  # a damaged tar header changes no sample
 def test_changed_byte_is_found_when_the_sample_is_read(dataset, name):
     HASH_DAMAGE[name][0](dataset)
     split = open_split(dataset, "train", verify="sizes")
-    assert np.array_equal(split.read(3), split.read(3))     # shard 0 is sound
+    assert np.array_equal(split.read(3), split.read(3))  # shard 0 is sound
     refuses(lambda: split.read(25), SHARD.split(".")[0])
 
 
@@ -142,16 +230,27 @@ def test_damaged_sample_is_named_with_key_and_offset(dataset):
     key, offset = payload(dataset)
     flip(dataset.parent / SHARD, offset + 140)
     split = open_split(dataset, "train", verify="sizes")
-    refuses(lambda: split.read(25), f"{SHARD}: sample {key} .tokens.npy, offset {offset}, .*checksum is .*: damaged; .*make_text_shards")
-    os.truncate(dataset.parent / SHARD, offset + 140)      # cut while open: another process overwrote the dataset
+    refuses(
+        lambda: split.read(25),
+        f"{SHARD}: sample {key} .tokens.npy, offset {offset}, .*checksum is .*: damaged; .*make_text_shards",
+    )
+    os.truncate(
+        dataset.parent / SHARD, offset + 140
+    )  # cut while open: another process overwrote the dataset
     refuses(lambda: split.read(25), f"{SHARD}: sample {key} .*truncated")
 
 
-@pytest.mark.parametrize("value, expected", [(np.zeros(9, "<u2"), r"\(9,\)"), (np.zeros(17, "<f4"), "float32")])
+@pytest.mark.parametrize(
+    "value, expected", [(np.zeros(9, "<u2"), r"\(9,\)"), (np.zeros(17, "<f4"), "float32")]
+)
 def test_sample_that_does_not_fit_the_manifest_is_refused(pristine, value, expected):
     manifest, stream = load_manifest(pristine), io.BytesIO()
     np.save(stream, value)
-    for content, message in ((stream.getvalue(), expected), (b"no array", "not a .npy array"), (stream.getvalue()[:130], "not a .npy array")):
+    for content, message in (
+        (stream.getvalue(), expected),
+        (b"no array", "not a .npy array"),
+        (stream.getvalue()[:130], "not a .npy array"),
+    ):
         with pytest.raises(ValueError, match=message):
             manifest.content.decode({"tokens.npy": content}, manifest.block_length)
 
@@ -159,14 +258,29 @@ def test_sample_that_does_not_fit_the_manifest_is_refused(pristine, value, expec
 def test_tokens_beyond_the_vocabulary_are_found_by_loading_and_by_verification(dataset):
     edit(dataset, lambda v: v.update(vocabulary_size=100))
     split = open_split(dataset, "train", verify="sizes")
-    loader = BatchLoader(split, context_length=16, global_batch_size=8, micro_batch_size=8, rank=0, world_size=1, seed=0, window_shards=2, num_workers=0)
-    refuses(lambda: next(loader), "must be below the vocabulary size 100; find it with tools/verify_shards.py")
+    loader = BatchLoader(
+        split,
+        context_length=16,
+        global_batch_size=8,
+        micro_batch_size=8,
+        rank=0,
+        world_size=1,
+        seed=0,
+        window_shards=2,
+        num_workers=0,
+    )
+    refuses(
+        lambda: next(loader),
+        "must be below the vocabulary size 100; find it with tools/verify_shards.py",
+    )
     assert any("must be below the vocabulary size 100" in p for p in verify_dataset(dataset)[0])
 
 
 def test_sound_dataset_has_no_problem(pristine):
     problems, num_samples = verify_dataset(pristine)
-    assert problems == [] and num_samples == sum(s.num_samples for s in load_manifest(pristine).splits.values())
+    assert problems == [] and num_samples == sum(
+        s.num_samples for s in load_manifest(pristine).splits.values()
+    )
 
 
 def test_damaged_tokenizer_is_found_by_verification(dataset):
@@ -178,7 +292,9 @@ def test_fingerprint_follows_the_content_not_the_spelling(dataset, pristine):
     values = json.loads(dataset.read_text())
     dataset.write_text(json.dumps(dict(reversed(values.items()))))
     same = open_split(dataset, "train", verify="sizes").fingerprint
-    assert same == open_split(pristine, "validation", verify="sizes").fingerprint and len(same) == 64
+    assert (
+        same == open_split(pristine, "validation", verify="sizes").fingerprint and len(same) == 64
+    )
     edit(dataset, lambda v: first_train_shard(v).update(sha256="0" * 64))
     assert open_split(dataset, "train", verify="sizes").fingerprint != same
 

@@ -21,7 +21,16 @@ def quiet(line):
 
 
 def build(inputs, output, tokenizer_path, **changes):
-    return make_text_dataset(inputs, output, **{"tokenizer": tokenizer_path, "context_length": CONTEXT_LENGTH, "report": quiet, **changes})
+    return make_text_dataset(
+        inputs,
+        output,
+        **{
+            "tokenizer": tokenizer_path,
+            "context_length": CONTEXT_LENGTH,
+            "report": quiet,
+            **changes,
+        },
+    )
 
 
 def blocks_of(manifest, split):
@@ -29,32 +38,55 @@ def blocks_of(manifest, split):
     return np.stack([opened.read(i) for i in range(len(opened))]).astype(np.int64)
 
 
-@pytest.mark.parametrize("pieces, length", [([[1, 2, 3], [4], [], [5, 6, 7, 8, 9]], 3), ([list(range(100))], 7), ([[1]] * 30, 4),
-                                            ([[1, 2]], 5), ([], 2),
-                                            ([list(range(9))], 8), ([list(range(9))], 1)])
+@pytest.mark.parametrize(
+    "pieces, length",
+    [
+        ([[1, 2, 3], [4], [], [5, 6, 7, 8, 9]], 3),
+        ([list(range(100))], 7),
+        ([[1]] * 30, 4),
+        ([[1, 2]], 5),
+        ([], 2),
+        ([list(range(9))], 8),
+        ([list(range(9))], 1),
+    ],
+)
 def test_every_token_is_a_target_exactly_once(pieces, length):
     packer = Packer(context_length=length, vocabulary_size=200)
     blocks = list(packer.blocks(pieces))
     stream = [t for piece in pieces for t in piece]
     targets = [int(t) for block in blocks for t in block[1:]]
     assert all(len(block) == length + 1 for block in blocks)
-    assert targets == stream[1:1 + len(targets)] and [int(b[0]) for b in blocks] == stream[:len(targets):length]
+    assert (
+        targets == stream[1 : 1 + len(targets)]
+        and [int(b[0]) for b in blocks] == stream[: len(targets) : length]
+    )
     assert packer.num_dropped == max(len(stream) - 1 - len(targets), 0) < max(length, 1)
     assert packer.num_tokens == len(stream) and packer.counts.sum() == len(targets)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_dataset_holds_the_split_documents_in_order_with_an_end_after_each(pristine, corpus, tokenizer_path, split):
+def test_dataset_holds_the_split_documents_in_order_with_an_end_after_each(
+    pristine, corpus, tokenizer_path, split
+):
     tokenizer = Tokenizer(tokenizer_path)
     documents = split_documents(find_documents([corpus]), validation_fraction=0.2, seed=0)[split]
     stream = [i for d in documents for i in tokenizer.encode(d.read()) + [tokenizer.eos_id]]
     blocks = blocks_of(pristine, split)
     info = open_split(pristine, split, verify="sizes").info
     got = [int(blocks[0, 0]), *blocks[:, 1:].ravel().tolist()]
-    assert got == stream[:len(got)] and len(stream) - len(got) == info.facts["num_dropped_tokens"] < CONTEXT_LENGTH
-    assert info.facts["num_documents"] == len(documents) and info.num_targets == len(got) - 1 and tokenizer.eos_id in got
+    assert (
+        got == stream[: len(got)]
+        and len(stream) - len(got) == info.facts["num_dropped_tokens"] < CONTEXT_LENGTH
+    )
+    assert (
+        info.facts["num_documents"] == len(documents)
+        and info.num_targets == len(got) - 1
+        and tokenizer.eos_id in got
+    )
     p = np.bincount(got[1:]) / (len(got) - 1)
-    assert info.facts["unigram_entropy"] == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), rel=1e-12)
+    assert info.facts["unigram_entropy"] == pytest.approx(
+        -(p[p > 0] * np.log(p[p > 0])).sum(), rel=1e-12
+    )
     assert info.facts["num_text_bytes"] == sum(len(d.read().encode()) for d in documents)
 
 
@@ -103,12 +135,23 @@ def test_copies_of_a_text_are_on_one_side(tmp_path):
 def test_each_side_gets_a_document(tmp_path, fraction):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
-    assert [len(d) for d in split_documents(find_documents([tmp_path]), validation_fraction=fraction, seed=0).values()] == [1, 1]
+    assert [
+        len(d)
+        for d in split_documents(
+            find_documents([tmp_path]), validation_fraction=fraction, seed=0
+        ).values()
+    ] == [1, 1]
 
 
 def test_jsonl_lines_are_documents_and_bad_ones_are_named(tmp_path):
-    lines = [json.dumps({"text": "first é"}), "not json", json.dumps({"other": 1}), "", json.dumps({"text": "second", "url": "x"}),
-             json.dumps({"text": 3})]
+    lines = [
+        json.dumps({"text": "first é"}),
+        "not json",
+        json.dumps({"other": 1}),
+        "",
+        json.dumps({"text": "second", "url": "x"}),
+        json.dumps({"text": 3}),
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
     said = []
     documents = find_documents([tmp_path], report=said.append)
@@ -123,7 +166,9 @@ def test_undecodable_files_are_skipped_and_named(tmp_path):
     (tmp_path / ".hidden.txt").write_text("hidden")
     (tmp_path / "program.py").write_text("pass")
     said = []
-    assert [d.name for d in find_documents([tmp_path, tmp_path / "good.txt"], report=said.append)] == ["good.txt"]
+    assert [
+        d.name for d in find_documents([tmp_path, tmp_path / "good.txt"], report=said.append)
+    ] == ["good.txt"]
     assert len(said) == 1 and "bad.txt" in said[0] and "not UTF-8 at byte 2" in said[0]
 
 
@@ -133,17 +178,34 @@ def fill(folder, files):
         (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("files, changes, expected", [
-    ({}, {}, "no text found"),
-    ({"a.txt": b"\xff", "b.txt": b"\xfe"}, {}, "2 of them not readable as UTF-8"),
-    ({"a.txt": b"words " * 50}, {}, "1 different documents: .* at least 2"),
-    ({"a.txt": b"words " * 50, "b.txt": b"words " * 50}, {}, "1 different documents"),
-    ({"a.txt": b"a", "b.txt": b"b"}, {}, "needs 17; give more text"),
-    ({"a.txt": b"word " * 50, "b.txt": b"other " * 50}, {"validation_fraction": 0.0}, "validation fraction is 0.0"),
-    ({"a.txt": b"word " * 50, "b.txt": b"other " * 50}, {"context_length": 0}, "context length is 0"),
-    ({"a.txt": b"word " * 50, "b.txt": b"other " * 50}, {"tokenizer": "missing.model"}, "missing.model: cannot read the tokenizer"),
-])
-def test_unusable_input_is_one_clear_error_and_leaves_nothing(tmp_path, tokenizer_path, files, changes, expected):
+@pytest.mark.parametrize(
+    "files, changes, expected",
+    [
+        ({}, {}, "no text found"),
+        ({"a.txt": b"\xff", "b.txt": b"\xfe"}, {}, "2 of them not readable as UTF-8"),
+        ({"a.txt": b"words " * 50}, {}, "1 different documents: .* at least 2"),
+        ({"a.txt": b"words " * 50, "b.txt": b"words " * 50}, {}, "1 different documents"),
+        ({"a.txt": b"a", "b.txt": b"b"}, {}, "needs 17; give more text"),
+        (
+            {"a.txt": b"word " * 50, "b.txt": b"other " * 50},
+            {"validation_fraction": 0.0},
+            "validation fraction is 0.0",
+        ),
+        (
+            {"a.txt": b"word " * 50, "b.txt": b"other " * 50},
+            {"context_length": 0},
+            "context length is 0",
+        ),
+        (
+            {"a.txt": b"word " * 50, "b.txt": b"other " * 50},
+            {"tokenizer": "missing.model"},
+            "missing.model: cannot read the tokenizer",
+        ),
+    ],
+)
+def test_unusable_input_is_one_clear_error_and_leaves_nothing(
+    tmp_path, tokenizer_path, files, changes, expected
+):
     fill(tmp_path / "in", files)
     with pytest.raises(DataError, match=expected) as error:
         build([tmp_path / "in"], tmp_path / "out", tokenizer_path, **changes)
@@ -157,19 +219,25 @@ def test_missing_input_is_named(tmp_path, tokenizer_path):
 
 
 def test_same_inputs_give_the_same_fingerprint_anywhere(corpus, tokenizer_path, pristine, tmp_path):
-    again = build([corpus], tmp_path / "other", tokenizer_path, validation_fraction=0.2, samples_per_shard=20)
+    again = build(
+        [corpus], tmp_path / "other", tokenizer_path, validation_fraction=0.2, samples_per_shard=20
+    )
     names = sorted(p.name for p in again.parent.iterdir())
     assert names == sorted(p.name for p in pristine.parent.iterdir())
     assert all((again.parent / n).read_bytes() == (pristine.parent / n).read_bytes() for n in names)
 
 
-def test_second_run_keeps_the_dataset_and_other_settings_are_refused(corpus, tokenizer_path, dataset):
+def test_second_run_keeps_the_dataset_and_other_settings_are_refused(
+    corpus, tokenizer_path, dataset
+):
     before, said = dataset.stat().st_mtime_ns, []
     same = {"validation_fraction": 0.2, "samples_per_shard": 20}
     build([corpus], dataset.parent, tokenizer_path, report=said.append, **same)
     assert "already there" in said[0] and dataset.stat().st_mtime_ns == before
     with pytest.raises(DataError, match="differs in settings"):
-        build([corpus], dataset.parent, tokenizer_path, validation_fraction=0.3, samples_per_shard=20)
+        build(
+            [corpus], dataset.parent, tokenizer_path, validation_fraction=0.3, samples_per_shard=20
+        )
     with pytest.raises(DataError, match="differs in block_length"):
         build([corpus], dataset.parent, tokenizer_path, context_length=8, **same)
     with pytest.raises(DataError, match="differs in documents"):
@@ -177,12 +245,21 @@ def test_second_run_keeps_the_dataset_and_other_settings_are_refused(corpus, tok
     assert dataset.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", [lambda m: m.unlink(), lambda m: m.write_text("{"), lambda m: (m.parent / "train-000001.tar").unlink(),
-                                    lambda m: os.truncate(m.parent / "train-000000.tar", 5000)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda m: m.unlink(),
+        lambda m: m.write_text("{"),
+        lambda m: (m.parent / "train-000001.tar").unlink(),
+        lambda m: os.truncate(m.parent / "train-000000.tar", 5000),
+    ],
+)
 def test_half_made_dataset_is_replaced(corpus, tokenizer_path, dataset, pristine, damage):
     damage(dataset)
     build([corpus], dataset.parent, tokenizer_path, validation_fraction=0.2, samples_per_shard=20)
-    assert {p.name: p.read_bytes() for p in dataset.parent.iterdir()} == {p.name: p.read_bytes() for p in pristine.parent.iterdir()}
+    assert {p.name: p.read_bytes() for p in dataset.parent.iterdir()} == {
+        p.name: p.read_bytes() for p in pristine.parent.iterdir()
+    }
     assert [p.name for p in dataset.parent.parent.iterdir()] == [dataset.parent.name]
 
 
@@ -195,7 +272,9 @@ def test_foreign_files_in_the_output_folder_are_never_deleted(corpus, tokenizer_
 
 
 @pytest.mark.parametrize("failing", ["write_manifest", "Packer.unigram_entropy"])
-def test_a_build_that_fails_leaves_no_dataset_and_the_next_succeeds(corpus, tokenizer_path, tmp_path, monkeypatch, failing):
+def test_a_build_that_fails_leaves_no_dataset_and_the_next_succeeds(
+    corpus, tokenizer_path, tmp_path, monkeypatch, failing
+):
     def fail(*arguments):
         raise OSError("disk full")
 
@@ -216,8 +295,15 @@ text.make_text_dataset([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], contex
 
 
 def test_a_killed_build_leaves_no_dataset_and_the_next_succeeds(corpus, tokenizer_path, tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, corpus, tmp_path / "out", tokenizer_path], capture_output=True)
-    assert done.returncode == -9 and not (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, corpus, tmp_path / "out", tokenizer_path],
+        capture_output=True,
+    )
+    assert (
+        done.returncode == -9
+        and not (tmp_path / "out").exists()
+        and (tmp_path / ".out.partial").exists()
+    )
     assert len(blocks_of(build([corpus], tmp_path / "out", tokenizer_path), "train")) > 0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -225,7 +311,14 @@ def test_a_killed_build_leaves_no_dataset_and_the_next_succeeds(corpus, tokenize
 def test_two_builders_of_one_dataset_wait_for_each_other(corpus, tokenizer_path, tmp_path):
     program = KILLED.replace("text.write_manifest", "ignored")
     command = [sys.executable, "-c", program, corpus, tmp_path / "out", tokenizer_path]
-    outputs = [p.communicate(timeout=60)[0] for p in [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                                                       text=True) for _ in "ab"]]
-    assert sum("already there" in o for o in outputs) == 1 and all("train: " in o for o in outputs), outputs
+    outputs = [
+        p.communicate(timeout=60)[0]
+        for p in [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for _ in "ab"
+        ]
+    ]
+    assert sum("already there" in o for o in outputs) == 1 and all(
+        "train: " in o for o in outputs
+    ), outputs
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -1,4 +1,5 @@
 """Video datasets: what clips hold, how they are split, and that nothing unreadable or killed leaves a half."""
+
 import json
 import os
 import signal
@@ -25,7 +26,14 @@ from ebwm_scale.encoders.space import FrameSpace
 from ebwm_scale.errors import DataError
 from ebwm_scale.observation import Observation
 
-TINY = dict(context_length=3, interval_s=0.25, height=16, width=16, encoder_settings={"patch": 8, "components": 4}, samples_per_shard=5)
+TINY = dict(
+    context_length=3,
+    interval_s=0.25,
+    height=16,
+    width=16,
+    encoder_settings={"patch": 8, "components": 4},
+    samples_per_shard=5,
+)
 
 
 def quiet(_):
@@ -35,15 +43,27 @@ def quiet(_):
 def write_video(path, *, seconds=3.0, rate=20, seed=0, height=24, width=40):
     """A square that moves over a gradient; frame k's red corner pixel has brightness 10 k."""
     import av
+
     generator = np.random.default_rng(seed)
     speed, base = generator.integers(1, 4), generator.integers(0, 100, 3)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", 4_000_000
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = (
+            width,
+            height,
+            "yuv420p",
+            4_000_000,
+        )
         for k in range(round(seconds * rate)):
-            frame = np.broadcast_to(np.linspace(0, 120, width)[None, :, None] + base, (height, width, 3)).astype(np.uint8).copy()
+            frame = (
+                np.broadcast_to(
+                    np.linspace(0, 120, width)[None, :, None] + base, (height, width, 3)
+                )
+                .astype(np.uint8)
+                .copy()
+            )
             left = (k * speed) % (width - 8)
-            frame[8:16, left:left + 8] = (250, 40, 10)
+            frame[8:16, left : left + 8] = (250, 40, 10)
             frame[:8, :8] = min(255, 4 * k)
             for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
                 container.mux(packet)
@@ -62,7 +82,14 @@ def videos(tmp_path_factory):
 
 def build(inputs, output, said=None, **changes):
     like = changes.pop("like", None)
-    return make_video_dataset([inputs], output, VideoRules(**{**TINY, **changes}), like=like, workers=1, report=quiet if said is None else said.append)
+    return make_video_dataset(
+        [inputs],
+        output,
+        VideoRules(**{**TINY, **changes}),
+        like=like,
+        workers=1,
+        report=quiet if said is None else said.append,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -72,21 +99,41 @@ def built(videos, tmp_path_factory):
 
 def test_frames_are_those_on_screen_at_each_interval(videos):
     found = list(shown_at(videos / "v0.mp4", 0.25, [0.0, 0.1]))
-    assert [(i, k) for i, k, _ in found if i == 0] == [(0, k) for k in range(12)] and {i for i, _, _ in found} == {0, 1}
+    assert [(i, k) for i, k, _ in found if i == 0] == [(0, k) for k in range(12)] and {
+        i for i, _, _ in found
+    } == {0, 1}
     for i, k, frame in found:
-        number = round((0.25 * k + (0.1 if i else 0)) * 20)       # 20 frames a second
+        number = round((0.25 * k + (0.1 if i else 0)) * 20)  # 20 frames a second
         assert abs(int(frame[3, 3, 0]) - min(255, 4 * number)) <= 6, (i, k)
 
 
 def test_clips_begin_every_stride_and_hold_frames_an_interval_apart(videos, tmp_path):
-    manifest = build(videos / "v0.mp4", tmp_path / "d", stored="jpeg", stride_s=0.5, split="time", validation_fraction=0.3, gap_s=0.0)
+    manifest = build(
+        videos / "v0.mp4",
+        tmp_path / "d",
+        stored="jpeg",
+        stride_s=0.5,
+        split="time",
+        validation_fraction=0.3,
+        gap_s=0.0,
+    )
     split = open_split(manifest, "train", verify="hashes")
     for i in range(len(split)):
         about, frames = split.about(i), split.read(i)
-        assert about["video"] == "v0.mp4" and about["start_s"] == 0.5 * i and frames.shape == (4, 16, 16, 3) and frames.dtype == np.uint8
+        assert (
+            about["video"] == "v0.mp4"
+            and about["start_s"] == 0.5 * i
+            and frames.shape == (4, 16, 16, 3)
+            and frames.dtype == np.uint8
+        )
     direct = {k: frame for _, k, frame in shown_at(videos / "v0.mp4", 0.25, [0.0])}
-    distances = {k: np.abs(split.read(1)[1].astype(int) - resize_and_crop(frame, 16, 16, 1)[0][1]).mean() for k, frame in direct.items()}
-    assert min(distances, key=distances.get) == 3 and distances[3] < 5      # clip 1 starts at 0.5 s, its second frame is at 0.75 s
+    distances = {
+        k: np.abs(split.read(1)[1].astype(int) - resize_and_crop(frame, 16, 16, 1)[0][1]).mean()
+        for k, frame in direct.items()
+    }
+    assert (
+        min(distances, key=distances.get) == 3 and distances[3] < 5
+    )  # clip 1 starts at 0.5 s, its second frame is at 0.75 s
 
 
 def test_windows_cover_the_frame(videos):
@@ -100,9 +147,24 @@ def test_windows_cover_the_frame(videos):
 
 
 def test_further_zooms_add_windows_to_training_only(videos, tmp_path):
-    split = {name: open_split(build(videos, tmp_path / "d", crops=2, zooms=(1, 2), validation_fraction=0.3), name, verify="sizes") for name in ("train", "validation")}
-    windows = {name: {(split[name].about(i)["zoom"], split[name].about(i)["crop"]) for i in range(len(split[name]))} for name in split}
-    assert windows["validation"] == {(1, 0), (1, 1)} and windows["train"] == windows["validation"] | {(2, 2 + i) for i in range(8)}
+    split = {
+        name: open_split(
+            build(videos, tmp_path / "d", crops=2, zooms=(1, 2), validation_fraction=0.3),
+            name,
+            verify="sizes",
+        )
+        for name in ("train", "validation")
+    }
+    windows = {
+        name: {
+            (split[name].about(i)["zoom"], split[name].about(i)["crop"])
+            for i in range(len(split[name]))
+        }
+        for name in split
+    }
+    assert windows["validation"] == {(1, 0), (1, 1)} and windows["train"] == windows[
+        "validation"
+    ] | {(2, 2 + i) for i in range(8)}
 
 
 def test_embeddings_are_the_encoders_standardised_over_the_training_frames(built):
@@ -110,12 +172,17 @@ def test_embeddings_are_the_encoders_standardised_over_the_training_frames(built
     content = split.manifest.content
     assert content.dimension == 4 * 4 and split.read(0).dtype == np.float16
     space = FrameSpace(content)
-    states = torch.cat([space.states(torch.from_numpy(split.read(i).astype(np.float32))[None])[0] for i in range(len(split))])
+    states = torch.cat(
+        [
+            space.states(torch.from_numpy(split.read(i).astype(np.float32))[None])[0]
+            for i in range(len(split))
+        ]
+    )
     assert states.mean().abs() < 0.2 and 0.7 < states.std() < 1.3
     frames = space.frames(states[None, :4])[0]
     assert frames.shape == (4, 16, 16, 3) and frames.dtype == torch.uint8
     again = space.states(frames[None])
-    assert (again - states[None, :4]).abs().mean() < 0.3        # back from rounded pixels
+    assert (again - states[None, :4]).abs().mean() < 0.3  # back from rounded pixels
 
 
 def test_stored_frames_and_stored_embeddings_are_the_same_states(videos, tmp_path, built):
@@ -123,10 +190,22 @@ def test_stored_frames_and_stored_embeddings_are_the_same_states(videos, tmp_pat
     batches = {}
     for manifest in (built, frames):
         split = open_split(manifest, "train", verify="sizes")
-        loader = BatchLoader(split, context_length=3, global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, seed=1, window_shards=2, num_workers=0)
+        loader = BatchLoader(
+            split,
+            context_length=3,
+            global_batch_size=4,
+            micro_batch_size=4,
+            rank=0,
+            world_size=1,
+            seed=1,
+            window_shards=2,
+            num_workers=0,
+        )
         batches[manifest] = Observation(split.manifest, "cpu")(next(loader).sequences)
     for a, b in zip(batches[built], batches[frames]):
-        assert a.shape == (4, 3, 16) and a.dtype == torch.float32 and torch.allclose(a, b, atol=2e-2)     # float16 in the shards
+        assert (
+            a.shape == (4, 3, 16) and a.dtype == torch.float32 and torch.allclose(a, b, atol=2e-2)
+        )  # float16 in the shards
 
 
 def test_the_same_batches_on_any_number_of_ranks_and_workers(built):
@@ -135,8 +214,18 @@ def test_the_same_batches_on_any_number_of_ranks_and_workers(built):
     def sequences(world_size, num_workers, first_step=0):
         parts = []
         for rank in range(world_size):
-            loader = BatchLoader(split, context_length=3, global_batch_size=8, micro_batch_size=8 // world_size, rank=rank, world_size=world_size, seed=1,
-                                 window_shards=2, num_workers=num_workers, first_step=first_step)
+            loader = BatchLoader(
+                split,
+                context_length=3,
+                global_batch_size=8,
+                micro_batch_size=8 // world_size,
+                rank=rank,
+                world_size=world_size,
+                seed=1,
+                window_shards=2,
+                num_workers=num_workers,
+                first_step=first_step,
+            )
             parts.append([next(loader).sequences for _ in range(4 - first_step)])
             loader.close()
         return torch.cat([torch.stack(p) for p in parts], 1)
@@ -148,9 +237,16 @@ def test_the_same_batches_on_any_number_of_ranks_and_workers(built):
 
 
 def test_a_video_is_in_one_split_only_and_copies_count_once(built, videos, tmp_path):
-    names = {name: {open_split(built, name, verify="sizes").about(i)["video"] for i in range(len(open_split(built, name, verify="sizes")))}
-             for name in ("train", "validation")}
-    assert not names["train"] & names["validation"] and len(names["train"] | names["validation"]) == 4
+    names = {
+        name: {
+            open_split(built, name, verify="sizes").about(i)["video"]
+            for i in range(len(open_split(built, name, verify="sizes")))
+        }
+        for name in ("train", "validation")
+    }
+    assert (
+        not names["train"] & names["validation"] and len(names["train"] | names["validation"]) == 4
+    )
     (tmp_path / "twice").mkdir()
     for i, name in enumerate(("a.mp4", "b.mp4")):
         (tmp_path / "twice" / name).write_bytes((videos / "v0.mp4").read_bytes())
@@ -160,9 +256,17 @@ def test_a_video_is_in_one_split_only_and_copies_count_once(built, videos, tmp_p
 def test_a_single_video_is_cut_in_time_with_a_gap(videos, tmp_path):
     said = []
     write_video(tmp_path / "long.mp4", seconds=8)
-    manifest = build(tmp_path / "long.mp4", tmp_path / "d", said, stride_s=0.25, validation_fraction=0.3)
-    ends = [open_split(manifest, "train", verify="sizes").about(i)["start_s"] + 0.75 for i in range(len(open_split(manifest, "train", verify="sizes")))]
-    starts = [open_split(manifest, "validation", verify="sizes").about(i)["start_s"] for i in range(len(open_split(manifest, "validation", verify="sizes")))]
+    manifest = build(
+        tmp_path / "long.mp4", tmp_path / "d", said, stride_s=0.25, validation_fraction=0.3
+    )
+    ends = [
+        open_split(manifest, "train", verify="sizes").about(i)["start_s"] + 0.75
+        for i in range(len(open_split(manifest, "train", verify="sizes")))
+    ]
+    starts = [
+        open_split(manifest, "validation", verify="sizes").about(i)["start_s"]
+        for i in range(len(open_split(manifest, "validation", verify="sizes")))
+    ]
     assert max(ends) + 0.75 <= min(starts) + 1e-6 and any("split by time" in line for line in said)
 
 
@@ -185,7 +289,10 @@ def test_unreadable_and_short_videos_are_reported_and_left_out(videos, tmp_path)
     write_video(folder / "short.mp4", seconds=0.4)
     manifest = build(folder, tmp_path / "d", said, validation_fraction=0.5)
     skipped = " ".join(line for line in said if "skipped" in line)
-    assert all(name in skipped for name in ("noise.mp4", "empty.mp4", "cut.mp4", "short.mp4")) and "shorter than a clip" in skipped
+    assert (
+        all(name in skipped for name in ("noise.mp4", "empty.mp4", "cut.mp4", "short.mp4"))
+        and "shorter than a clip" in skipped
+    )
     assert load_manifest(manifest).source["num_skipped"] == 4 and verify_dataset(manifest)[0] == []
     with pytest.raises(DataError, match="none of 1 videos could be used"):
         build(folder / "noise.mp4", tmp_path / "e")
@@ -195,7 +302,13 @@ def test_unreadable_and_short_videos_are_reported_and_left_out(videos, tmp_path)
 
 def test_a_decoder_that_crashes_costs_one_video(videos, tmp_path, monkeypatch):
     real, said = video_module.make_part, []
-    monkeypatch.setattr(video_module, "make_part", lambda v, *rest: os.kill(os.getpid(), signal.SIGSEGV) if v.name == "v3.mp4" else real(v, *rest))
+    monkeypatch.setattr(
+        video_module,
+        "make_part",
+        lambda v, *rest: (
+            os.kill(os.getpid(), signal.SIGSEGV) if v.name == "v3.mp4" else real(v, *rest)
+        ),
+    )
     manifest = build(videos, tmp_path / "d", said, validation_fraction=0.3)
     assert any("v3.mp4: skipped: the decoder ended with SIGSEGV" in line for line in said)
     assert load_manifest(manifest).source["num_skipped"] == 1
@@ -217,13 +330,17 @@ video.make_video_dataset([sys.argv[1]], sys.argv[2], video.VideoRules(context_le
 
 
 def test_a_killed_preparation_leaves_no_dataset_and_goes_on_with_the_rest(videos, tmp_path, built):
-    done = subprocess.run([sys.executable, "-c", KILLED, videos, tmp_path / "d"], capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, videos, tmp_path / "d"], capture_output=True, timeout=120
+    )
     assert done.returncode == -9 and not (tmp_path / "d").exists()
-    time.sleep(0.5)         # the process that was decoding ends by itself
+    time.sleep(0.5)  # the process that was decoding ends by itself
     said = []
     manifest = build(videos, tmp_path / "d", said, validation_fraction=0.3)
     assert any("were decoded by an earlier run" in line for line in said)
-    assert [s.sha256 for s in load_manifest(manifest).splits["train"].shards] == [s.sha256 for s in load_manifest(built).splits["train"].shards]
+    assert [s.sha256 for s in load_manifest(manifest).splits["train"].shards] == [
+        s.sha256 for s in load_manifest(built).splits["train"].shards
+    ]
     assert not (tmp_path / ".d.parts").exists()
 
 
@@ -238,7 +355,9 @@ def test_second_run_keeps_the_dataset_and_other_settings_are_refused(videos, tmp
 
 def test_a_dataset_like_another_can_be_mixed_with_it(videos, tmp_path, built):
     write_video(tmp_path / "new.mp4", seconds=6, seed=9)
-    other = build(tmp_path / "new.mp4", tmp_path / "d", like=built, split="time", validation_fraction=0.3)
+    other = build(
+        tmp_path / "new.mp4", tmp_path / "d", like=built, split="time", validation_fraction=0.3
+    )
     mixed = open_sources([(built, 1), (other, 1)], "train", verify="sizes")
     assert mixed.read(len(mixed) - 1).shape == (4, 16)
     unlike = build(tmp_path / "new.mp4", tmp_path / "e", split="time", validation_fraction=0.3)
@@ -248,6 +367,7 @@ def test_a_dataset_like_another_can_be_mixed_with_it(videos, tmp_path, built):
 
 def test_damage_to_a_video_dataset_is_found(built, tmp_path):
     import shutil
+
     folder = tmp_path / "copy"
     shutil.copytree(built.parent, folder)
     index = json.loads((folder / "train-000000.index.json").read_text())
@@ -255,23 +375,37 @@ def test_damage_to_a_video_dataset_is_found(built, tmp_path):
     content = bytearray((folder / "train-000000.tar").read_bytes())
     content[offset + 150] ^= 1
     (folder / "train-000000.tar").write_bytes(content)
-    assert any(f"sample {index['keys'][1]} (frames.npy, offset {offset}" in p for p in verify_dataset(folder)[0])
+    assert any(
+        f"sample {index['keys'][1]} (frames.npy, offset {offset}" in p
+        for p in verify_dataset(folder)[0]
+    )
     (folder / "encoder.safetensors").write_bytes(b"x" * 10)
     assert any("encoder.safetensors" in p for p in verify_dataset(folder)[0])
     with pytest.raises(DataError, match="sha256 is not the manifest's"):
         FrameSpace(load_manifest(folder).content).encoder
 
 
-@pytest.mark.parametrize("changes, expected", [(dict(context_length=0), "context length is 0"), (dict(stride_s=-1.0), "stride is -1"),
-                                               (dict(quality=0), "quality is 0"), (dict(encoder_settings={"patch": 7, "components": 4}), "patch is 7"),
-                                               (dict(encoder_settings={"patch": 8, "components": 500}), "components is 500"),
-                                               (dict(encoder="sd-vae", encoder_settings={}), "sd-vae needs"),
-                                               (dict(interval_s=0.25, stride_s=0.1234567), "no common multiple")])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (dict(context_length=0), "context length is 0"),
+        (dict(stride_s=-1.0), "stride is -1"),
+        (dict(quality=0), "quality is 0"),
+        (dict(encoder_settings={"patch": 7, "components": 4}), "patch is 7"),
+        (dict(encoder_settings={"patch": 8, "components": 500}), "components is 500"),
+        (dict(encoder="sd-vae", encoder_settings={}), "sd-vae needs"),
+        (dict(interval_s=0.25, stride_s=0.1234567), "no common multiple"),
+    ],
+)
 def test_impossible_settings_are_one_clear_line(videos, tmp_path, changes, expected):
     said = []
     with pytest.raises(DataError) as error:
         build(videos, tmp_path / "d", said, **changes)
-    assert expected in " ".join([str(error.value), *said]) and "\n" not in str(error.value) and not (tmp_path / "d").exists()
+    assert (
+        expected in " ".join([str(error.value), *said])
+        and "\n" not in str(error.value)
+        and not (tmp_path / "d").exists()
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8\xff\xe0" + b"x" * 100])

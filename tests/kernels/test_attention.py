@@ -1,22 +1,47 @@
 """energy_attention and causal_attention are their definitions, to second order, for every shape and backend; and they say no where they must."""
+
 import pytest
 import torch
 from attention_cases import Case, derivatives, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-import ebwm_kernels.flop_formulas      # noqa: F401  registers them
-from ebwm_kernels import attention_ops, attention_reference, attention_tuning, causal_attention, energy_attention
+import ebwm_kernels.flop_formulas  # noqa: F401  registers them
+from ebwm_kernels import (
+    attention_ops,
+    attention_reference,
+    attention_tuning,
+    causal_attention,
+    energy_attention,
+)
 from ebwm_kernels.attention_ops import visible_pairs, why_not_triton
 from ebwm_kernels.attention_reference import ROWS
 
 CASES = [  # B, H, H_kv, S, C, d, offset, own, causal
-    Case(1, 1, 1, 1, 1, 16), Case(1, 1, 1, 2, 2, 16), Case(2, 4, 2, 17, 17, 32), Case(1, 2, 1, 64, 64, 64), Case(1, 2, 2, 3, 40, 16, 33),
-    Case(1, 4, 1, 5, 6, 16, 1), Case(1, 2, 1, 1, 50, 128, 49), Case(1, 1, 1, 9, 4, 24, 2), Case(1, 1, 1, 6, 6, 80), Case(1, 1, 1, 6, 6, 96), Case(1, 1, 1, 20, 20, 256),
-    Case(1, 1, 1, 1, 2, 16, 1, False), Case(2, 4, 2, 17, 17, 32, 0, False), Case(1, 2, 1, 33, 40, 16, 7, False), Case(1, 1, 1, 9, 4, 24, 2, False),
-    Case(2, 2, 1, 17, 23, 16, 0, False, False), Case(1, 1, 1, 1, 5, 64, 0, False, False),
-    Case(1, 1, 1, 130, 130, 8), Case(1, 1, 1, 130, 130, 8, 0, False),
+    Case(1, 1, 1, 1, 1, 16),
+    Case(1, 1, 1, 2, 2, 16),
+    Case(2, 4, 2, 17, 17, 32),
+    Case(1, 2, 1, 64, 64, 64),
+    Case(1, 2, 2, 3, 40, 16, 33),
+    Case(1, 4, 1, 5, 6, 16, 1),
+    Case(1, 2, 1, 1, 50, 128, 49),
+    Case(1, 1, 1, 9, 4, 24, 2),
+    Case(1, 1, 1, 6, 6, 80),
+    Case(1, 1, 1, 6, 6, 96),
+    Case(1, 1, 1, 20, 20, 256),
+    Case(1, 1, 1, 1, 2, 16, 1, False),
+    Case(2, 4, 2, 17, 17, 32, 0, False),
+    Case(1, 2, 1, 33, 40, 16, 7, False),
+    Case(1, 1, 1, 9, 4, 24, 2, False),
+    Case(2, 2, 1, 17, 23, 16, 0, False, False),
+    Case(1, 1, 1, 1, 5, 64, 0, False, False),
+    Case(1, 1, 1, 130, 130, 8),
+    Case(1, 1, 1, 130, 130, 8, 0, False),
 ]
-LONG = [Case(1, 1, 1, 200, 200, 64), Case(1, 1, 1, 257, 257, 128), Case(1, 1, 1, 257, 257, 16, 0, False)]
+LONG = [
+    Case(1, 1, 1, 200, 200, 64),
+    Case(1, 1, 1, 257, 257, 128),
+    Case(1, 1, 1, 257, 257, 16, 0, False),
+]
 SMALL, SMALL_PLAIN = Case(2, 4, 2, 7, 9, 16, 2), Case(2, 4, 2, 7, 9, 16, 2, False)
 BOTH = pytest.mark.parametrize("case", [SMALL, SMALL_PLAIN], ids=["energy", "causal"])
 
@@ -51,8 +76,14 @@ def test_the_same_over_many_tiles(case, backend):
 
 @BOTH
 def test_large_scores_and_a_large_common_key_keep_the_gradients(case, backend):
-    for options in ({"scale": 6.0}, {"common_key": 1e3}):       # scores of 150 and 300 lose as many digits in plain autograd, too
-        ours, plain = (derivatives(f, case.inputs(**options)) for f in (lambda *x: case.attention(*x, backend=backend), case.definition))
+    for options in (
+        {"scale": 6.0},
+        {"common_key": 1e3},
+    ):  # scores of 150 and 300 lose as many digits in plain autograd, too
+        ours, plain = (
+            derivatives(f, case.inputs(**options))
+            for f in (lambda *x: case.attention(*x, backend=backend), case.definition)
+        )
         assert max(map(relative_error, ours, plain)) < 1e-10, options
 
 
@@ -63,6 +94,7 @@ def test_gradcheck_and_gradgradcheck(case, backend):
 
     def function(*inputs):
         return case.attention(*inputs, backend=backend)
+
     assert torch.autograd.gradcheck(function, case.inputs(), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, case.inputs(), fast_mode=True)
 
@@ -76,17 +108,24 @@ def test_first_order_backward_reaches_all_inputs(case, backend):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-11, atol=1e-12)
 
 
-PARTS = [(SMALL, chosen) for chosen in [(0,), (1,), (2,), (0, 2), (3,), (4,), (0, 4), (0, 1, 2, 3, 4)]] + [
-    (SMALL_PLAIN, chosen) for chosen in [(0,), (1,), (2,), (0, 2), (0, 1, 2)]]
+PARTS = [
+    (SMALL, chosen) for chosen in [(0,), (1,), (2,), (0, 2), (3,), (4,), (0, 4), (0, 1, 2, 3, 4)]
+] + [(SMALL_PLAIN, chosen) for chosen in [(0,), (1,), (2,), (0, 2), (0, 1, 2)]]
 
 
-@pytest.mark.parametrize("case, chosen", PARTS, ids=lambda part: "energy" if part is SMALL else "causal" if part is SMALL_PLAIN else str(part))
+@pytest.mark.parametrize(
+    "case, chosen",
+    PARTS,
+    ids=lambda part: "energy" if part is SMALL else "causal" if part is SMALL_PLAIN else str(part),
+)
 def test_second_order_through_any_part_of_the_inner_gradient(case, backend, chosen):
     """Cotangents that are None are zeros, and a gradient of the context under create_graph is a gradient, not silence."""
     results = []
     for function in (lambda *x: case.attention(*x, backend=backend), case.definition):
         inputs = case.inputs()
-        inner = torch.autograd.grad(function(*inputs).sin().sum(), [inputs[i] for i in chosen], create_graph=True)
+        inner = torch.autograd.grad(
+            function(*inputs).sin().sum(), [inputs[i] for i in chosen], create_graph=True
+        )
         assert all(g.requires_grad for g in inner)
         results.append([*inner, *torch.autograd.grad(sum(g.sin().sum() for g in inner), inputs)])
     for mine, theirs in zip(*results):
@@ -98,7 +137,11 @@ def test_the_inner_gradient_leaves_the_context_alone(backend, monkeypatch):
     asked = []
     implementation = attention_ops._implementation(backend)
     right = implementation.gradient
-    monkeypatch.setattr(implementation, "gradient", lambda *x, with_keys: asked.append(with_keys) or right(*x, with_keys=with_keys))
+    monkeypatch.setattr(
+        implementation,
+        "gradient",
+        lambda *x, with_keys: asked.append(with_keys) or right(*x, with_keys=with_keys),
+    )
     inputs = SMALL.inputs()
     keys, values = (u * 1.0 for u in inputs[3:])
     out = SMALL.attention(*inputs[:3], keys, values, backend=backend).square().sum()
@@ -113,7 +156,9 @@ def test_the_inner_gradient_leaves_the_context_alone(backend, monkeypatch):
 @BOTH
 def test_a_third_derivative_raises(case, backend):
     inputs = case.inputs()
-    inner = torch.autograd.grad(case.attention(*inputs, backend=backend).sin().sum(), inputs[:3], create_graph=True)
+    inner = torch.autograd.grad(
+        case.attention(*inputs, backend=backend).sin().sum(), inputs[:3], create_graph=True
+    )
     with pytest.raises(RuntimeError, match="third derivative is not defined"):
         torch.autograd.grad(sum(g.sin().sum() for g in inner), inputs[0], create_graph=True)
 
@@ -124,12 +169,16 @@ def test_non_contiguous_inputs_and_a_given_scale(case, backend):
     assert not inputs[0].is_contiguous()
     function = energy_attention if case.own else causal_attention
     scaled = [inputs[0] * 0.3 * case.d**0.5, *inputs[1:]]
-    torch.testing.assert_close(function(*inputs, scale=0.3, context_offset=2, backend=backend), case.definition(*scaled))
+    torch.testing.assert_close(
+        function(*inputs, scale=0.3, context_offset=2, backend=backend), case.definition(*scaled)
+    )
 
 
 @BOTH
 def test_results_are_the_same_every_time(case, backend):
-    first, second = (derivatives(lambda *x: case.attention(*x, backend=backend), case.inputs()) for _ in range(2))
+    first, second = (
+        derivatives(lambda *x: case.attention(*x, backend=backend), case.inputs()) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -138,28 +187,51 @@ def test_the_comparison_notices_a_wrong_double_backward(term, monkeypatch):
     """Breaks the reference on purpose, one term at a time, and expects the comparison above to see it."""
     right = attention_reference.double_backward
     if term == "phi":
-        monkeypatch.setattr(attention_reference, "double_backward", lambda c, g, *rest: (right(c, g, *rest)[0] * 1.001, *right(c, g, *rest)[1:]))
+        monkeypatch.setattr(
+            attention_reference,
+            "double_backward",
+            lambda c, g, *rest: (right(c, g, *rest)[0] * 1.001, *right(c, g, *rest)[1:]),
+        )
     elif term == "centre":
-        monkeypatch.setattr(attention_reference, "double_backward", lambda c, *rest: right(c._replace(query=c.query * 1.0001), *rest))
+        monkeypatch.setattr(
+            attention_reference,
+            "double_backward",
+            lambda c, *rest: right(c._replace(query=c.query * 1.0001), *rest),
+        )
     elif term == "future":
-        monkeypatch.setattr(attention_reference, "double_backward", lambda *x: right(*x[:-1], x[-1]._replace(offset=x[-1].offset + 1)))
+        monkeypatch.setattr(
+            attention_reference,
+            "double_backward",
+            lambda *x: right(*x[:-1], x[-1]._replace(offset=x[-1].offset + 1)),
+        )
     else:
-        monkeypatch.setattr(attention_reference, "double_backward", lambda c, *rest: right(c._replace(own_value=c.own_value * 1.0001), *rest))
+        monkeypatch.setattr(
+            attention_reference,
+            "double_backward",
+            lambda c, *rest: right(c._replace(own_value=c.own_value * 1.0001), *rest),
+        )
     with pytest.raises(AssertionError):
         check(SMALL, "reference")
 
 
 @INTERPRETED
-@pytest.mark.parametrize("kernel", ["_tangent", "_second_own", "_second_query", "_second_key", "_gradient_query", "_gradient_key"])
+@pytest.mark.parametrize(
+    "kernel",
+    ["_tangent", "_second_own", "_second_query", "_second_key", "_gradient_query", "_gradient_key"],
+)
 def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkeypatch):
     """Each kernel is needed: run over one row, or one key, fewer, it spoils a number that is compared."""
     from ebwm_kernels import attention_triton
+
     right = attention_triton._Launcher._run
 
     def spoiled(self, function, tile, num_programs, *rest):
         right(self, function, tile, num_programs - (function.__name__ == kernel), *rest)
+
     monkeypatch.setattr(attention_triton._Launcher, "_run", spoiled)
-    monkeypatch.setattr(torch, "empty", torch.zeros)            # what is not written is zero, not yesterday's right answer
+    monkeypatch.setattr(
+        torch, "empty", torch.zeros
+    )  # what is not written is zero, not yesterday's right answer
     with pytest.raises(AssertionError):
         check(SMALL, "triton")
 
@@ -168,16 +240,29 @@ def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkey
 def test_every_tile_of_the_table_computes_the_same(monkeypatch):
     """The tiles that GPUs get, in the interpreter: sizes that are no multiple of them, heads that share keys."""
     from ebwm_kernels import attention_triton
+
     for architecture in ("sm_80", "sm_90"):
-        for case in (Case(1, 2, 1, 70, 70, 64), Case(1, 2, 1, 70, 70, 64, 0, False), Case(1, 1, 1, 70, 70, 90)):
+        for case in (
+            Case(1, 2, 1, 70, 70, 64),
+            Case(1, 2, 1, 70, 70, 64, 0, False),
+            Case(1, 1, 1, 70, 70, 90),
+        ):
             monkeypatch.setattr(attention_triton, "architecture", lambda device: architecture)
-            monkeypatch.setattr(attention_triton, "tile_for", lambda kernel, a, d, dtype, keys: attention_tuning.tile_for(kernel, a, d, torch.bfloat16, keys))
+            monkeypatch.setattr(
+                attention_triton,
+                "tile_for",
+                lambda kernel, a, d, dtype, keys: attention_tuning.tile_for(
+                    kernel, a, d, torch.bfloat16, keys
+                ),
+            )
             check(case, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @BOTH
-def test_low_precision_is_as_near_to_float64_as_pytorch_math_of_the_same_dtype(case, backend, dtype):
+def test_low_precision_is_as_near_to_float64_as_pytorch_math_of_the_same_dtype(
+    case, backend, dtype
+):
     """In every output of every order, over three draws: at most 1.5 times its error (Triton), twice (reference), a twentieth of a rounding aside.
 
     PyTorch computes float16 in float32. The loss whose gradients are compared rounds as well, so equal errors are a ratio of one.
@@ -185,16 +270,29 @@ def test_low_precision_is_as_near_to_float64_as_pytorch_math_of_the_same_dtype(c
     case, allowed = case._replace(S=48, C=50, d=64, B=1), 1.5 if backend == "triton" else 2.0
     totals = 0
     for seed in range(3):
-        exact = derivatives(case.definition, [u.double().detach().requires_grad_() for u in case.inputs(dtype=dtype, seed=seed)])
-        ours = derivatives(lambda *x: case.attention(*x, backend=backend), case.inputs(dtype=dtype, seed=seed))
+        exact = derivatives(
+            case.definition,
+            [u.double().detach().requires_grad_() for u in case.inputs(dtype=dtype, seed=seed)],
+        )
+        ours = derivatives(
+            lambda *x: case.attention(*x, backend=backend), case.inputs(dtype=dtype, seed=seed)
+        )
         math = derivatives(case.sdpa_math, case.inputs(dtype=dtype, seed=seed))
-        totals += torch.tensor([[relative_error(mine, right), relative_error(theirs, right)] for mine, theirs, right in zip(ours, math, exact)])
+        totals += torch.tensor(
+            [
+                [relative_error(mine, right), relative_error(theirs, right)]
+                for mine, theirs, right in zip(ours, math, exact)
+            ]
+        )
     assert (totals[:, 0] <= allowed * totals[:, 1] + 3 * torch.finfo(dtype).eps / 20).all(), totals
 
 
 def test_bfloat16_runs_on_the_reference_and_keeps_its_dtype():
     outputs = derivatives(SMALL.attention, SMALL.inputs(dtype=torch.bfloat16))
-    exact = derivatives(SMALL.definition, [u.detach().double().requires_grad_() for u in SMALL.inputs(dtype=torch.bfloat16)])
+    exact = derivatives(
+        SMALL.definition,
+        [u.detach().double().requires_grad_() for u in SMALL.inputs(dtype=torch.bfloat16)],
+    )
     assert all(u.dtype == torch.bfloat16 for u in outputs)
     assert max(map(relative_error, outputs, exact)) < 2e-2
 
@@ -206,15 +304,27 @@ def test_the_operations_are_well_formed_for_dispatch_fake_tensors_and_aot(case):
     own = own or [None, None]
     rest = (0.25, case.offset, case.causal, "reference")
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.ebwm.attention.default, (q, k, v, *own, *rest), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.ebwm.attention.default, (q, k, v, *own, *rest), test_utils=tests
+    )
     out, normalizer = (u.detach() for u in torch.ops.ebwm.attention(q, k, v, *own, *rest))
     for with_keys in (False, True):
-        torch.library.opcheck(torch.ops.ebwm.attention_gradient.default, (torch.ones_like(q), q, k, v, *own, out, normalizer, *rest, with_keys, False),
-                              test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.ebwm.attention_gradient.default,
+            (torch.ones_like(q), q, k, v, *own, out, normalizer, *rest, with_keys, False),
+            test_utils=tests,
+        )
     cotangents = (q, None, None, *own) if case.own else (q, k, v, None, None)
-    torch.library.opcheck(torch.ops.ebwm.attention_double_backward.default,
-                          (*(None if u is None else u.detach() for u in (*cotangents, q, q, k, v, *own)), out, normalizer, *rest),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.ebwm.attention_double_backward.default,
+        (
+            *(None if u is None else u.detach() for u in (*cotangents, q, q, k, v, *own)),
+            out,
+            normalizer,
+            *rest,
+        ),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_flops_count_the_pairs_that_exist():
@@ -225,13 +335,16 @@ def test_flops_count_the_pairs_that_exist():
     with counter:
         derivatives(SMALL.attention, inputs)
     per_product = 2 * 2 * 4 * visible_pairs(7, 9, 2) * 16
-    assert counter.get_total_flops() == per_product * (2 + 3 + 5 + 8)       # forward, inner, ordinary backward with K and V, double backward
+    assert counter.get_total_flops() == per_product * (
+        2 + 3 + 5 + 8
+    )  # forward, inner, ordinary backward with K and V, double backward
 
 
 @BOTH
 def test_memory_of_the_reference_is_linear_in_the_number_of_positions(case):
     """Nothing of size S x S is alive at once: 16 blocks' worth of positions, and no tensor holds more than a block of rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
+
     largest = []
 
     class Largest(TorchDispatchMode):
@@ -240,20 +353,40 @@ def test_memory_of_the_reference_is_linear_in_the_number_of_positions(case):
                 with self:
                     return operation(*args, **(kwargs or {}))
             result = function(*args, **(kwargs or {}))
-            largest.extend(u.untyped_storage().nbytes() for u in torch.utils._pytree.tree_leaves(result) if isinstance(u, torch.Tensor))
+            largest.extend(
+                u.untyped_storage().nbytes()
+                for u in torch.utils._pytree.tree_leaves(result)
+                if isinstance(u, torch.Tensor)
+            )
             return result
-    OPERATIONS = {o._qualname: o._init_fn for o in (attention_ops._attention, attention_ops._gradient, attention_ops._double_backward)}
+
+    OPERATIONS = {
+        o._qualname: o._init_fn
+        for o in (attention_ops._attention, attention_ops._gradient, attention_ops._double_backward)
+    }
     S = 16 * ROWS
     with Largest():
-        derivatives(case._replace(B=1, H=1, H_kv=1, S=S, C=S, offset=0, d=16).attention, case._replace(B=1, H=1, H_kv=1, S=S, C=S, offset=0, d=16).inputs())
+        derivatives(
+            case._replace(B=1, H=1, H_kv=1, S=S, C=S, offset=0, d=16).attention,
+            case._replace(B=1, H=1, H_kv=1, S=S, C=S, offset=0, d=16).inputs(),
+        )
     assert max(largest) <= 8 * ROWS * S
 
 
 BAD = [
-    (lambda t: [t[0], t[1][:, :, :-1], *t[2:]], r"k_self has shape \(2, 4, 6, 16\), q has \(2, 4, 7, 16\)"),
-    (lambda t: [*t[:3], t[3][:, :1].expand(-1, 3, -1, -1), t[4][:, :1].expand(-1, 3, -1, -1)], r"3 key/value heads for 4 query heads"),
+    (
+        lambda t: [t[0], t[1][:, :, :-1], *t[2:]],
+        r"k_self has shape \(2, 4, 6, 16\), q has \(2, 4, 7, 16\)",
+    ),
+    (
+        lambda t: [*t[:3], t[3][:, :1].expand(-1, 3, -1, -1), t[4][:, :1].expand(-1, 3, -1, -1)],
+        r"3 key/value heads for 4 query heads",
+    ),
     (lambda t: [t[0].float(), *t[1:]], r"must share one floating dtype"),
-    (lambda t: [t[0].to("meta"), *t[1:]], r"k_self is torch.float64 on cpu, q is torch.float64 on meta"),
+    (
+        lambda t: [t[0].to("meta"), *t[1:]],
+        r"k_self is torch.float64 on cpu, q is torch.float64 on meta",
+    ),
     (lambda t: [*t[:4], t[4][..., :2]], r"k_context has shape .* and v_context"),
     (lambda t: [*t[:3], t[3][:1], t[4][:1]], r"needs both to be \(2, H_kv, C, 16\)"),
     (lambda t: [*t[:3], t[3][:, :, :0], t[4][:, :, :0]], r"at least one key"),
@@ -270,7 +403,9 @@ def test_what_does_not_fit_is_refused_before_any_work(change, message):
 
 def test_causal_attention_refuses_the_same():
     q, k, v = (u.detach() for u in SMALL_PLAIN.inputs())
-    with pytest.raises(ValueError, match=r"causal_attention: k has shape \(2, 2, 9, 16\) and v \(2, 2, 8, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"causal_attention: k has shape \(2, 2, 9, 16\) and v \(2, 2, 8, 16\)"
+    ):
         causal_attention(q, k, v[:, :, 1:])
     with pytest.raises(ValueError, match="context_offset is -1; must be 0 or more"):
         causal_attention(q, k, v, context_offset=-1)
@@ -281,9 +416,12 @@ def test_a_backend_that_is_unknown_or_cannot_run_is_refused_with_the_reason(monk
     with pytest.raises(ValueError, match="backend is 'cuda'; allowed: auto, triton, reference"):
         energy_attention(*inputs, backend="cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="backend triton cannot run torch.float64, head dimension 16 on cpu: .*; use backend auto or reference"):
+    with pytest.raises(
+        ValueError,
+        match="backend triton cannot run torch.float64, head dimension 16 on cpu: .*; use backend auto or reference",
+    ):
         energy_attention(*inputs, backend="triton")
     wide = Case(1, 1, 1, 2, 2, 300).inputs()
     with pytest.raises(ValueError, match="head dimensions up to 256"):
         energy_attention(*wide, backend="triton")
-    energy_attention(*wide)                                     # auto: the reference takes any
+    energy_attention(*wide)  # auto: the reference takes any

@@ -1,4 +1,5 @@
 """The Triton kernels on the GPU at hand: half precisions and float32 against float64, the same every time, memory linear in the positions."""
+
 import pytest
 import torch
 from attention_cases import Case, derivatives, relative_error
@@ -6,26 +7,58 @@ from attention_cases import Case, derivatives, relative_error
 from ebwm_kernels.attention_ops import resolve_backend
 from ebwm_kernels.attention_tuning import MAX_HEAD_DIMENSION
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (tools/gpu_session.sh runs this there)")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU (tools/gpu_session.sh runs this there)"
+)
 DEVICE = "cuda"
 CASES = [
-    Case(1, 1, 1, 1, 1, 64), Case(2, 4, 2, 17, 17, 32), Case(2, 4, 4, 200, 200, 64), Case(1, 2, 1, 257, 300, 128, 43), Case(1, 2, 2, 130, 130, 16),
-    Case(1, 2, 1, 90, 90, 80), Case(1, 2, 2, 190, 190, 96), Case(1, 1, 1, 100, 100, 192), Case(1, 1, 1, 140, 140, 256),
-    Case(1, 8, 2, 1024, 1024, 64), Case(1, 4, 4, 513, 513, 128),
-    Case(2, 4, 2, 200, 200, 64, 0, False), Case(1, 2, 1, 257, 300, 128, 43, False), Case(1, 2, 2, 100, 170, 64, 0, False, False),
+    Case(1, 1, 1, 1, 1, 64),
+    Case(2, 4, 2, 17, 17, 32),
+    Case(2, 4, 4, 200, 200, 64),
+    Case(1, 2, 1, 257, 300, 128, 43),
+    Case(1, 2, 2, 130, 130, 16),
+    Case(1, 2, 1, 90, 90, 80),
+    Case(1, 2, 2, 190, 190, 96),
+    Case(1, 1, 1, 100, 100, 192),
+    Case(1, 1, 1, 140, 140, 256),
+    Case(1, 8, 2, 1024, 1024, 64),
+    Case(1, 4, 4, 513, 513, 128),
+    Case(2, 4, 2, 200, 200, 64, 0, False),
+    Case(1, 2, 1, 257, 300, 128, 43, False),
+    Case(1, 2, 2, 100, 170, 64, 0, False, False),
 ]
 
 
 def errors(case, dtype, **options):
     """(ours, PyTorch's MATH of the same dtype) against float64, per output."""
-    exact = derivatives(case.definition, [u.double().detach().requires_grad_() for u in case.inputs(dtype=dtype, device=DEVICE, **options)])
-    ours = derivatives(lambda *x: case.attention(*x, backend="triton"), case.inputs(dtype=dtype, device=DEVICE, **options))
+    exact = derivatives(
+        case.definition,
+        [
+            u.double().detach().requires_grad_()
+            for u in case.inputs(dtype=dtype, device=DEVICE, **options)
+        ],
+    )
+    ours = derivatives(
+        lambda *x: case.attention(*x, backend="triton"),
+        case.inputs(dtype=dtype, device=DEVICE, **options),
+    )
     math = derivatives(case.sdpa_math, case.inputs(dtype=dtype, device=DEVICE, **options))
-    return [(relative_error(a, right), relative_error(b, right)) for a, b, right in zip(ours, math, exact)]
+    return [
+        (relative_error(a, right), relative_error(b, right))
+        for a, b, right in zip(ours, math, exact)
+    ]
 
 
-@pytest.mark.parametrize("case, dtype", [(case, dtype) for case in CASES for dtype in (torch.bfloat16, torch.float16, torch.float32)
-                                         if case.d <= MAX_HEAD_DIMENSION[dtype]], ids=str)
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        (case, dtype)
+        for case in CASES
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        if case.d <= MAX_HEAD_DIMENSION[dtype]
+    ],
+    ids=str,
+)
 def test_every_output_is_within_twice_the_error_of_pytorch_math(case, dtype):
     assert resolve_backend("auto", torch.device(DEVICE), dtype, case.d, "test") == "triton"
     for ours, math in errors(case, dtype):
@@ -40,7 +73,10 @@ def test_a_large_common_key_does_not_drown_the_gradients(dtype):
 
 def test_results_are_the_same_every_time():
     case = Case(2, 8, 2, 500, 500, 64)
-    first, second = (derivatives(case.attention, case.inputs(dtype=torch.bfloat16, device=DEVICE)) for _ in range(2))
+    first, second = (
+        derivatives(case.attention, case.inputs(dtype=torch.bfloat16, device=DEVICE))
+        for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -53,5 +89,6 @@ def test_peak_memory_is_linear_in_the_number_of_positions():
         derivatives(Case(1, 4, 4, S, S, 64).attention, inputs)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
     peak(4096)
     assert peak(16384) <= 4.4 * peak(4096)

@@ -1,4 +1,5 @@
 """torch.compile of a refinement step gives eager float64's gradients, or raises: never a wrong number silently."""
+
 import pytest
 import torch
 
@@ -9,8 +10,23 @@ B, H, H_KV, S, D = 2, 4, 2, 6, 32
 
 def parameters():
     generator = torch.Generator().manual_seed(3)
-    shapes = {"wq": (D, D), "wk": (D, D // 2), "wv": (D, D // 2), "wo": (D, D), "w1": (D, 2 * D), "w2": (2 * D, D), "w3": (D, 2 * D), "norm": (D,), "e": (D, 1)}
-    return {name: (torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[0]**0.5).requires_grad_() for name, shape in shapes.items()}
+    shapes = {
+        "wq": (D, D),
+        "wk": (D, D // 2),
+        "wv": (D, D // 2),
+        "wo": (D, D),
+        "w1": (D, 2 * D),
+        "w2": (2 * D, D),
+        "w3": (D, 2 * D),
+        "norm": (D,),
+        "e": (D, 1),
+    }
+    return {
+        name: (
+            torch.randn(*shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5
+        ).requires_grad_()
+        for name, shape in shapes.items()
+    }
 
 
 def heads(x, count):
@@ -32,14 +48,18 @@ def energy(p, observed, w, *, attention_only: bool):
 def refinement_step(delta, start, observed, w, attention_only=True):
     """One step of refinement and a loss of where it ends; delta is a leaf of zeros, which compile needs in place of requires_grad_()."""
     p = start + delta
-    gradient, = torch.autograd.grad(energy(p, observed, w, attention_only=attention_only), delta, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        energy(p, observed, w, attention_only=attention_only), delta, create_graph=True
+    )
     return (p - 0.5 * gradient).square().sum()
 
 
 def gradients(step, **options):
     w = parameters()
     generator = torch.Generator().manual_seed(4)
-    start, observed = (torch.randn(B, S, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    start, observed = (
+        torch.randn(B, S, D, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     delta = torch.zeros_like(start, requires_grad=True)
     loss = step(delta, start, observed, w, **options)
     return loss, torch.autograd.grad(loss, list(w.values()), allow_unused=True)
@@ -68,25 +88,39 @@ def test_a_step_compiled_as_one_graph_gives_the_gradients_of_eager(attention_onl
     """The inner autograd.grad inside the graph."""
     eager = gradients(refinement_step, attention_only=attention_only)
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        compiled = gradients(torch.compile(refinement_step, backend="aot_eager", fullgraph=True), attention_only=attention_only)
+        compiled = gradients(
+            torch.compile(refinement_step, backend="aot_eager", fullgraph=True),
+            attention_only=attention_only,
+        )
     compare(eager, compiled)
 
 
 @WHOLE
-def test_a_step_compiled_with_graph_breaks_raises_where_pytorch_would_lose_gradients(attention_only):
+def test_a_step_compiled_with_graph_breaks_raises_where_pytorch_would_lose_gradients(
+    attention_only,
+):
     """What a user may try first. autograd.grad breaks the graph, and the energy is compiled for one differentiation."""
-    with pytest.raises(RuntimeError, match="torch.compile made this backward for one differentiation"):
-        gradients(torch.compile(refinement_step, backend="aot_eager"), attention_only=attention_only)
+    with pytest.raises(
+        RuntimeError, match="torch.compile made this backward for one differentiation"
+    ):
+        gradients(
+            torch.compile(refinement_step, backend="aot_eager"), attention_only=attention_only
+        )
 
 
 def test_a_compiled_energy_whose_gradient_is_taken_outside_raises():
-    compiled_energy = torch.compile(lambda p, o, w: energy(p, o, w, attention_only=True), backend="aot_eager")
+    compiled_energy = torch.compile(
+        lambda p, o, w: energy(p, o, w, attention_only=True), backend="aot_eager"
+    )
 
     def step(delta, start, observed, w):
         p = start + delta
-        gradient, = torch.autograd.grad(compiled_energy(p, observed, w), delta, create_graph=True)
+        (gradient,) = torch.autograd.grad(compiled_energy(p, observed, w), delta, create_graph=True)
         return (p - 0.5 * gradient).square().sum()
-    with pytest.raises(RuntimeError, match="torch.compile made this backward for one differentiation"):
+
+    with pytest.raises(
+        RuntimeError, match="torch.compile made this backward for one differentiation"
+    ):
         gradients(step)
 
 
@@ -94,9 +128,9 @@ def test_pytorch_alone_does_not_give_the_gradients_there():
     """Why we raise. torch 2.13 loses the gradient without a word, 2.11 raises. If this fails, PyTorch has learnt to: refuse_kept_graph can go."""
     square = torch.compile(lambda x, w: (x @ w).square().sum(), backend="aot_eager")
     x, w = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    gradient, = torch.autograd.grad(square(x, w), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(square(x, w), x, create_graph=True)
     try:
-        lost, = torch.autograd.grad((x.detach() - gradient).square().sum(), w, allow_unused=True)
+        (lost,) = torch.autograd.grad((x.detach() - gradient).square().sum(), w, allow_unused=True)
     except RuntimeError:
         return
     assert lost is None
@@ -108,9 +142,13 @@ def test_first_order_training_of_compiled_attention_works():
 
     def results(function):
         generator = torch.Generator().manual_seed(5)
-        inputs = [torch.randn(1, 2, 5, 16, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+        inputs = [
+            torch.randn(1, 2, 5, 16, generator=generator, dtype=torch.float64).requires_grad_()
+            for _ in range(3)
+        ]
         function(*inputs).backward()
         return function(*inputs), [u.grad for u in inputs]
+
     compare(results(loss), results(torch.compile(loss, backend="aot_eager", fullgraph=True)))
 
 
@@ -122,7 +160,13 @@ def test_compiled_causal_attention_gives_first_and_second_order():
 
     def results(function):
         generator = torch.Generator().manual_seed(5)
-        inputs = [torch.randn(1, 2, 5, 16, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+        inputs = [
+            torch.randn(1, 2, 5, 16, generator=generator, dtype=torch.float64).requires_grad_()
+            for _ in range(3)
+        ]
         return function(*inputs), torch.autograd.grad(function(*inputs), inputs)
+
     with torch._dynamo.config.patch(trace_autograd_ops=True):
-        compare(results(penalty), results(torch.compile(penalty, backend="aot_eager", fullgraph=True)))
+        compare(
+            results(penalty), results(torch.compile(penalty, backend="aot_eager", fullgraph=True))
+        )

@@ -1,19 +1,33 @@
 """RMSNorm and SwiGLU equal their definitions to second order in float64, and refuse a third."""
+
 import pytest
 import torch
 
 from ebwm_kernels import pointwise
 
 CASES = {
-    "rms_norm": (lambda x, w: pointwise.rms_norm(x, w, 1e-5), lambda x, w: pointwise.rms_norm_reference(x, w, 1e-5), [(3, 5, 8), (8,)], 1),
-    "rms_norm_tiny_input": (lambda x, w: pointwise.rms_norm(x * 1e-3, w, 1e-5), lambda x, w: pointwise.rms_norm_reference(x * 1e-3, w, 1e-5), [(4, 8), (8,)], 1),
+    "rms_norm": (
+        lambda x, w: pointwise.rms_norm(x, w, 1e-5),
+        lambda x, w: pointwise.rms_norm_reference(x, w, 1e-5),
+        [(3, 5, 8), (8,)],
+        1,
+    ),
+    "rms_norm_tiny_input": (
+        lambda x, w: pointwise.rms_norm(x * 1e-3, w, 1e-5),
+        lambda x, w: pointwise.rms_norm_reference(x * 1e-3, w, 1e-5),
+        [(4, 8), (8,)],
+        1,
+    ),
     "swiglu": (pointwise.swiglu, pointwise.swiglu_reference, [(3, 5, 8), (3, 5, 8)], 2),
 }
 
 
 def second_order(function, shapes, num_inner):
     generator = torch.Generator().manual_seed(1)
-    inputs = [(3 * torch.randn(*shape, generator=generator, dtype=torch.float64)).requires_grad_() for shape in shapes]
+    inputs = [
+        (3 * torch.randn(*shape, generator=generator, dtype=torch.float64)).requires_grad_()
+        for shape in shapes
+    ]
     out = function(*inputs)
     inner = torch.autograd.grad(out.sin().sum(), inputs[:num_inner], create_graph=True)
     loss = out.square().sum() + sum((g.cos() * (i + 1)).sum() for i, g in enumerate(inner))
@@ -23,18 +37,29 @@ def second_order(function, shapes, num_inner):
 @pytest.mark.parametrize("name", CASES)
 def test_value_inner_gradient_and_second_order_gradients_equal_plain_autograd(name):
     ours, reference, shapes, num_inner = CASES[name]
-    (out, inner, loss, inputs), (out_r, inner_r, loss_r, inputs_r) = second_order(ours, shapes, num_inner), second_order(reference, shapes, num_inner)
+    (out, inner, loss, inputs), (out_r, inner_r, loss_r, inputs_r) = (
+        second_order(ours, shapes, num_inner),
+        second_order(reference, shapes, num_inner),
+    )
     torch.testing.assert_close(out, out_r, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(inner, inner_r, rtol=1e-11, atol=1e-13)
     assert all(g.requires_grad for g in inner)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), torch.autograd.grad(loss_r, inputs_r), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, inputs),
+        torch.autograd.grad(loss_r, inputs_r),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_first_order_gradients_equal_plain_autograd(name):
     ours, reference, shapes, _ = CASES[name]
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    torch.testing.assert_close(torch.autograd.grad(ours(*inputs).sin().sum(), inputs), torch.autograd.grad(reference(*inputs).sin().sum(), inputs))
+    torch.testing.assert_close(
+        torch.autograd.grad(ours(*inputs).sin().sum(), inputs),
+        torch.autograd.grad(reference(*inputs).sin().sum(), inputs),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,7 +71,10 @@ def test_a_third_derivative_raises(name):
 
 
 def test_a_weight_gradient_that_could_not_be_differentiated_again_raises():
-    x, w = torch.randn(3, 8, dtype=torch.float64, requires_grad=True), torch.ones(8, dtype=torch.float64, requires_grad=True)
+    x, w = (
+        torch.randn(3, 8, dtype=torch.float64, requires_grad=True),
+        torch.ones(8, dtype=torch.float64, requires_grad=True),
+    )
     out = pointwise.rms_norm(x, w, 1e-5).square().sum()
     torch.autograd.grad(out, x, create_graph=True)
     with pytest.raises(RuntimeError, match="gradient of its weight cannot be differentiated again"):

@@ -1,11 +1,21 @@
 """The chunked vocabulary step equals the materialised one: value and first-order gradients, every update, any number of chunks."""
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from ebwm_kernels import vocabulary
-from ebwm_kernels.vocabulary import (IGNORE, NO_CLAMPS, Clamps, vocabulary_cross_entropy, vocabulary_descend, vocabulary_descend_reference, vocabulary_embed,
-                                     vocabulary_embed_reference, vocabulary_step)
+from ebwm_kernels.vocabulary import (
+    IGNORE,
+    NO_CLAMPS,
+    Clamps,
+    vocabulary_cross_entropy,
+    vocabulary_descend,
+    vocabulary_descend_reference,
+    vocabulary_embed,
+    vocabulary_embed_reference,
+    vocabulary_step,
+)
 
 ROWS, V, D = 11, 23, 6
 
@@ -18,7 +28,11 @@ def chunk_rows(request, monkeypatch):
 def problem(dtype=torch.float64):
     generator = torch.Generator().manual_seed(3)
     draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
-    x, weight, hidden = 3 * draw(ROWS, V), draw(V, D).requires_grad_(), draw(ROWS, D).requires_grad_()
+    x, weight, hidden = (
+        3 * draw(ROWS, V),
+        draw(V, D).requires_grad_(),
+        draw(ROWS, D).requires_grad_(),
+    )
     targets = torch.randint(V, (ROWS,), generator=generator)
     targets[3] = IGNORE
     return x, x.softmax(-1), weight, hidden, targets, draw
@@ -26,11 +40,17 @@ def problem(dtype=torch.float64):
 
 def moving(x, p, update):
     """What descends, by update."""
-    return {"probabilities": {"probabilities": p}, "logits": {"probabilities": p, "x": x}, "mirror": {"x": x}}[update]
+    return {
+        "probabilities": {"probabilities": p},
+        "logits": {"probabilities": p, "x": x},
+        "mirror": {"x": x},
+    }[update]
 
 
 def reference_loss(x, weight, hidden, targets, update, clamps=NO_CLAMPS):
-    state = vocabulary_descend_reference(weight, hidden, **moving(x, x.softmax(-1), update), clamps=clamps)
+    state = vocabulary_descend_reference(
+        weight, hidden, **moving(x, x.softmax(-1), update), clamps=clamps
+    )
     return F.cross_entropy(state, targets, ignore_index=IGNORE), state.detach()
 
 
@@ -46,13 +66,22 @@ def assert_close(ours, plain):
 
 @pytest.mark.parametrize("update", ["probabilities", "logits", "mirror"])
 @pytest.mark.parametrize("keep_state", [False, True])
-@pytest.mark.parametrize("clamps", [NO_CLAMPS, Clamps(0.05, None), Clamps(None, 1.0), Clamps(0.3, 0.9)], ids=["free", "change", "state", "both"])
+@pytest.mark.parametrize(
+    "clamps",
+    [NO_CLAMPS, Clamps(0.05, None), Clamps(None, 1.0), Clamps(0.3, 0.9)],
+    ids=["free", "change", "state", "both"],
+)
 def test_descend_and_score_equal_plain_autograd(chunk_rows, update, keep_state, clamps):
     x, p, weight, hidden, targets, _ = problem()
-    state, loss = vocabulary_descend(weight, hidden, targets, **moving(x, p, update), keep_state=keep_state, clamps=clamps)
+    state, loss = vocabulary_descend(
+        weight, hidden, targets, **moving(x, p, update), keep_state=keep_state, clamps=clamps
+    )
     plain_loss, plain = reference_loss(x, weight, hidden, targets, update, clamps)
     assert_close(loss, plain_loss)
-    assert_close(torch.autograd.grad(3 * loss, [weight, hidden]), torch.autograd.grad(3 * plain_loss, [weight, hidden]))
+    assert_close(
+        torch.autograd.grad(3 * loss, [weight, hidden]),
+        torch.autograd.grad(3 * plain_loss, [weight, hidden]),
+    )
     if keep_state:
         assert_close(state, plain)
         assert not state.requires_grad
@@ -67,14 +96,19 @@ def test_step_equals_descend_then_embed_in_plain_autograd(chunk_rows, loss_weigh
     cotangent = draw(ROWS, D)
     plain_loss, plain_state = reference_loss(x, weight, hidden, targets, "probabilities")
     plain_p, plain_e = vocabulary_embed_reference(plain_state, weight)
-    plain = torch.autograd.grad(loss_weight * plain_loss + (plain_e * cotangent).sum(), [weight, hidden], retain_graph=True)
+    plain = torch.autograd.grad(
+        loss_weight * plain_loss + (plain_e * cotangent).sum(), [weight, hidden], retain_graph=True
+    )
     p_next, e_next, loss = vocabulary_step(p, weight, hidden, targets, loss_weight=loss_weight)
     assert_close((p_next, e_next, loss), (plain_p, plain_e, plain_loss))
     assert not p_next.requires_grad
-    assert_close(torch.autograd.grad(loss_weight * loss + (e_next * cotangent).sum(), [weight, hidden]), plain)
+    assert_close(
+        torch.autograd.grad(loss_weight * loss + (e_next * cotangent).sum(), [weight, hidden]),
+        plain,
+    )
     p_next, e_next, loss = vocabulary_step(p, weight, hidden, targets, loss_weight=loss_weight)
-    of_hidden, = torch.autograd.grad(loss_weight * loss, hidden)
-    of_weight, = torch.autograd.grad((e_next * cotangent).sum(), weight)
+    (of_hidden,) = torch.autograd.grad(loss_weight * loss, hidden)
+    (of_weight,) = torch.autograd.grad((e_next * cotangent).sum(), weight)
     assert_close((of_weight, of_hidden), plain)
 
 
@@ -84,20 +118,32 @@ def test_a_step_whose_loss_does_not_count_gives_the_gradient_of_the_embedding_al
     _, plain_state = reference_loss(x, weight, hidden, targets, "probabilities")
     _, plain_e = vocabulary_embed_reference(plain_state, weight)
     _, e_next, _ = vocabulary_step(p, weight, hidden, targets, loss_weight=0.0)
-    assert_close(torch.autograd.grad((e_next * cotangent).sum(), weight), torch.autograd.grad((plain_e * cotangent).sum(), weight))
+    assert_close(
+        torch.autograd.grad((e_next * cotangent).sum(), weight),
+        torch.autograd.grad((plain_e * cotangent).sum(), weight),
+    )
 
 
 def test_half_precision_weights_keep_the_gradient_of_a_nearly_certain_prediction():
     """e' and W_y are equal to bfloat16 where p'_y is near 1; their difference, the gradient, must come out all the same."""
     x, _, weight, hidden, targets, draw = problem()
     x[torch.arange(ROWS), targets.clamp(min=0)] = 9.0
-    p, cotangent, gradients = x, draw(ROWS, D), {}         # as p: any numbers serve, and these make p' nearly certain
+    p, cotangent, gradients = (
+        x,
+        draw(ROWS, D),
+        {},
+    )  # as p: any numbers serve, and these make p' nearly certain
     for dtype in (torch.float64, torch.bfloat16):
-        w, h = weight.detach().bfloat16().to(dtype).requires_grad_(), (0.1 * hidden).detach().bfloat16().to(torch.float64).requires_grad_()
+        w, h = (
+            weight.detach().bfloat16().to(dtype).requires_grad_(),
+            (0.1 * hidden).detach().bfloat16().to(torch.float64).requires_grad_(),
+        )
         state = torch.float64 if dtype == torch.float64 else torch.float32
         h_state = h.to(state)
         _, embedded, loss = vocabulary_step(p.to(state), w, h_state, targets)
-        gradients[dtype, "both"] = torch.autograd.grad(loss + (embedded.to(state) * cotangent.to(state)).sum(), [w, h], retain_graph=True)
+        gradients[dtype, "both"] = torch.autograd.grad(
+            loss + (embedded.to(state) * cotangent.to(state)).sum(), [w, h], retain_graph=True
+        )
         gradients[dtype, "loss"] = torch.autograd.grad(loss + 0 * embedded.sum(), [w, h])
     for name in ("loss", "both"):
         for half, exact in zip(gradients[torch.bfloat16, name], gradients[torch.float64, name]):
@@ -111,7 +157,9 @@ def test_the_comparison_notices_a_missing_pull_back(chunk_rows):
     _, loss = vocabulary_descend(weight, hidden, targets, probabilities=p, x=x)
     other, _ = reference_loss(x, weight, hidden, targets, "probabilities")
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(other, weight))
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, weight), torch.autograd.grad(other, weight)
+        )
 
 
 def test_embed_and_its_weight_gradient_equal_plain_autograd(chunk_rows):
@@ -119,14 +167,21 @@ def test_embed_and_its_weight_gradient_equal_plain_autograd(chunk_rows):
     (ours_p, out), (_, plain) = vocabulary_embed(x, weight), vocabulary_embed_reference(x, weight)
     assert_close((ours_p, out), (p, plain))
     cotangent = draw(ROWS, D)
-    assert_close(torch.autograd.grad(out, weight, cotangent), torch.autograd.grad(plain, weight, cotangent))
+    assert_close(
+        torch.autograd.grad(out, weight, cotangent), torch.autograd.grad(plain, weight, cotangent)
+    )
 
 
 def test_cross_entropy_equals_plain_autograd(chunk_rows):
     _, _, weight, hidden, targets, _ = problem()
-    loss, plain = vocabulary_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE)
+    loss, plain = (
+        vocabulary_cross_entropy(hidden, weight, targets),
+        F.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE),
+    )
     assert_close(loss, plain)
-    assert_close(torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(plain, [hidden, weight]))
+    assert_close(
+        torch.autograd.grad(loss, [hidden, weight]), torch.autograd.grad(plain, [hidden, weight])
+    )
 
 
 @pytest.mark.parametrize("operation", ["descend", "step"])
@@ -144,7 +199,12 @@ def test_without_targets_there_is_a_state_and_no_loss():
     assert loss is None and state.shape == x.shape
     p_next, embedded, loss = vocabulary_step(p, weight, hidden, None)
     assert loss is None
-    assert_close((p_next, embedded), vocabulary_embed_reference(vocabulary_descend_reference(weight, hidden, probabilities=p), weight))
+    assert_close(
+        (p_next, embedded),
+        vocabulary_embed_reference(
+            vocabulary_descend_reference(weight, hidden, probabilities=p), weight
+        ),
+    )
 
 
 @pytest.mark.parametrize("operation", ["descend", "step"])

@@ -1,4 +1,5 @@
 """The rotation equals its plain formula, forwards and to the second order, in any layout and precision."""
+
 import pytest
 import torch
 
@@ -12,11 +13,17 @@ def plain(x, first=0):
     position = torch.arange(first, first + S, dtype=torch.float64)[:, None]
     angle = (position * THETA ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)).to(x.dtype)
     a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).flatten(-2)
+    return torch.stack(
+        [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1
+    ).flatten(-2)
 
 
 def inputs(dtype=torch.float64):
-    return torch.randn(B, S, H * D, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype).requires_grad_()
+    return (
+        torch.randn(B, S, H * D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def heads(x):
@@ -30,9 +37,11 @@ def test_value_and_gradients_of_first_and_second_order_equal_the_plain_formula(f
     results = []
     for rotate in (rotary.rotate, lambda u: plain(u, first)):
         out = rotate(heads(x))
-        inner, = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
-        outer, = torch.autograd.grad(inner.cos().sum() + rotate(heads(inner)).square().sin().sum(), x, create_graph=True)
-        third, = torch.autograd.grad(outer.square().sum(), x)
+        (inner,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        (outer,) = torch.autograd.grad(
+            inner.cos().sum() + rotate(heads(inner)).square().sin().sum(), x, create_graph=True
+        )
+        (third,) = torch.autograd.grad(outer.square().sum(), x)
         results.append((out, inner, outer, third))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
 
@@ -41,9 +50,14 @@ def test_gradients_that_are_not_contiguous():
     x = inputs()
     rotary = RotaryTable(D, THETA)(S, x)
     cotangent = torch.randn(B, H, D, S, dtype=torch.float64).transpose(2, 3)
-    ours, expected = (torch.autograd.grad(out, x, cotangent) for out in (rotary.rotate(heads(x)), plain(heads(x))))
+    ours, expected = (
+        torch.autograd.grad(out, x, cotangent) for out in (rotary.rotate(heads(x)), plain(heads(x)))
+    )
     torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(torch.autograd.grad(rotary.rotate(heads(x)).sum(), x), torch.autograd.grad(plain(heads(x)).sum(), x))
+    torch.testing.assert_close(
+        torch.autograd.grad(rotary.rotate(heads(x)).sum(), x),
+        torch.autograd.grad(plain(heads(x)).sum(), x),
+    )
 
 
 def test_half_precisions_are_rotated_in_float32_and_far_positions_keep_their_angles():

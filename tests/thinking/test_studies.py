@@ -1,4 +1,5 @@
 """The worlds of the studies are what they say, their truth is the truth, and the studies run."""
+
 import json
 import math
 import sys
@@ -20,14 +21,16 @@ def test_the_stated_entropy_of_the_chain_is_that_of_its_frequencies():
         counts = torch.bincount(after[before == token], minlength=study_uncertainty.TOKENS).double()
         share = counts[counts > 0] / counts.sum()
         assert abs(float(-(share * share.log()).sum()) - float(stated[before == token][0])) < 0.02
-        assert len(share) == 2**(token % study_uncertainty.BRANCHES)
+        assert len(share) == 2 ** (token % study_uncertainty.BRANCHES)
 
 
 def test_the_stated_deviation_of_the_circle_is_that_of_its_steps():
     states, deviation = study_uncertainty.circle(5000, seed=5)
     angle = torch.atan2(states[..., 1], states[..., 0])
-    step = (angle[:, 1:] - angle[:, :-1] - study_uncertainty.TURN + math.pi).remainder(2 * math.pi) - math.pi
-    for level in (0.0, 0.3):        # the larger ones wrap around the circle
+    step = (angle[:, 1:] - angle[:, :-1] - study_uncertainty.TURN + math.pi).remainder(
+        2 * math.pi
+    ) - math.pi
+    for level in (0.0, 0.3):  # the larger ones wrap around the circle
         assert abs(float(step[deviation == level].std()) - level) < 0.01
     assert abs(float(step[deviation == 1.0].std()) - 1) < 0.05
 
@@ -36,7 +39,9 @@ def test_chains_of_look_ups_are_answered_by_looking_up():
     for hops in ((1,), (3,), (1, 2, 4)):
         observed, targets, asked_hops = study_hops.sequences(4, hops, seed=1)
         n = study_hops.NODES
-        assert int(observed.max()) < study_hops.vocabulary_of(hops) and set(asked_hops.flatten().tolist()) == set(hops)
+        assert int(observed.max()) < study_hops.vocabulary_of(hops) and set(
+            asked_hops.flatten().tolist()
+        ) == set(hops)
         for row, answers, numbers in zip(observed.tolist(), targets.tolist(), asked_hops.tolist()):
             points_to = {row[2 * i]: row[2 * i + 1] - n for i in range(n)}
             asked = [i for i, answer in enumerate(answers) if answer != IGNORE]
@@ -49,9 +54,26 @@ def test_chains_of_look_ups_are_answered_by_looking_up():
                 assert answers[i] == n + node
 
 
-@pytest.mark.parametrize("tool, arguments, rows", [
-    (study_hops, ["--hops", "1", "1,2", "--forms", "transformer++, 2 layers", "2 steps, every", "--steps", "2"], 4),
-    (study_uncertainty, ["--steps", "2", "--starts", "2", "--samples", "4"], 4)])
+@pytest.mark.parametrize(
+    "tool, arguments, rows",
+    [
+        (
+            study_hops,
+            [
+                "--hops",
+                "1",
+                "1,2",
+                "--forms",
+                "transformer++, 2 layers",
+                "2 steps, every",
+                "--steps",
+                "2",
+            ],
+            4,
+        ),
+        (study_uncertainty, ["--steps", "2", "--starts", "2", "--samples", "4"], 4),
+    ],
+)
 def test_a_study_runs_and_writes_its_rows(tmp_path, monkeypatch, capsys, tool, arguments, rows):
     output = tmp_path / "r.json"
     monkeypatch.setattr(sys, "argv", [tool.__name__ + ".py", *arguments, "--output", str(output)])
@@ -60,7 +82,7 @@ def test_a_study_runs_and_writes_its_rows(tmp_path, monkeypatch, capsys, tool, a
         assert tool.main() == 0
         result = json.loads(output.read_text())
         assert len(result["rows"]) == rows and result["command"]
-        if tool is study_hops:          # said again, nothing is trained twice
+        if tool is study_hops:  # said again, nothing is trained twice
             capsys.readouterr()
             assert tool.main() == 0 and not capsys.readouterr().out
     finally:

@@ -1,4 +1,5 @@
 """python -m ebwm_scale.think: text and video, energy models and baselines, and what it refuses."""
+
 import json
 import random
 
@@ -20,11 +21,22 @@ LENGTH = 12
 def text(tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp("text"), random.Random(0)
     (folder / "corpus").mkdir()
-    words = ["".join(generator.choice("abcdefghij") for _ in range(generator.randint(2, 6))) for _ in range(60)]
+    words = [
+        "".join(generator.choice("abcdefghij") for _ in range(generator.randint(2, 6)))
+        for _ in range(60)
+    ]
     for i in range(4):
-        (folder / "corpus" / f"{i}.txt").write_text(" ".join(generator.choice(words) for _ in range(300)))
+        (folder / "corpus" / f"{i}.txt").write_text(
+            " ".join(generator.choice(words) for _ in range(300))
+        )
     train_tokenizer([folder / "corpus"], folder / "t.model", 300)
-    return make_text_dataset([folder / "corpus"], folder / "d", tokenizer=folder / "t.model", context_length=LENGTH, report=lambda _: None)
+    return make_text_dataset(
+        [folder / "corpus"],
+        folder / "d",
+        tokenizer=folder / "t.model",
+        context_length=LENGTH,
+        report=lambda _: None,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +47,55 @@ def video(tmp_path_factory):
         stream = container.add_stream("mpeg4", rate=20)
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
         for k in range(160):
-            frame = np.roll(np.linspace(0, 200, 32).astype(np.uint8)[None, :, None].repeat(24, 0).repeat(3, 2), k, axis=1)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):
+            frame = np.roll(
+                np.linspace(0, 200, 32).astype(np.uint8)[None, :, None].repeat(24, 0).repeat(3, 2),
+                k,
+                axis=1,
+            )
+            for packet in stream.encode(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            ):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-    rules = VideoRules(context_length=4, stride_s=0.25, height=16, width=16, encoder_settings={"patch": 8, "components": 4}, validation_fraction=0.3)
-    return folder / "v.mp4", make_video_dataset([folder / "v.mp4"], folder / "d", rules, workers=1, report=lambda _: None)
+    rules = VideoRules(
+        context_length=4,
+        stride_s=0.25,
+        height=16,
+        width=16,
+        encoder_settings={"patch": 8, "components": 4},
+        validation_fraction=0.3,
+    )
+    return folder / "v.mp4", make_video_dataset(
+        [folder / "v.mp4"], folder / "d", rules, workers=1, report=lambda _: None
+    )
 
 
 @pytest.fixture
 def use(monkeypatch):
     """Put an untrained model in place of a checkpoint; the command is the same."""
+
     def place(sections, manifest):
         torch.manual_seed(0)
-        config = config_from_dict({"model": {"num_layers": 2, "width": 32, "num_heads": 2, **sections.get("model", {})}, "state": sections.get("state", {}),
-                                   "refinement": {"step_size": 3.0}, "data": {"manifest": str(manifest), "context_length": sections.get("length", LENGTH)}})
+        config = config_from_dict(
+            {
+                "model": {
+                    "num_layers": 2,
+                    "width": 32,
+                    "num_heads": 2,
+                    **sections.get("model", {}),
+                },
+                "state": sections.get("state", {}),
+                "refinement": {"step_size": 3.0},
+                "data": {
+                    "manifest": str(manifest),
+                    "context_length": sections.get("length", LENGTH),
+                },
+            }
+        )
         model = WorldModel(config).eval()
         monkeypatch.setattr(think, "load_checkpoint", lambda path, device: (model, config))
+
     return place
 
 
@@ -66,11 +109,27 @@ def run(capsys, *arguments):
 def test_text_is_continued_and_prompts_of_any_length_are_taken(text, use, capsys, kind):
     use({"model": {"vocabulary_size": 300, "kind": kind}}, text)
     code, out, err = run(capsys, "--prompt", "abc de", "--max-new", 20)
-    assert code == 0 and out.startswith("abc de") and len(out) > 10 and "tokens/s" in err and ("steps per token" in err) == (kind == "energy") and "mean energy" not in err
-    assert ("mean energy" in run(capsys, "--prompt", "abc de", "--max-new", 3, "--energies")[2]) == (kind == "energy")
+    assert (
+        code == 0
+        and out.startswith("abc de")
+        and len(out) > 10
+        and "tokens/s" in err
+        and ("steps per token" in err) == (kind == "energy")
+        and "mean energy" not in err
+    )
+    assert (
+        "mean energy" in run(capsys, "--prompt", "abc de", "--max-new", 3, "--energies")[2]
+    ) == (kind == "energy")
     long = "abc defg hij " * 30
-    code, out, err = run(capsys, "--prompt", long, "--prompt", "", "--prompt", "ünknown ☃ characters", "--max-new", 5)
-    assert code == 0 and f"is cut to its last {LENGTH}, the context" in err and len(out.split("\n\n")) >= 3 and "ünknown ☃" in out
+    code, out, err = run(
+        capsys, "--prompt", long, "--prompt", "", "--prompt", "ünknown ☃ characters", "--max-new", 5
+    )
+    assert (
+        code == 0
+        and f"is cut to its last {LENGTH}, the context" in err
+        and len(out.split("\n\n")) >= 3
+        and "ünknown ☃" in out
+    )
 
 
 def test_streamed_text_is_the_decoded_text(text, use, capsys):
@@ -78,7 +137,11 @@ def test_streamed_text_is_the_decoded_text(text, use, capsys):
     alone = run(capsys, "--prompt", "abc", "--max-new", 12, "--temperature", 1, "--seed", 3)[1]
     pair = run(capsys, "--prompt", "abc", "--prompt", "abc", "--max-new", 12)[1]
     greedy = run(capsys, "--prompt", "abc", "--max-new", 12)[1]
-    assert pair.split("\n\n")[0] == greedy.rstrip("\n") and alone == run(capsys, "--prompt", "abc", "--max-new", 12, "--temperature", 1, "--seed", 3)[1]
+    assert (
+        pair.split("\n\n")[0] == greedy.rstrip("\n")
+        and alone
+        == run(capsys, "--prompt", "abc", "--max-new", 12, "--temperature", 1, "--seed", 3)[1]
+    )
     tokenizer = Tokenizer(json.loads(text.read_text()) and text.parent / "tokenizer.model")
     assert tokenizer.encode(greedy.rstrip("\n"))
 
@@ -86,20 +149,42 @@ def test_streamed_text_is_the_decoded_text(text, use, capsys):
 def test_thinking_options_reach_the_model(text, use, capsys, tmp_path):
     use({"model": {"vocabulary_size": 300}}, text)
     (tmp_path / "prompts.txt").write_text("abc\nde fg\n")
-    code, _, err = run(capsys, "--prompts", tmp_path / "prompts.txt", "--max-new", 3, "--num-steps", 6, "--num-starts", 2, "--accept-only-if-lower", "--tolerance", 1e9)
-    assert code == 0 and "1.00 steps per token" in err          # a tolerance that no step exceeds: everything stops after the first
-    assert "6.00 steps per token" in run(capsys, "--prompt", "abc", "--max-new", 3, "--num-steps", 6)[2]
+    code, _, err = run(
+        capsys,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--max-new",
+        3,
+        "--num-steps",
+        6,
+        "--num-starts",
+        2,
+        "--accept-only-if-lower",
+        "--tolerance",
+        1e9,
+    )
+    assert (
+        code == 0 and "1.00 steps per token" in err
+    )  # a tolerance that no step exceeds: everything stops after the first
+    assert (
+        "6.00 steps per token"
+        in run(capsys, "--prompt", "abc", "--max-new", 3, "--num-steps", 6)[2]
+    )
 
 
 @pytest.mark.parametrize("name", ["c.png", "c.gif", "c.mp4"])
 def test_video_is_continued_to_a_file_that_can_be_opened(video, use, capsys, tmp_path, name):
     path, manifest = video
     use({"state": {"kind": "embedding", "dimension": 16}, "length": 4}, manifest)
-    code, out, err = run(capsys, "--video", path, "--max-new", 6, "--output", tmp_path / name, "--start", 1)
+    code, out, err = run(
+        capsys, "--video", path, "--max-new", 6, "--output", tmp_path / name, "--start", 1
+    )
     assert code == 0 and "4 frames of context, 6 predicted" in out and "energies" in out, err
     from PIL import Image
+
     if name.endswith("mp4"):
         import av
+
         with av.open(str(tmp_path / name)) as container:
             assert sum(1 for _ in container.decode(video=0)) == 10
     else:
@@ -107,20 +192,41 @@ def test_video_is_continued_to_a_file_that_can_be_opened(video, use, capsys, tmp
         assert getattr(image, "n_frames", 1) == (10 if name.endswith("gif") else 1)
 
 
-@pytest.mark.parametrize("sections, arguments, expected", [
-    ("text", ("--video", "x.mp4"), "this is a model of text"), ("text", (), "nothing to continue"), ("text", ("--prompt", "a", "--max-new", 0), "--max-new is 0"),
-    ("text", ("--prompt", "a", "--num-steps", 0), "num_steps is 0"), ("text", ("--prompts", "/nowhere"), "cannot be read"),
-    ("text", ("--prompt", "a", "--data", "/nowhere"), "name the dataset with --data"), ("text", ("--prompt", "a", "--temperature", -1), "temperature is -1"),
-    ("baseline", ("--prompt", "a", "--num-steps", 3), "does not think"), ("video", ("--prompt", "a"), "this is a model of video"),
-    ("video", ("--video", "/nowhere.mp4"), "no such file"), ("video", (), "nothing to continue"), ("video file", ("--start", 99), "must lie inside the video"),
-    ("video file", ("--output", "x.webm"), "unknown kind of file")])
-def test_what_cannot_be_done_is_one_clear_line(text, video, use, capsys, sections, arguments, expected):
+@pytest.mark.parametrize(
+    "sections, arguments, expected",
+    [
+        ("text", ("--video", "x.mp4"), "this is a model of text"),
+        ("text", (), "nothing to continue"),
+        ("text", ("--prompt", "a", "--max-new", 0), "--max-new is 0"),
+        ("text", ("--prompt", "a", "--num-steps", 0), "num_steps is 0"),
+        ("text", ("--prompts", "/nowhere"), "cannot be read"),
+        ("text", ("--prompt", "a", "--data", "/nowhere"), "name the dataset with --data"),
+        ("text", ("--prompt", "a", "--temperature", -1), "temperature is -1"),
+        ("baseline", ("--prompt", "a", "--num-steps", 3), "does not think"),
+        ("video", ("--prompt", "a"), "this is a model of video"),
+        ("video", ("--video", "/nowhere.mp4"), "no such file"),
+        ("video", (), "nothing to continue"),
+        ("video file", ("--start", 99), "must lie inside the video"),
+        ("video file", ("--output", "x.webm"), "unknown kind of file"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_line(
+    text, video, use, capsys, sections, arguments, expected
+):
     path, manifest = video
     if sections.startswith("video"):
         use({"state": {"kind": "embedding", "dimension": 16}, "length": 4}, manifest)
         arguments = ("--video", path, *arguments) if sections == "video file" else arguments
     else:
-        use({"model": {"vocabulary_size": 300, "kind": "baseline" if sections == "baseline" else "energy"}}, text)
+        use(
+            {
+                "model": {
+                    "vocabulary_size": 300,
+                    "kind": "baseline" if sections == "baseline" else "energy",
+                }
+            },
+            text,
+        )
     code, out, err = run(capsys, *arguments)
     assert code == 2 and expected in err and err.count("\n") == 1
 

@@ -1,4 +1,5 @@
 """Bad input: one clear line with the value, what is allowed and what to do; exit code 2, nothing started, nothing lost."""
+
 import json
 import resource
 import shutil
@@ -11,13 +12,25 @@ from ebwm_scale.errors import CheckpointError
 from ebwm_scale.training.checkpoint import find_latest, verify
 
 CASES = {
-    "misspelt_key": ({"refinement.num_step": 3}, ["refinement.num_step: unknown key", "did you mean refinement.num_steps?"]),
+    "misspelt_key": (
+        {"refinement.num_step": 3},
+        ["refinement.num_step: unknown key", "did you mean refinement.num_steps?"],
+    ),
     "wrong_type": ({"train.max_steps": "many"}, ["train.max_steps is 'many'", "a whole number"]),
-    "batch_that_does_not_divide": ({"train.global_batch_size": 6, "train.micro_batch_size": 4}, ["train.global_batch_size 6", "train.micro_batch_size 4"]),
+    "batch_that_does_not_divide": (
+        {"train.global_batch_size": 6, "train.micro_batch_size": 4},
+        ["train.global_batch_size 6", "train.micro_batch_size 4"],
+    ),
     "missing_manifest": ({"data.manifest": "nowhere/manifest.json"}, ["nowhere/manifest.json"]),
     "context_too_long": ({"data.context_length": 99}, ["data.context_length is 99", "16"]),
-    "other_vocabulary": ({"model.vocabulary_size": 50277}, ["model.vocabulary_size is 50277", "300"]),
-    "backend_that_cannot_run": ({"model.attention_backend": "triton"}, ["backend triton cannot run torch.float32, head dimension 16 on cpu", "reference"]),
+    "other_vocabulary": (
+        {"model.vocabulary_size": 50277},
+        ["model.vocabulary_size is 50277", "300"],
+    ),
+    "backend_that_cannot_run": (
+        {"model.attention_backend": "triton"},
+        ["backend triton cannot run torch.float32, head dimension 16 on cpu", "reference"],
+    ),
     "heads_that_do_not_divide": ({"model.num_heads": 5}, ["model.num_heads 5"]),
 }
 
@@ -35,12 +48,22 @@ def test_each_bad_configuration_is_one_clear_message(runs, name):
 def test_set_takes_several_values_and_may_be_repeated(runs):
     flags = ("--set", "train.max_step=3", "model.size=huge", "--set", "optimizer.beta1=x")
     output = runs.run("set", flags=flags, expect=2)
-    assert all(part in output for part in ("train.max_step", "model.size is 'huge'", "optimizer.beta1 is 'x'"))
+    assert all(
+        part in output
+        for part in ("train.max_step", "model.size is 'huge'", "optimizer.beta1 is 'x'")
+    )
 
 
 def test_all_errors_are_reported_at_once(runs):
-    output = runs.run("several", overrides={"train.max_step": 3, "model.size": "huge", "optimizer.beta1": "x"}, expect=2)
-    assert all(part in output for part in ("train.max_step", "model.size is 'huge'", "optimizer.beta1 is 'x'"))
+    output = runs.run(
+        "several",
+        overrides={"train.max_step": 3, "model.size": "huge", "optimizer.beta1": "x"},
+        expect=2,
+    )
+    assert all(
+        part in output
+        for part in ("train.max_step", "model.size is 'huge'", "optimizer.beta1 is 'x'")
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -53,7 +76,9 @@ def test_a_damaged_shard_is_named_before_the_start(runs, dataset, tmp_path, dama
     else:
         content[1600] ^= 4
     shard.write_bytes(content)
-    output = runs.run(f"shard_{damage}", overrides={"data.manifest": str(folder / "manifest.json")}, expect=2)
+    output = runs.run(
+        f"shard_{damage}", overrides={"data.manifest": str(folder / "manifest.json")}, expect=2
+    )
     assert shard.name in output and "Traceback" not in output
 
 
@@ -61,10 +86,14 @@ def test_an_existing_run_is_not_overwritten_and_another_configuration_is_refused
     runs.run("mine", overrides={"train.max_steps": 3})
     before = runs.rows("mine")
     assert "--resume" in runs.run("mine", overrides={"train.max_steps": 3}, expect=2)
-    output = runs.run("mine", overrides={"train.max_steps": 3, "model.width": 64}, flags=("--resume",), expect=2)
+    output = runs.run(
+        "mine", overrides={"train.max_steps": 3, "model.width": 64}, flags=("--resume",), expect=2
+    )
     assert "model.width was 32, is 64" in output
     assert runs.rows("mine") == before
-    output = runs.run("mine", overrides={"train.max_steps": 3, "train.seed": 1}, flags=("--resume",), expect=2)
+    output = runs.run(
+        "mine", overrides={"train.max_steps": 3, "train.seed": 1}, flags=("--resume",), expect=2
+    )
     assert "train.seed was 33, is 1" in output
 
 
@@ -90,18 +119,24 @@ def test_a_full_disk_while_saving_is_a_warning_and_training_goes_on(runs):
     """No file may grow beyond 60 kB: metrics fit, checkpoints do not."""
     command = runs.command("full_disk")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, preexec_fn=limit, cwd=runs.folder)
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, preexec_fn=limit, cwd=runs.folder
+    )
     assert result.stderr.count("the checkpoint could not be written") == 3, result.stderr[-3000:]
     assert runs.rows("full_disk")[-1]["step"] == 8
     assert list((runs.folder / "full_disk" / "checkpoints").iterdir()) == []
     runs.run("whole")
     assert runs.losses("full_disk") == runs.losses("whole")
-    runs.run("full_disk", flags=("--resume",))          # nothing to resume from: it starts again, and saves
+    runs.run("full_disk", flags=("--resume",))  # nothing to resume from: it starts again, and saves
     assert same(runs.state("full_disk"), runs.state("whole")) == []
 
 
 def test_a_loss_that_is_not_finite_stops_with_76(runs):
-    output = runs.run("diverges", overrides={"refinement.step_size": 1e38, "optimizer.learning_rate": 1e30}, expect=76)
+    output = runs.run(
+        "diverges",
+        overrides={"refinement.step_size": 1e38, "optimizer.learning_rate": 1e30},
+        expect=76,
+    )
     assert "stopped" in output and "learning_rate" in output
     assert not list((runs.folder / "diverges").glob("checkpoints/step_*"))
 

@@ -1,4 +1,5 @@
 """Schedules and the replay buffer, as functions of the step and of the order of data alone."""
+
 import pytest
 import torch
 
@@ -9,7 +10,9 @@ from ebwm_scale.training.schedule import interpolate, learning_rate_factor, refi
 
 
 def test_learning_rate_warms_up_and_falls_on_a_cosine_to_its_floor():
-    schedule = config_from_dict({"schedule": {"warmup_steps": 10}, "train": {"max_steps": 110}}).schedule
+    schedule = config_from_dict(
+        {"schedule": {"warmup_steps": 10}, "train": {"max_steps": 110}}
+    ).schedule
     factors = [learning_rate_factor(step, schedule) for step in range(130)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == factors[10] == 1.0
     assert factors[60] == pytest.approx(0.55) and factors[110] == factors[129] == pytest.approx(0.1)
@@ -18,21 +21,47 @@ def test_learning_rate_warms_up_and_falls_on_a_cosine_to_its_floor():
 def test_schedules_interpolate_between_their_points():
     assert interpolate((), 0.5, 7.0) == 7.0
     points = ((0.2, 1.0), (0.6, 3.0), (0.6, 5.0))
-    assert [interpolate(points, p, 0) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == [1.0, 1.0, 2.0, 3.0, 5.0]
+    assert [interpolate(points, p, 0) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == [
+        1.0,
+        1.0,
+        2.0,
+        3.0,
+        5.0,
+    ]
 
 
 def test_the_refinement_follows_its_schedules_and_draws_the_number_of_steps_per_step():
-    config = config_from_dict({"refinement": {"num_steps": 4, "min_num_steps": 2, "schedule": {
-        "step_size": [[0, 1], [1, 0.5]], "noise": [[0, 1], [0.5, 0]], "num_steps": [[0, 2], [0.5, 4]]}}, "train": {"max_steps": 100}})
+    config = config_from_dict(
+        {
+            "refinement": {
+                "num_steps": 4,
+                "min_num_steps": 2,
+                "schedule": {
+                    "step_size": [[0, 1], [1, 0.5]],
+                    "noise": [[0, 1], [0.5, 0]],
+                    "num_steps": [[0, 2], [0.5, 4]],
+                },
+            },
+            "train": {"max_steps": 100},
+        }
+    )
     point = lambda step: refinement_point(config, step, NoiseSource(0, step))
-    assert point(0).num_steps == 2 and point(50).step_size_scale == 0.75 and point(50).noise_scale == 0.0
+    assert (
+        point(0).num_steps == 2
+        and point(50).step_size_scale == 0.75
+        and point(50).noise_scale == 0.0
+    )
     late = [point(step).num_steps for step in range(50, 100)]
     assert set(late) == {2, 3, 4} and late == [point(step).num_steps for step in range(50, 100)]
 
 
 def batch(step, size=8):
     positions = torch.arange(step * size, (step + 1) * size)
-    return positions[:, None].expand(-1, 4).clone(), positions, positions[:, None, None].expand(-1, 3, 5).float()
+    return (
+        positions[:, None].expand(-1, 4).clone(),
+        positions,
+        positions[:, None, None].expand(-1, 3, 5).float(),
+    )
 
 
 def test_replay_restarts_odd_samples_from_stored_states_with_their_own_context():
@@ -44,12 +73,15 @@ def test_replay_restarts_odd_samples_from_stored_states_with_their_own_context()
     replayed, (rows, restart) = buffer.restart(fresh, positions, NoiseSource(0, 1))
     assert rows.tolist() == [1, 3, 5, 7] and torch.equal(replayed[::2], fresh[::2])
     for row, state in zip(rows.tolist(), restart):
-        assert (replayed[row] == state[0, 0].int()).all()              # the context the state belongs to
-        assert int(state[0, 0]) // 2 == row // 2                       # of the row's own pair
+        assert (replayed[row] == state[0, 0].int()).all()  # the context the state belongs to
+        assert int(state[0, 0]) // 2 == row // 2  # of the row's own pair
 
 
 def test_replay_does_not_depend_on_how_the_batch_is_cut():
-    whole, parts = ReplayBuffer(capacity=16, global_batch_size=8), [ReplayBuffer(capacity=16, global_batch_size=8) for _ in range(2)]
+    whole, parts = (
+        ReplayBuffer(capacity=16, global_batch_size=8),
+        [ReplayBuffer(capacity=16, global_batch_size=8) for _ in range(2)],
+    )
     for step in range(4):
         tokens, positions, states = batch(step)
         source = NoiseSource(0, step)
@@ -69,7 +101,10 @@ def test_replay_is_bounded_and_saved():
     other = ReplayBuffer(capacity=10, global_batch_size=8)
     other.load_state_dict(buffer.state_dict())
     tokens, positions, _ = batch(9)
-    for ours, theirs in zip(buffer.restart(tokens, positions, NoiseSource(0, 9)), other.restart(tokens, positions, NoiseSource(0, 9))):
+    for ours, theirs in zip(
+        buffer.restart(tokens, positions, NoiseSource(0, 9)),
+        other.restart(tokens, positions, NoiseSource(0, 9)),
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 

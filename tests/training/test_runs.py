@@ -1,4 +1,5 @@
 """Whole runs of train.py: resume is exact, processes do not matter, signals save, every optional part changes no loss."""
+
 import json
 import signal
 
@@ -7,8 +8,17 @@ from training_runs import same
 
 import ebwm_scale
 
-S2 = {"refinement.graph": "truncate", "refinement.loss": "last", "refinement.num_steps": 3, "refinement.min_num_steps": 2, "refinement.noise": 1.0,
-      "refinement.step_size_random_factor": 2.0, "refinement.replay": True, "refinement.replay_capacity": 8, "refinement.landscapes": "one"}
+S2 = {
+    "refinement.graph": "truncate",
+    "refinement.loss": "last",
+    "refinement.num_steps": 3,
+    "refinement.min_num_steps": 2,
+    "refinement.noise": 1.0,
+    "refinement.step_size_random_factor": 2.0,
+    "refinement.replay": True,
+    "refinement.replay_capacity": 8,
+    "refinement.landscapes": "one",
+}
 ALGORITHM_1 = {"refinement.graph": "full", "refinement.loss": "last"}
 
 
@@ -19,23 +29,55 @@ def reference(runs):
 
 
 def test_a_run_prints_what_happens_and_leaves_the_documented_folder(runs, reference):
-    assert "step 8/8" in reference and "validation at step 8" in reference and "report.html" in reference.splitlines()[-1]
-    assert "attention of the observed stream: sdpa (flash_attn: it needs a GPU), the predicted stream: reference (triton: " in reference
+    assert (
+        "step 8/8" in reference
+        and "validation at step 8" in reference
+        and "report.html" in reference.splitlines()[-1]
+    )
+    assert (
+        "attention of the observed stream: sdpa (flash_attn: it needs a GPU), the predicted stream: reference (triton: "
+        in reference
+    )
     folder = runs.folder / "reference"
-    for name in ("config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints/latest", "report.html", "samples.json", "summary.json"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "events.jsonl",
+        "checkpoints/latest",
+        "report.html",
+        "samples.json",
+        "summary.json",
+    ):
         assert (folder / name).exists(), name
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"step", "tokens_seen", "loss", "loss_per_step", "energy_per_step", "grad_norm", "learning_rate", "step_size", "step_time_s", "tokens_per_s",
-            "model_tflops", "mfu", "peak_memory_gib"} <= set(row)
-    assert [e["event"] for e in map(json.loads, (folder / "events.jsonl").read_text().splitlines())][0] == "start"
-    assert len(list((folder / "checkpoints").glob("step_*"))) == 2       # keep_last
+    assert {
+        "step",
+        "tokens_seen",
+        "loss",
+        "loss_per_step",
+        "energy_per_step",
+        "grad_norm",
+        "learning_rate",
+        "step_size",
+        "step_time_s",
+        "tokens_per_s",
+        "model_tflops",
+        "mfu",
+        "peak_memory_gib",
+    } <= set(row)
+    assert [
+        e["event"] for e in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    ][0] == "start"
+    assert len(list((folder / "checkpoints").glob("step_*"))) == 2  # keep_last
     model, config = ebwm_scale.load_checkpoint(folder)
     assert config.data.context_length == 16 and not model.training
 
 
 @pytest.mark.parametrize("kind", ["S1", "S2 with replay"])
 def test_resume_after_kill_is_bitwise_equal(runs, reference, kind):
-    whole, broken, overrides = ("reference", "killed", {}) if kind == "S1" else ("s2", "s2_killed", S2)
+    whole, broken, overrides = (
+        ("reference", "killed", {}) if kind == "S1" else ("s2", "s2_killed", S2)
+    )
     if kind != "S1":
         runs.run(whole, overrides=overrides)
     code = runs.interrupt(broken, signal.SIGKILL, after="step 5/8", overrides=overrides)
@@ -57,7 +99,9 @@ def test_a_signal_saves_leaves_with_75_and_resumes_exactly(runs, reference, numb
 
 
 def test_the_time_limit_does_the_same(runs):
-    assert "train.max_minutes" in runs.run("limited", expect=75, overrides={"train.max_minutes": 1e-6})
+    assert "train.max_minutes" in runs.run(
+        "limited", expect=75, overrides={"train.max_minutes": 1e-6}
+    )
     assert runs.rows("limited")[-1]["step"] == 1
 
 
@@ -67,11 +111,19 @@ def close(left, right, tolerance):
         assert left[key] == pytest.approx(right[key], rel=tolerance, abs=0), key
 
 
-@pytest.mark.parametrize("name, overrides", [
-    ("S1", {}), pytest.param("S2", S2, marks=pytest.mark.soak), pytest.param("Algorithm 1", ALGORITHM_1, marks=pytest.mark.soak),
-    pytest.param("baseline", {"model.kind": "baseline"}, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("S1", {}),
+        pytest.param("S2", S2, marks=pytest.mark.soak),
+        pytest.param("Algorithm 1", ALGORITHM_1, marks=pytest.mark.soak),
+        pytest.param("baseline", {"model.kind": "baseline"}, marks=pytest.mark.soak),
+    ],
+)
 def test_two_processes_and_accumulation_give_the_losses_of_one(runs, name, overrides):
-    one, two, accumulated = (f"{name} {what}".replace(" ", "_") for what in ("one", "two", "accumulated"))
+    one, two, accumulated = (
+        f"{name} {what}".replace(" ", "_") for what in ("one", "two", "accumulated")
+    )
     runs.run(one, overrides=overrides)
     runs.run(two, overrides=overrides, processes=2)
     close(runs.losses(two), runs.losses(one), 1e-6)
@@ -85,7 +137,9 @@ def test_zero_stages_give_the_losses_of_stage_0_and_resume_exactly(runs, referen
     overrides, name = {"deepspeed.zero_stage": stage}, f"zero_{stage}"
     runs.run(name, overrides=overrides, processes=2)
     close(runs.losses(name), runs.losses("reference"), 1e-6)
-    runs.interrupt(f"{name}_killed", signal.SIGKILL, after="step 5/8", overrides=overrides, processes=2)
+    runs.interrupt(
+        f"{name}_killed", signal.SIGKILL, after="step 5/8", overrides=overrides, processes=2
+    )
     runs.run(f"{name}_killed", overrides=overrides, processes=2, flags=("--resume",))
     assert runs.rows(f"{name}_killed") == runs.rows(name)
     model, _ = ebwm_scale.load_checkpoint(runs.folder / name)
@@ -104,7 +158,15 @@ def test_bf16_trains_and_stays_near_fp32(runs, reference, stage):
 
 
 def test_logging_evaluation_checkpoints_and_workers_change_no_loss(runs, reference):
-    runs.run("quiet", overrides={"logging.every_steps": 4, "evaluation.every_steps": 0, "checkpoint.every_steps": 0, "data.num_workers": 2})
+    runs.run(
+        "quiet",
+        overrides={
+            "logging.every_steps": 4,
+            "evaluation.every_steps": 0,
+            "checkpoint.every_steps": 0,
+            "data.num_workers": 2,
+        },
+    )
     expected, quiet = runs.losses("reference"), runs.losses("quiet")
     assert set(quiet) == {(4, "train"), (8, "train"), (8, "validation")}
     assert quiet == {key: expected[key] for key in quiet}
@@ -114,9 +176,17 @@ def test_the_deepspeed_launcher_starts_the_same_run(runs, reference):
     import subprocess
     import sys
     from pathlib import Path
+
     command = runs.command("launched")
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "1", "--bind_cores_to_rank"][:3]
-    process = subprocess.run([*launcher, *command[1:]], capture_output=True, text=True, timeout=240, cwd=runs.folder)
+    launcher = [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_accelerators",
+        "1",
+        "--bind_cores_to_rank",
+    ][:3]
+    process = subprocess.run(
+        [*launcher, *command[1:]], capture_output=True, text=True, timeout=240, cwd=runs.folder
+    )
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
     close(runs.losses("launched"), runs.losses("reference"), 1e-6)
 
@@ -129,9 +199,14 @@ def test_resuming_a_finished_run_adds_nothing(runs, reference):
 
 def test_tracking_offline_keeps_one_run_id_over_a_resume_and_changes_no_loss(runs, reference):
     pytest.importorskip("wandb", reason="the extra `tracking` is not installed")
-    runs.interrupt("tracked", signal.SIGTERM, after="step 2/8", overrides={"logging.wandb": "offline"})
+    runs.interrupt(
+        "tracked", signal.SIGTERM, after="step 2/8", overrides={"logging.wandb": "offline"}
+    )
     identity = (runs.folder / "tracked" / "wandb_id").read_text()
     runs.run("tracked", overrides={"logging.wandb": "offline"}, flags=("--resume",))
     assert (runs.folder / "tracked" / "wandb_id").read_text() == identity
-    assert all(identity in folder.name for folder in (runs.folder / "tracked" / "wandb").glob("offline-run-*"))
+    assert all(
+        identity in folder.name
+        for folder in (runs.folder / "tracked" / "wandb").glob("offline-run-*")
+    )
     assert runs.rows("tracked") == runs.rows("reference")

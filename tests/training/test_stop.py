@@ -1,4 +1,5 @@
 """Where a stop is noticed: in start-up, between micro-batches, in an evaluation; a second signal leaves at once, wherever the process is."""
+
 import json
 import signal
 import time
@@ -32,7 +33,10 @@ def handler_stands(process):
     """The process catches SIGUSR1 (bit 9 of SigCgt)."""
     try:
         with open(f"/proc/{process.pid}/status") as file:
-            return bool(int(next(line for line in file if line.startswith("SigCgt")).split()[1], 16) >> 9 & 1)
+            return bool(
+                int(next(line for line in file if line.startswith("SigCgt")).split()[1], 16) >> 9
+                & 1
+            )
     except (OSError, StopIteration):
         return False
 
@@ -58,17 +62,29 @@ def test_a_signal_while_torch_is_imported_stops_before_the_model_is_built(runs, 
 def test_between_two_micro_batches_the_step_is_given_up_and_done_again(runs, reference):
     """The signal comes before step 6's first micro-batch, so its second one is not begun: what is saved is step 5."""
     overrides = {"train.micro_batch_size": 1}
-    code, output, _ = signalled(runs, "between", when=logged(runs, "between", 5), overrides=overrides,
-                                variables={"EBWM_FAULTS": "slow@step=5,seconds=3"})
+    code, output, _ = signalled(
+        runs,
+        "between",
+        when=logged(runs, "between", 5),
+        overrides=overrides,
+        variables={"EBWM_FAULTS": "slow@step=5,seconds=3"},
+    )
     assert code == 75 and "stopped at step 5 (SIGUSR1)" in output
     finished_as_whole(runs, "between", overrides=overrides)
 
 
-def test_an_evaluation_is_given_up_its_step_is_saved_and_the_resumed_run_makes_up_for_it(runs, reference):
+def test_an_evaluation_is_given_up_its_step_is_saved_and_the_resumed_run_makes_up_for_it(
+    runs, reference
+):
     """Evaluation 1 belongs to step 4. The row is missing at the stop, and there in the end, once and in its place."""
     overrides = {"train.micro_batch_size": 1}
-    code, output, _ = signalled(runs, "evaluating", when=logged(runs, "evaluating", 4), overrides=overrides,
-                                variables={"EBWM_FAULTS": "slow@evaluation=1,seconds=3"})
+    code, output, _ = signalled(
+        runs,
+        "evaluating",
+        when=logged(runs, "evaluating", 4),
+        overrides=overrides,
+        variables={"EBWM_FAULTS": "slow@evaluation=1,seconds=3"},
+    )
     assert code == 75 and "stopped at step 4 (SIGUSR1)" in output
     assert not any(row.get("split") for row in runs.rows("evaluating"))
     finished_as_whole(runs, "evaluating", overrides=overrides)
@@ -77,27 +93,62 @@ def test_an_evaluation_is_given_up_its_step_is_saved_and_the_resumed_run_makes_u
 @pytest.mark.soak
 def test_the_last_evaluation_too_and_the_best_checkpoint_is_known_in_the_end(runs, reference):
     overrides = {"train.micro_batch_size": 1}
-    code, output, _ = signalled(runs, "last", when=logged(runs, "last", 8), overrides=overrides,
-                                variables={"EBWM_FAULTS": "slow@evaluation=2,seconds=3"})
+    code, output, _ = signalled(
+        runs,
+        "last",
+        when=logged(runs, "last", 8),
+        overrides=overrides,
+        variables={"EBWM_FAULTS": "slow@evaluation=2,seconds=3"},
+    )
     assert code == 75 and "stopped at step 8 (SIGUSR1)" in output
     finished_as_whole(runs, "last", overrides=overrides)
-    loss = lambda name: json.loads((runs.folder / name / "checkpoints" / "step_000008" / "trainer.json").read_text())["validation_loss"]
+    loss = lambda name: json.loads(
+        (runs.folder / name / "checkpoints" / "step_000008" / "trainer.json").read_text()
+    )["validation_loss"]
     assert loss("last") == loss("whole") is not None
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), pytest.param(signal.SIGUSR1, signal.SIGUSR1, marks=pytest.mark.soak), pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        pytest.param(signal.SIGUSR1, signal.SIGUSR1, marks=pytest.mark.soak),
+        pytest.param(signal.SIGINT, signal.SIGINT, marks=pytest.mark.soak),
+    ],
+)
 def test_a_second_signal_leaves_at_once_and_unsaved(runs, first, second):
     name = f"twice_{second.name}"
-    code, output, seconds = signalled(runs, name, when=logged(runs, name, 2), numbers=(first, second), variables={"EBWM_FAULTS": "hang@step=2"})
+    code, output, seconds = signalled(
+        runs,
+        name,
+        when=logged(runs, name, 2),
+        numbers=(first, second),
+        variables={"EBWM_FAULTS": "hang@step=2"},
+    )
     assert code == 1 and seconds < 2
-    assert f"{second.name} after {first.name}: leaving at once, unsaved" in output and not (runs.folder / name / "checkpoints").exists()
+    assert (
+        f"{second.name} after {first.name}: leaving at once, unsaved" in output
+        and not (runs.folder / name / "checkpoints").exists()
+    )
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGUSR1), pytest.param(signal.SIGUSR1, signal.SIGTERM, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (signal.SIGTERM, signal.SIGUSR1),
+        pytest.param(signal.SIGUSR1, signal.SIGTERM, marks=pytest.mark.soak),
+    ],
+)
 def test_sigterm_and_sigusr1_together_are_one_ending(runs, first, second):
     """As Slurm sends them where preemption has no grace time."""
     name = f"together_{first.name}"
-    code, output, _ = signalled(runs, name, when=logged(runs, name, 2), numbers=(first, second), variables={"EBWM_FAULTS": "slow@step=2,seconds=3"})
+    code, output, _ = signalled(
+        runs,
+        name,
+        when=logged(runs, name, 2),
+        numbers=(first, second),
+        variables={"EBWM_FAULTS": "slow@step=2,seconds=3"},
+    )
     assert code == 75 and f"stopped at step 3 ({first.name})" in output
 
 
@@ -113,4 +164,6 @@ def test_a_process_whose_run_was_taken_over_writes_nothing_more(runs):
     finally:
         end(process)
     assert process.returncode == 77 and "was taken over by the process another" in output
-    assert [row["step"] for row in runs.rows("taken")] == [1, 2] and not (runs.folder / "taken" / "checkpoints").exists()
+    assert [row["step"] for row in runs.rows("taken")] == [1, 2] and not (
+        runs.folder / "taken" / "checkpoints"
+    ).exists()

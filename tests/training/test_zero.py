@@ -1,4 +1,5 @@
 """Every ZeRO stage trains what one process in float64 would; a stage that is wrong is seen. The whole table: docs/distributed.md."""
+
 import json
 import os
 import subprocess
@@ -11,14 +12,34 @@ TOOL = Path(__file__).parents[2] / "tools" / "check_zero.py"
 
 
 def checked(*arguments: str) -> tuple[int, list[dict]]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    process = subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=500, env=environment)
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    process = subprocess.run(
+        [sys.executable, str(TOOL), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=environment,
+    )
     return process.returncode, [json.loads(line) for line in process.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("recipe", [pytest.param("S1", marks=pytest.mark.soak), "S2", "algorithm_1", pytest.param("baseline", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param("S1", marks=pytest.mark.soak),
+        "S2",
+        "algorithm_1",
+        pytest.param("baseline", marks=pytest.mark.soak),
+    ],
+)
 def test_two_processes_train_the_reference_at_every_stage(recipe):
-    precisions = ["fp32", "bf16"] if recipe in ("S1", "baseline") else ["fp32"]        # the others in bf16: results/zero_exactness.json
+    precisions = (
+        ["fp32", "bf16"] if recipe in ("S1", "baseline") else ["fp32"]
+    )  # the others in bf16: results/zero_exactness.json
     code, rows = checked("--processes", "2", "--recipe", recipe, "--precision", *precisions)
     assert code == 0, [row for row in rows if not row["ok"]]
     assert len(rows) == 4 * len(precisions) * (1 if recipe == "baseline" else 3)
@@ -26,16 +47,51 @@ def test_two_processes_train_the_reference_at_every_stage(recipe):
 
 
 def test_accumulated_micro_batches_train_the_same_at_every_stage():
-    code, rows = checked("--processes", "2", "--recipe", "S1", "--precision", "fp32", "--checkpoint", "block", "--accumulation", "2")
+    code, rows = checked(
+        "--processes",
+        "2",
+        "--recipe",
+        "S1",
+        "--precision",
+        "fp32",
+        "--checkpoint",
+        "block",
+        "--accumulation",
+        "2",
+    )
     assert code == 0 and len(rows) == 4, rows
 
 
 @pytest.mark.soak
 def test_four_processes_and_parameters_on_the_host():
-    code, rows = checked("--processes", "4", "--recipe", "S1", "--stages", "3", "--checkpoint", "block", "--offload", "parameters")
+    code, rows = checked(
+        "--processes",
+        "4",
+        "--recipe",
+        "S1",
+        "--stages",
+        "3",
+        "--checkpoint",
+        "block",
+        "--offload",
+        "parameters",
+    )
     assert code == 0 and len(rows) == 2, rows
 
 
 def test_the_check_sees_a_stage_3_that_works_on_parts_of_parameters():
-    code, rows = checked("--processes", "2", "--recipe", "S1", "--precision", "fp32", "--stages", "3", "--checkpoint", "block", "--break", "partition")
+    code, rows = checked(
+        "--processes",
+        "2",
+        "--recipe",
+        "S1",
+        "--precision",
+        "fp32",
+        "--stages",
+        "3",
+        "--checkpoint",
+        "block",
+        "--break",
+        "partition",
+    )
     assert code == 1 and rows[0]["gradients"] > 0.1

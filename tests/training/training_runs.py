@@ -1,4 +1,5 @@
 """A small dataset, a tiny configuration, and runs of train.py as users start it."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +21,13 @@ from ebwm_scale.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
-    "model": {"size": "4xs", "num_layers": 2, "width": 32, "num_heads": 2, "predicted_input": "anchored"},
+    "model": {
+        "size": "4xs",
+        "num_layers": 2,
+        "width": 32,
+        "num_heads": 2,
+        "predicted_input": "anchored",
+    },
     "refinement": {"step_size": 30, "learning_rate_multiplier": 1.0},
     "optimizer": {"learning_rate": 0.01},
     "schedule": {"warmup_steps": 3},
@@ -35,13 +42,22 @@ TINY = {
 def dataset(tmp_path_factory) -> Path:
     """manifest.json of about 300 blocks of 16 + 1 tokens, 280 pieces."""
     folder, generator = tmp_path_factory.mktemp("text"), random.Random(0)
-    words = ["".join(generator.choice("abcdefghij") for _ in range(generator.randint(2, 6))) for _ in range(60)]
+    words = [
+        "".join(generator.choice("abcdefghij") for _ in range(generator.randint(2, 6)))
+        for _ in range(60)
+    ]
     corpus = folder / "corpus"
     corpus.mkdir()
     for number in range(12):
         (corpus / f"{number}.txt").write_text(" ".join(generator.choice(words) for _ in range(250)))
     train_tokenizer([corpus], folder / "tokenizer.model", 300)
-    return make_text_dataset([corpus], folder / "shards", tokenizer=folder / "tokenizer.model", context_length=16, samples_per_shard=64)
+    return make_text_dataset(
+        [corpus],
+        folder / "shards",
+        tokenizer=folder / "tokenizer.model",
+        context_length=16,
+        samples_per_shard=64,
+    )
 
 
 class Runs:
@@ -50,7 +66,14 @@ class Runs:
     def __init__(self, folder: Path, manifest: Path):
         self.folder, self.manifest = folder, manifest
 
-    def command(self, name: str, *, overrides: dict | None = None, processes: int = 1, flags: tuple[str, ...] = ()) -> list[str]:
+    def command(
+        self,
+        name: str,
+        *,
+        overrides: dict | None = None,
+        processes: int = 1,
+        flags: tuple[str, ...] = (),
+    ) -> list[str]:
         config = json.loads(json.dumps(TINY))
         config["data"] = {"manifest": str(self.manifest)}
         for key, value in (overrides or {}).items():
@@ -58,17 +81,50 @@ class Runs:
             config.setdefault(section, {})[rest] = value
         file = self.folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump(config))
-        start = [sys.executable] if processes == 1 else [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        return [*start, str(ROOT / "ebwm_scale" / "train.py"), "--config", str(file), "--run-dir", str(self.folder / name), *flags]
+        start = (
+            [sys.executable]
+            if processes == 1
+            else [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+            ]
+        )
+        return [
+            *start,
+            str(ROOT / "ebwm_scale" / "train.py"),
+            "--config",
+            str(file),
+            "--run-dir",
+            str(self.folder / name),
+            *flags,
+        ]
 
-    def start(self, name: str, *, variables: dict[str, str] | None = None, **options) -> subprocess.Popen:
+    def start(
+        self, name: str, *, variables: dict[str, str] | None = None, **options
+    ) -> subprocess.Popen:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TRITON_INTERPRET"):
+        for key in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "TRITON_INTERPRET",
+        ):
             environment.pop(key, None)
         environment.update(variables or {})
-        return subprocess.Popen(self.command(name, **options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-                                start_new_session=True, cwd=self.folder)
+        return subprocess.Popen(
+            self.command(name, **options),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            cwd=self.folder,
+        )
 
     def run(self, name: str, *, expect: int = 0, timeout: int = 240, **options) -> str:
         process = self.start(name, **options)
@@ -79,7 +135,9 @@ class Runs:
         assert process.returncode == expect, output[-4000:]
         return output
 
-    def interrupt(self, name: str, number: signal.Signals, *, after: str, timeout: int = 240, **options) -> int:
+    def interrupt(
+        self, name: str, number: signal.Signals, *, after: str, timeout: int = 240, **options
+    ) -> int:
         """Run until a line contains `after`, send the signal to the main process (SIGKILL: to all), return the exit code."""
         process, deadline = self.start(name, **options), time.monotonic() + timeout
         try:
@@ -97,19 +155,37 @@ class Runs:
 
     def rows(self, name: str) -> list[dict]:
         """Metric rows without what a clock or the machine writes."""
-        volatile = ("step_time_s", "tokens_per_s", "frames_per_s", "model_tflops", "mfu", "peak_memory_gib", "eta_s")
+        volatile = (
+            "step_time_s",
+            "tokens_per_s",
+            "frames_per_s",
+            "model_tflops",
+            "mfu",
+            "peak_memory_gib",
+            "eta_s",
+        )
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in volatile} for line in lines]
+        return [
+            {key: value for key, value in json.loads(line).items() if key not in volatile}
+            for line in lines
+        ]
 
     def losses(self, name: str) -> dict[tuple, list[float]]:
-        return {(row["step"], row.get("split", "train")): row["loss_per_step"] for row in self.rows(name)}
+        return {
+            (row["step"], row.get("split", "train")): row["loss_per_step"]
+            for row in self.rows(name)
+        }
 
     def state(self, name: str) -> dict:
         """Weights and optimizer state of the newest checkpoint, by file and tensor, and the replay buffer."""
         checkpoints = self.folder / name / "checkpoints"
         folder = checkpoints / (checkpoints / "latest").read_text().strip()
-        return {file.name: load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
-                for file in sorted([*folder.glob("state-*.safetensors"), *folder.glob("*.pt")])}
+        return {
+            file.name: load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, weights_only=True)
+            for file in sorted([*folder.glob("state-*.safetensors"), *folder.glob("*.pt")])
+        }
 
 
 def end(process: subprocess.Popen) -> None:
@@ -130,7 +206,19 @@ def same(left, right, path="") -> list[str]:
     if isinstance(left, torch.Tensor):
         return [] if torch.equal(left, right) else [path]
     if isinstance(left, dict):
-        return [d for key in left.keys() | right.keys() for d in (same(left[key], right[key], f"{path}/{key}") if key in left and key in right else [path])]
+        return [
+            d
+            for key in left.keys() | right.keys()
+            for d in (
+                same(left[key], right[key], f"{path}/{key}")
+                if key in left and key in right
+                else [path]
+            )
+        ]
     if isinstance(left, (list, tuple)):
-        return [d for i, (a, b) in enumerate(zip(left, right, strict=True)) for d in same(a, b, f"{path}/{i}")]
+        return [
+            d
+            for i, (a, b) in enumerate(zip(left, right, strict=True))
+            for d in same(a, b, f"{path}/{i}")
+        ]
     return [] if not isinstance(left, (int, float, str)) or left == right else [path]
