@@ -23,6 +23,8 @@ import time
 
 from ebwm_scale.config import Config, batch_arithmetic, load_config
 from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, CheckpointError, ConfigError, UserError
+from ebwm_scale.training.console import leave_quietly
+from ebwm_scale.training.console import say as print_line
 from ebwm_scale.training.stop import StopFlag
 
 
@@ -72,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         return run(config, options, stop)
     except UserError as error:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-            print(error, file=sys.stderr)
+            print_line(str(error), error=True)
         return error.exit_code
     finally:
         stop.ignore()
@@ -87,10 +89,13 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     from ebwm_scale.denormals import flush_denormals
     from ebwm_scale.model.transformer import attention_paths
     from ebwm_scale.model.world_model import WorldModel
-    from ebwm_scale.training.checkpoint import check_same_run, find_latest, saved_config
+    from ebwm_scale.training.checkpoint import Saved, check_same_run, find_latest, saved_config
+    from ebwm_scale.training.checkpoint_writer import put_back_replaced
     from ebwm_scale.training.distributed import is_connection_error, join_world
     from ebwm_scale.training.engine import Engine
     from ebwm_scale.training.faults import Faults
+    from ebwm_scale.training.ownership import Ownership
+    from ebwm_scale.training.resuming import load_newest
     from ebwm_scale.training.run_folder import RunFolder
     from ebwm_scale.training.trainer import Trainer
     from ebwm_scale.training.watchdog import Watchdog
@@ -108,11 +113,8 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         config.train, world_size, paired=config.refinement.replay
     )  # before anything is started or read
 
-    say = (
-        print
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-        else (lambda *_, **__: None)
-    )
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    say = print_line if rank == 0 else (lambda *_, **__: None)
     splits = {
         name: open_sources(sources, name, verify=config.data.verify, report=say)
         for name in ("train", "validation")
@@ -135,16 +137,20 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         return EXIT_FINISHED
 
     path = options.run_dir or Path("runs") / Path(options.config).stem
-    checkpoints = path / "checkpoints"
-    saved = (
-        find_latest(
-            checkpoints,
-            lambda text: say(f"warning: {text}", file=sys.stderr),
-            strict=options.strict,
-        )
-        if options.resume
-        else None
-    )
+    faults = Faults(os.environ.get("EBWM_FAULTS"), rank)
+    ownership = Ownership(path, faults)
+    ownership.refuse_if_in_use(watch_aloud=rank == 0)  # before anything of it is read
+
+    def newest() -> Saved | None:
+        """On every rank; rank 0's choice is what counts (load_newest)."""
+        warn = lambda text: say(f"warning: {text}", error=True)
+        if not options.resume:
+            return None
+        if rank == 0:
+            put_back_replaced(path / "checkpoints")
+        return find_latest(path / "checkpoints", warn, strict=options.strict)
+
+    saved = newest()
     if saved is None and (path / "metrics.jsonl").exists() and not options.resume:
         raise CheckpointError(
             f"{path} already holds a run: continue it with --resume, or name another folder with --run-dir"
@@ -157,10 +163,6 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
                 f"the number of processes was {saved.trainer['world_size']}, is {world_size}"
             )
 
-    faults = Faults(
-        os.environ.get("EBWM_FAULTS"),
-        int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))),
-    )
     world = join_world()
     stop.max_minutes = config.train.max_minutes
     faults.at("start")
@@ -178,8 +180,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
                 world_size=world.size,
                 data_summary=data_summary(config, splits),
                 seconds_per_step=None,
-            ),
-            flush=True,
+            )
         )
     try:
         paths = attention_paths(
@@ -192,7 +193,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     if stopped_before_training(stop, world, "before the engine was built"):
         return EXIT_RUN_AGAIN
     engine = Engine(config, model, world, micro_batch=micro_batch, accumulation=accumulation)
-    folder = RunFolder(path, config, is_main=world.is_main)
+    folder = RunFolder(path, config, world, faults, ownership)
     watchdog = Watchdog(
         path, rank=world.rank, world_size=world.size, limit_s=60 * config.train.hang_minutes
     )
@@ -208,8 +209,10 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         watchdog=watchdog,
         faults=faults,
     )
+    saved = load_newest(trainer, saved, newest, world, say)
+    folder.take()
+    trainer.forget_later_rows()
     if saved is not None:
-        trainer.resume(saved)
         folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=changes)
         folder.say(
             "\n".join(
@@ -220,7 +223,6 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
             )
         )
     else:
-        folder.forget_after(0)
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
     if config.data.stream:
         folder.say(
@@ -238,7 +240,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         raise
     if code == EXIT_FINISHED:
         finish(config, folder, engine.module, splits, world)
-    folder.close()
+    folder.close(unsaved=trainer.unsaved)
     world.barrier()  # a launcher ends those that stay long after the first one has left; closing may take rank 0 a while
     return code
 
@@ -247,9 +249,7 @@ def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
     """Whether a signal came during start-up, on any rank: there is nothing to save, what is there is as it was."""
     reason = stop.wanted(world, time_limit=False)
     if reason is not None and world.is_main:
-        print(
-            f"stopped {where} ({reason}); run the same command with --resume to go on", flush=True
-        )
+        print_line(f"stopped {where} ({reason}); run the same command with --resume to go on")
     return reason is not None
 
 
@@ -350,5 +350,5 @@ def measure_step(config: Config, model, world_size: int) -> float:
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
+    leave_quietly()
     sys.exit(code)

@@ -5,8 +5,10 @@
 
 `step` is that of the newest checkpoint. An attempt without an end was lost with its node; the next one writes its end. An attempt that
 published no new checkpoint made no progress. Two of these in a row within a job, and the job gives up: what broke it will break it again.
+An attempt whose last save failed (the run folder then holds a file `unsaved`) counts as one without progress, whatever it published before.
 An interruption from outside (preemption, scancel --signal) long before the time limit is not the job's doing and does not count. A `signal` row
 says that the batch step was told to end, in case it is ended before it can write the rest; whatever its tasks end with then is an interruption.
+Rows that cannot be written (a full disk) wait in memory, with one warning, and are written with the next one that can be.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
+from ..errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
+from ..training.console import say
+from ..training.disk import RowLog, remove_quietly, sync
+from ..training.faults import Faults
+from ..training.ownership import UNSAVED
 
 FRUITLESS_LIMIT = 2  # attempts in a row without progress
 EXTERNAL_S = 600  # an interruption with more than this left of the time limit came from outside
@@ -42,11 +49,14 @@ class Attempts:
 
     def __init__(self, folder: Path, job: str):
         self.folder, self.job = folder, job
+        self.log = RowLog(folder / "attempts.jsonl", Faults(os.environ.get("EBWM_FAULTS"), -1))
+        self.warned = False
         self.number, self.first_step = 0, None
 
     def begin(self, **facts: Any) -> Verdict:
         """Write the begin row. `give up` if earlier attempts of this job have used up the limit, a node failure included."""
-        rows = read_attempts(self.folder)
+        remove_quietly(self.folder / UNSAVED)  # of an attempt that has its end
+        rows = self._rows()
         before = open_attempt(rows)
         if before is not None:
             told = next(
@@ -115,7 +125,7 @@ class Attempts:
 
         seconds_left: until the time limit, None if there is none.
         """
-        rows = read_attempts(self.folder)
+        rows = self._rows()
         if any(row["attempt"] > self.number for row in rows):
             return Verdict("again", "a later attempt has begun: this one was taken for lost")
         told = any(row["event"] == "signal" and row["attempt"] == self.number for row in rows)
@@ -126,6 +136,12 @@ class Attempts:
             outcome, what = "finished", "done"
         elif code in (EXIT_BAD_INPUT, EXIT_NOT_FINITE):
             outcome, what = "stopped", "give up"
+        elif code == EXIT_FAILED and (self.folder / UNSAVED).exists():
+            outcome, progress = "not saved", False
+            reason = (
+                "exit code 1 (the last save failed; the newest checkpoint is "
+                f"{'none' if step is None else f'step {step}'}){': ' if detail else ''}{detail}"
+            )
         elif (
             code in INTERRUPTIONS or told
         ):  # told: without a grace time one task may be killed before another has saved, which then ends with 77
@@ -152,7 +168,7 @@ class Attempts:
     def fruitless(self, *further: dict) -> list[dict]:
         """The ends of this job's last attempts, back to the last one with progress, that count and made none."""
         found = []
-        for row in reversed([*read_attempts(self.folder), *further]):
+        for row in reversed([*self._rows(), *further]):
             if row["event"] != "end":
                 continue
             if row["job"] != self.job or row["progress"] or row["outcome"] == "gave up":
@@ -168,13 +184,27 @@ class Attempts:
             f"{'the start' if step is None else f'step {step}'}; the last one: {fruitless[-1]['reason']}"
         )
 
+    def _rows(self) -> list[dict]:
+        """What the file holds, and what waits to be written to it."""
+        return [*read_attempts(self.folder), *map(json.loads, self.log.waiting)]
+
     def _append(self, row: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        with open(self.folder / "attempts.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": now, **row}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.log.add({"time": now, **row})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            problem = self.log.flush()
+            if problem is None:
+                sync(self.log.path)
+        except OSError as error:
+            problem = error
+        if problem is not None and not self.warned:
+            self.warned = True
+            say(
+                f"warning: {self.log.path} could not be written ({problem.strerror or problem}); "
+                "rows are kept and written as soon as that can be",
+                error=True,
+            )
 
 
 def read_attempts(folder: Path) -> list[dict]:
@@ -195,16 +225,20 @@ def open_attempt(rows: list[dict]) -> dict | None:
 
 
 def newest_step(folder: Path) -> int | None:
-    """The step that checkpoints/latest names."""
+    """Of the published checkpoints; also where `latest` could not be written after the last one."""
+    checkpoints = folder / "checkpoints"
+    steps = [step_of(path.name) for path in checkpoints.glob("step_*")]
     try:
-        return int(
-            (folder / "checkpoints" / "latest")
-            .read_text(encoding="utf-8")
-            .strip()
-            .removeprefix("step_")
-        )
+        steps.append(step_of((checkpoints / "latest").read_text(encoding="utf-8").strip()))
     except (OSError, ValueError):
-        return None
+        pass  # none yet, or damaged: the folders are what counts
+    return max((step for step in steps if step is not None), default=None)
+
+
+def step_of(name: str) -> int | None:
+    """Of a checkpoint folder's name; None for any other."""
+    match = re.fullmatch(r"step_(\d{6,})", name)
+    return int(match[1]) if match else None
 
 
 def meaning(code: int) -> str:

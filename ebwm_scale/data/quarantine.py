@@ -8,7 +8,7 @@ known bad samples is part of a checkpoint: a resumed run replaces the same ones,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,14 +70,18 @@ def _record(split, sample_id: int, error: SampleError | ShardError, replaced_by:
 
 
 class Quarantine:
-    """The bad samples of a run, all ranks together, and the file that lists them (written by rank 0)."""
+    """The bad samples of a run, all ranks together, and the file that lists them.
 
-    def __init__(self, folder: Path, *, limit: int, is_main: bool):
-        self.path, self.limit, self.is_main = folder / QUARANTINE_NAME, limit, is_main
+    write: appends a row to that file; None on ranks other than 0.
+    """
+
+    def __init__(self, folder: Path, *, limit: int, write: Callable[[dict], None] | None):
+        self.path, self.limit, self.write = folder / QUARANTINE_NAME, limit, write
         self.bad: dict[tuple[str, int], BadSample] = {}
 
     def add(self, found: Iterable[BadSample]) -> list[BadSample]:
-        """Those that are new, written down. Every rank must be given the same."""
+        """Those that are new, written down, now or once the disk has room again. Every rank must be
+        given the same."""
         new = [
             bad
             for bad in sorted(found, key=lambda b: (b.split, b.sample_id))
@@ -85,12 +89,11 @@ class Quarantine:
         ]
         new = list({(bad.split, bad.sample_id): bad for bad in new}.values())
         self.bad.update({(bad.split, bad.sample_id): bad for bad in new})
-        if self.is_main and new:
+        if self.write is not None and new:
             written = self._written()
-            with self.path.open("a", encoding="utf-8") as file:
-                for bad in new:
-                    if (bad.split, bad.sample_id) not in written:
-                        file.write(json.dumps(asdict(bad)) + "\n")
+            for bad in new:
+                if (bad.split, bad.sample_id) not in written:
+                    self.write(asdict(bad))
         return new
 
     def known(self, split: str) -> dict[int, BadSample]:
@@ -111,7 +114,7 @@ class Quarantine:
         if not self.path.exists():
             return set()
         entries = set()
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 value = json.loads(line)
                 entries.add((value["split"], value["sample_id"]))

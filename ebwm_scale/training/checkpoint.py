@@ -1,45 +1,34 @@
-"""Checkpoints that exist completely or not at all, written while training goes on.
+"""Checkpoints: what one is, and reading them. checkpoint_writer.py writes them.
 
-    checkpoints/.staging-step_000100/   every rank writes its file here, and says so in rank_00000.done
-        state-00000-of-00002.safetensors    its pieces of weights and optimizer state (pieces.py)
+    checkpoints/step_000100/            there completely, or not at all
+        state-00000-of-00002.safetensors    a rank's pieces of weights and optimizer state (pieces.py)
         replay_rank_0.pt                replay buffer, where there is one
         config.yaml, trainer.json       resolved configuration; step, data position, metrics, world size, code version
         manifest.json                   size and sha256 of each of these files
-    checkpoints/step_000100/            the staging folder, renamed once all are done and on disk
-    checkpoints/latest                  the name of the newest one, replaced in one rename
+    checkpoints/latest                  the name of the newest one, for people and tools; a resume looks at the folders
     checkpoints/best                    the same for the lowest validation loss
 
-A save copies its state in memory; a thread of each rank writes it, the one of rank 0 publishes. Ranks meet in the file system, not in a
-collective, so a slow disk delays nobody until the next save. A failed write (a full disk) leaves the previous checkpoint as it was, and
-training goes on with a warning. Loading verifies sizes and hashes, and takes the newest checkpoint that passes.
+Loading verifies sizes and hashes, and takes the newest checkpoint that passes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from safetensors.torch import save_file
 
-from ..config import CheckpointConfig, Config, config_from_dict
+from ..config import Config, config_from_dict
 from ..data.manifest import file_sha256
 from ..errors import CheckpointError
 from ..tensor_files import TensorFile
-from .distributed import World
-from .faults import Faults
 from .pieces import EngineState
 
 VERSION = 2
 NAME = re.compile(r"step_(\d{6,})")
-PATIENCE_S = 1800  # for the other ranks' parts
 
 
 def checkpoint_name(step: int) -> str:
@@ -58,232 +47,7 @@ class Saved:
         return self.trainer["step"]
 
 
-class CheckpointWriter:
-    """Saves of one run. Every rank has one, and calls save at the same steps."""
-
-    def __init__(
-        self, root: Path, world: World, config: Config, warn: Callable[[str], None], faults: Faults
-    ):
-        self.root, self.world, self.config, self.warn, self.faults = (
-            root,
-            world,
-            config,
-            warn,
-            faults,
-        )
-        self.thread: threading.Thread | None = None
-        self.outcome: tuple[Path | None, str | None] | None = (
-            None  # of the last finished save, until it is asked for
-        )
-
-    def save(self, state: EngineState, trainer: dict[str, Any], replay: dict | None) -> None:
-        """Begin to save step trainer["step"]. Waits for the save before it, and for nothing else."""
-        self.wait()
-        tensors, ranges = {}, {}
-        for piece in state.pieces():
-            ranges[piece.name] = [piece.start, piece.values["weight"].numel()]
-            for kind, values in piece.values.items():
-                tensors[f"{kind}/{piece.name}"] = values.detach().to("cpu", copy=True)
-        trainer = {
-            "version": VERSION,
-            "world_size": self.world.size,
-            "updates": state.step_count(),
-            **trainer,
-        }
-        shapes = {
-            name: list(getattr(p, "ds_shape", p.shape))
-            for name, p in state.module.named_parameters()
-        }
-        staging = self.root / f".staging-{checkpoint_name(trainer['step'])}"
-        problem = None
-        if self.world.is_main:
-            try:
-                self._io(staging.parent.mkdir, parents=True, exist_ok=True)
-                for left_over in self.root.glob(".staging-*"):
-                    shutil.rmtree(left_over)
-                self._io(staging.mkdir)
-            except OSError as error:
-                problem = str(error)
-        if self.world.any(problem is not None):  # also: no rank writes before the folder is there
-            self.outcome = (None, self.world.agree(problem or ""))
-            return
-        self.thread = threading.Thread(
-            target=self._write,
-            args=(staging, tensors, ranges, shapes, trainer, replay),
-            daemon=True,
-            name="checkpoint",
-        )
-        self.thread.start()
-
-    def wait(self) -> None:
-        """Until the save in progress is published, or has failed."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        self._report()
-
-    def poll(self) -> None:
-        """Report a save that has finished meanwhile."""
-        if self.thread is not None and not self.thread.is_alive():
-            self.wait()
-
-    def _report(self) -> None:
-        if self.outcome is not None:
-            folder, problem = self.outcome
-            self.outcome = None
-            if folder is None and self.world.is_main:
-                self.warn(
-                    f"the checkpoint could not be written ({problem}); training goes on, the previous checkpoint is intact; free some space"
-                )
-
-    def _write(
-        self,
-        staging: Path,
-        tensors: dict,
-        ranges: dict,
-        shapes: dict,
-        trainer: dict,
-        replay: dict | None,
-    ) -> None:
-        rank, size = self.world.rank, self.world.size
-        problem, files = None, []
-        try:
-            self.faults.at("save")
-            name = f"state-{rank:05d}-of-{size:05d}.safetensors"
-            self._io(
-                save_file,
-                tensors,
-                staging / name,
-                metadata={"ranges": json.dumps(ranges), "shapes": json.dumps(shapes)},
-            )
-            files = [name]
-            if replay is not None:
-                files.append(f"replay_rank_{rank}.pt")
-                self._io(torch.save, replay, staging / files[-1])
-            entries = {}
-            for name in files:
-                self._io(_fsync, staging / name)
-                entries[name] = {
-                    "size": (staging / name).stat().st_size,
-                    "sha256": file_sha256(staging / name),
-                }
-        except Exception as error:  # whatever it is, the others must hear of it
-            problem = str(error) or type(error).__name__
-        try:
-            _replace_text(
-                staging / f"rank_{rank:05d}.done",
-                json.dumps({"problem": problem} if problem else {"files": entries}),
-            )
-        except OSError as error:
-            problem = problem or str(error)
-        if not self.world.is_main:
-            self.outcome = (None if problem else staging, problem)
-            return
-        try:
-            entries = self._collect(staging, size)
-            self.outcome = (self._publish(staging, entries, trainer), None)
-        except Exception as error:
-            self.outcome = (None, str(error) or type(error).__name__)
-            shutil.rmtree(staging, ignore_errors=True)
-
-    def _collect(self, staging: Path, size: int) -> dict[str, dict]:
-        """File entries of all ranks, when all are done; raises OSError with the first problem."""
-        entries, deadline = {}, time.monotonic() + PATIENCE_S
-        for rank in range(size):
-            done = staging / f"rank_{rank:05d}.done"
-            while not done.exists():
-                if time.monotonic() > deadline:
-                    raise OSError(f"rank {rank} has not written its part within {PATIENCE_S} s")
-                time.sleep(0.01)
-            said = json.loads(done.read_text())
-            if "problem" in said:
-                raise OSError(f"rank {rank}: {said['problem']}")
-            entries |= said["files"]
-        for rank in range(size):
-            (staging / f"rank_{rank:05d}.done").unlink()
-        return entries
-
-    def _publish(self, staging: Path, entries: dict[str, dict], trainer: dict[str, Any]) -> Path:
-        root, folder = self.root, self.root / checkpoint_name(trainer["step"])
-        for name, text in (
-            ("config.yaml", self.config.to_yaml()),
-            ("trainer.json", json.dumps(trainer, indent=1)),
-        ):
-            self._io((staging / name).write_text, text, encoding="utf-8")
-            self._io(_fsync, staging / name)
-            entries[name] = {
-                "size": (staging / name).stat().st_size,
-                "sha256": file_sha256(staging / name),
-            }
-        self._io(
-            (staging / "manifest.json").write_text,
-            json.dumps({"version": VERSION, "files": entries}, indent=1),
-            encoding="utf-8",
-        )
-        self._io(_fsync, staging / "manifest.json")
-        self._io(_fsync, staging)
-        if folder.exists():  # the same step saved again, after a fall-back to an earlier one
-            replaced = root / f".staging-replaced-{folder.name}"
-            self._io(os.replace, folder, replaced)
-            try:
-                self._io(os.replace, staging, folder)
-            except OSError:
-                os.replace(replaced, folder)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            self._io(os.replace, staging, folder)
-        self._io(_replace_text, root / "latest", folder.name + "\n")
-        self._keep(folder, trainer)
-        return folder
-
-    def _keep(self, folder: Path, trainer: dict[str, Any]) -> None:
-        """Point to the best one, and remove what is neither recent, nor best, nor a milestone."""
-        rules, loss = self.config.checkpoint, trainer.get("validation_loss")
-        best = _read(self.root / "best")
-        if rules.keep_best and loss is not None:
-            known = _loss_of(self.root / best) if best else None
-            if known is None or loss < known:
-                best = folder.name
-                self._io(_replace_text, self.root / "best", best + "\n")
-        for old in _folders(self.root)[rules.keep_last :]:
-            if old.name != best and not _is_milestone(old, rules):
-                doomed = self.root / f".staging-pruned-{old.name}"
-                os.replace(old, doomed)  # never a half-deleted folder under a checkpoint's name
-                shutil.rmtree(doomed)
-
-    def _io(self, function: Callable, *arguments, **options):
-        self.faults.at("io")
-        return function(*arguments, **options)
-
-
-def _is_milestone(folder: Path, rules: CheckpointConfig) -> bool:
-    step = int(NAME.fullmatch(folder.name)[1])
-    return rules.milestone_every_steps > 0 and step % rules.milestone_every_steps == 0
-
-
-def _loss_of(folder: Path) -> float | None:
-    try:
-        return json.loads((folder / "trainer.json").read_text(encoding="utf-8")).get(
-            "validation_loss"
-        )
-    except (OSError, ValueError):
-        return None
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
-def _folders(root: Path) -> list[Path]:
+def published(root: Path) -> list[Path]:
     """Published checkpoints, newest first."""
     return sorted(
         (p for p in root.glob("step_*") if NAME.fullmatch(p.name)),
@@ -325,11 +89,13 @@ def find_latest(root: Path, warn: Callable[[str], None], *, strict: bool = False
 
     strict: the newest one, or CheckpointError.
     """
-    folders, problems = _folders(root), []
+    folders, problems = published(root), []
     for folder in folders:
         try:
             return verify(folder)
         except CheckpointError as error:
+            if not folder.exists():  # rotated away meanwhile: a newer one has been published
+                return find_latest(root, warn, strict=strict)
             if strict:
                 raise CheckpointError(
                     f"{error}; --strict takes no earlier checkpoint in its place: restore this one, or leave --strict out"
@@ -454,11 +220,3 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
             + ". Resume with the saved one (config.yaml in the run folder), or start another run with --run-dir"
         )
     return allowed
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -61,6 +61,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def store(self) -> dist.Store | None:
+        """A connection of one's own to what the process group met at, to say things to other ranks
+        from a thread; None where there is no other."""
+        if self.size == 1:
+            return None
+        return dist.PrefixStore("ebwm", dist.distributed_c10d._get_default_store().clone())
+
 
 def is_connection_error(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone, or did not come."""

@@ -1,10 +1,20 @@
-"""Faults on purpose, so that what the documentation promises can be tried on the machine it is promised for. Off unless EBWM_FAULTS is set.
+"""Faults on purpose, so that what the documentation promises can be tried on the machine it is
+promised for. Off unless EBWM_FAULTS is set.
 
-    EBWM_FAULTS="kill@step=7,rank=1; enospc@save=2"
+    EBWM_FAULTS="kill@step=7,rank=1; enospc@save=2; enospc@write=5,times=100"
 
-A fault is action@place=number[,rank=r][,seconds=s]; without rank it happens on all. Places: `step` (before training step n's update),
-`save` (while the n-th checkpoint of this process is written), `io` (the n-th write, fsync or rename of this process's checkpoints), `load`
-(while the n-th checkpoint is read), `evaluation` (the n-th) and `start` (1: before the model is built). Actions:
+A fault is action@place=number[,rank=r][,seconds=s][,times=t]; without rank it happens on all, with
+times at that many visits in a row. Places:
+
+    step        before training step n's update
+    save        while the n-th checkpoint of this process is written
+    io          the n-th write, fsync, rename or deletion of this process in checkpoints/
+    write       the n-th write of this process to any other file of the run folder
+    load        while the n-th checkpoint is read
+    evaluation  the n-th
+    start       1: before the model is built
+
+Actions:
 
     kill        SIGKILL to this process
     hang        sleep, seconds=... or for ever
@@ -22,11 +32,12 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any, Callable
 
 from ..errors import ConfigError
 
 ACTIONS = ("kill", "hang", "slow", "enospc", "nan")
-PLACES = ("step", "save", "io", "load", "evaluation", "start")
+PLACES = ("step", "save", "io", "write", "load", "evaluation", "start")
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,17 @@ class Fault:
     number: int
     rank: int | None
     seconds: float | None
+    times: int
+
+    def is_due(self, place: str, number: int, rank: int) -> bool:
+        if place != self.place or self.rank not in (None, rank):
+            return False
+        return self.number <= number < self.number + self.times
 
 
 class Faults:
-    """at(place) counts the visits to a place, at(place, n) names one; what is due there happens, and its action is returned if it is nan."""
+    """at(place) counts the visits to a place, at(place, n) names one; what is due there happens, and
+    its action is returned if it is nan. rank -1: a process that is no rank."""
 
     def __init__(self, text: str | None, rank: int):
         self.rank, self.visits = rank, Counter()
@@ -51,10 +69,14 @@ class Faults:
         self.visits[place] += 1
         number = self.visits[place] if number is None else number
         for fault in self.faults:
-            if (fault.place, fault.number) == (place, number) and fault.rank in (None, self.rank):
-                if _happen(fault) == "nan":
-                    return "nan"
+            if fault.is_due(place, number, self.rank) and _happen(fault) == "nan":
+                return "nan"
         return None
+
+    def through(self, place: str, function: Callable, *arguments: Any, **options: Any) -> Any:
+        """function(*arguments, **options), after what is due at the place; what it returns."""
+        self.at(place)
+        return function(*arguments, **options)
 
 
 def _happen(fault: Fault) -> str | None:
@@ -70,22 +92,22 @@ def _happen(fault: Fault) -> str | None:
 
 
 def _parse(text: str) -> Fault:
-    match = re.fullmatch(r"(\w+)@(\w+)=(\d+)((?:,\w+=[\d.]+)*)", text.replace(" ", ""))
-    options = dict(option.split("=") for option in match[4].split(",")[1:]) if match else {}
-    if (
-        not match
-        or match[1] not in ACTIONS
-        or match[2] not in PLACES
-        or not options.keys() <= {"rank", "seconds"}
-    ):
+    match = re.fullmatch(
+        r"(\w+)@(\w+)=(\d+)((?:,(?:rank=\d+|times=\d+|seconds=\d+(?:\.\d+)?))*)",
+        text.replace(" ", ""),
+    )
+    if not match or match[1] not in ACTIONS or match[2] not in PLACES:
         raise ConfigError(
-            f"EBWM_FAULTS: {text!r} is no fault; expected action@place=number[,rank=r][,seconds=s] with an action of "
-            f"{', '.join(ACTIONS)} and a place of {', '.join(PLACES)}, for example kill@step=7,rank=1"
+            f"EBWM_FAULTS: {text!r} is no fault; expected action@place=number[,rank=r][,seconds=s]"
+            f"[,times=t] with an action of {', '.join(ACTIONS)} and a place of "
+            f"{', '.join(PLACES)}, for example kill@step=7,rank=1"
         )
+    options = dict(option.split("=") for option in match[4].split(",")[1:])
     return Fault(
         match[1],
         match[2],
         int(match[3]),
         int(options["rank"]) if "rank" in options else None,
         float(options["seconds"]) if "seconds" in options else None,
+        int(options.get("times", 1)),
     )

@@ -1,53 +1,86 @@
-"""A run's folder: metrics.jsonl, events.jsonl, the console lines and Weights & Biases. Rank 0 writes; every step appears once."""
+"""A run's folder: metrics.jsonl, events.jsonl, quarantine.jsonl, the console lines and Weights &
+Biases. Rank 0 writes; every step appears once.
+
+A disk that is full, or takes no files any more, costs the run nothing here: rows wait in memory,
+with one warning, and are written with the next one that can be.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
 import os
-import socket
-import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import EXIT_RANK_LOST, ConfigError
+from ..errors import CheckpointError, ConfigError
+from .console import say
+from .disk import RowLog, replace_text
+from .distributed import World
+from .faults import Faults
+from .ownership import Ownership
+
+PAUSE_S = 5.0  # before what could not be written at the end is tried once more
 
 
 class RunFolder:
-    """On ranks other than 0 nothing is written."""
+    """On ranks other than 0 nothing is written; on rank 0 nothing before take()."""
 
-    def __init__(self, path: Path, config: Config, *, is_main: bool):
-        self.path, self.is_main = path, is_main
+    def __init__(
+        self, path: Path, config: Config, world: World, faults: Faults, ownership: Ownership
+    ):
+        self.path, self.config, self.world = path, config, world
+        self.faults, self.ownership = faults, ownership
+        self.is_main = world.is_main
+        self._logs = {
+            name: RowLog(path / f"{name}.jsonl", faults)
+            for name in ("metrics", "events", "quarantine")
+        }
+        self._warned = False
         self._tracker = None
-        if is_main:
-            path.mkdir(parents=True, exist_ok=True)
-            self._owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
-            _write_atomically(path / "owner", self._owner)
-            _write_atomically(path / "config.yaml", config.to_yaml())
-            self._tracker = _tracker(path, config)
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def take(self) -> None:
+        """Become the process that writes here. On every rank: CheckpointError while another one
+        lives that does, ConfigError where the folder cannot be written."""
+        problem = None
+        if self.is_main:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.ownership.take()
+                self._replace("config.yaml", self.config.to_yaml())
+                self._tracker = _tracker(self)
+            except OSError as error:
+                reason = error.strerror or error
+                problem = ConfigError(
+                    f"{self.path} cannot be written ({reason}): free some space or mend its "
+                    "permissions, or name another folder with --run-dir"
+                )
+            except (CheckpointError, ConfigError) as error:
+                problem = error
+            if problem is not None:
+                self.ownership.release(unsaved=False)
+        for problem in self.world.gather(problem):
+            if problem is not None:
+                raise problem
+
     def leave_if_taken_over(self) -> None:
-        """End this process if a later one writes here: a node that was taken for dead, and its run started elsewhere, may come back."""
-        owner = (self.path / "owner").read_text(encoding="utf-8") if self.is_main else None
-        if self.is_main and owner != self._owner:
-            print(
-                f"{self.path} was taken over by the process {owner}; this one ends and writes nothing more",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(EXIT_RANK_LOST)
+        """End this process if a later one writes here: a node that was taken for dead, and its run
+        started elsewhere, may come back."""
+        self.ownership.leave_if_taken_over()
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Append one row; numbers that are not finite are written as null, since JSON has no word for them."""
+        """Append one row; numbers that are not finite are written as null, since JSON has no word
+        for them."""
         if self.is_main:
             self.leave_if_taken_over()
-            _append(self.path / "metrics.jsonl", row)
+            self._append("metrics", _finite(row))
             if self._tracker is not None:
                 prefix = "validation/" if row.get("split") == "validation" else "train/"
                 self._tracker.log(
@@ -56,48 +89,104 @@ class RunFolder:
 
     def event(self, name: str, **fields: Any) -> None:
         if self.is_main:
-            now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            _append(self.path / "events.jsonl", {"time": now, "event": name, **fields})
+            self._append("events", _finite({"time": _now(), "event": name, **fields}))
+
+    def quarantine(self, row: dict[str, Any]) -> None:
+        if self.is_main:
+            self._append("quarantine", row)
 
     def say(self, text: str) -> None:
         if self.is_main:
-            print(text, flush=True)
+            say(text)
 
     def warn(self, text: str, **fields: Any) -> None:
         """One clear line on stderr, and an event."""
         if self.is_main:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            say(f"warning: {text}", error=True)
             self.event("warning", message=text, **fields)
 
     def write(self, name: str, value: Any) -> None:
+        """A file of its own, or a warning."""
         if self.is_main:
-            _write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False))
+            try:
+                self._replace(name, json.dumps(value, indent=1, ensure_ascii=False))
+            except OSError as error:
+                self.warn(f"{self.path / name} could not be written ({error.strerror or error})")
+
+    def rows_are_written(self) -> bool:
+        """Whether every row so far is on disk, after another try and, if need be, a pause and one
+        more; says on stderr what is not. True on ranks other than 0."""
+        problems = self._flush()
+        if problems:
+            time.sleep(PAUSE_S)
+            problems = self._flush()
+        for name, error in problems.items():
+            log = self._logs[name]
+            say(
+                f"warning: {len(log.waiting)} rows of {log.path} are NOT written "
+                f"({error.strerror or error})",
+                error=True,
+            )
+        return not problems
 
     def forget_after(self, step: int) -> int | None:
-        """Drop metric rows beyond `step` (a resumed run logs them again) and a torn last line; the last validated step that stays."""
+        """Drop metric rows beyond `step` (a resumed run logs them again) and torn lines; the last
+        validated step that stays. Where they are the last ones, as ever, the file is cut, which
+        needs no space."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return None
+        lines = path.read_bytes().splitlines(keepends=True)
         kept, validated = [], None
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in lines:
             try:
                 row = json.loads(line)
-                if row["step"] <= step:
-                    kept.append(line)
-                    validated = row["step"] if row.get("split") == "validation" else validated
+                stays = row["step"] <= step and line.endswith(b"\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        if self.is_main:
-            _write_atomically(path, "".join(line + "\n" for line in kept))
+            if stays:
+                kept.append(line)
+                validated = row["step"] if row.get("split") == "validation" else validated
+        if self.is_main and len(kept) < len(lines):
+            text = b"".join(kept)
+            if kept == lines[: len(kept)]:
+                self.faults.through("write", os.truncate, path, len(text))
+            else:
+                self._replace("metrics.jsonl", text.decode())
         return validated
 
-    def close(self) -> None:
+    def close(self, *, unsaved: bool = False) -> None:
+        """unsaved: the last save has failed."""
         if self._tracker is not None:
             self._tracker.finish()
+        self._flush()
+        self.ownership.release(unsaved=unsaved)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        self._logs[name].add(row)
+        problems = self._flush()
+        if problems and not self._warned:
+            self._warned = True
+            name, error = next(iter(problems.items()))
+            self.warn(
+                f"{self._logs[name].path} could not be written ({error.strerror or error}); "
+                "rows are kept and written as soon as that can be; free some space"
+            )
+
+    def _flush(self) -> dict[str, OSError]:
+        """Write all that waits; the errors of logs that still have something waiting."""
+        if not self.is_main:
+            return {}
+        problems = {name: log.flush() for name, log in self._logs.items()}
+        return {name: error for name, error in problems.items() if error is not None}
+
+    def _replace(self, name: str, text: str) -> None:
+        self.faults.through("write", replace_text, self.path / name, text)
 
 
-def _tracker(path: Path, config: Config):
+def _tracker(run: RunFolder):
     """A W&B run that keeps its id over resumes, or None."""
+    path, config = run.path, run.config
     settings = config.logging
     if settings.wandb == "off":
         return None
@@ -109,7 +198,7 @@ def _tracker(path: Path, config: Config):
         ) from None
     identity = path / "wandb_id"
     if not identity.exists():
-        _write_atomically(identity, uuid.uuid4().hex[:12])
+        run._replace(identity.name, uuid.uuid4().hex[:12])
     return wandb.init(
         project=settings.wandb_project,
         name=settings.run_name or path.name,
@@ -131,9 +220,8 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(row)) + "\n")
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def _finite(value: Any) -> Any:
@@ -144,9 +232,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not -float("inf") < value < float("inf"):
         return None
     return value
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from ..errors import EXIT_FAILED
+from .console import say
 
 if TYPE_CHECKING:
     from .distributed import World
@@ -70,10 +70,10 @@ class StopFlag:
                 } and time.monotonic() - self.signalled < ONE_ENDING_S:
                     continue
                 if self.reason is not None and self.reason.startswith("SIG"):
-                    print(
-                        f"{signal.Signals(number).name} after {self.reason}: leaving at once, unsaved",
-                        file=sys.stderr,
-                        flush=True,
+                    say(
+                        f"{signal.Signals(number).name} after {self.reason}: leaving at once, "
+                        "unsaved",
+                        error=True,
                     )
                     os._exit(EXIT_FAILED)
                 self.reason, self.signalled = signal.Signals(number).name, time.monotonic()

@@ -22,15 +22,16 @@ from ..data.mixing import MixedSplit
 from ..data.quarantine import Quarantine
 from ..data.shards import ShardedSplit
 from ..data.streaming import StreamLoader
-from ..errors import EXIT_FAILED, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
+from ..errors import EXIT_FAILED, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN, CheckpointError
 from ..noise import NoiseSource
 from ..observation import Observation
-from .checkpoint import CheckpointWriter, Saved, load_into, load_replay
+from .checkpoint import Saved, load_into, load_replay
+from .checkpoint_writer import CheckpointWriter, Outcome
 from .distributed import World
 from .engine import Engine
 from .faults import Faults
 from .replay import ReplayBuffer
-from .run_folder import RunFolder
+from .run_folder import PAUSE_S, RunFolder
 from .schedule import refinement_point
 from .stop import StopFlag
 from .validation import validate
@@ -79,12 +80,16 @@ class Trainer:
             else None
         )
         self.watchdog, self.faults = watchdog, faults
-        self.writer = CheckpointWriter(run.checkpoints, world, config, self._warn, faults)
+        self.writer = CheckpointWriter(
+            run.checkpoints, world, config, faults, still_ours=run.leave_if_taken_over
+        )
         self.observe = Observation(
             train.manifest, world.device, mask_document_starts=config.data.mask_document_starts
         )
         self.quarantine = Quarantine(
-            run.path, limit=config.data.max_quarantined, is_main=world.is_main
+            run.path,
+            limit=config.data.max_quarantined,
+            write=run.quarantine if world.is_main else None,
         )
         self.found_in_validation, self.stream_position = [], 0
         self.step, self.loader, self.saved, self.validated_step, self.validation_loss = (
@@ -95,13 +100,14 @@ class Trainer:
             None,
         )
         self.first_step = 0  # of this process
+        self.unsaved = False  # whether the last save has failed
         self.skipped_in_a_row = 0
 
-    def resume(self, saved: Saved) -> None:
-        """Continue after a checkpoint: weights, optimizer, replay buffer and the place in the data; or start from its weights, where it holds nothing else."""
+    def load(self, saved: Saved) -> None:
+        """Take over a checkpoint: weights, optimizer, replay buffer and the place in the data; or
+        its weights alone, where it holds nothing else. Writes nothing; may be called again."""
         if "data" not in saved.trainer:  # conversion.import_run, of a folder without training state
             load_into(saved, self.engine.state)
-            self.run.forget_after(0)
             return
         data = DataState.load_state_dict(
             saved.trainer["data"],
@@ -114,12 +120,24 @@ class Trainer:
             self.replay.load_state_dict(load_replay(saved))
         self.step = self.first_step = data.step
         self.saved = (self.step, saved.trainer["validation_loss"] is not None)
+        self.writer.newest = self.step
         self.skipped_in_a_row = saved.trainer["skipped_in_a_row"]
         self.quarantine.load_state_dict(saved.trainer["quarantine"])
         self.stream_position = saved.trainer["stream_position"]
-        validated = self.run.forget_after(self.step)
+
+    def forget_later_rows(self) -> None:
+        """Metric rows beyond the step that was loaded: they will be written again."""
+        problem, validated = None, None
+        try:
+            validated = self.run.forget_after(self.step)
+        except OSError as error:
+            problem = f"{self.run.path}/metrics.jsonl cannot be cut to step {self.step}: {error}"
         # rank 0's word: another rank may read the file before or after it was rewritten
-        self.validated_step = int(self.world.agree(str(-1 if validated is None else validated)))
+        problem, validated = self.world.gather((problem, validated))[0]
+        if problem is not None:
+            raise CheckpointError(f"{problem}; free some space, and run again with --resume")
+        if self.step:
+            self.validated_step = validated
 
     def fit(self) -> int:
         """Train to train.max_steps; returns the exit code."""
@@ -151,16 +169,18 @@ class Trainer:
             if self._save_is_due():
                 self.save()
                 timer.restart(self.step)
-            self.writer.poll()
+            self.tell(self.writer.finished())
         if not self.evaluate():
             return self.leave_for_later()
-        self.save()
-        return self.leave(EXIT_FINISHED)
+        return self.leave(EXIT_FINISHED if self.save_for_good() else EXIT_FAILED)
 
     def leave_for_later(self) -> int:
         """Save the last whole step, say why, and leave to be run again."""
-        self.save()
-        self.run.event("signal", step=self.step, reason=self.stop_reason)
+        is_saved = self.save_for_good()
+        self.run.event("signal", step=self.step, reason=self.stop_reason, saved=is_saved)
+        if not is_saved:
+            self.run.say(f"stopped at step {self.step} ({self.stop_reason}), without its last save")
+            return self.leave(EXIT_FAILED)
         self.run.say(
             f"stopped at step {self.step} ({self.stop_reason}); run the same command with --resume to go on"
         )
@@ -180,11 +200,15 @@ class Trainer:
         return True
 
     def leave(self, code: int) -> int:
-        """Wait for what is being written; the code."""
+        """Wait for what is being written; the code, or EXIT_FAILED in place of a good one where
+        rows of the run folder could not be written to the end."""
         self.watchdog.beat("the last save")
-        self.writer.wait()
-        self.world.barrier()  # nobody leaves, and is missed, before the checkpoint is published
+        self.settle(goes_on=False)
+        # nobody leaves, and is missed, before the checkpoint is published
+        rows_are_lost = self.world.any(not self.run.rows_are_written())
         self.watchdog.stop()
+        if rows_are_lost and code in (EXIT_FINISHED, EXIT_RUN_AGAIN):
+            return EXIT_FAILED
         return code
 
     def train_step(self) -> StepResult | None:
@@ -253,6 +277,7 @@ class Trainer:
         )
         if self.skipped_in_a_row < limit:
             return False
+        self.settle(goes_on=False)
         saved = "none yet" if self.saved is None else f"step {self.saved[0]}"
         self.run.event(
             "not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm)
@@ -374,13 +399,15 @@ class Trainer:
         self.run.say(f"validation at step {self.step}: {steps} {measure}")
         return True
 
-    def save(self) -> None:
-        """Begin a checkpoint of this step; it is written while training goes on. Once, and once more when its validation loss is known."""
+    def save(self, *, goes_on: bool = True) -> None:
+        """Begin a checkpoint of this step; it is written while training goes on. Once, and once
+        more when its validation loss is known."""
+        self.watchdog.beat(f"the save after step {self.step}")
+        self.settle(goes_on=goes_on)
         validated = self.validated_step == self.step and self.validation_loss is not None
         if self.saved in ((self.step, True), (self.step, validated)):
             return
         self.run.leave_if_taken_over()
-        self.watchdog.beat(f"the save after step {self.step}")
         self.too_much_damage()
         self.stream_position = max(self.world.gather(getattr(self.loader, "next_shard", 0)))
         state = DataState(
@@ -399,8 +426,56 @@ class Trainer:
             },
             None if self.replay is None else self.replay.state_dict(),
         )
-        self.saved = (self.step, validated)
-        self.run.event("save", step=self.step)
+
+    def save_for_good(self) -> bool:
+        """Save this step, the last one of this process, and wait; a second try after making room
+        and a pause. Whether it is on disk, the same on every rank."""
+        self.save(goes_on=False)
+        outcome = self.settle(goes_on=False)
+        if not self.is_saved():
+            self._warn(f"trying once more to save step {self.step} in {PAUSE_S:g} s")
+            self.watchdog.beat("the pause before the save is tried again")
+            if outcome.is_short_of_space:
+                self.writer.make_room()
+            time.sleep(PAUSE_S)
+            self.save(goes_on=False)
+            self.settle(goes_on=False, last=True)
+        self.unsaved = not self.is_saved()
+        return not self.unsaved
+
+    def is_saved(self) -> bool:
+        """Whether this step's state is on disk, as far as settle() has told."""
+        return self.saved is not None and self.saved[0] == self.step
+
+    def settle(self, *, goes_on: bool, last: bool = False) -> Outcome | None:
+        """Wait for the save in progress and say what became of it; every rank must call it."""
+        outcome = self.writer.settle()
+        self.tell(self.writer.finished(), goes_on=goes_on, last=last)
+        if outcome is not None and outcome.problem is None:
+            self.saved = (outcome.step, outcome.validated)
+        return outcome
+
+    def tell(self, outcome: Outcome | None, *, goes_on: bool = True, last: bool = False) -> None:
+        """Put what became of a save on record: the event `save` where it is on disk, a warning
+        where not. goes_on: steps follow. last: no other try follows."""
+        if outcome is None or not self.world.is_main:
+            return
+        newest = self.writer.newest_on_disk()
+        if outcome.problem is None:
+            self.run.event("save", step=outcome.step)
+        elif last:
+            self._warn(
+                f"step {outcome.step} is NOT saved, {newest} ({outcome.problem}); free some space, "
+                "and run again with --resume"
+            )
+        else:
+            going_on = "training goes on, " if goes_on else ""
+            self._warn(
+                f"step {outcome.step}: the checkpoint could not be written ({outcome.problem}); "
+                f"{going_on}{newest}; free some space"
+            )
+        for note in outcome.notes:
+            self._warn(note)
 
     def _warn(self, text: str) -> None:
         self.run.warn(text, step=self.step)

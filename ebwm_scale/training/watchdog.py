@@ -10,12 +10,13 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import sys
 import threading
 import time
 from pathlib import Path
 
 from ..errors import EXIT_RANK_LOST
+from .console import say
+from .disk import remove_quietly
 
 GATHER_S = 3.0  # for the reports of the others
 
@@ -36,7 +37,7 @@ class Watchdog:
             time.monotonic(),
             threading.Event(),
         )
-        self._report_path(rank).unlink(missing_ok=True)  # of an earlier attempt in this folder
+        remove_quietly(self._report_path(rank))  # of an earlier attempt in this folder
         if limit_s:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
@@ -61,11 +62,10 @@ class Watchdog:
             verdict = self._verdict()
         except OSError as error:
             verdict = f"no report could be written: {error}"
-        print(
+        say(
             f"rank {self.rank}: {reason} at {self.where}. {verdict} Stacks of all threads: {self.folder}/stacks_rank_*.txt. "
             "Run again with --resume",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
         os._exit(EXIT_RANK_LOST)
 

@@ -10,6 +10,8 @@ from ebwm_scale.data.loader import BatchLoader, validation_batches
 from ebwm_scale.data.quarantine import Quarantine
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.errors import DataError
+from ebwm_scale.training.disk import RowLog
+from ebwm_scale.training.faults import Faults
 
 SHARD = "train-000001.tar"  # samples 20 .. 39
 
@@ -27,6 +29,17 @@ def loader(dataset, *, rank=0, world_size=1, num_workers=0, known_bad=None):
         num_workers=num_workers,
         known_bad=known_bad,
     )
+
+
+def writer(folder):
+    """What rank 0 of a run writes rows with."""
+    log = RowLog(folder / "quarantine.jsonl", Faults(None, 0))
+
+    def write(row):
+        log.add(row)
+        assert log.flush() is None
+
+    return write
 
 
 def flip(path, field_row):
@@ -63,7 +76,7 @@ def test_a_flipped_bit_is_written_down_and_the_next_sample_stands_in(
     rows = {int(i): row for batch in taken for i, row in zip(batch.sample_ids, batch.sequences)}
     assert len(rows) == len(split)  # equal counts: nothing is dropped
     assert all(rows[i].tolist() == split.read(24 if i == 23 else i).tolist() for i in rows)
-    quarantine = Quarantine(tmp_path, limit=1, is_main=True)
+    quarantine = Quarantine(tmp_path, limit=1, write=writer(tmp_path))
     assert (
         len(quarantine.add(found)) == 1 and quarantine.add(found) == [] and not quarantine.exceeded
     )
@@ -164,15 +177,15 @@ def test_a_damaged_validation_sample_is_replaced_and_reported(dataset):
 def test_the_list_survives_a_checkpoint_and_a_second_writing(tmp_path, dataset):
     flip(dataset.parent / SHARD, 3)
     found = an_epoch(dataset)[1]
-    first = Quarantine(tmp_path, limit=0, is_main=True)
+    first = Quarantine(tmp_path, limit=0, write=writer(tmp_path))
     first.add(found)
     assert first.exceeded
     with (tmp_path / "quarantine.jsonl").open("a") as file:
         file.write('{"split": "train", "sam')  # killed while writing
-    resumed = Quarantine(tmp_path, limit=0, is_main=True)
+    resumed = Quarantine(tmp_path, limit=0, write=writer(tmp_path))
     resumed.load_state_dict(first.state_dict())
     assert resumed.known("train").keys() == {23} and resumed.known("validation") == {}
-    killed_before_the_checkpoint = Quarantine(tmp_path, limit=0, is_main=True)
+    killed_before_the_checkpoint = Quarantine(tmp_path, limit=0, write=writer(tmp_path))
     assert len(killed_before_the_checkpoint.add(found)) == 1
     assert (
         sum(
