@@ -24,19 +24,25 @@ def load_checkpoint(
         return build(
             config, {name: source.read(name).float() for name in source.files}, where=folder
         ).to(device).eval(), config
-    saved: Saved | None = (
-        verify(folder)
-        if (folder / "manifest.json").exists()
-        else find_latest(folder / "checkpoints", warn)
-    )
-    if saved is None:
-        raise CheckpointError(
-            f"{folder}: neither a run folder with checkpoints, nor a checkpoint folder, nor one of tools/convert_checkpoint.py"
+    while True:
+        saved: Saved | None = (
+            verify(folder)
+            if (folder / "manifest.json").exists()
+            else find_latest(folder / "checkpoints", warn)
         )
-    config = saved_config(saved.folder)
-    return build(config, SavedState(saved.folder).weights(), where=saved.folder).to(
-        device
-    ).eval(), config
+        if saved is None:
+            raise CheckpointError(
+                f"{folder}: neither a run folder with checkpoints, nor a checkpoint folder, nor one of tools/convert_checkpoint.py"
+            )
+        try:
+            config = saved_config(saved.folder)
+            model = build(config, SavedState(saved.folder).weights(), where=saved.folder)
+        except (CheckpointError, OSError):
+            if saved.folder.exists():
+                raise
+            warn(f"{saved.folder} was removed by the run that goes on there; looking again")
+        else:
+            return model.to(device).eval(), config
 
 
 def build(

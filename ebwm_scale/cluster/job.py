@@ -124,6 +124,13 @@ def attempt(
     job = given.job if given else f"local-{os.getpid()}"
     refuse_if_in_use(run_dir, job)
     attempts, logs = Attempts(run_dir, job), run_dir / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{logs} cannot be made ({error.strerror or error}): free some space or mend its "
+            "permissions, or name another folder with --run-dir"
+        ) from None
     verdict = attempts.begin(
         restart=given.restart if given else 0,
         host=socket.gethostname(),

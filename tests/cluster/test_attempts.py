@@ -99,6 +99,49 @@ def test_tasks_that_are_killed_after_the_job_was_told_to_end_are_an_interruption
     ] == [False] * 3 + [True]
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_an_attempt_whose_last_save_failed_made_no_progress_whatever_it_published(tmp_path, told):
+    """Also after a signal from outside, which otherwise excuses an end."""
+    for number in (1, 2):
+        attempts = Attempts(tmp_path, "1")
+        assert attempts.begin().what == "again"
+        assert not (tmp_path / "unsaved").exists()  # of the attempt before
+        (tmp_path / "checkpoints" / f"step_{number:06d}").mkdir(parents=True)
+        if told:
+            attempts.signalled("SIGTERM")
+        (tmp_path / "unsaved").touch()  # as train.py leaves the folder
+        verdict = attempts.end(1, seconds_left=5000)
+    assert verdict.what == "give up" and "without a checkpoint" in verdict.reason
+    ends = [row for row in read_attempts(tmp_path) if row["event"] == "end"]
+    assert [row["outcome"] for row in ends] == ["not saved", "not saved"]
+    assert "the last save failed; the newest checkpoint is step 1" in ends[0]["reason"]
+    assert [row["progress"] for row in ends] == [False, False]
+
+
+def test_a_checkpoint_is_progress_also_where_its_name_could_not_be_written_to_latest(tmp_path):
+    attempts = Attempts(tmp_path, "1")
+    attempts.begin()
+    for step in (3, 6):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
+    attempts.end(1)
+    assert read_attempts(tmp_path)[-1]["progress"] and read_attempts(tmp_path)[-1]["step"] == 6
+
+
+def test_attempts_that_cannot_be_written_are_judged_all_the_same_and_written_later(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("EBWM_FAULTS", "enospc@write=1,times=2")
+    attempts = Attempts(tmp_path, "1")
+    assert attempts.begin().what == "again" and read_attempts(tmp_path) == []
+    attempts.signalled("SIGTERM")
+    assert attempts.end(137, seconds_left=5000).what == "again"
+    rows = read_attempts(tmp_path)
+    assert [row["event"] for row in rows] == ["begin", "signal", "end"]
+    assert rows[-1]["outcome"] == "interrupted" and not rows[-1]["counts"]
+    assert capfd.readouterr().err.count("could not be written") == 1
+
+
 def test_a_sweep_is_every_combination_under_readable_names():
     runs = expand(["train.seed=1,2", "model.size=xxs,xs"])
     assert [run.name for run in runs] == [

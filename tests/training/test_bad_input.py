@@ -123,6 +123,9 @@ def test_a_full_disk_while_saving_is_a_warning_and_training_goes_on(runs):
         command, capture_output=True, text=True, timeout=240, preexec_fn=limit, cwd=runs.folder
     )
     assert result.stderr.count("the checkpoint could not be written") == 3, result.stderr[-3000:]
+    assert result.stderr.count("training goes on") == 2  # it does not after the last one
+    assert "step 8 is NOT saved, there is no checkpoint yet" in result.stderr
+    assert result.returncode == 1
     assert runs.rows("full_disk")[-1]["step"] == 8
     assert list((runs.folder / "full_disk" / "checkpoints").iterdir()) == []
     runs.run("whole")

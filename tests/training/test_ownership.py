@@ -1,4 +1,5 @@
-"""One process writes to a run folder: a newcomer is refused while the owner lives, and goes on by itself once it does not."""
+"""One process writes to a run folder: a newcomer is refused while the owner lives, and goes on by
+itself once it does not."""
 
 from __future__ import annotations
 
@@ -15,12 +16,18 @@ import time
 import pytest
 from training_runs import end, same
 
+from ebwm_scale import loading
 from ebwm_scale.errors import CheckpointError
-from ebwm_scale.training import ownership
+from ebwm_scale.training import checkpoint, ownership
 from ebwm_scale.training.checkpoint import find_latest
 from ebwm_scale.training.faults import Faults
 from ebwm_scale.training.ownership import Ownership, machine, started
 from ebwm_scale.training.resuming import load_newest
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    runs.run("whole")
 
 
 @pytest.fixture
@@ -211,8 +218,7 @@ def test_a_beat_is_seen_and_a_process_that_lost_the_folder_leaves_with_77(tmp_pa
     assert process.returncode == 77 and f"taken over by the process node7 {os.getpid()}" in errors
 
 
-def test_a_second_start_is_refused_and_the_first_goes_on(runs):
-    runs.run("whole")
+def test_a_second_start_is_refused_and_the_first_goes_on(runs, whole):
     first = runs.start("busy", variables={"EBWM_FAULTS": "slow@step=4,seconds=12"})
     try:
         saved, deadline = runs.folder / "busy" / "checkpoints" / "latest", time.monotonic() + 120
@@ -327,16 +333,13 @@ def test_what_cannot_be_loaded_although_it_is_there_is_said_and_not_tried_again(
 
 
 def test_a_reader_of_a_run_that_goes_on_takes_the_checkpoint_that_is_newer_by_then(
-    runs, tmp_path, monkeypatch
+    runs, whole, tmp_path, monkeypatch
 ):
     """find_latest, as think and evaluate use it, while step 6 is rotated away under its hands."""
-    runs.run("whole")
     root = tmp_path / "checkpoints"
     shutil.copytree(runs.folder / "whole" / "checkpoints", root)
     later = tmp_path / "step_000008"
     (root / "step_000008").rename(later)
-    from ebwm_scale.training import checkpoint
-
     verify = checkpoint.verify
 
     def verify_late(folder):
@@ -348,3 +351,25 @@ def test_a_reader_of_a_run_that_goes_on_takes_the_checkpoint_that_is_newer_by_th
     monkeypatch.setattr(checkpoint, "verify", verify_late)
     warnings = []
     assert find_latest(root, warnings.append).step == 8 and warnings == []
+
+
+def test_a_model_is_read_from_the_newer_checkpoint_where_its_own_is_rotated_away(
+    runs, whole, tmp_path, monkeypatch
+):
+    """The same after its hashes were compared, before its tensors are read."""
+    root = tmp_path / "checkpoints"
+    shutil.copytree(runs.folder / "whole" / "checkpoints", root)
+    later = tmp_path / "later"
+    (root / "step_000008").rename(later)
+    saved_config = loading.saved_config
+
+    def saved_config_late(folder):
+        if later.exists():
+            later.rename(root / "step_000008")
+            shutil.rmtree(root / "step_000006")
+        return saved_config(folder)
+
+    expected, _ = loading.load_checkpoint(runs.folder / "whole")
+    monkeypatch.setattr(loading, "saved_config", saved_config_late)
+    model, _ = loading.load_checkpoint(tmp_path)
+    assert same(dict(model.state_dict()), dict(expected.state_dict())) == []
