@@ -195,7 +195,11 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     engine = Engine(config, model, world, micro_batch=micro_batch, accumulation=accumulation)
     folder = RunFolder(path, config, world, faults, ownership)
     watchdog = Watchdog(
-        path, rank=world.rank, world_size=world.size, limit_s=60 * config.train.hang_minutes
+        path,
+        rank=world.rank,
+        world_size=world.size,
+        limit_s=60 * config.train.hang_minutes,
+        faults=faults,
     )
     trainer = Trainer(
         config,

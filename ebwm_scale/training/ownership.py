@@ -36,6 +36,7 @@ from .faults import Faults
 
 HEARTBEAT_S = 5.0
 LEASE_S = 30.0  # without a heartbeat; six of them
+NUM_LOOKS = 30  # of a newcomer, over that time
 SETTLE_S = 0.2  # for another newcomer that has found the same owner to be over
 NAME = "owner"
 UNSAVED = "unsaved"  # what `owner` is called once its process has left without its last save
@@ -156,9 +157,8 @@ class Ownership:
                 f"{self.folder} was in use by {described(owner)}; waiting {LEASE_S:g} s for a sign "
                 "of life"
             )
-        deadline = time.monotonic() + LEASE_S
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, LEASE_S / 10))
+        for _ in range(NUM_LOOKS):  # counted, not timed: both may have been suspended meanwhile
+            time.sleep(LEASE_S / NUM_LOOKS)
             now = self._last_beat()
             if now is None:
                 return True

@@ -13,12 +13,12 @@ import os
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from .console import say
-from .disk import RowLog, replace_text
+from .disk import RowLog, remove_quietly, replace_text
 from .distributed import World
 from .faults import Faults
 from .ownership import Ownership
@@ -132,27 +132,20 @@ class RunFolder:
     def forget_after(self, step: int) -> int | None:
         """Drop metric rows beyond `step` (a resumed run logs them again) and torn lines; the last
         validated step that stays. Where they are the last ones, as ever, the file is cut, which
-        needs no space."""
+        needs no space; one row at a time is in memory."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return None
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept, validated = [], None
-        for line in lines:
-            try:
-                row = json.loads(line)
-                stays = row["step"] <= step and line.endswith(b"\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-            if stays:
-                kept.append(line)
-                validated = row["step"] if row.get("split") == "validation" else validated
-        if self.is_main and len(kept) < len(lines):
-            text = b"".join(kept)
-            if kept == lines[: len(kept)]:
-                self.faults.through("write", os.truncate, path, len(text))
-            else:
-                self._replace("metrics.jsonl", text.decode())
+        validated, end, is_in_one_piece = None, 0, True
+        for start, line, row in _rows_until(path, step):
+            is_in_one_piece = is_in_one_piece and start == end
+            end = start + len(line)
+            if row.get("split") == "validation":
+                validated = row["step"]
+        if self.is_main and not is_in_one_piece:
+            self.faults.through("write", _keep_rows_until, path, step)
+        elif self.is_main and end < path.stat().st_size:
+            self.faults.through("write", os.truncate, path, end)
         return validated
 
     def close(self, *, unsaved: bool = False) -> None:
@@ -218,6 +211,31 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, (int, float)) and key != "step":
             result[key] = value
     return result
+
+
+def _rows_until(path: Path, step: int) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+    """(where its line starts, the line, the row) of whole rows up to a step."""
+    start = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                if row["step"] <= step and line.endswith(b"\n"):
+                    yield start, line, row
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass  # what a killed process leaves
+            start += len(line)
+
+
+def _keep_rows_until(path: Path, step: int) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(line for _, line, _ in _rows_until(path, step))
+        os.replace(temporary, path)
+    except OSError:
+        remove_quietly(temporary)
+        raise
 
 
 def _now() -> str:

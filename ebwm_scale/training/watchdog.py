@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import EXIT_RANK_LOST
 from .console import say
 from .disk import remove_quietly
+from .faults import Faults
 
 GATHER_S = 3.0  # for the reports of the others
 
@@ -24,7 +25,16 @@ GATHER_S = 3.0  # for the reports of the others
 class Watchdog:
     """limit_s 0: no watching for hangs; `lost` works all the same."""
 
-    def __init__(self, folder: Path, *, rank: int, world_size: int, limit_s: float):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        limit_s: float,
+        faults: Faults | None = None,
+    ):
+        self.faults = faults or Faults(None, rank)
         self.folder, self.rank, self.world_size, self.limit_s = (
             folder / "watch",
             rank,
@@ -52,13 +62,7 @@ class Watchdog:
         """Report, name the process that is to blame, and leave with 77. Does not return."""
         self.stopped.set()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f"stacks_rank_{self.rank}.txt", "w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-            mine = {"count": self.count, "where": self.where, "reason": reason}
-            temporary = self._report_path(self.rank).with_suffix(".new")
-            temporary.write_text(json.dumps(mine), encoding="utf-8")
-            os.replace(temporary, self._report_path(self.rank))
+            self.faults.through("write", self._write_report, reason)
             verdict = self._verdict()
         except OSError as error:
             verdict = f"no report could be written: {error}"
@@ -68,6 +72,15 @@ class Watchdog:
             error=True,
         )
         os._exit(EXIT_RANK_LOST)
+
+    def _write_report(self, reason: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"stacks_rank_{self.rank}.txt", "w", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        mine = {"count": self.count, "where": self.where, "reason": reason}
+        temporary = self._report_path(self.rank).with_suffix(".new")
+        temporary.write_text(json.dumps(mine), encoding="utf-8")
+        os.replace(temporary, self._report_path(self.rank))
 
     def _watch(self) -> None:
         while not self.stopped.wait(min(1.0, self.limit_s / 4)):

@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from training_runs import end, same
 
 from ebwm_scale.training.disk import RowLog, replace_text
+from ebwm_scale.training.distributed import World
 from ebwm_scale.training.faults import Faults
+from ebwm_scale.training.ownership import Ownership
+from ebwm_scale.training.run_folder import RunFolder
 
 NEVER = "times=1000"
 
@@ -151,6 +155,41 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
             replace_text(tmp_path / "file", "second")
     assert (tmp_path / "file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "lines, step, kept, validated, writes",
+    [
+        ([1, 2, 3], 3, [1, 2, 3], None, 0),
+        ([1, 2, "v2", 3, "v3"], 2, [1, 2, "v2"], 2, 1),
+        ([1, 2, "torn"], 2, [1, 2], None, 1),
+        ([1, "torn", 2, 3], 2, [1, 2], None, 1),
+        ([1, 2], 0, [], None, 1),
+    ],
+)
+def test_rows_beyond_a_resumed_step_are_cut_off_in_place(
+    tmp_path, lines, step, kept, validated, writes
+):
+    """Cutting a file is possible on a disk without a free byte; only torn lines in between are not
+    at its end."""
+
+    def text(line):
+        if line == "torn":
+            return '{"step": 2, "lo\n'
+        if isinstance(line, str):
+            return json.dumps({"step": int(line[1:]), "split": "validation"}) + "\n"
+        return json.dumps({"step": line}) + "\n"
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(map(text, lines)))
+    same_file = path.stat().st_ino
+    faults = Faults("nan@write=1", 0)  # counts
+    world = World(0, 1, 0, torch.device("cpu"))
+    run = RunFolder(tmp_path, None, world, faults, Ownership(tmp_path, faults))
+    assert run.forget_after(step) == validated
+    assert path.read_text() == "".join(map(text, kept))
+    assert faults.visits["write"] == writes
+    assert (path.stat().st_ino == same_file) == (lines != [1, "torn", 2, 3])
 
 
 # A disk of its own. Everything above can be tried anywhere; here nothing is injected.
