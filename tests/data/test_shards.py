@@ -161,7 +161,7 @@ HASH_DAMAGE = {
     ),
     "index with fewer samples": (
         lambda m: edit_index(m, lambda v: v["keys"].pop()),
-        f"{INDEX}: does not fit shard {SHARD}",
+        f"{INDEX}: not an index .num_targets are .*: expected 19 whole numbers",
     ),
     "index that points outside": (
         lambda m: edit_index(
@@ -244,12 +244,15 @@ def test_damaged_sample_is_named_with_key_and_offset(dataset):
     "value, expected", [(np.zeros(9, "<u2"), r"\(9,\)"), (np.zeros(17, "<f4"), "float32")]
 )
 def test_sample_that_does_not_fit_the_manifest_is_refused(pristine, value, expected):
-    manifest, stream = load_manifest(pristine), io.BytesIO()
+    manifest, stream, fitting = load_manifest(pristine), io.BytesIO(), io.BytesIO()
     np.save(stream, value)
+    np.save(fitting, np.zeros(17, "<u2"))
     for content, message in (
         (stream.getvalue(), expected),
         (b"no array", "not a .npy array"),
-        (stream.getvalue()[:130], "not a .npy array"),
+        (fitting.getvalue()[:130], "not a .npy array"),
+        (fitting.getvalue()[:30], "not a .npy array"),
+        (fitting.getvalue() + b"x", "not a .npy array"),
     ):
         with pytest.raises(ValueError, match=message):
             manifest.content.decode({"tokens.npy": content}, manifest.block_length)
@@ -300,12 +303,12 @@ def test_fingerprint_follows_the_content_not_the_spelling(dataset, pristine):
 
 
 def test_split_survives_pickling_and_many_shards(pristine, monkeypatch):
-    monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "OPEN_FILES", 2)
     split = open_split(pristine, "train", verify="sizes")
     everything = [split.read(i) for i in range(len(split))]
-    assert len(split._open) == 2 < len(split.samples_per_shard)
+    assert len(split._files) == 2 < len(split.samples_per_shard)
     copy = pickle.loads(pickle.dumps(split))
-    assert copy._open == {} and split.read(0).tolist() == everything[0].tolist()
+    assert copy._files == {} and copy._indexes == {} and split.read(0).tolist() == everything[0].tolist()
     assert all(np.array_equal(copy.read(i), everything[i]) for i in reversed(range(len(split))))
     with pytest.raises(IndexError):
         split.read(len(split))
