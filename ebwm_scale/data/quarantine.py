@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..redaction import redacted
 from .shards import SampleError, ShardError
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -90,7 +91,7 @@ class Quarantine:
             with self.path.open("a", encoding="utf-8") as file:
                 for bad in new:
                     if (bad.split, bad.sample_id) not in written:
-                        file.write(json.dumps(asdict(bad)) + "\n")
+                        file.write(json.dumps(redacted(asdict(bad))) + "\n")
         return new
 
     def known(self, split: str) -> dict[int, BadSample]:

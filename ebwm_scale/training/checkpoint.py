@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from ..config import CheckpointConfig, Config, config_from_dict
 from ..data.manifest import file_sha256
 from ..errors import CheckpointError
+from ..redaction import redacted
 from ..strict_json import is_whole, parse, shorten, shown
 from ..tensor_files import TensorFile
 from .checkpoint_files import VERSION, check_files, manifest_text
@@ -481,7 +482,7 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
             before, name = saved.to_dict()[section][key], f"{section}.{key}"
             if before != value:
                 (allowed if section in FREE_TO_CHANGE or name in FREE_KEYS else refused).append(
-                    f"{name} was {before}, is {value}"
+                    redacted(f"{name} was {before}, is {value}")
                 )
     if refused:
         raise CheckpointError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import EXIT_RANK_LOST, ConfigError
+from ..redaction import redacted
 
 
 class RunFolder:
@@ -57,7 +58,8 @@ class RunFolder:
     def event(self, name: str, **fields: Any) -> None:
         if self.is_main:
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            _append(self.path / "events.jsonl", {"time": now, "event": name, **fields})
+            row = {"time": now, "event": name, **redacted(fields)}
+            _append(self.path / "events.jsonl", row)
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -66,6 +68,7 @@ class RunFolder:
     def warn(self, text: str, **fields: Any) -> None:
         """One clear line on stderr, and an event."""
         if self.is_main:
+            text = redacted(text)
             print(f"warning: {text}", file=sys.stderr, flush=True)
             self.event("warning", message=text, **fields)
 
@@ -117,7 +120,7 @@ def _tracker(path: Path, config: Config):
         resume="allow",
         mode=settings.wandb,
         dir=str(path),
-        config=config.to_dict(),
+        config=redacted(config.to_dict()),
     )
 
 

@@ -308,7 +308,11 @@ def test_split_survives_pickling_and_many_shards(pristine, monkeypatch):
     everything = [split.read(i) for i in range(len(split))]
     assert len(split._files) == 2 < len(split.samples_per_shard)
     copy = pickle.loads(pickle.dumps(split))
-    assert copy._files == {} and copy._indexes == {} and split.read(0).tolist() == everything[0].tolist()
+    assert (
+        copy._files == {}
+        and copy._indexes == {}
+        and split.read(0).tolist() == everything[0].tolist()
+    )
     assert all(np.array_equal(copy.read(i), everything[i]) for i in reversed(range(len(split))))
     with pytest.raises(IndexError):
         split.read(len(split))
