@@ -215,7 +215,11 @@ class ShardedSplit:
 
     def __getstate__(self) -> dict[str, Any]:
         nothing = {"_files": OrderedDict(), "_indexes": OrderedDict(), "_index_bytes": 0}
-        return {**self.__dict__, **nothing}
+        return {**self.__dict__, **nothing, "_ends": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ends = _cumulative(self.samples_per_shard)
 
     def __del__(self) -> None:
         if hasattr(self, "_files"):
