@@ -13,11 +13,11 @@ from __future__ import annotations
 import array
 import bisect
 import functools
-import itertools
 import json
 import os
 import resource
 import stat
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -38,7 +38,8 @@ INDEX_BYTES = (
     64 * 2**20
 )  # of indexes kept by each process, for a dataset or a mixture; at least a window's
 OPEN_FILES = 64  # kept by each process; for a window of more shards as many, up to a quarter of the system's limit
-_STAT_BATCH = 16_000  # files asked for at a time
+_TRIED = 32  # files asked for one after the other, to see how long an answer takes
+_SLOW_ANSWER_S = 1e-4  # above this, as over a network, many are asked for at a time
 _REMAKE = "copy the dataset again, or make it again with tools/make_text_shards.py or tools/make_video_shards.py"
 
 
@@ -316,11 +317,13 @@ def open_split(
 
 def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]:
     """One line for each file of a split that is missing, or has another size or (hashes=True) another hash than the manifest says."""
-    problems, sound = [], []
-    shards = iter(manifest.splits[split].shards)
-    while batch := list(itertools.islice(shards, _STAT_BATCH)):
-        sizes = iter(_sizes(manifest.folder, batch))
-        for shard, size, index_size in zip(batch, sizes, sizes):
+    problems, sound, table = [], [], manifest.splits[split].shards
+    for first, paths, expected in table.listing():
+        sizes = _sizes([f"{manifest.folder}/{path}" for path in paths])
+        if sizes[::2] == expected and None not in sizes and not hashes:
+            continue
+        for row, (size, index_size) in enumerate(zip(sizes[::2], sizes[1::2])):
+            shard = table[first + row]
             problem = _file_problem(manifest, shard, size, index_size)
             if problem is not None:
                 problems.append(problem)
@@ -361,14 +364,17 @@ def _file_problem(
     return None
 
 
-def _sizes(folder: Path, shards: list[ShardInfo]) -> list[int | None]:
-    """Bytes of each shard and of its index, in turns; in threads, since a network file system answers many at a time."""
-    paths = [f"{folder}/{name}" for shard in shards for name in (shard.path, shard.index_path)]
-    if len(paths) < _STAT_BATCH:
-        return _sizes_of(paths)
-    pieces = [paths[first : first + 500] for first in range(0, len(paths), 500)]
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return [size for sizes in pool.map(_sizes_of, pieces) for size in sizes]
+def _sizes(paths: list[str]) -> list[int | None]:
+    """Bytes of each file, None where there is none; in threads where the file system takes its time to answer."""
+    start = time.perf_counter()
+    sizes = _sizes_of(paths[:_TRIED])
+    waited_s = (time.perf_counter() - start) / _TRIED
+    rest = paths[_TRIED:]
+    if waited_s < _SLOW_ANSWER_S or not rest:
+        return sizes + _sizes_of(rest)
+    pieces = [rest[first : first + _TRIED] for first in range(0, len(rest), _TRIED)]
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return [*sizes, *(size for piece in pool.map(_sizes_of, pieces) for size in piece)]
 
 
 def _sizes_of(paths: list[str]) -> list[int | None]:

@@ -140,7 +140,7 @@ def _rank(rank, port, manifest, results):
 
     dist.init_process_group("gloo", rank=rank, world_size=2)
     asked, sizes = [], shards._sizes
-    shards._sizes = lambda folder, entries: asked.extend(entries) or sizes(folder, entries)
+    shards._sizes = lambda paths: asked.extend(paths) or sizes(paths)
     world = World(rank, 2, rank, torch.device("cpu"))
     try:
         split = open_splits([(manifest, 1)], ["train"], verify="sizes", group=world)["train"]
