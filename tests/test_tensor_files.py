@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ebwm_scale.consolidated import ModelFolder
 from ebwm_scale.errors import CheckpointError
 from ebwm_scale.tensor_files import TensorFile
 
@@ -146,3 +147,40 @@ def test_a_large_header_costs_bounded_time_and_memory(tmp_path):
     refused(write(path, b" " * (30 * 2**20)))
     assert time.monotonic() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1000 * 1024  # KiB
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        b"[" * 10**5,
+        b'{"files": NaN}',
+        b'{"files": [1]}',
+        b'{"files": {"model.safetensors": 3}}',
+        b'{"files": {"model.safetensors": {"size": "1", "sha256": "0"}}}',
+        b'{"files": {"../x": {"size": 1, "sha256": "0"}}}',
+        b'{"files": {"a": {"size": 1, "sha256": 3}}}',
+    ],
+)
+def test_a_converted_folder_with_malformed_facts_is_one_line(tmp_path, facts):
+    (tmp_path / "conversion.json").write_bytes(facts)
+    with pytest.raises(CheckpointError, match="no complete converted model") as error:
+        ModelFolder(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"[]",
+        b"{",
+        b'{"weight_map": [1]}',
+        b'{"weight_map": {"a": 3}}',
+        b'{"weight_map": {"a": "/x"}}',
+    ],
+)
+def test_a_converted_folder_with_a_malformed_list_of_weights_is_one_line(tmp_path, index):
+    (tmp_path / "conversion.json").write_text('{"files": {}}')
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(CheckpointError, match="no list of weight files") as error:
+        ModelFolder(tmp_path)
+    assert "\n" not in str(error.value)
