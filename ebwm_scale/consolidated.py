@@ -23,7 +23,9 @@ from torch import Tensor
 
 from .config import Config
 from .data.manifest import MANIFEST_NAME, Manifest, file_sha256
+from .data.shard_table import inside_folder
 from .errors import CheckpointError
+from .strict_json import is_whole, parse, shorten, shown
 from .tensor_files import TensorFile, TensorWriter
 
 WEIGHTS, INDEX, FACTS, TRAINING = (
@@ -46,11 +48,16 @@ class ModelFolder:
     def __init__(self, folder: Path, *, verify: bool = True):
         self.folder = folder
         try:
-            self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            self.facts: dict[str, Any] = parse((folder / FACTS).read_bytes())
             entries = self.facts["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for name, entry in entries.items():
+                if not inside_folder(name) or not is_whole(entry["size"]):
+                    raise ValueError(f"{shown(name)}: {shown(entry)}")
+                if not isinstance(entry["sha256"], str):
+                    raise ValueError(f"{shown(name)}: {shown(entry)}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{folder}: no complete converted model ({FACTS}: {error})"
+                f"{folder}: no complete converted model ({FACTS}: {shorten(str(error))})"
             ) from None
         for name, entry in entries.items() if verify else ():
             path = folder / name
@@ -77,8 +84,15 @@ class ModelFolder:
 def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         return [folder / WEIGHTS]
-    mapped = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    return [folder / name for name in sorted(set(mapped.values()))]
+    try:
+        names = sorted(set(parse((folder / INDEX).read_bytes())["weight_map"].values()))
+        if not all(map(inside_folder, names)):
+            raise ValueError(f"its files are {shown(names)}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / INDEX}: no list of weight files ({shorten(str(error))}): damaged"
+        ) from None
+    return [folder / name for name in names]
 
 
 def write_model(

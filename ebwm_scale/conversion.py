@@ -38,6 +38,7 @@ from .training.checkpoint import (
     saved_config,
     verify,
 )
+from .training.checkpoint_files import manifest_text
 
 FULL_BYTES = 2**28  # of weights up to which whole models are built and compared
 DTYPES = {
@@ -163,9 +164,7 @@ def import_run(
             path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
             for path in sorted(target.iterdir())
         }
-        (target / "manifest.json").write_text(
-            json.dumps({"version": VERSION, "files": entries}, indent=1), encoding="utf-8"
-        )
+        (target / "manifest.json").write_text(manifest_text(entries), encoding="utf-8")
         (staging / "checkpoints" / "latest").write_text(target.name + "\n", encoding="utf-8")
         (staging / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         os.replace(staging, run)

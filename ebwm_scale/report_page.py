@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from . import report_clips
+from .redaction import redacted
 from .report_clips import clips_section
 from .report_plots import PALETTE, Plot, final_loss, losses_of, median, number, report_plots, show
 from .report_run import Check, Run, judge
@@ -376,7 +377,7 @@ def _validation_table(run: Run) -> str:
 def _configuration(run: Run) -> str:
     if not run.config:
         return ""
-    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+    text = redacted(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
     return _folded("Resolved configuration", f'<pre tabindex="0">{escape(text)}</pre>')
 
 
@@ -389,10 +390,12 @@ def _events(run: Run) -> str:
     left = max(len(run.events) - MAX_SHOWN["events"], 0)
     body = []
     for event in run.events[left:]:
-        more = ", ".join(
-            f"{key}: {value}"
-            for key, value in event.items()
-            if key not in ("time", "event", "step")
+        more = redacted(
+            ", ".join(
+                f"{key}: {value}"
+                for key, value in event.items()
+                if key not in ("time", "event", "step")
+            )
         )
         body.append([*(_cut(event.get(key))[:40] for key in ("time", "event", "step")), more[:400]])
     note = (

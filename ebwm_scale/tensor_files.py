@@ -10,12 +10,13 @@ import json
 import os
 from math import prod
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Any, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+from .strict_json import is_whole, parse, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,11 +29,16 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100 * 2**20
+MAX_HEADER = 16 * 2**20  # a hundred thousand tensors
+MAX_DIMENSIONS = 64  # torch's own limit
 
 
 class TensorFile:
-    """The tensors of a file, read when asked for. Raises CheckpointError naming a file that is missing, truncated or no safetensors file."""
+    """The tensors of a file, read when asked for.
+
+    Raises CheckpointError naming a file that is missing, truncated or no safetensors file: every tensor must lie in
+    the bytes that its type and shape need, and together they must fill the file without gap or overlap.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -41,30 +47,34 @@ class TensorFile:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-                    raise ValueError(f"its header says {length} bytes, the file has {size}")
-                header = json.loads(file.read(length))
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self._entries = {
-                name: (DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
-                for name, entry in header.items()
-            }
+                    raise ValueError(
+                        f"its header says {length} bytes, the file has {size}; at most {MAX_HEADER}"
+                    )
+                header = parse(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError(f"its header is {shown(header)}")
+            self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}))
+            self._entries = {name: _entry(name, entry) for name, entry in header.items()}
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise CheckpointError(
                 f"{path}: no safetensors file ({error}); it is damaged, or of another kind"
             ) from None
         self._start = 8 + length
-        end = max((stop for *_, stop in self._entries.values()), default=0)
+        end = 0
+        spans = sorted((first, stop, name) for name, (*_, first, stop) in self._entries.items())
+        for first, stop, name in spans:
+            if first != end:
+                what = "overlaps the one before it" if first < end else "follows a gap"
+                raise CheckpointError(
+                    f"{path}: {shown(name)} begins at byte {first} and {what}, which ends at {end}: damaged"
+                )
+            end = stop
         if self._start + end != size:
             raise CheckpointError(
                 f"{path}: has {size} bytes, its header describes {self._start + end}: truncated or damaged"
             )
-        for name, (dtype, shape, first, stop) in self._entries.items():
-            if stop - first != prod(shape) * dtype.itemsize or first < 0:
-                raise CheckpointError(
-                    f"{path}: {name} of shape {list(shape)} lies in {stop - first} bytes: damaged"
-                )
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -77,13 +87,43 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         dtype, shape, first, stop = self._entries[name]
-        tensor = torch.empty(prod(shape), dtype=dtype)
-        with open(self.path, "rb") as file:
-            file.seek(self._start + first)
-            got = file.readinto(memoryview(tensor.view(torch.uint8).numpy())) if stop > first else 0
+        tensor, got = torch.empty(prod(shape), dtype=dtype), 0
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self._start + first)
+                if stop > first:
+                    got = file.readinto(memoryview(tensor.view(torch.uint8).numpy()))
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be read: {error.strerror or error}"
+            ) from None
         if got != stop - first:
             raise CheckpointError(f"{self.path}: ends inside {name}: truncated")
         return tensor.view(shape)
+
+
+def _metadata(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise ValueError(f"its metadata are {shown(values)}: expected texts by name")
+    return values
+
+
+def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, end) of a header entry; ValueError for what the format does not allow."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{shown(name)} is {shown(entry)}")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise ValueError(f"{shown(name)} has dtype {shown(kind)}: known are {', '.join(DTYPES)}")
+    sizes_are_whole = isinstance(shape, list) and all(is_whole(n) and n >= 0 for n in shape)
+    if not sizes_are_whole or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{shown(name)} has the shape {shown(shape)}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_whole, offsets)):
+        raise ValueError(f"{shown(name)} lies at {shown(offsets)}: expected two whole numbers")
+    first, stop = offsets
+    if first < 0 or stop - first != prod(shape) * DTYPES[kind].itemsize:
+        raise ValueError(f"{shown(name)} of shape {shown(shape)} lies in {stop - first} bytes")
+    return DTYPES[kind], tuple(shape), first, stop
 
 
 class TensorWriter:

@@ -85,7 +85,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     import torch
 
     from ebwm_scale.accounting import describe
-    from ebwm_scale.data.mixing import open_sources
+    from ebwm_scale.data.opening import open_splits
     from ebwm_scale.denormals import flush_denormals
     from ebwm_scale.model.transformer import attention_paths
     from ebwm_scale.model.world_model import WorldModel
@@ -115,10 +115,10 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
 
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     say = print_line if rank == 0 else (lambda *_, **__: None)
-    splits = {
-        name: open_sources(sources, name, verify=config.data.verify, report=say)
-        for name in ("train", "validation")
-    }
+    world = join_world() if world_size > 1 and not options.dry_run else None
+    splits = open_splits(
+        sources, ("train", "validation"), verify=config.data.verify, report=say, group=world
+    )
     config = fill_from_data(config, splits["train"].manifest)
     torch.manual_seed(config.train.seed)
     if options.dry_run:
@@ -163,7 +163,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
                 f"the number of processes was {saved.trainer['world_size']}, is {world_size}"
             )
 
-    world = join_world()
+    world = world or join_world()
     stop.max_minutes = config.train.max_minutes
     faults.at("start")
     if stopped_before_training(stop, world, "before the model was built"):

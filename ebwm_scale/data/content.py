@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping
@@ -24,7 +25,13 @@ from ..errors import DataError
 STORED = ("embedding", "jpeg", "webp")
 CLIP_FIELD = "clip.json"
 _SUFFIX = {"jpeg": "jpg", "webp": "webp"}
-_NPY_HEADER_BYTES = 128  # numpy pads the header of a small array to this
+# What numpy writes before a C-ordered array: the header of a sample is compared with this, and never evaluated.
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
+_NPY_TEXT = re.compile(
+    rb"\{'descr': '([<>|=][a-zA-Z]\d{1,4})', 'fortran_order': False, 'shape': \(([0-9, ]{0,60})\), \} *\n"
+)
+_TOKENS = ("|u1", "<u2", "<u4", "<u8")
+_EMBEDDINGS = ("<f2", "<f4", "<f8")
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,7 @@ class TextContent:
 
     def decode(self, fields: Mapping[str, bytes], block_length: int) -> np.ndarray:
         """The sequence of a sample; ValueError says what it is instead."""
-        tokens = _npy(fields["tokens.npy"])
-        if tokens.shape != (block_length,) or tokens.dtype.kind != "u":
-            raise ValueError(
-                f"holds {tokens.dtype} {tokens.shape}: expected unsigned integers ({block_length},)"
-            )
-        return tokens
+        return _npy(fields["tokens.npy"], _TOKENS, (block_length,), "unsigned integers")
 
     def problem(self, sequences: np.ndarray) -> str | None:
         """What is wrong with the values of decoded sequences, one or a batch."""
@@ -124,17 +126,25 @@ class VideoContent:
                     f"holds frames {frames.shape[1:]}: expected {(self.height, self.width, 3)}"
                 )
             return frames
-        frames = _npy(fields["frames.npy"])
-        if frames.shape != (block_length, self.dimension) or frames.dtype.kind != "f":
-            raise ValueError(
-                f"holds {frames.dtype} {frames.shape}: expected floats {(block_length, self.dimension)}"
-            )
-        return frames
+        return _npy(fields["frames.npy"], _EMBEDDINGS, (block_length, self.dimension), "floats")
 
     def problem(self, sequences: np.ndarray) -> str | None:
         """What is wrong with the values of decoded sequences, one or a batch."""
         finite = sequences.dtype == np.uint8 or np.isfinite(sequences).all()
         return None if finite else "holds numbers that are not finite"
+
+
+def decode_sample(
+    content: TextContent | VideoContent, fields: Mapping[str, bytes], block_length: int
+) -> np.ndarray:
+    """content.decode for bytes that nobody has vouched for: whatever goes wrong in it is a ValueError of one line."""
+    try:
+        return content.decode(fields, block_length)
+    except DataError:  # a package is missing, which is no fault of the sample
+        raise
+    except Exception as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(" ".join(reason[:1000].split())) from None
 
 
 def field_names(stored: str, block_length: int) -> tuple[str, ...]:
@@ -174,22 +184,38 @@ def _pillow():
     return Image
 
 
-def _npy(content: bytes) -> np.ndarray:
-    try:
-        dtype, shape, start, count = _npy_header(content[:_NPY_HEADER_BYTES])
-        array = np.frombuffer(content, dtype, count, start)
-        return array if len(shape) == 1 else array.reshape(shape)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"not a .npy array ({' '.join(str(error).split())})") from None
+def _npy(content: bytes, dtypes: tuple[str, ...], shape: tuple[int, ...], kind: str) -> np.ndarray:
+    """The array of a .npy file that has one of the dtypes and this shape; ValueError says what it is instead."""
+    header = content[: 10 + int.from_bytes(content[8:10], "little")]
+    descr, found = _npy_header(header)
+    if descr not in dtypes or found != shape:
+        raise ValueError(f"holds {_dtype_name(descr)} {found}: expected {kind} {shape}")
+    dtype = np.dtype(descr)
+    size = math.prod(shape) * dtype.itemsize
+    if len(content) != len(header) + size:
+        raise ValueError(
+            f"not a .npy array ({len(content) - len(header)} bytes of {found}, which takes {size})"
+        )
+    array = np.frombuffer(content, dtype, offset=len(header))
+    return array if len(shape) == 1 else array.reshape(shape)
 
 
 @functools.lru_cache(maxsize=16)
-def _npy_header(content: bytes) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """(dtype, shape, where the data starts, how many numbers) of a .npy file; cached, because parsing it took most of the time of a read."""
-    stream = io.BytesIO(content)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError("not version 1.0 of the format")
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(stream)
-    if fortran_order or dtype.hasobject:
-        raise ValueError("objects or Fortran order")
-    return dtype, shape, stream.tell(), math.prod(shape)
+def _npy_header(header: bytes) -> tuple[str, tuple[int, ...]]:
+    """(dtype, shape) of the bytes before the numbers; cached, because all samples of a dataset have the same."""
+    match = _NPY_TEXT.fullmatch(header[10:])
+    if header.startswith(_NPY_MAGIC) and match is not None:
+        descr, sizes = match[1].decode(), match[2].decode()
+        shape = tuple(int(size) for size in sizes.replace(" ", "").split(",") if size)
+        if (
+            repr(shape) == f"({sizes})"
+        ):  # one spelling: a flipped bit can make 017 of a space and 17
+            return descr, shape
+    raise ValueError("not a .npy array (no header of one in C order): damaged")
+
+
+def _dtype_name(descr: str) -> str:
+    try:
+        return str(np.dtype(descr))
+    except TypeError:
+        return repr(descr)

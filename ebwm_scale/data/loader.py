@@ -130,6 +130,7 @@ class BatchLoader:
             )
         self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
         order = split.order(seed=seed, window_shards=window_shards)
+        split.keep(window_shards=window_shards)
         self.found: list[BadSample] = []
         requests = _Requests(
             order,

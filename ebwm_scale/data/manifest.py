@@ -2,6 +2,7 @@
 
 dataset/
   manifest.json                this file; the hash of its canonical JSON is the dataset's fingerprint
+  train-000000.shards.json     above 10,000 shards: the list of some of them (shard_table.py), as if it stood in the manifest
   tokenizer.model              text: a copy of the tokenizer.  video: encoder.safetensors, where the encoder was fitted
   train-000000.tar             plain WebDataset shard
   train-000000.index.json      where each sample of the shard lies, and its checksum
@@ -11,22 +12,33 @@ dataset/
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import secrets
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from ..strict_json import is_whole, parse, shorten, shown
 from .content import STORED, TextContent, VideoContent
+from .shard_table import (  # noqa: F401: ShardInfo is part of what a Manifest is
+    PartInfo,
+    ShardInfo,
+    ShardTable,
+    canonical_json,
+    inside_folder,
+)
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 2**30
 _REMAKE = "make the dataset again with tools/make_text_shards.py or tools/make_video_shards.py"
 
+_SMALLEST_STD = float(np.finfo(np.float32).tiny)  # what is below becomes 0 in float32
 _FACTS = {
     "text": {
         "num_documents": int,
@@ -39,24 +51,11 @@ _FACTS = {
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """One shard file and its index; paths are relative to the dataset folder, size in bytes, hashes sha256 in hex."""
-
-    path: str
-    num_samples: int
-    num_targets: int  # tokens or frames to be predicted: block_length - 1 per sample
-    size: int
-    sha256: str
-    index_path: str
-    index_sha256: str
-
-
-@dataclass(frozen=True)
 class SplitInfo:
     """One split. facts: numbers that only its modality has, for text unigram_entropy (nats per token: entropy of the targets under their own
     frequencies), num_documents, num_text_bytes and num_dropped_tokens (after the last full block), for video num_videos."""
 
-    shards: tuple[ShardInfo, ...]
+    shards: ShardTable
     num_samples: int
     num_targets: int
     facts: dict[str, float]
@@ -64,7 +63,8 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The checked content of a manifest; `values` is the plain JSON, `fingerprint` its canonical sha256."""
+    """The checked content of a manifest; `values` is its JSON without the lists of shards, `fingerprint` the sha256 of
+    its canonical JSON with them, wherever they stand."""
 
     path: Path
     block_length: int  # states (tokens, frames) per sample = context_length + 1
@@ -89,47 +89,81 @@ def load_manifest(path: str | Path) -> Manifest:
     if path.is_dir():
         path = path / MANIFEST_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
+        values = parse(path.read_bytes())
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names the manifest.json "
             "that tools/make_text_shards.py writes"
         ) from None
     except ValueError as error:
-        raise DataError(
-            f"{path}: not a manifest: not JSON ({' '.join(str(error).split())}); {_REMAKE}"
-        ) from None
+        raise DataError(f"{path}: not a manifest: not JSON ({error}); {_REMAKE}") from None
     version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version != FORMAT_VERSION or not is_whole(version):
         raise DataError(
-            f"{path}: format_version is {version!r}: this release reads {FORMAT_VERSION}; {_REMAKE}"
+            f"{path}: format_version is {shown(version)}: this release reads {FORMAT_VERSION}; {_REMAKE}"
         )
     take = _Taker(path)
     modality = take(values, "modality", str)
     if modality not in _FACTS:
         raise DataError(
-            f"{path}: modality is {modality!r}: this release reads {' and '.join(_FACTS)}"
+            f"{path}: modality is {shown(modality)}: this release reads {' and '.join(_FACTS)}"
         )
-    splits = {}
-    for name, split in take(values, "splits", dict).items():
-        if not isinstance(split, dict):
-            raise take.wrong(f"splits.{name}", split, "an object")
-        splits[name] = _split_info(take, split, name, _FACTS[modality])
-    manifest = Manifest(
-        path=path,
-        block_length=take(values, "block_length", int),
-        content=(_text_content if modality == "text" else _video_content)(take, values),
-        source=take(values, "source", dict),
-        splits=splits,
-        values=values,
-        fingerprint=hashlib.sha256(canonical_json(values)).hexdigest(),
-    )
-    if manifest.block_length < 2 or manifest.content.size < 1:
+    block_length = take(values, "block_length", int)
+    content = (_text_content if modality == "text" else _video_content)(take, values)
+    if block_length < 2 or content.size < 1:
         raise DataError(
-            f"{path}: block_length is {manifest.block_length} and {manifest.content.size_name} {manifest.content.size}: "
+            f"{path}: block_length is {block_length} and {content.size_name} {content.size}: "
             f"must be at least 2 and 1; {_REMAKE}"
         )
-    return manifest
+    source = take(values, "source", dict)
+    splits, fingerprint = _read_splits(take, values, _FACTS[modality])
+    return Manifest(
+        path=path,
+        block_length=block_length,
+        content=content,
+        source=source,
+        splits=splits,
+        values=values,
+        fingerprint=fingerprint,
+    )
+
+
+def _read_splits(
+    take: _Taker, values: dict, facts: dict[str, type]
+) -> tuple[dict[str, SplitInfo], str]:
+    """(the splits, the manifest's fingerprint); takes the lists of shards out of `values`.
+
+    The fingerprint is that of the manifest with all lists in it, hashed piece by piece, so that it does not depend on
+    where they stand and no second copy of them is made.
+    """
+    splits, lists = take(values, "splits", dict), {}
+    mark = secrets.token_hex(16)  # stands in the canonical JSON where a list of shards does
+    for name, split in splits.items():
+        if not isinstance(split, dict):
+            raise take.wrong(f"splits.{name}", split, "an object")
+        prefix = f"splits.{name}."
+        if "parts" in split and "shards" in split:
+            raise take.wrong(f"{prefix}parts", split["parts"], "either parts or shards")
+        lists[name] = (
+            "parts" in split,
+            take(split, "parts" if "parts" in split else "shards", list, prefix),
+        )
+        split.pop("parts", None)
+        split["shards"] = mark
+    try:
+        *pieces, last = canonical_json(values).split(b'"' + mark.encode() + b'"')
+    except (ValueError, RecursionError) as error:
+        raise take.wrong("a value in it", str(error), "JSON of finite numbers and text") from None
+    digest, infos = hashlib.sha256(), {}
+    for piece, name in zip(pieces, sorted(splits), strict=True):
+        digest.update(piece)
+        del splits[name]["shards"]
+        in_files, entries = lists.pop(name)
+        infos[name] = _split_info(take, splits[name], name, entries, in_files, digest.update, facts)
+    digest.update(last)
+    return {name: infos[name] for name in splits}, digest.hexdigest()
 
 
 def _text_content(take: _Taker, values: dict) -> TextContent:
@@ -151,8 +185,10 @@ def _video_content(take: _Taker, values: dict) -> VideoContent:
         raise take.wrong("frames.stored", stored, f"one of {', '.join(STORED)}")
     mean, std = (take(statistics, key, list, "statistics.") for key in ("mean", "std"))
     dimension = take(values, "dimension", int)
-    numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in mean + std)
-    if not numbers or len(mean) != dimension or len(std) != dimension or any(v <= 0 for v in std):
+    numbers = all(is_whole(v) or type(v) is float for v in mean + std)
+    largest = float(np.finfo(np.float32).max)
+    in_range = numbers and all(abs(v) <= largest for v in mean + std)
+    if not in_range or len(mean) != dimension or len(std) != dimension or min(std) < _SMALLEST_STD:
         raise take.wrong(
             "statistics",
             f"{len(mean)} and {len(std)} values",
@@ -177,13 +213,6 @@ def _video_content(take: _Taker, values: dict) -> VideoContent:
         mean=np.array(mean, np.float32),
         std=np.array(std, np.float32),
     )
-
-
-def canonical_json(values: Any) -> bytes:
-    """One spelling of a JSON value: sorted keys, no spaces, ASCII."""
-    return json.dumps(
-        values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode("ascii")
 
 
 def file_sha256(path: str | Path) -> str:
@@ -214,10 +243,8 @@ def already_there(output: Path, values: dict[str, Any], *, digest: str) -> bool:
         return False
     files: dict[str, int | None] = {path.name: None for path in manifest.content.files()}
     for split in manifest.splits.values():
-        files.update(
-            {shard.path: shard.size for shard in split.shards}
-            | {shard.index_path: None for shard in split.shards}
-        )
+        for shard in split.shards:
+            files[shard.path], files[shard.index_path] = shard.size, None
     for name, size in files.items():
         path = output / name
         if not path.is_file() or (size is not None and path.stat().st_size != size):
@@ -243,8 +270,10 @@ class _Taker:
 
     def __call__(self, values: dict, key: str, kind: type, prefix: str = "") -> Any:
         value = values.get(key)
-        number = kind is float and isinstance(value, int)
-        if not (isinstance(value, kind) or number) or isinstance(value, bool):
+        number = kind in (int, float) and is_whole(value)
+        if kind is float and isinstance(value, float):
+            number = True
+        if not number and (kind in (int, float) or not isinstance(value, kind)):
             raise self.wrong(
                 prefix + key,
                 value,
@@ -263,52 +292,65 @@ class _Taker:
     def relative(self, values: dict, key: str, prefix: str) -> str:
         """A path that stays inside the dataset folder."""
         text = self(values, key, str, prefix)
-        path = PurePosixPath(text)
-        if (
-            path.is_absolute()
-            or ".." in path.parts
-            or not path.parts
-            or "\\" in text
-            or "\0" in text
-        ):
+        if not inside_folder(text):
             raise DataError(
-                f"{self.path}: {prefix}{key} is {text!r}: refused, a path must be relative and stay inside the dataset "
+                f"{self.path}: {prefix}{key} is {shown(text)}: refused, a path must be relative and stay inside the dataset "
                 f"folder; {_REMAKE}"
             )
         return text
 
     def wrong(self, field: str, value: Any, expected: str) -> DataError:
-        shown = repr(value)
-        return DataError(f"{self.path}: {field} is {shown[:80]}: expected {expected}; {_REMAKE}")
-
-
-def _split_info(take: _Taker, split: dict, name: str, facts: dict[str, type]) -> SplitInfo:
-    prefix = f"splits.{name}."
-    shards = []
-    for number, shard in enumerate(take(split, "shards", list, prefix)):
-        here = f"{prefix}shards[{number}]."
-        if not isinstance(shard, dict):
-            raise take.wrong(here.rstrip("."), shard, "an object")
-        shards.append(
-            ShardInfo(
-                path=take.relative(shard, "path", here),
-                num_samples=take(shard, "num_samples", int, here),
-                num_targets=take(shard, "num_targets", int, here),
-                size=take(shard, "size", int, here),
-                sha256=take(shard, "sha256", str, here),
-                index_path=take.relative(shard, "index_path", here),
-                index_sha256=take(shard, "index_sha256", str, here),
-            )
+        return DataError(
+            f"{self.path}: {shorten(field)} is {shown(value)}: expected {expected}; {_REMAKE}"
         )
+
+
+def _split_info(
+    take: _Taker,
+    split: dict,
+    name: str,
+    entries: list,
+    in_files: bool,
+    feed: Callable[[bytes], None],
+    facts: dict[str, type],
+) -> SplitInfo:
+    """entries: of its shards, or of the files that list them. feed: is given the canonical JSON of the list of shards."""
+    prefix = f"splits.{name}."
+    if in_files:
+        files = [_part_info(take, entry, f"{prefix}parts[{i}]") for i, entry in enumerate(entries)]
+        shards = ShardTable.of_files(take.path, files, feed=feed)
+    else:
+        try:
+            shards = ShardTable.of_manifest(
+                take.path, entries, where=f"{shorten(prefix)}shards", feed=feed
+            )
+        except ValueError as error:
+            raise DataError(f"{take.path}: {error}; {_REMAKE}") from None
     num_samples = take(split, "num_samples", int, prefix)
-    if num_samples != sum(s.num_samples for s in shards) or num_samples == 0:
+    found = sum(shards.num_samples.tolist())
+    if num_samples != found or num_samples == 0:
         raise DataError(
-            f"{take.path}: split {name} has {num_samples} samples and its {len(shards)} shards "
-            f"{sum(s.num_samples for s in shards)}: must be equal and above 0 (empty split?); {_REMAKE}"
+            f"{take.path}: split {shorten(name)} has {num_samples} samples and its {len(shards)} shards "
+            f"{found}: must be equal and above 0 (empty split?); {_REMAKE}"
         )
     return SplitInfo(
-        shards=tuple(shards),
+        shards=shards,
         num_samples=num_samples,
         num_targets=take(split, "num_targets", int, prefix),
         facts={key: take(split, key, kind, prefix) for key, kind in facts.items()},
+    )
+
+
+def _part_info(take: _Taker, entry: Any, where: str) -> PartInfo:
+    if not isinstance(entry, dict):
+        raise take.wrong(where, entry, "an object")
+    prefix = f"{where}."
+    numbers = {
+        key: take(entry, key, int, prefix)
+        for key in ("num_shards", "num_samples", "num_targets", "size")
+    }
+    return PartInfo(
+        path=take.relative(entry, "path", prefix),
+        sha256=take(entry, "sha256", str, prefix),
+        **numbers,
     )

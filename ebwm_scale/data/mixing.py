@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError
-from .manifest import canonical_json
+from .manifest import Manifest, canonical_json
 from .order import SampleOrder, permutation
-from .shards import SampleError, ShardedSplit
+from .shards import INDEX_BYTES, SampleError, ShardedSplit, open_split
 
 MIX_LENGTH = 1024
 _KEY = 0x6562776D5F6D6978
@@ -100,6 +100,7 @@ class MixedSplit:
         self.counts = shares(weights)
         self.manifest, self.split = first, parts[0].split
         self._ends = np.cumsum([len(part) for part in parts])
+        self.keep(window_shards=1)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -123,6 +124,11 @@ class MixedSplit:
         except SampleError as error:
             error.sample_id = sample_id
             raise
+
+    def keep(self, *, window_shards: int) -> None:
+        """As ShardedSplit.keep; the parts share one budget."""
+        for part in self.parts:
+            part.keep(window_shards=window_shards, index_budget=INDEX_BYTES // len(self.parts))
 
     def order(self, *, seed: int, window_shards: int) -> MixedOrder:
         orders = [
@@ -181,14 +187,12 @@ def shares(weights: Sequence[float]) -> list[int]:
 
 
 def open_sources(
-    sources: Sequence[tuple[str | Path, float]],
+    sources: Sequence[tuple[str | Path | Manifest, float]],
     split: str,
     *,
     verify: str,
     report: Callable[[str], None] = print,
 ) -> ShardedSplit | MixedSplit:
     """One split of one dataset, or of a mixture of (manifest, weight)."""
-    from .shards import open_split
-
     parts = [open_split(manifest, split, verify=verify, report=report) for manifest, _ in sources]
     return parts[0] if len(parts) == 1 else MixedSplit(parts, [weight for _, weight in sources])

@@ -10,28 +10,36 @@ line with the shard, the sample's key and byte offset, what is wrong and what to
 
 from __future__ import annotations
 
+import array
 import bisect
 import functools
-import hashlib
 import json
 import os
+import resource
+import stat
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ..errors import DataError
-from .content import CLIP_FIELD
+from .content import CLIP_FIELD, decode_sample
+from .index import ShardIndex, load_index
 from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes, load_manifest
 from .order import SampleOrder
-from .writer import INDEX_VERSION
 
 HASH_LIMIT_BYTES = 4 * 2**30  # above this, verify="hashes" checks sizes only
-_OPEN_SHARDS = 64  # file descriptors and indexes kept per process
+INDEX_BYTES = (
+    64 * 2**20
+)  # of indexes kept by each process, for a dataset or a mixture; at least a window's
+OPEN_FILES = 64  # kept by each process; for a window of more shards as many, up to a quarter of the system's limit
+_TRIED = 32  # files asked for one after the other, to see how long an answer takes
+_SLOW_ANSWER_S = 1e-4  # above this, as over a network, many are asked for at a time
 _REMAKE = "copy the dataset again, or make it again with tools/make_text_shards.py or tools/make_video_shards.py"
 
 
@@ -74,58 +82,22 @@ class ShardError(DataError):
         return ShardError, (self.path, self.reason)
 
 
-@dataclass(frozen=True)
-class Field:
-    """Where one field of every sample of a shard lies: int64 offsets and sizes in bytes, uint32 checksums, each (samples,)."""
-
-    offsets: np.ndarray
-    sizes: np.ndarray
-    crc32: np.ndarray
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """The checked content of an index file."""
-
-    keys: list[str]
-    fields: dict[str, Field]
-    num_targets: list[int]
-
-    @functools.cached_property
-    def spans(self) -> list[tuple[int, int]]:
-        """(first byte, end) of each sample: of all its fields together."""
-        first = np.min([field.offsets for field in self.fields.values()], axis=0)
-        end = np.max([field.offsets + field.sizes for field in self.fields.values()], axis=0)
-        return list(zip(first.tolist(), end.tolist()))
-
-    @functools.cached_property
-    def places(self) -> list[tuple[tuple[str, int, int, int], ...]]:
-        """((field, offset, size, crc32), ...) of each sample, as plain numbers: taking them out of arrays cost more than reading the file."""
-        columns = [
-            list(
-                zip(
-                    [name] * len(self.keys),
-                    field.offsets.tolist(),
-                    field.sizes.tolist(),
-                    field.crc32.tolist(),
-                )
-            )
-            for name, field in self.fields.items()
-        ]
-        return list(zip(*columns))
-
-
 class ShardedSplit:
     """The samples 0 .. len - 1 of one split, in the manifest's order. Safe to fork and to pickle: files open on first use."""
 
     def __init__(self, manifest: Manifest, split: str):
         self.manifest, self.split = manifest, split
         self.info: SplitInfo = manifest.splits[split]
-        self.samples_per_shard = [shard.num_samples for shard in self.info.shards]
-        self._ends: list[int] = np.cumsum(self.samples_per_shard).tolist()
-        self._open: OrderedDict[int, tuple[int, ShardIndex]] = (
-            OrderedDict()
-        )  # the oldest is closed when there are too many
+        self.index_budget, self.window_shards = INDEX_BYTES, 1
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()  # least recently used first
+        self._files: OrderedDict[int, int] = OrderedDict()  # descriptors, in the same way
+        self._index_bytes = 0
+        self._ends = _cumulative(self.samples_per_shard)
+
+    @property
+    def samples_per_shard(self) -> np.ndarray:
+        """int64 (shards,), in the manifest's order."""
+        return self.info.shards.num_samples
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -153,21 +125,23 @@ class ShardedSplit:
         if not 0 <= sample_id < self._ends[-1]:
             raise IndexError(f"sample {sample_id} of a split with {len(self)}")
         shard = bisect.bisect_right(self._ends, sample_id)
-        return shard, sample_id - self._ends[shard] + self.samples_per_shard[shard]
+        return shard, sample_id - (self._ends[shard - 1] if shard else 0)
 
     def read(self, sample_id: int) -> np.ndarray:
         """The states of a sample (block_length, ...) as stored; SampleError if it is damaged, ShardError if its whole shard is out of reach."""
         fields = self.read_fields(sample_id)
         try:
-            return self.manifest.content.decode(fields, self.manifest.block_length)
+            return decode_sample(self.manifest.content, fields, self.manifest.block_length)
         except ValueError as error:
             raise self._error(sample_id, str(error)) from None
 
     def read_fields(self, sample_id: int) -> dict[str, bytes]:
         """The checked bytes of each field of a sample. Raises like read."""
         number, row = self.locate(sample_id)
-        descriptor, index = self._open.get(number) or self._shard(number)
-        first, end = index.spans[row]
+        index, descriptor = self._index(number), self._file(number)
+        places = index.places[row].tolist()
+        first = min(place[0] for place in places)
+        end = max(place[0] + place[1] for place in places)
         try:
             content = os.pread(
                 descriptor, end - first, first
@@ -177,7 +151,7 @@ class ShardedSplit:
                 sample_id, f"cannot be read: {error.strerror}; check the disk"
             ) from None
         fields = {}
-        for name, offset, size, crc32 in index.places[row]:
+        for name, (offset, size, crc32) in zip(index.names, places):
             part = (
                 content if size == end - first else content[offset - first : offset - first + size]
             )
@@ -195,12 +169,9 @@ class ShardedSplit:
         self, sample_id: int, reason: str, place: tuple[str, int, int] | None = None
     ) -> SampleError:
         number, row = self.locate(sample_id)
-        index = self._open[number][1]
-        name, offset, size = place or (
-            "",
-            index.spans[row][0],
-            index.spans[row][1] - index.spans[row][0],
-        )
+        index = self._index(number)
+        first, end = index.spans[row].tolist()
+        name, offset, size = place or ("", first, end - first)
         return SampleError(
             self.manifest.folder / self.info.shards[number].path,
             index.keys[row],
@@ -218,6 +189,12 @@ class ShardedSplit:
         except (KeyError, ValueError) as error:
             raise self._error(sample_id, f"no readable {CLIP_FIELD} ({error})") from None
 
+    def keep(self, *, window_shards: int, index_budget: int | None = None) -> None:
+        """How much stays open: the indexes of at least so many shards, and as many more as the budget in bytes holds."""
+        self.window_shards = window_shards
+        if index_budget is not None:
+            self.index_budget = index_budget
+
     def order(self, *, seed: int, window_shards: int) -> SampleOrder:
         """The order in which training takes the samples."""
         return SampleOrder(self.samples_per_shard, seed=seed, window_shards=window_shards)
@@ -232,43 +209,82 @@ class ShardedSplit:
 
     def close(self) -> None:
         """Close the files; they open again when needed."""
-        while self._open:
-            os.close(self._open.popitem()[1][0])
+        while self._files:
+            os.close(self._files.popitem()[1])
+        self._indexes.clear()
+        self._index_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        nothing = {"_files": OrderedDict(), "_indexes": OrderedDict(), "_index_bytes": 0}
+        return {**self.__dict__, **nothing, "_ends": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ends = _cumulative(self.samples_per_shard)
 
     def __del__(self) -> None:
-        if hasattr(self, "_open"):
+        if hasattr(self, "_files"):
             self.close()
 
-    def _shard(self, number: int) -> tuple[int, ShardIndex]:
-        shard = self.info.shards[number]
+    def _index(self, number: int) -> ShardIndex:
+        """The index of a shard, read if it is not kept."""
+        index = self._indexes.get(number)
+        if index is not None:
+            self._indexes.move_to_end(number)
+            return index
+        shard = self._shard(number)
         path = self.manifest.folder / shard.path
         try:
             index = load_index(self.manifest, shard)
-            missing = set(self.manifest.content.fields(self.manifest.block_length)) - set(
-                index.fields
-            )
-            if missing:
-                raise DataError(
-                    f"{path}: its samples have no {', '.join(sorted(missing))}; {_REMAKE}"
-                )
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except DataError as error:
             raise ShardError(path, str(error)) from None
+        expected = self.manifest.content.fields(self.manifest.block_length)
+        missing = sorted(set(expected) - set(index.names))
+        if missing:
+            raise ShardError(path, f"{path}: its samples have no {', '.join(missing)}; {_REMAKE}")
+        self._indexes[number] = index
+        self._index_bytes += index.num_bytes
+        while self._index_bytes > self.index_budget and len(self._indexes) > self.window_shards:
+            self._index_bytes -= self._indexes.popitem(last=False)[1].num_bytes
+        return index
+
+    def _file(self, number: int) -> int:
+        """A descriptor of a shard, opened if it is not kept."""
+        descriptor = self._files.get(number)
+        if descriptor is not None:
+            self._files.move_to_end(number)
+            return descriptor
+        path = self.manifest.folder / self._shard(number).path
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ShardError(
                 path, f"{path}: cannot open the shard: {error.strerror}; {_REMAKE}"
             ) from None
-        self._open[number] = (descriptor, index)
-        if len(self._open) > _OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1][0])
-        return descriptor, index
+        self._files[number] = descriptor
+        if len(self._files) > max(OPEN_FILES, min(self.window_shards, _file_limit() // 4)):
+            os.close(self._files.popitem(last=False)[1])
+        return descriptor
+
+    def _shard(self, number: int) -> ShardInfo:
+        try:
+            return self.info.shards[number]
+        except DataError as error:  # a part of the manifest is gone
+            raise ShardError(self.manifest.path, str(error)) from None
+
+
+def _cumulative(counts: np.ndarray) -> array.array:
+    """Sums of the counts so far, as 8 bytes each; bisect is twice as fast on this as numpy is on its own arrays."""
+    return array.array("q", np.cumsum(counts, dtype=np.int64).tobytes())
+
+
+@functools.cache
+def _file_limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def open_split(
-    manifest_path: str | Path,
+    manifest: str | Path | Manifest,
     split: str,
     *,
     verify: Literal["sizes", "hashes"],
@@ -276,15 +292,16 @@ def open_split(
 ) -> ShardedSplit:
     """Open a split after checking its files: their sizes, or also their hashes (unless above 4 GiB; then says so).
 
+    manifest: its path, or what load_manifest gave for it.
     Raises DataError for a manifest, an index or a shard that is missing, truncated, damaged or does not fit the others.
     """
-    manifest = load_manifest(manifest_path)
+    if not isinstance(manifest, Manifest):
+        manifest = load_manifest(manifest)
     if split not in manifest.splits:
         raise DataError(
             f"{manifest.path}: has no split {split!r}; it has {', '.join(sorted(manifest.splits)) or 'none'}"
         )
-    shards = manifest.splits[split].shards
-    total = sum(shard.size for shard in shards)
+    total = manifest.splits[split].shards.size
     if verify == "hashes" and total > HASH_LIMIT_BYTES:
         report(
             f"{manifest.path}: {split}: {total / 2**30:.1f} GiB is above {HASH_LIMIT_BYTES / 2**30:.0f} GiB: checking sizes only; "
@@ -300,23 +317,18 @@ def open_split(
 
 def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]:
     """One line for each file of a split that is missing, or has another size or (hashes=True) another hash than the manifest says."""
-    problems, sound = [], []
-    for shard in manifest.splits[split].shards:
-        path = manifest.folder / shard.path
-        if not path.is_file():
-            problems.append(f"{path}: the shard is missing; {_REMAKE}")
-        elif not (manifest.folder / shard.index_path).is_file():
-            problems.append(
-                f"{manifest.folder / shard.index_path}: the index of shard {shard.path} is missing; {_REMAKE}"
-            )
-        elif path.stat().st_size != shard.size:
-            size = path.stat().st_size
-            problems.append(
-                f"{path}: the shard has {size} bytes, the manifest says {shard.size}: "
-                f"{'truncated' if size < shard.size else 'too long'}{_first_damage(manifest, shard)}; {_REMAKE}"
-            )
-        else:
-            sound.append(shard)
+    problems, sound, table = [], [], manifest.splits[split].shards
+    for first, paths, expected in table.listing():
+        sizes = _sizes([f"{manifest.folder}/{path}" for path in paths])
+        if sizes[::2] == expected and None not in sizes and not hashes:
+            continue
+        for row, (size, index_size) in enumerate(zip(sizes[::2], sizes[1::2])):
+            shard = table[first + row]
+            problem = _file_problem(manifest, shard, size, index_size)
+            if problem is not None:
+                problems.append(problem)
+            elif hashes:
+                sound.append(shard)
     if hashes:
         for shard, found in zip(
             sound, file_hashes([manifest.folder / shard.path for shard in sound])
@@ -334,6 +346,49 @@ def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]
     return problems
 
 
+def _file_problem(
+    manifest: Manifest, shard: ShardInfo, size: int | None, index_size: int | None
+) -> str | None:
+    """What is wrong with the files of a shard as their sizes show it; None for a size: there is no such file."""
+    path = manifest.folder / shard.path
+    if size is None:
+        return f"{path}: the shard is missing; {_REMAKE}"
+    if index_size is None:
+        return f"{manifest.folder / shard.index_path}: the index of shard {shard.path} is missing; {_REMAKE}"
+    if size != shard.size:
+        what = "truncated" if size < shard.size else "too long"
+        return (
+            f"{path}: the shard has {size} bytes, the manifest says {shard.size}: "
+            f"{what}{_first_damage(manifest, shard)}; {_REMAKE}"
+        )
+    return None
+
+
+def _sizes(paths: list[str]) -> list[int | None]:
+    """Bytes of each file, None where there is none; in threads where the file system takes its time to answer."""
+    start = time.perf_counter()
+    sizes = _sizes_of(paths[:_TRIED])
+    waited_s = (time.perf_counter() - start) / _TRIED
+    rest = paths[_TRIED:]
+    if waited_s < _SLOW_ANSWER_S or not rest:
+        return sizes + _sizes_of(rest)
+    pieces = [rest[first : first + _TRIED] for first in range(0, len(rest), _TRIED)]
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return [*sizes, *(size for piece in pool.map(_sizes_of, pieces) for size in piece)]
+
+
+def _sizes_of(paths: list[str]) -> list[int | None]:
+    sizes: list[int | None] = []
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            sizes.append(None)
+        else:
+            sizes.append(status.st_size if stat.S_ISREG(status.st_mode) else None)
+    return sizes
+
+
 def sample_problems(manifest: Manifest, shard: ShardInfo) -> list[str]:
     """One line for each sample of a shard that is cut off or has another checksum than its index says; DataError for the index."""
     index, problems = load_index(manifest, shard), []
@@ -349,71 +404,6 @@ def sample_problems(manifest: Manifest, shard: ShardInfo) -> list[str]:
                         f"{manifest.folder / shard.path}: sample {key} ({name}, offset {offset}, {size} bytes): {what}"
                     )
     return problems
-
-
-def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
-    """Read an index and check it against the manifest; DataError if it is missing, damaged or of another shard."""
-    path = manifest.folder / shard.index_path
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot read the index of shard {shard.path}: {error.strerror}; {_REMAKE}"
-        ) from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != shard.index_sha256:
-        raise DataError(
-            f"{path}: sha256 of the index is {found[:12]}..., the manifest says {shard.index_sha256[:12]}...: damaged or of "
-            f"another shard; {_REMAKE}"
-        )
-    try:
-        values = json.loads(content)
-        version, name = values["index_version"], values["shard"]
-        index = ShardIndex(
-            keys=[str(key) for key in values["keys"]],
-            num_targets=values["num_targets"],
-            fields={
-                field: Field(
-                    np.array(c["offsets"], dtype=np.int64),
-                    np.array(c["sizes"], dtype=np.int64),
-                    np.array(c["crc32"], dtype=np.uint32),
-                )
-                for field, c in values["fields"].items()
-            },
-        )
-        lengths = {
-            len(index.num_targets),
-            *(
-                len(column)
-                for f in index.fields.values()
-                for column in (f.offsets, f.sizes, f.crc32)
-            ),
-        }
-        inside = all(
-            (f.offsets >= 0).all()
-            and (f.sizes >= 0).all()
-            and (f.offsets + f.sizes <= shard.size).all()
-            for f in index.fields.values()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DataError(
-            f"{path}: not an index ({type(error).__name__}: {error}); {_REMAKE}"
-        ) from None
-    if version != INDEX_VERSION:
-        raise DataError(
-            f"{path}: index_version is {version!r}: this release reads {INDEX_VERSION}; {_REMAKE}"
-        )
-    if (
-        name != Path(shard.path).name
-        or lengths | {len(index.keys)} != {shard.num_samples}
-        or not inside
-        or not index.fields
-    ):
-        raise DataError(
-            f"{path}: does not fit shard {shard.path}: it describes {name} with {len(index.keys)} samples, the manifest says "
-            f"{shard.num_samples} samples in {shard.size} bytes; {_REMAKE}"
-        )
-    return index
 
 
 def _first_damage(manifest: Manifest, shard: ShardInfo) -> str:

@@ -2,7 +2,7 @@
 
 What holds: within a pass over the list every shard is read once, by one rank, in an order permuted per pass by the seed; damaged samples are
 never given out by half, and what is lost with a damaged shard is written to quarantine.jsonl. A resumed run goes on with shards that
-nobody had begun.
+nobody had begun. Samples are held against the checksums of the shard's index, where there is one (stream_checks.py).
 What does not hold: the batches depend on the number of processes; what was left of the shards in progress at a stop is skipped until
 the next pass; a damaged sample has no fixed replacement.
 """
@@ -12,19 +12,22 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from ..errors import ConfigError, DataError
+from ..redaction import redacted
+from ..strict_json import shorten
 from . import tar
+from .content import decode_sample
 from .loader import Batch, check_context, to_tensor
 from .manifest import Manifest
 from .order import permutation
 from .quarantine import BadSample
+from .stream_checks import Checksums, StreamIndexes, no_report
 
 _KEY = 0x6562776D5F737472
 _SHUFFLE = 1
@@ -36,8 +39,8 @@ class StreamLoader:
     """An endless iterator over this rank's micro batches, with BatchLoader's interface.
 
     shards: URLs, `pipe:COMMAND` (run by a shell: they are the user's own), paths; {000..127} stands for a range.  manifest: what the samples
-    are.  buffer: samples shuffled together.  first_shard: where in the order of shards to start.  Raises ConfigError for fewer shards than
-    ranks, DataError from next() when shard after shard is unreadable.
+    are.  buffer: samples shuffled together.  first_shard: where in the order of shards to start.  report: is told, once, of shards
+    without checksums.  Raises ConfigError for fewer shards than ranks, DataError from next() when shard after shard is unreadable.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class StreamLoader:
         buffer: int,
         first_step: int = 0,
         first_shard: int = 0,
+        report: Callable[[str], None] = no_report,
     ):
         self.shards = [url for pattern in shards for url in expand(pattern)]
         if len(self.shards) < world_size:
@@ -62,6 +66,7 @@ class StreamLoader:
                 "or use fewer processes"
             )
         check_context(manifest, context_length)
+        self._indexes = StreamIndexes(self.shards, manifest, report)
         self.manifest, self.context_length, self.buffer, self.seed = (
             manifest,
             context_length,
@@ -78,6 +83,7 @@ class StreamLoader:
             first_shard  # no rank has begun this one, nor any after it, as far as this rank knows
         )
         self.found: list[BadSample] = []
+        self._last_reason = "it holds none"
         self._samples = self._shuffled()
 
     def __iter__(self) -> StreamLoader:
@@ -134,57 +140,65 @@ class StreamLoader:
             empty = 0 if count else empty + 1
             if empty == MAX_EMPTY_SHARDS:
                 raise DataError(
-                    f"{self.shards[number]}: the {empty}th shard in a row without a whole sample ({self.found[-1].reason}); check the network and the shards"
+                    f"{redacted(self.shards[number])}: the {empty}th shard in a row without a whole sample ({self._last_reason}); check the network and the shards"
                 )
             position += self.world_size
 
     def _of_shard(self, number: int) -> Iterator[tuple[int, np.ndarray]]:
         """(sample id, sequence) of each whole sample; what is damaged goes on the list."""
-        url, row = self.shards[number], 0
-        content, names = (
-            self.manifest.content,
-            set(self.manifest.content.fields(self.manifest.block_length)),
-        )
+        url, row, content = self.shards[number], 0, self.manifest.content
+        names = set(content.fields(self.manifest.block_length))
         try:
+            checksums = self._indexes.of(url)
             with open_shard(url) as stream:
-                for key, fields in tar.samples(stream, url):
+                for key, fields in tar.samples(stream, redacted(url)):
                     sample_id = (number << 32) + row
                     row += 1
-                    offset = min(member.offset for member in fields.values())
-                    missing = names - fields.keys()
                     try:
-                        if missing:
-                            raise ValueError(f"has no {', '.join(sorted(missing))}")
-                        sequence = content.decode(
-                            {name: fields[name].content for name in names},
-                            self.manifest.block_length,
-                        )
-                        if (problem := content.problem(sequence)) is not None:
-                            raise ValueError(problem)
+                        sequence = self._checked(key, fields, names, checksums)
                     except ValueError as error:
+                        offset = min(member.offset for member in fields.values())
                         self._bad(url, sample_id, key, offset, str(error))
                         continue
                     yield sample_id, sequence[: self.context_length + 1]
-        except (DataError, OSError, EOFError, zlib.error) as error:
-            self._bad(
-                url,
-                (number << 32) + row,
-                None,
-                None,
-                " ".join(str(error).split()) or type(error).__name__,
-            )
+        except ImportError as error:  # the same for every shard
+            raise DataError(f"{redacted(url)}: {_line(error)}; install it with pip") from None
+        except Exception as error:  # a file system of fsspec raises whatever its client does
+            reason = str(error) if isinstance(error, DataError) else _line(error)
+            self._bad(url, (number << 32) + row, None, None, reason)
+
+    def _checked(
+        self,
+        key: str,
+        fields: dict[str, tar.Member],
+        names: set[str],
+        checksums: Checksums | None,
+    ) -> np.ndarray:
+        """The sequence of a sample; ValueError says what is wrong with it."""
+        if missing := names - fields.keys():
+            raise ValueError(f"has no {', '.join(sorted(missing))}")
+        if checksums is not None:
+            checksums.check(key, fields)
+        contents = {name: fields[name].content for name in names}
+        content = self.manifest.content
+        sequence = decode_sample(content, contents, self.manifest.block_length)
+        problem = content.problem(sequence)
+        if problem is not None:
+            raise ValueError(problem)
+        return sequence
 
     def _bad(
         self, url: str, sample_id: int, key: str | None, offset: int | None, reason: str
     ) -> None:
+        self._last_reason = redacted(reason)
         self.found.append(
             BadSample(
                 split="train",
                 sample_id=sample_id,
-                shard=url,
+                shard=redacted(url),
                 key=key,
                 offset=offset,
-                reason=reason,
+                reason=self._last_reason,
                 replaced_by=-1,
             )
         )
@@ -225,7 +239,7 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
             -13,
             141,
         ):  # closing before its end gives SIGPIPE: the archive's end mark had been read
-            raise DataError(f"{url}: the command ended with exit code {code}")
+            raise DataError(f"{redacted(url)}: the command ended with exit code {code}")
         if problem is not None:
             raise problem
         return
@@ -233,3 +247,8 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
 
     with fsspec.open(url, "rb") as stream:
         yield stream
+
+
+def _line(error: Exception) -> str:
+    """What a library says of its failure, on one line."""
+    return shorten(f"{type(error).__name__}: {error}")

@@ -2,7 +2,8 @@
 
 Python's tarfile, and what is built on it, ends quietly when an archive is cut between members or a header is damaged; a reader of
 training data must not. Headers are parsed by tarfile; this file only refuses what it would let pass: cuts, missing end marks, links and
-devices, absolute paths and `..`, repeated names, sizes beyond the archive or beyond any sensible sample.
+devices, absolute paths and `..`, repeated names, sizes beyond the archive or beyond any sensible sample. Time and memory are
+proportional to the bytes read, and no more than one sample is held.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from ..errors import DataError
+from ..strict_json import shorten, shown
 
 BLOCK = 512
-MAX_MEMBER_BYTES = 2**30
+MAX_MEMBER_BYTES = 2**30  # of a member, and of all members of a sample together
+MAX_EXTENDED_BYTES = 2**20  # of a header that holds a long name or other attributes
+_READ_BYTES = 2**20
 _EXTENDED = {tarfile.XHDTYPE: "pax", tarfile.GNUTYPE_LONGNAME: "gnu", tarfile.XGLTYPE: "global"}
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
@@ -48,13 +52,18 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError) as error:
-            raise DataError(f"{name}: offset {at}: no tar header ({error}): damaged") from None
-        size = info.size if long_size is None else long_size
-        if not 0 <= size <= MAX_MEMBER_BYTES:
             raise DataError(
-                f"{name}: offset {at}: member {info.name!r} claims {size} bytes; a member has at most {MAX_MEMBER_BYTES}"
+                f"{name}: offset {at}: no tar header ({shorten(str(error))}): damaged"
+            ) from None
+        extended = info.type in _EXTENDED
+        size = info.size if extended or long_size is None else long_size
+        allowed = MAX_EXTENDED_BYTES if extended else MAX_MEMBER_BYTES
+        if not 0 <= size <= allowed:
+            what = "an extended header" if extended else "a member"
+            raise DataError(
+                f"{name}: offset {at}: member {shown(info.name)} claims {size} bytes; {what} has at most {allowed}"
             )
-        if info.type in _EXTENDED:
+        if extended:
             content = _content(stream, size, name, offset, info.name)
             offset += _padded(size)
             if info.type == tarfile.GNUTYPE_LONGNAME:
@@ -62,24 +71,28 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
             elif info.type == tarfile.XHDTYPE:
                 records = _pax_records(content, name, at)
                 long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if "size" in records else None
+                long_size = _number(records["size"]) if "size" in records else None
             continue
         path, long_name, long_size = long_name or info.name, None, None
         if info.type == tarfile.DIRTYPE:
             continue
         if info.type not in _REGULAR:
             raise DataError(
-                f"{name}: offset {at}: member {path!r} is a link or a device: refused; a shard holds regular files only"
+                f"{name}: offset {at}: member {shown(path)} is a link or a device: refused; a shard holds regular files only"
             )
         inside = PurePosixPath(path)
         if inside.is_absolute() or ".." in inside.parts or "\\" in path or "\0" in path:
             raise DataError(
-                f"{name}: offset {at}: member {path!r} leads out of the archive: refused"
+                f"{name}: offset {at}: member {shown(path)} leads out of the archive: refused"
+            )
+        if not path.isprintable() and any(ord(c) < 32 or ord(c) == 127 for c in path):
+            raise DataError(
+                f"{name}: offset {at}: member {shown(path)} has control characters: refused"
             )
         path = inside.as_posix()
         if path in seen:
             raise DataError(
-                f"{name}: offset {at}: member {path!r} is there twice: which one is meant cannot be said"
+                f"{name}: offset {at}: member {shown(path)} is there twice: which one is meant cannot be said"
             )
         seen.add(path)
         folder, _, file = path.rpartition("/")
@@ -99,15 +112,20 @@ def samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, dict[str, Member
     A sample is handed out when the next one begins or the archive ends as it should; so one that a cut leaves incomplete never is.
     Raises DataError like walk, and for a key whose members do not stand together.
     """
-    key, fields, finished = None, {}, set()
+    key, fields, finished, held = None, {}, set(), 0
     for member in walk(stream, name):
+        held = len(member.content) + (held if member.key == key else 0)
+        if held > MAX_MEMBER_BYTES:
+            raise DataError(
+                f"{name}: offset {member.offset}: sample {shown(member.key)} has more than {MAX_MEMBER_BYTES} bytes: refused"
+            )
         if member.key != key:
             if key is not None:
                 finished.add(key)
                 yield key, fields
             if member.key in finished:
                 raise DataError(
-                    f"{name}: offset {member.offset}: sample {member.key} appears a second time"
+                    f"{name}: offset {member.offset}: sample {shown(member.key)} appears a second time"
                 )
             key, fields = member.key, {}
         fields[member.field] = member
@@ -116,20 +134,22 @@ def samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, dict[str, Member
 
 
 def _take(stream: BinaryIO, size: int, name: str, offset: int, what: str) -> bytes:
-    content = stream.read(size)
-    while len(content) < size:  # pipes and sockets hand out what they have
-        more = stream.read(size - len(content))
-        if not more:
+    """Exactly `size` bytes; pipes and sockets hand out what they have."""
+    pieces, got = [], 0
+    while got < size:
+        piece = stream.read(min(size - got, _READ_BYTES))
+        if not piece:
             raise DataError(
-                f"{name}: offset {offset}: the archive ends where {what} should be ({len(content)} of {size} bytes): cut off"
+                f"{name}: offset {offset}: the archive ends where {what} should be ({got} of {size} bytes): cut off"
             )
-        content += more
-    return content
+        pieces.append(piece)
+        got += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _content(stream: BinaryIO, size: int, name: str, offset: int, path: str) -> bytes:
-    content = _take(stream, size, name, offset, f"the content of {path!r}")
-    _take(stream, _padded(size) - size, name, offset + size, f"the padding of {path!r}")
+    content = _take(stream, size, name, offset, f"the content of {shown(path)}")
+    _take(stream, _padded(size) - size, name, offset + size, f"the padding of {shown(path)}")
     return content
 
 
@@ -138,17 +158,30 @@ def _padded(size: int) -> int:
 
 
 def _pax_records(content: bytes, name: str, offset: int) -> dict[str, str]:
-    records, rest = {}, content
+    """The records `LENGTH KEY=VALUE\\n` of an extended header."""
+    records, at = {}, 0
     try:
-        while rest:
-            length, _, _ = rest.partition(b" ")
-            record, rest = rest[len(length) + 1 : int(length) - 1], rest[int(length) :]
-            key, _, value = record.partition(b"=")
-            records[key.decode()] = value.decode("utf-8", "surrogateescape")
-            if int(length) < 5:
-                raise ValueError(f"a record of {int(length)} bytes")
-        if "size" in records and int(records["size"]) < 0:
-            raise ValueError("a negative size")
+        while at < len(content):
+            space = content.index(b" ", at, at + 20)
+            end = at + _number(content[at:space].decode("ascii"))
+            if not space < end <= len(content) or content[end - 1 : end] != b"\n":
+                raise ValueError(f"a record at byte {at} that does not end in it")
+            key, equals, value = content[space + 1 : end - 1].partition(b"=")
+            if not key or not equals:
+                raise ValueError(f"a record at byte {at} without a key")
+            if key.startswith(b"GNU.sparse"):
+                raise ValueError("a file with holes, whose content is not its own")
+            records[key.decode("utf-8")] = value.decode("utf-8", "surrogateescape")
+            at = end
+        _number(records.get("size", "0"))
     except ValueError as error:
-        raise DataError(f"{name}: offset {offset}: damaged extended header ({error})") from None
+        reason = shorten(str(error))
+        raise DataError(f"{name}: offset {offset}: damaged extended header ({reason})") from None
     return records
+
+
+def _number(text: str) -> int:
+    """Decimal digits and nothing else, which int() alone would let pass."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 20):
+        raise ValueError(f"{shown(text)} is no number")
+    return int(text)

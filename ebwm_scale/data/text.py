@@ -36,8 +36,10 @@ _OURS = (
     "tokenizer.model",
     "train-*.tar",
     "train-*.index.json",
+    "train-*.shards.json",
     "validation-*.tar",
     "validation-*.index.json",
+    "validation-*.shards.json",
 )
 _BATCH_BYTES = 4 * 2**20  # text tokenised at a time
 

@@ -36,8 +36,10 @@ _OURS = (
     "encoder.safetensors",
     "train-*.tar",
     "train-*.index.json",
+    "train-*.shards.json",
     "validation-*.tar",
     "validation-*.index.json",
+    "validation-*.shards.json",
 )
 BATCH = 512  # frames in memory as pixels
 MAX_FITTED_FRAMES = 50_000  # training frames that an encoder is fitted to, and statistics are taken of, evenly over the videos

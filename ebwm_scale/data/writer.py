@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -22,9 +23,9 @@ import numpy as np
 
 from ..errors import DataError
 from . import tar
-from .manifest import MANIFEST_NAME, canonical_json, file_sha256
-
-INDEX_VERSION = 2
+from .index import INDEX_VERSION
+from .manifest import MANIFEST_NAME, file_sha256
+from .shard_table import MAX_INLINE, SHARDS_PER_PART, canonical_json
 
 
 class ShardWriter:
@@ -174,11 +175,41 @@ def refuse_foreign_files(output: Path, *, ours: tuple[str, ...]) -> None:
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
-    """The last file of a dataset folder."""
+    """The last file of a dataset folder; of a split with very many shards, their list goes into files beside it.
+
+    The fingerprint is the same wherever the lists stand (shard_table.py).
+    """
+    splits = {}
+    for name, split in values["splits"].items():
+        splits[name] = split
+        if len(split["shards"]) > MAX_INLINE:
+            splits[name] = {key: value for key, value in split.items() if key != "shards"}
+            splits[name]["parts"] = _write_parts(folder, name, split["shards"])
+    text = json.dumps({**values, "splits": splits}, indent=1, sort_keys=True, allow_nan=False)
     with (folder / MANIFEST_NAME).open("wb") as file:
-        file.write(
-            (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")
+        file.write((text + "\n").encode("utf-8"))
+
+
+def _write_parts(folder: Path, split: str, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The manifest's entries of the files that list these shards."""
+    parts = []
+    for number, first in enumerate(range(0, len(shards), SHARDS_PER_PART)):
+        entries = shards[first : first + SHARDS_PER_PART]
+        path, content = folder / f"{split}-{number:06d}.shards.json", canonical_json(entries)
+        path.write_bytes(content)
+        sums = {
+            key: sum(entry[key] for entry in entries)
+            for key in ("num_samples", "num_targets", "size")
+        }
+        parts.append(
+            {
+                "path": path.name,
+                "sha256": hashlib.sha256(content).hexdigest(),
+                "num_shards": len(entries),
+                **sums,
+            }
         )
+    return parts
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -4,7 +4,7 @@
         state-00000-of-00002.safetensors    a rank's pieces of weights and optimizer state (pieces.py)
         replay_rank_0.pt                replay buffer, where there is one
         config.yaml, trainer.json       resolved configuration; step, data position, metrics, world size, code version
-        manifest.json                   size and sha256 of each of these files
+        manifest.json                   size and sha256 of each of these files, and its own (checkpoint_files.py)
     checkpoints/latest                  the name of the newest one, for people and tools; a resume looks at the folders
     checkpoints/best                    the same for the lowest validation loss
 
@@ -24,10 +24,12 @@ import torch
 from ..config import Config, config_from_dict
 from ..data.manifest import file_sha256
 from ..errors import CheckpointError
+from ..redaction import redacted
+from ..strict_json import is_whole, parse, shorten, shown
 from ..tensor_files import TensorFile
-from .pieces import EngineState
+from .checkpoint_files import VERSION, check_files
+from .pieces import KINDS, EngineState
 
-VERSION = 2
 NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -57,31 +59,31 @@ def published(root: Path) -> list[Path]:
 
 
 def verify(folder: Path) -> Saved:
-    """The checkpoint in `folder` after checking every size and hash; CheckpointError names the first file that is wrong."""
+    """The checkpoint in `folder` after checking that its files are exactly those that were saved.
+
+    Raises CheckpointError naming the first file that is wrong, whatever is wrong with it.
+    """
+    check_files(folder)
+    SavedState(folder)  # its headers must describe the same parameters; nothing of them is read yet
+    return Saved(folder, _trainer_values(folder / "trainer.json"))
+
+
+def _trainer_values(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        entries = manifest["files"].items()
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder}: no manifest.json, so this is no complete checkpoint"
-        ) from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/manifest.json is damaged: {error}") from None
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{folder}: checkpoint format {manifest.get('version')!r}; this release reads {VERSION}"
-        )
-    for name, entry in entries:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if path.stat().st_size != entry["size"]:
+        values = json.loads(path.read_text(encoding="utf-8"))  # a loss in it may be NaN
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {shorten(str(error))}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged: it holds {shown(values)}")
+    for key, lowest in (("step", 0), ("world_size", 1)):
+        value = values.get(key)
+        if not is_whole(value) or value < lowest:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: truncated"
+                f"{path} is damaged: {key} is {shown(value)}, expected a whole number from {lowest}"
             )
-        if file_sha256(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} does not match its hash: damaged")
-    return Saved(folder, json.loads((folder / "trainer.json").read_text(encoding="utf-8")))
+    if type(values.get("updates")) not in (int, float):
+        raise CheckpointError(f"{path} is damaged: updates is {shown(values.get('updates'))}")
+    return values
 
 
 def find_latest(root: Path, warn: Callable[[str], None], *, strict: bool = False) -> Saved | None:
@@ -118,8 +120,14 @@ class SavedState:
             raise CheckpointError(
                 f"{folder} holds no state-*.safetensors: it was written by another release; this one reads version {VERSION}"
             )
-        self.ranges = [json.loads(file.metadata["ranges"]) for file in self.files]
-        self.shapes: dict[str, list[int]] = json.loads(self.files[0].metadata["shapes"])
+        described = [_described(file) for file in self.files]
+        self.ranges = [ranges for ranges, _ in described]
+        self.shapes: dict[str, list[int]] = described[0][1]
+        for file, (_, shapes) in zip(self.files, described):
+            if shapes != self.shapes:
+                raise CheckpointError(
+                    f"{file.path}: its parameters are not those of {self.files[0].path.name}: damaged"
+                )
         self.held = [set(file.names()) for file in self.files]
 
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
@@ -151,6 +159,31 @@ class SavedState:
         return {name: self.read(name).view(shape) for name, shape in self.shapes.items()}
 
 
+def _described(file: TensorFile) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """(ranges, shapes) of a state file: {parameter: [start, count]} that it holds, {parameter: shape} of all there are."""
+    try:
+        ranges = parse(file.metadata["ranges"].encode())
+        shapes = parse(file.metadata["shapes"].encode())
+        for name, (start, count) in ranges.items():
+            size = torch.Size(shapes[name]).numel()
+            if not (is_whole(start) and is_whole(count) and 0 <= start <= start + count <= size):
+                raise ValueError(f"{shown(name)} begins at {shown(start)} and has {shown(count)}")
+        if not {f"weight/{name}" for name in ranges} <= set(file.names()):
+            raise ValueError("weights are missing")
+        for name in file.names():
+            kind, _, parameter = name.partition("/")
+            if kind not in KINDS or file.shape(name) != (ranges[parameter][1],):
+                raise ValueError(f"{shown(name)} has the shape {shown(file.shape(name))}")
+        for shape in shapes.values():
+            if not all(is_whole(size) and size >= 0 for size in shape):
+                raise ValueError(f"a parameter has the shape {shown(shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file.path}: its metadata do not describe a checkpoint ({shorten(str(error))}): damaged"
+        ) from None
+    return ranges, shapes
+
+
 def load_into(saved: Saved, state: EngineState) -> None:
     """Weights and optimizer state of a verified checkpoint into a fresh engine of any world size and ZeRO stage."""
     source = SavedState(saved.folder)
@@ -165,15 +198,19 @@ def load_into(saved: Saved, state: EngineState) -> None:
 
 def load_replay(saved: Saved) -> dict | None:
     """The replay buffer of all ranks, merged; None if the checkpoint has none."""
-    parts = [
-        torch.load(path, weights_only=True)
-        for path in sorted(saved.folder.glob("replay_rank_*.pt"))
-    ]
+    parts = []
+    for path in sorted(saved.folder.glob("replay_rank_*.pt")):
+        try:
+            part = torch.load(path, weights_only=True)
+            parts.append((part, part["queues"].items()))
+        except Exception as error:  # torch and pickle raise whatever their parsers run into
+            reason = shorten(str(error) or type(error).__name__)
+            raise CheckpointError(f"{path}: no replay buffer ({reason}): damaged") from None
     if not parts:
         return None
     return {
-        **parts[0],
-        "queues": {pair: queue for part in parts for pair, queue in part["queues"].items()},
+        **parts[0][0],
+        "queues": {pair: queue for _, queues in parts for pair, queue in queues},
     }
 
 
@@ -211,7 +248,7 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
             before, name = saved.to_dict()[section][key], f"{section}.{key}"
             if before != value:
                 (allowed if section in FREE_TO_CHANGE or name in FREE_KEYS else refused).append(
-                    f"{name} was {before}, is {value}"
+                    redacted(f"{name} was {before}, is {value}")
                 )
     if refused:
         raise CheckpointError(

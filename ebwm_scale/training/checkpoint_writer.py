@@ -243,7 +243,7 @@ class CheckpointWriter:
             entries[name] = self._finish_file(staging / name)
         self._io(
             (staging / "manifest.json").write_text,
-            json.dumps({"version": VERSION, "files": entries}, indent=1),
+            manifest_text(entries),
             encoding="utf-8",
         )
         self._io(sync, staging / "manifest.json")

@@ -7,6 +7,7 @@ import datetime
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,8 +42,8 @@ class World:
             self.all_reduce(torch.tensor(float(flag), device=self.device), dist.ReduceOp.MAX).item()
         )
 
-    def agree(self, value: str) -> str:
-        """Rank 0's text on every rank."""
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value (anything that pickles) on every rank."""
         if self.size == 1:
             return value
         box = [value]

@@ -17,6 +17,7 @@ from typing import Any, Iterator
 
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
+from ..redaction import redacted
 from .console import say
 from .disk import RowLog, remove_quietly, replace_text
 from .distributed import World
@@ -89,11 +90,12 @@ class RunFolder:
 
     def event(self, name: str, **fields: Any) -> None:
         if self.is_main:
-            self._append("events", _finite({"time": _now(), "event": name, **fields}))
+            row = {"time": _now(), "event": name, **redacted(fields)}
+            self._append("events", _finite(row))
 
     def quarantine(self, row: dict[str, Any]) -> None:
         if self.is_main:
-            self._append("quarantine", row)
+            self._append("quarantine", redacted(row))
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -102,6 +104,7 @@ class RunFolder:
     def warn(self, text: str, **fields: Any) -> None:
         """One clear line on stderr, and an event."""
         if self.is_main:
+            text = redacted(text)
             say(f"warning: {text}", error=True)
             self.event("warning", message=text, **fields)
 
@@ -199,7 +202,7 @@ def _tracker(run: RunFolder):
         resume="allow",
         mode=settings.wandb,
         dir=str(path),
-        config=config.to_dict(),
+        config=redacted(config.to_dict()),
     )
 
 

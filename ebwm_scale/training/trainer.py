@@ -505,6 +505,7 @@ class Trainer:
                 self.train_split.manifest,
                 buffer=config.data.stream_buffer,
                 first_shard=self.stream_position,
+                report=self._warn,
                 **common,
             )
         return BatchLoader(

@@ -3,6 +3,8 @@ import io
 import json
 import os
 import pickle
+import random
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from ebwm_scale.data import shards
 from ebwm_scale.data.loader import BatchLoader
 from ebwm_scale.data.manifest import load_manifest
+from ebwm_scale.data.quarantine import read_or_replace
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.data.verify import verify_dataset
 from ebwm_scale.errors import DataError
@@ -120,6 +123,65 @@ MANIFEST_DAMAGE = {
         "'/tokenizer.model': refused",
     ),
 }
+MANIFEST_DAMAGE |= {
+    name: (lambda m, text=text: m.write_bytes(text(m.read_text())), expected)
+    for name, (text, expected) in {
+        "NaN": (
+            lambda t: re.sub(r'("unigram_entropy": )[0-9.]+', r"\1NaN", t).encode(),
+            "not JSON .NaN is no number of JSON",
+        ),
+        "infinity": (
+            lambda t: re.sub(r'("unigram_entropy": )[0-9.]+', r"\1-Infinity", t).encode(),
+            "not JSON .-Infinity is no number",
+        ),
+        "a number out of range": (
+            lambda t: re.sub(r'("unigram_entropy": )[0-9.]+', r"\g<1>1e999", t).encode(),
+            "not JSON .the number '1e999' is out of range",
+        ),
+        "a number of many digits": (
+            lambda t: t.replace('"eos_id": ', '"eos_id": ' + "9" * 5000, 1).encode(),
+            "not JSON",
+        ),
+        "a whole number beyond 64 bits": (
+            lambda t: t.replace('"num_samples": ', '"num_samples": ' + "9" * 30, 1).encode(),
+            "num_samples is 9+.*: expected a whole number",
+        ),
+        "a whole number as a fraction": (
+            lambda t: re.sub(r'("size": \d+)', r"\1.0", t, count=1).encode(),
+            r"size is \d+.0: expected a whole number",
+        ),
+        "true for a number": (
+            lambda t: re.sub(r'("block_length": )\d+', r"\1true", t).encode(),
+            "block_length is True: expected a whole number",
+        ),
+        "a key twice": (
+            lambda t: t.replace("{", '{"modality": "text",', 1).encode(),
+            "a key stands twice",
+        ),
+        "nested without end": (lambda t: b"[" * 10**5, "nested too deeply"),
+        "UTF-16": (lambda t: t.encode("utf-16"), "not a manifest"),
+        "half a surrogate": (
+            lambda t: t.replace("train-000000.tar", "train-\\ud800.tar").encode(),
+            "refused, a path must be relative",
+        ),
+        "a line break in a name": (
+            lambda t: t.replace("train-000000.tar", "train\\nfine.tar").encode(),
+            "refused, a path must be relative",
+        ),
+        "a hash that is none": (
+            lambda t: re.sub(r'("index_sha256": ")[0-9a-f]{64}', r"\1ABC", t, count=1).encode(),
+            "index_sha256 is 'ABC': expected the 64 digits of a sha256",
+        ),
+        "a very long value": (
+            lambda t: t.replace('"modality": "text"', f'"modality": "{"x" * 10**6}"').encode(),
+            "modality is 'x+",
+        ),
+        "shards and parts": (
+            lambda t: t.replace('"shards":', '"parts": [], "shards":', 1).encode(),
+            "expected either parts or shards",
+        ),
+    }.items()
+}
 FILE_DAMAGE = {
     "missing shard": (lambda m: (m.parent / SHARD).unlink(), f"{SHARD}: the shard is missing"),
     "missing index": (
@@ -161,7 +223,7 @@ HASH_DAMAGE = {
     ),
     "index with fewer samples": (
         lambda m: edit_index(m, lambda v: v["keys"].pop()),
-        f"{INDEX}: does not fit shard {SHARD}",
+        f"{INDEX}: not an index .num_targets are .*: expected 19 whole numbers",
     ),
     "index that points outside": (
         lambda m: edit_index(
@@ -187,7 +249,7 @@ HASH_DAMAGE = {
 def refuses(action, expected):
     with pytest.raises(DataError, match=expected) as error:
         action()
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("name", MANIFEST_DAMAGE)
@@ -214,6 +276,76 @@ def test_changed_byte_is_found_at_opening_with_hashes(dataset, name):
     damage(dataset)
     refuses(lambda: open_split(dataset, "train", verify="hashes"), expected)
     assert verify_dataset(dataset)[0]
+
+
+def test_every_flipped_bit_of_a_manifest_is_another_manifest_or_one_line(dataset):
+    whole, split = dataset.read_bytes(), open_split(dataset, "train", verify="sizes")
+    for bit in random.Random(0).sample(range(8 * len(whole)), 1000):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        dataset.write_bytes(content)
+        try:
+            assert load_manifest(dataset).fingerprint != split.fingerprint, bit
+        except DataError as error:
+            assert "\n" not in str(error)
+
+
+def column(name, value):
+    return lambda v: v["fields"]["tokens.npy"].update({name: value})
+
+
+def entry(name, value):
+    return lambda v: v["fields"]["tokens.npy"][name].__setitem__(3, value)
+
+
+INDEX_DAMAGE = {
+    "offset + size overflow": lambda v: (entry("offsets", 2**63 - 10)(v), entry("sizes", 90)(v)),
+    "an offset of 2^70": entry("offsets", 2**70),
+    "an offset below zero": entry("offsets", -1),
+    "a size below zero": entry("sizes", -1),
+    "a size of 2^62": entry("sizes", 2**62),
+    "a checksum of 2^40": entry("crc32", 2**40),
+    "an offset that is a fraction": entry("offsets", 1536.5),
+    "an offset that is a whole fraction": entry("offsets", 1536.0),
+    "an offset that is true": entry("offsets", True),
+    "an offset that is text": entry("offsets", "1536"),
+    "an offset that is null": entry("offsets", None),
+    "an offset that is a list": entry("offsets", [1536]),
+    "no offsets": column("offsets", []),
+    "offsets are a number": column("offsets", 3),
+    "offsets are an object": column("offsets", {}),
+    "no sizes": lambda v: v["fields"]["tokens.npy"].pop("sizes"),
+    "a field that is a list": lambda v: v.update(fields={"tokens.npy": []}),
+    "no field": lambda v: v.update(fields={}),
+    "keys that are numbers": lambda v: v["keys"].__setitem__(3, 3),
+    "a key with a line break": lambda v: v["keys"].__setitem__(3, "a\nb"),
+    "half a surrogate in a key": lambda v: v["keys"].__setitem__(3, "\ud800"),
+    "keys are text": lambda v: v.update(keys="train"),
+    "targets are text": lambda v: v["num_targets"].__setitem__(3, "x"),
+    "a sample that spans the shard": lambda v: v["fields"].update(
+        more={"offsets": [0] * 20, "sizes": [2**30] * 20, "crc32": [0] * 20}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INDEX_DAMAGE)
+def test_an_index_of_nonsense_is_one_line_at_opening_reading_and_verification(dataset, name):
+    edit_index(dataset, INDEX_DAMAGE[name])
+    refuses(lambda: open_split(dataset, "train", verify="hashes"), INDEX)
+    split = open_split(dataset, "train", verify="sizes")
+    refuses(lambda: split.read(25), INDEX)
+    known = {}
+    assert read_or_replace(split, 25, known).shape == (17,)  # the next shard stands in
+    assert known[25].key is None and known[25].replaced_by == 40
+    assert any(INDEX in problem for problem in verify_dataset(dataset)[0])
+
+
+@pytest.mark.parametrize("text", [b"[" * 10**5, b'{"a": NaN}', b"\xff", b"[]", b"null", b""])
+def test_an_index_that_is_no_object_is_one_line(dataset, text):
+    (dataset.parent / INDEX).write_bytes(text)
+    digest = hashlib.sha256(text).hexdigest()
+    edit(dataset, lambda v: v["splits"]["train"]["shards"][1].update(index_sha256=digest))
+    refuses(lambda: open_split(dataset, "train", verify="hashes"), INDEX)
 
 
 @pytest.mark.parametrize(
@@ -244,12 +376,15 @@ def test_damaged_sample_is_named_with_key_and_offset(dataset):
     "value, expected", [(np.zeros(9, "<u2"), r"\(9,\)"), (np.zeros(17, "<f4"), "float32")]
 )
 def test_sample_that_does_not_fit_the_manifest_is_refused(pristine, value, expected):
-    manifest, stream = load_manifest(pristine), io.BytesIO()
+    manifest, stream, fitting = load_manifest(pristine), io.BytesIO(), io.BytesIO()
     np.save(stream, value)
+    np.save(fitting, np.zeros(17, "<u2"))
     for content, message in (
         (stream.getvalue(), expected),
         (b"no array", "not a .npy array"),
-        (stream.getvalue()[:130], "not a .npy array"),
+        (fitting.getvalue()[:130], "not a .npy array"),
+        (fitting.getvalue()[:30], "not a .npy array"),
+        (fitting.getvalue() + b"x", "not a .npy array"),
     ):
         with pytest.raises(ValueError, match=message):
             manifest.content.decode({"tokens.npy": content}, manifest.block_length)
@@ -300,12 +435,16 @@ def test_fingerprint_follows_the_content_not_the_spelling(dataset, pristine):
 
 
 def test_split_survives_pickling_and_many_shards(pristine, monkeypatch):
-    monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards, "OPEN_FILES", 2)
     split = open_split(pristine, "train", verify="sizes")
     everything = [split.read(i) for i in range(len(split))]
-    assert len(split._open) == 2 < len(split.samples_per_shard)
+    assert len(split._files) == 2 < len(split.samples_per_shard)
     copy = pickle.loads(pickle.dumps(split))
-    assert copy._open == {} and split.read(0).tolist() == everything[0].tolist()
+    assert (
+        copy._files == {}
+        and copy._indexes == {}
+        and split.read(0).tolist() == everything[0].tolist()
+    )
     assert all(np.array_equal(copy.read(i), everything[i]) for i in reversed(range(len(split))))
     with pytest.raises(IndexError):
         split.read(len(split))

@@ -18,7 +18,7 @@ def shards_of(dataset):
     ]
 
 
-def stream(dataset, shards=None, *, rank=0, world_size=1, first_shard=0, buffer=7):
+def stream(dataset, shards=None, *, rank=0, world_size=1, first_shard=0, buffer=7, **options):
     return StreamLoader(
         shards or shards_of(dataset),
         load_manifest(dataset),
@@ -30,6 +30,7 @@ def stream(dataset, shards=None, *, rank=0, world_size=1, first_shard=0, buffer=
         seed=3,
         buffer=buffer,
         first_shard=first_shard,
+        **options,
     )
 
 

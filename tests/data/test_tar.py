@@ -1,8 +1,11 @@
 import io
+import random
 import tarfile
+import time
 
 import pytest
 
+from ebwm_scale.data import tar as tar_module
 from ebwm_scale.data.tar import samples, walk
 from ebwm_scale.errors import DataError
 
@@ -125,3 +128,87 @@ def test_a_pipe_that_hands_out_little_at_a_time_is_read_whole():
             return super().read(min(size, 100))
 
     assert [key for key, _ in samples(Slow(archive(SAMPLES)), "x")] == ["000", "001", "002", "003"]
+
+
+def extended(kind, content, after=b""):
+    """A header of its own (pax, a long name) with this content, then a member."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(content)
+    padding = b"\0" * (-len(content) % 512)
+    return info.tobuf(tarfile.GNU_FORMAT) + content + padding + (after or archive([("m.a", b"1")]))
+
+
+def record(key, value):
+    body = f" {key}={value}\n".encode()
+    length = len(body) + 1
+    while len(str(length)) + len(body) != length:
+        length += 1
+    return str(length).encode() + body
+
+
+PAX = tarfile.XHDTYPE
+HOSTILE_HEADERS = {
+    "a length that is no number": extended(PAX, b"1x path=a.b\n"),
+    "a length with underscores": extended(PAX, b"1_2 path=ab\n"),
+    "a length with a sign": extended(PAX, b"+12 path=ab\n"),
+    "a length of nothing": extended(PAX, b"0 path=a.b\n"),
+    "a length beyond the header": extended(PAX, b"99 path=a.b\n"),
+    "a length of ten thousand digits": extended(PAX, b"9" * 10**4 + b" path=a.b\n"),
+    "no space at all": extended(PAX, b"12path=a.b\n"),
+    "no key": extended(PAX, b"6 =ab\n"),
+    "no value": extended(PAX, b"7 path\n"),
+    "no line end": extended(PAX, b"12 path=a.bc"),
+    "bytes that are no text": extended(PAX, b"9 \xff\xfe=ab\n"),
+    "a negative size": extended(PAX, record("size", "-1")),
+    "a size with a point": extended(PAX, record("size", "1.0")),
+    "a size beyond all": extended(PAX, record("size", str(2**62))),
+    "a size of many digits": extended(PAX, record("size", "9" * 5000)),
+    "a file with holes": extended(PAX, record("GNU.sparse.major", "1")),
+    "a path upwards": extended(PAX, record("path", "../../m.a")),
+    "a path with a line break": extended(PAX, record("path", "m\nquarantined: nothing.a")),
+    "a long path upwards": extended(tarfile.GNUTYPE_LONGNAME, b"/" + b"x" * 10**5 + b"\0"),
+    "a long link": extended(tarfile.GNUTYPE_LONGLINK, b"x" * 200 + b"\0"),
+    "a name with escapes": archive([("m\x1b[31m.a", b"1")]),
+    "many records": extended(PAX, record("k", "v") * (24 * 2**20 // 7)),
+    "a long name of megabytes": extended(tarfile.GNUTYPE_LONGNAME, b"x" * (30 * 2**20)),
+    "global records of megabytes": extended(tarfile.XGLTYPE, record("k", "v") * 2**20),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_HEADERS)
+def test_a_hostile_header_is_one_short_line_in_bounded_time(name):
+    start = time.monotonic()
+    got, error = read(HOSTILE_HEADERS[name])
+    assert got == [] and error is not None and len(error) < 300
+    assert all(letter.isprintable() for letter in error)
+    assert time.monotonic() - start < 5
+
+
+def test_a_large_header_of_many_records_is_read_in_linear_time():
+    content = extended(PAX, record("k", "v") * (2**20 // 7 - 10) + record("path", "n.b"))
+    start = time.monotonic()
+    assert read(content) == ([("n", {"b": b"1"})], None)
+    assert time.monotonic() - start < 5
+
+
+def test_the_members_of_a_sample_have_a_common_limit(monkeypatch):
+    monkeypatch.setattr(tar_module, "MAX_MEMBER_BYTES", 1000)
+    got, error = read(archive([("a.x", b"1" * 900), ("b.x", b"1" * 900), ("b.y", b"1" * 900)]))
+    assert [key for key, _ in got] == ["a"] and "has more than 1000 bytes" in error
+
+
+def test_random_changes_of_headers_are_whole_samples_or_one_line():
+    draw = random.Random(0)
+    long_name = tarfile.TarInfo("d/" + "n" * 120 + ".npy")
+    for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        content = archive([("a.npy", b"1"), (long_name, b"2"), ("b.npy", b"3")], format=format)
+        for _ in range(1500):
+            changed = bytearray(content)
+            for _ in range(draw.randint(1, 5)):
+                changed[draw.randrange(len(changed))] = draw.randrange(256)
+            for at in range(0, len(changed), 512) if draw.random() < 0.7 else ():
+                block = changed[at : at + 512]
+                if block[257:262] == b"ustar":  # so that what is after the checksum is reached
+                    total = 256 + sum(block[:148]) + sum(block[156:])
+                    changed[at + 148 : at + 156] = b"%06o\0 " % total
+            read(bytes(changed))

@@ -1,0 +1,61 @@
+"""JSON that says one thing: no key twice, no NaN or infinity, UTF-8 only; whatever is wrong with it is one ValueError."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from typing import Any
+
+SHOWN = 80  # characters of a value in a message
+
+
+def parse(content: bytes) -> Any:
+    """The value of a JSON text. Raises ValueError of one line, also for nesting that the parser cannot follow."""
+    try:
+        return json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(shorten(str(error))) from None
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: one line, at most 80 characters, whatever its size."""
+    if isinstance(value, (str, bytes)):
+        return shorten(repr(value[:SHOWN]))
+    return shorten(reprlib.repr(value))
+
+
+def shorten(text: str) -> str:
+    """The first 80 characters of a text, on one line."""
+    line = " ".join(text[: 4 * SHOWN].split())
+    return line if len(line) <= SHOWN else line[: SHOWN - 3] + "..."
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer that fits into 64 bits with sign; True and 1.0 are none."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError(f"a key stands twice in the object that begins with {shown(pairs[0][0])}")
+    return values
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(text)} is out of range")
+    return value
