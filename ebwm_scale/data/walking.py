@@ -6,8 +6,9 @@ corpus/                  walked
   same -> part           leads to a folder that was walked already: its files are not yielded again
   back -> .              a cycle: DataError
 
-A folder that can be reached without a link is walked without one, so links never change the name of a file. What cannot
-be walked (a folder without permission, a link to nowhere, a pipe) is said, never left out in silence.
+A folder that can be reached without a link is walked without one, so links never change the
+name of a file. What cannot be walked (a folder without permission, a link to nowhere, a pipe) is
+said, never left out in silence.
 """
 
 from __future__ import annotations
@@ -40,13 +41,20 @@ def walk_files(
 ) -> Iterator[Path]:
     """The files in a folder and its subfolders, below `folder`, sorted by their paths' parts.
 
-    Links to folders and files are followed, each real folder once. hidden: also what has a name that begins with a dot.
-    Raises DataError for a folder that a link inside of it leads back to, naming the link.
+    Links to folders and files are followed, each real folder once. hidden: also what has a name
+    that begins with a dot. Raises DataError for a link to a folder it is inside of, naming it.
     """
     root = Path(folder)
     folders = _scan(root, hidden, report)
     _refuse_cycles(_identity(root), folders)
     yield from sorted(path for found in folders.values() for path in found.files)
+
+
+def printable(text: str | Path) -> str:
+    """A name or text for one line of a message: what is not printable is escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
 
 
 def _scan(root: Path, hidden: bool, report: Report) -> dict[_Identity, _Folder]:
@@ -82,7 +90,10 @@ def _scan(root: Path, hidden: bool, report: Report) -> dict[_Identity, _Folder]:
                 within_reach.append((entry, _identity(entry)))
                 found.folders.append(within_reach[-1])
     for kind, paths in sorted(unusable.items()):
-        report(f"warning: {root}: skipped: {len(paths)} x {kind}, the first is {paths[0]}")
+        report(
+            f"warning: {printable(root)}: skipped: {len(paths)} x {kind}, "
+            f"the first is {printable(paths[0])}"
+        )
     return folders
 
 
@@ -92,7 +103,9 @@ def _kind(path: Path) -> str:
         mode = path.stat().st_mode
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise DataError(f"{path}: a link that leads back to itself; remove it") from None
+            raise DataError(
+                f"{printable(path)}: a link that leads back to itself; remove it"
+            ) from None
         return f"link or file that cannot be reached ({error.strerror})"
     if stat.S_ISDIR(mode):
         return "folder"
@@ -107,14 +120,14 @@ def _identity(path: Path) -> _Identity:
 
 
 def _refuse_link_to_a_parent(link: Path, root: Path) -> None:
-    """DataError before a link to a parent folder (at worst /) makes this a walk of the whole disk."""
+    """DataError before a link to a parent folder makes this a walk of the whole disk."""
     target = link.resolve()
     if link.parent.resolve().is_relative_to(target) or root.resolve().is_relative_to(target):
         raise _cycle(link, target)
 
 
 def _refuse_cycles(root: _Identity, folders: dict[_Identity, _Folder]) -> None:
-    """DataError if following folders and links from the root leads to a folder that one is inside of."""
+    """DataError if folders and links lead from the root to a folder that one is inside of."""
     entered: list[tuple[Path, _Identity, Iterator[tuple[Path, _Identity]]]] = []
     inside: set[_Identity] = set()
     done: set[_Identity] = set()
@@ -143,6 +156,7 @@ def _refuse_cycles(root: _Identity, folders: dict[_Identity, _Folder]) -> None:
 
 def _cycle(link: Path, target: Path) -> DataError:
     return DataError(
-        f"{link}: a link to {os.readlink(link)} that leads back to {target}, a folder it is reached through: remove the "
-        "link, or name the folders to read one by one"
+        f"{printable(link)}: a link to {printable(os.readlink(link))} that leads back to "
+        f"{printable(target)}, a folder it is reached through: remove the link, or name the "
+        "folders to read one by one"
     )

@@ -169,7 +169,9 @@ def test_undecodable_files_are_skipped_and_named(tmp_path):
     assert [
         d.name for d in find_documents([tmp_path, tmp_path / "good.txt"], report=said.append)
     ] == ["good.txt"]
-    assert len(said) == 1 and "bad.txt" in said[0] and "not UTF-8 at byte 2" in said[0]
+    assert len(said) == 3 and "bad.txt" in said[0] and "not UTF-8 at byte 2" in said[0]
+    assert said[1] == "ignored: 1 files of other kinds (.py)"
+    assert "1 documents of nothing but white space" in said[2] and "empty.txt" in said[2]
 
 
 def fill(folder, files):
