@@ -324,3 +324,42 @@ def test_two_builders_of_one_dataset_wait_for_each_other(corpus, tokenizer_path,
         "train: " in o for o in outputs
     ), outputs
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+PEAK = """
+import resource, sys
+from ebwm_scale.data.text import make_text_dataset
+make_text_dataset(sys.argv[1:2], sys.argv[2], tokenizer=sys.argv[3], context_length=4096, report=str)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak_bytes(folder, tokenizer_path, num_bytes):
+    """Of a process that packs one document of that size, and a small one."""
+    words = "energy minimum step field query model token slow deep think\n"
+    (folder / "in").mkdir(parents=True)
+    (folder / "in" / "large.txt").write_text(words * (num_bytes // len(words)))
+    (folder / "in" / "small.txt").write_text("gradient descent state block order " * 2000)
+    command = [sys.executable, "-c", PEAK, folder / "in", folder / "out", tokenizer_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_memory_is_a_small_multiple_of_the_largest_document(tokenizer_path, tmp_path):
+    small, large = 2**20, 9 * 2**20  # from the first on, a batch of parts is full
+    more = peak_bytes(tmp_path / "large", tokenizer_path, large)
+    more -= peak_bytes(tmp_path / "small", tokenizer_path, small)
+    assert more < 6 * (large - small)  # it was 60; the text, its bytes and what reads them: 3
+
+
+def test_a_document_in_parts_gives_the_bytes_of_the_whole(
+    corpus, tokenizer_path, pristine, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ebwm_scale.data.tokenizer._PART_CHARACTERS", 50)
+    monkeypatch.setattr(text, "_BATCH_CHARACTERS", 120)
+    again = build(
+        [corpus], tmp_path / "o", tokenizer_path, validation_fraction=0.2, samples_per_shard=20
+    )
+    for path in pristine.parent.iterdir():
+        assert (again.parent / path.name).read_bytes() == path.read_bytes()
