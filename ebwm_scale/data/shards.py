@@ -26,8 +26,9 @@ import numpy as np
 
 from ..errors import DataError
 from .content import CLIP_FIELD
-from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes, load_manifest
+from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes
 from .order import SampleOrder
+from .side_files import open_manifest
 from .writer import INDEX_VERSION
 
 HASH_LIMIT_BYTES = 4 * 2**30  # above this, verify="hashes" checks sizes only
@@ -278,7 +279,7 @@ def open_split(
 
     Raises DataError for a manifest, an index or a shard that is missing, truncated, damaged or does not fit the others.
     """
-    manifest = load_manifest(manifest_path)
+    manifest = open_manifest(manifest_path)
     if split not in manifest.splits:
         raise DataError(
             f"{manifest.path}: has no split {split!r}; it has {', '.join(sorted(manifest.splits)) or 'none'}"
@@ -321,7 +322,12 @@ def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]
         for shard, found in zip(
             sound, file_hashes([manifest.folder / shard.path for shard in sound])
         ):
-            if found != shard.sha256:
+            if isinstance(found, OSError):
+                problems.append(
+                    f"{manifest.folder / shard.path}: the shard cannot be read: {found.strerror}; "
+                    f"{_REMAKE}"
+                )
+            elif found != shard.sha256:
                 problems.append(
                     f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the manifest says "
                     f"{shard.sha256[:12]}...: damaged{_first_damage(manifest, shard)}; {_REMAKE}"
@@ -392,7 +398,7 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
         inside = all(
             (f.offsets >= 0).all()
             and (f.sizes >= 0).all()
-            and (f.offsets + f.sizes <= shard.size).all()
+            and (f.sizes <= shard.size - f.offsets).all()  # their sum may overflow int64
             for f in index.fields.values()
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
