@@ -25,7 +25,7 @@ from .code_version import code_version
 from .config import Config
 from .consolidated import TRAINING, ModelFolder, Training, write_model
 from .data.manifest import Manifest, file_sha256
-from .data.side_files import open_manifest
+from .data.side_files import open_manifest, refuse_another_tokenizer
 from .errors import CheckpointError, ConfigError, DataError
 from .loading import build, expected_shapes, refuse_mismatches
 from .noise import NoiseSource
@@ -400,7 +400,9 @@ def dataset_of(config: Config, data: Path | None, say: Say) -> Manifest | None:
         or (config.data.sources[0].manifest if config.data.sources else None)
     )
     try:
-        return open_manifest(path)
+        manifest = open_manifest(path)
+        refuse_another_tokenizer(config, manifest)
+        return manifest
     except (DataError, TypeError) as error:
         if data is not None:
             raise

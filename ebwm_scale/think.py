@@ -22,7 +22,7 @@ import torch
 
 from .config import Config
 from .data.manifest import Manifest
-from .data.side_files import open_manifest
+from .data.side_files import open_manifest, refuse_another_tokenizer
 from .data.tokenizer import Tokenizer, check_text
 from .errors import EXIT_FINISHED, DataError, UserError
 from .generation import Sampling, Session, continue_texts
@@ -215,6 +215,7 @@ def manifest_of(options: argparse.Namespace, config: Config) -> Manifest:
         raise DataError(
             f"{manifest.path}: {manifest.content.size_name} is {manifest.content.size}, the model has {expected}: not the data it was trained on"
         )
+    refuse_another_tokenizer(config, manifest)
     return manifest
 
 

@@ -2,13 +2,15 @@
 
 With another tokenizer every token is another piece of text, and nothing else would notice. So
 whoever opens a dataset, or a run by its dataset, does it through `open_manifest`, which compares
-the hashes of these files with the manifest's.
+the hashes of these files with the manifest's. A run remembers its tokenizer's hash: a dataset that
+was made again with another one is not the run's (`refuse_another_tokenizer`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from ..config import Config
 from ..errors import DataError
 from .manifest import Manifest, file_sha256, load_manifest
 
@@ -23,6 +25,18 @@ def open_manifest(path: str | Path) -> Manifest:
             "dataset again"
         )
     return manifest
+
+
+def refuse_another_tokenizer(config: Config, manifest: Manifest) -> None:
+    """DataError if a run of this configuration was trained with another tokenizer."""
+    trained_with = config.data.tokenizer_sha256
+    found = getattr(manifest.content, "tokenizer_sha256", None)
+    if trained_with is not None and found != trained_with:
+        raise DataError(
+            f"{manifest.path}: its tokenizer has sha256 {str(found)[:12]}..., the run was trained "
+            f"with {trained_with[:12]}... (data.tokenizer_sha256): name a dataset of the run's own "
+            "tokenizer with --data, or for a new run leave the key out"
+        )
 
 
 def side_file_problems(manifest: Manifest) -> list[str]:

@@ -11,13 +11,16 @@ import ebwm_scale
 from ebwm_scale import doctor
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.conversion import dataset_of
+from ebwm_scale.data.manifest import file_sha256
 from ebwm_scale.data.mixing import open_sources
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.data.side_files import open_manifest
+from ebwm_scale.data.text import make_text_dataset
 from ebwm_scale.data.tokenizer import Tokenizer, train_tokenizer
 from ebwm_scale.data.verify import verify_dataset
 from ebwm_scale.errors import DataError
 from ebwm_scale.think import manifest_of
+from ebwm_scale.train import fill_from_data
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,29 @@ def test_a_missing_tokenizer_is_refused_by_whoever_opens(dataset, name):
     (dataset.parent / "tokenizer.model").unlink()
     with pytest.raises(DataError, match="tokenizer.model: is missing"):
         OPENERS[name](dataset)
+
+
+def test_a_run_refuses_a_dataset_made_again_with_another_tokenizer(
+    dataset, corpus, other_tokenizer, tmp_path
+):
+    run = fill_from_data(config_of(dataset), open_manifest(dataset))
+    assert run.data.tokenizer_sha256 == file_sha256(dataset.parent / "tokenizer.model")
+    again = make_text_dataset(
+        [corpus], tmp_path / "again", tokenizer=other_tokenizer, context_length=16, report=str
+    )
+    options = argparse.Namespace(data=str(again), checkpoint="run")
+    for use in (
+        lambda: manifest_of(options, run),
+        lambda: dataset_of(run, again, print),
+        lambda: fill_from_data(run, open_manifest(again)),
+    ):
+        with pytest.raises(DataError, match="the run was trained with") as error:
+            use()
+        assert "\n" not in str(error.value)
+    options.data = str(dataset)
+    assert manifest_of(options, run).path == dataset
+    older = config_of(dataset)  # of a run that does not know its tokenizer
+    assert fill_from_data(older, open_manifest(again)).data.tokenizer_sha256 is not None
 
 
 def test_an_export_without_a_named_dataset_warns_and_carries_none(dataset, other_tokenizer):
