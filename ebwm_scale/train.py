@@ -280,9 +280,9 @@ def finish(config: Config, folder, model, splits, world) -> None:
 
 
 def fill_from_data(config: Config, manifest) -> Config:
-    """The configuration with what it leaves to the data: sizes, context length, the tokenizer's hash.
+    """The configuration with sizes, context length and tokenizer hash of the data where absent.
 
-    ConfigError where they clash, DataError for another tokenizer than a run's.
+    ConfigError where sizes clash, DataError for another tokenizer than the run's.
     """
     from ebwm_scale.data.side_files import refuse_another_tokenizer
 

@@ -8,6 +8,7 @@ was made again with another one is not the run's (`refuse_another_tokenizer`).
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ..config import Config
@@ -43,7 +44,7 @@ def side_file_problems(manifest: Manifest) -> list[str]:
     """One line for each such file that is missing, cannot be read, or is another one."""
     problems = []
     for path, expected in manifest.content.files().items():
-        if not path.is_file():
+        if not os.path.isfile(path):
             problems.append(f"{path}: is missing")
             continue
         try:

@@ -65,7 +65,7 @@ class Tokenizer:
         self._has_bytes = all(self._processor.is_byte(i) for i in self._space_bytes)
 
     def _read_pieces(self) -> list[str]:
-        """All pieces as SentencePiece writes them; it opens a model with pieces that are no text."""
+        """All pieces as SentencePiece writes them; it opens models whose pieces are no text."""
         pieces = []
         for token_id in range(self.vocabulary_size):
             try:
@@ -100,10 +100,10 @@ class Tokenizer:
         """A long text in parts whose tokens, one after the other, are the tokens of the text.
 
         Encoding takes about 60 times the size of what it is given, so a part is about 65,536
-        characters. A cut is exact between two characters that no piece of the vocabulary holds side
-        by side: no piece, and no merge on the way to one, could reach across. Where there is no such
-        place within 2**20 characters, it is cut there (the text still decodes to itself). A model
-        that changes its input, or has no byte pieces, gets every text whole.
+        characters. A cut is exact between two characters that no piece of the vocabulary holds
+        side by side: no piece, and no merge on the way to one, could reach across. Where there is
+        no such place within 2**20 characters, it is cut there (the text still decodes to itself).
+        A model that changes its input, or has no byte pieces, gets every text whole.
         """
         start = 0
         while self._can_cut and len(text) - start > _PART_CHARACTERS:

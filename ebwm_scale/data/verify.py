@@ -7,6 +7,7 @@ decoding are tried; the tokenizer is the one the manifest describes.
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 from pathlib import Path
 
@@ -92,8 +93,8 @@ def _digest(keys: list[str]) -> str:
 def _shard_problems(
     manifest: Manifest, shard: ShardInfo, reader: ShardedSplit, first_id: int
 ) -> list[str]:
-    path = manifest.folder / shard.path
-    if not path.is_file() or not (manifest.folder / shard.index_path).is_file():
+    path, index_path = manifest.folder / shard.path, manifest.folder / shard.index_path
+    if not os.path.isfile(path) or not os.path.isfile(index_path):
         return []  # in the list already, as missing
     try:
         index = load_index(manifest, shard)

@@ -329,7 +329,8 @@ def test_two_builders_of_one_dataset_wait_for_each_other(corpus, tokenizer_path,
 PEAK = """
 import resource, sys
 from ebwm_scale.data.text import make_text_dataset
-make_text_dataset(sys.argv[1:2], sys.argv[2], tokenizer=sys.argv[3], context_length=4096, report=str)
+folder, output, model = sys.argv[1:]
+make_text_dataset([folder], output, tokenizer=model, context_length=4096, report=str)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

@@ -137,6 +137,17 @@ DAMAGES = {
         lambda manifest: edit(manifest, lambda values: values.update(vocabulary_size=400)),
         r"vocabulary_size is 400, its tokenizer tokenizer.model has 320",
     ),
+    "a name that is too long": (
+        lambda manifest: edit(
+            manifest,
+            lambda values: values["splits"]["train"]["shards"][0].update(path="a" * 5000),
+        ),
+        r"aaaa: the shard is missing",
+    ),
+    "a tokenizer's name that is too long": (
+        lambda manifest: edit(manifest, lambda v: v["tokenizer"].update(path="a" * 5000)),
+        r"aaaa: is missing",
+    ),
     "a shard that is a folder": (
         lambda m: (
             (m.parent / "train-000000.tar").unlink(),
