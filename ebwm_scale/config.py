@@ -158,6 +158,7 @@ class DataConfig:
     context_length: int | None = (
         None  # observed positions per sample; default: what the shards were packed for
     )
+    tokenizer_sha256: str | None = None  # text: of the run's tokenizer; taken from its dataset
     num_workers: int = 0  # loader processes per rank; never changes a batch
     window_shards: int = 4  # samples are permuted inside windows of this many shards
     verify: Literal["sizes", "hashes"] = (

@@ -24,7 +24,8 @@ from . import released
 from .code_version import code_version
 from .config import Config
 from .consolidated import TRAINING, ModelFolder, Training, write_model
-from .data.manifest import Manifest, file_sha256, load_manifest
+from .data.manifest import Manifest, file_sha256
+from .data.side_files import open_manifest, refuse_another_tokenizer
 from .errors import CheckpointError, ConfigError, DataError
 from .loading import build, expected_shapes, refuse_mismatches
 from .noise import NoiseSource
@@ -236,7 +237,7 @@ def import_released(
             "released": str(source),
             "hyper_parameters": {k: v for k, v in known.items() if _is_plain(v)},
         },
-        manifest=None if data is None else load_manifest(data),
+        manifest=None if data is None else open_manifest(data),
         max_shard_bytes=max_shard_bytes,
         say=say,
     )
@@ -398,7 +399,9 @@ def dataset_of(config: Config, data: Path | None, say: Say) -> Manifest | None:
         or (config.data.sources[0].manifest if config.data.sources else None)
     )
     try:
-        return load_manifest(path)
+        manifest = open_manifest(path)
+        refuse_another_tokenizer(config, manifest)
+        return manifest
     except (DataError, TypeError) as error:
         if data is not None:
             raise

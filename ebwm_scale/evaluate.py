@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .config import Config
 from .data.mixing import open_sources
+from .data.side_files import refuse_another_tokenizer
 from .errors import EXIT_FINISHED, UserError
 from .loading import load_checkpoint
 from .observation import Observation
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             or [(config.data.manifest, 1.0)]
         )
         split = open_sources(sources, "validation", verify="sizes")
+        refuse_another_tokenizer(config, split.manifest)
         texts = foreign_texts(
             options.foreign, split.manifest, config.data.context_length, options.max_samples
         )

@@ -22,7 +22,8 @@ from typing import Any, Sequence
 
 import torch
 
-from .data.tokenizer import Tokenizer
+from .data.tokenizer import Tokenizer, check_text
+from .data.walking import printable
 from .errors import EXIT_FINISHED, DataError, UserError
 from .loading import load_checkpoint
 from .scoring import ContinuationScore, Scorer
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_questions(file: Path, kind: str) -> list[dict[str, Any]]:
     """The questions of a file; kind: "choices" (multiple choice) or "answer" (cloze). Raises DataError naming file, line and what is wrong."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from None
     questions = []
@@ -131,11 +132,18 @@ def read_questions(file: Path, kind: str) -> list[dict[str, Any]]:
                 question = json.loads(line)
             except ValueError as error:
                 raise DataError(f"{file}, line {number}: not JSON: {error}") from None
+            except RecursionError:
+                raise DataError(
+                    f"{file}, line {number}: JSON nested too deeply for a question; see "
+                    "python -m ebwm_scale.questions --help"
+                ) from None
             wrong = _what_is_wrong(question, kind)
             if wrong:
                 raise DataError(
                     f"{file}, line {number}: {wrong}; see python -m ebwm_scale.questions --help"
                 )
+            for name, text in _texts_of(question, kind):
+                check_text(text, f"{file}, line {number}: {name}")
             questions.append(question)
     if not questions:
         raise DataError(f"{file}: holds no question")
@@ -149,7 +157,7 @@ def _what_is_wrong(question: Any, kind: str) -> str | None:
         return (
             None
             if isinstance(question.get("answer"), str) and question["answer"]
-            else f"answer is {question.get('answer')!r}: must be a text that is not empty"
+            else f"answer is {_cut(question.get('answer'))}: must be a text that is not empty"
         )
     choices, answer = question.get("choices"), question.get("answer")
     if (
@@ -157,10 +165,22 @@ def _what_is_wrong(question: Any, kind: str) -> str | None:
         or len(choices) < 2
         or not all(isinstance(choice, str) and choice for choice in choices)
     ):
-        return f"choices is {choices!r}: must be two or more texts that are not empty"
+        return f"choices is {_cut(choices)}: must be two or more texts that are not empty"
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        return f"answer is {answer!r}: must be the index of a choice, 0 to {len(choices) - 1}"
+        return f"answer is {_cut(answer)}: must be the index of a choice, 0 to {len(choices) - 1}"
     return None
+
+
+def _texts_of(question: dict[str, Any], kind: str) -> list[tuple[str, str]]:
+    """(name, text) of what is given to the tokenizer."""
+    if kind == "answer":
+        return [("context", question["context"]), ("answer", question["answer"])]
+    choices = [(f"choice {i}", choice) for i, choice in enumerate(question["choices"])]
+    return [("context", question["context"]), *choices]
+
+
+def _cut(value: Any) -> str:
+    return printable(repr(value)[:80])
 
 
 def multiple_choice(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:

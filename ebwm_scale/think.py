@@ -21,7 +21,9 @@ from typing import Sequence
 import torch
 
 from .config import Config
-from .data.manifest import Manifest, load_manifest
+from .data.manifest import Manifest
+from .data.side_files import open_manifest, refuse_another_tokenizer
+from .data.tokenizer import Tokenizer, check_text
 from .errors import EXIT_FINISHED, DataError, UserError
 from .generation import Sampling, Session, continue_texts
 from .loading import load_checkpoint
@@ -197,7 +199,9 @@ def manifest_of(options: argparse.Namespace, config: Config) -> Manifest:
         or (config.data.sources[0].manifest if config.data.sources else None)
     )
     try:
-        manifest = load_manifest(path)
+        if path is None:
+            raise DataError(f"{options.checkpoint}: names no dataset")
+        manifest = open_manifest(path)
     except DataError as error:
         raise DataError(
             f"{error}; the tokenizer or encoder is needed: name the dataset with --data"
@@ -211,6 +215,7 @@ def manifest_of(options: argparse.Namespace, config: Config) -> Manifest:
         raise DataError(
             f"{manifest.path}: {manifest.content.size_name} is {manifest.content.size}, the model has {expected}: not the data it was trained on"
         )
+    refuse_another_tokenizer(config, manifest)
     return manifest
 
 
@@ -226,17 +231,8 @@ def check_modality(options: argparse.Namespace, config: Config) -> None:
 def continue_prompts(
     model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingRules
 ) -> None:
-    from .data.tokenizer import Tokenizer
-
     tokenizer = Tokenizer(manifest.content.tokenizer_path)
-    texts = list(options.prompt)
-    if options.prompts is not None:
-        try:
-            texts += options.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{options.prompts}: cannot be read as UTF-8 text: {error}") from None
-    if not texts:
-        raise UserError("nothing to continue: give --prompt TEXT or --prompts FILE")
+    texts = texts_to_continue(options)
     prompts = [torch.tensor(tokenizer.encode(text) or [tokenizer.eos_id]) for text in texts]
     length = model.config.data.context_length
     for text, prompt in zip(texts, prompts):
@@ -285,6 +281,23 @@ def continue_prompts(
     if energies:
         about += f", mean energy {sum(energies) / len(energies):.3f}"
     print(about, file=sys.stderr)
+
+
+def texts_to_continue(options: argparse.Namespace) -> list[str]:
+    """The prompts of the command line and of the file; UserError for none, or for one not UTF-8."""
+    texts = list(options.prompt)
+    for number, text in enumerate(texts, start=1):
+        check_text(text, f"--prompt {number}")
+    if options.prompts is not None:
+        try:
+            content = options.prompts.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{options.prompts}: cannot be read as UTF-8 text: {error}") from None
+        lines = content.split("\n")
+        texts += lines[:-1] if lines[-1] == "" else lines
+    if not texts:
+        raise UserError("nothing to continue: give --prompt TEXT or --prompts FILE")
+    return texts
 
 
 def continue_video(

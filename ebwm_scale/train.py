@@ -284,7 +284,12 @@ def finish(config: Config, folder, model, splits, world) -> None:
 
 
 def fill_from_data(config: Config, manifest) -> Config:
-    """The configuration with sizes and context length taken from the data where they are absent; ConfigError if they clash."""
+    """The configuration with sizes, context length and tokenizer hash of the data where absent.
+
+    ConfigError where sizes clash, DataError for another tokenizer than the run's.
+    """
+    from ebwm_scale.data.side_files import refuse_another_tokenizer
+
     kind = {"text": "vocabulary", "video": "embedding"}[manifest.modality]
     if config.state.kind != kind:
         raise ConfigError(
@@ -297,10 +302,14 @@ def fill_from_data(config: Config, manifest) -> Config:
             f"{section}.{key} is {given}, the dataset {manifest.path} has {size}; leave the key out"
         )
     context_length = config.data.context_length or manifest.block_length - 1
+    refuse_another_tokenizer(config, manifest)
+    tokenizer_sha256 = getattr(manifest.content, "tokenizer_sha256", None)
     return dataclasses.replace(
         config,
         **{section: dataclasses.replace(getattr(config, section), **{key: size})},
-        data=dataclasses.replace(config.data, context_length=context_length),
+        data=dataclasses.replace(
+            config.data, context_length=context_length, tokenizer_sha256=tokenizer_sha256
+        ),
     )
 
 

@@ -10,6 +10,8 @@ The prediction after each position, refined with as many steps as were trained, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from transformers.utils import ModelOutput
 
 from .config import config_from_dict
 from .consolidated import MODEL_TYPE
+from .data.manifest import MANIFEST_NAME
+from .data.side_files import open_manifest
 from .model.world_model import WorldModel
 from .scoring import last_states
 from .thinking import ThinkingRules
@@ -49,6 +53,14 @@ class EbwmModel(PreTrainedModel):
         super().__init__(config)
         self.world_model = WorldModel(config_from_dict(config.ebwm))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *arguments: Any, **options: Any) -> "EbwmModel":
+        """DataError if the tokenizer or encoder that the folder carries is not the model's own."""
+        manifest = Path(str(folder)) / "data" / MANIFEST_NAME
+        if manifest.exists():
+            open_manifest(manifest)
+        return super().from_pretrained(folder, *arguments, **options)
 
     def _init_weights(self, module):
         """WorldModel has initialised itself."""

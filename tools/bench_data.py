@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from ebwm_scale.data.loader import BatchLoader
-from ebwm_scale.data.manifest import load_manifest
+from ebwm_scale.data.manifest import file_sha256, load_manifest
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.data.writer import ShardWriter, write_manifest
 from ebwm_scale.errors import UserError
@@ -209,11 +209,15 @@ def synthetic(folder: Path) -> list[Path]:
         }
         common = {"format_version": 2, "block_length": length, "source": {"inputs": ["synthetic"]}}
         if kind == "text":
+            (target / "tokenizer.model").write_bytes(b"no tokenizer: the tokens are drawn")
             values = {
                 "modality": "text",
                 "vocabulary_size": 32000,
                 "eos_id": 0,
-                "tokenizer": {"path": "tokenizer.model", "sha256": "0" * 64},
+                "tokenizer": {
+                    "path": "tokenizer.model",
+                    "sha256": file_sha256(target / "tokenizer.model"),
+                },
                 "splits": {
                     "train": split
                     | {

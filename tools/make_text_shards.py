@@ -2,7 +2,8 @@
 
     python tools/make_text_shards.py corpus --output data/corpus --tokenizer tokenizer.model --context-length 256
 
-Documents go to training or validation as a whole. The dataset folder appears when it is complete; running the same
+Linked folders are followed; files of other kinds are listed and left out. Documents go to training
+or validation as a whole. The dataset folder appears when it is complete; running the same
 command again keeps it. The formats are described in docs/data.md.
 """
 

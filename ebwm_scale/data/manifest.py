@@ -224,10 +224,20 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def file_hashes(paths: list[Path]) -> list[str]:
-    """file_sha256 of several files, in parallel threads (hashing releases the interpreter lock)."""
+def file_hashes(paths: list[Path]) -> list[str | OSError]:
+    """file_sha256 of several files, or why one cannot be read.
+
+    In parallel threads: hashing releases the interpreter lock.
+    """
+
+    def hash_or_error(path: Path) -> str | OSError:
+        try:
+            return file_sha256(path)
+        except OSError as error:
+            return error
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(file_sha256, paths))
+        return list(pool.map(hash_or_error, paths))
 
 
 def already_there(output: Path, values: dict[str, Any], *, digest: str) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import DataError, UserError
-from .manifest import load_manifest
+from .side_files import open_manifest
 from .mixing import MixedSplit, open_sources
 from .shards import ShardedSplit
 
@@ -64,5 +64,5 @@ def _open(
     verify: str,
     report: Callable[[str], None],
 ) -> Splits:
-    loaded = [(load_manifest(manifest), weight) for manifest, weight in sources]
+    loaded = [(open_manifest(manifest), weight) for manifest, weight in sources]
     return {name: open_sources(loaded, name, verify=verify, report=report) for name in names}

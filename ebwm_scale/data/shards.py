@@ -30,8 +30,9 @@ import numpy as np
 from ..errors import DataError
 from .content import CLIP_FIELD, decode_sample
 from .index import ShardIndex, load_index
-from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes, load_manifest
+from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes
 from .order import SampleOrder
+from .side_files import open_manifest
 
 HASH_LIMIT_BYTES = 4 * 2**30  # above this, verify="hashes" checks sizes only
 INDEX_BYTES = (
@@ -296,7 +297,7 @@ def open_split(
     Raises DataError for a manifest, an index or a shard that is missing, truncated, damaged or does not fit the others.
     """
     if not isinstance(manifest, Manifest):
-        manifest = load_manifest(manifest)
+        manifest = open_manifest(manifest)
     if split not in manifest.splits:
         raise DataError(
             f"{manifest.path}: has no split {split!r}; it has {', '.join(sorted(manifest.splits)) or 'none'}"
@@ -333,7 +334,12 @@ def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]
         for shard, found in zip(
             sound, file_hashes([manifest.folder / shard.path for shard in sound])
         ):
-            if found != shard.sha256:
+            if isinstance(found, OSError):
+                problems.append(
+                    f"{manifest.folder / shard.path}: the shard cannot be read: {found.strerror}; "
+                    f"{_REMAKE}"
+                )
+            elif found != shard.sha256:
                 problems.append(
                     f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the manifest says "
                     f"{shard.sha256[:12]}...: damaged{_first_damage(manifest, shard)}; {_REMAKE}"

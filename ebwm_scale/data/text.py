@@ -41,7 +41,7 @@ _OURS = (
     "validation-*.index.json",
     "validation-*.shards.json",
 )
-_BATCH_BYTES = 4 * 2**20  # text tokenised at a time
+_BATCH_CHARACTERS = 2**20  # text tokenised at a time
 
 
 class Packer:
@@ -178,14 +178,28 @@ def _write_split(
 
 
 def _token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The tokens of each document with the end-of-sequence id after them."""
+    """The tokens of each document, in parts, with the end-of-sequence id after the last one."""
     batch: list[str] = []
-    for number, document in enumerate(documents, start=1):
-        batch.append(document.read())
-        if number == len(documents) or sum(map(len, batch)) >= _BATCH_BYTES:
-            for ids in tokenizer.encode_many(batch, num_threads=os.cpu_count() or 1):
-                yield ids + [tokenizer.eos_id]
-            batch = []
+    ends: list[bool] = []  # whether a document ends with this part
+
+    def encoded() -> Iterator[list[int]]:
+        num_threads = os.cpu_count() or 1
+        for ids, is_end in zip(tokenizer.encode_many(batch, num_threads=num_threads), ends):
+            yield ids + [tokenizer.eos_id] if is_end else ids
+        batch.clear()
+        ends.clear()
+
+    num_characters = 0
+    for document in documents:
+        for part in tokenizer.parts(document.read()):
+            if num_characters >= _BATCH_CHARACTERS:
+                yield from encoded()
+                num_characters = 0
+            batch.append(part)
+            ends.append(False)
+            num_characters += len(part)
+        ends[-1] = True
+    yield from encoded()
 
 
 def _summary(name: str, split: SplitInfo, context_length: int) -> str:

@@ -226,6 +226,7 @@ FREE_KEYS = {
     "data.num_workers",
     "data.verify",
     "data.manifest",
+    "data.tokenizer_sha256",  # absent in older runs; the place in the data knows the dataset
     "train.max_minutes",
     "train.micro_batch_size",
     "train.max_steps",

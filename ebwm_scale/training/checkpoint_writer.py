@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 
 from ..config import Config
 from ..data.manifest import file_sha256
-from .checkpoint import NAME, VERSION, checkpoint_name, published
+from .checkpoint import NAME, checkpoint_name, published
+from .checkpoint_files import VERSION, manifest_text
 from .disk import replace_text, sync
 from .distributed import World
 from .faults import Faults

@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
+from ebwm_scale.data.manifest import file_sha256
 from ebwm_scale.data.mixing import MIX_LENGTH, MixedOrder, open_sources, shares
 from ebwm_scale.data.order import SampleOrder
 from ebwm_scale.errors import ConfigError
@@ -94,7 +95,8 @@ def test_sources_that_do_not_fit_each_other_are_refused(pristine, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(pristine.parent, other)
     values = json.loads((other / "manifest.json").read_text())
-    values["tokenizer"]["sha256"] = "0" * 64
+    (other / "tokenizer.model").write_bytes(b"another")
+    values["tokenizer"]["sha256"] = file_sha256(other / "tokenizer.model")
     (other / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="differ in tokenizer"):
         open_sources([(pristine, 1), (other / "manifest.json", 1)], "train", verify="sizes")

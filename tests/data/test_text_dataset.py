@@ -169,7 +169,9 @@ def test_undecodable_files_are_skipped_and_named(tmp_path):
     assert [
         d.name for d in find_documents([tmp_path, tmp_path / "good.txt"], report=said.append)
     ] == ["good.txt"]
-    assert len(said) == 1 and "bad.txt" in said[0] and "not UTF-8 at byte 2" in said[0]
+    assert len(said) == 3 and "bad.txt" in said[0] and "not UTF-8 at byte 2" in said[0]
+    assert said[1] == "ignored: 1 files of other kinds (.py)"
+    assert "1 documents of nothing but white space" in said[2] and "empty.txt" in said[2]
 
 
 def fill(folder, files):
@@ -322,3 +324,43 @@ def test_two_builders_of_one_dataset_wait_for_each_other(corpus, tokenizer_path,
         "train: " in o for o in outputs
     ), outputs
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+PEAK = """
+import resource, sys
+from ebwm_scale.data.text import make_text_dataset
+folder, output, model = sys.argv[1:]
+make_text_dataset([folder], output, tokenizer=model, context_length=4096, report=str)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def peak_bytes(folder, tokenizer_path, num_bytes):
+    """Of a process that packs one document of that size, and a small one."""
+    words = "energy minimum step field query model token slow deep think\n"
+    (folder / "in").mkdir(parents=True)
+    (folder / "in" / "large.txt").write_text(words * (num_bytes // len(words)))
+    (folder / "in" / "small.txt").write_text("gradient descent state block order " * 2000)
+    command = [sys.executable, "-c", PEAK, folder / "in", folder / "out", tokenizer_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_memory_is_a_small_multiple_of_the_largest_document(tokenizer_path, tmp_path):
+    small, large = 2**20, 9 * 2**20  # from the first on, a batch of parts is full
+    more = peak_bytes(tmp_path / "large", tokenizer_path, large)
+    more -= peak_bytes(tmp_path / "small", tokenizer_path, small)
+    assert more < 6 * (large - small)  # it was 60; the text, its bytes and what reads them: 3
+
+
+def test_a_document_in_parts_gives_the_bytes_of_the_whole(
+    corpus, tokenizer_path, pristine, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ebwm_scale.data.tokenizer._PART_CHARACTERS", 50)
+    monkeypatch.setattr(text, "_BATCH_CHARACTERS", 120)
+    again = build(
+        [corpus], tmp_path / "o", tokenizer_path, validation_fraction=0.2, samples_per_shard=20
+    )
+    for path in pristine.parent.iterdir():
+        assert (again.parent / path.name).read_bytes() == path.read_bytes()

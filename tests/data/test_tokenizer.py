@@ -1,6 +1,10 @@
+import random
+
 import pytest
+import sentencepiece
 
 from ebwm_scale.data.documents import find_documents, split_documents
+from ebwm_scale.data import tokenizer as tokenizer_module
 from ebwm_scale.data.tokenizer import Tokenizer, train_tokenizer
 from ebwm_scale.errors import DataError
 
@@ -100,3 +104,120 @@ def test_a_file_that_is_no_model_is_refused(tmp_path, content):
     with pytest.raises(DataError, match="m.model: .*tools/train_tokenizer.py") as error:
         Tokenizer(tmp_path / "m.model")
     assert "\n" not in str(error.value)
+
+
+def place_of_a_piece(model):
+    """Where the text of a piece that was learnt begins in a model file, behind its space mark."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+    piece = next(p for p in pieces if len(p) > 1 and p.startswith("▁"))
+    return model.index(piece.encode()) + len("▁".encode())
+
+
+def damaged_models(model, count):
+    """Copies of a model in which a byte of a piece, or any byte, is another one."""
+    place = place_of_a_piece(model)
+    yield model[:place] + b"\xff" + model[place + 1 :]
+    generator = random.Random(0)
+    for _ in range(count):
+        place = generator.randrange(min(len(model), 6000))
+        yield model[:place] + bytes([generator.randrange(256)]) + model[place + 1 :]
+
+
+def test_a_damaged_model_is_refused_when_it_is_opened_or_works(tokenizer_path, tmp_path):
+    refused = []
+    for content in damaged_models(tokenizer_path.read_bytes(), 400):
+        (tmp_path / "m.model").write_bytes(content)
+        try:
+            tokenizer = Tokenizer(tmp_path / "m.model")
+        except DataError as error:
+            refused.append(str(error))
+            continue
+        for token_id in range(tokenizer.vocabulary_size):
+            tokenizer.piece(token_id)
+            tokenizer.decode([token_id])
+        tokenizer.decode(tokenizer.encode("energy minimum 日本 \n"))
+    assert "m.model" in refused[0] and "damaged" in refused[0] and "\n" not in refused[0]
+    assert len(refused) > 50
+
+
+def test_pieces_that_are_not_text_are_refused_though_sentencepiece_opens_them(
+    tokenizer_path, tmp_path
+):
+    model = tokenizer_path.read_bytes()
+    place = place_of_a_piece(model)
+    content = model[:place] + b"\xe4" + model[place + 1 :]
+    sentencepiece.SentencePieceProcessor(model_proto=content)
+    (tmp_path / "m.model").write_bytes(content)
+    with pytest.raises(DataError, match=r"m.model: piece \d+ of the tokenizer is not UTF-8"):
+        Tokenizer(tmp_path / "m.model")
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a b\ud800c"])
+def test_text_that_is_not_utf8_is_refused(tokenizer_path, text):
+    with pytest.raises(DataError, match="not UTF-8 at character") as error:
+        Tokenizer(tokenizer_path).encode(text)
+    assert "\n" not in str(error.value) and str(error.value).encode("utf-8")
+
+
+def long_texts():
+    generator = random.Random(0)
+    words = [
+        "energy",
+        "minimum",
+        "gradient",
+        "日本語",
+        "naïve",
+        "▁",
+        "\u2581x",
+        "😀",
+        "12345",
+        "ab",
+    ]
+    spaces = [" ", "  ", "\n", "\n\n\t", "\t", ", ", ""]
+    for _ in range(30):
+        yield "".join(generator.choice(words) + generator.choice(spaces) for _ in range(300))
+    letters = "aeginrty mu"  # of the vocabulary's own words: merges wherever one looks
+    for _ in range(20):
+        yield "".join(generator.choice(letters) for _ in range(1000))
+    yield " " * 500 + "x" + " " * 500
+    yield "energy" * 200
+    yield "\n" * 500
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_parts_of_a_text_have_the_tokens_of_the_text(tokenizer_path, monkeypatch, size):
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", size)
+    tokenizer, num_parts = Tokenizer(tokenizer_path), 0
+    for text in long_texts():
+        parts = list(tokenizer.parts(text))
+        num_parts += len(parts)
+        assert "".join(parts) == text
+        ids = [i for part in tokenizer.encode_many(parts) for i in part]
+        assert ids == tokenizer.encode(text)
+    assert num_parts > 400
+
+
+def test_a_text_without_a_safe_place_is_cut_all_the_same(tokenizer_path, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 10)
+    monkeypatch.setattr(tokenizer_module, "_LONGEST_PART", 30)
+    tokenizer = Tokenizer(tokenizer_path)
+    text = "en" * 100
+    assert {"en", "ne"} <= tokenizer._neighbours
+    parts = list(tokenizer.parts(text))
+    assert [len(part) for part in parts] == [30] * 6 + [20]
+    ids = [i for part in parts for i in tokenizer.encode(part)]
+    assert tokenizer.decode(ids) == text
+
+
+def test_short_texts_and_foreign_models_are_not_cut(tokenizer_path, corpus, tmp_path):
+    assert list(Tokenizer(tokenizer_path).parts("a b c")) == ["a b c"]
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(next(corpus.glob("*.txt"))),
+        model_prefix=str(tmp_path / "foreign"),
+        vocab_size=290,
+        byte_fallback=True,
+        minloglevel=2,
+    )  # normalises, and adds a space in front
+    text = "energy minimum " * 20_000
+    assert list(Tokenizer(tmp_path / "foreign.model").parts(text)) == [text]

@@ -262,12 +262,43 @@ def test_the_command_writes_its_result(text, files, monkeypatch, capsys, tmp_pat
         ('{"context": "a", "choices": ["b", ""], "answer": 0}', "choices", "not empty"),
         ('{"context": "a", "answer": ""}', "answer", "not empty"),
         ("", "answer", "holds no question"),
+        ("[" * 100_000, "answer", "line 1: JSON nested too deeply"),
+        ('{"context": "a\\udcff", "answer": "b"}', "answer", "line 1: context is not UTF-8"),
+        ('{"context": "a", "answer": "\\ud800"}', "answer", "line 1: answer is not UTF-8"),
+        (
+            '{"context": "a", "choices": ["b", "\\udc00"], "answer": 0}',
+            "choices",
+            "line 1: choice 1 is not UTF-8 at character 0",
+        ),
+        (
+            '{"context": "a", "choices": ' + str(["b" * 50] * 99).replace("'", '"') + "}",
+            "choices",
+            "index of a choice, 0 to 98",
+        ),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_line(tmp_path, line, kind, message):
     (tmp_path / "q.jsonl").write_text(line + "\n")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as error:
         questions.read_questions(tmp_path / "q.jsonl", kind)
+    shown = str(error.value).removeprefix(str(tmp_path))
+    assert "\n" not in shown and len(shown) < 250 and shown.encode("utf-8")
+
+
+def test_a_file_that_is_not_utf8_is_one_line_and_exit_code_2(tmp_path, capsys):
+    (tmp_path / "q.jsonl").write_bytes(b'{"context": "\xff", "answer": "b"}\n')
+    assert questions.main([str(tmp_path), "--cloze", str(tmp_path / "q.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be read as UTF-8" in said and said.count("\n") == 1
+
+
+def test_a_line_ends_where_the_file_says_it_ends(tmp_path):
+    texts = ["a\u2028b", "c\x85d", "e\x0bf"]
+    lines = [json.dumps({"context": t, "answer": "x"}, ensure_ascii=False) for t in texts[:2]]
+    lines.append(json.dumps({"context": texts[2], "answer": "x"}))
+    (tmp_path / "q.jsonl").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    found = questions.read_questions(tmp_path / "q.jsonl", "answer")
+    assert [question["context"] for question in found] == texts
 
 
 def test_a_model_of_video_is_refused():

@@ -200,6 +200,13 @@ def test_video_is_continued_to_a_file_that_can_be_opened(video, use, capsys, tmp
         ("text", ("--prompt", "a", "--max-new", 0), "--max-new is 0"),
         ("text", ("--prompt", "a", "--num-steps", 0), "num_steps is 0"),
         ("text", ("--prompts", "/nowhere"), "cannot be read"),
+        (
+            "text",
+            ("--prompt", "a", "--prompt", "b\udcff"),
+            "--prompt 2 is not UTF-8 at character 1",
+        ),
+        ("text", ("--prompt", "\ud800"), "--prompt 1 is not UTF-8 at character 0"),
+        ("text", ("--prompts", "NOT UTF-8"), "cannot be read as UTF-8 text"),
         ("text", ("--prompt", "a", "--data", "/nowhere"), "name the dataset with --data"),
         ("text", ("--prompt", "a", "--temperature", -1), "temperature is -1"),
         ("baseline", ("--prompt", "a", "--num-steps", 3), "does not think"),
@@ -211,9 +218,11 @@ def test_video_is_continued_to_a_file_that_can_be_opened(video, use, capsys, tmp
     ],
 )
 def test_what_cannot_be_done_is_one_clear_line(
-    text, video, use, capsys, sections, arguments, expected
+    text, video, use, capsys, tmp_path, sections, arguments, expected
 ):
     path, manifest = video
+    (tmp_path / "prompts").write_bytes(b"good\nb\xffd\n")
+    arguments = tuple(tmp_path / "prompts" if a == "NOT UTF-8" else a for a in arguments)
     if sections.startswith("video"):
         use({"state": {"kind": "embedding", "dimension": 16}, "length": 4}, manifest)
         arguments = ("--video", path, *arguments) if sections == "video file" else arguments
