@@ -400,6 +400,12 @@ def check(config: Config) -> list[str]:
         0 <= config.schedule.final_ratio <= 1,
         f"schedule.final_ratio is {config.schedule.final_ratio}: must be in [0, 1]",
     )
+    warmup, decay = config.schedule.warmup_steps, config.schedule.decay_steps
+    require(
+        warmup <= decay or warmup >= train.max_steps,
+        f"schedule.warmup_steps is {warmup}: must be at most schedule.decay_steps {decay}, "
+        "or the learning rate falls to its end at once after the warm-up",
+    )
     if problems:
         return problems  # the sums below divide by these
 

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def sized(config: Config) -> Config:
     """With the sizes of its dataset, where it names one that is there; ConfigError for sizes that are missing."""
     from .data.manifest import load_manifest
-    from .train import fill_from_data
+    from .preflight import fill_from_data
 
     path = config.data.manifest or (
         config.data.sources[0].manifest if config.data.sources else None

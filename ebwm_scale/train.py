@@ -1,6 +1,6 @@
 """Train an energy-based world model or the Transformer++ baseline.
 
-    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume [--strict]] [--dry-run]
+    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume [--strict] [--accept-new-rate]] [--dry-run]
 
 The same file runs under python, torchrun and srun. Exit codes: 0 finished; 2 bad configuration or data, nothing started; 75 saved after a
 signal or time limit, run again with --resume; 76 stopped because gradients were not finite several steps in a row; 77 a process hung or
@@ -17,13 +17,11 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import dataclasses
 import os
-import time
 
 from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.config import Config, batch_arithmetic, load_config
-from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, CheckpointError, ConfigError, UserError
+from ebwm_scale.config import Config, load_config
+from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
 from ebwm_scale.training.stop import StopFlag
 
 
@@ -62,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="with --resume: refuse, if the newest checkpoint is damaged, to take the one before it",
     )
     parser.add_argument(
+        "--accept-new-rate",
+        action="store_true",
+        help="with --resume: go on although the learning rate is now higher than it was to be",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print what would run and what it costs; train nothing",
@@ -70,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--local_rank", type=int, default=None, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     options = parser.parse_args(arguments)
-    stop = StopFlag()  # before the imports, which take seconds
+    at_once = "the dry run is given up; nothing was started" if options.dry_run else None
+    stop = StopFlag(at_once)  # before the imports, which take seconds
     try:
         config = load_config(options.config, options.overrides)
         return run(config, options, stop)
@@ -87,11 +91,10 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     import torch
 
     from ebwm_scale.accounting import describe
-    from ebwm_scale.data.mixing import open_sources
     from ebwm_scale.denormals import flush_denormals
-    from ebwm_scale.model.transformer import attention_paths
+    from ebwm_scale.dry_run import dry_run
     from ebwm_scale.model.world_model import WorldModel
-    from ebwm_scale.training.checkpoint import check_same_run, find_latest, saved_config
+    from ebwm_scale.preflight import check_run
     from ebwm_scale.training.distributed import is_connection_error, join_world
     from ebwm_scale.training.engine import Engine
     from ebwm_scale.training.faults import Faults
@@ -99,67 +102,32 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     from ebwm_scale.training.trainer import Trainer
     from ebwm_scale.training.watchdog import Watchdog
 
-    sources = [(source.manifest, source.weight) for source in config.data.sources] or [
-        (config.data.manifest, 1.0)
-    ]
-    if sources[0][0] is None:
-        raise ConfigError(
-            "data.manifest is absent: make a dataset with tools/make_text_shards.py or make_video_shards.py and name its manifest.json"
-        )
     flush_denormals()
     world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS") or "1"))
-    batch_arithmetic(
-        config.train, world_size, paired=config.refinement.replay
-    )  # before anything is started or read
-
     say = (
         print
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
         else (lambda *_, **__: None)
     )
-    splits = {
-        name: open_sources(sources, name, verify=config.data.verify, report=say)
-        for name in ("train", "validation")
-    }
-    config = fill_from_data(config, splits["train"].manifest)
+    path = options.run_dir
+    if path is None:
+        path = Path("runs") / Path(options.config).stem
+    check = check_run(
+        config,
+        world_size=world_size,
+        run_dir=path,
+        resume=options.resume,
+        strict=options.strict,
+        accept_new_rate=options.accept_new_rate,
+        report=lambda text: say(text, file=sys.stderr),
+    )
+    check.refuse()  # before anything is started or written
+    config, splits, paths = check.config, check.splits, check.attention
+    saved, changes = check.saved, check.changes
     torch.manual_seed(config.train.seed)
     if options.dry_run:
-        model = WorldModel(config)
-        seconds = measure_step(config, model, world_size)
-        say(config.to_yaml())
-        say(
-            describe(
-                config,
-                model,
-                world_size=world_size,
-                data_summary=data_summary(config, splits),
-                seconds_per_step=seconds,
-            )
-        )
+        dry_run(check, data_summary(config, splits), lambda text: say(text, flush=True))
         return EXIT_FINISHED
-
-    path = options.run_dir or Path("runs") / Path(options.config).stem
-    checkpoints = path / "checkpoints"
-    saved = (
-        find_latest(
-            checkpoints,
-            lambda text: say(f"warning: {text}", file=sys.stderr),
-            strict=options.strict,
-        )
-        if options.resume
-        else None
-    )
-    if saved is None and (path / "metrics.jsonl").exists() and not options.resume:
-        raise CheckpointError(
-            f"{path} already holds a run: continue it with --resume, or name another folder with --run-dir"
-        )
-    changes = []
-    if saved is not None:
-        changes = check_same_run(saved_config(saved.folder), config)
-        if saved.trainer["world_size"] != world_size:
-            changes.append(
-                f"the number of processes was {saved.trainer['world_size']}, is {world_size}"
-            )
 
     faults = Faults(
         os.environ.get("EBWM_FAULTS"),
@@ -171,9 +139,6 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     if stopped_before_training(stop, world, "before the model was built"):
         return EXIT_RUN_AGAIN
     model = WorldModel(config)
-    micro_batch, accumulation = batch_arithmetic(
-        config.train, world.size, paired=config.refinement.replay
-    )
     if world.is_main and saved is None:
         say(
             describe(
@@ -185,17 +150,11 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
             ),
             flush=True,
         )
-    try:
-        paths = attention_paths(
-            config.model,
-            world.device,
-            torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if stopped_before_training(stop, world, "before the engine was built"):
         return EXIT_RUN_AGAIN
-    engine = Engine(config, model, world, micro_batch=micro_batch, accumulation=accumulation)
+    engine = Engine(
+        config, model, world, micro_batch=check.micro_batch, accumulation=check.accumulation
+    )
     folder = RunFolder(path, config, is_main=world.is_main)
     watchdog = Watchdog(
         path, rank=world.rank, world_size=world.size, limit_s=60 * config.train.hang_minutes
@@ -208,7 +167,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         stop,
         splits["train"],
         splits["validation"],
-        micro_batch=micro_batch,
+        micro_batch=check.micro_batch,
         watchdog=watchdog,
         faults=faults,
     )
@@ -226,6 +185,8 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     else:
         folder.forget_after(0)
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
+    for _, text in check.warnings:
+        folder.warn(text)
     if config.data.stream:
         folder.say(
             "data.stream: shards are streamed; batches then depend on the number of processes, and a resume goes on with the next shards"
@@ -283,27 +244,6 @@ def finish(config: Config, folder, model, splits, world) -> None:
     world.barrier()
 
 
-def fill_from_data(config: Config, manifest) -> Config:
-    """The configuration with sizes and context length taken from the data where they are absent; ConfigError if they clash."""
-    kind = {"text": "vocabulary", "video": "embedding"}[manifest.modality]
-    if config.state.kind != kind:
-        raise ConfigError(
-            f"state.kind is {config.state.kind}, but {manifest.path} holds {manifest.modality}; use state.kind={kind}"
-        )
-    section, key = ("model", "vocabulary_size") if kind == "vocabulary" else ("state", "dimension")
-    given, size = getattr(getattr(config, section), key), manifest.content.size
-    if given not in (None, size):
-        raise ConfigError(
-            f"{section}.{key} is {given}, the dataset {manifest.path} has {size}; leave the key out"
-        )
-    context_length = config.data.context_length or manifest.block_length - 1
-    return dataclasses.replace(
-        config,
-        **{section: dataclasses.replace(getattr(config, section), **{key: size})},
-        data=dataclasses.replace(config.data, context_length=context_length),
-    )
-
-
 def data_summary(config: Config, splits: dict) -> dict:
     train, validation = splits["train"], splits["validation"]
     content = train.manifest.content
@@ -318,38 +258,6 @@ def data_summary(config: Config, splits: dict) -> dict:
         content.size_name: content.size,
         "context_length": config.data.context_length,
     }
-
-
-def measure_step(config: Config, model, world_size: int) -> float:
-    """Seconds of one optimizer step of this rank on random data: forward and backward of one micro-batch, times the accumulation."""
-    import torch
-
-    from ebwm_scale.noise import NoiseSource
-
-    micro_batch, accumulation = batch_arithmetic(
-        config.train, world_size, paired=config.refinement.replay
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    shape = (micro_batch, config.data.context_length + 1)
-    if config.state.kind == "vocabulary":
-        states = torch.randint(config.model.vocabulary_size, shape, device=device)
-    else:
-        states = torch.randn(*shape, config.state.dimension, device=device)
-    for _ in range(2):  # the first one warms up
-        start = time.perf_counter()
-        output = model(
-            states[:, :-1],
-            states[:, 1:],
-            sample_ids=torch.arange(micro_batch),
-            source=NoiseSource(0, 0),
-        )
-        output.loss.backward()
-        model.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return seconds * accumulation
 
 
 if __name__ == "__main__":

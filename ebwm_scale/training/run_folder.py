@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shlex
 import socket
 import sys
 import uuid
@@ -50,9 +51,8 @@ class RunFolder:
             _append(self.path / "metrics.jsonl", row)
             if self._tracker is not None:
                 prefix = "validation/" if row.get("split") == "validation" else "train/"
-                self._tracker.log(
-                    {prefix + key: value for key, value in _flat(row).items()}, step=row["step"]
-                )
+                values = {prefix + key: value for key, value in _flat(row).items()}
+                self._tracker.log({"step": row["step"], **values})
 
     def event(self, name: str, **fields: Any) -> None:
         if self.is_main:
@@ -94,10 +94,19 @@ class RunFolder:
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.finish()
+            if self._tracker.settings.mode == "offline":
+                self.say(
+                    "to upload what W&B has of this run, all of its parts in their order: "
+                    f"wandb sync {shlex.quote(str(self.path / 'wandb'))}"
+                )
 
 
 def _tracker(path: Path, config: Config):
-    """A W&B run that keeps its id over resumes, or None."""
+    """A W&B run that keeps its id over resumes, or None.
+
+    The x axis is the metric `step`. W&B's own counter only rises, and rows that are logged below it are dropped: those between the
+    checkpoint that a run is resumed from and its last row. Logged without a number of W&B's own, they stand beside the earlier ones.
+    """
     settings = config.logging
     if settings.wandb == "off":
         return None
@@ -110,7 +119,7 @@ def _tracker(path: Path, config: Config):
     identity = path / "wandb_id"
     if not identity.exists():
         _write_atomically(identity, uuid.uuid4().hex[:12])
-    return wandb.init(
+    tracker = wandb.init(
         project=settings.wandb_project,
         name=settings.run_name or path.name,
         id=identity.read_text().strip(),
@@ -119,6 +128,9 @@ def _tracker(path: Path, config: Config):
         dir=str(path),
         config=config.to_dict(),
     )
+    tracker.define_metric("step", hidden=True)
+    tracker.define_metric("*", step_metric="step")
+    return tracker
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
