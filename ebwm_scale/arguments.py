@@ -1,12 +1,14 @@
 """The command line of every entry point: argparse, with one line for each mistake and numbers that are numbers.
 
-float and int options refuse nan, infinities and what no 64 bits hold: they would pass every comparison, or fail far from here.
+float and int options refuse nan, infinities and what no 64 bits hold: they would pass every comparison, or fail far from here. Path options
+refuse the empty text, mostly a shell variable that is not set: it would mean the current folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import NoReturn
 
 from .errors import EXIT_BAD_INPUT, cut
@@ -16,13 +18,14 @@ _MESSAGE_LENGTH = 400
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with these types for float and int, and errors of one line (exit code 2)."""
+    """argparse's, with these types for float, int and Path, and errors of one line (exit code 2)."""
 
     def __init__(self, *arguments, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*arguments, **options)
         self.register("type", float, finite_number)
         self.register("type", int, whole_number)
+        self.register("type", Path, some_path)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: {cut(message, _MESSAGE_LENGTH)}; see --help\n")
@@ -48,3 +51,10 @@ def whole_number(text: str) -> int:
     if abs(value) > LARGEST_INT:
         raise argparse.ArgumentTypeError(f"{cut(text)} is beyond 64 bits")
     return value
+
+
+def some_path(text: str) -> Path:
+    """A path that was really given."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("empty: name a file or a folder")
+    return Path(text)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -27,6 +26,7 @@ from .data.shards import ShardedSplit
 from .data.streaming import check_stream
 from .errors import ConfigError, UserError, cut
 from .model.transformer import attention_paths
+from .run_location import check_folder
 from .training.checkpoint import Saved, check_same_run, find_latest, saved_config
 from .training.schedule import RateChange, describe_schedule_changes, unusual_schedule
 
@@ -92,41 +92,6 @@ def check_run(
         check_saved(check, run_dir, strict=strict, accept_new_rate=accept_new_rate, report=report)
     check.warnings += [("schedule", text) for text in unusual_schedule(config)]
     return check
-
-
-def check_folder(path: Path, *, resume: bool) -> None:
-    """ConfigError if a run cannot be written to `path`, or would overwrite one. Nothing is left behind: the file tried has no name."""
-    if not str(path).strip() or str(path) == ".":
-        raise ConfigError("--run-dir is empty: name a folder for the run")
-    advice = "name another with --run-dir"
-    try:
-        existing = path
-        while not existing.exists():
-            if existing.is_symlink():
-                raise ConfigError(f"{cut(existing, 300)}: a link to nothing; {advice}")
-            longest = len(os.fsencode(existing.name))
-            existing = existing.parent
-            if existing.is_dir() and longest > os.pathconf(existing, "PC_NAME_MAX"):
-                raise ConfigError(f"{cut(path)}: a name of {longest} bytes is too long; {advice}")
-        if not existing.is_dir():
-            raise ConfigError(f"{cut(existing, 300)}: is a file, no folder; {advice}")
-        folders = [existing, path / "checkpoints", path / "watch"]
-        for folder in folders:
-            if folder.exists():
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-        for name in ("config.yaml", "metrics.jsonl", "events.jsonl"):
-            file = path / name
-            if file.exists() and not os.access(file, os.W_OK):
-                raise ConfigError(f"{cut(file, 300)}: cannot be written: permission; {advice}")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{cut(path, 300)}: cannot be written: {reason}; {advice}") from None
-    if (path / "metrics.jsonl").exists() and not resume:
-        raise ConfigError(
-            f"{cut(path, 300)} already holds a run: continue it with --resume, "
-            "or name another folder with --run-dir"
-        )
 
 
 def check_attention(config: Config, device: torch.device) -> dict[str, str]:

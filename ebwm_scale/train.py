@@ -22,6 +22,7 @@ import os
 from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import Config, load_config
 from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
+from ebwm_scale.run_location import check_folder
 from ebwm_scale.training.stop import StopFlag
 
 
@@ -77,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     stop = StopFlag(at_once)  # before the imports, which take seconds
     try:
         config = load_config(options.config, options.overrides)
+        if options.run_dir is None:
+            options.run_dir = Path("runs") / Path(options.config).stem
+        check_folder(options.run_dir, resume=options.resume)
         return run(config, options, stop)
     except UserError as error:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
@@ -110,8 +114,6 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         else (lambda *_, **__: None)
     )
     path = options.run_dir
-    if path is None:
-        path = Path("runs") / Path(options.config).stem
     check = check_run(
         config,
         world_size=world_size,

@@ -46,6 +46,16 @@ def test_a_whole_number_that_is_none_is_refused(text, capsys):
     assert left.value.code == 2 and printed.count("\n") == 1 and len(printed) < 200
 
 
+def test_a_path_that_is_empty_is_refused(capsys):
+    parser = ArgumentParser(prog="program")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"))
+    assert parser.parse_args([]).run_dir == Path("runs")
+    assert parser.parse_args(["--run-dir", "."]).run_dir == Path(".")
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--run-dir", ""])
+    assert left.value.code == 2 and "empty: name" in capsys.readouterr().err
+
+
 COMMANDS = [
     ("ebwm_scale.think", ["--prompt", "a", "run", "--step-size"]),
     ("ebwm_scale.think", ["--prompt", "a", "run", "--temperature"]),

@@ -20,8 +20,9 @@ from pathlib import Path
 from ebwm_scale import launch
 from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.cluster.status import status_of, table
-from ebwm_scale.errors import EXIT_FINISHED, ConfigError, UserError, shown
+from ebwm_scale.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError, shown
 from ebwm_scale.provenance import provenance
+from ebwm_scale.run_location import check_folder
 from ebwm_scale.scaling import QUANTITIES, collect
 from ebwm_scale.shipped import find_config
 from ebwm_scale.strict_yaml import dump_yaml, read_yaml
@@ -104,10 +105,12 @@ def begin(options: argparse.Namespace, passed_on: list[str]) -> int:
     if (options.run_dir / "sweep.json").exists():
         return launch.main(["--resubmit", str(options.run_dir)])
     study = read_study(options.study)
+    check_folder(options.run_dir, resume=True)
+    was_there = options.run_dir.exists()
     options.run_dir.mkdir(parents=True, exist_ok=True)
     axes = options.run_dir / "axes.yaml"
     axes.write_text(dump_yaml(study["sweep"]), encoding="utf-8")
-    return launch.main(
+    code = launch.main(
         [
             "--config",
             study["config"],
@@ -121,6 +124,10 @@ def begin(options: argparse.Namespace, passed_on: list[str]) -> int:
             *(passed_on or ["--cluster", "local", "--parallel", "2"]),
         ]
     )
+    if code == EXIT_BAD_INPUT and not was_there:  # refused: nothing was begun, nothing is left
+        axes.unlink()
+        options.run_dir.rmdir()
+    return code
 
 
 def show(options: argparse.Namespace, _: list[str]) -> int:

@@ -27,6 +27,7 @@ from typing import Any, Sequence
 from ..code_version import code_version, uncommitted
 from ..config import Config, load_config
 from ..errors import ConfigError, cut, shown
+from ..run_location import check_folder
 from ..strict_yaml import read_yaml
 
 MAX_NAME = 120
@@ -171,15 +172,21 @@ def _fit(values: Sequence[str]) -> list[str]:
     return [clean(value) for value in values]
 
 
+def check_new(folder: Path) -> None:
+    """ConfigError if a run folder cannot be written, or already holds a run."""
+    check_folder(folder, resume=True)
+    if (folder / "metrics.jsonl").exists() or (folder / "launch.json").exists():
+        raise ConfigError(
+            f"{cut(folder, 300)} already holds a run: look at it with --status, go on with it with "
+            "--resubmit, or name another --run-dir"
+        )
+
+
 def prepare(
     folder: Path, *, config_file: str, overrides: Sequence[str], request: dict[str, Any]
 ) -> Config:
     """Write config.yaml (resolved) and launch.json (the request and the code version) into a run folder; returns the configuration."""
     config = load_config(config_file, overrides)
-    if (folder / "metrics.jsonl").exists() or (folder / "launch.json").exists():
-        raise ConfigError(
-            f"{folder} already holds a run: look at it with --status, go on with it with --resubmit, or name another --run-dir"
-        )
     write_request(
         folder,
         config,
