@@ -21,7 +21,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Config, *, is_main: bool):
         self.path, self.is_main = path, is_main
-        self._tracker = None
+        self._tracker, self._is_offline = None, config.logging.wandb == "offline"
         if is_main:
             path.mkdir(parents=True, exist_ok=True)
             self._owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
@@ -94,7 +94,7 @@ class RunFolder:
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.finish()
-            if self._tracker.settings.mode == "offline":
+            if self._is_offline:
                 self.say(
                     "to upload what W&B has of this run, all of its parts in their order: "
                     f"wandb sync {shlex.quote(str(self.path / 'wandb'))}"

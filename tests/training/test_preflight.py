@@ -258,7 +258,6 @@ class FakeTracker:
 
     def __init__(self):
         self.rows, self.metrics = [], []
-        self.settings = type("Settings", (), {"mode": "offline"})
 
     def define_metric(self, name, **options):
         self.metrics.append((name, options))
