@@ -4,7 +4,8 @@
     srun python -m ebwm_scale.doctor ...        in an allocation: every task takes part, the collective goes over the real network
 
 One line per check: `ok`, `note` (works, but you may want to know) or `MISSING` (a run of this configuration would fail or starve).
-Exit code 0 if nothing is missing, 1 otherwise.
+What train.py would refuse is found by its own check (ebwm_scale/preflight.py). Exit code 0 if nothing is missing, 2 if all that is
+missing is what train.py refuses a configuration or its data for, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Sequence
 
-from .config import Config, batch_arithmetic, load_config
-from .errors import EXIT_FAILED, EXIT_FINISHED, UserError
+from .arguments import ArgumentParser
+from .config import Config, load_config
+from .errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = (
@@ -54,6 +56,7 @@ class Report:
     """Lines of (verdict, subject, text)."""
 
     lines: list[tuple[str, str, str]] = field(default_factory=list)
+    num_refusals: int = 0  # of the MISSING lines those that are what train.py refuses
 
     def ok(self, subject: str, text: str) -> None:
         self.lines.append(("ok", subject, text))
@@ -64,6 +67,17 @@ class Report:
     def missing(self, subject: str, text: str) -> None:
         self.lines.append(("MISSING", subject, text))
 
+    def refused(self, subject: str, text: str) -> None:
+        self.missing(subject, text)
+        self.num_refusals += 1
+
+    @property
+    def exit_code(self) -> int:
+        num_missing = sum(verdict == "MISSING" for verdict, _, _ in self.lines)
+        if num_missing == 0:
+            return EXIT_FINISHED
+        return EXIT_BAD_INPUT if num_missing == self.num_refusals else EXIT_FAILED
+
     def text(self) -> str:
         lines = [f"{verdict:<8}{subject:<12}{text}" for verdict, subject, text in self.lines]
         count = sum(verdict == "MISSING" for verdict, _, _ in self.lines)
@@ -71,10 +85,9 @@ class Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.doctor",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--config",
@@ -125,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_disk(report, config if options.config else None, options.run_dir)
         check_tracking(report, config)
         if options.config:
-            check_data(report, config)
-            check_run(report, config)
+            check_training(report, config, options.run_dir)
     return finish(report, rank)
 
 
@@ -135,11 +147,7 @@ def finish(report: Report, rank: int) -> int:
         print(report.text())
     elif any(verdict == "MISSING" for verdict, _, _ in report.lines):
         print(f"rank {rank} on {os.uname().nodename}:\n{report.text()}")
-    return (
-        EXIT_FAILED
-        if any(verdict == "MISSING" for verdict, _, _ in report.lines)
-        else EXIT_FINISHED
-    )
+    return report.exit_code
 
 
 def check_packages(report: Report) -> None:
@@ -381,11 +389,8 @@ def check_tracking(report: Report, config: Config) -> None:
         netrc.exists() and "wandb" in netrc.read_text(errors="replace")
     )
     if _version("wandb") is None:
-        report.missing(
-            "tracking",
-            "logging.wandb is online, and wandb is not installed: pip install -c constraints.txt -e '.[tracking]'",
-        )
-    elif not known:
+        return  # train.py's own check says so
+    if not known:
         report.missing(
             "tracking",
             "logging.wandb is online, and there is no key: export WANDB_API_KEY, or run `wandb login` once",
@@ -394,61 +399,36 @@ def check_tracking(report: Report, config: Config) -> None:
         report.ok("tracking", "W&B has a key")
 
 
-def check_data(report: Report, config: Config) -> None:
-    if config.data.manifest is None:
-        report.missing("data", "data.manifest is absent: --set data.manifest=.../manifest.json")
-        return
-    from .data.shards import open_split
-
-    for name in ("train", "validation"):
-        try:
-            split = open_split(
-                config.data.manifest,
-                name,
-                verify=config.data.verify,
-                report=lambda text: report.note("data", text),
-            )
-        except UserError as error:
-            report.missing("data", str(error))
-            continue
-        report.ok(
-            "data",
-            f"{name}: {len(split)} samples in {len(split.manifest.splits[name].shards)} shards, {config.data.verify} verified",
-        )
-
-
-def check_run(report: Report, config: Config) -> None:
-    """What would run: kernels, and the batch over likely numbers of processes."""
+def check_training(report: Report, config: Config, run_dir: Path) -> None:
+    """What train.py itself checks before it starts: its problems, and what would run."""
     import torch
 
-    from .model.transformer import attention_paths
+    from .preflight import check_run
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        paths = attention_paths(
-            config.model,
-            device,
-            torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        )
-        report.ok(
-            "kernels",
-            "attention of "
-            + ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items()),
-        )
-    except ValueError as error:
-        report.missing("kernels", str(error))
     processes = int(os.environ.get("SLURM_NTASKS") or torch.cuda.device_count() or 1)
-    try:
-        micro, accumulation = batch_arithmetic(
-            config.train, processes, paired=config.refinement.replay
-        )
+    check = check_run(
+        config,
+        world_size=processes,
+        run_dir=run_dir,
+        resume=(run_dir / "metrics.jsonl").exists(),
+        report=lambda text: report.note("data", text),
+    )
+    for name, split in check.splits.items():
+        report.ok("data", f"{name}: {split.describe()}, {config.data.verify} verified")
+    if check.attention:
+        streams = [f"the {stream} stream: {path}" for stream, path in check.attention.items()]
+        report.ok("kernels", f"attention of {', '.join(streams)}")
+    if check.micro_batch:
         report.ok(
             "batch",
-            f"{config.train.global_batch_size} samples over {processes} processes: {micro} per forward pass, {accumulation} accumulated; "
+            f"{config.train.global_batch_size} samples over {processes} processes: "
+            f"{check.micro_batch} per forward pass, {check.accumulation} accumulated; "
             f"ZeRO stage {config.deepspeed.zero_stage}, {config.train.precision}",
         )
-    except UserError as error:
-        report.missing("batch", str(error))
+    for subject, text in check.problems:
+        report.refused(subject, text)
+    for subject, text in check.warnings:
+        report.note(subject, text)
 
 
 def _parameters(config: Config) -> int:

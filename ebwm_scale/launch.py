@@ -19,22 +19,26 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
+from .arguments import ArgumentParser
 from .cluster.attempts import read_attempts
 from .cluster.status import UNFINISHED, status_of, table
 from .cluster.submission import Resources, executor_for, submit
-from .cluster.sweep import Run, expand, prepare, write_request
+from .cluster.sweep import Run, check_new, expand, prepare, write_request
 from .config import batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.launch",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE", help="YAML, see configs/")
+    what.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
+    )
     what.add_argument("--status", type=Path, metavar="DIR", help="of a sweep or a run")
     what.add_argument(
         "--resubmit", type=Path, metavar="DIR", help="the failed and lost runs of a sweep, or a run"
@@ -97,6 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="further options of sbatch: partition=gpu qos=high",
     )
     parser.add_argument(
+        "--accept-new-rate",
+        action="store_true",
+        help="with --resubmit: as in train.py, where --set raises the learning rate",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print the runs and the job script, have Slurm check it; submit and write nothing",
@@ -106,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.status is not None:
             return show(options.status)
         if options.resubmit is not None:
-            return resubmit(options.resubmit, options.overrides)
+            return resubmit(
+                options.resubmit, options.overrides, accept_new_rate=options.accept_new_rate
+            )
         return launch(options)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -133,6 +144,9 @@ def launch(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"{folder} already holds a sweep: look at it with --status, go on with it with --resubmit, or name another --run-dir"
         )
+    for run in runs:
+        check_new(folder / run.name)
+    executor_for(folder, resources, name=f"ebwm-{folder.name}")  # refuses what it cannot submit
     request = {
         "cluster": resources.cluster,
         "directory": str(Path.cwd()),
@@ -164,7 +178,7 @@ def launch(options: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
-def resubmit(folder: Path, overrides: Sequence[str]) -> int:
+def resubmit(folder: Path, overrides: Sequence[str], *, accept_new_rate: bool) -> int:
     """The failed and lost runs again, each in its folder."""
     runs = [run.folder for run in status_of(folder) if run.state in UNFINISHED]
     if not runs:
@@ -180,6 +194,7 @@ def resubmit(folder: Path, overrides: Sequence[str]) -> int:
                 **request,
                 "overrides": [*request["overrides"], *overrides],
                 "rows_before": len(read_attempts(run)),
+                "accept_new_rate": accept_new_rate,
             },
         )
     resources = requests[0]["resources"]

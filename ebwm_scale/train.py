@@ -1,6 +1,6 @@
 """Train an energy-based world model or the Transformer++ baseline.
 
-    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume [--strict]] [--dry-run]
+    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume [--strict] [--accept-new-rate]] [--dry-run]
 
 The same file runs under python, torchrun and srun. Exit codes: 0 finished; 2 bad configuration or data, nothing started; 75 saved after a
 signal or time limit, run again with --resume; 76 stopped because gradients were not finite several steps in a row; 77 a process hung or
@@ -17,22 +17,28 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import dataclasses
 import os
-import time
 
-from ebwm_scale.config import Config, batch_arithmetic, load_config
-from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, CheckpointError, ConfigError, UserError
+from ebwm_scale.arguments import ArgumentParser
+from ebwm_scale.config import Config, load_config
+from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
+from ebwm_scale.permissions import add_permissions, refuse_unpermitted
+from ebwm_scale.plain_text import one_line
+from ebwm_scale.processes import find_place, is_first
+from ebwm_scale.run_location import check_folder
 from ebwm_scale.training.console import leave_quietly
 from ebwm_scale.training.console import say as print_line
 from ebwm_scale.training.stop import StopFlag
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
     parser.add_argument(
         "--set",
         action="extend",
@@ -60,20 +66,32 @@ def main(arguments: list[str] | None = None) -> int:
         help="with --resume: refuse, if the newest checkpoint is damaged, to take the one before it",
     )
     parser.add_argument(
+        "--accept-new-rate",
+        action="store_true",
+        help="with --resume: go on although the learning rate is now higher than it was to be",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print what would run and what it costs; train nothing",
     )
+    add_permissions(parser)
     parser.add_argument(
         "--local_rank", type=int, default=None, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     options = parser.parse_args(arguments)
-    stop = StopFlag()  # before the imports, which take seconds
+    at_once = "the dry run is given up; nothing was started" if options.dry_run else None
+    stop = StopFlag(at_once)  # before the imports, which take seconds
     try:
         config = load_config(options.config, options.overrides)
+        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
+        if options.run_dir is None:
+            options.run_dir = Path("runs") / Path(options.config).stem
+        one_line("the run folder", options.run_dir)
+        check_folder(options.run_dir, resume=options.resume)
         return run(config, options, stop)
     except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        if is_first():
             print_line(str(error), error=True)
         return error.exit_code
     finally:
@@ -85,11 +103,11 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     import torch
 
     from ebwm_scale.accounting import describe
-    from ebwm_scale.data.opening import open_splits
     from ebwm_scale.denormals import flush_denormals
-    from ebwm_scale.model.transformer import attention_paths
+    from ebwm_scale.dry_run import dry_run
     from ebwm_scale.model.world_model import WorldModel
-    from ebwm_scale.training.checkpoint import Saved, check_same_run, find_latest, saved_config
+    from ebwm_scale.preflight import check_run
+    from ebwm_scale.training.checkpoint import Saved, find_latest
     from ebwm_scale.training.checkpoint_writer import put_back_replaced
     from ebwm_scale.training.distributed import is_connection_error, join_world
     from ebwm_scale.training.engine import Engine
@@ -100,68 +118,47 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     from ebwm_scale.training.trainer import Trainer
     from ebwm_scale.training.watchdog import Watchdog
 
-    sources = [(source.manifest, source.weight) for source in config.data.sources] or [
-        (config.data.manifest, 1.0)
-    ]
-    if sources[0][0] is None:
-        raise ConfigError(
-            "data.manifest is absent: make a dataset with tools/make_text_shards.py or make_video_shards.py and name its manifest.json"
-        )
     flush_denormals()
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS") or "1"))
-    batch_arithmetic(
-        config.train, world_size, paired=config.refinement.replay
-    )  # before anything is started or read
+    place = find_place()
 
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    say = print_line if rank == 0 else (lambda *_, **__: None)
-    world = join_world() if world_size > 1 and not options.dry_run else None
-    splits = open_splits(
-        sources, ("train", "validation"), verify=config.data.verify, report=say, group=world
+    def say(text: str, *, error: bool = False) -> None:
+        if place.rank == 0:
+            print_line(text, error=error)
+
+    def warn(text: str) -> None:
+        say(f"warning: {text}", error=True)
+
+    path = options.run_dir
+    faults = Faults(os.environ.get("EBWM_FAULTS"), place.rank)
+    ownership = Ownership(path, faults)
+    world = None
+    if place.size > 1 and not options.dry_run:
+        world = join_world()  # rank 0 reads the data's lists for all
+    check = check_run(
+        config,
+        world_size=place.size,
+        run_dir=path,
+        resume=options.resume,
+        strict=options.strict,
+        accept_new_rate=options.accept_new_rate,
+        report=lambda text: say(text, error=True),
+        group=world,
+        ownership=None if options.dry_run else ownership,
     )
-    config = fill_from_data(config, splits["train"].manifest)
+    check.refuse()  # before anything is written
+    config, splits, paths = check.config, check.splits, check.attention
     torch.manual_seed(config.train.seed)
     if options.dry_run:
-        model = WorldModel(config)
-        seconds = measure_step(config, model, world_size)
-        say(config.to_yaml())
-        say(
-            describe(
-                config,
-                model,
-                world_size=world_size,
-                data_summary=data_summary(config, splits),
-                seconds_per_step=seconds,
-            )
-        )
+        dry_run(check, data_summary(config, splits), say)
         return EXIT_FINISHED
 
-    path = options.run_dir or Path("runs") / Path(options.config).stem
-    faults = Faults(os.environ.get("EBWM_FAULTS"), rank)
-    ownership = Ownership(path, faults)
-    ownership.refuse_if_in_use(watch_aloud=rank == 0)  # before anything of it is read
-
     def newest() -> Saved | None:
-        """On every rank; rank 0's choice is what counts (load_newest)."""
-        warn = lambda text: say(f"warning: {text}", error=True)
+        """What there is to go on from now; rank 0's choice is what counts (load_newest)."""
         if not options.resume:
             return None
-        if rank == 0:
+        if place.rank == 0:
             put_back_replaced(path / "checkpoints")
         return find_latest(path / "checkpoints", warn, strict=options.strict)
-
-    saved = newest()
-    if saved is None and (path / "metrics.jsonl").exists() and not options.resume:
-        raise CheckpointError(
-            f"{path} already holds a run: continue it with --resume, or name another folder with --run-dir"
-        )
-    changes = []
-    if saved is not None:
-        changes = check_same_run(saved_config(saved.folder), config)
-        if saved.trainer["world_size"] != world_size:
-            changes.append(
-                f"the number of processes was {saved.trainer['world_size']}, is {world_size}"
-            )
 
     world = world or join_world()
     stop.max_minutes = config.train.max_minutes
@@ -169,10 +166,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     if stopped_before_training(stop, world, "before the model was built"):
         return EXIT_RUN_AGAIN
     model = WorldModel(config)
-    micro_batch, accumulation = batch_arithmetic(
-        config.train, world.size, paired=config.refinement.replay
-    )
-    if world.is_main and saved is None:
+    if world.is_main and check.saved is None:
         say(
             describe(
                 config,
@@ -182,17 +176,11 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
                 seconds_per_step=None,
             )
         )
-    try:
-        paths = attention_paths(
-            config.model,
-            world.device,
-            torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if stopped_before_training(stop, world, "before the engine was built"):
         return EXIT_RUN_AGAIN
-    engine = Engine(config, model, world, micro_batch=micro_batch, accumulation=accumulation)
+    engine = Engine(
+        config, model, world, micro_batch=check.micro_batch, accumulation=check.accumulation
+    )
     folder = RunFolder(path, config, world, faults, ownership)
     watchdog = Watchdog(
         path,
@@ -201,6 +189,8 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         limit_s=60 * config.train.hang_minutes,
         faults=faults,
     )
+    if config.train.hang_minutes:
+        world.leave_hangs_to_the_watchdog()
     trainer = Trainer(
         config,
         engine,
@@ -209,25 +199,28 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         stop,
         splits["train"],
         splits["validation"],
-        micro_batch=micro_batch,
+        micro_batch=check.micro_batch,
         watchdog=watchdog,
         faults=faults,
+        allow_pipe=options.allow_pipe,
     )
-    saved = load_newest(trainer, saved, newest, world, say)
+    saved = load_newest(trainer, check.saved, newest, world, say)
     folder.take()
     trainer.forget_later_rows()
     if saved is not None:
-        folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=changes)
+        folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=check.changes)
         folder.say(
             "\n".join(
                 [
                     f"resumed at step {trainer.step} of {config.train.max_steps} from {saved.folder}",
-                    *changes,
+                    *check.changes,
                 ]
             )
         )
     else:
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
+    for _, text in check.warnings:
+        folder.warn(text)
     if config.data.stream:
         folder.say(
             "data.stream: shards are streamed; batches then depend on the number of processes, and a resume goes on with the next shards"
@@ -245,7 +238,8 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     if code == EXIT_FINISHED:
         finish(config, folder, engine.module, splits, world)
     folder.close(unsaved=trainer.unsaved)
-    world.barrier()  # a launcher ends those that stay long after the first one has left; closing may take rank 0 a while
+    # A launcher ends those that stay long after the first one has left; closing may take a while.
+    world.barrier()
     return code
 
 
@@ -262,7 +256,6 @@ def finish(config: Config, folder, model, splits, world) -> None:
     from ebwm_scale.accounting import count_parameters
     from ebwm_scale.generation import samples_to_look_at
     from ebwm_scale.loading import load_checkpoint
-    from ebwm_scale.report import write_report
 
     if world.is_main:
         if config.deepspeed.zero_stage == 3:  # no process has the whole model
@@ -279,38 +272,23 @@ def finish(config: Config, folder, model, splits, world) -> None:
             },
         )
         folder.event("finish", step=config.train.max_steps)
-        folder.say(f"finished; report: {write_report(folder.path)}")
+        folder.say(f"finished{report_in_words(folder)}")
     world.barrier()
 
 
-def fill_from_data(config: Config, manifest) -> Config:
-    """The configuration with sizes, context length and tokenizer hash of the data where absent.
+def report_in_words(folder) -> str:
+    """Write the report; where it is, or in one line why it is not there: the run has finished either way."""
+    from ebwm_scale.report import write_report
 
-    ConfigError where sizes clash, DataError for another tokenizer than the run's.
-    """
-    from ebwm_scale.data.side_files import refuse_another_tokenizer
-
-    kind = {"text": "vocabulary", "video": "embedding"}[manifest.modality]
-    if config.state.kind != kind:
-        raise ConfigError(
-            f"state.kind is {config.state.kind}, but {manifest.path} holds {manifest.modality}; use state.kind={kind}"
+    try:
+        return f"; report: {write_report(folder.path)}"
+    except Exception as error:  # whatever a page trips over, no trained model is worth less for it
+        reason = " ".join(str(error).split())[:300]
+        folder.warn(
+            f"the report was not written: {type(error).__name__}: {reason}; "
+            f"once that is mended: python -m ebwm_scale.report {folder.path}"
         )
-    section, key = ("model", "vocabulary_size") if kind == "vocabulary" else ("state", "dimension")
-    given, size = getattr(getattr(config, section), key), manifest.content.size
-    if given not in (None, size):
-        raise ConfigError(
-            f"{section}.{key} is {given}, the dataset {manifest.path} has {size}; leave the key out"
-        )
-    context_length = config.data.context_length or manifest.block_length - 1
-    refuse_another_tokenizer(config, manifest)
-    tokenizer_sha256 = getattr(manifest.content, "tokenizer_sha256", None)
-    return dataclasses.replace(
-        config,
-        **{section: dataclasses.replace(getattr(config, section), **{key: size})},
-        data=dataclasses.replace(
-            config.data, context_length=context_length, tokenizer_sha256=tokenizer_sha256
-        ),
-    )
+        return ", without a report"
 
 
 def data_summary(config: Config, splits: dict) -> dict:
@@ -327,38 +305,6 @@ def data_summary(config: Config, splits: dict) -> dict:
         content.size_name: content.size,
         "context_length": config.data.context_length,
     }
-
-
-def measure_step(config: Config, model, world_size: int) -> float:
-    """Seconds of one optimizer step of this rank on random data: forward and backward of one micro-batch, times the accumulation."""
-    import torch
-
-    from ebwm_scale.noise import NoiseSource
-
-    micro_batch, accumulation = batch_arithmetic(
-        config.train, world_size, paired=config.refinement.replay
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    shape = (micro_batch, config.data.context_length + 1)
-    if config.state.kind == "vocabulary":
-        states = torch.randint(config.model.vocabulary_size, shape, device=device)
-    else:
-        states = torch.randn(*shape, config.state.dimension, device=device)
-    for _ in range(2):  # the first one warms up
-        start = time.perf_counter()
-        output = model(
-            states[:, :-1],
-            states[:, 1:],
-            sample_ids=torch.arange(micro_batch),
-            source=NoiseSource(0, 0),
-        )
-        output.loss.backward()
-        model.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return seconds * accumulation
 
 
 if __name__ == "__main__":

@@ -7,18 +7,16 @@ or validation as a whole. The dataset folder appears when it is complete; runnin
 command again keeps it. The formats are described in docs/data.md.
 """
 
-import argparse
 import sys
 import time
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.text import make_text_dataset
 from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "inputs",
         nargs="+",

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Sequence
 
+from ..arguments import ArgumentParser
 from ..code_version import code_version
 from ..config import load_config
 from ..errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
@@ -32,12 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.cluster.job",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
+    )
     parser.add_argument(
         "--set",
         action="extend",
@@ -53,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=None,
         metavar="DIR",
         help="default: runs/<name of the configuration file>-<job id>",
+    )
+    parser.add_argument(
+        "--accept-new-rate",
+        action="store_true",
+        help="as in train.py: go on although the learning rate is now higher than it was to be",
     )
     parser.add_argument(
         "--plan", action="store_true", help="check the configuration and print what would run"
@@ -74,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run_dir
             or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
         )
-        command = train_command(options.config, options.overrides, run_dir)
+        command = train_command(
+            options.config, options.overrides, run_dir, accept_new_rate=options.accept_new_rate
+        )
         if options.dry_run:
             os.execv(command[0], [*command[:-1], "--dry-run"])
         return attempt(command, run_dir, given).leave()
@@ -83,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
-def train_command(config: str, overrides: Sequence[str], run_dir: Path) -> list[str]:
+def train_command(
+    config: str, overrides: Sequence[str], run_dir: Path, *, accept_new_rate: bool = False
+) -> list[str]:
     return [
         sys.executable,
         "-u",
@@ -93,6 +107,7 @@ def train_command(config: str, overrides: Sequence[str], run_dir: Path) -> list[
         *(["--set", *overrides] if overrides else []),
         "--run-dir",
         str(run_dir),
+        *(["--accept-new-rate"] if accept_new_rate else []),
         "--resume",
     ]
 
@@ -204,7 +219,9 @@ def refuse_if_in_use(run_dir: Path, job: str) -> None:
 
 def plan(options: argparse.Namespace, given: Allocation | None) -> int:
     run_dir = options.run_dir or Path("runs") / f"{Path(options.config).stem}-$SLURM_JOB_ID"
-    command = train_command(options.config, options.overrides, run_dir)
+    command = train_command(
+        options.config, options.overrides, run_dir, accept_new_rate=options.accept_new_rate
+    )
     example = given or Allocation("0", 0, 1, 1, 1, "", "")
     shape = [] if given else ["# (on the nodes the job gets; here: for one node with one task)"]
     print("\n".join([*shape, printed([*srun_options(example, run_dir / "logs"), *command])]))

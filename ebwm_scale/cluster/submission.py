@@ -228,5 +228,9 @@ def site_file() -> Path:
 
 def _command(run_dir: str) -> list[str]:
     """train.py on the run's own configuration, from where the run was launched: data paths may be relative to that."""
-    os.chdir(json.loads(Path(run_dir, "launch.json").read_text(encoding="utf-8"))["directory"])
-    return train_command(str(Path(run_dir, "config.yaml")), (), Path(run_dir))
+    request = json.loads(Path(run_dir, "launch.json").read_text(encoding="utf-8"))
+    os.chdir(request["directory"])
+    accept = request.get("accept_new_rate") is True
+    return train_command(
+        str(Path(run_dir, "config.yaml")), (), Path(run_dir), accept_new_rate=accept
+    )

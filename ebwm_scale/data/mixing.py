@@ -117,6 +117,9 @@ class MixedSplit:
     def num_targets(self) -> int:
         return sum(part.num_targets for part in self.parts)
 
+    def describe(self) -> str:
+        return "; ".join(part.describe() for part in self.parts)
+
     def read(self, sample_id: int) -> np.ndarray:
         part, inside = self._inside(sample_id)
         try:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from ..redaction import redacted
 from .shards import SampleError, ShardError
 
 QUARANTINE_NAME = "quarantine.jsonl"

@@ -112,6 +112,9 @@ class ShardedSplit:
     def num_targets(self) -> int:
         return self.info.num_targets
 
+    def describe(self) -> str:
+        return f"{len(self)} samples in {len(self.info.shards)} shards"
+
     def evaluated(self, max_samples: int) -> np.ndarray:
         """The sample ids that evaluation takes: the first ones of text, whose documents are shuffled; of clips, evenly spaced ones."""
         count = min(max_samples, len(self))

@@ -59,12 +59,7 @@ class StreamLoader:
         first_shard: int = 0,
         report: Callable[[str], None] = no_report,
     ):
-        self.shards = [url for pattern in shards for url in expand(pattern)]
-        if len(self.shards) < world_size:
-            raise ConfigError(
-                f"data.stream names {len(self.shards)} shards for {world_size} processes: each needs one of its own; make more shards, "
-                "or use fewer processes"
-            )
+        self.shards = check_stream(shards, world_size)
         check_context(manifest, context_length)
         self._indexes = StreamIndexes(self.shards, manifest, report)
         self.manifest, self.context_length, self.buffer, self.seed = (
@@ -202,6 +197,17 @@ class StreamLoader:
                 replaced_by=-1,
             )
         )
+
+
+def check_stream(shards: Sequence[str], world_size: int) -> list[str]:
+    """All shards that the patterns of data.stream name; ConfigError if they are too few for the processes."""
+    urls = [url for pattern in shards for url in expand(pattern)]
+    if len(urls) < world_size:
+        raise ConfigError(
+            f"data.stream names {len(urls)} shards for {world_size} processes: "
+            "each needs one of its own; make more shards, or use fewer processes"
+        )
+    return urls
 
 
 def expand(pattern: str) -> list[str]:

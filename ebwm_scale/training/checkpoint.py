@@ -21,9 +21,8 @@ from typing import Any, Callable
 
 import torch
 
-from ..config import Config, config_from_dict
-from ..data.manifest import file_sha256
-from ..errors import CheckpointError
+from ..config import Config, load_config
+from ..errors import CheckpointError, cut
 from ..redaction import redacted
 from ..strict_json import is_whole, parse, shorten, shown
 from ..tensor_files import TensorFile
@@ -216,9 +215,7 @@ def load_replay(saved: Saved) -> dict | None:
 
 def saved_config(folder: Path) -> Config:
     """The resolved configuration beside a checkpoint or in a run folder."""
-    import yaml
-
-    return config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    return load_config(folder / "config.yaml")
 
 
 FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule"}  # sections
@@ -249,7 +246,7 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
             before, name = saved.to_dict()[section][key], f"{section}.{key}"
             if before != value:
                 (allowed if section in FREE_TO_CHANGE or name in FREE_KEYS else refused).append(
-                    redacted(f"{name} was {before}, is {value}")
+                    redacted(f"{name} was {cut(before)}, is {cut(value)}")
                 )
     if refused:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from ..config import Config
 from .distributed import World
 from .optimizer import parameter_groups
 from .pieces import EngineState
-from .schedule import learning_rate_factor
+from .schedule import learning_rate
 
 
 def deepspeed_config(
@@ -112,9 +112,7 @@ class Engine:
 
     def set_learning_rates(self, step: int) -> float:
         """Every group's learning rate at an optimizer step; returns the model's."""
-        rate = self.config.optimizer.learning_rate * learning_rate_factor(
-            step, self.config.schedule
-        )
+        rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
         return rate

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shlex
 import time
 import uuid
 from pathlib import Path
@@ -42,6 +43,7 @@ class RunFolder:
         }
         self._warned = False
         self._tracker = None
+        self._is_offline = config.logging.wandb == "offline"
 
     @property
     def checkpoints(self) -> Path:
@@ -84,9 +86,8 @@ class RunFolder:
             self._append("metrics", _finite(row))
             if self._tracker is not None:
                 prefix = "validation/" if row.get("split") == "validation" else "train/"
-                self._tracker.log(
-                    {prefix + key: value for key, value in _flat(row).items()}, step=row["step"]
-                )
+                values = {prefix + key: value for key, value in _flat(row).items()}
+                self._tracker.log({"step": row["step"], **values})
 
     def event(self, name: str, **fields: Any) -> None:
         if self.is_main:
@@ -155,6 +156,11 @@ class RunFolder:
         """unsaved: the last save has failed."""
         if self._tracker is not None:
             self._tracker.finish()
+            if self._is_offline:
+                self.say(
+                    "to upload what W&B has of this run, all of its parts in their order: "
+                    f"wandb sync {shlex.quote(str(self.path / 'wandb'))}"
+                )
         self._flush()
         self.ownership.release(unsaved=unsaved)
 
@@ -181,7 +187,11 @@ class RunFolder:
 
 
 def _tracker(run: RunFolder):
-    """A W&B run that keeps its id over resumes, or None."""
+    """A W&B run that keeps its id over resumes, or None.
+
+    The x axis is the metric `step`. W&B's own counter only rises, and rows that are logged below it are dropped: those between the
+    checkpoint that a run is resumed from and its last row. Logged without a number of W&B's own, they stand beside the earlier ones.
+    """
     path, config = run.path, run.config
     settings = config.logging
     if settings.wandb == "off":
@@ -195,7 +205,7 @@ def _tracker(run: RunFolder):
     identity = path / "wandb_id"
     if not identity.exists():
         run._replace(identity.name, uuid.uuid4().hex[:12])
-    return wandb.init(
+    tracker = wandb.init(
         project=settings.wandb_project,
         name=settings.run_name or path.name,
         id=identity.read_text().strip(),
@@ -204,6 +214,9 @@ def _tracker(run: RunFolder):
         dir=str(path),
         config=redacted(config.to_dict()),
     )
+    tracker.define_metric("step", hidden=True)
+    tracker.define_metric("*", step_metric="step")
+    return tracker
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

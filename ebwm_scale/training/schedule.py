@@ -21,6 +21,95 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
     )
 
 
+def learning_rate(config: Config, step: int) -> float:
+    """The model's learning rate at optimizer step `step` (0-based)."""
+    return config.optimizer.learning_rate * learning_rate_factor(step, config.schedule)
+
+
+@dataclass(frozen=True)
+class RateChange:
+    """The learning rate of one step under the configuration of a checkpoint, and under the one that goes on from it."""
+
+    step: int
+    before: float
+    now: float
+
+    @classmethod
+    def of(cls, before: Config, now: Config, step: int) -> RateChange:
+        return cls(step, learning_rate(before, step), learning_rate(now, step))
+
+    @property
+    def changed(self) -> bool:
+        return not math.isclose(self.before, self.now, rel_tol=1e-6)
+
+    @property
+    def raised(self) -> bool:
+        """Whether it is worth asking: a hundredth more is what a few further steps do."""
+        return self.now > 1.01 * self.before
+
+    def describe(self) -> str:
+        return (
+            f"learning rate at step {self.step}: it was to be {self.before:.3e}, "
+            f"is now {self.now:.3e}"
+        )
+
+    def refusal(self, before: Config, now: Config) -> str:
+        """Why the run does not go on by itself, and what to do."""
+        keep = []
+        for section, keys in (
+            ("optimizer", ("learning_rate",)),
+            ("schedule", ("warmup_steps", "decay_steps", "final_ratio")),
+        ):
+            for key in keys:
+                old, new = (
+                    getattr(getattr(before, section), key),
+                    getattr(getattr(now, section), key),
+                )
+                if old != new:
+                    keep.append(f"{section}.{key}={old}")
+        times = self.now / self.before if self.before > 0 else math.inf
+        return (
+            f"{self.describe()}, {times:.3g} times as much: accept it with --accept-new-rate, "
+            f"or keep the schedule with --set {' '.join(keep)}"
+        )
+
+
+def describe_schedule_changes(before: Config, now: Config, step: int) -> list[str]:
+    """A line for each schedule of the refinement whose value at `step` is another than it was to be: they run over train.max_steps."""
+    lines = []
+    for name in ("step_size", "num_steps", "noise"):
+        values = []
+        for config in (before, now):
+            default = float(config.refinement.num_steps) if name == "num_steps" else 1.0
+            points = getattr(config.refinement.schedule, name)
+            values.append(interpolate(points, step / max(1, config.train.max_steps), default))
+        if not math.isclose(*values, rel_tol=1e-6):
+            lines.append(
+                f"refinement.schedule.{name} at step {step}: it was to be {values[0]:.4g}, "
+                f"is now {values[1]:.4g}"
+            )
+    return lines
+
+
+def unusual_schedule(config: Config) -> list[str]:
+    """A line for each way in which the learning rate does not do what a schedule is for."""
+    schedule, steps = config.schedule, config.train.max_steps
+    if schedule.warmup_steps >= steps:
+        reached = learning_rate_factor(steps - 1, schedule)
+        return [
+            f"schedule.warmup_steps {schedule.warmup_steps} is not below train.max_steps {steps}: "
+            f"the run ends in the warm-up, at {100 * reached:.3g} % of the peak learning rate"
+        ]
+    if schedule.decay_steps > steps:
+        reached = learning_rate_factor(steps - 1, schedule)
+        if reached > schedule.final_ratio + 0.01:
+            return [
+                f"schedule.decay_steps {schedule.decay_steps} is above train.max_steps {steps}: "
+                f"the run ends at {100 * reached:.3g} % of the peak learning rate"
+            ]
+    return []
+
+
 def interpolate(points: Points, progress: float, default: float) -> float:
     """The value at `progress` of straight lines through (progress, value) points; flat outside, `default` without points."""
     if not points:

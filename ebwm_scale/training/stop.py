@@ -24,9 +24,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Raised by the first signal, or max_minutes after it was made; a second signal leaves at once."""
+    """Raised by the first signal, or max_minutes after it was made; a second signal leaves at once.
 
-    def __init__(self) -> None:
+    at_once: what to say where the first signal leaves at once too, with nothing to save (--dry-run).
+    """
+
+    def __init__(self, at_once: str | None = None) -> None:
+        self.at_once = at_once
         self.reason: str | None = None
         self.signalled = 0.0  # when the first signal came
         self.start, self.max_minutes = time.monotonic(), None
@@ -64,16 +68,21 @@ class StopFlag:
                     number not in SIGNALS
                 ):  # the interpreter writes every signal that has a Python handler
                     continue
+                if self.at_once is not None:
+                    self._leave(f"{signal.Signals(number).name}: {self.at_once}")
                 if {self.reason, signal.Signals(number).name} == {
                     "SIGUSR1",
                     "SIGTERM",
                 } and time.monotonic() - self.signalled < ONE_ENDING_S:
                     continue
                 if self.reason is not None and self.reason.startswith("SIG"):
-                    say(
-                        f"{signal.Signals(number).name} after {self.reason}: leaving at once, "
-                        "unsaved",
-                        error=True,
+                    self._leave(
+                        f"{signal.Signals(number).name} after {self.reason}: "
+                        "leaving at once, unsaved"
                     )
-                    os._exit(EXIT_FAILED)
                 self.reason, self.signalled = signal.Signals(number).name, time.monotonic()
+
+    def _leave(self, text: str) -> None:
+        """End the process with one line, whatever the main thread is doing."""
+        say(text, error=True)
+        os._exit(EXIT_FAILED)
