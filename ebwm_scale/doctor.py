@@ -24,6 +24,7 @@ from typing import Sequence
 
 from .config import Config, batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, UserError
+from .processes import number, place_in_step
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = (
@@ -107,16 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(collective())
             return EXIT_FINISHED
         config = load_config(options.config, options.overrides)
+        of_step = place_in_step()  # among other tasks of this srun
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    many = int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_ID" in os.environ
-    rank = int(os.environ.get("SLURM_PROCID", "0")) if many else 0
+    rank = 0 if of_step is None else of_step.rank
     report = Report()
     check_packages(report)
     if not check_devices(report):
         return finish(report, rank)
-    if many:
+    if of_step is not None:
         check_collective_of_job(report, rank)
     else:
         check_collective(report)
@@ -437,8 +438,8 @@ def check_run(report: Report, config: Config) -> None:
         )
     except ValueError as error:
         report.missing("kernels", str(error))
-    processes = int(os.environ.get("SLURM_NTASKS") or torch.cuda.device_count() or 1)
     try:
+        processes = number(os.environ, "SLURM_NTASKS", torch.cuda.device_count() or 1)
         micro, accumulation = batch_arithmetic(
             config.train, processes, paired=config.refinement.replay
         )

@@ -23,6 +23,7 @@ import time
 
 from ebwm_scale.config import Config, batch_arithmetic, load_config
 from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, CheckpointError, ConfigError, UserError
+from ebwm_scale.processes import find_place, is_first
 from ebwm_scale.training.stop import StopFlag
 
 
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(options.config, options.overrides)
         return run(config, options, stop)
     except UserError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        if is_first():
             print(error, file=sys.stderr)
         return error.exit_code
     finally:
@@ -103,16 +104,13 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
             "data.manifest is absent: make a dataset with tools/make_text_shards.py or make_video_shards.py and name its manifest.json"
         )
     flush_denormals()
-    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS") or "1"))
+    place = find_place()
+    world_size = place.size
     batch_arithmetic(
         config.train, world_size, paired=config.refinement.replay
     )  # before anything is started or read
 
-    say = (
-        print
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
-        else (lambda *_, **__: None)
-    )
+    say = print if place.rank == 0 else (lambda *_, **__: None)
     splits = {
         name: open_sources(sources, name, verify=config.data.verify, report=say)
         for name in ("train", "validation")
@@ -157,10 +155,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
                 f"the number of processes was {saved.trainer['world_size']}, is {world_size}"
             )
 
-    faults = Faults(
-        os.environ.get("EBWM_FAULTS"),
-        int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))),
-    )
+    faults = Faults(os.environ.get("EBWM_FAULTS"), place.rank)
     world = join_world()
     stop.max_minutes = config.train.max_minutes
     faults.at("start")
@@ -196,6 +191,8 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     watchdog = Watchdog(
         path, rank=world.rank, world_size=world.size, limit_s=60 * config.train.hang_minutes
     )
+    if config.train.hang_minutes:
+        world.leave_hangs_to_the_watchdog()
     trainer = Trainer(
         config,
         engine,

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Iterable, Sequence
 
 from ..errors import UserError
+from ..running_time import RunningTime
 from .slurm import PORTS, Allocation, hostnames
 
 GRACE_S = 30
+LOOK_S = 0.1
 
 
 class SlurmTasks:
@@ -87,16 +89,16 @@ class LocalTasks:
                 )
 
     def wait(self, timeout: float = float("inf")) -> int:
-        """timeout: seconds after which all are ended."""
-        deadline, end = None, time.monotonic() + timeout
+        """timeout: seconds after which all are ended, without those in which this machine was suspended."""
+        running, waited_s, grace_s = RunningTime(LOOK_S), 0.0, 0.0
         while any(process.poll() is None for process in self.processes):
-            if deadline is None and any(
-                process.returncode is not None for process in self.processes
-            ):
-                deadline = time.monotonic() + GRACE_S
-            if time.monotonic() > min(end, end if deadline is None else deadline):
+            passed_s = running.passed()
+            waited_s += passed_s
+            if any(process.returncode is not None for process in self.processes):
+                grace_s += passed_s
+            if waited_s > timeout or grace_s > GRACE_S:
                 self.send(signal.SIGKILL)
-            time.sleep(0.1)
+            time.sleep(LOOK_S)
         return max(
             code if code >= 0 else 128 - code
             for code in (process.returncode for process in self.processes)
