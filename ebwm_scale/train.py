@@ -23,6 +23,7 @@ import time
 
 from ebwm_scale.config import Config, batch_arithmetic, load_config
 from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, CheckpointError, ConfigError, UserError
+from ebwm_scale.plain_text import one_line
 from ebwm_scale.processes import find_place, is_first
 from ebwm_scale.training.stop import StopFlag
 
@@ -133,6 +134,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         return EXIT_FINISHED
 
     path = options.run_dir or Path("runs") / Path(options.config).stem
+    one_line("the run folder", path)
     checkpoints = path / "checkpoints"
     saved = (
         find_latest(

@@ -17,7 +17,7 @@ from typing import Iterable, Sequence
 
 from ..errors import UserError
 from ..running_time import RunningTime
-from .slurm import PORTS, Allocation, hostnames
+from .slurm import PORTS, Allocation, hostnames, inherited
 
 GRACE_S = 30
 LOOK_S = 0.1
@@ -35,8 +35,10 @@ class SlurmTasks:
         }
         self.command = [*srun_options(allocation, logs), *command]
         logs.mkdir(parents=True, exist_ok=True)
+        foreign = inherited()
+        own = {key: value for key, value in os.environ.items() if key not in foreign}
         self.process = subprocess.Popen(
-            self.command, env={**os.environ, **self.variables}, start_new_session=True
+            self.command, env={**own, **self.variables}, start_new_session=True
         )
 
     def wait(self) -> int:
@@ -49,11 +51,14 @@ class SlurmTasks:
 
 def srun_options(allocation: Allocation, logs: Path) -> list[str]:
     log = str(logs).replace("%", "%%") + "/rank_%4t.log"  # srun reads % in file names
+    even = [f"--ntasks-per-node={allocation.tasks_per_node}"]
+    if len(set(allocation.tasks_on_nodes)) > 1:
+        even = []  # srun then lays them out as it laid out the job
     return [
         "srun",
         f"--nodes={allocation.num_nodes}",
         f"--ntasks={allocation.num_tasks}",
-        f"--ntasks-per-node={allocation.tasks_per_node}",
+        *even,
         f"--cpus-per-task={allocation.cpus_per_task}",
         f"--wait={GRACE_S}",
         "--kill-on-bad-exit=0",

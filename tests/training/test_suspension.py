@@ -61,7 +61,7 @@ def test_time_in_which_nobody_looked_does_not_count(looks, passed):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_that_was_suspended_for_longer_than_a_hang_may_take_finishes(runs, size):
     name, port = f"suspended_{size}", free_port()
-    variables = {"EBWM_FAULTS": "slow@step=4,seconds=12"}  # on waking still within step 4
+    variables = {"EBWM_FAULTS": "slow@step=4,seconds=12"}  # on waking still in it
     processes = [
         runs.start(
             name,
@@ -72,10 +72,11 @@ def test_a_run_that_was_suspended_for_longer_than_a_hang_may_take_finishes(runs,
     ]
     try:
         metrics, deadline = runs.folder / name / "metrics.jsonl", time.monotonic() + 120
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
             assert processes[0].poll() is None, processes[0].communicate()[0][-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        time.sleep(0.5)
         suspend(processes)
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * size, outputs[0][-3000:]
