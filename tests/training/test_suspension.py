@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from training_runs import ROOT, end
@@ -16,8 +17,8 @@ from training_runs import ROOT, end
 from ebwm_scale.cluster import tasks as cluster_tasks
 from ebwm_scale.running_time import RunningTime
 
-LIMIT_S = 8.0
-SUSPENDED_S = 10.0
+LIMIT_S = 9.0
+SUSPENDED_S = 11.0
 
 
 def free_port() -> str:
@@ -44,6 +45,18 @@ def suspend(processes) -> None:
         process.send_signal(signal.SIGCONT)
 
 
+def until_asleep(processes) -> None:
+    """Until the main threads have used no processor time for a second: they are in the fault's sleep."""
+    used, since = None, time.monotonic()
+    while time.monotonic() - since < 1.0:
+        now = [
+            Path(f"/proc/{p.pid}/task/{p.pid}/stat").read_text().split()[13:15] for p in processes
+        ]
+        if now != used:
+            used, since = now, time.monotonic()
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     "looks, passed",
     [
@@ -61,7 +74,7 @@ def test_time_in_which_nobody_looked_does_not_count(looks, passed):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_that_was_suspended_for_longer_than_a_hang_may_take_finishes(runs, size):
     name, port = f"suspended_{size}", free_port()
-    variables = {"EBWM_FAULTS": "slow@step=4,seconds=12"}  # on waking still in it
+    variables = {"EBWM_FAULTS": "slow@step=4,seconds=14"}  # on waking still in it
     processes = [
         runs.start(
             name,
@@ -76,7 +89,7 @@ def test_a_run_that_was_suspended_for_longer_than_a_hang_may_take_finishes(runs,
             assert processes[0].poll() is None, processes[0].communicate()[0][-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.5)
+        until_asleep(processes)
         suspend(processes)
         outputs = [process.communicate(timeout=120)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * size, outputs[0][-3000:]
@@ -144,7 +157,7 @@ print("code", started.wait(), flush=True)
 
 
 def test_tasks_that_are_still_saving_when_all_are_suspended_are_not_ended_for_it(tmp_path):
-    """Rank 0 has ended, and rank 1 has 4 s for its own end: it needs 3, and 10 s of suspension between."""
+    """Rank 0 has ended, and rank 1 has 4 s for its own end: it needs 3, and 11 s of suspension between."""
     assert cluster_tasks.GRACE_S == 30
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, str(tmp_path)],
