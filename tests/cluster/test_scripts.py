@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -46,6 +48,55 @@ def run(slurm, tmp_path, *command, **variables) -> subprocess.CompletedProcess:
         stderr=subprocess.STDOUT,
         timeout=60,
     )
+
+
+def documented_requests() -> list[tuple[str, list[str]]]:
+    """(where, what Slurm is asked with --test-only) of each sbatch and srun line in the documents, and of the scripts' options behind `--`."""
+    found = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        spans = re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE) + re.findall("`([^`\n]+)`", text)
+        for part in (part.strip() for span in spans for part in span.split(";")):
+            words = part.split() if "'" in part else shlex.split(part)
+            if words[:1] in (["sbatch"], ["srun"]) and words[1:] not in ([], ["--test-only"]):
+                if words[0] == "srun" and "python" not in words:
+                    continue  # its name in a sentence
+                found.append((f"{page.name}: {part}", [words[0], "--test-only", *words[1:]]))
+            elif words and words[0].startswith("slurm/pretrain_") and "--" in words:
+                options = words[words.index("--") + 1 :]
+                found.append(
+                    (f"{page.name}: {part}", ["sbatch", "--test-only", *options, words[0]])
+                )
+    return found
+
+
+def test_slurm_takes_every_request_of_the_documents(large, tmp_path):
+    """Those of sbatch name a script: an option may be good by itself, and be refused beside the script's own."""
+    requests = documented_requests()
+    assert len(requests) >= 7, requests
+    assert any("--oversubscribe" in request for _, request in requests)
+    for where, request in requests:
+        if request[0] == "sbatch":
+            assert any(word.startswith("slurm/pretrain_") for word in request), where
+        done = run(large, tmp_path, *request)
+        assert done.returncode == 0 and "to start at" in done.stdout, f"{where}\n{done.stdout}"
+
+
+def test_memory_per_gpu_is_what_the_scripts_do_not_take(large, tmp_path):
+    """Which the documents once named; and what --slurm of the launcher does take."""
+    script = "slurm/pretrain_nlp.sh"
+    part = ("--oversubscribe", "--gpus-per-node=2", "--cpus-per-gpu=12", "--mem-per-gpu=64G")
+    assert run(large, tmp_path, "sbatch", "--test-only", *part, script).returncode != 0
+    config = ("--config", "configs/quickstart.yaml", "--run-dir", tmp_path / "run", "--dry-run")
+    launch = (sys.executable, "-m", "ebwm_scale.launch", *config, "--gpus-per-node", "2", "--slurm")
+    for options in (
+        ("oversubscribe", "cpus-per-gpu=12", "mem-per-gpu=64G"),
+        ("oversubscribe", "mem=128G"),
+        ("mem-per-cpu=1G",),
+        ("exclusive=user",),
+    ):
+        done = run(large, tmp_path, *launch, *options)
+        assert done.returncode == 0 and "to start at" in done.stdout, done.stdout
 
 
 def test_the_scripts_pass_shellcheck():
