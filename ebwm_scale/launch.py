@@ -178,7 +178,8 @@ def launch(options: argparse.Namespace) -> int:
 
 
 def resubmit(folder: Path, overrides: Sequence[str], *, slurm: Sequence[str], here: bool) -> int:
-    """The failed and lost runs again, each in its folder. What launch.json says is used as far as request.py allows."""
+    """The failed and lost runs again, each in its folder. What launch.json says is used as far as
+    request.py allows."""
     for option in slurm:
         check_option("--slurm", option)
     runs = [run.folder for run in status_of(folder) if run.state in UNFINISHED]

@@ -1,4 +1,5 @@
-"""Names that end up in job scripts, file names and on terminals: one line of text, without control characters."""
+"""Names that end up in job scripts, file names and on terminals: one line of text, without control
+characters."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ NOT_PLAIN = {
 
 
 def one_line(what: str, value: object) -> str:
-    """`value` as text; ConfigError if it holds a character that would begin another line, or that a terminal would obey."""
+    """`value` as text; ConfigError if it holds a character that would begin another line, or that a
+    terminal would obey."""
     text = str(value)
     for character in text:
         kind = NOT_PLAIN.get(unicodedata.category(character))

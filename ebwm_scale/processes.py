@@ -1,11 +1,14 @@
-"""Which of how many processes this one is, read from its launcher's environment. Whatever counts processes asks here; nothing imports torch.
+"""Which of how many processes this one is, read from its launcher's environment.
 
-    torchrun, deepspeed, ebwm_scale/cluster/tasks.py    RANK, WORLD_SIZE, LOCAL_RANK
-    srun with several tasks                             SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
-    neither                                             one process
+Whatever counts processes asks here; nothing imports torch.
 
-An allocation is not a launcher: in the shell that salloc opens, and in a batch script, SLURM_NTASKS says what was asked for, while `python` starts one
-process. Whoever asked for several is told how to start them, and how to run one on purpose.
+    torchrun, deepspeed, cluster/tasks.py   RANK, WORLD_SIZE, LOCAL_RANK
+    srun with several tasks                 SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
+    neither                                 one process
+
+An allocation is not a launcher: in the shell that salloc opens, and in a batch script, SLURM_NTASKS
+says what was asked for, while `python` starts one process. Whoever asked for several is told how to
+start them, and how to run one on purpose.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ class Place:
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process; ConfigError where the environment contradicts itself or names tasks that nobody started."""
+    """The place of this process; ConfigError where the environment contradicts itself or names
+    tasks that nobody started."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _place_of_launcher(environment)
     of_step = place_in_step(environment)

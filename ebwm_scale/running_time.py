@@ -1,5 +1,9 @@
-"""Time in which this process ran. A process that was suspended (SIGSTOP, scontrol suspend, a closed lid, a paused virtual machine) finds
-on waking that the clock has gone on; what waits for others with a limit must not take that for their silence."""
+"""Time in which this process ran.
+
+A process that was suspended (SIGSTOP, scontrol suspend, a closed lid, a paused virtual machine)
+finds on waking that the clock has gone on. What waits for others with a limit must not take that
+for their silence.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from typing import Callable
 
 
 class RunningTime:
-    """Sums the time between looks. Whoever looks every `every_s` seconds misses looks only while not running, so a longer gap counts as 2 every_s."""
+    """Sums the time between looks. Whoever looks every `every_s` seconds misses looks only while
+    not running, so a longer gap counts as 2 every_s."""
 
     def __init__(self, every_s: float, *, clock: Callable[[], float] = time.monotonic):
         self.every_s, self.clock = every_s, clock

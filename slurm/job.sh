@@ -49,7 +49,8 @@ ebwm_refuse() {         # MESSAGE
     exit 2
 }
 
-# A newline in a name or an option would begin another line in what reads it next. Values of --set may hold anything: they stay arguments.
+# A newline in a name or an option would begin another line in what reads it next. Values of --set may
+# hold anything: they stay arguments.
 ebwm_refuse_control_characters() {      # [arguments ...]
     local argument option='' quoted
     for argument in "$@"; do
@@ -64,8 +65,9 @@ ebwm_refuse_control_characters() {      # [arguments ...]
     done
 }
 
-# Nothing of a job around this shell reaches the new one, but which Slurm is asked and the token by which sites without munge know the user:
-# SLURM_NTASKS, SLURM_CPUS_PER_TASK, SLURM_MEM_PER_CPU and SLURM_CPU_BIND of a shell that salloc opened would shrink it. As in cluster/slurm.py.
+# Nothing of a job around this shell reaches the new one, but which Slurm is asked and the token by
+# which sites without munge know the user: SLURM_NTASKS, SLURM_CPUS_PER_TASK, SLURM_MEM_PER_CPU and
+# SLURM_CPU_BIND of a shell that salloc opened would shrink it. As in cluster/slurm.py.
 ebwm_leave_job() {
     local name
     for name in "${!SLURM_@}"; do

@@ -1,8 +1,11 @@
-"""launch.json of a run folder, read back. It may have come from elsewhere, so that it is data here and no more: typed, and never a command.
+"""launch.json of a run folder, read back.
 
-What --resubmit takes from it is how many nodes, tasks and minutes, and those options of sbatch that say where and when a job runs (HARMLESS).
-Others can start programs or write files on behalf of who submits (export=BASH_ENV=..., output=, wrap=...): they count only when they are said again
-on the command line, and so does another directory to start in, whose files programs may read as their settings.
+It may have come from elsewhere, so that it is data here and no more: typed, and never a command.
+What --resubmit takes from it is how many nodes, tasks and minutes, and those options of sbatch that
+say where and when a job runs (HARMLESS). Others can start programs or write files on behalf of who
+submits (export=BASH_ENV=..., output=, wrap=...): they count only when they are said again on the
+command line. Another directory to start in, whose files programs may read as their settings, needs
+the user to be there.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from ..plain_text import one_line, shown
 
 HARMLESS = frozenset(
     """
-    account begin cluster-constraint comment constraint contiguous core-spec cores-per-socket cpus-per-gpu cpus-per-task deadline
-    dependency distribution exclude exclusive gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint
-    licenses mail-type mem mem-bind mem-per-cpu mem-per-gpu mincpus nice no-kill no-requeue nodelist nodes ntasks ntasks-per-core
-    ntasks-per-gpu ntasks-per-node ntasks-per-socket oversubscribe partition power priority qos requeue reservation signal
-    sockets-per-node spread-job switches thread-spec threads-per-core time time-min tmp use-min-nodes wckey
+    account begin cluster-constraint comment constraint contiguous core-spec cores-per-socket
+    cpus-per-gpu cpus-per-task deadline dependency distribution exclude exclusive gpu-bind gpu-freq
+    gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint licenses mail-type mem
+    mem-bind mem-per-cpu mem-per-gpu mincpus nice no-kill no-requeue nodelist nodes ntasks
+    ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket oversubscribe partition power
+    priority qos requeue reservation signal sockets-per-node spread-job switches thread-spec
+    threads-per-core time time-min tmp use-min-nodes wckey
     """.split()
 )
 RESOURCES = {  # the least of each number
@@ -35,7 +40,8 @@ LARGEST = 1_000_000
 
 
 def read_request(folder: Path) -> dict[str, Any]:
-    """launch.json of a run folder; ConfigError, one line, where it is not what ebwm_scale.launch writes."""
+    """launch.json of a run folder; ConfigError, one line, where it is not what ebwm_scale.launch
+    writes."""
     path = folder / "launch.json"
     try:
         request = json.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +90,8 @@ def read_runs_of_sweep(folder: Path) -> list[str]:
 def options_for_resubmission(
     folder: Path, request: dict[str, Any], given: Sequence[str]
 ) -> tuple[str, ...]:
-    """sbatch's options of launch.json, with those `given` on the command line in place of its own. Those that could run something must be given."""
+    """sbatch's options of launch.json, with those `given` on the command line in place of its own.
+    Those that could run something must be given."""
     said = {option.partition("=")[0] for option in given}
     kept = [
         option for option in request["resources"]["slurm"] if option.partition("=")[0] not in said

@@ -17,8 +17,9 @@ PORTS = range(20000, 30000)  # below the range that systems hand out by themselv
 QUESTION_S = 60
 
 
-# Kept of a job's variables where another job is submitted from inside it: which Slurm is asked, and the token by which sites without munge know
-# the user. All others describe the outer job, and sbatch would hand them to the new one, whose srun obeys them.
+# Kept of a job's variables where another job is submitted from inside it: which Slurm is asked, and
+# the token by which sites without munge know the user. All others describe the outer job, and
+# sbatch would hand them to the new one, whose srun obeys them.
 KEPT = ("SLURM_CONF", "SLURM_JWT")
 
 # What srun takes for its own options, and a job may have from the one that it was submitted from.
@@ -128,7 +129,8 @@ def counts_of_nodes(environment: Mapping[str, str], name: str) -> list[int]:
 
 
 def gpus_of_node(environment: Mapping[str, str]) -> int:
-    """SLURM_GPUS_ON_NODE, which some versions write as a count and others with its kind: "8", "gpu:4", "gpu:a100:2(S:0-1),gpu:h100:2"."""
+    """SLURM_GPUS_ON_NODE, which some versions write as a count and others with its kind: "8",
+    "gpu:4", "gpu:a100:2(S:0-1),gpu:h100:2"."""
     text, gpus = environment.get("SLURM_GPUS_ON_NODE", "").strip(), 0
     for part in re.split(r",(?![^(]*\))", text) if text else ():
         match = re.fullmatch(r"(?:[\w.-]+:)*(\d{1,6})(?:\([^()]*\))?", part.strip())
@@ -141,10 +143,12 @@ def gpus_of_node(environment: Mapping[str, str]) -> int:
 
 
 def inherited(environment: Mapping[str, str] = os.environ) -> set[str]:
-    """Variables that the shell of another job gave to this one on a plain `sbatch`, and that say nothing about this job.
+    """Variables that the shell of another job gave to this one on a plain `sbatch`, and that say
+    nothing about this job.
 
-    Slurm itself writes SLURM_TASKS_PER_NODE. Numbers of tasks that contradict it were asked for elsewhere; then so were the others of their kind.
-    A list of CPUs to bind to is a step's: sbatch has no such option.
+    Slurm itself writes SLURM_TASKS_PER_NODE. Numbers of tasks that contradict it were asked for
+    elsewhere; then so were the others of their kind. A list of CPUs to bind to is a step's: sbatch
+    has no such option.
     """
     granted = counts_of_nodes(environment, "SLURM_TASKS_PER_NODE")
     per_node = counts_of_nodes(environment, "SLURM_NTASKS_PER_NODE")
@@ -157,7 +161,8 @@ def inherited(environment: Mapping[str, str] = os.environ) -> set[str]:
 
 
 def leave_job(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Make ready to submit: nothing of a job around this process reaches the new one. slurm/job.sh does the same."""
+    """Make ready to submit: nothing of a job around this process reaches the new one. slurm/job.sh
+    does the same."""
     for name in [name for name in environment if name.startswith("SLURM_") and name not in KEPT]:
         del environment[name]
 

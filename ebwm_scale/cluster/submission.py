@@ -126,7 +126,8 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
 
 @contextlib.contextmanager
 def in_the_background(logs: Path):
-    """Processes started inside outlive the terminal, and hold neither it nor a pipe: they ignore SIGHUP and write to local.log."""
+    """Processes started inside outlive the terminal, and hold neither it nor a pipe: they ignore
+    SIGHUP and write to local.log."""
     log = logs / "local.log"
     sys.stdout.flush(), sys.stderr.flush()
     kept, hangup = (
@@ -146,8 +147,9 @@ def in_the_background(logs: Path):
 
 
 def fresh_folder(folder: Path) -> Path:
-    """submitit, submitit-2 and so on: a new folder for the pickles of a submission, which its jobs load. In a folder that was there before, which may
-    have come from elsewhere, a pickle could lie ready under the name of the next job."""
+    """submitit, submitit-2 and so on: a new folder for the pickles of a submission, which its jobs
+    load. In a folder that was there before, which may have come from elsewhere, a pickle could lie
+    ready under the name of the next job."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = folder / ("submitit" if number == 1 else f"submitit-{number}")
@@ -160,7 +162,8 @@ def fresh_folder(folder: Path) -> Path:
 
 
 def executor_for(folder: Path, resources: Resources, *, logs: Path):
-    """The submitit executor of these resources. logs: where it keeps pickles and logs; need not exist yet."""
+    """The submitit executor of these resources. logs: where it keeps pickles and logs; need not
+    exist yet."""
     try:
         import submitit
     except ImportError:
@@ -214,7 +217,8 @@ def executor_for(folder: Path, resources: Resources, *, logs: Path):
 
 
 def whole_nodes(options: Mapping[str, str]) -> dict[str, Any]:
-    """All memory of nodes without other jobs, unless --slurm asks for a part: sbatch takes one way of asking only."""
+    """All memory of nodes without other jobs, unless --slurm asks for a part: sbatch takes one way
+    of asking only."""
     asked: dict[str, Any] = {}
     if not any(name in options for name in ("mem", "mem-per-gpu", "mem-per-cpu")):
         asked["mem"] = "0"
@@ -255,7 +259,8 @@ def apply_site(folder: Path) -> None:
 
 
 def site_file(folder: Path) -> Path:
-    """slurm/site.sh of this checkout, or the file that the user's EBWM_SITE names: it is run by a shell, so never one out of a run folder."""
+    """slurm/site.sh of this checkout, or the file that the user's EBWM_SITE names: it is run by a
+    shell, so never one out of a run folder."""
     named = os.environ.get("EBWM_SITE")
     if not named:
         return ROOT / "slurm" / "site.sh"

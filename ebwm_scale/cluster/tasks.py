@@ -94,7 +94,8 @@ class LocalTasks:
                 )
 
     def wait(self, timeout: float = float("inf")) -> int:
-        """timeout: seconds after which all are ended, without those in which this machine was suspended."""
+        """timeout: seconds after which all are ended, without those in which this machine was
+        suspended."""
         running, waited_s, grace_s = RunningTime(LOOK_S), 0.0, 0.0
         while any(process.poll() is None for process in self.processes):
             passed_s = running.passed()

@@ -64,8 +64,9 @@ class World:
             dist.barrier()
 
     def leave_hangs_to_the_watchdog(self) -> None:
-        """From now on a collective waits as long as it takes. Its own limit goes by the clock, also while all processes were suspended; the
-        watchdog's does not, and names the process to blame."""
+        """From now on a collective waits as long as it takes. Its own limit goes by the clock, also
+        while all processes were suspended; the watchdog's does not, and names the process to blame.
+        """
         if self.size > 1:
             for group in dist.distributed_c10d._world.pg_map:
                 dist.distributed_c10d._set_pg_timeout(WATCHED_TIMEOUT, group)
@@ -101,7 +102,8 @@ def place_in_world() -> Place:
                 )
         number(environment, "MASTER_PORT", 0)
     elif environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        # Nobody to meet: any free port (0) does, whatever a launcher gave to all the runs of this machine. torchrun listens by itself.
+        # Nobody to meet: any free port (0) does, whatever a launcher gave to all the runs of this
+        # machine. torchrun listens by itself.
         environment["MASTER_ADDR"], environment["MASTER_PORT"] = "127.0.0.1", "0"
     return place
 

@@ -66,7 +66,8 @@ class Watchdog:
         os._exit(EXIT_RANK_LOST)
 
     def _watch(self) -> None:
-        """Time in which this thread did not run does not count: whoever wakes from a suspension gets what was left of the limit."""
+        """Time in which this thread did not run does not count: whoever wakes from a suspension
+        gets what was left of the limit."""
         every_s = min(1.0, self.limit_s / 4)
         running, seen, still_s = RunningTime(every_s), self.count, 0.0
         while not self.stopped.wait(every_s):

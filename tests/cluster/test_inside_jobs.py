@@ -63,7 +63,8 @@ def test_the_variables_that_stay_are_the_same_in_python_and_in_the_scripts():
 
 @pytest.mark.parametrize("outer", [(), SALLOC, SRUN], ids=["outside", "salloc", "srun"])
 def test_a_launch_from_inside_a_job_gets_what_one_from_outside_gets(jobs, outer):
-    """b26: one task of eight, silently. The virtual nodes are given whole, so that there are 8 GPUs."""
+    """b26: one task of eight, silently. The virtual nodes are given whole, so that there are 8
+    GPUs."""
     name = f"launched_{outer[0] if outer else 'outside'}"
     arguments = ("--nodes", "1", "--gpus-per-node", "2", "--minutes", "10")
     inside(jobs, name, *launch(jobs, name, *arguments), outer=outer)
@@ -77,7 +78,8 @@ def test_a_launch_from_inside_a_job_gets_what_one_from_outside_gets(jobs, outer)
     "outer, by_script", [(SALLOC, True), (SRUN, True), (SALLOC, False)], ids=str
 )
 def test_no_variable_of_the_outer_job_reaches_the_new_one(jobs, tmp_path, outer, by_script):
-    """By the script, which leaves the job once SLURM_JOB_ID is gone, and by the launcher's executor; seen by an sbatch that notes its environment."""
+    """By the script, which leaves the job once SLURM_JOB_ID is gone, and by the launcher's
+    executor; seen by an sbatch that notes its environment."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").write_text(
         f"#!/bin/bash\nenv | grep ^SLURM_ > {tmp_path}/seen\necho Submitted batch job 1\n"

@@ -1,4 +1,5 @@
-"""No text of the user's, or of a folder that came from elsewhere, becomes a line of a job script or of a shell's."""
+"""No text of the user's, or of a folder that came from elsewhere, becomes a line of a job script or
+of a shell's."""
 
 from __future__ import annotations
 

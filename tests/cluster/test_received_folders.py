@@ -1,4 +1,5 @@
-"""A run folder that came from elsewhere: its launch.json runs nothing, and says where a run starts only if the user is there."""
+"""A run folder that came from elsewhere: its launch.json runs nothing, and says where a run starts
+only if the user is there."""
 
 from __future__ import annotations
 
@@ -206,7 +207,8 @@ def test_the_scripts_take_no_site_file_by_a_relative_path(here):
 
 
 def test_a_submission_uses_no_pickle_that_lay_there_before(tmp_path):
-    """submitit names a job's pickle after its id, which can be guessed; the job loads what is there."""
+    """submitit names a job's pickle after its id, which can be guessed; the job loads what is
+    there."""
     assert fresh_folder(tmp_path / "new" / "run").name == "submitit"
     planted = tmp_path / "received" / "submitit"
     planted.mkdir(parents=True)

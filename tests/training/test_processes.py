@@ -1,4 +1,5 @@
-"""One process or several: every count comes from one place, and two runs of one machine do not meet at one port."""
+"""One process or several: every count comes from one place, and two runs of one machine do not meet
+at one port."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def test_an_environment_that_names_processes_nobody_started_is_refused_with_a_wa
 
 
 def test_nothing_else_counts_processes():
-    """Which variables hold a count of processes is known in processes.py, and in slurm.py for a job's allocation."""
+    """Which variables hold a count of processes is known in processes.py, and in slurm.py for a
+    job's allocation."""
     counting = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     allowed = {"processes.py", "slurm.py"}
     found = set()

@@ -1,4 +1,5 @@
-"""Processes that were suspended (SIGSTOP; the same to them: scontrol suspend, a closed lid, a paused virtual machine) go on when they wake."""
+"""Processes that were suspended (SIGSTOP; the same to them: scontrol suspend, a closed lid, a
+paused virtual machine) go on when they wake."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def suspend(processes) -> None:
 
 
 def until_asleep(processes) -> None:
-    """Until the main threads have used no processor time for a second: they are in the fault's sleep."""
+    """Until the main threads have used no processor time for a second: they are in the fault's
+    sleep."""
     used, since = None, time.monotonic()
     while time.monotonic() - since < 1.0:
         now = [
@@ -157,7 +159,8 @@ print("code", started.wait(), flush=True)
 
 
 def test_tasks_that_are_still_saving_when_all_are_suspended_are_not_ended_for_it(tmp_path):
-    """Rank 0 has ended, and rank 1 has 4 s for its own end: it needs 3, and 11 s of suspension between."""
+    """Rank 0 has ended, and rank 1 has 4 s for its own end: it needs 3, and 11 s of suspension
+    between."""
     assert cluster_tasks.GRACE_S == 30
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, str(tmp_path)],
