@@ -53,16 +53,19 @@ def run(slurm, tmp_path, *command, **variables) -> subprocess.CompletedProcess:
 def documented_requests() -> list[tuple[str, list[str]]]:
     """(where, what Slurm is asked with --test-only) of each sbatch and srun line in the documents, and of the scripts' options behind `--`."""
     found = []
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        text = page.read_text(encoding="utf-8")
+    pages = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "reference.md"]
+    for page in (ROOT / "README.md", *pages):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         spans = re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE) + re.findall("`([^`\n]+)`", text)
         for part in (part.strip() for span in spans for part in span.split(";")):
-            words = part.split() if "'" in part else shlex.split(part)
-            if words[:1] in (["sbatch"], ["srun"]) and words[1:] not in ([], ["--test-only"]):
+            if not part.startswith(("sbatch ", "srun ", "slurm/pretrain_")):
+                continue
+            words = shlex.split(part)
+            if words[0] in ("sbatch", "srun") and words[1:] != ["--test-only"]:
                 if words[0] == "srun" and "python" not in words:
                     continue  # its name in a sentence
                 found.append((f"{page.name}: {part}", [words[0], "--test-only", *words[1:]]))
-            elif words and words[0].startswith("slurm/pretrain_") and "--" in words:
+            elif words[0].startswith("slurm/pretrain_") and "--" in words:
                 options = words[words.index("--") + 1 :]
                 found.append(
                     (f"{page.name}: {part}", ["sbatch", "--test-only", *options, words[0]])
