@@ -26,6 +26,7 @@ from typing import Sequence
 from .arguments import ArgumentParser
 from .config import Config, load_config
 from .errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
+from .processes import number, place_in_step
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = (
@@ -120,16 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(collective())
             return EXIT_FINISHED
         config = load_config(options.config, options.overrides)
+        of_step = place_in_step()  # among other tasks of this srun
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    many = int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_ID" in os.environ
-    rank = int(os.environ.get("SLURM_PROCID", "0")) if many else 0
+    rank = 0 if of_step is None else of_step.rank
     report = Report()
     check_packages(report)
     if not check_devices(report):
         return finish(report, rank)
-    if many:
+    if of_step is not None:
         check_collective_of_job(report, rank)
     else:
         check_collective(report)
@@ -405,7 +406,7 @@ def check_training(report: Report, config: Config, run_dir: Path) -> None:
 
     from .preflight import check_run
 
-    processes = int(os.environ.get("SLURM_NTASKS") or torch.cuda.device_count() or 1)
+    processes = number(os.environ, "SLURM_NTASKS", torch.cuda.device_count() or 1)
     check = check_run(
         config,
         world_size=processes,

@@ -21,11 +21,14 @@ from typing import Sequence
 
 from .arguments import ArgumentParser
 from .cluster.attempts import read_attempts
+from .cluster.request import check_option, options_for_resubmission, read_request
+from .cluster.slurm import idle_gpus
 from .cluster.status import UNFINISHED, status_of, table
 from .cluster.submission import Resources, executor_for, submit
 from .cluster.sweep import Run, check_new, expand, prepare, write_request
 from .config import batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
+from .plain_text import one_line, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="OPTION=VALUE",
-        help="further options of sbatch: partition=gpu qos=high",
+        help="further options of sbatch: partition=gpu qos=high; with --resubmit in place of launch.json's",
+    )
+    parser.add_argument(
+        "--here",
+        action="store_true",
+        help="with --resubmit: start in the current directory, also if the runs were launched from another",
     )
     parser.add_argument(
         "--accept-new-rate",
@@ -116,7 +124,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return show(options.status)
         if options.resubmit is not None:
             return resubmit(
-                options.resubmit, options.overrides, accept_new_rate=options.accept_new_rate
+                options.resubmit,
+                options.overrides,
+                slurm=options.slurm,
+                here=options.here,
+                accept_new_rate=options.accept_new_rate,
             )
         return launch(options)
     except UserError as error:
@@ -130,7 +142,10 @@ def launch(options: argparse.Namespace) -> int:
     folder = options.run_dir or Path("runs") / (
         Path(options.config).stem + ("-sweep" if sweeps else "")
     )
+    one_line("--config", options.config)
     runs = expand(options.sweep, options.sweep_file) if sweeps else [Run("", ())]
+    for run in runs:
+        one_line("the run folder", folder / run.name)
     for run in runs:  # all of them, before anything is written
         config = load_config(options.config, [*options.overrides, *run.overrides])
         batch_arithmetic(
@@ -178,31 +193,47 @@ def launch(options: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
-def resubmit(folder: Path, overrides: Sequence[str], *, accept_new_rate: bool) -> int:
-    """The failed and lost runs again, each in its folder."""
+def resubmit(
+    folder: Path,
+    overrides: Sequence[str],
+    *,
+    slurm: Sequence[str],
+    here: bool,
+    accept_new_rate: bool,
+) -> int:
+    """The failed and lost runs again, each in its folder. What launch.json says is used as far as
+    request.py allows."""
+    for option in slurm:
+        check_option("--slurm", option)
     runs = [run.folder for run in status_of(folder) if run.state in UNFINISHED]
     if not runs:
         print(f"{folder}: no run has failed or was lost; nothing to submit")
         return EXIT_FINISHED
     configs = [load_config(run / "config.yaml", overrides) for run in runs]
-    requests = [json.loads((run / "launch.json").read_text(encoding="utf-8")) for run in runs]
+    requests = [read_request(run) for run in runs]
+    for run, request in zip(runs, requests):
+        if request["directory"] != str(Path.cwd()) and not here:
+            raise ConfigError(
+                f"{run / 'launch.json'} says that the run starts in {shown(request['directory'])}, and this is "
+                f"{Path.cwd()}: say --resubmit there, or with --here to start it here; relative paths count from there"
+            )
+        options = options_for_resubmission(run, request, slurm)
+        request["directory"] = str(Path.cwd())
+        request["resources"] = {**request["resources"], "slurm": list(options)}
+    resources = requests[0]["resources"]
+    resources = Resources(**{**resources, "slurm": tuple(resources["slurm"])})
     for run, config, request in zip(runs, configs, requests):
         write_request(
             run,
             config,
             {
                 **request,
-                "overrides": [*request["overrides"], *overrides],
+                "overrides": [*request.get("overrides", []), *overrides],
                 "rows_before": len(read_attempts(run)),
                 "accept_new_rate": accept_new_rate,
             },
         )
-    resources = requests[0]["resources"]
-    report(
-        folder,
-        runs,
-        submit(folder, runs, Resources(**{**resources, "slurm": tuple(resources["slurm"])})),
-    )
+    report(folder, runs, submit(folder, runs, resources))
     return EXIT_FINISHED
 
 
@@ -223,7 +254,7 @@ def dry_run(folder: Path, runs: Sequence[Run], resources: Resources) -> int:
             f"# in the background of this machine, {resources.parallel} at a time, {resources.tasks_per_node} tasks each"
         )
         return EXIT_FINISHED
-    executor = executor_for(folder, resources, name=f"ebwm-{folder.name}")
+    executor = executor_for(folder, resources, logs=folder.resolve() / "submitit")
     if len(runs) > 1:
         executor.parameters["map_count"] = len(runs)  # what submitit sets for an array
     script = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
@@ -269,10 +300,10 @@ def resources_of(options: argparse.Namespace) -> Resources:
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value}: must be {least} or more")
     for option in options.slurm:
-        if option.startswith("-") or not option.partition("=")[0]:
-            raise ConfigError(
-                f"--slurm {option}: expected sbatch's long option without its dashes, for example partition=gpu"
-            )
+        check_option("--slurm", option)
+    warning = idle_gpus(tasks, gpus)
+    if warning:
+        print(warning, file=sys.stderr)
     return Resources(
         options.cluster,
         options.nodes or 1,

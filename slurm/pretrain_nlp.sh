@@ -16,7 +16,10 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
 set -euo pipefail
-root=${EBWM_ROOT:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}}
+root=${EBWM_ROOT:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+if [ -z "${EBWM_ROOT:-}" ] && [ ! -f "$root/slurm/job.sh" ]; then     # sbatch runs a copy: the checkout is where it was called
+    root=${SLURM_SUBMIT_DIR:-$root}
+fi
 if [ ! -f "$root/slurm/job.sh" ]; then
     echo "$root holds no slurm/job.sh: run sbatch in the checkout's root, or export EBWM_ROOT=/path/to/the/checkout" >&2
     exit 2

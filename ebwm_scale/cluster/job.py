@@ -25,8 +25,9 @@ from ..arguments import ArgumentParser
 from ..code_version import code_version
 from ..config import load_config
 from ..errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
+from ..plain_text import one_line
 from .attempts import Attempts, Verdict, meaning, open_attempt, read_attempts
-from .slurm import Allocation, allocation, job_state, queue, requeue
+from .slurm import Allocation, allocation, idle_gpus, inherited, job_state, queue, requeue
 from .tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
+        one_line("--config", options.config)
         load_config(
             options.config, options.overrides
         )  # a mistake in it ends the job here, not 64 tasks later
@@ -84,11 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run_dir
             or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
         )
+        one_line("the run folder", run_dir)
         command = train_command(
             options.config, options.overrides, run_dir, accept_new_rate=options.accept_new_rate
         )
         if options.dry_run:
-            os.execv(command[0], [*command[:-1], "--dry-run"])
+            size = (
+                given.num_tasks if given else 1
+            )  # measured in one process, for as many as would run
+            place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+            os.execve(command[0], [*command[:-1], "--dry-run"], {**os.environ, **place})
         return attempt(command, run_dir, given).leave()
     except UserError as error:
         print(error, file=sys.stderr)
@@ -164,6 +171,8 @@ def attempt(
             else f": {num_tasks} tasks on this machine"
         )
     )
+    if given:
+        warn_of(given)
     tasks = SlurmTasks(given, command, logs) if given else LocalTasks(num_tasks, command, logs)
     say(f"running {printed(tasks.command)}\noutput of rank 0: {logs}/rank_0000.log")
     signals = []
@@ -222,10 +231,22 @@ def plan(options: argparse.Namespace, given: Allocation | None) -> int:
     command = train_command(
         options.config, options.overrides, run_dir, accept_new_rate=options.accept_new_rate
     )
-    example = given or Allocation("0", 0, 1, 1, 1, "", "")
+    example = given or Allocation("0", 0, (1,), 1, "", "")
     shape = [] if given else ["# (on the nodes the job gets; here: for one node with one task)"]
     print("\n".join([*shape, printed([*srun_options(example, run_dir / "logs"), *command])]))
     return 0
+
+
+def warn_of(given: Allocation) -> None:
+    """What a user would want to know of this allocation before it has run for a day."""
+    foreign = inherited()
+    if foreign:
+        say(
+            f"warning: not used, since they describe the job from which this one was submitted: {', '.join(sorted(foreign))}"
+        )
+    warning = idle_gpus(given.tasks_per_node, given.gpus_per_node)
+    if warning:
+        say(warning)
 
 
 def say(text: str) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from ..config import load_config
 from ..errors import UserError
+from ..plain_text import printable
 from .attempts import newest_step, read_attempts
+from .request import read_request, read_runs_of_sweep
 from .slurm import queue
 
 UNFINISHED = ("failed", "lost")  # what --resubmit starts again
@@ -32,10 +34,7 @@ def runs_in(folder: Path) -> list[Path]:
     if (folder / "launch.json").exists():
         return [folder]
     if (folder / "sweep.json").exists():
-        return [
-            folder / name
-            for name in json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["runs"]
-        ]
+        return [folder / name for name in read_runs_of_sweep(folder)]
     raise UserError(
         f"{folder} holds neither a run nor a sweep of python -m ebwm_scale.launch (no launch.json, no sweep.json)"
     )
@@ -51,13 +50,13 @@ def table(runs: list[RunStatus]) -> str:
     for run in runs:
         rows.append(
             (
-                run.folder.name,
+                printable(run.folder.name),
                 run.state,
                 f"{run.step or 0}/{run.max_steps}",
                 "" if run.loss is None else f"{run.loss:.4f}",
                 str(run.attempts),
                 run.job,
-                run.note,
+                printable(run.note),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
@@ -73,7 +72,7 @@ def table(runs: list[RunStatus]) -> str:
 
 
 def _status(folder: Path, known: dict[str, str]) -> RunStatus:
-    request = json.loads((folder / "launch.json").read_text(encoding="utf-8"))
+    request = read_request(folder)
     rows = read_attempts(folder)
     job = (request.get("jobs") or ["none"])[-1]
     state, note = _state(folder, request, rows, job, known)
@@ -113,7 +112,7 @@ def _state(
     if last is None:
         return (
             "lost",
-            f"never began{f': {queued}' if queued else ''}; see the log in {folder.parent}/submitit or {folder}/submitit",
+            f"never began{f': {queued}' if queued else ''}; see the log in {folder.parent}/submitit* or {folder}/submitit*",
         )
     return (
         "lost",

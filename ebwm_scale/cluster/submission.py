@@ -7,6 +7,7 @@ A sweep is one job array. Locally a background process makes the runs one after 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -16,11 +17,13 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from ..errors import ConfigError, UserError
+from ..plain_text import one_line, shown
 from .job import ROOT, attempt, attempts_until_the_end, train_command
-from .slurm import allocation
+from .request import check_option, read_request
+from .slurm import allocation, leave_job
 
 FOREVER_MIN = 60 * 24 * 365
 
@@ -84,8 +87,9 @@ class LocalRuns:
 
 def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list[str]:
     """Submit the prepared runs; writes each one's job id into its launch.json and returns them."""
-    executor = executor_for(folder, resources, name=f"ebwm-{folder.name}")
-    paths = [str(path.resolve()) for path in run_dirs]
+    paths = [one_line("the run folder", path.resolve()) for path in run_dirs]
+    logs = fresh_folder(folder.resolve())
+    executor = executor_for(folder, resources, logs=logs)
     if resources.cluster == "local":
         parts = [
             tuple(paths[first :: resources.parallel])
@@ -95,7 +99,7 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
         for number, part in enumerate(parts):
             gpus = resources.gpus_per_node
             executor.update_parameters(visible_gpus=list(range(number * gpus, (number + 1) * gpus)))
-            with in_the_background(folder):
+            with in_the_background(logs):
                 job = executor.submit(LocalRuns(part, resources.tasks_per_node))
             by_run |= {path: job.job_id for path in part}
         jobs = [by_run[path] for path in paths]
@@ -112,7 +116,7 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
                 ["scontrol", "update", f"JobId={job}", f"JobName={path.name}"], capture_output=True
             )
     for path, job in zip(run_dirs, jobs):
-        request = json.loads((path / "launch.json").read_text(encoding="utf-8"))
+        request = read_request(path)
         request["jobs"] = [*request.get("jobs", []), job]
         (path / "launch.json").write_text(
             json.dumps(request, indent=1, ensure_ascii=False), encoding="utf-8"
@@ -121,10 +125,10 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
 
 
 @contextlib.contextmanager
-def in_the_background(folder: Path):
-    """Processes started inside outlive the terminal, and hold neither it nor a pipe: they ignore SIGHUP and write to submitit/local.log."""
-    log = folder / "submitit" / "local.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+def in_the_background(logs: Path):
+    """Processes started inside outlive the terminal, and hold neither it nor a pipe: they ignore
+    SIGHUP and write to local.log."""
+    log = logs / "local.log"
     sys.stdout.flush(), sys.stderr.flush()
     kept, hangup = (
         [os.dup(number) for number in (0, 1, 2)],
@@ -142,8 +146,24 @@ def in_the_background(folder: Path):
         signal.signal(signal.SIGHUP, hangup)
 
 
-def executor_for(folder: Path, resources: Resources, *, name: str):
-    """The submitit executor of these resources."""
+def fresh_folder(folder: Path) -> Path:
+    """submitit, submitit-2 and so on: a new folder for the pickles of a submission, which its jobs
+    load. In a folder that was there before, which may have come from elsewhere, a pickle could lie
+    ready under the name of the next job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = folder / ("submitit" if number == 1 else f"submitit-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("counting does not end")
+
+
+def executor_for(folder: Path, resources: Resources, *, logs: Path):
+    """The submitit executor of these resources. logs: where it keeps pickles and logs; need not
+    exist yet."""
     try:
         import submitit
     except ImportError:
@@ -151,13 +171,17 @@ def executor_for(folder: Path, resources: Resources, *, name: str):
             "ebwm_scale.launch needs the package submitit: pip install -c constraints.txt 'ebwm_scale[cluster]'; "
             "sbatch slurm/pretrain_nlp.sh works without it"
         ) from None
-    logs = folder.resolve() / "submitit"
+    one_line("the run folder", logs)
     if resources.cluster == "local":
         executor = submitit.LocalExecutor(folder=logs)
         executor.update_parameters(timeout_min=FOREVER_MIN, gpus_per_node=resources.gpus_per_node)
         return executor
-    apply_site()
+    for option in resources.slurm:
+        check_option("--slurm", option)
     options = dict(option.partition("=")[::2] for option in resources.slurm)
+    setup = setup_lines(folder)
+    leave_job()
+    apply_site(folder)
     for key in (
         options
     ):  # these variables win over what a script says, and so would win over the command line
@@ -178,43 +202,55 @@ def executor_for(folder: Path, resources: Resources, *, name: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         executor.update_parameters(
-            job_name=name[:60],
+            job_name=one_line("the job's name", f"ebwm-{folder.name}"[:60]),
             nodes=resources.nodes,
             time=resources.minutes,
-            mem="0",
-            exclusive=True,
             array_parallelism=resources.parallel,
             use_srun=False,
             stderr_to_stdout=True,
             additional_parameters=extra,
-            setup=setup_lines(),
+            setup=setup,
+            **whole_nodes(options),
             **({"gpus_per_node": resources.gpus_per_node} if resources.gpus_per_node else {}),
         )
     return executor
 
 
-def setup_lines() -> list[str]:
+def whole_nodes(options: Mapping[str, str]) -> dict[str, Any]:
+    """All memory of nodes without other jobs, unless --slurm asks for a part: sbatch takes one way
+    of asking only."""
+    asked: dict[str, Any] = {}
+    if not any(name in options for name in ("mem", "mem-per-gpu", "mem-per-cpu")):
+        asked["mem"] = "0"
+    if not any(name in options for name in ("exclusive", "oversubscribe")):
+        asked["exclusive"] = True
+    return asked
+
+
+def setup_lines(folder: Path) -> list[str]:
     """The job's environment, as slurm/job.sh makes it. Paths of this checkout are the only text from outside, and quoted."""
-    here, root = shlex.quote(os.getcwd()), shlex.quote(str(ROOT))
+    here = shlex.quote(one_line("the current directory", os.getcwd()))
+    root = shlex.quote(one_line("the checkout's path", ROOT))
     return [
         f"cd {root}",
-        f". {shlex.quote(str(site_file()))}",
+        f". {shlex.quote(str(site_file(folder)))}",
         "ebwm_environment",
         f"cd {here}",
         f"export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
 
 
-def apply_site() -> None:
+def apply_site(folder: Path) -> None:
     """Take over SBATCH_ variables that slurm/site.sh exports."""
+    site = site_file(folder)
     done = subprocess.run(
-        ["bash", "-c", 'cd "$1" && . "$2" && env -0', "bash", str(ROOT), str(site_file())],
+        ["bash", "-c", 'cd "$1" && . "$2" && env -0', "bash", str(ROOT), str(site)],
         capture_output=True,
         timeout=60,
     )
     if done.returncode:
         raise ConfigError(
-            f"{site_file()} ends with an error: {done.stderr.decode(errors='replace').strip()}"
+            f"{site} ends with an error: {done.stderr.decode(errors='replace').strip()}"
         )
     for entry in done.stdout.decode(errors="surrogateescape").split("\0"):
         key, _, value = entry.partition("=")
@@ -222,13 +258,30 @@ def apply_site() -> None:
             os.environ[key] = value
 
 
-def site_file() -> Path:
-    return Path(os.environ.get("EBWM_SITE", ROOT / "slurm" / "site.sh")).resolve()
+def site_file(folder: Path) -> Path:
+    """slurm/site.sh of this checkout, or the file that the user's EBWM_SITE names: it is run by a
+    shell, so never one out of a run folder."""
+    named = os.environ.get("EBWM_SITE")
+    if not named:
+        return ROOT / "slurm" / "site.sh"
+    one_line("EBWM_SITE", named)
+    if not Path(named).is_absolute():
+        raise ConfigError(
+            f"EBWM_SITE is {shown(named)}: must be an absolute path, since it is read from more than one directory"
+        )
+    path = Path(named).resolve()
+    if not path.is_file():
+        raise ConfigError(f"EBWM_SITE is {shown(named)}: there is no such file")
+    if path.is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"EBWM_SITE is {shown(named)}, a file of the folder that is submitted: a shell would run it. Copy it elsewhere if you trust it"
+        )
+    return path
 
 
 def _command(run_dir: str) -> list[str]:
     """train.py on the run's own configuration, from where the run was launched: data paths may be relative to that."""
-    request = json.loads(Path(run_dir, "launch.json").read_text(encoding="utf-8"))
+    request = read_request(Path(run_dir))
     os.chdir(request["directory"])
     accept = request.get("accept_new_rate") is True
     return train_command(

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Iterable, Sequence
 
 from ..errors import UserError
-from .slurm import PORTS, Allocation, hostnames
+from ..running_time import RunningTime
+from .slurm import PORTS, Allocation, hostnames, inherited
 
 GRACE_S = 30
+LOOK_S = 0.1
 
 
 class SlurmTasks:
@@ -33,8 +35,10 @@ class SlurmTasks:
         }
         self.command = [*srun_options(allocation, logs), *command]
         logs.mkdir(parents=True, exist_ok=True)
+        foreign = inherited()
+        own = {key: value for key, value in os.environ.items() if key not in foreign}
         self.process = subprocess.Popen(
-            self.command, env={**os.environ, **self.variables}, start_new_session=True
+            self.command, env={**own, **self.variables}, start_new_session=True
         )
 
     def wait(self) -> int:
@@ -47,11 +51,14 @@ class SlurmTasks:
 
 def srun_options(allocation: Allocation, logs: Path) -> list[str]:
     log = str(logs).replace("%", "%%") + "/rank_%4t.log"  # srun reads % in file names
+    even = [f"--ntasks-per-node={allocation.tasks_per_node}"]
+    if len(set(allocation.tasks_on_nodes)) > 1:
+        even = []  # srun then lays them out as it laid out the job
     return [
         "srun",
         f"--nodes={allocation.num_nodes}",
         f"--ntasks={allocation.num_tasks}",
-        f"--ntasks-per-node={allocation.tasks_per_node}",
+        *even,
         f"--cpus-per-task={allocation.cpus_per_task}",
         f"--wait={GRACE_S}",
         "--kill-on-bad-exit=0",
@@ -87,16 +94,17 @@ class LocalTasks:
                 )
 
     def wait(self, timeout: float = float("inf")) -> int:
-        """timeout: seconds after which all are ended."""
-        deadline, end = None, time.monotonic() + timeout
+        """timeout: seconds after which all are ended, without those in which this machine was
+        suspended."""
+        running, waited_s, grace_s = RunningTime(LOOK_S), 0.0, 0.0
         while any(process.poll() is None for process in self.processes):
-            if deadline is None and any(
-                process.returncode is not None for process in self.processes
-            ):
-                deadline = time.monotonic() + GRACE_S
-            if time.monotonic() > min(end, end if deadline is None else deadline):
+            passed_s = running.passed()
+            waited_s += passed_s
+            if any(process.returncode is not None for process in self.processes):
+                grace_s += passed_s
+            if waited_s > timeout or grace_s > GRACE_S:
                 self.send(signal.SIGKILL)
-            time.sleep(0.1)
+            time.sleep(LOOK_S)
         return max(
             code if code >= 0 else 128 - code
             for code in (process.returncode for process in self.processes)

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ConfigError
+from ..processes import Place, find_place, number
 
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective; validation and saving stay far below
+WATCHED_TIMEOUT = datetime.timedelta(days=20)  # where a watchdog watches; below 2^31 ms
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def leave_hangs_to_the_watchdog(self) -> None:
+        """From now on a collective waits as long as it takes. Its own limit goes by the clock, also
+        while all processes were suspended; the watchdog's does not, and names the process to blame.
+        """
+        if self.size > 1:
+            for group in dist.distributed_c10d._world.pg_map:
+                dist.distributed_c10d._set_pg_timeout(WATCHED_TIMEOUT, group)
+
     def store(self) -> dist.Store | None:
         """A connection of one's own to what the process group met at, to say things to other ranks
         from a thread; None where there is no other."""
@@ -86,37 +96,30 @@ def is_connection_error(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
-def place_in_world() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from the launcher's environment; sets what torch.distributed reads."""
-    environment = os.environ
-    if (
-        "RANK" not in environment
-        and int(environment.get("SLURM_NTASKS") or 1) > 1
-        and "SLURM_PROCID" in environment
-    ):
-        environment["RANK"], environment["WORLD_SIZE"] = (
-            environment["SLURM_PROCID"],
-            environment["SLURM_NTASKS"],
-        )
-        environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+def place_in_world() -> Place:
+    """The place of this process, and what torch.distributed reads of it set in the environment."""
+    environment, place = os.environ, find_place()
+    environment["RANK"], environment["WORLD_SIZE"] = str(place.rank), str(place.size)
+    environment["LOCAL_RANK"] = str(place.local_rank)
+    if place.size > 1:
         for key in ("MASTER_ADDR", "MASTER_PORT"):
-            if key not in environment:
+            if not environment.get(key):
                 raise ConfigError(
-                    f"{key} is not set: {environment['SLURM_NTASKS']} srun tasks need an address to meet at; "
-                    "start through slurm/pretrain_nlp.sh, or export it in the job script"
+                    f"{key} is not set: {place.size} processes need an address to meet at. Start through "
+                    "slurm/pretrain_nlp.sh, or export it in the job script; for one process: srun --ntasks=1 python ..."
                 )
-    environment.setdefault("RANK", "0")
-    environment.setdefault("WORLD_SIZE", "1")
-    environment.setdefault("LOCAL_RANK", "0")
-    if environment["WORLD_SIZE"] == "1":
-        environment.setdefault("MASTER_ADDR", "127.0.0.1")
-        environment.setdefault("MASTER_PORT", str(_free_port()))
-    return int(environment["RANK"]), int(environment["WORLD_SIZE"]), int(environment["LOCAL_RANK"])
+        number(environment, "MASTER_PORT", 0)
+    elif environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # Nobody to meet: any free port (0) does, whatever a launcher gave to all the runs of this
+        # machine. torchrun listens by itself.
+        environment["MASTER_ADDR"], environment["MASTER_PORT"] = "127.0.0.1", "0"
+    return place
 
 
 def join_world() -> World:
     """Start the process group: NCCL where every rank has a GPU, gloo otherwise."""
-    rank, size, local_rank = place_in_world()
+    place = place_in_world()
+    rank, size, local_rank = place.rank, place.size, place.local_rank
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # known, so not searched for with a warning
@@ -134,9 +137,14 @@ def join_world() -> World:
         torch.set_num_threads(
             max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         )
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", timeout=TIMEOUT, verbose=False
+        )
+    except RuntimeError as error:  # torch's DistNetworkError among them
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(_port_in_use(os.environ["MASTER_PORT"])) from None
     atexit.register(_leave_world)
     return World(rank, size, local_rank, device)
 
@@ -148,7 +156,9 @@ def _leave_world() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _port_in_use(port: str) -> str:
+    return (
+        f"port {port}, at which the launcher has this run's processes meet, is in use on {socket.gethostname()}, most often "
+        "by another run. Give the launcher one of its own: deepspeed --master_port 29501 ebwm_scale/train.py ..., "
+        "torchrun --standalone (finds one by itself), or MASTER_PORT where you set it"
+    )

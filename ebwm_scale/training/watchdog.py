@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from ..errors import EXIT_RANK_LOST
+from ..running_time import RunningTime
 from .console import say
 from .disk import remove_quietly
 from .faults import Faults
@@ -41,19 +42,14 @@ class Watchdog:
             world_size,
             limit_s,
         )
-        self.count, self.where, self.last, self.stopped = (
-            0,
-            "start",
-            time.monotonic(),
-            threading.Event(),
-        )
+        self.count, self.where, self.stopped = 0, "start", threading.Event()
         remove_quietly(self._report_path(rank))  # of an earlier attempt in this folder
         if limit_s:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self, where: str) -> None:
         """The loop has come to `where`."""
-        self.count, self.where, self.last = self.count + 1, where, time.monotonic()
+        self.count, self.where = self.count + 1, where
 
     def stop(self) -> None:
         self.stopped.set()
@@ -83,8 +79,15 @@ class Watchdog:
         os.replace(temporary, self._report_path(self.rank))
 
     def _watch(self) -> None:
-        while not self.stopped.wait(min(1.0, self.limit_s / 4)):
-            if time.monotonic() - self.last > self.limit_s:
+        """Time in which this thread did not run does not count: whoever wakes from a suspension
+        gets what was left of the limit."""
+        every_s = min(1.0, self.limit_s / 4)
+        running, seen, still_s = RunningTime(every_s), self.count, 0.0
+        while not self.stopped.wait(every_s):
+            still_s += running.passed()
+            if self.count != seen:
+                seen, still_s = self.count, 0.0
+            elif still_s > self.limit_s:
                 self.lost(f"nothing has moved for {self.limit_s:g} s")
 
     def _verdict(self) -> str:
