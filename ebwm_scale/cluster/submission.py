@@ -45,9 +45,10 @@ class SlurmRun:
     """One attempt at a run, in a job's batch step."""
 
     run_dir: str
+    allow_pipe: bool = False  # from launch's command line: no file of the run can give it
 
     def __call__(self) -> str:
-        ended = attempt(_command(self.run_dir), Path(self.run_dir), allocation())
+        ended = attempt(_command(self.run_dir, self.allow_pipe), Path(self.run_dir), allocation())
         code = ended.leave()
         if ended.verdict.what == "again":
             os._exit(code)  # without a result: the next attempt writes it
@@ -62,13 +63,14 @@ class LocalRuns:
 
     run_dirs: tuple[str, ...]
     num_tasks: int
+    allow_pipe: bool = False
 
     def __call__(self) -> str:
         failed = []
         for run_dir in self.run_dirs:
             try:
                 ended = attempts_until_the_end(
-                    _command(run_dir), Path(run_dir), num_tasks=self.num_tasks
+                    _command(run_dir, self.allow_pipe), Path(run_dir), num_tasks=self.num_tasks
                 )
             except UserError as error:
                 failed.append(f"{run_dir}: {error}")
@@ -82,7 +84,9 @@ class LocalRuns:
         return "finished"
 
 
-def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list[str]:
+def submit(
+    folder: Path, run_dirs: Sequence[Path], resources: Resources, *, allow_pipe: bool = False
+) -> list[str]:
     """Submit the prepared runs; writes each one's job id into its launch.json and returns them."""
     executor = executor_for(folder, resources, name=f"ebwm-{folder.name}")
     paths = [str(path.resolve()) for path in run_dirs]
@@ -96,14 +100,14 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
             gpus = resources.gpus_per_node
             executor.update_parameters(visible_gpus=list(range(number * gpus, (number + 1) * gpus)))
             with in_the_background(folder):
-                job = executor.submit(LocalRuns(part, resources.tasks_per_node))
+                job = executor.submit(LocalRuns(part, resources.tasks_per_node, allow_pipe))
             by_run |= {path: job.job_id for path in part}
         jobs = [by_run[path] for path in paths]
     elif len(paths) == 1:
-        jobs = [executor.submit(SlurmRun(paths[0])).job_id]
+        jobs = [executor.submit(SlurmRun(paths[0], allow_pipe)).job_id]
     else:
         with executor.batch():
-            array = [executor.submit(SlurmRun(path)) for path in paths]
+            array = [executor.submit(SlurmRun(path, allow_pipe)) for path in paths]
         jobs = [job.job_id for job in array]
         for job, path in zip(
             jobs, run_dirs
@@ -226,7 +230,9 @@ def site_file() -> Path:
     return Path(os.environ.get("EBWM_SITE", ROOT / "slurm" / "site.sh")).resolve()
 
 
-def _command(run_dir: str) -> list[str]:
+def _command(run_dir: str, allow_pipe: bool) -> list[str]:
     """train.py on the run's own configuration, from where the run was launched: data paths may be relative to that."""
     os.chdir(json.loads(Path(run_dir, "launch.json").read_text(encoding="utf-8"))["directory"])
-    return train_command(str(Path(run_dir, "config.yaml")), (), Path(run_dir))
+    return train_command(
+        str(Path(run_dir, "config.yaml")), (), Path(run_dir), allow_pipe=allow_pipe
+    )

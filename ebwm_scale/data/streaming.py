@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, DataError
+from ..permissions import PIPE, refuse_pipes
 from . import tar
 from .loader import Batch, check_context, to_tensor
 from .manifest import Manifest
@@ -35,9 +36,10 @@ MAX_EMPTY_SHARDS = 100  # shards in a row without a whole sample before giving u
 class StreamLoader:
     """An endless iterator over this rank's micro batches, with BatchLoader's interface.
 
-    shards: URLs, `pipe:COMMAND` (run by a shell: they are the user's own), paths; {000..127} stands for a range.  manifest: what the samples
-    are.  buffer: samples shuffled together.  first_shard: where in the order of shards to start.  Raises ConfigError for fewer shards than
-    ranks, DataError from next() when shard after shard is unreadable.
+    shards: URLs, paths, and `pipe:COMMAND`, which a shell runs and which only allow_pipe lets through;
+    {000..127} stands for a range.  manifest: what the samples are.  buffer: samples shuffled together.
+    first_shard: where in the order of shards to start.  Raises ConfigError for fewer shards than ranks
+    and for commands without allow_pipe, DataError from next() when shard after shard is unreadable.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class StreamLoader:
         buffer: int,
         first_step: int = 0,
         first_shard: int = 0,
+        allow_pipe: bool = False,
     ):
         self.shards = [url for pattern in shards for url in expand(pattern)]
+        refuse_pipes(self.shards, allow_pipe=allow_pipe)
         if len(self.shards) < world_size:
             raise ConfigError(
                 f"data.stream names {len(self.shards)} shards for {world_size} processes: each needs one of its own; make more shards, "
@@ -206,8 +210,8 @@ def expand(pattern: str) -> list[str]:
 @contextlib.contextmanager
 def open_shard(url: str) -> Iterator[BinaryIO]:
     """The bytes of a shard, to be read once; OSError if it cannot be opened, DataError if its command fails."""
-    if url.startswith("pipe:"):
-        process = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
+    if url.startswith(PIPE):  # StreamLoader lets none through that the command line does not allow
+        process = subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
         problem: BaseException | None = None
         try:
             yield process.stdout

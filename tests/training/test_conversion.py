@@ -1,24 +1,29 @@
 """Conversions give back what they were given: run -> folder -> run, released layout -> folder -> released layout; and refuse what they should."""
 
+import hashlib
+import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ebwm_scale
 from ebwm_scale import conversion, released, think
-from ebwm_scale.config import config_from_dict
+from ebwm_scale.config import config_from_dict, load_config
 from ebwm_scale.consolidated import ModelFolder
 from ebwm_scale.errors import CheckpointError, ConfigError, UserError
 from ebwm_scale.loading import expected_shapes
 from ebwm_scale.tensor_files import TensorFile, TensorWriter
+from training_runs import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.safetensors"))
@@ -108,6 +113,166 @@ def test_a_folder_without_training_state_starts_a_run_from_its_weights(runs, who
     assert [row["step"] for row in again] == [row["step"] for row in first] and again[0][
         "loss"
     ] < first[0]["loss"]  # the same batches, from trained weights
+
+
+def received(converted, folder, changes=None, files=None):
+    """A converted folder as somebody else could send it: other settings and files, with fitting hashes."""
+    shutil.copytree(converted, folder)
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    for name, value in (changes or {}).items():
+        section, _, key = name.partition(".")
+        values[section][key] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
+    facts = json.loads((folder / "conversion.json").read_text())
+    for name in facts["files"]:
+        content = (folder / name).read_bytes()
+        facts["files"][name] = {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    (folder / "conversion.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_an_import_takes_no_setting_that_reaches_beyond_the_folder(converted, tmp_path):
+    hostile = {
+        "data.manifest": "/home/other/manifest.json",
+        "data.stream": [f"pipe:touch {tmp_path}/executed; cat shard.tar"],
+        "deepspeed.raw": {"compile": {"backend": "other.peoples.module"}},
+        "logging.wandb": "online",
+    }
+    mixture = {"data.manifest": None, "data.sources": [{"manifest": "/x", "weight": 1.0}]}
+    for number, changes in enumerate((hostile, mixture)):
+        folder = received(converted, tmp_path / f"received{number}", changes)
+        said = []
+        run = tmp_path / f"run{number}"
+        conversion.import_run(folder, run, say=said.append)
+        checkpoint = next((run / "checkpoints").glob("step_*"))
+        for path in (run / "config.yaml", checkpoint / "config.yaml"):
+            values = load_config(path).to_dict()
+            found = {name: values[name.split(".")[0]][name.split(".")[1]] for name in changes}
+            assert not any(value not in (None, [], {}, "off") for value in found.values()), found
+        for name in changes:
+            dropped = [line for line in said if line.startswith(f"dropped {name}, which was ")]
+            assert len(dropped) == (changes[name] is not None), (name, said)
+    assert not (tmp_path / "executed").exists()
+    own = ["data.manifest=/mine/manifest.json", "data.stream=[a.tar]"]
+    conversion.import_run(
+        tmp_path / "received0", tmp_path / "own", overrides=own, say=lambda _: None
+    )
+    data = load_config(tmp_path / "own" / "config.yaml").data
+    assert (data.manifest, data.stream) == ("/mine/manifest.json", ("a.tar",))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ebwm_scale/train.py", "--run-dir", "made"],
+        ["ebwm_scale/train.py", "--run-dir", "made", "--dry-run"],
+        ["-m", "ebwm_scale.doctor"],
+        ["-m", "ebwm_scale.launch", "--cluster", "local", "--run-dir", "made"],
+        ["-m", "ebwm_scale.cluster.job", "--run-dir", "made"],
+    ],
+    ids=lambda command: " ".join(word for word in command if word not in ("-m", "made")),
+)
+def test_a_configuration_alone_runs_no_command(dataset, tmp_path, command):
+    config = TINY | {
+        "data": {
+            "manifest": str(dataset),
+            "stream": [f"pipe:touch {tmp_path}/executed; cat nothing.tar"],
+        }
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in command]
+    done = subprocess.run(
+        [sys.executable, *words, "--config", "config.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "--allow-pipe" in done.stderr, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def pickled(value) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def test_a_received_folder_runs_no_pickle_and_reads_nothing_outside_of_it(converted, tmp_path):
+    proof = tmp_path / "executed"
+    outside = tmp_path / "outside.safetensors"
+    shutil.copyfile(converted / "model.safetensors", outside)
+    index = {"weight_map": {name: str(outside) for name in TensorFile(outside).names()}}
+    refused = {
+        "pickle": ({"training/replay.pt": pickled({"queues": Touch(proof)})}, "refused|unpickling"),
+        "state": ({"training/trainer.json": b'{"step": "../../x", "world_size": 1}'}, "step is"),
+        "moments": ({"training/weight-00000.safetensors": outside.read_bytes()}, "not listed"),
+        "index": ({"model.safetensors.index.json": json.dumps(index).encode()}, "not listed"),
+        "tags": (
+            {"config.yaml": f"!!python/object/apply:os.system ['touch {proof}']".encode()},
+            "config.yaml",
+        ),
+    }
+    for name, (files, message) in refused.items():
+        folder = received(converted, tmp_path / name, files=files)
+        with pytest.raises(UserError, match=message):
+            conversion.import_run(folder, tmp_path / "run", **SILENT)
+    for name, entry in (("/etc/hostname", "outside"), ("../outside.safetensors", "outside")):
+        folder = received(converted, tmp_path / f"path{len(name)}")
+        facts = json.loads((folder / "conversion.json").read_text())
+        facts["files"][name] = {"size": 1, "sha256": ""}
+        (folder / "conversion.json").write_text(json.dumps(facts))
+        with pytest.raises(CheckpointError, match=entry):
+            ModelFolder(folder)
+    linked = received(converted, tmp_path / "linked")
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="outside of it"):
+        ebwm_scale.load_checkpoint(linked)
+    listed = received(converted, tmp_path / "listed")
+    facts = json.loads((listed / "conversion.json").read_text())
+    (listed / "model.safetensors.index.json").write_text(json.dumps(index))
+    del facts["files"]["model.safetensors"]
+    content = (listed / "model.safetensors.index.json").read_bytes()
+    facts["files"]["model.safetensors.index.json"] = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (listed / "model.safetensors").unlink()
+    (listed / "conversion.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="outside of it"):
+        ebwm_scale.load_checkpoint(listed)
+    assert not proof.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"files": [], "dtype": 1}', '{"files": {"a": 1}, "dtype": "x"}', "[" * 99999],
+)
+def test_a_malformed_list_of_files_is_one_line(converted, tmp_path, content):
+    folder = tmp_path / "folder"
+    shutil.copytree(converted, folder)
+    (folder / "conversion.json").write_text(content)
+    with pytest.raises(CheckpointError, match="no complete converted model") as caught:
+        ModelFolder(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_a_folder_is_the_model_and_needs_no_dataset(whole, converted, dataset, tmp_path, capsys):
