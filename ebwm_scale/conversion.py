@@ -274,6 +274,15 @@ def import_released(
         ),
     )
     ours = released.to_ours(weights)
+    encoder = [name for name in weights if name.startswith(released.FROZEN_ENCODER)]
+    if encoder:
+        say(f"left out {len(encoder)} tensors of the frozen image encoder: it belongs to the data")
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(
+            f"{source}: holds numbers that are not finite in {', '.join(broken)[:80]}: "
+            "nothing can be predicted with these weights"
+        )
     refuse_mismatches(
         expected_shapes(config),
         {name: tuple(tensor.shape) for name, tensor in ours.items()},
@@ -308,7 +317,7 @@ def export_released(folder: Path, target: Path, *, say: Say = print) -> str:
     if target.exists():
         raise CheckpointError(f"{target} exists: nothing is overwritten; name a new file")
     source, config = ModelFolder(folder), saved_config(folder)
-    ours = {name: source.read(name) for name in source.files}
+    ours, config = released.as_released({name: source.read(name) for name in source.files}, config)
     content = {
         "state_dict": {
             f"model.{name}": tensor for name, tensor in released.to_released(ours, config).items()
