@@ -10,6 +10,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ebwm_scale", "ebwm_scale.*"]) + ["ebwm_kernels"],
     package_dir={"ebwm_kernels": "kernels"},
+    package_data={"ebwm_scale": ["templates/*.j2"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
@@ -20,6 +21,7 @@ setup(
         "pyyaml>=6",
         "matplotlib>=3.8",
         "fsspec>=2024.2",
+        "jinja2>=3.1",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],

@@ -36,6 +36,7 @@ NEEDED = (
     "webdataset",
     "PyYAML",
     "matplotlib",
+    "jinja2",
 )
 OPTIONAL = {
     "triton": "the Triton kernels of a GPU",

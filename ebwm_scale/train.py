@@ -262,7 +262,6 @@ def finish(config: Config, folder, model, splits, world) -> None:
     from ebwm_scale.accounting import count_parameters
     from ebwm_scale.generation import samples_to_look_at
     from ebwm_scale.loading import load_checkpoint
-    from ebwm_scale.report import write_report
 
     if world.is_main:
         if config.deepspeed.zero_stage == 3:  # no process has the whole model
@@ -279,8 +278,23 @@ def finish(config: Config, folder, model, splits, world) -> None:
             },
         )
         folder.event("finish", step=config.train.max_steps)
-        folder.say(f"finished; report: {write_report(folder.path)}")
+        folder.say(f"finished{report_in_words(folder)}")
     world.barrier()
+
+
+def report_in_words(folder) -> str:
+    """Write the report; where it is, or in one line why it is not there: the run has finished either way."""
+    from ebwm_scale.report import write_report
+
+    try:
+        return f"; report: {write_report(folder.path)}"
+    except Exception as error:  # whatever a page trips over, no trained model is worth less for it
+        reason = " ".join(str(error).split())[:300]
+        folder.warn(
+            f"the report was not written: {type(error).__name__}: {reason}; "
+            f"once that is mended: python -m ebwm_scale.report {folder.path}"
+        )
+        return ", without a report"
 
 
 def fill_from_data(config: Config, manifest) -> Config:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_BAD_INPUT, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
+from ..rows import Rows
 
 FRUITLESS_LIMIT = 2  # attempts in a row without progress
 EXTERNAL_S = 600  # an interruption with more than this left of the time limit came from outside
@@ -178,14 +179,8 @@ class Attempts:
 
 
 def read_attempts(folder: Path) -> list[dict]:
-    """Rows of attempts.jsonl, without a torn last line; [] where there is none."""
-    path, rows = folder / "attempts.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """Rows of attempts.jsonl, without unreadable lines; [] where there is none."""
+    return list(Rows(folder / "attempts.jsonl"))
 
 
 def open_attempt(rows: list[dict]) -> dict | None:

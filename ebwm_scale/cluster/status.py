@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import load_config
 from ..errors import UserError
+from ..rows import Rows
 from .attempts import newest_step, read_attempts
 from .slurm import queue
 
@@ -132,12 +133,7 @@ def _alive(job: str) -> bool:
 
 def _last_logged(folder: Path) -> tuple[int | None, float | None]:
     step = loss = None
-    path = folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if "split" not in row:
-            step, loss = row["step"], row["loss"]
+    for row in Rows(folder / "metrics.jsonl"):
+        if "split" not in row and isinstance(row.get("step"), int):
+            step, loss = row["step"], row.get("loss")
     return step, loss

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..rows import Rows
 from .shards import SampleError, ShardError
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -89,7 +90,7 @@ class Quarantine:
             written = self._written()
             with self.path.open("a", encoding="utf-8") as file:
                 for bad in new:
-                    if (bad.split, bad.sample_id) not in written:
+                    if (bad.split, str(bad.sample_id)) not in written:
                         file.write(json.dumps(asdict(bad)) + "\n")
         return new
 
@@ -106,15 +107,6 @@ class Quarantine:
     def load_state_dict(self, values: list[dict]) -> None:
         self.bad = {(bad["split"], bad["sample_id"]): BadSample(**bad) for bad in values}
 
-    def _written(self) -> set[tuple[str, int]]:
-        """What an earlier attempt of this run wrote before it was killed."""
-        if not self.path.exists():
-            return set()
-        entries = set()
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                value = json.loads(line)
-                entries.add((value["split"], value["sample_id"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was being written when the process was killed
-        return entries
+    def _written(self) -> set[tuple[str, str]]:
+        """(split, id) of what an earlier attempt of this run wrote before it was killed."""
+        return {(str(row.get("split")), str(row.get("sample_id"))) for row in Rows(self.path)}

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import EXIT_RANK_LOST, ConfigError
+from ..rows import Rows
 
 
 class RunFolder:
@@ -74,21 +75,25 @@ class RunFolder:
             _write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False))
 
     def forget_after(self, step: int) -> int | None:
-        """Drop metric rows beyond `step` (a resumed run logs them again) and a torn last line; the last validated step that stays."""
+        """Drop metric rows beyond `step` (a resumed run logs them again) and unreadable lines; the last validated step that stays."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return None
-        kept, validated = [], None
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                if row["step"] <= step:
-                    kept.append(line)
-                    validated = row["step"] if row.get("split") == "validation" else validated
-            except (ValueError, KeyError, TypeError):
-                continue
+        rows, validated = Rows(path), None
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        with open(beside if self.is_main else os.devnull, "wb") as file:
+            for _, line, row in rows.located():
+                logged = row.get("step")
+                if not isinstance(logged, int) or logged > step or not line.endswith(b"\n"):
+                    continue
+                file.write(line)
+                if row.get("split") == "validation":
+                    validated = logged
         if self.is_main:
-            _write_atomically(path, "".join(line + "\n" for line in kept))
+            os.replace(beside, path)
+        # a killed process leaves a torn end; every other line of no use is worth a word
+        if rows.unreadable > rows.torn:
+            self.warn(rows.in_words())
         return validated
 
     def close(self) -> None:
