@@ -7,6 +7,7 @@ items nor a YAML alias that stands for a billion can fill the memory or the page
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Any
 
@@ -17,6 +18,7 @@ MAX_TEXT = 10_000  # characters
 MAX_IMAGE = 600_000  # characters of a data: URI
 MAX_CHARACTERS = 50_000_000  # of a whole value
 CUT = "…"
+_HALF_SURROGATES = re.compile("[\ud800-\udfff]")  # no text: neither files nor fonts take them
 _LARGEST = 10**18  # beyond this a whole number is no count of anything here
 
 
@@ -72,7 +74,8 @@ class _Copy:
         if self.characters < min(len(text), limit):
             return CUT
         self.characters -= min(len(text), limit)
-        return text if len(text) <= limit else text[:limit] + CUT
+        cut = text if len(text) <= limit else text[:limit] + CUT
+        return _HALF_SURROGATES.sub("�", cut)
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:

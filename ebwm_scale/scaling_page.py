@@ -68,7 +68,7 @@ def _study(study: dict[str, Any]) -> dict[str, Any]:
         "command": printable(str(study["command"]), 1_000),
         "missing": printable(", ".join(map(str, study["missing"])), 1_000),
         "sentences": [printable(sentence) for sentence in said],
-        "plots": plots,
+        "plots": [plot | {"caption": printable(plot["caption"])} for plot in plots],
         "heads": [printable(str(head), 120) for head in heads],
         "rows": _rows(runs),
     }
@@ -147,7 +147,10 @@ def _fit(axes: Axes, fit: dict[str, Any], unit: str) -> str:
             )
         line = np.geomspace(places.min(), places.max(), 40)
         axes.plot(
-            line, row["factor"] * line ** -row["exponent"]["mean"], color=LIGHT[colour], label=form
+            line,
+            row["factor"] * line ** -row["exponent"]["mean"],
+            color=LIGHT[colour],
+            label=printable(form, 60),
         )
     _logarithmic(axes, fit["what"], unit)
     return (
@@ -173,7 +176,7 @@ def _iso(axes: Axes, result: dict[str, Any], unit: str) -> str:
             color=LIGHT[colour],
             marker="o",
             markersize=3,
-            label=form,
+            label=printable(form, 60),
         )
     _logarithmic(axes, "FLOPs, matrix products and attention", unit)
     said = [
@@ -192,4 +195,4 @@ def _logarithmic(axes: Axes, x: str, y: str) -> None:
     axes.set_xscale("log"), axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}"), axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=6.5)
-    axes.set_xlabel(x), axes.set_ylabel(y), axes.legend(fontsize=7)
+    axes.set_xlabel(x), axes.set_ylabel(printable(y, 60)), axes.legend(fontsize=7)
