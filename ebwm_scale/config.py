@@ -81,6 +81,8 @@ class ModelConfig:
         "state"  # anchored: + the embedding of the last observed token
     )
     vocabulary_size: int | None = None  # default: the data's
+    # of a baseline of frame embeddings: width -> dimension, or width -> width -> dimension as released
+    output: Literal["one_linear", "two_linear"] = "one_linear"
     norm_epsilon: float = 1e-5
     rope_theta: float = 1e4
     attention_backend: Literal["auto", "triton", "reference"] = "auto"  # of the predicted stream
@@ -441,6 +443,10 @@ def check(config: Config) -> list[str]:
     require(
         model.num_heads % model.num_kv_heads == 0,
         f"model.num_kv_heads is {model.num_kv_heads}: must divide model.num_heads {model.num_heads}",
+    )
+    require(
+        model.output == "one_linear" or (model.kind == "baseline" and state.kind == "embedding"),
+        f"model.output is {model.output}: only a baseline of frame embeddings has it, leave the key out",
     )
     if state.kind == "embedding":
         require(

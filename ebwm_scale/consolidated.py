@@ -23,9 +23,8 @@ from torch import Tensor
 
 from .config import Config
 from .data.manifest import MANIFEST_NAME, Manifest, file_sha256
-from .data.shard_table import inside_folder
 from .errors import CheckpointError
-from .strict_json import is_whole, parse, shorten, shown
+from .strict_json import is_whole, parse, shorten
 from .tensor_files import TensorFile, TensorWriter
 
 WEIGHTS, INDEX, FACTS, TRAINING = (
@@ -35,6 +34,7 @@ WEIGHTS, INDEX, FACTS, TRAINING = (
     "training",
 )
 MODEL_TYPE = "ebwm"
+READ = ("config.yaml", "config.json", WEIGHTS, INDEX, "data/*", f"{TRAINING}/*")
 Read = Callable[[str], Tensor]
 
 
@@ -47,26 +47,18 @@ class ModelFolder:
 
     def __init__(self, folder: Path, *, verify: bool = True):
         self.folder = folder
-        try:
-            self.facts: dict[str, Any] = parse((folder / FACTS).read_bytes())
-            entries = self.facts["files"]
-            for name, entry in entries.items():
-                if not inside_folder(name) or not is_whole(entry["size"]):
-                    raise ValueError(f"{shown(name)}: {shown(entry)}")
-                if not isinstance(entry["sha256"], str):
-                    raise ValueError(f"{shown(name)}: {shown(entry)}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder}: no complete converted model ({FACTS}: {shorten(str(error))})"
-            ) from None
-        for name, entry in entries.items() if verify else ():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != entry["size"]:
-                raise CheckpointError(
-                    f"{path} {'has ' + str(path.stat().st_size) + ' bytes, ' + FACTS + ' says ' + str(entry['size']) if path.is_file() else 'is missing'}"
-                )
+        self.facts = _read_facts(folder)
+        for name, entry in self.facts["files"].items() if verify else ():
+            path = inside(folder, name)
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            size = path.stat().st_size
+            if size != entry["size"]:
+                raise CheckpointError(f"{path} has {size} bytes, {FACTS} says {entry['size']}")
             if file_sha256(path) != entry["sha256"]:
                 raise CheckpointError(f"{path} does not match its hash: damaged")
+        if verify:
+            _refuse_unlisted(folder, self.facts["files"])
         self.files = {
             name: file
             for path in _weight_files(folder)
@@ -85,14 +77,57 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     try:
-        names = sorted(set(parse((folder / INDEX).read_bytes())["weight_map"].values()))
-        if not all(map(inside_folder, names)):
-            raise ValueError(f"its files are {shown(names)}")
+        mapped = parse((folder / INDEX).read_bytes())["weight_map"]
+        names = sorted(set(mapped.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / INDEX}: no list of weight files ({shorten(str(error))}): damaged"
         ) from None
-    return [folder / name for name in names]
+    return [inside(folder, name) for name in names]
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """conversion.json, its list of files checked; CheckpointError for anything else."""
+    try:
+        facts = parse((folder / FACTS).read_bytes())
+        files, dtype = facts["files"], facts["dtype"]
+        listed = all(
+            is_whole(entry["size"]) and isinstance(entry["sha256"], str) for entry in files.values()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: no complete converted model ({FACTS}: {shorten(str(error))})"
+        ) from None
+    if not listed or not isinstance(dtype, str):
+        raise CheckpointError(f"{folder}: no complete converted model ({FACTS}: not as written)")
+    return facts
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a converted folder by the name a file in it gives; CheckpointError for one that leads outside.
+
+    Links count as what they lead to: a folder from somebody else could otherwise read other people's files.
+    """
+    path = folder / str(name)
+    if "\0" in str(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{folder}: names a file outside of it, {str(name)[:80]!r}: refused; "
+            "a converted folder holds its own files, convert again"
+        )
+    return path
+
+
+def _refuse_unlisted(folder: Path, files: Mapping[str, Any]) -> None:
+    """What is read must be what was hashed: CheckpointError for another file where the readers look."""
+    looked_for = [
+        path for pattern in READ for path in sorted(folder.glob(pattern)) if not path.is_dir()
+    ]
+    for path in looked_for:
+        name = str(path.relative_to(folder))
+        if name not in files:
+            raise CheckpointError(
+                f"{path} is not listed in {FACTS}: damaged or added; convert again"
+            )
 
 
 def write_model(

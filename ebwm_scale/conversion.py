@@ -15,15 +15,15 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from . import released
 from .code_version import code_version
-from .config import Config
-from .consolidated import TRAINING, ModelFolder, Training, write_model
+from .config import Config, load_config
+from .consolidated import TRAINING, ModelFolder, Training, inside, write_model
 from .data.manifest import Manifest, file_sha256
 from .data.side_files import open_manifest, refuse_another_tokenizer
 from .errors import CheckpointError, ConfigError, DataError
@@ -48,6 +48,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+MOMENTS = ("exp_avg", "exp_avg_sq")
 Say = Callable[[str], None]
 
 
@@ -105,13 +106,18 @@ def import_run(
     *,
     zero_stage: int | None = None,
     world_size: int | None = None,
+    overrides: Sequence[str] = (),
     say: Say = print,
 ) -> str:
-    """A run folder that resumes where the exported one stood (`training`), or starts from its weights. Returns what was compared."""
+    """A run folder that resumes where the exported one stood (`training`), or starts from its weights.
+
+    Settings that reach beyond the folder are dropped and named (FOREIGN): the folder may be somebody
+    else's. overrides: section.key=value of the command line, applied after that. Returns what was compared.
+    """
     source = ModelFolder(folder)
     if run.exists():
         raise CheckpointError(f"{run} exists: nothing is overwritten; name a new run folder")
-    config = saved_config(folder)
+    config = _imported_config(folder, overrides, say)
     if zero_stage is not None:
         config = dataclasses.replace(
             config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=zero_stage)
@@ -122,9 +128,13 @@ def import_run(
     refuse_mismatches(expected_shapes(config), shapes, folder)
     trainer: dict[str, Any]
     if (folder / TRAINING).is_dir():
-        trainer = json.loads((folder / TRAINING / "trainer.json").read_text(encoding="utf-8"))
+        trainer = _read_trainer(folder)
         for path in sorted((folder / TRAINING).glob("*.safetensors")):
-            file, kind = TensorFile(path), path.name.partition("-")[0]
+            file = TensorFile(inside(folder, str(path.relative_to(folder))))
+            kind = path.name.partition("-")[0]
+            found = {name: file.shape(name) for name in file.names()}
+            if kind not in MOMENTS or any(shapes.get(name) != found[name] for name in found):
+                raise CheckpointError(f"{path}: not the {' or '.join(MOMENTS)} of these weights")
             moments |= {f"{kind}/{name}": (file, name) for name in file.names()}
     else:
         say(
@@ -158,7 +168,9 @@ def import_run(
                 )
                 file.write(name, tensor.float().view(-1))
         if (folder / TRAINING / "replay.pt").exists():
-            shutil.copyfile(folder / TRAINING / "replay.pt", target / "replay_rank_0.pt")
+            replay = inside(folder, f"{TRAINING}/replay.pt")
+            _refuse_code(replay)
+            shutil.copyfile(replay, target / "replay_rank_0.pt")
         (target / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         (target / "trainer.json").write_text(json.dumps(trainer, indent=1), encoding="utf-8")
         entries = {
@@ -182,6 +194,47 @@ def import_run(
         ),
         shutil.rmtree,
     )
+
+
+FOREIGN = {  # settings of a received folder that an import drops: what they are set to instead
+    "data.manifest": "null",  # paths of another machine
+    "data.sources": "[]",
+    "data.stream": "[]",  # pipe: commands, URLs
+    "deepspeed.raw": "{}",  # DeepSpeed imports what some of its keys name, and writes where others say
+    "logging.wandb": "off",  # would send to the importer's account
+}
+
+
+def _imported_config(folder: Path, overrides: Sequence[str], say: Say) -> Config:
+    """The folder's configuration without FOREIGN settings, which are named; then the user's own overrides."""
+    path = inside(folder, "config.yaml")
+    received = load_config(path).to_dict()
+    cleared = [f"{name}={value}" for name, value in FOREIGN.items()]
+    config = load_config(path, cleared)
+    for name in FOREIGN:
+        section, _, key = name.partition(".")
+        value = received[section][key]
+        if value != config.to_dict()[section][key]:
+            say(
+                f"dropped {name}, which was {str(value)[:80]!r}: not taken from a received folder; "
+                f"give your own with --set {name}=..."
+            )
+    return load_config(path, [*cleared, *overrides]) if overrides else config
+
+
+def _read_trainer(folder: Path) -> dict[str, Any]:
+    """training/trainer.json; CheckpointError for what a run could not go on from."""
+    path = inside(folder, f"{TRAINING}/trainer.json")
+    try:
+        trainer = json.loads(path.read_text(encoding="utf-8"))
+        step = trainer["step"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no training state ({str(error)[:80]})") from None
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(
+            f"{path}: step is {str(step)[:80]!r}: must be a whole number, 0 or more"
+        )
+    return trainer
 
 
 def import_released(
@@ -221,6 +274,15 @@ def import_released(
         ),
     )
     ours = released.to_ours(weights)
+    encoder = [name for name in weights if name.startswith(released.FROZEN_ENCODER)]
+    if encoder:
+        say(f"left out {len(encoder)} tensors of the frozen image encoder: it belongs to the data")
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(
+            f"{source}: holds numbers that are not finite in {', '.join(broken)[:80]}: "
+            "nothing can be predicted with these weights"
+        )
     refuse_mismatches(
         expected_shapes(config),
         {name: tuple(tensor.shape) for name, tensor in ours.items()},
@@ -255,7 +317,7 @@ def export_released(folder: Path, target: Path, *, say: Say = print) -> str:
     if target.exists():
         raise CheckpointError(f"{target} exists: nothing is overwritten; name a new file")
     source, config = ModelFolder(folder), saved_config(folder)
-    ours = {name: source.read(name) for name in source.files}
+    ours, config = released.as_released({name: source.read(name) for name in source.files}, config)
     content = {
         "state_dict": {
             f"model.{name}": tensor for name, tensor in released.to_released(ours, config).items()
@@ -287,21 +349,8 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], Any]:
         return {name: file.read(name) for name in file.names()}, None
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first = next(
-            (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line),
-            str(error).splitlines()[0],
-        )
-        raise CheckpointError(
-            f"{path}: refused: it holds more than tensors and plain values, and unpickling that could run code ({first.strip()})"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: no PyTorch file, or a truncated one ({str(error).splitlines()[0]})"
-        ) from None
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = _refuse_code(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}: expected a state dict or a Lightning checkpoint"
@@ -317,6 +366,26 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], Any]:
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     hparams = content.get("hyper_parameters") if weights is not content else None
     return dict(weights), vars(hparams) if isinstance(hparams, argparse.Namespace) else hparams
+
+
+def _refuse_code(path: Path) -> Any:
+    """The content of a PyTorch file of tensors and plain values; CheckpointError for every other file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line),
+            str(error).splitlines()[0],
+        )
+        raise CheckpointError(
+            f"{path}: refused: it holds more than tensors and plain values, and unpickling that "
+            f"could run code ({first.strip()[:200]})"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path}: no PyTorch file, or a truncated one ({reason[:200]})"
+        ) from None
 
 
 def compare(

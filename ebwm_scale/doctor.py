@@ -26,6 +26,7 @@ from typing import Sequence
 from .arguments import ArgumentParser
 from .config import Config, load_config
 from .errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
+from .permissions import add_permissions, refuse_unpermitted
 from .processes import number, place_in_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,7 @@ NEEDED = (
     "webdataset",
     "PyYAML",
     "matplotlib",
+    "jinja2",
 )
 OPTIONAL = {
     "triton": "the Triton kernels of a GPU",
@@ -115,12 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--collective", action="store_true", help=argparse.SUPPRESS
     )  # a process of check_collective
+    add_permissions(parser)
     options = parser.parse_args(arguments)
     try:
         if options.collective:
             print(collective())
             return EXIT_FINISHED
         config = load_config(options.config, options.overrides)
+        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
         of_step = place_in_step()  # among other tasks of this srun
     except UserError as error:
         print(error, file=sys.stderr)

@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
         from .evaluation_page import render
 
-        (folder / "evaluation.html").write_text(render(result), encoding="utf-8")
+        (folder / "evaluation.html").write_text(render(result), encoding="utf-8", errors="replace")
         print(f"{folder / 'evaluation.html'}")
     except UserError as error:
         print(error, file=sys.stderr)

@@ -2,87 +2,97 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from .pages import card, page, table, with_interval
+from .errors import DataError
+from .pages import card, with_interval
+from .pages import render as render_page
+from .plain import bounded, printable
 from .report_plots import LIGHT, show
+
+MAX_POINTS = 300  # of a curve or a table
 
 
 def render(result: dict[str, Any]) -> str:
-    """The page as HTML text."""
+    """The page as HTML text. Raises DataError for what is no result of ebwm_scale.evaluate."""
+    try:
+        return _render(bounded(result))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise DataError(
+            f"not a result of ebwm_scale.evaluate: {printable(repr(error), 160)}; evaluate again"
+        ) from None
+
+
+def _render(result: dict[str, Any]) -> str:
     unit = "nats per token" if result["modality"] == "text" else "SmoothL1"
-    loss = result["loss"]
-    parts = [
-        f'<header><h1>{escape(result.get("checkpoint", "evaluation"))}</h1><p class="muted">{result["num_samples"]:,} validation samples, {result["num_targets"]:,} targets; '
-        f"95 % intervals from a bootstrap over samples</p></header>",
-        f"<p>Loss {with_interval(loss)} {unit}"
-        + (f", perplexity {show(loss['perplexity'])}" if "perplexity" in loss else "")
-        + ".</p>",
+    perplexity = result["loss"].get("perplexity")
+    is_energy = result["kind"] != "baseline"
+    return render_page(
+        "evaluation.html.j2",
+        title="Evaluation",
+        checkpoint=printable(str(result.get("checkpoint", "evaluation")), 300),
+        num_samples=f"{result['num_samples']:,}",
+        num_targets=f"{result['num_targets']:,}",
+        loss=with_interval(result["loss"]),
+        perplexity=show(perplexity) if perplexity is not None else "",
+        unit=unit,
+        sentences=_sentences(result) if is_energy else [],
+        plots=_plots(result, unit) if is_energy else [],
+        steps=_steps_table(result, unit) if is_energy else None,
+        foreign=_foreign_table(result, unit) if result.get("foreign_texts") else None,
+    )
+
+
+def _plots(result: dict[str, Any], unit: str) -> list[dict[str, Any]]:
+    plots = [card("Loss against refinement steps", lambda axes: _curves(axes, result, unit))]
+    if result.get("starts"):
+        starts = result["starts"][:MAX_POINTS]
+        plots.append(
+            card(
+                "Loss against starts, lowest energy kept", lambda axes: _starts(axes, starts, unit)
+            )
+        )
+    tenths = result["energy"]["tenths"]
+    of_error = result["allocation"]["tenths_of_error"]
+    plots += [
+        card("Error by tenth of final energy", lambda axes: _tenths(axes, tenths, "energy", unit)),
+        card(
+            "Steps used by tenth of error", lambda axes: _tenths(axes, of_error, "error", "steps")
+        ),
     ]
-    if result["kind"] != "baseline":
-        parts += [f"<p>{escape(sentence)}</p>" for sentence in _sentences(result)]
-        figures = [
-            ("Loss against refinement steps", lambda axes: _curves(axes, result, unit)),
-            (
-                "Error by tenth of final energy",
-                lambda axes: _tenths(axes, result["energy"]["tenths"], "energy", unit),
-            ),
-            (
-                "Steps used by tenth of error",
-                lambda axes: _tenths(
-                    axes, result["allocation"]["tenths_of_error"], "error", "steps"
-                ),
-            ),
-        ]
-        if result.get("starts"):
-            figures.insert(
-                1,
-                (
-                    "Loss against starts, lowest energy kept",
-                    lambda axes: _starts(axes, result["starts"], unit),
-                ),
-            )
-        parts.append(
-            f'<div class="grid">{"".join(card(title, draw) for title, draw in figures)}</div>'
+    return plots
+
+
+def _steps_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
+    rows = [["0", with_interval(result["initial"]), "–"]]
+    for point in result["steps"][:MAX_POINTS]:
+        trained = " (trained)" if point["num_steps"] == result["trained_steps"] else ""
+        rows.append(
+            [f"{point['num_steps']}{trained}", with_interval(point), show(point["mean_energy"])]
         )
-        rows = [
+    return {"heads": ["steps", f"loss, {unit}", "mean energy"], "rows": rows}
+
+
+def _foreign_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
+    share = "share_of_pairs_in_which_real_has_lower_"
+    rows = []
+    for text in result["foreign_texts"][:MAX_POINTS]:
+        by_energy = with_interval(text[share + "energy"]) if share + "energy" in text else "–"
+        rows.append(
             [
-                f"{p['num_steps']}{' (trained)' if p['num_steps'] == result['trained_steps'] else ''}",
-                with_interval(p),
-                show(p["mean_energy"]),
+                printable(str(text["name"]), 200),
+                str(text["num_samples"]),
+                by_energy,
+                with_interval(text["mean_loss"]),
+                with_interval(text[share + "loss"]),
             ]
-            for p in result["steps"]
-        ]
-        parts.append(
-            table(
-                ["steps", f"loss, {unit}", "mean energy"],
-                [["0", with_interval(result["initial"]), "–"], *rows],
-            )
         )
-    if result.get("foreign_texts"):
-        share = "share_of_pairs_in_which_real_has_lower_"
-        parts.append(
-            "<p>Texts of another kind: the share of pairs in which the validation text has the lower energy, or loss (0.5: cannot tell).</p>"
-        )
-        parts.append(
-            table(
-                ["text", "sequences", "by energy", f"its loss, {unit}", "by loss"],
-                [
-                    [
-                        text["name"],
-                        str(text["num_samples"]),
-                        with_interval(text[share + "energy"]) if share + "energy" in text else "–",
-                        with_interval(text["mean_loss"]),
-                        with_interval(text[share + "loss"]),
-                    ]
-                    for text in result["foreign_texts"]
-                ],
-            )
-        )
-    return page("Evaluation", parts)
+    return {
+        "heads": ["text", "sequences", "by energy", f"its loss, {unit}", "by loss"],
+        "rows": rows,
+    }
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:
@@ -90,14 +100,15 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     if "gain_of_later_steps" in result:
         gain = result["gain_of_later_steps"]
         verdict = (
-            "helps"
+            "falls"
             if gain["low"] > 0
-            else "hurts"
+            else "rises"
             if gain["high"] < 0
-            else "makes no difference that this many samples show"
+            else "changes no more than this many samples show"
         )
         lines.append(
-            f"Thinking on after the first step, up to the {result['trained_steps']} that were trained, {verdict}: the loss falls by {with_interval(gain)}."
+            f"From the first step to the {result['trained_steps']} that were trained the loss {verdict}: "
+            f"it falls by {with_interval(gain)}. Whether more steps help shows beside a model trained with one."
         )
     correlation = result["energy"]["rank_correlation_with_error"]
     says = (

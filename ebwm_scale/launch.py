@@ -28,6 +28,7 @@ from .cluster.submission import Resources, executor_for, submit
 from .cluster.sweep import Run, check_new, expand, prepare, write_request
 from .config import batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
+from .permissions import add_permissions, refuse_unpermitted
 from .plain_text import one_line, shown
 
 
@@ -118,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="print the runs and the job script, have Slurm check it; submit and write nothing",
     )
+    add_permissions(parser)
     options = parser.parse_args(arguments)
     try:
         if options.status is not None:
@@ -129,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 slurm=options.slurm,
                 here=options.here,
                 accept_new_rate=options.accept_new_rate,
+                allow_pipe=options.allow_pipe,
             )
         return launch(options)
     except UserError as error:
@@ -148,6 +151,7 @@ def launch(options: argparse.Namespace) -> int:
         one_line("the run folder", folder / run.name)
     for run in runs:  # all of them, before anything is written
         config = load_config(options.config, [*options.overrides, *run.overrides])
+        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
         batch_arithmetic(
             config.train,
             resources.nodes * resources.tasks_per_node,
@@ -188,7 +192,12 @@ def launch(options: argparse.Namespace) -> int:
     report(
         folder,
         [folder / run.name for run in runs],
-        submit(folder, [folder / run.name for run in runs], resources),
+        submit(
+            folder,
+            [folder / run.name for run in runs],
+            resources,
+            allow_pipe=options.allow_pipe,
+        ),
     )
     return EXIT_FINISHED
 
@@ -200,6 +209,7 @@ def resubmit(
     slurm: Sequence[str],
     here: bool,
     accept_new_rate: bool,
+    allow_pipe: bool,
 ) -> int:
     """The failed and lost runs again, each in its folder. What launch.json says is used as far as
     request.py allows."""
@@ -210,6 +220,8 @@ def resubmit(
         print(f"{folder}: no run has failed or was lost; nothing to submit")
         return EXIT_FINISHED
     configs = [load_config(run / "config.yaml", overrides) for run in runs]
+    for config in configs:
+        refuse_unpermitted(config, allow_pipe=allow_pipe)
     requests = [read_request(run) for run in runs]
     for run, request in zip(runs, requests):
         if request["directory"] != str(Path.cwd()) and not here:
@@ -233,7 +245,7 @@ def resubmit(
                 "accept_new_rate": accept_new_rate,
             },
         )
-    report(folder, runs, submit(folder, runs, resources))
+    report(folder, runs, submit(folder, runs, resources, allow_pipe=allow_pipe))
     return EXIT_FINISHED
 
 

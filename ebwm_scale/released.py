@@ -4,7 +4,8 @@ alpha ()                                    step_size (1,)
 embeddings.weight (V, D)                    token_embedding.weight
 vocab_to_embed.weight (D, V)                state_map (V, D)   , transposed; absent when tied (vocab_to_embed_uses_prob_dist)
 encoder_down_projection.*                   frame_projection.*
-output.*                                    output.*
+output.weight                               output.weight               of text
+output.weight (D, D), encoder_up_projection.*    output.hidden.weight, output.up.*    of a video baseline
 transformer.layers.N.*                      network.layers.N.*
 transformer.layers.N.adaLN_modulation.1.*   network.modulations.N.*
 transformer.final_layer.weight              network.head.weight          (final_layer.linear.weight with adaln)
@@ -17,6 +18,7 @@ langevin_dynamics_noise_std                 refinement.noise, a setting and not 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any, Mapping
 
 import torch
@@ -30,7 +32,8 @@ _NAMES = [  # (released, ours) as regular expressions with the same groups
     (r"embeddings\.weight", r"token_embedding.weight"),
     (r"vocab_to_embed\.weight", r"state_map"),
     (r"encoder_down_projection\.(weight|bias)", r"frame_projection.\1"),
-    (r"output\.(weight|bias)", r"output.\1"),
+    (r"encoder_up_projection\.(weight|bias)", r"output.up.\1"),
+    (r"output\.weight", r"output.weight"),
     (
         r"transformer\.layers\.(\d+)\.adaLN_modulation\.1\.(weight|bias)",
         r"network.modulations.\1.\2",
@@ -53,15 +56,19 @@ ONLY = {
     "num_modality_processing_mlp_layers": 1,
     "learnable_process_memory": False,
     "sharpen_predicted_distribution": 0.0,
+    "weight_tie_vae_proj": False,
 }
-SETTINGS = {
-    "langevin_dynamics_noise_std"
-}  # entries of a released state dict that are no weights of ours
+# Entries of a released state dict that are no weights of ours.
+SETTINGS = {"langevin_dynamics_noise_std"}
+FROZEN_ENCODER = "image_encoder."  # of video: a dataset's encoder here, not the model's
 
 
 def our_name(released: str) -> str | None:
-    """Our parameter's name for a released one; None for a setting. Raises ConfigError for a name that neither knows."""
-    if released in SETTINGS:
+    """Our parameter's name for a released one; None for a setting and for the frozen image encoder.
+
+    Raises ConfigError for a name that neither knows.
+    """
+    if released in SETTINGS or released.startswith(FROZEN_ENCODER):
         return None
     for pattern, name in _NAMES:
         if re.fullmatch(pattern, released):
@@ -72,8 +79,11 @@ def our_name(released: str) -> str | None:
 def to_ours(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A released state dict (or gradients under its names) under our names and shapes."""
     result = {}
+    two_linear = "encoder_up_projection.weight" in released
     for name, tensor in released.items():
         ours = our_name(name)
+        if two_linear and ours == "output.weight":
+            ours = "output.hidden.weight"
         if ours is not None:
             result[ours] = (
                 tensor.T.contiguous()
@@ -91,6 +101,8 @@ def released_name(ours: str, *, conditioning: str) -> str:
     special = {
         "step_size": "alpha",
         "state_map": "vocab_to_embed.weight",
+        "output.weight": "output.weight",
+        "output.hidden.weight": "output.weight",
         "network.norm.weight": "transformer.norm.weight",
         "network.head.weight": "transformer.final_layer.linear.weight"
         if adaptive_head
@@ -102,7 +114,7 @@ def released_name(ours: str, *, conditioning: str) -> str:
         return special[ours]
     for pattern, released in (
         (r"frame_projection\.(weight|bias)", r"encoder_down_projection.\1"),
-        (r"output\.(weight|bias)", r"output.\1"),
+        (r"output\.up\.(weight|bias)", r"encoder_up_projection.\1"),
         (
             r"network\.modulations\.(\d+)\.(weight|bias)",
             r"transformer.layers.\1.adaLN_modulation.1.\2",
@@ -118,8 +130,25 @@ def released_name(ours: str, *, conditioning: str) -> str:
     raise ConfigError(f"{ours}: has no name in the released EBT layout")
 
 
+def as_released(ours: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], Config]:
+    """The same model in a form that the released layout has: a video baseline's output in two linear maps.
+
+    The first of them is the identity where ours has one map, so every prediction stays what it was.
+    """
+    is_video_baseline = config.model.kind == "baseline" and config.state.kind == "embedding"
+    if not is_video_baseline or config.model.output == "two_linear":
+        return dict(ours), config
+    result = {name: ours[name] for name in ours if not name.startswith("output.")}
+    result["output.hidden.weight"] = torch.eye(
+        config.model.width, dtype=ours["output.weight"].dtype
+    )
+    result["output.up.weight"] = ours["output.weight"]
+    result["output.up.bias"] = ours["output.bias"]
+    return result, replace(config, model=replace(config.model, output="two_linear"))
+
+
 def to_released(ours: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Our weights under the released names and shapes."""
+    """Our weights, of a form that as_released gives, under the released names and shapes."""
     result = {}
     for name, tensor in ours.items():
         released = released_name(name, conditioning=config.model.conditioning)
@@ -173,7 +202,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         raise ConfigError("the released layout cannot express this model: " + "; ".join(beyond))
     per_step = refinement.landscapes == "per_step" or refinement.num_steps == 1
     return {
-        "modality": "NLP" if text else "CV",
+        "modality": "NLP" if text else "VID",
         "model_name": "ebt" if energy else "baseline_transformer",
         "ebt_type": model.conditioning,
         "ebt_norm": "rms",
@@ -223,7 +252,7 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         raise ConfigError(
             "normalize_initial_condition is false: text states are embedded through a softmax here; only true is supported"
         )
-    kind = hparams["denoising_initial_condition"]
+    kind = hparams["denoising_initial_condition"] if energy else "random_noise"
     initial = {
         "random_noise": "random_noise",
         "zeros": "zeros",
@@ -235,7 +264,6 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         )
     width = hparams["embedding_dim"]
     head = width // hparams["multiheaded_attention_heads"]
-    truncated, random_steps = hparams["truncate_mcmc"], hparams["randomize_mcmc_num_steps"]
     model = {
         "kind": "energy" if energy else "baseline",
         "num_layers": hparams["num_transformer_blocks"],
@@ -250,9 +278,31 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         model["vocabulary_size"] = shapes["embeddings.weight"][0]
         state["tie_embedding"] = energy and hparams["vocab_to_embed_uses_prob_dist"]
     else:
+        if "encoder_down_projection.weight" not in shapes:
+            raise ConfigError(
+                "this released video model has no encoder_down_projection: its width is its encoder's; "
+                "only models with a projection of the frames can be expressed here"
+            )
         state["dimension"] = shapes["encoder_down_projection.weight"][1]
+        if not energy:
+            model["output"] = "two_linear"
+    optimizer = {
+        "learning_rate": hparams["peak_learning_rate"],
+        "beta1": hparams["beta1"],
+        "beta2": hparams["beta2"],
+        "weight_decay": hparams["weight_decay"],
+        "gradient_clipping": hparams["gradient_clip_val"],
+    }
+    sections = {"model": model, "state": state, "optimizer": optimizer}
+    if energy:
+        sections["refinement"] = _refinement_of(hparams)
+    return config_from_dict(sections)
+
+
+def _refinement_of(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    truncated, random_steps = hparams["truncate_mcmc"], hparams["randomize_mcmc_num_steps"]
     landscapes = hparams["mcmc_num_steps"]
-    refinement = {
+    return {
         "num_steps": landscapes + random_steps,
         "landscapes": "per_step" if landscapes > 1 else "one",
         "step_size": hparams["mcmc_step_size"],
@@ -267,13 +317,3 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         "graph": "truncate" if truncated else "full" if hparams["no_mcmc_detach"] else "detach",
         "loss": "last" if truncated else "every",
     }
-    optimizer = {
-        "learning_rate": hparams["peak_learning_rate"],
-        "beta1": hparams["beta1"],
-        "beta2": hparams["beta2"],
-        "weight_decay": hparams["weight_decay"],
-        "gradient_clipping": hparams["gradient_clip_val"],
-    }
-    return config_from_dict(
-        {"model": model, "state": state, "refinement": refinement, "optimizer": optimizer}
-    )

@@ -3,7 +3,7 @@
     python -m ebwm_scale.report RUN [--baseline RUN]        writes RUN/report.html and RUN/report_plot.png
 
 The page needs no network and no script. What the folder lacks is named in the page instead of guessed; every mark is computed from the
-numbers beside it. report_run.py reads and judges, report_plots.py draws the curves, report_page.py writes the page.
+numbers beside it. report_read.py reads, report_run.py judges, report_plots.py draws the curves, report_page.py writes the page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .arguments import ArgumentParser
 from .errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
 from .report_page import render
 from .report_plots import headline_png
-from .report_run import read_run
+from .report_read import read_run
 
 
 def write_report(run_dir: Path, *, baseline_dir: Path | None = None) -> Path:

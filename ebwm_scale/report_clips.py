@@ -1,100 +1,88 @@
-"""The clips of a video run as a part of the report: context, each candidate with its energy, the truth, and the model's own continuation."""
+"""The clips of a video run as plain values for the report: context, candidates with their energies, the truth, and a continuation."""
 
 from __future__ import annotations
 
 import re
-from html import escape
 from typing import Any
 
-from .report_plots import number, show
+from .plain import mappings, printable
+from .report_curves import number
+from .report_plots import show
 
 MAX_CLIPS, MAX_FRAMES = 12, 64
 _IMAGE = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
 
-CSS = """
-.strip{display:flex;gap:6px;overflow-x:auto;padding:2px 0 10px}.frame{flex:0 0 auto;width:92px;margin:0}
-.frame img,.frame .none{display:block;width:92px;height:92px;object-fit:cover;border-radius:4px;background:var(--grid)}
-.frame figcaption{margin-top:3px;font-size:.75rem;line-height:1.25}.frame.truth img{outline:3px solid var(--good);outline-offset:-3px}
-.frame.candidate img{outline:3px solid var(--curve3);outline-offset:-3px}
-"""
+
+def clips_of(samples: dict | None, *, refines: bool) -> list[dict[str, Any]]:
+    """samples["clips"] for templates/clips.html.j2; empty without any."""
+    listed = mappings((samples or {}).get("clips"), MAX_CLIPS)
+    return [_clip(item, refines) for item in listed]
 
 
-def clips_section(samples: dict | None, *, refines: bool) -> str:
-    """HTML of samples["clips"]; empty without any."""
-    listed = (samples or {}).get("clips")
-    listed = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
-    if not listed:
-        return ""
-    energies = (
-        " A lower energy means a better fit; the true frame's is beside it." if refines else ""
-    )
-    return (
-        f'<h2>Clips</h2><p class="small muted">Held-out clips at the end of training. The model sees the context and predicts the next frame; every number '
-        f"under a picture is its SmoothL1 distance from the true frame.{energies}</p>"
-        f'<div class="stack">{"".join(_clip(item, refines) for item in listed[:MAX_CLIPS])}</div>'
-    )
-
-
-def _clip(item: dict, refines: bool) -> str:
-    context = _list(item.get("context"))
-    frames = [
-        _frame(image, f"context {i + 1 - len(context)}" if i + 1 < len(context) else "last seen")
-        for i, image in enumerate(context)
-    ]
-    frames[-1:] = (
-        [_frame(context[-1], f"last seen<br>{_loss(item.get('copy_last_loss'))}")]
-        if context
-        else []
-    )
-    for candidate in _list(item.get("candidates")):
-        if not isinstance(candidate, dict):
-            continue
-        step = candidate.get("step")
-        title = (
-            "prediction" if not refines else "initial state" if step == 0 else f"after step {step}"
-        )
-        energy = f"<br>energy {show(number(candidate.get('energy')))}" if refines else ""
-        frames.append(
-            _frame(
-                candidate.get("image"),
-                f"{title}<br>{_loss(candidate.get('loss'))}{energy}",
-                "candidate",
-            )
-        )
-    truth = f"<br>energy {show(number(item.get('truth_energy')))}" if refines else ""
-    frames.append(_frame(item.get("truth"), f"truth<br>0{truth}", "truth"))
+def _clip(item: dict, refines: bool) -> dict[str, Any]:
+    title = printable(str(item.get("video", "unnamed")), 200)
     start = number(item.get("start_s"))
-    where = (
-        f"{item.get('video', 'unnamed')}, from {start:.2f} s"
-        if start == start
-        else str(item.get("video", "unnamed"))
-    )
-    losses, copies = _list(item.get("continuation_loss")), _list(item.get("continuation_copy_loss"))
-    own = [
-        _frame(image, f"+{i + 1}<br>{_loss(losses[i] if i < len(losses) else None)}", "candidate")
-        for i, image in enumerate(_list(item.get("continuation")))
-    ]
-    real = [
-        _frame(image, f"truth<br>copying {_loss(copies[i] if i < len(copies) else None)}", "truth")
-        for i, image in enumerate(_list(item.get("continuation_truth")))
-    ]
-    going_on = (
-        f'<details><summary>A continuation of its own, from the first {item.get("first", "?")} frames on</summary><div class="strip">{"".join(own)}</div>'
-        f'<div class="strip">{"".join(real)}</div></details>'
-        if own
-        else ""
-    )
-    return f'<article class="card"><h3>{escape(where)}</h3><div class="strip">{"".join(frames)}</div>{going_on}</article>'
+    if start == start:
+        title += f", from {start:.2f} s"
+    first = item.get("first")
+    return {
+        "title": title,
+        "frames": _context(item) + _candidates(item, refines) + [_truth(item, refines)],
+        "first": first if isinstance(first, int) else "?",
+        "own": _continuation(item, "continuation", "continuation_loss", "+{}", ""),
+        "real": _continuation(
+            item, "continuation_truth", "continuation_copy_loss", "truth", "copying "
+        ),
+    }
 
 
-def _frame(image: Any, caption: str, kind: str = "") -> str:
-    """caption is HTML of ours: numbers only."""
-    shown = (
-        f'<img src="{image}" alt="">'
-        if isinstance(image, str) and _IMAGE.fullmatch(image)
-        else '<div class="none"></div>'
-    )
-    return f'<figure class="frame {kind}">{shown}<figcaption>{caption}</figcaption></figure>'
+def _context(item: dict) -> list[dict]:
+    images = _list(item.get("context"))
+    frames = [_frame(image, f"context {i + 1 - len(images)}") for i, image in enumerate(images)]
+    if images:
+        frames[-1] = _frame(images[-1], "last seen", _loss(item.get("copy_last_loss")))
+    return frames
+
+
+def _candidates(item: dict, refines: bool) -> list[dict]:
+    frames = []
+    for candidate in mappings(item.get("candidates"), MAX_FRAMES):
+        step = candidate.get("step")
+        if not refines:
+            title = "prediction"
+        elif step == 0:
+            title = "initial state"
+        else:
+            title = f"after step {step if isinstance(step, int) else '?'}"
+        lines = [title, _loss(candidate.get("loss"))]
+        if refines:
+            lines.append(f"energy {show(number(candidate.get('energy')))}")
+        frames.append(_frame(candidate.get("image"), *lines, kind="candidate"))
+    return frames
+
+
+def _truth(item: dict, refines: bool) -> dict:
+    lines = ["truth", "0"]
+    if refines:
+        lines.append(f"energy {show(number(item.get('truth_energy')))}")
+    return _frame(item.get("truth"), *lines, kind="truth")
+
+
+def _continuation(item: dict, images: str, losses: str, title: str, what: str) -> list[dict]:
+    """Frames with a loss each; the list of losses may be shorter."""
+    values = _list(item.get(losses))
+    kind = "candidate" if images == "continuation" else "truth"
+    frames = []
+    for i, image in enumerate(_list(item.get(images))):
+        loss = _loss(values[i]) if i < len(values) else "–"
+        frames.append(_frame(image, title.format(i + 1), what + loss, kind=kind))
+    return frames
+
+
+def _frame(image: Any, *lines: str, kind: str = "") -> dict:
+    """An image is shown only as a data: URI of a picture; anything else could be fetched."""
+    shown = image if isinstance(image, str) and _IMAGE.fullmatch(image) else None
+    return {"image": shown, "lines": lines, "kind": kind}
 
 
 def _loss(value: Any) -> str:

@@ -10,7 +10,8 @@ import io
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from html import escape
+from typing import TYPE_CHECKING, Any, Callable
 
 import matplotlib
 import numpy as np
@@ -18,10 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from .report_curves import Curve, number, of_refinement_step, series, thin_by_stride
+
 if TYPE_CHECKING:
     from .report_run import Run
 
-MAX_POINTS = 300  # per curve: what a screen can show; bounds the page's size
 MAX_CURVES = 6  # refinement steps drawn in one plot; the first and the last always are
 RECENT = 0.1  # "at the end" means the last tenth of the logged training steps
 
@@ -81,48 +83,6 @@ class Plot:
     narrow_svg: str | None = None  # a second shape of the same plot, for phones
 
 
-def number(value: Any) -> float:
-    """`value` as a float; NaN for what is no finite number (absent, null, text, infinite, absurdly large)."""
-    if type(value) is not float:  # the common case first: a long run has millions of values
-        try:
-            value = float(value)
-        except (TypeError, ValueError, OverflowError):
-            return math.nan
-    return (
-        value if -1e30 < value < 1e30 else math.nan
-    )  # larger ones overflow in averages and axis limits
-
-
-def values_of(row: dict, key: str) -> list[float]:
-    """A logged list as floats; a single number counts as a list of one, absent and null as none."""
-    value = row.get(key)
-    return (
-        [number(item) for item in value]
-        if isinstance(value, list)
-        else []
-        if value is None
-        else [number(value)]
-    )
-
-
-def final_loss(row: dict) -> float:
-    """The loss after the last refinement step."""
-    return (
-        number(row["loss"]) if row.get("loss") is not None else (losses_of(row) or [math.nan])[-1]
-    )
-
-
-def losses_of(row: dict) -> list[float]:
-    """The loss after each refinement step; a single one where the row has no list."""
-    return values_of(row, "loss_per_step") or values_of(row, "loss")
-
-
-def median(rows: list[dict], key: str) -> float:
-    """Median of the finite values; NaN without any."""
-    found = [v for v in (number(row.get(key)) for row in rows) if v == v]
-    return float(np.median(found)) if found else math.nan
-
-
 def show(value: float) -> str:
     """A number for people: about four significant digits, thousands separated, a true minus, an exponent only where needed."""
     size = abs(value)
@@ -179,20 +139,17 @@ def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     if not run.validation:
         return None
     steps, notes, shown = [row["step"] for row in run.validation], [], []
-    for curve in _curves(run.validation, losses_of):
-        x, y = _thin_by_stride(curve.x, curve.y)
-        label = "after step" if run.refines else run.label
-        axes.plot(
-            x,
-            y,
-            label=f"{label} {curve.index + 1}" if run.refines else label,
-            **_curve_style(curve),
-            **_markers(x),
-        )
+    count = max(len(row["loss_per_step"]) for row in run.validation)
+    for index in _chosen(count):
+        x, y = thin_by_stride(*of_refinement_step(run.validation, index))
+        if not np.isfinite(y).any():
+            continue
+        label = f"after step {index + 1}" if run.refines else run.label
+        axes.plot(x, y, label=label, **_curve_style(index, count), **_markers(x))
         shown.append(y)
     references = []
     if baseline and baseline.validation:
-        x, y = _thin_by_stride(*_series(baseline.validation, final_loss))
+        x, y = thin_by_stride(*series(baseline.validation, "loss"))
         axes.plot(
             x,
             y,
@@ -216,7 +173,7 @@ def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
         )
         references.append(np.array([reference]))
     notes += _limit(axes, shown, references)
-    x, y = _thin_by_stride(*_series(run.validation, lambda row: number(row.get("initial_loss"))))
+    x, y = thin_by_stride(*series(run.validation, "initial_loss"))
     finite = y[np.isfinite(y)]
     if len(finite):
         low, high = axes.get_ylim()
@@ -236,7 +193,7 @@ def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
             notes.append(f"The initial random state is off the scale, at {show(finite[-1])}.")
     _label_axes(axes, run.loss_unit)
     _legend(axes)
-    first, last = final_loss(run.validation[0]), final_loss(run.validation[-1])
+    first, last = run.validation[0]["loss"], run.validation[-1]["loss"]
     return " ".join(
         [
             f"Loss on held-out data in {run.loss_unit}; lower is better. "
@@ -250,7 +207,7 @@ def draw_profile(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     if not run.validation or not run.refines:
         return None
     row = run.validation[-1]
-    losses = losses_of(row)
+    losses = row["loss_per_step"]
     initial = number(row.get("initial_loss"))
     y = np.array([initial, *losses])
     finite = np.isfinite(y)
@@ -289,18 +246,20 @@ def draw_profile(axes: Axes, run: Run, baseline: Run | None) -> str | None:
 
 def draw_training_loss(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     shown, notes = [], []
-    for curve in _curves(run.training, losses_of):
-        x, mean, low, high = thin(curve.x, curve.y)
-        if curve.last and len(curve.x) > MAX_POINTS:
-            axes.fill_between(x, low, high, color=LIGHT["curve5"], alpha=0.15, linewidth=0)
-        axes.plot(
-            x,
-            mean,
-            label=f"after step {curve.index + 1}" if run.refines else run.label,
-            **_curve_style(curve),
-            **_markers(x, few=8),
-        )
-        shown.append(mean)
+    curves = run.training.of_list("loss_per_step")
+    for index in _chosen(len(curves)):
+        curve = curves[index]
+        if not curve.num_finite:
+            continue
+        x = curve.x
+        if index == len(curves) - 1 and run.training.thinned:
+            axes.fill_between(
+                x, curve.low, curve.high, color=LIGHT["curve5"], alpha=0.15, linewidth=0
+            )
+        label = f"after step {index + 1}" if run.refines else run.label
+        style = _curve_style(index, len(curves))
+        axes.plot(x, curve.mean, label=label, **style, **_markers(x, few=8))
+        shown.append(curve.mean)
     if not shown:
         return None
     notes += _limit(
@@ -317,32 +276,34 @@ def draw_training_loss(axes: Axes, run: Run, baseline: Run | None) -> str | None
         )
     _label_axes(axes, run.loss_unit)
     _legend(axes)
-    broken = sum(any(v != v for v in losses_of(row)) for row in run.training)
+    broken = run.training.num_broken
     notes += (
         [f"{broken:,} logged steps have a loss that is not finite and are left out."]
         if broken
         else []
     )
-    return " ".join([f"Loss on the training batches, {len(run.training):,} logged steps.", *notes])
+    return " ".join(
+        [f"Loss on the training batches, {run.training.num_rows:,} logged steps.", *notes]
+    )
 
 
 def draw_energy(axes: Axes, run: Run, baseline: Run | None) -> str | None:
-    curves = list(_curves(run.training, lambda row: values_of(row, "energy_per_step")))
-    for curve in curves:
-        x, mean, *_ = thin(curve.x, curve.y)
-        axes.plot(
-            x,
-            mean,
-            label=f"before step {curve.index + 1}",
-            **_curve_style(curve),
-            **_markers(x, few=8),
-        )
-    if not curves:
+    curves = run.training.of_list("energy_per_step")
+    at_end = []
+    for index in _chosen(len(curves)):
+        curve = curves[index]
+        if not curve.num_finite:
+            continue
+        x, style = curve.x, _curve_style(index, len(curves))
+        label = f"before step {index + 1}"
+        axes.plot(x, curve.mean, label=label, **style, **_markers(x, few=8))
+        end = curve.mean_at_end(RECENT)
+        at_end += [end] if end == end else []
+    if not axes.get_lines():
         return None
     _limit(axes, [np.concatenate([line.get_ydata() for line in axes.get_lines()])], [], both=True)
     _label_axes(axes, "mean energy")
     _legend(axes)
-    at_end = [float(end.mean()) for curve in curves if len(end := _finite_end(curve.y))]
     if len(at_end) < 2:
         return (
             "Mean energy of the states before each update; lower means a better fit to the context."
@@ -362,27 +323,25 @@ def draw_energy(axes: Axes, run: Run, baseline: Run | None) -> str | None:
 
 
 def draw_step_size(axes: Axes, run: Run, baseline: Run | None) -> str | None:
-    x, y = _series(run.training, lambda row: number(row.get("step_size")))
-    if not np.isfinite(y).any():
+    curve = _curve(run, "step_size")
+    if curve is None:
         return None
-    _single(axes, x, y, "step size α")
-    finite = y[np.isfinite(y)]
+    _single(axes, run, curve, "step size α")
     learned = {True: "learned", False: "fixed"}.get(
         run.setting("refinement", "learnable"), "logged"
     )
-    return f"How far one refinement step moves down the energy gradient ({learned}): from {show(finite[0])} to {show(finite[-1])}."
+    return f"How far one refinement step moves down the energy gradient ({learned}): from {show(curve.first)} to {show(curve.last)}."
 
 
 def draw_gradient_norm(axes: Axes, run: Run, baseline: Run | None) -> str | None:
-    x, y = _series(run.training, lambda row: number(row.get("grad_norm")))
-    broken = int((~np.isfinite(y)).sum())
-    y[~(y > 0)] = np.nan
-    if not np.isfinite(y).any():
+    curve = _curve(run, "grad_norm")
+    if curve is None or not curve.highest > 0:
         return None
-    axes.set_yscale("log")
-    _single(axes, x, y, "gradient norm, log scale")
+    broken = run.training.num_rows - curve.num_finite
+    axes.set_yscale("log", nonpositive="mask")
+    _single(axes, run, curve, "gradient norm, log scale")
     clipping = number(run.setting("optimizer", "gradient_clipping"))
-    text = f"Before clipping; median {show(float(np.nanmedian(y)))}, largest {show(float(np.nanmax(y)))}."
+    text = f"Before clipping; median {show(curve.median)}, largest {show(curve.highest)}."
     if clipping > 0:
         low, high = axes.get_ylim()
         axes.axhline(
@@ -394,7 +353,7 @@ def draw_gradient_norm(axes: Axes, run: Run, baseline: Run | None) -> str | None
         )
         axes.set_ylim(min(low, clipping * 0.9), max(high, clipping * 1.1))
         _legend(axes)
-        text += f" Clipped in {np.mean(y[np.isfinite(y)] > clipping):.0%} of the logged steps."
+        text += f" Clipped in {curve.share_above(clipping):.0%} of the logged steps."
     few_decades = np.ptp(np.log10(axes.get_ylim())) < 2.5
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -403,94 +362,47 @@ def draw_gradient_norm(axes: Axes, run: Run, baseline: Run | None) -> str | None
 
 
 def draw_learning_rate(axes: Axes, run: Run, baseline: Run | None) -> str | None:
-    x, y = _series(run.training, lambda row: number(row.get("learning_rate")))
-    if not np.isfinite(y).any():
+    curve = _curve(run, "learning_rate")
+    if curve is None:
         return None
-    _single(axes, x, y, "learning rate")
+    _single(axes, run, curve, "learning rate")
     axes.set_ylim(bottom=0)
-    return f"Peak {np.nanmax(y):.3g}, at the last logged step {y[np.isfinite(y)][-1]:.3g}."
+    return f"Peak {curve.highest:.3g}, at the last logged step {curve.last:.3g}."
 
 
 def draw_throughput(axes: Axes, run: Run, baseline: Run | None) -> str | None:
-    key = next(
-        (
-            k
-            for k in ("tokens_per_s", "frames_per_s")
-            if any(row.get(k) is not None for row in run.training)
-        ),
-        None,
-    )
-    if key is None:
+    found = [unit for unit in ("tokens", "frames") if _curve(run, f"{unit}_per_s") is not None]
+    if not found:
         return None
-    unit = key.removesuffix("_per_s")
-    x, y = _series(run.training, lambda row: number(row.get(key)))
-    if not np.isfinite(y).any():
-        return None
-    _single(axes, x, y, f"{unit} per second")
+    unit = found[0]
+    curve = _curve(run, f"{unit}_per_s")
+    _single(axes, run, curve, f"{unit} per second")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    text = f"Median {show(float(np.nanmedian(y)))} {unit} per second"
-    seconds = median(run.training, "step_time_s")
+    text = f"Median {show(curve.median)} {unit} per second"
+    seconds = run.training.median("step_time_s")
     return text + (f", {show(seconds)} seconds per step." if seconds == seconds else ".")
 
 
-# ------------------------------------------------------------------------------------------------------------------- series
+# -------------------------------------------------------------------------------------------------- which curves, and how
 
 
-@dataclass(frozen=True)
-class _Curve:
-    index: int  # refinement step, counted from 0
-    x: np.ndarray  # training steps that have this refinement step
-    y: np.ndarray  # NaN where the logged value is not finite
-    shade: int  # 0..5, rising with the refinement step
-    last: bool
+def _chosen(count: int) -> list[int]:
+    """Refinement steps to draw, of `count`: the first, the last, and some between."""
+    if count == 0:
+        return []
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, MAX_CURVES))})
 
 
-def _curves(rows: list[dict], values: Callable[[dict], list[float]]) -> Iterator[_Curve]:
-    """One curve per refinement step. Rows may have different numbers of steps: a curve has only the rows that reach it."""
-    steps, lists = np.array([row["step"] for row in rows], float), [values(row) for row in rows]
-    lengths = np.array([len(v) for v in lists])
-    count = lengths.max(initial=0)
-    chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(count, MAX_CURVES))})
-    for index in chosen:
-        y = np.array([v[index] for v in lists if len(v) > index])
-        if np.isfinite(y).any():
-            shade = 5 if count == 1 else round(5 * index / (count - 1))
-            yield _Curve(index, steps[lengths > index], y, shade, index == count - 1)
-
-
-def _series(rows: list[dict], value: Callable[[dict], float]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([row["step"] for row in rows], float), np.array(
-        [value(row) for row in rows], float
-    )
-
-
-def _finite_end(y: np.ndarray) -> np.ndarray:
-    end = y[-max(1, round(len(y) * RECENT)) :]
-    return end[np.isfinite(end)]
-
-
-def thin(
-    x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(x, mean, lowest, highest) of at most `limit` bins of neighbouring points; bins without a finite value are NaN."""
-    if len(x) <= limit:
-        return x, y, y, y
-    bins = []
-    for xs, ys in zip(np.array_split(x, limit), np.array_split(y, limit)):
-        ys = ys[np.isfinite(ys)]
-        bins.append(
-            (xs.mean(), ys.mean(), ys.min(), ys.max())
-            if len(ys)
-            else (xs.mean(), np.nan, np.nan, np.nan)
-        )
-    return tuple(np.array(bins).T)
-
-
-def _thin_by_stride(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th point and the last one: validation points are exact, so they are chosen and not averaged."""
-    keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).round().astype(int))
-    return x[keep], y[keep]
+def _curve_style(index: int, count: int) -> dict[str, Any]:
+    """Of the curve of one refinement step of `count`: darker with the step, the last one drawn thick."""
+    shade = 5 if count == 1 else round(5 * index / (count - 1))
+    is_last = index == count - 1
+    return {
+        "color": LIGHT[f"curve{shade}"],
+        "linewidth": 2.0 if is_last else 1.3,
+        "zorder": 3 if is_last else 2.5,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------------ figures
@@ -531,7 +443,7 @@ def inline_svg(svg: str, name: str, alt: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     view_box = re.search(r'viewBox="[^"]*"', svg).group()
-    escaped = alt.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    escaped = escape(alt, quote=True)
     svg = re.sub(
         r"<svg[^>]*>", lambda _: f'<svg {view_box} role="img" aria-label="{escaped}">', svg, count=1
     )
@@ -546,24 +458,22 @@ def inline_svg(svg: str, name: str, alt: str) -> str:
     return head + re.sub(r"\n\s*", "\n", body)
 
 
-def _curve_style(curve: _Curve) -> dict[str, Any]:
-    return {
-        "color": LIGHT[f"curve{curve.shade}"],
-        "linewidth": 2.0 if curve.last else 1.3,
-        "zorder": 3 if curve.last else 2.5,
-    }
-
-
 def _markers(x: np.ndarray, marker: str = "o", few: int = 40) -> dict[str, Any]:
     """Points are marked while they are few: one row alone is no line."""
     return {"marker": marker, "markersize": 3.2} if len(x) <= few else {}
 
 
-def _single(axes: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
-    points, mean, low, high = thin(x, y)
-    if len(x) > MAX_POINTS:
-        axes.fill_between(points, low, high, color=LIGHT["curve3"], alpha=0.18, linewidth=0)
-    axes.plot(points, mean, color=LIGHT["curve3"], **_markers(points, few=8))
+def _curve(run: Run, name: str) -> Curve | None:
+    """The training's curve of a number; None if it has no finite value."""
+    curve = run.training.curves.get(name)
+    return curve if curve is not None and curve.num_finite else None
+
+
+def _single(axes: Axes, run: Run, curve: Curve, label: str) -> None:
+    x = curve.x
+    if run.training.thinned:
+        axes.fill_between(x, curve.low, curve.high, color=LIGHT["curve3"], alpha=0.18, linewidth=0)
+    axes.plot(x, curve.mean, color=LIGHT["curve3"], **_markers(x, few=8))
     _label_axes(axes, label)
 
 

@@ -1,24 +1,20 @@
-"""What a run folder holds, and what its numbers say: did it learn? Read leniently, judged strictly; missing is said, never guessed."""
+"""What the numbers of a run say: did it learn? Judged strictly; missing is said, never guessed."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
 
-import yaml
-
-from .errors import UserError
-from .report_plots import final_loss, losses_of, median, number, show, show_change
+from .plain import printable
+from .report_curves import Training, Validation, number
+from .report_plots import show, show_change
 
 LEARNED_NATS = (
     1.0  # text: a model that learned context is at least this far below the unigram entropy
 )
-STEP_GAIN = (
-    0.001  # later refinement steps count as useful when they lower the loss by this fraction
-)
+STEP_GAIN = 0.001  # more refinement steps help when they lower the loss by this fraction
+SKIPPED = "skipped"  # the trainer's event for a step that updated nothing
 # Differences between two runs, besides the kind of model, that a reader of the comparison must know of.
 COMPARED = (
     ("model", "num_layers"),
@@ -32,37 +28,55 @@ COMPARED = (
 )
 
 
+@dataclass
+class Events:
+    """events.jsonl: how many of each name, and the newest ones."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    newest: list[dict] = field(default_factory=list)
+    total: int = 0
+
+
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds; `notes` says what is missing or could not be read."""
+    """What a run folder holds (report_read.py); `notes` says what is missing or could not be read."""
 
     folder: Path
     config: dict
-    training: list[dict]  # one row per step, steps rising
-    validation: list[dict]
-    events: list[dict] = field(default_factory=list)
+    training: Training
+    validated: Validation
+    events: Events = field(default_factory=lambda: Events())
     samples: dict | None = None
     summary: dict | None = None
     notes: tuple[str, ...] = ()
 
-    def setting(self, section: str, key: str) -> Any:
+    def setting(self, section: str, key: str) -> str | int | float | bool | None:
+        """A value of the configuration; a list or mapping as text."""
         values = self.config.get(section)
-        return values.get(key) if isinstance(values, dict) else None
+        value = values.get(key) if isinstance(values, dict) else None
+        if isinstance(value, (list, dict, str)):
+            return printable(str(value), 120)
+        return value
+
+    @property
+    def validation(self) -> list[dict]:
+        """Validation rows, steps rising; of very many the chosen ones."""
+        return self.validated.rows
 
     @property
     def name(self) -> str:
-        return str(self.setting("logging", "run_name") or self.folder.resolve().name)
+        return printable(
+            str(self.setting("logging", "run_name") or self.folder.resolve().name), 120
+        )
 
     @property
     def refines(self) -> bool:
         """Whether this is an energy model; without a configuration, the rows tell."""
         kind = self.setting("model", "kind")
-        return (
-            kind != "baseline"
-            if kind
-            else any(row.get("energy_per_step") for row in self.training)
-            or any(len(losses_of(row)) > 1 for row in self.validation)
-        )
+        if kind:
+            return kind != "baseline"
+        has_energies = bool(self.training.of_list("energy_per_step"))
+        return has_energies or any(len(row["loss_per_step"]) > 1 for row in self.validation)
 
     @property
     def label(self) -> str:
@@ -96,7 +110,10 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        return max(rows[-1]["step"] for rows in (self.training, self.validation) if rows)
+        steps = [row["step"] for row in self.validation[-1:]]
+        if self.training.num_rows:
+            steps.append(self.training.last_step)
+        return max(steps)
 
 
 @dataclass(frozen=True)
@@ -109,114 +126,6 @@ class Check:
     detail: str  # where it comes from
 
 
-# ------------------------------------------------------------------------------------------------------------------- reading
-
-
-def read_run(folder: Path) -> Run:
-    """The run in `folder`; UserError when it is no folder or has no metrics, notes for everything else."""
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such run folder; give the folder that train.py wrote (--run-dir)"
-        )
-    path, notes = folder / "metrics.jsonl", []
-    if not path.is_file():
-        raise UserError(
-            f"{folder}: has no metrics.jsonl; give a run folder in which training has logged at least one step"
-        )
-    rows, unreadable = _read_lines(path)
-    usable = [
-        row
-        for row in rows
-        if isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
-    ]
-    unreadable += len(rows) - len(usable)
-    training = _by_step(row for row in usable if row.get("split", "train") == "train")
-    validation = _by_step(row for row in usable if row.get("split") == "validation")
-    if not training and not validation:
-        raise UserError(
-            f"{path}: has no complete row ({unreadable} unreadable); let the run log at least one step, then try again"
-        )
-    if unreadable:
-        notes.append(
-            f"metrics.jsonl: {unreadable:,} unreadable line{'s' * (unreadable > 1)} left out (a killed process leaves one)."
-        )
-    if not validation:
-        notes.append(
-            "No validation row in metrics.jsonl, so most of the verdict is unknown: "
-            "the run was not evaluated yet (evaluation.every_steps)."
-        )
-    if not training:
-        notes.append("No training row in metrics.jsonl, so there are no training curves.")
-    events, unreadable = (
-        _read_lines(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else ([], 0)
-    )
-    if not events:
-        notes.append("events.jsonl is missing or empty: starts, resumes and signals are not known.")
-    if unreadable:
-        notes.append(
-            f"events.jsonl: {unreadable:,} unreadable line{'s' * (unreadable > 1)} left out."
-        )
-    config = _read_mapping(
-        folder / "config.yaml", yaml.safe_load, notes, "the settings are not known"
-    )
-    samples = _read_mapping(
-        folder / "samples.json",
-        json.loads,
-        notes,
-        "no continuations to show; the evaluation writes them",
-    )
-    summary = _read_mapping(
-        folder / "summary.json", json.loads, notes, "the numbers of parameters are not known"
-    )
-    return Run(folder, config or {}, training, validation, events, samples, summary, tuple(notes))
-
-
-def _read_lines(path: Path) -> tuple[list[dict], int]:
-    """(objects, number of lines that are none). A killed process leaves a torn line, and a resumed one may write on behind it."""
-    objects, unreadable = [], 0
-    try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    value = None
-                if isinstance(value, dict):
-                    objects.append(value)
-                else:
-                    unreadable += 1
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return objects, unreadable
-
-
-def _by_step(rows: Iterable[dict]) -> list[dict]:
-    """One row per step, steps rising; a resumed run logs some steps again, and the last one counts."""
-    latest = {row["step"]: row for row in rows}
-    return [latest[step] for step in sorted(latest)]
-
-
-def _read_mapping(path: Path, parse, notes: list[str], consequence: str) -> dict | None:
-    try:
-        value = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        notes.append(f"{path.name} is missing: {consequence}.")
-        return None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        notes.append(
-            f"{path.name} cannot be read ({' '.join(str(error).split())[:160]}): {consequence}."
-        )
-        return None
-    if not isinstance(value, dict):
-        notes.append(
-            f"{path.name} holds a {type(value).__name__} where a mapping is expected: {consequence}."
-        )
-        return None
-    return value
-
-
 # ------------------------------------------------------------------------------------------------------------------- judging
 
 
@@ -224,13 +133,13 @@ def judge(run: Run, baseline: Run | None) -> tuple[str, str, list[Check]]:
     """(answer to "did it learn?", one sentence with the numbers, the checks behind it)."""
     checks = [_against_reference(run)]
     if run.refines:
-        checks += [_against_initial(run), _against_first_step(run)]
+        checks += [_against_initial(run), _against_one_step(run, baseline)]
     if run.refines or baseline:
         checks.append(_against_baseline(run, baseline))
     checks += [_ran_to_the_end(run), _stayed_finite(run)]
     if not run.validation:
         return "Cannot say yet", "There is no validation loss so far.", checks
-    loss, step = final_loss(run.validation[-1]), run.validation[-1]["step"]
+    loss, step = run.validation[-1]["loss"], run.validation[-1]["step"]
     if loss != loss:
         return "No", f"The validation loss at step {step:,} is not a finite number.", checks
     sentence = f"After {step:,} training steps the validation loss is {show(loss)} {run.loss_unit}"
@@ -263,7 +172,7 @@ def _against_reference(run: Run) -> Check:
         claim, rule = "It predicts better than copying the last frame", "asked for: below"
     if not run.validation:
         return _unknown(claim, "no validation row yet")
-    loss, reference = final_loss(run.validation[-1]), run.reference_loss
+    loss, reference = run.validation[-1]["loss"], run.reference_loss
     if loss != loss:
         return Check(
             "no",
@@ -291,7 +200,7 @@ def _against_initial(run: Run) -> Check:
     )
     claim = f"Refinement turns {start} into a prediction"
     row = run.validation[-1] if run.validation else {}
-    loss, initial = final_loss(row), number(row.get("initial_loss"))
+    loss, initial = number(row.get("loss")), number(row.get("initial_loss"))
     if not math.isfinite(loss) or not math.isfinite(initial):
         return _unknown(claim, "no validation row with a finite loss and initial_loss yet")
     return Check(
@@ -302,20 +211,36 @@ def _against_initial(run: Run) -> Check:
     )
 
 
-def _against_first_step(run: Run) -> Check:
-    claim = "Thinking longer helps: later refinement steps beat the first"
-    losses = losses_of(run.validation[-1]) if run.validation else []
+def _against_one_step(run: Run, other: Run | None) -> Check:
+    """Whether thinking longer helps. The losses along one run's steps cannot say: where only the last step is
+    scored, nothing asks the first for a prediction, and where each is, the first knows that others follow."""
+    claim = "Thinking longer helps: more refinement steps beat a run with one"
+    if other is not None and _is_one_step_run(other) and not _is_one_step_run(run):
+        return _at_the_same_step(
+            run, other, claim, f"the run with one step ({other.name})", least=STEP_GAIN
+        )
+    losses = run.validation[-1]["loss_per_step"] if run.validation else []
     if len(losses) == 1:
         return _unknown(claim, "the model was evaluated with a single refinement step")
     if not losses or not math.isfinite(losses[0]) or not math.isfinite(losses[-1]):
         return _unknown(claim, "no validation row with finite losses per step yet")
     change = losses[-1] - losses[0]
+    scored = {
+        "last": "only the last step is scored, so the first is not trained to predict",
+        "every": "each step is scored, the first in a model that takes more",
+    }.get(run.setting("refinement", "loss"), "what is scored is not known")
     return Check(
-        "yes" if change < -STEP_GAIN * abs(losses[0]) else "no",
+        "unknown",
         claim,
         show_change(change) + " nats" * run.is_text,
-        f"after step 1 {show(losses[0])}, after step {len(losses)} {show(losses[-1])}; asked for: at least {STEP_GAIN:.1%} lower",
+        f"from step 1 ({show(losses[0])}) to step {len(losses)} ({show(losses[-1])}) of this model; "
+        f"{scored}. Whether more steps help shows beside a run of the same data with "
+        "refinement.num_steps=1: give it as --baseline",
     )
+
+
+def _is_one_step_run(run: Run) -> bool:
+    return run.refines and run.setting("refinement", "num_steps") == 1
 
 
 def _against_baseline(run: Run, baseline: Run | None) -> Check:
@@ -323,8 +248,13 @@ def _against_baseline(run: Run, baseline: Run | None) -> Check:
     claim = f"It is at least as good as {other} at the same step"
     if baseline is None:
         return _unknown(claim, "no run to compare with was given (--baseline RUN)")
+    return _at_the_same_step(run, baseline, claim, other, least=0.0)
+
+
+def _at_the_same_step(run: Run, baseline: Run, claim: str, other: str, *, least: float) -> Check:
+    """The two validation losses at the last common step; yes if this run's is lower by `least`, relatively."""
     mine, theirs = (
-        {row["step"]: final_loss(row) for row in rows if math.isfinite(final_loss(row))}
+        {row["step"]: row["loss"] for row in rows if math.isfinite(row["loss"])}
         for rows in (run.validation, baseline.validation)
     )
     common = mine.keys() & theirs.keys()
@@ -343,8 +273,8 @@ def _against_baseline(run: Run, baseline: Run | None) -> Check:
     detail = f"at step {step:,}: {show(mine[step])} here, {show(theirs[step])} there"
     if step < max(mine):
         detail += f" (the last common step; this run goes on to {max(mine):,})"
-    ratio = median(run.training, "step_time_s") / (
-        median(baseline.training, "step_time_s") or math.nan
+    ratio = run.training.median("step_time_s") / (
+        baseline.training.median("step_time_s") or math.nan
     )
     if ratio == ratio:
         detail += f"; equal steps, not equal time: one step takes {ratio:.2g} × as long here"
@@ -357,7 +287,7 @@ def _against_baseline(run: Run, baseline: Run | None) -> Check:
     ]
     if differing:
         detail += f"; settings that differ (here / there): {', '.join(differing)}"
-    return Check("yes" if gap <= 0 else "no", claim, f"{gap:+.1%}".replace("-", "−"), detail)
+    return Check("yes" if gap <= -least else "no", claim, f"{gap:+.1%}".replace("-", "−"), detail)
 
 
 def _ran_to_the_end(run: Run) -> Check:
@@ -374,13 +304,9 @@ def _ran_to_the_end(run: Run) -> Check:
 
 def _stayed_finite(run: Run) -> Check:
     claim = "Its losses stayed finite"
-    rows = run.training + run.validation
-    broken = sum(
-        any(v != v for v in losses_of(row) or [math.nan]) or final_loss(row) != final_loss(row)
-        for row in rows
-    )
-    skipped = sum(event.get("event") == "skip" for event in run.events)
-    detail = f"{len(rows):,} logged rows" + (
+    broken = run.training.num_broken + run.validated.num_broken
+    skipped = run.events.counts.get(SKIPPED, 0)
+    detail = f"{run.training.num_rows + run.validated.num_rows:,} logged rows" + (
         f"; {skipped:,} skipped step{'s' * (skipped > 1)} in the events" if skipped else ""
     )
     return Check(

@@ -18,6 +18,7 @@ import numpy as np
 from .accounting import model_flops, step_flops
 from .config import load_config
 from .errors import UserError
+from .rows import Rows
 
 RESAMPLES = 2000
 QUANTITIES = {  # x of a fit: what it is, and for which axes of a study it varies
@@ -66,15 +67,13 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         json.loads((folder / "summary.json").read_text(encoding="utf-8")),
         load_config(folder / "config.yaml"),
     )
-    rows = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    validation = [row for row in rows if row.get("split") == "validation"]
-    last, training = (
-        validation[-1],
-        [row for row in rows if "split" not in row and "event" not in row],
-    )
+    validation, step_times = [], []
+    for row in Rows(folder / "metrics.jsonl"):
+        if row.get("split") == "validation":
+            validation.append(row)
+        elif isinstance(row.get("step_time_s"), float):
+            step_times.append(row["step_time_s"])
+    last = validation[-1]
     flops = model_flops(step_flops(config, samples=config.train.global_batch_size))
     tokens = config.train.global_batch_size * config.data.context_length
     parts = summary["parameters"]
@@ -93,9 +92,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "initial_loss": last.get("initial_loss"),
         "copy_last_loss": last.get("copy_last_loss"),
         "curve": [[row["step"], row["loss"]] for row in validation],
-        "step_time_s": float(np.median([row["step_time_s"] for row in training]))
-        if training
-        else None,
+        "step_time_s": float(np.median(step_times)) if step_times else None,
     }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from .pages import card, page, table, with_interval
+from .pages import card, with_interval
+from .pages import render as render_page
+from .plain import printable
 from .report_plots import LIGHT, show
 from .scaling import QUANTITIES, compare, iso_flop
 
@@ -24,42 +25,33 @@ def analyse(study: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+MAX_STUDIES = 50
+
+
 def render(studies: Sequence[dict[str, Any]]) -> str:
     """The page of several studies, each with "title", "axis", "runs", "command" and analyse()'s result."""
-    parts = [
-        '<header><h1>Scaling studies</h1><p class="muted">loss = a x<sup>-b</sup>, least squares on logarithms; 95 % intervals from a bootstrap over seeds, the same seeds for every '
-        "form. An interval that includes zero shows no difference.</p></header>"
-    ]
-    for study in studies:
-        parts += _study(study)
-    return page("Scaling studies", parts)
+    return render_page(
+        "scaling.html.j2",
+        title="Scaling studies",
+        studies=[_study(study) for study in studies[:MAX_STUDIES]],
+    )
 
 
-def _study(study: dict[str, Any]) -> list[str]:
+def _study(study: dict[str, Any]) -> dict[str, Any]:
     runs, unit = study["runs"], study["unit"]
     seeds = sorted({str(run["seed"]) for run in runs})
-    parts = [
-        f"<h2>{escape(study['title'])}</h2>",
-        f'<p class="muted">{len(runs)} runs, seeds {escape(", ".join(seeds))}. <code>{escape(study["command"])}</code></p>',
-    ]
-    if study["missing"]:
-        parts.append(
-            f"<p><strong>Not finished, and left out:</strong> {escape(', '.join(study['missing']))}</p>"
-        )
-    for fit in study["fits"]:
-        parts += [f"<p>{escape(sentence)}</p>" for sentence in sentences(fit, unit)]
-    figures = [
+    said = [sentence for fit in study["fits"] for sentence in sentences(fit, unit)]
+    plots = [
         card(f"Loss against {fit['what']}", lambda axes, fit=fit: _fit(axes, fit, unit))
         for fit in study["fits"]
     ]
     if study["iso_flop"]["budgets"]:
-        figures.append(
+        plots.append(
             card(
                 "Lowest loss within a budget of FLOPs",
                 lambda axes: _iso(axes, study["iso_flop"], unit),
             )
         )
-    parts.append(f'<div class="grid">{"".join(figures)}</div>')
     heads = [
         "form",
         study["axis"],
@@ -69,32 +61,42 @@ def _study(study: dict[str, Any]) -> list[str]:
         f"loss, {unit}",
         "per refinement step, mean over seeds",
     ]
+    return {
+        "title": printable(str(study["title"]), 200),
+        "num_runs": len(runs),
+        "seeds": printable(", ".join(seeds), 400),
+        "command": printable(str(study["command"]), 1_000),
+        "missing": printable(", ".join(map(str, study["missing"])), 1_000),
+        "sentences": [printable(sentence) for sentence in said],
+        "plots": [plot | {"caption": printable(plot["caption"])} for plot in plots],
+        "heads": [printable(str(head), 120) for head in heads],
+        "rows": _rows(runs),
+    }
+
+
+def _rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """One row per form and point of the axis."""
     cells: dict[tuple[str, str], list[dict]] = {}
     for run in runs:
-        cells.setdefault((run["form"], run["point"]), []).append(run)
-    body = []
+        cells.setdefault((str(run["form"]), str(run["point"])), []).append(run)
+    rows = []
     for (form, point), group in cells.items():
-        losses = ", ".join(
-            f"{run['loss']:.4f}" for run in sorted(group, key=lambda run: str(run["seed"]))
-        )
-        steps = (
-            np.mean([run["loss_per_step"] for run in group], 0)
-            if all(run["loss_per_step"] for run in group)
-            else []
-        )
-        body.append(
+        group = sorted(group, key=lambda run: str(run["seed"]))
+        steps = []
+        if all(run["loss_per_step"] for run in group):
+            steps = np.mean([run["loss_per_step"] for run in group], 0)
+        rows.append(
             [
-                form,
-                point,
+                printable(form, 120),
+                printable(point, 120),
                 f"{group[0]['parameters']:,}",
                 show(group[0]["flops_per_step"]),
                 str(group[0]["curve"][-1][0]),
-                losses,
+                ", ".join(f"{run['loss']:.4f}" for run in group),
                 " → ".join(f"{loss:.4f}" for loss in steps) if len(steps) > 1 else "",
             ]
         )
-    parts.append(table(heads, body))
-    return parts
+    return rows
 
 
 def sentences(fit: dict[str, Any], unit: str) -> list[str]:
@@ -145,7 +147,10 @@ def _fit(axes: Axes, fit: dict[str, Any], unit: str) -> str:
             )
         line = np.geomspace(places.min(), places.max(), 40)
         axes.plot(
-            line, row["factor"] * line ** -row["exponent"]["mean"], color=LIGHT[colour], label=form
+            line,
+            row["factor"] * line ** -row["exponent"]["mean"],
+            color=LIGHT[colour],
+            label=printable(form, 60),
         )
     _logarithmic(axes, fit["what"], unit)
     return (
@@ -171,7 +176,7 @@ def _iso(axes: Axes, result: dict[str, Any], unit: str) -> str:
             color=LIGHT[colour],
             marker="o",
             markersize=3,
-            label=form,
+            label=printable(form, 60),
         )
     _logarithmic(axes, "FLOPs, matrix products and attention", unit)
     said = [
@@ -190,4 +195,4 @@ def _logarithmic(axes: Axes, x: str, y: str) -> None:
     axes.set_xscale("log"), axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}"), axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=6.5)
-    axes.set_xlabel(x), axes.set_ylabel(y), axes.legend(fontsize=7)
+    axes.set_xlabel(x), axes.set_ylabel(printable(y, 60)), axes.legend(fontsize=7)

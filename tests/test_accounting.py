@@ -208,6 +208,10 @@ FLOP_CASES = {
     },
     "baseline": {"model": {"kind": "baseline", "num_kv_heads": 1}},
     "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
+    "released baseline of frames": {
+        "model": {"kind": "baseline", "output": "two_linear"},
+        "state": FRAMES,
+    },
 }
 
 
@@ -274,6 +278,10 @@ MEMORY_CASES = {
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},
     "baseline": {"model": {"kind": "baseline"}},
     "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
+    "released baseline of frames": {
+        "model": {"kind": "baseline", "output": "two_linear"},
+        "state": FRAMES,
+    },
 }
 
 

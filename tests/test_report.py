@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,17 +13,21 @@ import yaml
 from matplotlib.figure import Figure
 
 from ebwm_scale import report, report_page
+from ebwm_scale.config import Config
 from ebwm_scale.errors import UserError
 from ebwm_scale.report import main, write_report
+from ebwm_scale.report_curves import POINTS, read_metrics
 from ebwm_scale.report_plots import (
-    MAX_POINTS,
+    PALETTE,
     Plot,
     draw_profile,
     draw_training_loss,
     draw_validation,
-    thin,
 )
-from ebwm_scale.report_run import read_run
+from ebwm_scale.report_read import read_run
+from ebwm_scale.rows import MAX_LINE, Rows
+from ebwm_scale.train import report_in_words
+from ebwm_scale.training.run_folder import RunFolder
 
 UNIGRAM = 6.5
 
@@ -226,9 +232,9 @@ def test_page_is_self_contained_and_well_formed(tmp_path):
     assert len(drawings) == 9 and all(d["role"] == "img" and d["aria-label"] for d in drawings)
     assert page.count(">Transformer++</text>") == 2, "the headline, in its two shapes"
     assert "<text" in page and "var(--curve5)" in page and "prefers-color-scheme:dark" in page
-    assert not [
-        role for role, colours in report_page.PALETTE.items() if f"stroke: {colours[0]}" in page
-    ], "a colour that cannot follow the page"
+    assert not [role for role, colours in PALETTE.items() if f"stroke: {colours[0]}" in page], (
+        "a colour that cannot follow the page"
+    )
     assert (tmp_path / "run" / "report_plot.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "run").glob(".report*")), "temporary files stay behind"
 
@@ -274,9 +280,8 @@ def test_verdict_follows_the_unigram_entropy(tmp_path, losses, answer, mark, fig
         (validation_row(20, [5.0, 4.5]), "turns noise", "yes", "−4.400 nats"),
         (validation_row(20, [9.2, 9.1]), "turns noise", "no", "+0.2 nats"),
         (validation_row(20, [5.0, 4.5], initial_loss=None), "turns noise", "unknown", "–"),
-        (validation_row(20, [5.0, 4.5]), "Thinking longer", "yes", "−0.5 nats"),
-        (validation_row(20, [4.5, 4.51]), "Thinking longer", "no", "+0.01 nats"),
-        (validation_row(20, [4.5, 4.499]), "Thinking longer", "no", "−0.001 nats"),
+        (validation_row(20, [5.0, 4.5]), "Thinking longer", "unknown", "−0.5 nats"),
+        (validation_row(20, [4.5, 4.51]), "Thinking longer", "unknown", "+0.01 nats"),
         (validation_row(20, [4.5]), "Thinking longer", "unknown", "–"),
         (validation_row(20, [5.0, 4.5]), "planned end", "yes", "100%"),
         (validation_row(15, [5.0, 4.5]), "planned end", "no", "75%"),
@@ -430,11 +435,8 @@ def test_steps_logged_again_after_a_resume_count_once_and_the_last_wins(tmp_path
     rows = [training_row(s, [7.0, 6.0]) for s in (10, 20, 30)] + [validation_row(30, [9.0, 9.0])]
     rows += [training_row(s, [5.0, 4.0]) for s in (20, 30)] + [validation_row(30, [5.0, 4.5])]
     run = read_run(run_folder(tmp_path, rows, max_steps=30))
-    assert [(row["step"], row["loss_per_step"][1]) for row in run.training] == [
-        (10, 6.0),
-        (20, 4.0),
-        (30, 4.0),
-    ]
+    curve = run.training.of_list("loss_per_step")[1]
+    assert list(zip(curve.x, curve.mean)) == [(10, 6.0), (20, 4.0), (30, 4.0)]
     assert "3 logged steps" in drawn(draw_training_loss, tmp_path)[0]
     page = page_of(tmp_path)
     assert check(page, "uses the context")[1] == "−2.000 nats"
@@ -487,58 +489,336 @@ def test_huge_first_losses_do_not_flatten_the_curves(tmp_path):
         assert "off the scale, at 12,000" in drawn(draw, tmp_path)[0]
 
 
+def test_a_run_without_training_rows_has_a_page(tmp_path):
+    """Fewer steps than logging.every_steps: the last evaluation is the only row."""
+    page = page_of(run_folder(tmp_path, [validation_row(5, [6.8, 6.6])], max_steps=5))
+    Reader(page)
+    assert "shorter than logging.every_steps" in page and "After 5 training steps" in page
+    assert check(page, "planned end")[:2] == ("yes", "100%")
+    assert (tmp_path / "report_plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_skipped_steps_are_counted(tmp_path, without_plots):
+    folder = run_folder(tmp_path)
+    events = [{"event": "start"}, *[{"event": "skipped", "step": step} for step in (3, 4)]]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert "2 skipped steps in the events" in check(page_of(folder), "stayed finite")[2]
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        ("last", "only the last step is scored, so the first is not trained to predict"),
+        ("every", "each step is scored"),
+    ],
+)
+def test_steps_of_one_model_are_no_proof_that_thinking_helps(tmp_path, loss, words, without_plots):
+    folder = run_folder(tmp_path)
+    set_config(folder, "refinement", loss=loss)
+    mark, figure, detail = check(page_of(folder), "Thinking longer")
+    assert (mark, figure) == ("unknown", "−0.5 nats") and words in detail
+    assert "refinement.num_steps=1" in detail
+
+
+@pytest.mark.parametrize(
+    "one_step_loss, mark", [(5.0, "yes"), (4.5, "no"), (4.5001, "no"), (4.0, "no")]
+)
+def test_thinking_helps_where_a_run_with_one_step_is_beaten(
+    tmp_path, one_step_loss, mark, without_plots
+):
+    other = run_folder(tmp_path / "one", [validation_row(20, [one_step_loss])])
+    set_config(other, "refinement", num_steps=1)
+    found = check(page_of(run_folder(tmp_path / "run"), other), "Thinking longer")
+    assert found[0] == mark and "at step 20: 4.500 here" in found[2]
+    strange = [validation_row(20, [5.0], unigram_entropy=7.1)]
+    other = run_folder(tmp_path / "strange", strange)
+    set_config(other, "refinement", num_steps=1)
+    found = check(page_of(tmp_path / "run", other), "Thinking longer")
+    assert found[0] == "unknown" and "different validation data" in found[2]
+
+
+def set_config(folder, section, **values):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config.setdefault(section, {}).update(values)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_blanks_are_shown_as_what_they_are_and_no_truth_as_none(tmp_path, without_plots):
+    candidates = [{"token": " the", "probability": 0.4, "energy": -3.5}]
+    position = {"context": "Once", "truth_energy": -2.25, "candidates": candidates}
+    shown = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "&lt;U+000D&gt;", "\u00a0": "&lt;U+00A0&gt;"}
+    shown |= {"\u200b": "&lt;U+200B&gt;", "  ": "␣␣", "": "(no text)"}
+    for truth, words in shown.items():
+        listed = [continuation(positions=[position | {"truth": truth}])]
+        page = page_of(run_folder(tmp_path, samples={"continuations": listed}))
+        assert f">{words} ✓ true<" in page and f"<b>{words}</b>" in page, repr(truth)
+    for missing in (position, position | {"truth": None}):
+        listed = [continuation(positions=[missing])]
+        page = page_of(run_folder(tmp_path, samples={"continuations": listed}))
+        assert "✓ true" not in page and "no true token here" in page
+
+
 HOSTILE = "</span></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\x00\ud800"
 
 
-def test_hostile_text_is_shown_and_not_run(tmp_path, without_plots):
-    position = {
-        "context": HOSTILE,
-        "truth": HOSTILE,
-        "truth_energy": HOSTILE,
-        "candidates": [{"token": HOSTILE, "probability": HOSTILE, "energy": 1}],
+IMAGE = "data:image/png;base64,AAAA"
+SAMPLES = {
+    "step": 20,
+    "continuations": [continuation()],
+    "clips": [
+        {
+            "video": "a.mp4",
+            "start_s": 1.0,
+            "context": [IMAGE, IMAGE],
+            "candidates": [{"step": 1, "loss": 0.5, "energy": -1.0, "image": IMAGE}],
+            "truth": IMAGE,
+            "truth_energy": -2.0,
+            "copy_last_loss": 0.3,
+            "first": 2,
+            "continuation": [IMAGE],
+            "continuation_truth": [IMAGE],
+            "continuation_loss": [0.1],
+            "continuation_copy_loss": [0.2],
+        }
+    ],
+}
+
+
+def each_leaf(value, instead):
+    """Copies of a nested value, each with one of its leaves (or keys) replaced."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            for copy in each_leaf(item, instead):
+                yield {**value, key: copy}
+            yield {instead: item} if isinstance(instead, str) else {**value, key: instead}
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            for copy in each_leaf(item, instead):
+                yield [*value[:number], copy, *value[number + 1 :]]
+        yield instead
+    else:
+        yield instead
+
+
+def refuse_live_content(page):
+    """No element that runs or fetches something: pictures only from inside the page."""
+    reader = Reader(page)
+    assert {tag for tag, _ in reader.tags}.isdisjoint({"script", "iframe", "object", "link"})
+    for tag, attributes in reader.tags:
+        assert not any(key.startswith("on") for key in attributes), (tag, attributes)
+        assert attributes.get("src", "data:image/").startswith("data:image/"), (tag, attributes)
+        assert "HOSTILE" not in str(attributes.get("style", "")), (tag, attributes)
+
+
+HOSTILE_URI = 'data:image/png;base64,AA"><script>alert(1)</script>'
+
+
+@pytest.mark.parametrize("instead", [HOSTILE, HOSTILE_URI], ids=["markup", "picture"])
+def test_hostile_text_anywhere_is_shown_and_not_run(tmp_path, instead, without_plots):
+    folder = run_folder(tmp_path / "run", samples=SAMPLES)
+    page = page_of(folder)
+    refuse_live_content(page)
+    assert "from 1.00 s" in page and page.count('class="frame') == 6
+    clean = instead.replace("\x00", "").replace("\ud800", "")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    originals = {
+        "samples.json": (SAMPLES, json.dumps, instead),
+        "summary.json": (json.loads((folder / "summary.json").read_text()), json.dumps, instead),
+        "config.yaml": ({"logging": {"run_name": "a"}, **config}, yaml.safe_dump, clean),
+        "events.jsonl": ({"time": "t", "event": "start", "more": {"a": 1}}, json.dumps, instead),
     }
-    folder = run_folder(
-        tmp_path / "run",
-        [{**row, "num_tokens": HOSTILE} for row in LEARNED],
-        samples={
-            "step": HOSTILE,
-            "continuations": [
-                continuation(
-                    prompt=HOSTILE, continuation=HOSTILE, reference=HOSTILE, positions=[position]
-                )
-            ],
-        },
+    for name, (value, dump, text) in originals.items():
+        before = (folder / name).read_text()
+        for changed in each_leaf(value, text):
+            (folder / name).write_text(dump(changed))
+            refuse_live_content(page_of(folder))
+        (folder / name).write_text(before)
+    for row in each_leaf(validation_row(20, [5.0, 4.5]), instead):
+        run_folder(tmp_path / "row", [LEARNED[0], row, LEARNED[3]], samples=SAMPLES)
+        refuse_live_content(page_of(tmp_path / "row"))
+
+
+def test_hostile_names_in_drawings_are_text(tmp_path):
+    name = "<script>alert(1)</script>" + "x" * 5_000
+    run, other = run_folder(tmp_path / "run"), run_folder(tmp_path / "other")
+    for folder in (run, other):
+        set_config(folder, "logging", run_name=name)
+    page = page_of(run, other)
+    refuse_live_content(page)
+    assert len(page) < 400_000
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [None, True, 10**40, math.nan, [[]], {"a": {"b": [None]}}],
+    ids=lambda junk: repr(junk)[:9],
+)
+def test_junk_in_any_place_does_not_break_the_page(tmp_path, junk, without_plots):
+    folder = run_folder(tmp_path / "run", samples=SAMPLES)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    for name, value, dump in (
+        ("samples.json", SAMPLES, json.dumps),
+        ("summary.json", summary, json.dumps),
+        ("config.yaml", config, yaml.safe_dump),
+    ):
+        before = (folder / name).read_text()
+        for changed in each_leaf(value, junk):
+            (folder / name).write_text(dump(changed))
+            Reader(page_of(folder))
+        (folder / name).write_text(before)
+    for row in each_leaf(validation_row(20, [5.0, 4.5]), junk):
+        Reader(page_of(run_folder(tmp_path / "row", [LEARNED[0], row, LEARNED[3]])))
+
+
+ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from ebwm_scale.report import write_report
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+write_report(Path(sys.argv[1]))
+before = peak()
+print(len(write_report(Path(sys.argv[2])).read_text()), peak() - before)
+"""
+
+
+def measured(usual, folder):
+    """(characters of the page, MiB above the report of a usual run), in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(usual), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
-    (folder / "events.jsonl").write_text(
-        json.dumps({"time": HOSTILE, "event": HOSTILE, "step": HOSTILE, HOSTILE: HOSTILE})
+    assert done.returncode == 0, done.stderr[-2000:]
+    characters, mib = done.stdout.split()
+    return int(characters), float(mib)
+
+
+def test_lists_texts_and_aliases_of_any_size_fill_neither_memory_nor_page(tmp_path):
+    many, text = 100_000, "word " * 200_000
+    folder = run_folder(tmp_path / "run")
+    samples = {
+        "step": 10**30,
+        "continuations": [continuation(continuation=text[:60], positions=[{}] * 50)] * 2_000,
+        "clips": [{"video": text, "context": [IMAGE] * many, "candidates": [{"step": 1}] * many}],
+        "nested": json.loads("[" * 400 + "]" * 400),
+    }
+    (folder / "samples.json").write_text(json.dumps(samples))
+    (folder / "config.yaml").write_text(
+        ALIAS_BOMB + "model: {kind: energy, size: *a9}\nlogging: {run_name: *a9}\nself: &s [*s]\n"
     )
+    parameters = {f"part{i}": i for i in range(many)}
     (folder / "summary.json").write_text(
-        json.dumps({"parameters": {HOSTILE: 3}, "data": {HOSTILE: HOSTILE}})
+        json.dumps(
+            {"parameters": parameters, "data": dict.fromkeys(map(str, range(many)), "x" * 9)}
+        )
     )
-    text = HOSTILE.replace("\x00", "").replace("\ud800", "")
-    settings = {
-        "model": {"kind": "energy", "size": text},
-        "logging": {"run_name": text},
-        text: text,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    reader = Reader(page_of(folder))
-    assert {tag for tag, _ in reader.tags}.isdisjoint({"script", "img"})
-    assert not any(key.startswith("on") for _, attributes in reader.tags for key in attributes)
+    row = validation_row(20, [5.0] * many) | {"other": [1] * many}
+    training = training_row(20, [5.0] * many)
+    rows = [json.dumps(value) for value in (training, row)]
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n" + "[" * 10**6 + "\n")
+    with (folder / "events.jsonl").open("w") as file:
+        file.writelines(
+            json.dumps({"event": f"e{i}", "more": [1] * 90}) + "\n" for i in range(5_000)
+        )
+        file.write(json.dumps({"event": "big", "more": [["x" * 99] * 99] * 99}) + "\n")
+    characters, mib = measured(run_folder(tmp_path / "usual"), folder)
+    assert characters < 3_000_000 and mib < 250
 
 
-def test_thinning_bounds_the_points_and_keeps_the_extremes():
-    y = np.ones(10_000)
-    y[5_000], y[9_000], y[100:200] = 50.0, -3.0, np.nan
-    x, mean, low, high = thin(np.arange(10_000.0), y)
-    assert (
-        len(x) == len(mean) == MAX_POINTS == 300
-        and np.nanmax(high) == 50.0
-        and np.nanmin(low) == -3.0
+@pytest.mark.parametrize(
+    "num_rows, allowed_mib", [(60_000, 40), pytest.param(10**6, 150, marks=pytest.mark.soak)]
+)
+def test_memory_of_a_report_hardly_grows_with_the_rows(tmp_path, num_rows, allowed_mib):
+    """Nine bytes a line and 300 bins a curve; kept as rows, 10^6 of them took 2.2 GiB."""
+    folder = run_folder(tmp_path / "long", [])
+    rest = json.dumps(training_row(1, [5.0, 4.5])).split(",", 1)[1]
+    with (folder / "metrics.jsonl").open("w") as file:
+        file.writelines(f'{{"step": {step},{rest}\n' for step in range(1, num_rows + 1))
+        file.write(json.dumps(validation_row(num_rows, [5.0, 4.5])) + "\n")
+    characters, mib = measured(run_folder(tmp_path / "usual"), folder)
+    print(f"{num_rows:,} rows: {mib:.0f} MiB above the report of 4")
+    assert characters < 1_500_000 and mib < allowed_mib
+
+
+DAMAGED = {
+    "not UTF-8": b"\xff\xfe\n",
+    "zeros": b"\0" * 4096 + b"\n",
+    "torn, and written on behind": b'{"step": 15, "los',
+    "deep": b"[" * 100_000 + b"\n",
+    "no object": b"[1, 2]\n3\nnull\n",
+    "a long number": b'{"step": ' + b"9" * 5000 + b"}\n",
+    "no step": b'{"loss": 1}\n{"step": "20"}\n',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_lines_are_left_out_of_every_reading_and_said_once(
+    tmp_path, damage, capsys, without_plots
+):
+    """The report, a resume, and whoever else reads a .jsonl file of a run go on with the other rows."""
+    folder = run_folder(tmp_path)
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = (folder / name).read_bytes().splitlines(keepends=True)
+        (folder / name).write_bytes(b"".join([*lines[:1], DAMAGED[damage], *lines[1:]]))
+    page = page_of(folder)
+    assert answer_of(page) == "Yes"
+    if damage != "zeros":
+        assert len(re.findall(r"<li>metrics\.jsonl: \d unreadable line", page)) == 1
+    written = RunFolder(tmp_path, Config(), is_main=True)
+    assert written.forget_after(20) == 20 and written.forget_after(20) == 20
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == (damage not in ("zeros", "no step")), said
+    assert all("metrics.jsonl" in line and "unreadable" in line for line in said)
+    again = (folder / "metrics.jsonl").read_bytes().splitlines()
+    whole = [row for row in LEARNED if damage != "torn, and written on behind" or row != LEARNED[1]]
+    assert [json.loads(line) for line in again] == whole
+
+
+def test_a_line_without_an_end_takes_no_memory(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"step": 1}\n')
+        file.seek(3 * MAX_LINE)
+        file.write(b'\n{"step": 2}\n')
+    rows = Rows(path)
+    assert [row["step"] for row in rows] == [1, 2] and rows.unreadable == 1
+
+
+def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys):
+    run = RunFolder(run_folder(tmp_path), Config(), is_main=True)
+
+    def broken(folder):
+        raise RuntimeError("no font\nfound")
+
+    monkeypatch.setattr(report, "write_report", broken)
+    assert report_in_words(run) == ", without a report"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the report was not written: RuntimeError: no font found" in line
+    assert "python -m ebwm_scale.report" in line
+
+
+def test_thinning_bounds_the_points_and_keeps_the_extremes(tmp_path):
+    values = np.ones(10_000)
+    values[5_000], values[9_000], values[100:200] = 50.0, -3.0, np.nan
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": value}) for step, value in enumerate(values)]
+    path.write_text("\n".join(lines) + "\n")
+    curve = read_metrics(Rows(path))[0].of_list("loss_per_step")[0]
+    assert len(curve.x) == len(curve.mean) == POINTS == 300
+    assert np.nanmax(curve.high) == 50.0 and np.nanmin(curve.low) == -3.0
+    assert 0 < np.isnan(curve.mean).sum() <= 4, (
+        "a stretch without finite values is a gap, and only that"
     )
-    assert 0 < np.isnan(mean).sum() <= 4, "a stretch without finite values is a gap, and only that"
-    few = np.array([1.0, np.nan, 2.0])
-    assert thin(few, few)[1] is few, "few points are drawn as they are"
+    assert np.all(np.diff(curve.x) > 0) and curve.num_finite == 9_900
+    path.write_text("\n".join(lines[98:102]) + "\n")
+    few = read_metrics(Rows(path))[0].of_list("loss_per_step")[0]
+    assert few.x.tolist() == [98, 99, 100, 101], "few points are drawn as they are"
+    assert few.mean[:2].tolist() == [1.0, 1.0] and np.isnan(few.mean[2:]).all()
 
 
 def test_page_stays_small_with_many_rows(tmp_path):

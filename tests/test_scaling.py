@@ -141,6 +141,26 @@ def test_the_page_shows_fits_tables_and_what_is_missing():
     assert "<script" not in page
 
 
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\x00\ud800"
+
+
+def test_the_page_runs_nothing_that_a_result_holds():
+    runs = [
+        run | {"form": run["form"].replace("energy", HOSTILE), "point": HOSTILE + str(run["point"])}
+        for run in rows({"transformer++": (9.0, 0.10), "energy": (12.0, 0.13)})
+    ]
+    study = {
+        "title": HOSTILE,
+        "unit": HOSTILE,
+        "axis": "size",
+        "command": HOSTILE,
+        "missing": [HOSTILE],
+        "runs": runs,
+    }
+    page = render([study | analyse(study)])
+    assert "<script" not in page and "<img" not in page and "&lt;script" in page
+
+
 def tool(*arguments, expect=0):
     done = subprocess.run(
         [sys.executable, str(TOOL), *map(str, arguments)],
@@ -198,10 +218,10 @@ def test_results_are_rebuilt_into_a_page_from_data_alone(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(content))
     tool("page", tmp_path / "r.json", "--output", tmp_path / "page.html")
     assert "Scaling studies" in (tmp_path / "page.html").read_text()
-    (tmp_path / "bad.json").write_text("{}")
-    assert "not a result of" in tool(
-        "page", tmp_path / "bad.json", "--output", tmp_path / "page.html", expect=2
-    )
+    for bad in ("{}", "[]", json.dumps(content | {"runs": [1]}), "[" * 10**5):
+        (tmp_path / "bad.json").write_text(bad)
+        said = tool("page", tmp_path / "bad.json", "--output", tmp_path / "page.html", expect=2)
+        assert "not a result of" in said and len(said) < 400
 
 
 def test_the_committed_studies_say_what_the_documentation_says(tmp_path):

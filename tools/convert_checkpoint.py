@@ -1,7 +1,8 @@
 """Convert checkpoints: a run into one folder and back, the released EBT layout into it and out of it. Every result is compared with its source.
 
     python tools/convert_checkpoint.py export runs/mine converted/ [--dtype bfloat16] [--max-shard-gb 5] [--training]
-    python tools/convert_checkpoint.py to-run converted/ runs/again [--zero-stage 2] [--world-size 8]      then: train.py --config runs/again/config.yaml --run-dir runs/again --resume
+    python tools/convert_checkpoint.py to-run converted/ runs/again --set data.manifest=data/mine/manifest.json [--zero-stage 2] [--world-size 8]
+        then: train.py --config runs/again/config.yaml --run-dir runs/again --resume
     python tools/convert_checkpoint.py import-released released.ckpt converted/ [--hparams hparams.json] [--data data/mine/manifest.json]
     python tools/convert_checkpoint.py export-released converted/ released.ckpt
 
@@ -66,6 +67,15 @@ def main() -> int:
         metavar="N",
         help="processes that will resume it (any other number works too)",
     )
+    to_run.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="your own settings in place of those that are dropped: data.manifest=.../manifest.json",
+    )
     command("import-released", "FILE", "FOLDER", writes_model=True).add_argument(
         "--hparams", type=Path, default=None, metavar="JSON", help="of a bare state dict"
     )
@@ -94,6 +104,7 @@ def main() -> int:
                 options.target,
                 zero_stage=options.zero_stage,
                 world_size=options.world_size,
+                overrides=options.overrides,
                 say=say,
             )
         elif options.command == "import-released":

@@ -156,18 +156,29 @@ def write_result(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def write_page(options: argparse.Namespace, _: list[str]) -> int:
+    from ebwm_scale.plain import bounded, printable
     from ebwm_scale.scaling_page import analyse, render
 
     studies = []
     for path in options.results:
         try:
             study = json.loads(path.read_text(encoding="utf-8"))
+            study = bounded(study, items=10**5, nodes=2 * 10**6)
             studies.append(study | analyse(study))
-        except (OSError, ValueError, KeyError) as error:
+            page = render(studies)
+        except (
+            OSError,
+            ValueError,
+            RecursionError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             raise UserError(
-                f"{path}: not a result of scaling_study.py collect: {error!r}"
+                f"{path}: not a result of scaling_study.py collect: {printable(repr(error), 160)}"
             ) from None
-    options.output.write_text(render(studies), encoding="utf-8")
+    options.output.write_text(page, encoding="utf-8", errors="replace")
     print(options.output)
     return EXIT_FINISHED
 

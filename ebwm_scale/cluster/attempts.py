@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
+from ..rows import Rows
 from ..training.console import say
 from ..training.disk import RowLog, remove_quietly, sync
 from ..training.faults import Faults
@@ -208,14 +209,8 @@ class Attempts:
 
 
 def read_attempts(folder: Path) -> list[dict]:
-    """Rows of attempts.jsonl, without a torn last line; [] where there is none."""
-    path, rows = folder / "attempts.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    """Rows of attempts.jsonl, without unreadable lines; [] where there is none."""
+    return list(Rows(folder / "attempts.jsonl"))
 
 
 def open_attempt(rows: list[dict]) -> dict | None:

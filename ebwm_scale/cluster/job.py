@@ -25,6 +25,7 @@ from ..arguments import ArgumentParser
 from ..code_version import code_version
 from ..config import load_config
 from ..errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
+from ..permissions import add_permissions, refuse_unpermitted
 from ..plain_text import one_line
 from .attempts import Attempts, Verdict, meaning, open_attempt, read_attempts
 from .slurm import Allocation, allocation, idle_gpus, inherited, job_state, queue, requeue
@@ -73,12 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="train.py --dry-run in one task: parameters, memory and time on this node",
     )
+    add_permissions(parser)
     options = parser.parse_args(arguments)
     try:
         one_line("--config", options.config)
-        load_config(
-            options.config, options.overrides
-        )  # a mistake in it ends the job here, not 64 tasks later
+        # a mistake in it ends the job here, not 64 tasks later
+        config = load_config(options.config, options.overrides)
+        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
         given = allocation()
         if options.plan:
             return plan(options, given)
@@ -88,7 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         one_line("the run folder", run_dir)
         command = train_command(
-            options.config, options.overrides, run_dir, accept_new_rate=options.accept_new_rate
+            options.config,
+            options.overrides,
+            run_dir,
+            accept_new_rate=options.accept_new_rate,
+            allow_pipe=options.allow_pipe,
         )
         if options.dry_run:
             size = (
@@ -103,7 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train_command(
-    config: str, overrides: Sequence[str], run_dir: Path, *, accept_new_rate: bool = False
+    config: str,
+    overrides: Sequence[str],
+    run_dir: Path,
+    *,
+    accept_new_rate: bool = False,
+    allow_pipe: bool = False,
 ) -> list[str]:
     return [
         sys.executable,
@@ -115,6 +126,7 @@ def train_command(
         "--run-dir",
         str(run_dir),
         *(["--accept-new-rate"] if accept_new_rate else []),
+        *(["--allow-pipe"] if allow_pipe else []),
         "--resume",
     ]
 
@@ -229,7 +241,11 @@ def refuse_if_in_use(run_dir: Path, job: str) -> None:
 def plan(options: argparse.Namespace, given: Allocation | None) -> int:
     run_dir = options.run_dir or Path("runs") / f"{Path(options.config).stem}-$SLURM_JOB_ID"
     command = train_command(
-        options.config, options.overrides, run_dir, accept_new_rate=options.accept_new_rate
+        options.config,
+        options.overrides,
+        run_dir,
+        accept_new_rate=options.accept_new_rate,
+        allow_pipe=options.allow_pipe,
     )
     example = given or Allocation("0", 0, (1,), 1, "", "")
     shape = [] if given else ["# (on the nodes the job gets; here: for one node with one task)"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ..config import load_config
 from ..errors import UserError
 from ..plain_text import printable
+from ..rows import Rows
 from .attempts import newest_step, read_attempts
 from .request import read_request, read_runs_of_sweep
 from .slurm import queue
@@ -131,12 +131,7 @@ def _alive(job: str) -> bool:
 
 def _last_logged(folder: Path) -> tuple[int | None, float | None]:
     step = loss = None
-    path = folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if "split" not in row:
-            step, loss = row["step"], row["loss"]
+    for row in Rows(folder / "metrics.jsonl"):
+        if "split" not in row and isinstance(row.get("step"), int):
+            step, loss = row["step"], row.get("loss")
     return step, loss

@@ -48,9 +48,10 @@ class SlurmRun:
     """One attempt at a run, in a job's batch step."""
 
     run_dir: str
+    allow_pipe: bool = False  # from launch's command line: no file of the run can give it
 
     def __call__(self) -> str:
-        ended = attempt(_command(self.run_dir), Path(self.run_dir), allocation())
+        ended = attempt(_command(self.run_dir, self.allow_pipe), Path(self.run_dir), allocation())
         code = ended.leave()
         if ended.verdict.what == "again":
             os._exit(code)  # without a result: the next attempt writes it
@@ -65,13 +66,14 @@ class LocalRuns:
 
     run_dirs: tuple[str, ...]
     num_tasks: int
+    allow_pipe: bool = False
 
     def __call__(self) -> str:
         failed = []
         for run_dir in self.run_dirs:
             try:
                 ended = attempts_until_the_end(
-                    _command(run_dir), Path(run_dir), num_tasks=self.num_tasks
+                    _command(run_dir, self.allow_pipe), Path(run_dir), num_tasks=self.num_tasks
                 )
             except UserError as error:
                 failed.append(f"{run_dir}: {error}")
@@ -85,7 +87,9 @@ class LocalRuns:
         return "finished"
 
 
-def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list[str]:
+def submit(
+    folder: Path, run_dirs: Sequence[Path], resources: Resources, *, allow_pipe: bool = False
+) -> list[str]:
     """Submit the prepared runs; writes each one's job id into its launch.json and returns them."""
     paths = [one_line("the run folder", path.resolve()) for path in run_dirs]
     logs = fresh_folder(folder.resolve())
@@ -100,14 +104,14 @@ def submit(folder: Path, run_dirs: Sequence[Path], resources: Resources) -> list
             gpus = resources.gpus_per_node
             executor.update_parameters(visible_gpus=list(range(number * gpus, (number + 1) * gpus)))
             with in_the_background(logs):
-                job = executor.submit(LocalRuns(part, resources.tasks_per_node))
+                job = executor.submit(LocalRuns(part, resources.tasks_per_node, allow_pipe))
             by_run |= {path: job.job_id for path in part}
         jobs = [by_run[path] for path in paths]
     elif len(paths) == 1:
-        jobs = [executor.submit(SlurmRun(paths[0])).job_id]
+        jobs = [executor.submit(SlurmRun(paths[0], allow_pipe)).job_id]
     else:
         with executor.batch():
-            array = [executor.submit(SlurmRun(path)) for path in paths]
+            array = [executor.submit(SlurmRun(path, allow_pipe)) for path in paths]
         jobs = [job.job_id for job in array]
         for job, path in zip(
             jobs, run_dirs
@@ -279,11 +283,15 @@ def site_file(folder: Path) -> Path:
     return path
 
 
-def _command(run_dir: str) -> list[str]:
+def _command(run_dir: str, allow_pipe: bool) -> list[str]:
     """train.py on the run's own configuration, from where the run was launched: data paths may be relative to that."""
     request = read_request(Path(run_dir))
     os.chdir(request["directory"])
     accept = request.get("accept_new_rate") is True
     return train_command(
-        str(Path(run_dir, "config.yaml")), (), Path(run_dir), accept_new_rate=accept
+        str(Path(run_dir, "config.yaml")),
+        (),
+        Path(run_dir),
+        accept_new_rate=accept,
+        allow_pipe=allow_pipe,
     )

@@ -7,7 +7,6 @@ known bad samples is part of a checkpoint: a resumed run replaces the same ones,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
+from ..rows import Rows
 from .shards import SampleError, ShardError
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -92,7 +92,7 @@ class Quarantine:
         if self.write is not None and new:
             written = self._written()
             for bad in new:
-                if (bad.split, bad.sample_id) not in written:
+                if (bad.split, str(bad.sample_id)) not in written:
                     self.write(asdict(bad))
         return new
 
@@ -109,15 +109,6 @@ class Quarantine:
     def load_state_dict(self, values: list[dict]) -> None:
         self.bad = {(bad["split"], bad["sample_id"]): BadSample(**bad) for bad in values}
 
-    def _written(self) -> set[tuple[str, int]]:
-        """What an earlier attempt of this run wrote before it was killed."""
-        if not self.path.exists():
-            return set()
-        entries = set()
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                value = json.loads(line)
-                entries.add((value["split"], value["sample_id"]))
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that was being written when the process was killed
-        return entries
+    def _written(self) -> set[tuple[str, str]]:
+        """(split, id) of what an earlier attempt of this run wrote before it was killed."""
+        return {(str(row.get("split")), str(row.get("sample_id"))) for row in Rows(self.path)}

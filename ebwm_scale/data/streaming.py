@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import ConfigError, DataError
+from ..permissions import PIPE, refuse_pipes
 from ..redaction import redacted
 from ..strict_json import shorten
 from . import tar
@@ -38,9 +39,11 @@ MAX_EMPTY_SHARDS = 100  # shards in a row without a whole sample before giving u
 class StreamLoader:
     """An endless iterator over this rank's micro batches, with BatchLoader's interface.
 
-    shards: URLs, `pipe:COMMAND` (run by a shell: they are the user's own), paths; {000..127} stands for a range.  manifest: what the samples
-    are.  buffer: samples shuffled together.  first_shard: where in the order of shards to start.  report: is told, once, of shards
-    without checksums.  Raises ConfigError for fewer shards than ranks, DataError from next() when shard after shard is unreadable.
+    shards: URLs, paths, and `pipe:COMMAND`, which a shell runs and which only allow_pipe lets through;
+    {000..127} stands for a range.  manifest: what the samples are.  buffer: samples shuffled together.
+    first_shard: where in the order of shards to start.  report: is told, once, of shards without checksums.
+    Raises ConfigError for fewer shards than ranks and for commands without allow_pipe, DataError from
+    next() when shard after shard is unreadable.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class StreamLoader:
         first_step: int = 0,
         first_shard: int = 0,
         report: Callable[[str], None] = no_report,
+        allow_pipe: bool = False,
     ):
         self.shards = check_stream(shards, world_size)
+        refuse_pipes(self.shards, allow_pipe=allow_pipe)
         check_context(manifest, context_length)
         self._indexes = StreamIndexes(self.shards, manifest, report)
         self.manifest, self.context_length, self.buffer, self.seed = (
@@ -226,8 +231,8 @@ def expand(pattern: str) -> list[str]:
 @contextlib.contextmanager
 def open_shard(url: str) -> Iterator[BinaryIO]:
     """The bytes of a shard, to be read once; OSError if it cannot be opened, DataError if its command fails."""
-    if url.startswith("pipe:"):
-        process = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
+    if url.startswith(PIPE):  # StreamLoader lets none through that the command line does not allow
+        process = subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
         problem: BaseException | None = None
         try:
             yield process.stdout

@@ -7,6 +7,7 @@ ImageNet's mean and deviation (of the timm model's own data configuration, where
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ class TransformersBackbone(Pretrained):
     def load(self) -> nn.Module:
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(str(self.local("folder")), local_files_only=True)
+        return AutoModel.from_pretrained(
+            str(self.local("folder")), local_files_only=True, trust_remote_code=False
+        )
 
     def features(self, images: Tensor) -> Tensor:
         output = self.model(images)
@@ -160,15 +163,17 @@ class TimmBackbone(Pretrained):
             raise DataError(
                 "the encoder timm needs the name of a model; give --encoder-model, for example vit_small_patch14_dinov2.lvd142m"
             )
+        # hf-hub:... would download, local-dir:... read a folder that the settings do not name
+        if not re.fullmatch(r"\w+(\.\w+)*", str(self.settings["model"])):
+            raise DataError(
+                f"the encoder timm: model is {str(self.settings['model'])[:80]!r}: expected the plain name "
+                "of a timm model, for example vit_small_patch14_dinov2.lvd142m"
+            )
         try:
             import timm  # a torchvision that does not fit torch fails here, as a RuntimeError
 
-            model = timm.create_model(
-                self.settings["model"],
-                pretrained=False,
-                num_classes=0,
-                checkpoint_path=str(self.local("file")),
-            )
+            model = timm.create_model(self.settings["model"], pretrained=False, num_classes=0)
+            timm.models.load_checkpoint(model, str(self.local("file")), weights_only=True)
         except RuntimeError as error:
             raise DataError(f"timm: {' '.join(str(error).split())[:300]}") from None
         self.mean, self.std = (

@@ -36,3 +36,24 @@ class Output(nn.Linear):
         if targets is None:
             return super().forward(hidden)
         return vocabulary_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten())
+
+
+class TwoLinearOutput(nn.Module):
+    """Hidden states (B, S, D) to frame embeddings (B, S, dimension) as released: D x D, then up, with a bias."""
+
+    def __init__(self, width: int, dimension: int):
+        super().__init__()
+        self.hidden = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, dimension)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.up(self.hidden(hidden))
+
+
+def initialize_output(output: nn.Module) -> None:
+    """Xavier weights and no bias, as released."""
+    for name, parameter in output.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.xavier_normal_(parameter)

@@ -21,7 +21,7 @@ from ..config import Config
 from ..draws import SampledDraws
 from ..noise import NoiseSource
 from ..refinement import refine
-from .baseline import BaselineTransformer, Output
+from .baseline import BaselineTransformer, Output, TwoLinearOutput, initialize_output
 from .energy import EnergyTransformer
 from .states import EmbeddingState, VocabularyState
 
@@ -65,13 +65,13 @@ class WorldModel(nn.Module):
             nn.init.zeros_(self.frame_projection.bias)
         if model.kind == "baseline":
             self.network = BaselineTransformer(model)
-            frames = config.state.kind == "embedding"
-            self.output = Output(
-                width, config.state.dimension if frames else model.vocabulary_size, bias=frames
-            )
-            nn.init.xavier_normal_(self.output.weight)
-            if self.output.bias is not None:
-                nn.init.zeros_(self.output.bias)
+            if config.state.kind == "vocabulary":
+                self.output = Output(width, model.vocabulary_size, bias=False)
+            elif model.output == "one_linear":
+                self.output = Output(width, config.state.dimension, bias=True)
+            else:
+                self.output = TwoLinearOutput(width, config.state.dimension)
+            initialize_output(self.output)
             return
         refinement = config.refinement
         self.network = EnergyTransformer(
@@ -221,4 +221,6 @@ class WorldModel(nn.Module):
     def _baseline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":
             return self.output(hidden, targets)
-        return F.smooth_l1_loss(self.output(hidden).float(), targets.float(), beta=1.0)
+        prediction = self.output(hidden)
+        wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+        return F.smooth_l1_loss(prediction.to(wide), targets.to(wide), beta=1.0)

@@ -19,6 +19,7 @@ from typing import Any, Iterator
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from ..redaction import redacted
+from ..rows import Rows
 from .console import say
 from .disk import RowLog, remove_quietly, replace_text
 from .distributed import World
@@ -134,14 +135,16 @@ class RunFolder:
         return not problems
 
     def forget_after(self, step: int) -> int | None:
-        """Drop metric rows beyond `step` (a resumed run logs them again) and torn lines; the last
-        validated step that stays. Where they are the last ones, as ever, the file is cut, which
-        needs no space; one row at a time is in memory."""
+        """Drop metric rows beyond `step`, which a resumed run logs again, and unreadable lines.
+
+        Returns the last validated step that stays. Where they are the last ones, as ever, the file
+        is cut, which needs no space; one row at a time is in memory.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return None
-        validated, end, is_in_one_piece = None, 0, True
-        for start, line, row in _rows_until(path, step):
+        rows, validated, end, is_in_one_piece = Rows(path), None, 0, True
+        for start, line, row in _rows_until(rows, step):
             is_in_one_piece = is_in_one_piece and start == end
             end = start + len(line)
             if row.get("split") == "validation":
@@ -150,6 +153,9 @@ class RunFolder:
             self.faults.through("write", _keep_rows_until, path, step)
         elif self.is_main and end < path.stat().st_size:
             self.faults.through("write", os.truncate, path, end)
+        # a killed process leaves a torn end; every other line of no use is worth a word
+        if rows.unreadable > rows.torn:
+            self.warn(rows.in_words())
         return validated
 
     def close(self, *, unsaved: bool = False) -> None:
@@ -229,25 +235,19 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _rows_until(path: Path, step: int) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+def _rows_until(rows: Rows, step: int) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
     """(where its line starts, the line, the row) of whole rows up to a step."""
-    start = 0
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                if row["step"] <= step and line.endswith(b"\n"):
-                    yield start, line, row
-            except (ValueError, KeyError, TypeError, RecursionError):
-                pass  # what a killed process leaves
-            start += len(line)
+    for start, line, row in rows.located():
+        logged = row.get("step")
+        if isinstance(logged, int) and logged <= step and line.endswith(b"\n"):
+            yield start, line, row
 
 
 def _keep_rows_until(path: Path, step: int) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.writelines(line for _, line, _ in _rows_until(path, step))
+            file.writelines(line for _, line, _ in _rows_until(Rows(path), step))
         os.replace(temporary, path)
     except OSError:
         remove_quietly(temporary)

@@ -68,7 +68,9 @@ class Trainer:
         micro_batch: int,
         watchdog: Watchdog,
         faults: Faults,
+        allow_pipe: bool = False,
     ):
+        self.allow_pipe = allow_pipe  # the command line's permission, see permissions.py
         self.config, self.engine, self.world, self.run, self.stop = config, engine, world, run, stop
         self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
         self.replay = (
@@ -506,6 +508,7 @@ class Trainer:
                 buffer=config.data.stream_buffer,
                 first_shard=self.stream_position,
                 report=self._warn,
+                allow_pipe=self.allow_pipe,
                 **common,
             )
         return BatchLoader(

@@ -18,7 +18,17 @@ def shards_of(dataset):
     ]
 
 
-def stream(dataset, shards=None, *, rank=0, world_size=1, first_shard=0, buffer=7, **options):
+def stream(
+    dataset,
+    shards=None,
+    *,
+    rank=0,
+    world_size=1,
+    first_shard=0,
+    buffer=7,
+    allow_pipe=True,
+    **options,
+):
     return StreamLoader(
         shards or shards_of(dataset),
         load_manifest(dataset),
@@ -30,6 +40,7 @@ def stream(dataset, shards=None, *, rank=0, world_size=1, first_shard=0, buffer=
         seed=3,
         buffer=buffer,
         first_shard=first_shard,
+        allow_pipe=allow_pipe,
         **options,
     )
 
@@ -118,6 +129,14 @@ def test_a_failing_command_is_recorded_and_the_rest_goes_on(dataset):
     assert {(bad.shard, "exit code 1" in bad.reason) for bad in loader.found} == {
         ("pipe:false", True)
     }
+
+
+@pytest.mark.parametrize("shards", [["a.tar", "pipe:touch {made}"], ["pipe:touch {made}{{0..3}}"]])
+def test_commands_run_only_with_permission(dataset, tmp_path, shards):
+    made = tmp_path / "made"
+    with pytest.raises(ConfigError, match="commands in a shell.*--allow-pipe"):
+        stream(dataset, [shard.format(made=made) for shard in shards], allow_pipe=False)
+    assert list(tmp_path.glob("made*")) == []
 
 
 def test_nothing_readable_is_an_error_not_a_silent_wait(dataset):

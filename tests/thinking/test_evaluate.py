@@ -9,7 +9,7 @@ import torch
 
 from ebwm_scale import evaluate as evaluation
 from ebwm_scale.config import config_from_dict
-from ebwm_scale.errors import UserError
+from ebwm_scale.errors import DataError, UserError
 from ebwm_scale.evaluate import evaluate
 from ebwm_scale.evaluation_page import render
 from ebwm_scale.model.world_model import WorldModel
@@ -103,6 +103,34 @@ def test_every_part_is_there_and_the_page_says_it(text):
     ):
         assert words in page, words
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_page_shows_names_as_text_and_refuses_what_is_no_result():
+    hostile = "<script>alert(1)</script>\x00\ud800"
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    result = {
+        "modality": "text",
+        "kind": "baseline",
+        "checkpoint": hostile,
+        "num_samples": 2,
+        "num_targets": 8,
+        "loss": interval | {"perplexity": 3.0},
+        "foreign_texts": [
+            {
+                "name": hostile,
+                "num_samples": 2,
+                "mean_loss": interval,
+                "share_of_pairs_in_which_real_has_lower_loss": interval,
+            }
+        ],
+    }
+    page = render(result)
+    assert "<script" not in page and page.count("&lt;script") == 2 and "perplexity 3" in page
+    many = render(result | {"foreign_texts": result["foreign_texts"] * 10**5})
+    assert len(many) < 300_000
+    for junk in ({}, result | {"loss": [1]}, result | {"num_samples": "x"}, {"modality": 1}):
+        with pytest.raises(DataError, match="not a result of ebwm_scale.evaluate"):
+            render(junk)
 
 
 def test_video_and_a_model_that_starts_from_the_last_frame(video):

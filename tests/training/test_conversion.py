@@ -1,24 +1,33 @@
 """Conversions give back what they were given: run -> folder -> run, released layout -> folder -> released layout; and refuse what they should."""
 
+import hashlib
+import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ebwm_scale
 from ebwm_scale import conversion, released, think
-from ebwm_scale.config import config_from_dict
-from ebwm_scale.consolidated import ModelFolder
+from ebwm_scale.config import config_from_dict, load_config
+from ebwm_scale.consolidated import ModelFolder, write_model
 from ebwm_scale.errors import CheckpointError, ConfigError, UserError
-from ebwm_scale.loading import expected_shapes
+from ebwm_scale.loading import build, expected_shapes
+from ebwm_scale.noise import NoiseSource
+from ebwm_scale.parity import relative_error
+from ebwm_scale.scoring import last_states
 from ebwm_scale.tensor_files import TensorFile, TensorWriter
+from ebwm_scale.thinking import ThinkingRules
+from training_runs import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.safetensors"))
@@ -108,6 +117,166 @@ def test_a_folder_without_training_state_starts_a_run_from_its_weights(runs, who
     assert [row["step"] for row in again] == [row["step"] for row in first] and again[0][
         "loss"
     ] < first[0]["loss"]  # the same batches, from trained weights
+
+
+def received(converted, folder, changes=None, files=None):
+    """A converted folder as somebody else could send it: other settings and files, with fitting hashes."""
+    shutil.copytree(converted, folder)
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    for name, value in (changes or {}).items():
+        section, _, key = name.partition(".")
+        values[section][key] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
+    facts = json.loads((folder / "conversion.json").read_text())
+    for name in facts["files"]:
+        content = (folder / name).read_bytes()
+        facts["files"][name] = {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    (folder / "conversion.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_an_import_takes_no_setting_that_reaches_beyond_the_folder(converted, tmp_path):
+    hostile = {
+        "data.manifest": "/home/other/manifest.json",
+        "data.stream": [f"pipe:touch {tmp_path}/executed; cat shard.tar"],
+        "deepspeed.raw": {"compile": {"backend": "other.peoples.module"}},
+        "logging.wandb": "online",
+    }
+    mixture = {"data.manifest": None, "data.sources": [{"manifest": "/x", "weight": 1.0}]}
+    for number, changes in enumerate((hostile, mixture)):
+        folder = received(converted, tmp_path / f"received{number}", changes)
+        said = []
+        run = tmp_path / f"run{number}"
+        conversion.import_run(folder, run, say=said.append)
+        checkpoint = next((run / "checkpoints").glob("step_*"))
+        for path in (run / "config.yaml", checkpoint / "config.yaml"):
+            values = load_config(path).to_dict()
+            found = {name: values[name.split(".")[0]][name.split(".")[1]] for name in changes}
+            assert not any(value not in (None, [], {}, "off") for value in found.values()), found
+        for name in changes:
+            dropped = [line for line in said if line.startswith(f"dropped {name}, which was ")]
+            assert len(dropped) == (changes[name] is not None), (name, said)
+    assert not (tmp_path / "executed").exists()
+    own = ["data.manifest=/mine/manifest.json", "data.stream=[a.tar]"]
+    conversion.import_run(
+        tmp_path / "received0", tmp_path / "own", overrides=own, say=lambda _: None
+    )
+    data = load_config(tmp_path / "own" / "config.yaml").data
+    assert (data.manifest, data.stream) == ("/mine/manifest.json", ("a.tar",))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ebwm_scale/train.py", "--run-dir", "made"],
+        ["ebwm_scale/train.py", "--run-dir", "made", "--dry-run"],
+        ["-m", "ebwm_scale.doctor"],
+        ["-m", "ebwm_scale.launch", "--cluster", "local", "--run-dir", "made"],
+        ["-m", "ebwm_scale.cluster.job", "--run-dir", "made"],
+    ],
+    ids=lambda command: " ".join(word for word in command if word not in ("-m", "made")),
+)
+def test_a_configuration_alone_runs_no_command(dataset, tmp_path, command):
+    config = TINY | {
+        "data": {
+            "manifest": str(dataset),
+            "stream": [f"pipe:touch {tmp_path}/executed; cat nothing.tar"],
+        }
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in command]
+    done = subprocess.run(
+        [sys.executable, *words, "--config", "config.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2 and "--allow-pipe" in done.stderr, done.stdout + done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def pickled(value) -> bytes:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def test_a_received_folder_runs_no_pickle_and_reads_nothing_outside_of_it(converted, tmp_path):
+    proof = tmp_path / "executed"
+    outside = tmp_path / "outside.safetensors"
+    shutil.copyfile(converted / "model.safetensors", outside)
+    index = {"weight_map": {name: str(outside) for name in TensorFile(outside).names()}}
+    refused = {
+        "pickle": ({"training/replay.pt": pickled({"queues": Touch(proof)})}, "refused|unpickling"),
+        "state": ({"training/trainer.json": b'{"step": "../../x", "world_size": 1}'}, "step is"),
+        "moments": ({"training/weight-00000.safetensors": outside.read_bytes()}, "not listed"),
+        "index": ({"model.safetensors.index.json": json.dumps(index).encode()}, "not listed"),
+        "tags": (
+            {"config.yaml": f"!!python/object/apply:os.system ['touch {proof}']".encode()},
+            "config.yaml",
+        ),
+    }
+    for name, (files, message) in refused.items():
+        folder = received(converted, tmp_path / name, files=files)
+        with pytest.raises(UserError, match=message):
+            conversion.import_run(folder, tmp_path / "run", **SILENT)
+    for name, entry in (("/etc/hostname", "outside"), ("../outside.safetensors", "outside")):
+        folder = received(converted, tmp_path / f"path{len(name)}")
+        facts = json.loads((folder / "conversion.json").read_text())
+        facts["files"][name] = {"size": 1, "sha256": ""}
+        (folder / "conversion.json").write_text(json.dumps(facts))
+        with pytest.raises(CheckpointError, match=entry):
+            ModelFolder(folder)
+    linked = received(converted, tmp_path / "linked")
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="outside of it"):
+        ebwm_scale.load_checkpoint(linked)
+    listed = received(converted, tmp_path / "listed")
+    facts = json.loads((listed / "conversion.json").read_text())
+    (listed / "model.safetensors.index.json").write_text(json.dumps(index))
+    del facts["files"]["model.safetensors"]
+    content = (listed / "model.safetensors.index.json").read_bytes()
+    facts["files"]["model.safetensors.index.json"] = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (listed / "model.safetensors").unlink()
+    (listed / "conversion.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="outside of it"):
+        ebwm_scale.load_checkpoint(listed)
+    assert not proof.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"files": [], "dtype": 1}', '{"files": {"a": 1}, "dtype": "x"}', "[" * 99999],
+)
+def test_a_malformed_list_of_files_is_one_line(converted, tmp_path, content):
+    folder = tmp_path / "folder"
+    shutil.copytree(converted, folder)
+    (folder / "conversion.json").write_text(content)
+    with pytest.raises(CheckpointError, match="no complete converted model") as caught:
+        ModelFolder(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def test_a_folder_is_the_model_and_needs_no_dataset(whole, converted, dataset, tmp_path, capsys):
@@ -229,6 +398,234 @@ def test_the_released_layout_goes_through_ours_and_comes_back_bitwise(path, tmp_
     )
     left, right = ModelFolder(tmp_path / "bare"), ModelFolder(tmp_path / "folder")
     assert all(torch.equal(left.read(name), right.read(name)) for name in left.files)
+
+
+VIDEO_BASELINE = {
+    "modality": "VID",
+    "model_name": "baseline_transformer",
+    "embedding_dim": 24,
+    "num_transformer_blocks": 2,
+    "multiheaded_attention_heads": 2,
+    "peak_learning_rate": 0.0004,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "weight_decay": 0.01,
+    "gradient_clip_val": 1.0,
+    "context_length": 8,
+}
+
+
+def video_baseline_weights(width=24, hidden=36, dimension=40, layers=2):
+    """A state dict of the released video baseline: frame projection, blocks, D x D output, up-projection."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weights = {
+        "encoder_down_projection.weight": normal(width, dimension, scale=dimension**-0.5),
+        "encoder_down_projection.bias": normal(width, scale=0.1),
+        "encoder_up_projection.weight": normal(dimension, width, scale=width**-0.5),
+        "encoder_up_projection.bias": normal(dimension, scale=0.1),
+        "output.weight": normal(width, width, scale=width**-0.5),
+        "transformer.norm.weight": 1 + normal(width, scale=0.1),
+    }
+    for layer in range(layers):
+        prefix = f"transformer.layers.{layer}."
+        for name in ("wq", "wk", "wv", "wo"):
+            weights[f"{prefix}attention.{name}.weight"] = normal(width, width, scale=width**-0.5)
+        weights[f"{prefix}feed_forward.w1.weight"] = normal(hidden, width, scale=width**-0.5)
+        weights[f"{prefix}feed_forward.w2.weight"] = normal(width, hidden, scale=hidden**-0.5)
+        weights[f"{prefix}feed_forward.w3.weight"] = normal(hidden, width, scale=width**-0.5)
+        weights[f"{prefix}attention_norm.weight"] = 1 + normal(width, scale=0.1)
+        weights[f"{prefix}ffn_norm.weight"] = 1 + normal(width, scale=0.1)
+    return weights
+
+
+def plain_video_baseline(weights, frames, *, heads=2, layers=2):
+    """The released video baseline written out in plain PyTorch: frames (B, S, dimension) to predictions of the next."""
+
+    def norm(x, name):
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[name]
+
+    def rotated(x):  # adjacent pairs as complex numbers
+        positions, half = x.shape[1], x.shape[-1] // 2
+        rates = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.arange(positions, dtype=torch.float64)[:, None] * rates
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], half, 2))
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)[None, :, None]
+        return torch.view_as_real(turned).flatten(-2)
+
+    x = (
+        frames @ weights["encoder_down_projection.weight"].T
+        + weights["encoder_down_projection.bias"]
+    )
+    batch, positions, width = x.shape
+    allowed = torch.ones(positions, positions, dtype=torch.bool).tril()
+    for layer in range(layers):
+        prefix = f"transformer.layers.{layer}."
+        rows = norm(x, f"{prefix}attention_norm.weight")
+        queries, keys, values = (
+            (rows @ weights[f"{prefix}attention.{name}.weight"].T).view(
+                batch, positions, heads, width // heads
+            )
+            for name in ("wq", "wk", "wv")
+        )
+        queries, keys = rotated(queries), rotated(keys)
+        scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) / (width // heads) ** 0.5
+        shares = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", shares, values).reshape(batch, positions, width)
+        x = x + mixed @ weights[f"{prefix}attention.wo.weight"].T
+        rows = norm(x, f"{prefix}ffn_norm.weight")
+        gate = rows @ weights[f"{prefix}feed_forward.w1.weight"].T
+        up = rows @ weights[f"{prefix}feed_forward.w3.weight"].T
+        gated = gate * gate.sigmoid() * up
+        x = x + gated @ weights[f"{prefix}feed_forward.w2.weight"].T
+    hidden = norm(x, "transformer.norm.weight") @ weights["output.weight"].T
+    return (
+        hidden @ weights["encoder_up_projection.weight"].T + weights["encoder_up_projection.bias"]
+    )
+
+
+def lightning(path, weights, hparams):
+    torch.save(
+        {
+            "state_dict": {f"model.{name}": tensor for name, tensor in weights.items()},
+            "hyper_parameters": hparams,
+        },
+        path,
+    )
+    return path
+
+
+def test_a_released_video_baseline_predicts_what_it_did_and_goes_back_bitwise(tmp_path):
+    weights = video_baseline_weights()
+    encoder = {"image_encoder.conv.weight": torch.ones(3), "image_encoder.bias": torch.ones(1)}
+    said = []
+    file = lightning(tmp_path / "in.ckpt", weights | encoder, VIDEO_BASELINE)
+    conversion.import_released(file, tmp_path / "folder", dtype="float64", say=said.append)
+    assert any("2 tensors of the frozen image encoder" in line for line in said)
+    folder = ModelFolder(tmp_path / "folder")
+    config = load_config(tmp_path / "folder" / "config.yaml")
+    model = build(config, {name: folder.read(name) for name in folder.files}).train()
+    generator = torch.Generator().manual_seed(5)
+    sequence = torch.randn(3, 9, 40, generator=generator, dtype=torch.float64)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
+    expected = plain_video_baseline(leaves, sequence[:, :-1])
+    prediction = model.output(model.network(model.embed_observed(sequence[:, :-1])))
+    assert relative_error(prediction, expected.detach()) < 1e-10
+    loss = torch.nn.functional.smooth_l1_loss(expected, sequence[:, 1:])
+    loss.backward()
+    gradients = released.to_ours({name: leaf.grad for name, leaf in leaves.items()})
+    output = model(
+        sequence[:, :-1], sequence[:, 1:], sample_ids=torch.arange(3), source=NoiseSource(0, 0)
+    )
+    assert relative_error(output.loss, loss.detach()) < 1e-10
+    output.loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert found.keys() == gradients.keys()
+    for name in gradients:
+        assert relative_error(found[name], gradients[name]) < 1e-10, name
+    conversion.export_released(tmp_path / "folder", tmp_path / "out.ckpt", **SILENT)
+    again, hparams = conversion.read_released(tmp_path / "out.ckpt")
+    assert again.keys() == weights.keys() and hparams["modality"] == "VID"
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    assert released.config_of(hparams, shapes) == released.config_of(VIDEO_BASELINE, shapes)
+
+
+def test_our_video_baseline_is_exported_as_the_same_function_in_the_released_layout(tmp_path):
+    config = config_from_dict(
+        {
+            "model": {"kind": "baseline", "num_layers": 2, "width": 24, "num_heads": 2},
+            "state": {"kind": "embedding", "dimension": 40},
+            "data": {"context_length": 8},
+        }
+    )
+    generator = torch.Generator().manual_seed(1)
+    weights = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2
+        for name, shape in expected_shapes(config).items()
+    }
+    write_model(
+        tmp_path / "ours",
+        config,
+        expected_shapes(config),
+        weights.__getitem__,
+        dtype=torch.float64,
+        source={},
+        manifest=None,
+        max_shard_bytes=10**9,
+    )
+    conversion.export_released(tmp_path / "ours", tmp_path / "out.ckpt", **SILENT)
+    released_weights, _ = conversion.read_released(tmp_path / "out.ckpt")
+    frames = torch.randn(2, 8, 40, generator=generator, dtype=torch.float64)
+    model = build(config, weights)
+    with torch.no_grad():
+        ours = model.output(model.network(model.embed_observed(frames)))
+    assert relative_error(ours, plain_video_baseline(released_weights, frames)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight_tie_vae_proj": True}, "weight_tie_vae_proj is True"),
+        ("encoder_down_projection", "no encoder_down_projection: its width is its encoder's"),
+        ("encoder_up_projection", "output.hidden.weight|output.up.weight .* is missing"),
+    ],
+)
+def test_other_forms_of_the_released_video_baseline_are_refused_in_words(tmp_path, change, message):
+    weights, hparams = video_baseline_weights(), dict(VIDEO_BASELINE)
+    if isinstance(change, dict):
+        hparams |= change
+    else:
+        weights = {name: tensor for name, tensor in weights.items() if change not in name}
+    with pytest.raises(UserError, match=message):
+        conversion.import_released(
+            lightning(tmp_path / "in.ckpt", weights, hparams), tmp_path / "folder", **SILENT
+        )
+
+
+@pytest.mark.parametrize("case", ["nlp_default_a5", "vid_default"])
+@pytest.mark.parametrize("alpha", [1e-6, 0.0, -3.0])
+def test_a_learned_alpha_below_its_clamp_is_kept_and_predictions_use_the_clamp(
+    tmp_path, case, alpha
+):
+    weights, hparams = golden(ROOT / "tests" / "golden" / f"{case}.safetensors")
+    predictions = {}
+    for value in (alpha, 1e-4):
+        changed = weights | {"alpha": torch.tensor(value, dtype=torch.float64)}
+        folder = tmp_path / f"{value}"
+        file = lightning(tmp_path / f"{value}.ckpt", changed, hparams)
+        conversion.import_released(file, folder, dtype="float64", **SILENT)
+        assert ModelFolder(folder).read("step_size").item() == value
+        conversion.export_released(folder, tmp_path / f"{value}_again.ckpt", **SILENT)
+        again, _ = conversion.read_released(tmp_path / f"{value}_again.ckpt")
+        assert again["alpha"].item() == value
+        config = load_config(folder / "config.yaml")
+        model = build(config, ours_of(folder)).eval()
+        observed = torch.zeros(2, 5, dtype=torch.int64)
+        if config.state.kind == "embedding":
+            observed = torch.zeros(2, 5, config.state.dimension, dtype=torch.float64)
+        with torch.no_grad():
+            predictions[value] = last_states(model, observed, ThinkingRules(seed=1))
+    assert torch.equal(predictions[alpha], predictions[1e-4])
+
+
+def ours_of(folder):
+    source = ModelFolder(folder)
+    return {name: source.read(name) for name in source.files}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    weights, hparams = golden(ROOT / "tests" / "golden" / "vid_default.safetensors")
+    weights["alpha"] = torch.tensor(value)
+    with pytest.raises(CheckpointError, match="not finite in alpha") as caught:
+        conversion.import_released(
+            lightning(tmp_path / "in.ckpt", weights, hparams), tmp_path / "folder", **SILENT
+        )
+    assert "\n" not in str(caught.value)
 
 
 def test_what_the_released_code_cannot_express_is_listed(tmp_path):

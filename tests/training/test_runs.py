@@ -210,3 +210,21 @@ def test_tracking_offline_keeps_one_run_id_over_a_resume_and_changes_no_loss(run
         for folder in (runs.folder / "tracked" / "wandb").glob("offline-run-*")
     )
     assert runs.rows("tracked") == runs.rows("reference")
+
+
+def test_a_run_shorter_than_the_logging_interval_has_a_report_and_bad_lines_do_not_stop_a_resume(
+    runs,
+):
+    short = {"train.max_steps": 3, "logging.every_steps": 10, "evaluation.every_steps": 0}
+    output = runs.run("short", overrides=short)
+    folder = runs.folder / "short"
+    assert f"finished; report: {folder / 'report.html'}" in output
+    assert "shorter than logging.every_steps" in (folder / "report.html").read_text()
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with (folder / name).open("ab") as file:
+            file.write(b"\xff\n")
+    output = runs.run("short", overrides=short | {"train.max_steps": 5}, flags=("--resume",))
+    assert output.count("warning: metrics.jsonl: 1 unreadable line left out") == 1
+    page = (folder / "report.html").read_text()
+    assert "events.jsonl: 1 unreadable line left out" in page and "step 5 of 5" in page
+    assert [row["step"] for row in runs.rows("short")] == [3, 5]

@@ -204,6 +204,7 @@ def test_a_mixture_and_a_stream_train(runs, clips, tmp_path):
         "stream",
         overrides=VIDEO
         | {"data.stream": [f"pipe:cat {s}" for s in shards], "data.stream_buffer": 4},
+        flags=("--allow-pipe",),
     )
     assert "shards are streamed" in output and runs.rows("stream")[-1]["step"] == 8
     runs.interrupt(
