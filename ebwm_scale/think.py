@@ -326,19 +326,32 @@ def context_frames(path: Path, content, start_s: float, count: int):
     Decoded in a process of its own, as the dataset's are: a decoder that crashes or stands still is an error in one line.
     """
     from .data.clips import frames_from
+    from .data.findings import Findings
     from .data.workers import each_in_a_process
 
     def decode(path: Path, moved):
-        return frames_from(
-            path, start_s, content.interval_s, count, content.height, content.width, moved
+        findings = Findings()
+        frames = frames_from(
+            path,
+            start_s,
+            content.interval_s,
+            count,
+            content.height,
+            content.width,
+            findings,
+            moved,
         )
+        return frames, findings.phrases()
 
     (outcome,) = each_in_a_process([path], decode)
     if outcome.problem is not None:
         raise DataError(f"{path}: {outcome.problem.removeprefix(f'{path}: ')}")
-    if not len(outcome.result):
+    frames, phrases = outcome.result
+    if phrases:
+        print(f"warning: {path}: {'; '.join(phrases)}", file=sys.stderr)
+    if len(frames) == 0:
         raise UserError(f"{path}: has no frame at {start_s} s; --start must lie inside the video")
-    return outcome.result
+    return frames
 
 
 if __name__ == "__main__":

@@ -229,15 +229,17 @@ def frames_from(
     count: int,
     height: int,
     width: int,
+    findings: Findings,
     moved: Callable[[], None] = not_watched,
 ) -> np.ndarray:
     """Up to `count` frames (n, height, width, 3) uint8 from start_s on, an interval apart, of one piece.
 
-    Each is the middle of the picture, as the first window of a clip is. Raises DataError.
+    Each is the middle of the picture, as the first window of a clip is. findings: filled in, as far as
+    the video was read. Raises DataError.
     """
     frames: list[np.ndarray] = []
     piece: int | None = None
-    for picture in pictures(path, moved=moved):
+    for picture in pictures(path, findings, moved):
         if frames and picture.piece != piece:
             break
         piece = picture.piece

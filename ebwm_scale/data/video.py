@@ -280,8 +280,10 @@ def _split_clips(
             f"split by time: the last {rules.validation_fraction:.0%} of each video is validation, {gap:g} s before it are left out"
         )
         result: dict[str, Clips] = {"train": [], "validation": []}
+        longest_s = 0.0
         for video, path in parts:
             end = max(clip.start_s for clip in clips[video]) + rules.clips.span_s
+            longest_s = max(longest_s, end)
             border = end * (1 - rules.validation_fraction)
             early = [
                 clip for clip in clips[video] if clip.start_s + rules.clips.span_s <= border - gap
@@ -292,7 +294,7 @@ def _split_clips(
         for name, found in result.items():
             if not found:
                 raise DataError(
-                    f"split by time leaves the {name} split without a clip: videos are too short for clips of {rules.clips.span_s:g} s, a gap of "
+                    f"split by time leaves the {name} split without a clip: the longest video is {longest_s:g} s, too short for clips of {rules.clips.span_s:g} s, a gap of "
                     f"{gap:g} s and a validation fraction of {rules.validation_fraction}; change one of them, or the stride"
                 )
         return result
