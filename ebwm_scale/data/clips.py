@@ -1,14 +1,14 @@
 """Videos -> frames at a chosen interval -> clips, one file per video.
 
-    video     |....|....|....|....||....|....|....|....|     pictures as a player shows them (decoding.py), in pieces
-    frames    a    b    c    d    e    f    g    h           at t, t + interval, ... of each piece: the one on screen then,
-                                                             resized and cropped
-    clips     [a    b    c    d]                             context_length + 1 frames of one piece, a new clip every
-                                  [e    f    g    h]         `stride` seconds
+    video     |....|....|....|....||....|....|....|....|  pictures in pieces (decoding.py)
+    frames    a    b    c    d     e    f    g    h       of each piece at t, t + interval, ...: the
+                                                          one on screen then, resized and cropped
+    clips     [a    b    c    d]                          context_length + 1 frames of one piece,
+                                   [e    f    g    h]     a new clip every `stride` seconds
 
-A part file holds a video's frames once, however many clips share them: a tar of 000000.jpg ... and clips.json, which
-also says what was left out. It is written under another name and renamed, so a killed preparation goes on with the
-videos that are not done yet.
+A part file holds a video's frames once, however many clips share them: a tar of 000000.jpg ... and
+clips.json, which also says what was left out. It is written under another name and renamed, so a
+killed preparation goes on with the videos that are not done yet.
 """
 
 from __future__ import annotations
@@ -189,7 +189,10 @@ def read_frames(part: Path) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Shown:
-    """What is on screen in a piece at its start + offsets[offset] + k * interval; pixels (height, width, 3) uint8."""
+    """What is on screen at a piece's start + offsets[offset] + k * interval.
+
+    pixels: (height, width, 3) uint8.
+    """
 
     piece: int
     piece_start_s: float
@@ -201,7 +204,7 @@ class Shown:
 def shown_at(
     shown: Iterable[Picture], interval_s: float, offsets_s: Sequence[float]
 ) -> Iterator[Shown]:
-    """What is on screen in each piece of a video at the times offset + k * interval after the piece's start.
+    """What is on screen in each piece of a video at offset + k * interval after its start.
 
     shown: of decoding.pictures. Only pictures that are asked for are converted to pixels.
     """
@@ -232,10 +235,10 @@ def frames_from(
     findings: Findings,
     moved: Callable[[], None] = not_watched,
 ) -> np.ndarray:
-    """Up to `count` frames (n, height, width, 3) uint8 from start_s on, an interval apart, of one piece.
+    """Up to `count` frames (n, height, width, 3) uint8 of one piece, an interval apart.
 
-    Each is the middle of the picture, as the first window of a clip is. findings: filled in, as far as
-    the video was read. Raises DataError.
+    start_s: of the first. Each is the middle of the picture, as the first window of a clip is. findings: filled in, as far
+    as the video was read. Raises DataError.
     """
     frames: list[np.ndarray] = []
     piece: int | None = None
@@ -370,7 +373,10 @@ def _too_short(
     if length_s - longest_s > _EPSILON_S:
         long = f"{longest_s:.2f} s without a break ({length_s:.2f} s in all)"
     need = f"a clip of {rules.context_length} + 1 frames, {rules.interval_s:g} s apart"
-    about = [f"{path}: {long} long: shorter than {need} ({rules.span_s:g} s)", *findings.phrases()]
+    about = [
+        f"{path}: {long} long: shorter than {need} (the last at {rules.span_s:g} s)",
+        *findings.phrases(),
+    ]
     return "; ".join(about)
 
 

@@ -2,16 +2,17 @@
 
     file --demux--> packets --decode--> frames --Timeline, Soundness, Shape--> pictures in pieces
 
-A piece is shown without a break. A new one begins after a join, a gap, damage, or a change of size or
-orientation, and no clip crosses the border. A decoder has no threads of its own: an error belongs to the
-packet just given, and nothing is waited for when decoding is left early. Several videos are decoded at a
-time instead (workers.py).
+A piece is shown without a break. A new one begins after a join, a gap, damage, or a change of size
+or orientation, and no clip crosses the border. A decoder has no threads of its own: an error
+belongs to the packet just given, and nothing is waited for when decoding is left early. Several
+videos are decoded at a time instead (workers.py).
 
 This does not choose pictures and does not resize them for a model: that is clips.py.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -76,8 +77,8 @@ def pictures(
 def import_av():
     """The package av, with FFmpeg's messages off and no callback for them.
 
-    A callback (av.logging.set_level) takes the interpreter's lock in FFmpeg's threads while the thread
-    that waits for those threads to end may hold it: decoding would stand still for ever.
+    A callback (av.logging.set_level) takes the interpreter's lock in FFmpeg's threads, while the
+    thread that waits for them to end may hold it: decoding would stand still for ever.
     """
     try:
         import av
@@ -100,8 +101,8 @@ def _open(av, path: Path):
         )
     except av.ArgumentError:
         raise DataError(
-            f"{path}: is of a kind that is not opened; use mp4, mov, mkv, webm, avi, mpeg, ts, wmv, "
-            "flv, ogv or gif"
+            f"{path}: is of a kind that is not opened; use mp4, mov, mkv, webm, avi, mpeg, ts, "
+            "wmv, flv, ogv or gif"
         ) from None
 
 
@@ -139,14 +140,14 @@ def _pictures(
     soundness = Soundness(
         rate, timeline, findings, lambda: _key_packets(av, path, stream.index, moved)
     )
-    declared_aspect, first_coded_aspect = stream.sample_aspect_ratio, context.sample_aspect_ratio
+    aspects = _Aspects(stream)
     piece, broken = 0, False
     waiting: Picture | None = None  # the last sound one, until it is known how long it is shown
     shape: Shape | None = None  # of the last sound one
-    for judged in _judged(av, container, stream, soundness, moved):
+    for judged in _judged(av, container, stream, soundness, aspects, moved):
         frame = judged.frame
         lasts_s = timeline.step_s
-        time_s, continues = timeline.place(_stamp_s(frame, stream), counted=judged.sound)
+        time_s, continues = timeline.place(_stamp_s(frame, stream), sound=judged.sound)
         if waiting is not None:
             end_s = min(time_s, waiting.begin_s + lasts_s) if judged.hole else time_s
             yield replace(waiting, end_s=end_s)
@@ -154,10 +155,7 @@ def _pictures(
         broken = broken or judged.hole or not judged.sound or not continues
         if not judged.sound:
             continue
-        # What the container declares holds until the coded ratio changes on the way.
-        coded_aspect = context.sample_aspect_ratio
-        changed = coded_aspect != first_coded_aspect
-        last_shape, shape = shape, shape_of(frame, coded_aspect if changed else declared_aspect)
+        last_shape, shape = shape, shape_of(frame, aspects.of(judged.number))
         if last_shape is not None and shape != last_shape:
             findings.changes += 1
             broken = True
@@ -176,16 +174,40 @@ def _pictures(
         raise DataError("; ".join([f"{path}: {why}", *findings.phrases()]))
 
 
+class _Aspects:
+    """The sample aspect ratio of each frame: what the container declares, until the coded one changes."""
+
+    def __init__(self, stream):
+        self._context = stream.codec_context
+        self._numbers = [0]  # of the packets with which it changed
+        self._coded = [self._context.sample_aspect_ratio]
+        self._declared = stream.sample_aspect_ratio
+
+    def packet_decoded(self, number: int) -> None:
+        ratio = self._context.sample_aspect_ratio
+        if ratio != self._coded[-1]:
+            self._numbers.append(number)
+            self._coded.append(ratio)
+
+    def of(self, number: int | None) -> Fraction | None:
+        """number: of the frame's packet; None: not known, so it is taken for the last one."""
+        index = len(self._coded) if number is None else bisect_right(self._numbers, number)
+        coded = self._coded[index - 1]
+        return self._declared if coded == self._coded[0] else coded
+
+
 def _judged(
-    av, container, stream, soundness: Soundness, moved: Callable[[], None]
+    av, container, stream, soundness: Soundness, aspects: _Aspects, moved: Callable[[], None]
 ) -> Iterator[Judged]:
     """Decoded frames in the order in which they are shown, and whether they are sound."""
-    for frame in _frames(av, container, stream, soundness, moved):
+    for frame in _frames(av, container, stream, soundness, aspects, moved):
         yield from soundness.judge(frame)
     yield from soundness.rest()
 
 
-def _frames(av, container, stream, soundness: Soundness, moved: Callable[[], None]) -> Iterator:
+def _frames(
+    av, container, stream, soundness: Soundness, aspects: _Aspects, moved: Callable[[], None]
+) -> Iterator:
     """Decoded frames in the order in which they are shown; soundness hears of what fails."""
     for packet in _packets(av, container, stream, soundness):
         moved()
@@ -194,6 +216,7 @@ def _frames(av, container, stream, soundness: Soundness, moved: Callable[[], Non
         except av.FFmpegError as error:
             soundness.packet_failed(_words(error))
             continue
+        aspects.packet_decoded(soundness.num_packets)
         yield from frames
     try:
         yield from stream.codec_context.decode(None)  # what the decoder still holds back
@@ -222,7 +245,7 @@ def _packets(av, container, stream, soundness: Soundness) -> Iterator:
 
 
 def _beyond_the_end(container, stream) -> int:
-    """How many packets an mp4 or mov file declares behind its end: it was cut, or not copied whole."""
+    """How many packets an mp4 or mov file declares behind its end: it was cut."""
     if not container.format.name.startswith("mov"):
         return 0  # other indexes hold places to seek to, not every packet
     return sum(entry.pos + entry.size > container.size for entry in stream.index_entries)

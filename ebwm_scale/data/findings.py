@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Findings:
-    """Counts for one video; `total` adds those of several up. A video without any is stored whole."""
+    """Counts for one video, which `total` adds up. A video without any is stored whole."""
 
     damaged_packets: int = 0  # that the decoder refused, or that the file's own checks condemn
     faulty_pictures: int = 0  # in which the decoder concealed errors

@@ -1,13 +1,14 @@
 """Which decoded pictures show what was recorded, in a file with damage.
 
-    packets    K  p  p  X  p  p  K  p          X cannot be decoded, or the decoder conceals errors in it
-    pictures   +  +  +  -  -  -  +  +          those up to the next key frame build on it and are left out
+    packets    K  p  p  X  p  p  K  p      X cannot be decoded, or the decoder conceals errors in it
+    pictures   +  +  +  -  -  -  +  +      up to the next key frame they build on it: left out
 
-The decoder tells of concealed errors when it gives the picture out. Pictures that were decoded after it but are shown
-before it build on it too: so each is held back until those decoded before it are out.
+The decoder tells of concealed errors when it gives the picture out. Pictures that were decoded
+after it but are shown before it build on it too: so each is held back until those decoded before it
+are out.
 
-Where no key frame follows soon, pictures are taken again a moment after the damage, and counted as doubtful: a player
-shows them, and what is wrong in them fades as parts of the picture are coded anew.
+Where no key frame follows soon, pictures are taken again a moment after the damage, and counted as
+doubtful: a player shows them, and what is wrong fades as parts of the picture are coded anew.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from .timeline import Timeline
 
 _KEY_FRAME_WITHIN_S = 10.0
 _DOUBTFUL_AFTER_S = 1.0
-# Where files are joined, the file's own checks condemn one of the last packets before, for what does not follow it.
-# If a key frame comes next, no other picture builds on it; if it is damaged itself, the decoder says so.
+# Where files are joined, the file's own checks condemn one of the last packets before, for what
+# does not follow it. If a key frame comes next, no other picture builds on it; if it is damaged
+# itself, the decoder says so.
 _WAIT_FOR_JOIN = 2
 _MAX_HELD = 16  # frames; more are never coded out of order
 
@@ -68,9 +70,11 @@ class Soundness:
         self._fields = False  # there may be two packets to a picture
         # Packets until one that the file's own checks find damaged counts as such.
         self._condemned = 0
-        # Numbers of packets: what is decoded from the first on builds on it, up to a key frame after the last.
+        # Numbers of packets: what is decoded from the first on builds on it, up to a key frame
+        # after the last.
         self._first_damage: int | None = None
         self._last_damage = 0
+        self._in_damage = False  # frames that build on damage have come
         self._doubtful = False
         self._doubtful_from_s: float | None = None  # None: wait for the next key frame
 
@@ -125,8 +129,12 @@ class Soundness:
             if now_s >= self._doubtful_from_s:
                 self._first_damage = None
                 self._doubtful = True
-        before = number is not None and number < (self._first_damage or 0)
-        sound = not frame.is_corrupt and (self._first_damage is None or before)
+        sound = not frame.is_corrupt
+        if self._first_damage is None:
+            self._in_damage = False
+        elif self._in_damage or number is None or number >= self._first_damage:
+            sound = False
+            self._in_damage = True  # what was decoded before and comes now has lost its place
         self._held.append(Judged(frame, number, sound, self._doubtful, self._hole))
         self._hole = False
         while self._held and not self._is_early(self._held[0]):

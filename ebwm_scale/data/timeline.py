@@ -1,10 +1,10 @@
-"""Timestamps of a file -> seconds on a player's clock, which never goes backwards and never waits for long.
+"""Timestamps of a file -> seconds on a player's clock: never backwards, never still for long.
 
     in the file    0  .1  .2  .3 | 0  .1  .2 | 60  60.1        joined at |, and a gap
     on the clock   0  .1  .2  .3  .4  .5  .6   .7  .8          three pieces, one after the other
 
-Players do the same: a step far back, or too long to be meant, lasts as long as an ordinary one. A picture that is a little
-out of order is shown at once, and the next one at its own time.
+Players do the same: a step far back, or too long to be meant, lasts as long as an ordinary one. A
+picture that is a little out of order is shown at once, and the next one at its own time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from .findings import Findings
 LONGEST_STILL_S = 5.0  # a longer step is a gap, in a video whose pictures usually follow sooner
 _LONGEST_STILL_OF_ANY_S = 60.0  # in a slide show too
 _ORDINARY_STEPS = 3  # of a slide show that a still may last
-_JOIN_S = 1.0  # a step back by less is disorder within one recording
+_JOIN_S = 1.0  # a step back by this much is never disorder within one recording
+_JOIN_STEPS = 10  # ... nor one by as many ordinary steps
 _STANDSTILL = 8  # timestamps that do not rise, in a row, until they are taken for missing ones
 
 
@@ -33,10 +34,11 @@ class Timeline:
         self._num_not_rising = 0  # in a row
         self._findings = findings
 
-    def place(self, stamp_s: float | None, *, counted: bool = True) -> tuple[float, bool]:
+    def place(self, stamp_s: float | None, *, sound: bool = True) -> tuple[float, bool]:
         """(time of the next picture, whether it continues the one before).
 
-        stamp_s: None if the file has none; counted: whether disorder is a finding.
+        stamp_s: None if the file has none. sound: False for a picture that is left out because of damage,
+        whose order says nothing.
         """
         if self.time_s is None:
             if stamp_s is None:
@@ -51,17 +53,17 @@ class Timeline:
             return ordinary_s, True
         time_s = stamp_s + self._offset_s
         step_s = time_s - self.time_s
-        if step_s <= -_JOIN_S or step_s > self.longest_s:
-            if step_s < 0:
-                self._findings.joins += 1
-            else:
+        joined = sound and step_s <= -min(_JOIN_S, _JOIN_STEPS * self.step_s)
+        if joined or step_s > self.longest_s:
+            self._findings.joins += joined
+            if not joined:
                 self._findings.gaps += 1
                 self._findings.gap_s += step_s - self.step_s
             self._offset_s += ordinary_s - time_s
             self.time_s = ordinary_s
             return ordinary_s, False
         if step_s <= 0:
-            self._findings.out_of_order += counted
+            self._findings.out_of_order += sound
             self._num_not_rising += 1
             share = 0.25 if self._num_not_rising < _STANDSTILL else 1.0
             self.time_s += share * self.step_s

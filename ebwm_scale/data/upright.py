@@ -1,9 +1,10 @@
-"""Decoded frames -> pictures as a player shows them: turned and mirrored by the display matrix, with square pixels.
+"""Decoded frames -> pictures as a player shows them: turned, mirrored, with square pixels.
 
-A display matrix sends the pixel in column p, row q to column a p + c q, row b p + d q (downwards), so
+A display matrix sends the pixel in column p, row q to column a p + c q, row b p + d q (downwards):
 
-    a, d  not 0    p stays a column:  mirrored left to right where a < 0, upside down where d < 0
-    b, c  not 0    p becomes a row:   transposed, then mirrored left to right where c < 0, upside down where b < 0
+    a, d  not 0    a column stays one:     mirrored left to right if a < 0, upside down if d < 0
+    b, c  not 0    it becomes a row:       transposed, then
+                                           mirrored left to right if c < 0, upside down if b < 0
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _QUARTER_TURNS = (  # counter-clockwise
 def orientation_of(matrix: bytes | None) -> Orientation:
     """The orientation that a display matrix (nine 32-bit integers, as FFmpeg gives it) asks for.
 
-    Raises ValueError for a turn by something else than quarters. A matrix of zeros turns nothing, as in players.
+    A matrix of zeros turns nothing, as in players. Raises ValueError for other than quarter turns.
     """
     if matrix is None or len(matrix) < 36:
         return Orientation()
@@ -66,7 +67,10 @@ def orientation_of(matrix: bytes | None) -> Orientation:
 
 @dataclass(frozen=True)
 class Shape:
-    """How a stored frame becomes a picture. width, height: stored; pixel_aspect: width of a pixel over its height."""
+    """How a stored frame becomes a picture.
+
+    width, height: as stored; pixel_aspect: width of a pixel over its height.
+    """
 
     width: int
     height: int
@@ -74,7 +78,7 @@ class Shape:
     orientation: Orientation
 
     def scaled(self) -> tuple[int, int]:
-        """(width, height) with square pixels, before turning: the side that is too short is lengthened."""
+        """(width, height) with square pixels, before turning; the shorter side is lengthened."""
         if self.pixel_aspect >= 1:
             return round(self.width * self.pixel_aspect), self.height
         return self.width, round(self.height / self.pixel_aspect)
@@ -112,9 +116,8 @@ def _orientation_of(frame) -> Orientation:
 
     try:
         side_data = list(frame.side_data)
-    except (
-        ValueError
-    ):  # PyAV gives nothing but the angle of a frame with data of a kind it does not know
+    except ValueError:
+        # The frame carries data of a kind that PyAV does not know; then it gives only the angle.
         return _QUARTER_TURNS[round(frame.rotation / 90) % 4]
     matrices = [bytes(data) for data in side_data if data.type is Type.DISPLAYMATRIX]
     return orientation_of(matrices[-1] if matrices else None)

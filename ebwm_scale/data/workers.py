@@ -45,8 +45,8 @@ def each_in_a_process(
 ) -> Iterator[Outcome]:
     """The outcome of function(task, moved) for each task, as they end; up to `workers` at a time.
 
-    DataError and OSError in a function are problems, as are a crash and `still_s` seconds without a call
-    of moved. Workers are ended when the iteration is left.
+    DataError and OSError in a function are problems, as are a crash and `still_s` seconds without a
+    call of moved. Workers are ended when the iteration is left.
     """
     waiting = deque(tasks)
     running: list[_Worker] = []
@@ -92,7 +92,7 @@ class _Worker:
             except EOFError:
                 return Outcome(self.task, problem=self._how_it_ended())
         now = time.monotonic()
-        # Time in which this process itself did not run (suspended, asleep) is not held against a worker.
+        # Time in which this process did not run (suspended, asleep) is not held against a worker.
         self._still_s += min(now - self._looked_at, 4 * look_every_s)
         self._looked_at = now
         if self._moves.value != self._seen_moves:
@@ -122,7 +122,8 @@ class _Worker:
 
 def _work(task: Any, function: Callable, moves, sender) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    # What the parent had is never freed here: freeing an open decoder waits for threads that only the parent has.
+    # What the parent had is never freed here: freeing an open decoder waits for threads that only
+    # the parent has.
     gc.freeze()
 
     def moved() -> None:

@@ -1,4 +1,4 @@
-"""Small videos for tests, written with PyAV: a known picture in every frame, and what cameras, muxers and damage do."""
+"""Small videos for tests, written with PyAV: known pictures, and what cameras and damage do."""
 
 from fractions import Fraction
 
@@ -18,7 +18,7 @@ def pattern(height=48, width=80):
 
 
 def frame_of(brightness, height=32, width=48):
-    """The pattern with a block of one brightness in the middle, which tells the frames of a video apart."""
+    """The pattern with a block of one brightness in the middle, which tells frames apart."""
     picture = pattern(height, width)
     picture[height // 4 : -height // 4, width // 4 : -width // 4] = min(brightness, 255)
     return picture
@@ -32,7 +32,7 @@ def brightness_of(picture):
 
 def write(path, frames, *, codec="mpeg4", pix_fmt="yuv420p", stamps=None, setup=None, key_every=10,
           container_options=None, codec_options=None, aspect=None):  # fmt: skip
-    """frames (height, width, 3) at RATE, or at `stamps` (in units of 1 / 1000 s); setup(stream) before the first is encoded."""
+    """frames (height, width, 3) at RATE, or at `stamps` (ms); setup(stream): before the first."""
     import av
 
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -63,7 +63,7 @@ def numbered(count, first=0, step=4, **size):
 
 
 def remux(source, target, change, **options):
-    """A copy with every packet changed: change(number, packet) -> packet or None to leave it out."""
+    """A copy, each packet changed: change(number, packet) -> packet, or None to leave it out."""
     import av
 
     with av.open(str(source)) as read, av.open(str(target), "w", options=options) as written:

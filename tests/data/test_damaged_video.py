@@ -1,4 +1,4 @@
-"""A damaged packet costs the pictures that build on it, no others; what it cost is said. Decoding ends, whatever the file."""
+"""A damaged packet costs the pictures that build on it, and that is said. Decoding always ends."""
 
 import subprocess
 import sys

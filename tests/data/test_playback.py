@@ -1,4 +1,4 @@
-"""What a player shows is what is read: turned, mirrored, stretched, from the right stream, at the right time, in one order."""
+"""What a player shows is what is read: upright, from the right stream, at the right time."""
 
 import struct
 from fractions import Fraction
@@ -277,7 +277,9 @@ def values(read):
     return [round((brightness_of(picture.pixels())) / 4) for picture in read]
 
 
-@pytest.mark.parametrize("codec, suffix", [("mpeg2video", "ts"), ("libx264", "ts"), ("mpeg2video", "mpg")])  # fmt: skip
+@pytest.mark.parametrize(
+    "codec, suffix", [("mpeg2video", "ts"), ("libx264", "ts"), ("mpeg2video", "mpg")]
+)
 def test_joined_files_are_read_to_their_end_in_pieces(tmp_path, codec, suffix):
     parts = [
         write(tmp_path / f"{i}.{suffix}", numbered(40, first=20 * i, step=5), codec=codec)
@@ -402,6 +404,22 @@ def test_absurd_timestamps_do_not_ask_for_a_billion_frames(tmp_path, jump):
     timeline = Timeline(abs(jump), Findings())  # the mean step is absurd as well
     times = [timeline.place(stamp)[0] for stamp in (0.0, 0.05, jump, 2 * jump, 2 * jump + 0.05)]
     assert max(np.diff(times)) <= 60
+
+
+def test_a_pixel_aspect_that_changes_on_the_way_begins_a_piece(tmp_path):
+    shown = pattern(48, 80)
+    parts = [
+        write(tmp_path / "a.ts", [shown] * 20, codec="libx264"),
+        write(tmp_path / "b.ts", [shown[:, ::2]] * 20, codec="libx264", aspect=Fraction(2, 1)),
+        write(tmp_path / "c.ts", [shown[::2]] * 20, codec="libx264", aspect=Fraction(1, 2)),
+    ]
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    read, findings = played(path)
+    assert findings.changes == 2 and {picture.piece for picture in read} == {0, 1, 2}
+    for picture in read:
+        assert abs(picture.pixels().shape[1] / picture.pixels().shape[0] - 80 / 48) < 0.02
+        assert picture.pixels().shape != (48, 80, 3) or likeness(picture.pixels(), shown) > 0.95
 
 
 def test_pictures_left_out_by_a_remux_are_a_still_as_in_a_player(tmp_path):

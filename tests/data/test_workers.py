@@ -1,4 +1,4 @@
-"""Tasks in processes of their own: results of any size; a crash or a standstill costs one task, is named, and is over in time."""
+"""Tasks in processes of their own: a crash or a standstill costs one task, and is named."""
 
 import gc
 import os
