@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        "video": ["av>=15", "pillow>=10", "tqdm>=4"],
+        "video": ["av>=18", "pillow>=10", "tqdm>=4"],
         "encoders": [
             "diffusers>=0.35",
             "transformers>=4.50",

@@ -64,9 +64,9 @@ def _gif(path: Path, frames: list[np.ndarray], interval_s: float) -> None:
 def _mp4(path: Path, frames: list[np.ndarray], interval_s: float) -> None:
     from fractions import Fraction
 
-    from .data.clips import _av
+    from .data.decoding import import_av
 
-    av = _av()
+    av = import_av()
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
             "mpeg4", rate=Fraction(1 / interval_s).limit_denominator(1000)

@@ -334,19 +334,37 @@ def continue_video(
 
 
 def context_frames(path: Path, content, start_s: float, count: int):
-    """Up to `count` frames (n, height, width, 3) of a video from start_s on, an interval apart, windowed as the dataset's are."""
-    import numpy as np
+    """Up to `count` frames (n, height, width, 3) of a video from start_s on, an interval apart, windowed as the dataset's are.
 
-    from .data.clips import resize_and_crop, shown_at
+    Decoded in a process of its own, as the dataset's are: a decoder that crashes or stands still is an error in one line.
+    """
+    from .data.clips import frames_from
+    from .data.findings import Findings
+    from .data.workers import each_in_a_process
 
-    frames = []
-    for _, k, frame in shown_at(path, content.interval_s, [start_s]):
-        frames.append(resize_and_crop(frame, content.height, content.width, 1)[0][1])
-        if len(frames) == count:
-            break
-    if not frames:
+    def decode(path: Path, moved):
+        findings = Findings()
+        frames = frames_from(
+            path,
+            start_s,
+            content.interval_s,
+            count,
+            content.height,
+            content.width,
+            findings,
+            moved,
+        )
+        return frames, findings.phrases()
+
+    (outcome,) = each_in_a_process([path], decode)
+    if outcome.problem is not None:
+        raise DataError(f"{path}: {outcome.problem.removeprefix(f'{path}: ')}")
+    frames, phrases = outcome.result
+    if phrases:
+        print(f"warning: {path}: {'; '.join(phrases)}", file=sys.stderr)
+    if len(frames) == 0:
         raise UserError(f"{path}: has no frame at {start_s} s; --start must lie inside the video")
-    return np.stack(frames)
+    return frames
 
 
 if __name__ == "__main__":

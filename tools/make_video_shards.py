@@ -4,7 +4,8 @@
     python tools/make_video_shards.py my_videos --output data/videos --encoder sd-vae --encoder-path ~/sd-vae-ft-ema
     python tools/make_video_shards.py my_videos --output data/videos --store jpeg --encoder transformers --encoder-path ~/dinov2-base
 
-Videos are decoded in parallel; a killed run goes on with those that are not done. A video that cannot be decoded is reported and left out. A
+What a player shows is stored: turned, mirrored, with square pixels. Videos are decoded in parallel; a killed run goes on
+with those that are not done. A video that cannot be decoded is reported and left out, and so is what is damaged in others. A
 video goes to training or validation as a whole; a single one is cut in time, with a gap. The formats are described in docs/data.md.
 """
 
@@ -13,6 +14,7 @@ import time
 
 from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.video import VideoRules, make_video_dataset
+from ebwm_scale.data.workers import STILL_S
 from ebwm_scale.encoders import ENCODERS
 from ebwm_scale.errors import UserError
 
@@ -163,7 +165,17 @@ def main() -> int:
         metavar="N",
         help="videos decoded at a time (default: one per core)",
     )
+    parser.add_argument(
+        "--stall-limit",
+        type=float,
+        default=STILL_S,
+        metavar="S",
+        help="end the decoding of a video that does not move for this long, and leave it out "
+        "(default %(default)g)",
+    )
     arguments = parser.parse_args()
+    if not arguments.stall_limit > 0:
+        parser.error(f"--stall-limit is {arguments.stall_limit}: must be above 0 seconds")
     if len(arguments.size) > 2:
         parser.error("--size takes a side, or height and width")
     settings = {
@@ -200,6 +212,7 @@ def main() -> int:
             rules,
             like=arguments.like,
             workers=arguments.workers,
+            still_s=arguments.stall_limit,
             progress=sys.stderr.isatty(),
         )
     except UserError as error:

@@ -1,12 +1,14 @@
 """Videos -> frames at a chosen interval -> clips, one file per video.
 
-    video     |....|....|....|....|....|....|....|....|      decoded with PyAV, every frame
-    frames    a    b    c    d    e    f    g    h    i      at t, t + interval, ...: the one on screen at that time, resized and cropped
-    clips     [a    b    c    d    e]                        context_length + 1 frames, a new clip every `stride` seconds
-                             [d    e    f    g    h] ...
+    video     |....|....|....|....||....|....|....|....|  pictures in pieces (decoding.py)
+    frames    a    b    c    d     e    f    g    h       of each piece at t, t + interval, ...: the
+                                                          one on screen then, resized and cropped
+    clips     [a    b    c    d]                          context_length + 1 frames of one piece,
+                                   [e    f    g    h]     a new clip every `stride` seconds
 
-A part file holds a video's frames once, however many clips share them: a tar of 000000.jpg ... and clips.json. It is written under another
-name and renamed, so a killed preparation goes on with the videos that are not done yet.
+A part file holds a video's frames once, however many clips share them: a tar of 000000.jpg ... and
+clips.json, which also says what was left out. It is written under another name and renamed, so a
+killed preparation goes on with the videos that are not done yet.
 """
 
 from __future__ import annotations
@@ -14,21 +16,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
 from .content import _SUFFIX, _pillow, encode_image
+from .decoding import Picture, not_watched, pictures
 from .documents import Report
+from .findings import Findings
 from .manifest import file_sha256
 from .tar import walk
+from .walking import walk_files
 
 VIDEO_SUFFIXES = (
     ".mp4",
@@ -45,6 +53,8 @@ VIDEO_SUFFIXES = (
     ".ogv",
     ".gif",
 )
+_SHOWN_KINDS = 8
+_PART_FORMAT = 2  # counts changes of what a part file of the same video and rules holds
 _EPSILON_S = 1e-3  # a frame whose time stamp is rounded to just after t still counts as shown at t
 
 
@@ -79,9 +89,8 @@ class ClipRules:
 
     @property
     def identity(self) -> str:
-        return hashlib.sha256(
-            json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
-        ).hexdigest()[:16]
+        values = {**dataclasses.asdict(self), "format": _PART_FORMAT}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -97,30 +106,31 @@ class Clip:
 def find_videos(inputs: Sequence[str | Path], *, report: Report = print) -> list[Video]:
     """All videos in the given files and folders (recursive), one of each content, sorted by it. Raises DataError when there is none."""
     found: dict[str, Video] = {}
+    others: Counter[str] = Counter()
     for source in map(Path, inputs):
         if not source.exists():
             raise DataError(
                 f"{source}: no such file or folder; give video files, or folders with them"
             )
-        paths = (
-            [source]
-            if source.is_file()
-            else [
-                p
-                for p in sorted(source.rglob("*"))
-                if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()
-            ]
-        )
-        for path in paths:
+        if source.is_file():
+            named = [(source.name, source)]
+        else:
+            inside = list(walk_files(source, report=report))
+            others.update(p.suffix.lower() or "no suffix" for p in inside if not _is_video(p))
+            named = [(p.relative_to(source).as_posix(), p) for p in inside if _is_video(p)]
+        for name, path in named:
             try:
                 digest = file_sha256(path)
             except OSError as error:
                 report(f"warning: {path}: skipped: {error.strerror}")
                 continue
-            name = path.name if source.is_file() else path.relative_to(source).as_posix()
             if digest in found:
                 report(f"{path}: the same bytes as {found[digest].path}, taken once")
             found.setdefault(digest, Video(name, path, digest))
+    if others:
+        ranked = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
+        kinds = ", ".join(f"{count} x {suffix}" for suffix, count in ranked[:_SHOWN_KINDS])
+        report(f"no videos, left out: {others.total()} files ({kinds})")
     if not found:
         raise DataError(
             f"{', '.join(map(str, inputs)) or 'no input'}: no video found; looked for {', '.join('*' + s for s in VIDEO_SUFFIXES)}"
@@ -128,15 +138,27 @@ def find_videos(inputs: Sequence[str | Path], *, report: Report = print) -> list
     return sorted(found.values(), key=lambda video: video.digest)
 
 
-def make_part(video: Video, part: Path, rules: ClipRules) -> None:
-    """Decode a video and write its part file. Raises DataError if it cannot be decoded to its end, or is shorter than a clip."""
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def make_part(
+    video: Video, part: Path, rules: ClipRules, moved: Callable[[], None] = not_watched
+) -> None:
+    """Decode a video and write its part file; moved: called at each step.
+
+    Raises DataError if nothing of it can be decoded, or no piece is as long as a clip.
+    """
     partial = part.with_name(f".{part.name}.{os.getpid()}")
+    findings = Findings()
     try:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            clips = _write_frames(video, rules, tar)
-            _add(
-                tar, "clips.json", json.dumps([dataclasses.asdict(clip) for clip in clips]).encode()
-            )
+            clips = _write_frames(video, rules, tar, findings, moved)
+            about = {
+                "clips": [dataclasses.asdict(clip) for clip in clips],
+                "findings": dataclasses.asdict(findings),
+            }
+            _add(tar, "clips.json", json.dumps(about).encode())
         os.replace(partial, part)
     finally:
         partial.unlink(missing_ok=True)
@@ -144,11 +166,19 @@ def make_part(video: Video, part: Path, rules: ClipRules) -> None:
 
 def read_clips(part: Path) -> list[Clip]:
     """The clips of a part file."""
+    return [
+        Clip(c["start_s"], c["zoom"], c["crop"], tuple(c["frames"])) for c in _about(part)["clips"]
+    ]
+
+
+def read_findings(part: Path) -> Findings:
+    """What was left out or put right when a part file was made."""
+    return Findings(**_about(part)["findings"])
+
+
+def _about(part: Path) -> dict[str, Any]:
     with tarfile.open(part, "r:") as tar:
-        return [
-            Clip(c["start_s"], c["zoom"], c["crop"], tuple(c["frames"]))
-            for c in json.load(tar.extractfile("clips.json"))
-        ]
+        return json.load(tar.extractfile("clips.json"))
 
 
 def read_frames(part: Path) -> list[bytes]:
@@ -157,55 +187,76 @@ def read_frames(part: Path) -> list[bytes]:
         return [member.content for member in walk(file, str(part)) if member.key != "clips"]
 
 
-def shown_at(
-    path: Path, interval_s: float, offsets_s: Sequence[float]
-) -> Iterator[tuple[int, int, "np.ndarray"]]:
-    """(offset number, k, frame) for each time offset + k * interval within a video: the frame (height, width, 3) uint8 on screen then.
+@dataclass(frozen=True)
+class Shown:
+    """What is on screen at a piece's start + offsets[offset] + k * interval.
 
-    Times count from the first frame. Raises DataError if the video cannot be opened or decoded.
+    pixels: (height, width, 3) uint8.
     """
-    av = _av()
-    waiting = [0] * len(offsets_s)  # the next k of each offset
-    last_time, last, step = None, None, None
 
-    def due(until: float) -> Iterator[tuple[int, int]]:
-        """Which (offset, k) lie before `until`, in the order of time."""
-        times = [
-            (offsets_s[i] + k * interval_s, i, k)
-            for i in range(len(offsets_s))
-            for k in range(
-                waiting[i],
-                max(waiting[i], math.ceil((until - _EPSILON_S - offsets_s[i]) / interval_s)),
-            )
-        ]
-        for _, i, k in sorted(times):
-            waiting[i] = k + 1
-            yield i, k
+    piece: int
+    piece_start_s: float
+    offset: int
+    k: int
+    pixels: np.ndarray
 
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise DataError(f"{path}: has no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            rate = float(stream.average_rate or stream.guessed_rate or 25)
-            first = None
-            for number, frame in enumerate(container.decode(stream)):
-                time = frame.time if frame.time is not None else number / rate
-                first = time if first is None else first
-                time -= first
-                if last is not None:
-                    for i, k in due(time):
-                        yield i, k, last
-                    step = time - last_time
-                last_time, last = time, frame.to_ndarray(format="rgb24")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        at = "" if last_time is None else f" after {last_time:.1f} s"
-        raise DataError(f"{path}: cannot be decoded{at}: {' '.join(str(error).split())}") from None
-    if last is None:
-        raise DataError(f"{path}: holds no frame")
-    for i, k in due(last_time + (step or 1 / rate)):
-        yield i, k, last
+
+def shown_at(
+    shown: Iterable[Picture], interval_s: float, offsets_s: Sequence[float]
+) -> Iterator[Shown]:
+    """What is on screen in each piece of a video at offset + k * interval after its start.
+
+    shown: of decoding.pictures. Only pictures that are asked for are converted to pixels.
+    """
+    for piece, group in itertools.groupby(shown, key=lambda picture: picture.piece):
+        start_s: float | None = None
+        waiting = [0] * len(offsets_s)  # the next k of each offset
+        for picture in group:
+            start_s = picture.begin_s if start_s is None else start_s
+            until_s = picture.end_s - start_s - _EPSILON_S
+            due = []
+            for i, offset_s in enumerate(offsets_s):
+                end = max(waiting[i], math.ceil((until_s - offset_s) / interval_s))
+                due += [(offset_s + k * interval_s, i, k) for k in range(waiting[i], end)]
+                waiting[i] = end
+            if due:
+                pixels = picture.pixels()
+            for _, i, k in sorted(due):
+                yield Shown(piece, start_s, i, k, pixels)
+
+
+def frames_from(
+    path: Path,
+    start_s: float,
+    interval_s: float,
+    count: int,
+    height: int,
+    width: int,
+    findings: Findings,
+    moved: Callable[[], None] = not_watched,
+) -> np.ndarray:
+    """Up to `count` frames (n, height, width, 3) uint8 of one piece, an interval apart.
+
+    start_s: of the first. Each is the middle of the picture, as the first window of a clip is. findings: filled in, as far
+    as the video was read. Raises DataError.
+    """
+    frames: list[np.ndarray] = []
+    piece: int | None = None
+    for picture in pictures(path, findings, moved):
+        if frames and picture.piece != piece:
+            break
+        piece = picture.piece
+        pixels: np.ndarray | None = None
+        while len(frames) < count and start_s < picture.end_s - _EPSILON_S:
+            if start_s < picture.begin_s - _EPSILON_S and not frames:
+                start_s = picture.begin_s  # between two pieces, or before the first picture
+            if pixels is None:
+                pixels = resize_and_crop(picture.pixels(), height, width, 1)[0][1]
+            frames.append(pixels)
+            start_s += interval_s
+        if len(frames) == count:
+            break
+    return np.stack(frames) if frames else np.zeros((0, height, width, 3), np.uint8)
 
 
 def resize_and_crop(
@@ -241,49 +292,92 @@ def _places(room: float, count: int) -> list[float]:
     return [room * i / (count - 1) for i in range(count)]
 
 
-def _write_frames(video: Video, rules: ClipRules, tar: tarfile.TarFile) -> list[Clip]:
-    """Writes every frame that a clip needs, once, and says which clip needs which."""
+def _write_frames(
+    video: Video,
+    rules: ClipRules,
+    tar: tarfile.TarFile,
+    findings: Findings,
+    moved: Callable[[], None],
+) -> list[Clip]:
+    """Writes every frame that a clip may need, once, and says which clip needs which."""
     # Clips start every stride; those whose starts differ by whole intervals share frames. So there are few different phases.
     phases = sorted(
         {round(math.fmod(k * rules.stride_s, rules.interval_s), 6) for k in range(_phases(rules))}
     )
-    numbers: list[dict[int, int]] = [
-        {} for _ in phases
-    ]  # of each phase: k -> number of the first window's frame
-    count, windows = 0, []
-    for phase, k, frame in shown_at(video.path, rules.interval_s, phases):
-        numbers[phase][k] = count
-        images = resize_and_crop(frame, rules.height, rules.width, rules.crops, rules.zooms)
-        zooms = [zoom for zoom, _ in images]
-        if windows not in ([], zooms):
-            raise DataError(f"{video.path}: its frames change in size")
-        windows = zooms
-        for _, image in images:
-            _add(
-                tar,
-                f"{count:08d}.{_SUFFIX[rules.stored]}",
-                encode_image(image, rules.stored, rules.quality),
+    clips: list[Clip] = []
+    count = 0
+    length_s = longest_s = 0.0  # of all pieces, of the longest
+
+    def watched() -> Iterator[Picture]:
+        nonlocal length_s, longest_s
+        start_s, piece = 0.0, None
+        for picture in pictures(video.path, findings, moved):
+            if picture.piece != piece:
+                start_s, piece = picture.begin_s, picture.piece
+            length_s += picture.end_s - picture.begin_s
+            longest_s = max(longest_s, picture.end_s - start_s)
+            yield picture
+
+    shown = shown_at(watched(), rules.interval_s, phases)
+    for _, group in itertools.groupby(shown, key=lambda one: one.piece):
+        numbers: list[dict[int, int]] = [{} for _ in phases]  # k -> number of the first window
+        for one in group:
+            numbers[one.offset][one.k] = count
+            windows = resize_and_crop(
+                one.pixels, rules.height, rules.width, rules.crops, rules.zooms
             )
-            count += 1
-    clips, start = [], 0
-    while True:
-        start_s = start * rules.stride_s
+            for _, image in windows:
+                moved()
+                content = encode_image(image, rules.stored, rules.quality)
+                _add(tar, f"{count:08d}.{_SUFFIX[rules.stored]}", content)
+                count += 1
+        zooms = [zoom for zoom, _ in windows]  # the same for all pictures of a piece
+        clips += _clips_of_piece(rules, phases, numbers, zooms, one.piece_start_s)
+    if not clips:
+        raise DataError(_too_short(video.path, rules, length_s, longest_s, findings))
+    return clips
+
+
+def _clips_of_piece(
+    rules: ClipRules,
+    phases: Sequence[float],
+    numbers: Sequence[dict[int, int]],
+    zooms: Sequence[int],
+    piece_start_s: float,
+) -> list[Clip]:
+    """The clips that begin every stride in a piece, as long as it has their frames."""
+    clips: list[Clip] = []
+    for index in itertools.count():
+        start_s = index * rules.stride_s
         first = math.floor(start_s / rules.interval_s + 1e-6)
         remainder = round(start_s - first * rules.interval_s, 6)
         phase = min(range(len(phases)), key=lambda i: abs(phases[i] - remainder))
         wanted = range(first, first + rules.context_length + 1)
         if any(k not in numbers[phase] for k in wanted):
-            break
+            return clips
         clips += [
-            Clip(start_s, zoom, crop, tuple(numbers[phase][k] + crop for k in wanted))
-            for crop, zoom in enumerate(windows)
+            Clip(
+                round(piece_start_s + start_s, 6),
+                zoom,
+                crop,
+                tuple(numbers[phase][k] + crop for k in wanted),
+            )
+            for crop, zoom in enumerate(zooms)
         ]
-        start += 1
-    if not clips:
-        raise DataError(
-            f"{video.path}: shorter than a clip of {rules.context_length} + 1 frames, {rules.interval_s} s apart ({rules.span_s:g} s)"
-        )
-    return clips
+
+
+def _too_short(
+    path: Path, rules: ClipRules, length_s: float, longest_s: float, findings: Findings
+) -> str:
+    long = f"{length_s:.2f} s"
+    if length_s - longest_s > _EPSILON_S:
+        long = f"{longest_s:.2f} s without a break ({length_s:.2f} s in all)"
+    need = f"a clip of {rules.context_length} + 1 frames, {rules.interval_s:g} s apart"
+    about = [
+        f"{path}: {long} long: shorter than {need} (the last at {rules.span_s:g} s)",
+        *findings.phrases(),
+    ]
+    return "; ".join(about)
 
 
 def _phases(rules: ClipRules) -> int:
@@ -300,14 +394,3 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
-
-
-def _av():
-    try:
-        import av
-    except ImportError:
-        raise DataError(
-            'decoding videos needs the package av (PyAV); install it with: python -m pip install "ebwm_scale[video]"'
-        ) from None
-    av.logging.set_level(av.logging.PANIC)  # what cannot be decoded is reported by us
-    return av

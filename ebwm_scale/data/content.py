@@ -25,6 +25,8 @@ from ..errors import DataError
 STORED = ("embedding", "jpeg", "webp")
 CLIP_FIELD = "clip.json"
 _SUFFIX = {"jpeg": "jpg", "webp": "webp"}
+_IMAGE_FORMATS = ("JPEG", "WEBP", "PNG")
+MAX_IMAGE_PIXELS = 2**24  # of an image whose size is not known beforehand: 48 MiB decoded
 # What numpy writes before a C-ordered array: the header of a sample is compared with this, and never evaluated.
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_TEXT = re.compile(
@@ -118,14 +120,10 @@ class VideoContent:
 
     def decode(self, fields: Mapping[str, bytes], block_length: int) -> np.ndarray:
         if self.stored != "embedding":
-            frames = np.stack(
-                [decode_image(fields[name]) for name in self.fields(block_length)[:-1]]
+            size = self.height, self.width
+            return np.stack(
+                [decode_image(fields[name], size) for name in self.fields(block_length)[:-1]]
             )
-            if frames.shape[1:] != (self.height, self.width, 3):
-                raise ValueError(
-                    f"holds frames {frames.shape[1:]}: expected {(self.height, self.width, 3)}"
-                )
-            return frames
         return _npy(fields["frames.npy"], _EMBEDDINGS, (block_length, self.dimension), "floats")
 
     def problem(self, sequences: np.ndarray) -> str | None:
@@ -157,14 +155,27 @@ def field_names(stored: str, block_length: int) -> tuple[str, ...]:
     return (*frames, CLIP_FIELD)
 
 
-def decode_image(content: bytes) -> np.ndarray:
-    """A jpeg, webp or png as uint8 (height, width, 3); ValueError if it is none or is cut off."""
+def decode_image(content: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
+    """A jpeg, webp or png as uint8 (height, width, 3).
+
+    size: the (height, width) that it must have; without, at most MAX_IMAGE_PIXELS. Nothing is decoded
+    before that is known. Raises ValueError for anything else, and for an image that is cut off.
+    """
     image = _pillow()
     try:
-        with image.open(io.BytesIO(content)) as file:
+        # Only these: the plug-in for EPS would start another program, others read much and fail late.
+        with image.open(io.BytesIO(content), formats=_IMAGE_FORMATS) as file:
+            width, height = file.size
+            if size is not None and (height, width) != size:
+                raise ValueError(f"is {height} x {width}: expected {size[0]} x {size[1]}")
+            if width * height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"is {height} x {width}: more than {MAX_IMAGE_PIXELS:,} pixels")
             return np.asarray(file.convert("RGB"))
-    except (OSError, SyntaxError, image.DecompressionBombError) as error:
-        raise ValueError(f"no readable image ({' '.join(str(error).split())})") from None
+    except image.UnidentifiedImageError:
+        raise ValueError("no readable image (not a jpeg, webp or png that can be opened)") from None
+    except Exception as error:  # on damaged bytes Pillow's plug-ins raise whatever comes up
+        what = " ".join((str(error) or type(error).__name__).split())
+        raise ValueError(f"no readable image ({what[:120]})") from None
 
 
 def encode_image(frame: np.ndarray, stored: str, quality: int) -> bytes:

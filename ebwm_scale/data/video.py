@@ -11,11 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,21 @@ import torch
 from ..encoders import FrameEncoder, build_encoder, load_encoder
 from ..encoders.pca import fit_pca
 from ..errors import DataError
-from .clips import Clip, ClipRules, Video, find_videos, make_part, read_clips, read_frames
+from .clips import (
+    Clip,
+    ClipRules,
+    Video,
+    find_videos,
+    make_part,
+    read_clips,
+    read_findings,
+    read_frames,
+)
 from .content import CLIP_FIELD, STORED, decode_image, field_names
 from .documents import Report, split_documents
+from .findings import Findings, total
 from .manifest import FORMAT_VERSION, MANIFEST_NAME, SplitInfo, already_there, load_manifest
+from .workers import STILL_S, each_in_a_process
 from .writer import ShardWriter, refuse_foreign_files, staged_folder, write_manifest
 
 _OURS = (
@@ -119,13 +128,15 @@ def make_video_dataset(
     *,
     like: str | Path | None = None,
     workers: int | None = None,
+    still_s: float = STILL_S,
     report: Report = print,
     progress: bool = False,
 ) -> Path:
     """Decode, split, encode and write a dataset folder; returns the path of its manifest.
 
-    like: a video dataset whose encoder, statistics and frame size to use, so that the two can be mixed.  Videos that cannot be decoded are
-    reported and left out.  Finished videos are kept beside the output until it is complete: a killed run goes on.  A complete dataset of the
+    like: a video dataset whose encoder, statistics and frame size to use, so that the two can be mixed.  still_s: seconds
+    after which a decoder that does not move is ended.  Videos that cannot be decoded are reported and left out, as is what is damaged in
+    the others.  Finished videos are kept beside the output until it is complete: a killed run goes on.  A complete dataset of the
     same videos and settings is kept; one of others is refused.  Raises DataError.
     """
     output = Path(output).resolve()
@@ -165,17 +176,19 @@ def make_video_dataset(
                 videos,
                 output.with_name(f".{output.name}.parts"),
                 rules.clips,
-                workers or os.cpu_count() or 1,
-                report,
-                progress,
+                workers=workers or os.cpu_count() or 1,
+                still_s=still_s,
+                report=report,
+                progress=progress,
             )
+            source["num_skipped"] = len(videos) - len(parts)
+            source["findings"] = _report_findings(parts, len(videos), report).counts()
             splits = _split(parts, rules, report)
             encoder, statistics = _encoder(other, rules, splits["train"], report)
             values.update(_describe(staging, encoder, statistics, rules))
             values["splits"] = {
                 name: _write_split(staging, name, splits[name], encoder, rules) for name in splits
             }
-            source["num_skipped"] = len(videos) - len(parts)
             write_manifest(staging, values)
     shutil.rmtree(output.with_name(f".{output.name}.parts"), ignore_errors=True)
     manifest = load_manifest(output)
@@ -191,67 +204,58 @@ def _make_parts(
     videos: Sequence[Video],
     folder: Path,
     rules: ClipRules,
+    *,
     workers: int,
+    still_s: float,
     report: Report,
     progress: bool,
 ) -> list[tuple[Video, Path]]:
-    """The part file of every video that can be decoded. Each is made in a process of its own: a decoder that crashes costs one video."""
+    """The part file of every video of which a clip can be had; says what was left out, per video and in all."""
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("fork")
     paths = {video: folder / f"{video.digest}-{rules.identity}.tar" for video in videos}
     waiting = [video for video in videos if not paths[video].exists()]
     if len(waiting) < len(videos):
         report(
             f"{len(videos) - len(waiting)} of {len(videos)} videos were decoded by an earlier run"
         )
-    running: dict[Any, tuple[Video, Any]] = {}
+
+    def decode(video: Video, moved: Callable[[], None]) -> None:
+        make_part(video, paths[video], rules, moved)
+
     with tqdm(
         total=len(videos), initial=len(videos) - len(waiting), unit="video", disable=not progress
     ) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    video = waiting.pop(0)
-                    receiver, sender = context.Pipe(duplex=False)
-                    process = context.Process(
-                        target=_part_process, args=(video, paths[video], rules, sender)
-                    )
-                    process.start()
-                    sender.close()
-                    running[process] = video, receiver
-                multiprocessing.connection.wait([process.sentinel for process in running])
-                for process in [p for p in running if p.exitcode is not None]:
-                    video, receiver = running.pop(process)
-                    process.join()
-                    try:
-                        problem = receiver.recv()
-                    except EOFError:
-                        code = process.exitcode
-                        problem = f"the decoder ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
-                    if problem is not None:
-                        report(
-                            f"warning: {video.path}: skipped: {problem.removeprefix(f'{video.path}: ')}"
-                        )
-                    bar.update()
-        finally:
-            for process in running:
-                process.kill()
-                process.join()
+        for outcome in each_in_a_process(waiting, decode, workers=workers, still_s=still_s):
+            if outcome.problem is not None:
+                path = outcome.task.path
+                why = outcome.problem.removeprefix(f"{path}: ")
+                report(f"warning: {path}: skipped: {why}")
+            bar.update()
     done = [(video, paths[video]) for video in videos if paths[video].exists()]
     if not done:
         raise DataError(f"none of {len(videos)} videos could be used; the warnings above say why")
     return done
 
 
-def _part_process(video: Video, path: Path, rules: ClipRules, sender) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    try:
-        make_part(video, path, rules)
-        sender.send(None)
-    except (DataError, OSError) as error:
-        sender.send(" ".join(str(error).split()))
+def _report_findings(
+    parts: Sequence[tuple[Video, Path]], num_videos: int, report: Report
+) -> Findings:
+    """Says what is not stored as it stands in the file: per video, and added up."""
+    found = {video: read_findings(path) for video, path in parts}
+    repaired = {video: findings for video, findings in found.items() if findings.phrases()}
+    for video, findings in repaired.items():
+        report(f"warning: {video.path}: {'; '.join(findings.phrases())}")
+    summary = total(found.values())
+    if repaired or len(parts) < num_videos:
+        counts = [
+            f"{len(parts) - len(repaired)} of {num_videos} videos are stored whole",
+            f"{len(repaired)} with something left out or put right",
+            f"{num_videos - len(parts)} skipped",
+        ]
+        report("; ".join([", ".join(counts), *summary.phrases()]))
+    return summary
 
 
 def _split(parts: list[tuple[Video, Path]], rules: VideoRules, report: Report) -> dict[str, Clips]:
@@ -278,8 +282,10 @@ def _split_clips(
             f"split by time: the last {rules.validation_fraction:.0%} of each video is validation, {gap:g} s before it are left out"
         )
         result: dict[str, Clips] = {"train": [], "validation": []}
+        longest_s = 0.0
         for video, path in parts:
             end = max(clip.start_s for clip in clips[video]) + rules.clips.span_s
+            longest_s = max(longest_s, end)
             border = end * (1 - rules.validation_fraction)
             early = [
                 clip for clip in clips[video] if clip.start_s + rules.clips.span_s <= border - gap
@@ -290,7 +296,7 @@ def _split_clips(
         for name, found in result.items():
             if not found:
                 raise DataError(
-                    f"split by time leaves the {name} split without a clip: videos are too short for clips of {rules.clips.span_s:g} s, a gap of "
+                    f"split by time leaves the {name} split without a clip: the longest video is {longest_s:g} s, too short for clips of {rules.clips.span_s:g} s, a gap of "
                     f"{gap:g} s and a validation fraction of {rules.validation_fraction}; change one of them, or the stride"
                 )
         return result
@@ -322,7 +328,7 @@ def _encoder(
     if rules.encoder == "pca":
         settings = {"patch": 16, "components": 16} | rules.encoder_settings
         encoder, share = fit_pca(
-            (torch.from_numpy(frames) for frames in _training_frames(train)),
+            (torch.from_numpy(frames) for frames in _training_frames(train, rules)),
             **settings,
             height=rules.height,
             width=rules.width,
@@ -340,7 +346,7 @@ def _encoder(
         torch.zeros(encoder.dimension, dtype=torch.float64),
         torch.zeros(encoder.dimension, dtype=torch.float64),
     )
-    for frames in _training_frames(train):
+    for frames in _training_frames(train, rules):
         embeddings = encoder.encode(torch.from_numpy(frames)).double().cpu()
         count, total, squares = (
             count + len(embeddings),
@@ -358,19 +364,20 @@ def _encoder(
     return encoder, (mean[groups].float().numpy(), std[groups].float().numpy())
 
 
-def _training_frames(train: Clips) -> Iterator[np.ndarray]:
+def _training_frames(train: Clips, rules: VideoRules) -> Iterator[np.ndarray]:
     """The training frames (n, height, width, 3), in batches, each once; every so many-th where there are more than MAX_FITTED_FRAMES."""
     numbers = [sorted({i for clip in clips for i in clip.frames}) for _, _, clips in train]
     step = max(1, -(-sum(map(len, numbers)) // MAX_FITTED_FRAMES))
     for (_, path, _), wanted in zip(train, numbers):
         frames = read_frames(path)
-        yield from _decoded([frames[i] for i in wanted[::step]])
+        yield from _decoded([frames[i] for i in wanted[::step]], rules)
 
 
-def _decoded(frames: Sequence[bytes]) -> Iterator[np.ndarray]:
+def _decoded(frames: Sequence[bytes], rules: VideoRules) -> Iterator[np.ndarray]:
     """Frames (n, height, width, 3), BATCH at a time."""
+    size = rules.height, rules.width
     for start in range(0, len(frames), BATCH):
-        yield np.stack([decode_image(frame) for frame in frames[start : start + BATCH]])
+        yield np.stack([decode_image(frame, size) for frame in frames[start : start + BATCH]])
 
 
 def _describe(
@@ -415,7 +422,7 @@ def _write_split(
                 embeddings = np.concatenate(
                     [
                         encoder.encode(torch.from_numpy(batch)).cpu().numpy().astype(np.float16)
-                        for batch in _decoded(frames)
+                        for batch in _decoded(frames, rules)
                     ]
                 )
             for clip in clips:

@@ -16,6 +16,7 @@ pytest.importorskip("av", reason="the package av is not installed")
 from ebwm_scale.data import video as video_module
 from ebwm_scale.data.clips import find_videos, resize_and_crop, shown_at
 from ebwm_scale.data.content import decode_image
+from ebwm_scale.data.decoding import pictures
 from ebwm_scale.data.loader import BatchLoader
 from ebwm_scale.data.manifest import load_manifest
 from ebwm_scale.data.mixing import open_sources
@@ -82,12 +83,14 @@ def videos(tmp_path_factory):
 
 def build(inputs, output, said=None, **changes):
     like = changes.pop("like", None)
+    still_s = changes.pop("still_s", 120.0)
     return make_video_dataset(
         [inputs],
         output,
         VideoRules(**{**TINY, **changes}),
         like=like,
         workers=1,
+        still_s=still_s,
         report=quiet if said is None else said.append,
     )
 
@@ -98,13 +101,12 @@ def built(videos, tmp_path_factory):
 
 
 def test_frames_are_those_on_screen_at_each_interval(videos):
-    found = list(shown_at(videos / "v0.mp4", 0.25, [0.0, 0.1]))
-    assert [(i, k) for i, k, _ in found if i == 0] == [(0, k) for k in range(12)] and {
-        i for i, _, _ in found
-    } == {0, 1}
-    for i, k, frame in found:
-        number = round((0.25 * k + (0.1 if i else 0)) * 20)  # 20 frames a second
-        assert abs(int(frame[3, 3, 0]) - min(255, 4 * number)) <= 6, (i, k)
+    found = list(shown_at(pictures(videos / "v0.mp4"), 0.25, [0.0, 0.1]))
+    assert [one.k for one in found if one.offset == 0] == list(range(12))
+    assert {one.offset for one in found} == {0, 1}
+    for one in found:
+        number = round((0.25 * one.k + (0.1 if one.offset else 0)) * 20)  # 20 frames a second
+        assert abs(int(one.pixels[3, 3, 0]) - min(255, 4 * number)) <= 6, (one.offset, one.k)
 
 
 def test_clips_begin_every_stride_and_hold_frames_an_interval_apart(videos, tmp_path):
@@ -126,7 +128,8 @@ def test_clips_begin_every_stride_and_hold_frames_an_interval_apart(videos, tmp_
             and frames.shape == (4, 16, 16, 3)
             and frames.dtype == np.uint8
         )
-    direct = {k: frame for _, k, frame in shown_at(videos / "v0.mp4", 0.25, [0.0])}
+    shown = shown_at(pictures(videos / "v0.mp4"), 0.25, [0.0])
+    direct = {one.k: one.pixels for one in shown}
     distances = {
         k: np.abs(split.read(1)[1].astype(int) - resize_and_crop(frame, 16, 16, 1)[0][1]).mean()
         for k, frame in direct.items()
@@ -294,6 +297,9 @@ def test_unreadable_and_short_videos_are_reported_and_left_out(videos, tmp_path)
         and "shorter than a clip" in skipped
     )
     assert load_manifest(manifest).source["num_skipped"] == 4 and verify_dataset(manifest)[0] == []
+    assert "short.mp4: skipped: 0.40 s long: shorter than a clip of 3 + 1 frames, 0.25 s" in skipped
+    summary = "2 of 6 videos are stored whole, 0 with something left out or put right, 4 skipped"
+    assert summary in said
     with pytest.raises(DataError, match="none of 1 videos could be used"):
         build(folder / "noise.mp4", tmp_path / "e")
     with pytest.raises(DataError, match="no video found"):
@@ -314,16 +320,69 @@ def test_a_decoder_that_crashes_costs_one_video(videos, tmp_path, monkeypatch):
     assert load_manifest(manifest).source["num_skipped"] == 1
 
 
+def test_a_decoder_that_stands_still_is_named_and_ended(videos, tmp_path, monkeypatch):
+    real, said = video_module.make_part, []
+    monkeypatch.setattr(
+        video_module,
+        "make_part",
+        lambda v, *rest: time.sleep(600) if v.name == "v3.mp4" else real(v, *rest),
+    )
+    start = time.monotonic()
+    manifest = build(videos, tmp_path / "d", said, validation_fraction=0.3, still_s=2.0)
+    assert time.monotonic() - start < 60
+    (line,) = [line for line in said if "v3.mp4" in line]
+    assert "skipped: its worker process" in line and "did not move for 2 s" in line
+    assert load_manifest(manifest).source["num_skipped"] == 1
+
+
+def test_what_was_left_out_is_said_per_video_and_in_all_and_again_after_a_restart(videos, tmp_path):
+    from recordings import damaged, remux
+
+    folder, said = tmp_path / "mixed", []
+    folder.mkdir()
+    for name in ("v0.mp4", "v1.mp4"):
+        (folder / name).write_bytes((videos / name).read_bytes())
+    for name in ("v2.mp4", "v3.mp4"):
+        remux(videos / name, folder / name, damaged({25}, "cut"))
+    manifest = build(folder, tmp_path / "d", said, validation_fraction=0.3)
+    for name in ("v2.mp4", "v3.mp4"):
+        assert any(f"warning: {folder / name}: " in line and "damage" in line for line in said)
+    (summary,) = [line for line in said if "videos are stored whole" in line]
+    assert summary.startswith("2 of 4 videos are stored whole, 2 with something left out or put ")
+    found = load_manifest(manifest).source["findings"]
+    assert found["left_out_pictures"] > 2 and found["faulty_pictures"] == 2
+    assert str(found["left_out_pictures"]) in summary
+    split = open_split(manifest, "train", verify="hashes")
+    assert len(split) > 0
+
+
+def test_linked_folders_are_followed_once_and_other_kinds_are_counted(videos, tmp_path):
+    folder, said = tmp_path / "in", []
+    (folder / "real").mkdir(parents=True)
+    write_video(folder / "real" / "own.mp4", seconds=1.0, seed=7)
+    (folder / "real" / "notes.txt").write_text("x")
+    (folder / "real" / "more.txt").write_text("x")
+    (folder / "real" / "README").write_text("x")
+    (folder / "linked").symlink_to(videos)
+    (folder / "again").symlink_to(folder / "real")
+    found = find_videos([folder], report=said.append)
+    assert len(found) == 5 and {video.name.split("/")[0] for video in found} == {"linked", "real"}
+    assert "no videos, left out: 3 files (2 x .txt, 1 x no suffix)" in said
+    (folder / "real" / "back").symlink_to(folder)
+    with pytest.raises(DataError, match="back"):
+        find_videos([folder], report=quiet)
+
+
 KILLED = """
 import os, sys
 from pathlib import Path
 from ebwm_scale.data import video
-done, real = [], video._part_process
+real = video.make_part
 def part(v, *rest):
     if len(list(Path(sys.argv[2]).parent.glob(".d.parts/*.tar"))) == 2:
         os.kill(os.getppid(), 9)
     real(v, *rest)
-video._part_process = part
+video.make_part = part
 video.make_video_dataset([sys.argv[1]], sys.argv[2], video.VideoRules(context_length=3, height=16, width=16, encoder_settings={"patch": 8, "components": 4},
                          samples_per_shard=5, validation_fraction=0.3), workers=1)
 """

@@ -248,3 +248,36 @@ def test_data_of_another_model_is_refused(text, use, capsys):
 def test_what_is_no_checkpoint_is_one_clear_line(capsys, tmp_path):
     code = think.main([str(tmp_path), "--prompt", "a"])
     assert code == 2 and "neither a run folder" in capsys.readouterr().err
+
+
+def test_the_context_of_a_video_is_what_a_player_shows_and_damage_is_said(video, tmp_path, capsys):
+    import sys
+    from pathlib import Path
+    from types import SimpleNamespace
+
+    sys.path.append(str(Path(__file__).parents[1] / "data"))
+    from recordings import damaged, numbered, pattern, remux, write
+
+    content = SimpleNamespace(interval_s=0.25, height=48, width=80)
+    turned = write(
+        tmp_path / "turned.mp4",
+        [np.rot90(pattern())] * 40,
+        setup=lambda stream: stream.set_display_rotation(270),
+    )
+    frames = think.context_frames(turned, content, 0.5, 4)
+    assert frames.shape == (4, 48, 80, 3)
+    expected = pattern().ravel().astype(float)
+    for frame in frames:
+        assert np.corrcoef(frame.ravel().astype(float), expected)[0, 1] > 0.97
+    assert capsys.readouterr().err == ""
+
+    whole = write(tmp_path / "whole.mp4", numbered(60))
+    broken = remux(whole, tmp_path / "broken.mp4", damaged({25}, "cut"))
+    assert 1 <= len(think.context_frames(broken, content, 0.0, 9)) <= 6  # up to the damage
+    assert len(think.context_frames(broken, content, 1.6, 4)) == 4
+    assert "left out because of damage" in capsys.readouterr().err
+    with pytest.raises(think.UserError, match="has no frame at 9.0 s"):
+        think.context_frames(whole, content, 9.0, 4)
+    (tmp_path / "none.mp4").write_bytes(b"")
+    with pytest.raises(think.DataError, match="is empty"):
+        think.context_frames(tmp_path / "none.mp4", content, 0.0, 4)

@@ -1,0 +1,103 @@
+"""Small videos for tests, written with PyAV: known pictures, and what cameras and damage do."""
+
+from fractions import Fraction
+
+import numpy as np
+
+RATE = 20
+
+
+def pattern(height=48, width=80):
+    """An asymmetric picture: no turn or mirroring of it looks like another."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[:, :, 1] = np.linspace(0, 120, width)[None]
+    picture[: height // 2, : width // 2] = (220, 30, 20)
+    picture[: height // 4, width // 2 :] = (20, 40, 230)
+    picture[-height // 4 :, : width // 4] = (240, 240, 240)
+    return picture
+
+
+def frame_of(brightness, height=32, width=48):
+    """The pattern with a block of one brightness in the middle, which tells frames apart."""
+    picture = pattern(height, width)
+    picture[height // 4 : -height // 4, width // 4 : -width // 4] = min(brightness, 255)
+    return picture
+
+
+def brightness_of(picture):
+    height, width = picture.shape[:2]
+    inner = picture[height * 3 // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8]
+    return float(inner.mean())
+
+
+def write(path, frames, *, codec="mpeg4", pix_fmt="yuv420p", stamps=None, setup=None, key_every=10,
+          container_options=None, codec_options=None, aspect=None):  # fmt: skip
+    """frames (height, width, 3) at RATE, or at `stamps` (ms); setup(stream): before the first."""
+    import av
+
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=RATE, options=codec_options or {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        if codec in ("mpeg4", "mpeg2video", "libx264"):
+            stream.bit_rate = 4_000_000
+            stream.gop_size = key_every
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if stamps is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if setup is not None:
+            setup(stream)
+        for number, picture in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts = number if stamps is None else stamps[number]
+            frame.time_base = Fraction(1, RATE) if stamps is None else Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def numbered(count, first=0, step=4, **size):
+    """Frames whose middle is `step` brighter each time."""
+    return [frame_of(first + step * number, **size) for number in range(count)]
+
+
+def remux(source, target, change, **options):
+    """A copy, each packet changed: change(number, packet) -> packet, or None to leave it out."""
+    import av
+
+    with av.open(str(source)) as read, av.open(str(target), "w", options=options) as written:
+        stream = read.streams.video[0]
+        copy = written.add_stream_from_template(stream)
+        number = 0
+        for packet in read.demux(stream):
+            if packet.size:
+                packet = change(number, packet)
+                number += 1
+                if packet is not None:
+                    packet.stream = copy
+                    written.mux(packet)
+    return target
+
+
+def damaged(number_of_damaged, how):
+    """A change for `remux` that damages packets; how: zeros, noise, cut."""
+    import av
+
+    def change(number, packet):
+        if number not in number_of_damaged:
+            return packet
+        content = bytearray(bytes(packet))
+        middle = len(content) // 3
+        if how == "zeros":
+            content[middle:] = bytes(len(content) - middle)
+        elif how == "noise":
+            content[middle:] = np.random.default_rng(number).bytes(len(content) - middle)
+        else:
+            content = content[: max(8, middle)]
+        result = av.Packet(bytes(content))
+        result.pts, result.dts, result.duration = packet.pts, packet.dts, packet.duration
+        result.time_base, result.is_keyframe = packet.time_base, packet.is_keyframe
+        return result
+
+    return change
