@@ -224,7 +224,7 @@ def _state_products(config: Config, z: _Sizes) -> int:
 def _recomputation(config: Config, z: _Sizes, rows: int, attention: float) -> float:
     """FLOPs that refinement.checkpoint adds per step with a graph.
 
-    step: the step is computed again in the backward. block: the four lines of block_sweeps.py; per weight 4 forwards in place of 1, 2 inner
+    step: the step is computed again in the backward. block: the four lines of refinement/block_recompute.py; per weight 4 forwards in place of 1, 2 inner
     gradients in place of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is spared once.
     """
     blocks, modulation = z.layers * z.block_weights, z.modulation_weights + z.final_modulation
@@ -328,7 +328,7 @@ def memory_estimate(
     forward, or in the backward score blocks and, under checkpoint step, the recomputed step. Gradients count as there all the time.
     Needs what step_flops needs.
     """
-    from .model.world_model import WorldModel
+    from .world_model import WorldModel
 
     with torch.device(
         "meta"
@@ -427,7 +427,7 @@ def memory_estimate(
 
 def _tile(config: Config, z: _Sizes, micro_batch: int, device: str | None) -> tuple[int, int, int]:
     """The largest tile of refinement.py: its rows, its samples, and into how many parts a sample's positions are cut."""
-    from .refinement import tile_rows, tiles_of
+    from .refinement.loop import tile_rows, tiles_of
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tiles = list(tiles_of(micro_batch, z.positions, tile_rows(config.refinement, z.state, device)))

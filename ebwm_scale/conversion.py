@@ -27,7 +27,7 @@ from .consolidated import TRAINING, ModelFolder, Training, write_model
 from .data.manifest import Manifest, file_sha256, load_manifest
 from .errors import CheckpointError, ConfigError, DataError
 from .loading import build, expected_shapes, refuse_mismatches
-from .noise import NoiseSource
+from .refinement.noise import NoiseSource
 from .tensor_files import TensorFile, TensorWriter
 from .training.checkpoint import (
     VERSION,

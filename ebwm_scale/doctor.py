@@ -421,7 +421,7 @@ def check_run(report: Report, config: Config) -> None:
     """What would run: kernels, and the batch over likely numbers of processes."""
     import torch
 
-    from .model.transformer import attention_paths
+    from .model.blocks import attention_paths
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -455,7 +455,7 @@ def _parameters(config: Config) -> int:
     """How many the model has, without making them."""
     import torch
 
-    from .model.world_model import WorldModel
+    from .world_model import WorldModel
 
     with torch.device("meta"):
         return sum(p.numel() for p in WorldModel(config).parameters())

@@ -151,7 +151,7 @@ UTILISATION = {"blocks": 0.45, "attention": 0.25, "vocabulary": 0.40}
 GRADIENT_PASSES = {
     "graph": 4,
     "plain": 2,
-}  # times a block's parameters are gathered per refinement step at stage 3: block_sweeps.py
+}  # times a block's parameters are gathered per refinement step at stage 3: refinement/block_recompute.py
 
 
 @dataclass(frozen=True)
@@ -294,11 +294,11 @@ def communicated(config: Config, *, world: int, accumulation: int) -> float:
     stage 0, 1   gradients are reduced and come back (or weights do):     2 P
     stage 2      gradients of every micro-batch are reduced, weights gathered:   accumulation P + P
     stage 3      gradients as stage 2; weights gathered whenever a block is computed: per micro-batch, twice for the baseline and for the observed stream, and
-                 GRADIENT_PASSES times for every refinement step (block_sweeps.py); what lies outside the blocks once
+                 GRADIENT_PASSES times for every refinement step (refinement/block_recompute.py); what lies outside the blocks once
     """
     import torch
 
-    from .model.world_model import WorldModel
+    from .world_model import WorldModel
 
     with torch.device("meta"):
         counts = count_parameters(WorldModel(config))

@@ -25,7 +25,7 @@ import torch
 from .data.tokenizer import Tokenizer
 from .errors import EXIT_FINISHED, DataError, UserError
 from .loading import load_checkpoint
-from .scoring import ContinuationScore, Scorer
+from .inference.scoring import ContinuationScore, Scorer
 from .statistics import interval
 from .think import add_thinking_options, manifest_of, rules_of
 

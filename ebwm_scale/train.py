@@ -85,8 +85,8 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     from ebwm_scale.accounting import describe
     from ebwm_scale.data.mixing import open_sources
     from ebwm_scale.denormals import flush_denormals
-    from ebwm_scale.model.transformer import attention_paths
-    from ebwm_scale.model.world_model import WorldModel
+    from ebwm_scale.model.blocks import attention_paths
+    from ebwm_scale.world_model import WorldModel
     from ebwm_scale.training.checkpoint import check_same_run, find_latest, saved_config
     from ebwm_scale.training.distributed import is_connection_error, join_world
     from ebwm_scale.training.engine import Engine
@@ -256,7 +256,7 @@ def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
 def finish(config: Config, folder, model, splits, world) -> None:
     """After the last step: samples to read, the summary, and the report."""
     from ebwm_scale.accounting import count_parameters
-    from ebwm_scale.generation import samples_to_look_at
+    from ebwm_scale.inference.generation import samples_to_look_at
     from ebwm_scale.loading import load_checkpoint
     from ebwm_scale.report import write_report
 
@@ -320,7 +320,7 @@ def measure_step(config: Config, model, world_size: int) -> float:
     """Seconds of one optimizer step of this rank on random data: forward and backward of one micro-batch, times the accumulation."""
     import torch
 
-    from ebwm_scale.noise import NoiseSource
+    from ebwm_scale.refinement.noise import NoiseSource
 
     micro_batch, accumulation = batch_arithmetic(
         config.train, world_size, paired=config.refinement.replay

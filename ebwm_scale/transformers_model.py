@@ -18,9 +18,9 @@ from transformers.utils import ModelOutput
 
 from .config import config_from_dict
 from .consolidated import MODEL_TYPE
-from .model.world_model import WorldModel
-from .scoring import last_states
-from .thinking import ThinkingRules
+from .world_model import WorldModel
+from .inference.scoring import last_states
+from .inference.thinking import ThinkingConfig
 
 
 class EbwmConfig(PretrainedConfig):
@@ -71,7 +71,7 @@ class EbwmModel(PreTrainedModel):
         state = last_states(
             self.world_model,
             observed,
-            ThinkingRules(num_steps=num_steps, seed=self.world_model.config.train.seed),
+            ThinkingConfig(num_steps=num_steps, seed=self.world_model.config.train.seed),
         )
         return Prediction(logits=state) if text else Prediction(predictions=state)
 

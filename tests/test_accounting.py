@@ -19,8 +19,8 @@ from ebwm_scale.accounting import (
 )
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.errors import ConfigError
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 
 SAMPLES, FRAME = 2, 7
 FRAMES = {"kind": "embedding", "dimension": FRAME}

@@ -10,8 +10,8 @@ import torch
 from ebwm_kernels import attention_ops
 from ebwm_scale.config import load_config
 from ebwm_scale.model.states import VocabularyState
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 
 VOCABULARY, SAMPLES, POSITIONS, DIMENSION = 50, 3, 8, 12
 TEXT = {

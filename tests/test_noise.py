@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ebwm_scale.noise import NoiseSource, Purpose, _normal, _Stream, _words
+from ebwm_scale.refinement.noise import NoiseSource, Purpose, _normal, _Stream, _words
 
 SOURCE = NoiseSource(33, 7)
 SAMPLES = torch.tensor([5, 11, 2**40])

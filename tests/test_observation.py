@@ -8,8 +8,8 @@ import torch
 
 from ebwm_kernels.vocabulary import IGNORE
 from ebwm_scale.config import config_from_dict
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.observation import Observation
 
 EOS = 7

@@ -12,7 +12,7 @@ from ebwm_scale import plan as command
 from ebwm_scale.accounting import count_parameters, memory_estimate
 from ebwm_scale.config import load_config
 from ebwm_scale.errors import ConfigError
-from ebwm_scale.model.world_model import WorldModel
+from ebwm_scale.world_model import WorldModel
 from ebwm_scale.planner import HEADROOM, MACHINES, communicated, compute_seconds, plan, recommended
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -161,8 +161,8 @@ def test_transformers_reads_the_folder(whole, tmp_path):
     pytest.importorskip("transformers", reason="the package transformers is not installed")
     from transformers import AutoModel
 
-    from ebwm_scale.scoring import last_states
-    from ebwm_scale.thinking import ThinkingRules
+    from ebwm_scale.inference.scoring import last_states
+    from ebwm_scale.inference.thinking import ThinkingConfig
     from ebwm_scale.transformers_model import EbwmModel
 
     conversion.export_run(whole, tmp_path / "model", max_shard_bytes=20_000, **SILENT)
@@ -171,7 +171,7 @@ def test_transformers_reads_the_folder(whole, tmp_path):
         config.model.vocabulary_size, (2, 5), generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
-        expected = last_states(model, ids, ThinkingRules(seed=config.train.seed))
+        expected = last_states(model, ids, ThinkingConfig(seed=config.train.seed))
     for found in (
         EbwmModel.from_pretrained(tmp_path / "model"),
         AutoModel.from_pretrained(tmp_path / "model"),
