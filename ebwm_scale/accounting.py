@@ -19,6 +19,8 @@ from ebwm_kernels.attention_reference import ROWS
 from ebwm_kernels.vocabulary import CHUNK_BYTES
 
 from .config import Config, batch_arithmetic
+from .model.energy_transformer import one_context_serves_all
+from .refinement.step_plan import num_graph_steps, num_landscapes
 
 GIB = 2.0**30
 
@@ -92,17 +94,8 @@ class _Sizes:
     def of(cls, config: Config, num_steps: int | None = None) -> "_Sizes":
         model, refinement = config.model, config.refinement
         steps = num_steps or refinement.num_steps
-        if refinement.graph == "full" or (
-            refinement.graph == "detach" and refinement.loss == "every"
-        ):
-            graph_steps = steps
-        else:
-            graph_steps = 1  # only the last step, see has_graph in refinement.py
-        shared = (
-            model.conditioning in ("default", "predicted_only")
-            or refinement.landscapes == "one"
-            or refinement.num_steps == 1
-        )
+        graph_steps = num_graph_steps(refinement, steps)
+        shared = one_context_serves_all(model.conditioning, num_landscapes(refinement))
         keys = model.width // model.num_heads * model.num_kv_heads
         attention = 2 * model.width**2 + 2 * model.width * keys
         adaptive = model.conditioning in ("adaln", "adaln_zero", "predicted_only")
@@ -427,7 +420,8 @@ def memory_estimate(
 
 def _tile(config: Config, z: _Sizes, micro_batch: int, device: str | None) -> tuple[int, int, int]:
     """The largest tile of refinement.py: its rows, its samples, and into how many parts a sample's positions are cut."""
-    from .refinement.loop import tile_rows, tiles_of
+    from .refinement.tiling import tiles_of
+    from .refinement.tiling import tile_rows
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tiles = list(tiles_of(micro_batch, z.positions, tile_rows(config.refinement, z.state, device)))

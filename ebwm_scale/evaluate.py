@@ -32,7 +32,9 @@ from .loading import load_checkpoint
 from .observation import Observation
 from .provenance import provenance
 from .statistics import interval, interval_of_correlation, tenths
-from .inference.thinking import SequenceSampler, SequenceEnergy, ThinkingConfig, Thought, think
+from .inference.energy_functions import SequenceEnergy
+from .inference.initial_states import SequenceSampler
+from .inference.thinking import ThinkingConfig, Thought, think
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from typing import Mapping
 from .accounting import GIB, count_parameters, memory_estimate, model_flops, step_flops
 from .config import Config, batch_arithmetic
 from .errors import ConfigError
+from .refinement.step_plan import num_graph_steps
 
 HEADROOM = 0.08  # of a GPU's memory: CUDA context, allocator's fragments, NCCL buffers
 
@@ -315,12 +316,8 @@ def communicated(config: Config, *, world: int, accumulation: int) -> float:
         blocks = counts["blocks"]
         passes = 2.0
         if config.model.kind == "energy":
-            steps, rules = config.refinement.num_steps, config.refinement
-            graph = (
-                steps
-                if rules.graph == "full" or (rules.graph == "detach" and rules.loss == "every")
-                else 1
-            )
+            steps = config.refinement.num_steps
+            graph = num_graph_steps(config.refinement, steps)
             passes = (
                 2.0 + GRADIENT_PASSES["graph"] * graph + GRADIENT_PASSES["plain"] * (steps - graph)
             )

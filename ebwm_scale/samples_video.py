@@ -15,7 +15,8 @@ from .data.content import encode_image
 from .encoders.space import FrameSpace
 from .inference.generation import Session, candidate_energies, continue_states
 from .world_model import WorldModel
-from .inference.thinking import NextPositionSampler, ThinkingConfig
+from .inference.initial_states import NextPositionSampler
+from .inference.thinking import ThinkingConfig
 
 
 def sample_clips(

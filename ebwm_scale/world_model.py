@@ -27,13 +27,15 @@ from .refinement.block_recompute import gathered
 from .refinement.loop import refine
 from .refinement.noise import NoiseSource
 from .refinement.sampling import TrainingNoise
+from .refinement.step_plan import num_landscapes
 
 
 @dataclass
 class StepOutput:
-    """loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph. state: final states or None.
+    """What a batch gives.
 
-    initial_loss: the criterion of x_0 itself, in eval mode.
+    loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph.
+    state: final states or None. initial_loss: the criterion of x_0 itself, in eval mode.
     """
 
     loss: Tensor
@@ -44,7 +46,10 @@ class StepOutput:
 
 
 class WorldModel(nn.Module):
-    """Build from a resolved Config whose model.vocabulary_size (text) or state.dimension (frames) is set."""
+    """An energy model or Transformer++, with its embeddings.
+
+    config: resolved, with model.vocabulary_size (text) or state.dimension (frames) set.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -77,9 +82,7 @@ class WorldModel(nn.Module):
                 nn.init.zeros_(self.output.bias)
             return
         refinement = config.refinement
-        self.network = EnergyTransformer(
-            model, refinement.num_steps if refinement.landscapes == "per_step" else 1
-        )
+        self.network = EnergyTransformer(model, num_landscapes(refinement))
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
         )  # (1,): engines want no 0-d ones
@@ -126,7 +129,10 @@ class WorldModel(nn.Module):
         return embedded
 
     def landscapes(self, num_steps: int) -> list[int]:
-        """The landscape of each of num_steps steps; steps beyond the trained ones stay in the last landscape."""
+        """The landscape of each of num_steps steps.
+
+        Steps beyond the trained ones stay in the last landscape.
+        """
         return [min(i, self.network.num_landscapes - 1) for i in range(num_steps)]
 
     def forward(
@@ -142,11 +148,16 @@ class WorldModel(nn.Module):
         keep_state: torch.dtype | None = None,
         restart: tuple[Tensor, Tensor] | None = None,
     ) -> StepOutput:
-        """The loss of a batch. observed, targets: (B, S) ids or (B, S, dimension) embeddings; sample_ids: (B,) int64.
+        """The loss of a batch.
 
-        num_steps, noise_scale, step_size_scale: this step's point of the schedules. In eval mode: the largest number of steps, no
-        randomness but x_0, no second-order graph. keep_state: return the final states, in this precision. restart: (rows, states) from the
+        observed, targets: (B, S) ids or (B, S, dimension) embeddings. sample_ids: (B,) int64.
+        num_steps, noise_scale, step_size_scale: this training step's point of the schedules.
+        keep_state: return the final states, in this dtype. restart: (rows, states) from the
         replay buffer.
+
+        In training, gradients of an energy model are computed in here, step by step;
+        `loss.backward()` only hands them out. In eval mode: the largest number of steps, no
+        randomness but x_0, no second-order graph.
         """
         if self.config.model.kind == "baseline":
             loss = self._baseline_loss(self.network(self.embed_observed(observed)), targets)
@@ -172,7 +183,10 @@ class WorldModel(nn.Module):
 
     @staticmethod
     def _over_all_positions(output: StepOutput, targets: Tensor) -> StepOutput:
-        """Means over all positions, masked ones counting as 0: sums of micro-batches then do not depend on how a batch was cut."""
+        """Means over all positions, masked ones counting as 0.
+
+        So sums of micro-batches do not depend on how a batch was cut.
+        """
         share = (targets != IGNORE).double().mean().to(output.loss.dtype)
         return replace(
             output,
@@ -182,7 +196,10 @@ class WorldModel(nn.Module):
         )
 
     def resident_parameters(self) -> list[nn.Parameter]:
-        """Those that are whole for the length of a step under ZeRO stage 3: all, or those outside the blocks (refinement/block_recompute.py)."""
+        """Those that are whole for the length of a step under ZeRO stage 3.
+
+        That is all of them, or those outside the blocks (refinement/block_recompute.py).
+        """
         by_block = self.config.refinement.checkpoint == "block"
         return [
             p

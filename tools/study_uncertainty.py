@@ -31,7 +31,9 @@ from ebwm_scale.world_model import WorldModel
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.provenance import provenance
 from ebwm_scale.statistics import interval_of_correlation
-from ebwm_scale.inference.thinking import SequenceSampler, SequenceEnergy, ThinkingConfig, think
+from ebwm_scale.inference.energy_functions import SequenceEnergy
+from ebwm_scale.inference.initial_states import SequenceSampler
+from ebwm_scale.inference.thinking import ThinkingConfig, think
 
 TOKENS, BRANCHES, LENGTH, BATCH = 96, 6, 32, 16
 DEVIATIONS = (0.0, 0.3, 1.0, 3.0)  # radians

@@ -89,7 +89,7 @@ class EnergyTransformer(nn.Module):
     @property
     def shares_context(self) -> bool:
         """Whether one encoded context serves every landscape."""
-        return self.conditioning in ("default", "predicted_only") or self.num_landscapes == 1
+        return one_context_serves_all(self.conditioning, self.num_landscapes)
 
     def context_key(self, landscape: int) -> int:
         """Which encoded context a landscape reads: equal keys, equal contexts."""
@@ -156,6 +156,11 @@ class EnergyTransformer(nn.Module):
         if self.conditioning == "predicted_only":
             modulations = [_count_gates_from_one(modulation) for modulation in modulations]
         return modulations, self.final_modulation(signal).chunk(2)
+
+
+def one_context_serves_all(conditioning: str, num_landscapes: int) -> bool:
+    """Whether the observed stream is the same in every landscape."""
+    return conditioning in ("default", "predicted_only") or num_landscapes == 1
 
 
 def _count_gates_from_one(modulation: Modulation) -> Modulation:

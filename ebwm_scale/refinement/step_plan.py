@@ -104,6 +104,11 @@ def num_graph_steps(config: RefinementConfig, num_steps: int) -> int:
     return sum(has_graph(config, i, num_steps) for i in range(num_steps))
 
 
+def num_landscapes(config: RefinementConfig) -> int:
+    """How many landscapes a model is trained with."""
+    return config.num_steps if config.landscapes == "per_step" else 1
+
+
 def count_reads(plan: Sequence[StepPlan]) -> Counter[int]:
     """How often each landscape's context is read by a step that is differentiated."""
     return Counter(step.landscape for step in plan if step.needs_graph)

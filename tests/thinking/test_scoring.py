@@ -132,7 +132,8 @@ def test_windows_score_every_token_once_given_as_much_as_fits(total, first):
 
 def test_several_starts_keep_the_lowest_energy(text):
     from ebwm_scale.inference.scoring import last_states
-    from ebwm_scale.inference.thinking import SequenceSampler, SequenceEnergy
+    from ebwm_scale.inference.energy_functions import SequenceEnergy
+    from ebwm_scale.inference.initial_states import SequenceSampler
     from ebwm_scale.inference.thinking import think as refine_candidates
 
     model, _ = model_of(text)

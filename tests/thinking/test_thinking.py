@@ -19,14 +19,9 @@ from ebwm_scale.model import closed_form, kv_cache
 from ebwm_scale.world_model import WorldModel
 from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.refinement.loop import refine
-from ebwm_scale.inference.thinking import (
-    NextPositionSampler,
-    SequenceSampler,
-    SequenceEnergy,
-    ThinkingConfig,
-    lowest,
-    think,
-)
+from ebwm_scale.inference.energy_functions import SequenceEnergy
+from ebwm_scale.inference.initial_states import NextPositionSampler, SequenceSampler
+from ebwm_scale.inference.thinking import ThinkingConfig, lowest, think
 
 LENGTH, SEED = 9, 33
 TEXT = {"model": {"vocabulary_size": 31}}
@@ -83,7 +78,7 @@ def uncached(model, prompt, sample_id=0, num_steps=None):
         randomize=False,
         kind=model.config.state.initial,
         dtype=torch.float64,
-        start=prompt[None] if model.config.state.kind == "embedding" else None,
+        last_observed=prompt[None] if model.config.state.kind == "embedding" else None,
     )
     return refine(
         model,
@@ -135,7 +130,7 @@ def test_a_baseline_with_a_cache_agrees_too(state):
 def test_a_cache_that_is_wrong_is_seen():
     model = model_of(TEXT)
     session = Session(model, [prompt_of(model, 5)], ThinkingConfig(seed=SEED))
-    session.caches[0].lengths += 1  # one entry too many
+    session.cache.get(0).lengths += 1  # one entry too many
     assert not torch.allclose(
         session.predict().state[0], uncached(model, prompt_of(model, 5)), atol=1e-6
     )
