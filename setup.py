@@ -8,8 +8,11 @@ setup(
     description="Pretraining framework for energy-based world models and Energy-Based Transformers",
     license="MIT",
     python_requires=">=3.11",
-    packages=find_packages(include=["ebwm_scale", "ebwm_scale.*"]) + ["ebwm_kernels"],
-    package_dir={"ebwm_kernels": "kernels"},
+    packages=find_packages(include=["ebwm_scale", "ebwm_scale.*"])
+    + ["ebwm_kernels", "ebwm_scale.configs"],
+    # configs/ holds no modules: it is shipped beside them, where ebwm_scale/shipped.py looks for it
+    package_dir={"ebwm_kernels": "kernels", "ebwm_scale.configs": "configs"},
+    package_data={"ebwm_scale.configs": ["*.yaml", "*/*.yaml"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",

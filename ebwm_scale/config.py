@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from .errors import ConfigError
+from .errors import ConfigError, cut, shown
+from .shipped import find_config
+from .strict_yaml import MAX_DEPTH, dump_yaml, is_utf8, parse_yaml, read_yaml
 
 # (layers, width, heads), feed-forward width = width, and the published peak learning rate: EBT, arXiv 2507.02092.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -43,6 +43,23 @@ PEAK_LEARNING_RATES: dict[str, float] = {
     "large": 0.00025,
     "xl": 0.0002,
 }
+
+# Whole numbers above these are mistakes; below them no size, product or position of a run overflows 64 bits.
+MANY = 10**12
+LARGEST = {
+    "model.num_layers": 10**4,
+    "model.width": 10**6,
+    "model.num_heads": 10**6,
+    "model.num_kv_heads": 10**6,
+    "model.feed_forward_width": 10**7,
+    "model.vocabulary_size": 10**8,
+    "state.dimension": 10**7,
+    "refinement.num_steps": 10**4,
+    "data.context_length": 10**8,
+    "data.num_workers": 10**4,
+    "train.seed": 2**63 - 1,
+}
+MAX_PROBLEMS = 40  # that one message lists
 
 # (progress in [0, 1], value) points, joined by straight lines and flat outside; see ebwm_scale/training/schedule.py.
 Points = tuple[tuple[float, float], ...]
@@ -253,29 +270,23 @@ class Config:
         return _plain(dataclasses.asdict(self))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return dump_yaml(self.to_dict())
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file (None: defaults), apply `section.key=value` overrides, check, resolve defaults.
 
-    Raises ConfigError that lists every problem found.
+    path: a file, or the name of a shipped configuration (shipped.py). Raises ConfigError that lists every problem found.
     """
     values: Any = {}
     if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"{path}: cannot read the configuration: {error.strerror or error}"
-            ) from None
-        try:
-            values = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(find_config(path))
+        if values is None:
+            values = {}
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{path}: expected sections ({', '.join(_names(Config))}), got {type(values).__name__}"
+                f"{cut(path, 300)}: expected sections ({', '.join(_names(Config))}), "
+                f"got {type(values).__name__}"
             )
     problems: list[str] = []
     for override in overrides:
@@ -291,8 +302,17 @@ def config_from_dict(values: dict[str, Any], problems: list[str] | None = None) 
         config = _resolve(config)
         problems += check(config)
     if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+        raise ConfigError(_report(problems))
     return config
+
+
+def _report(problems: list[str]) -> str:
+    """A line per problem, each once; of very many the first ones."""
+    lines = list(dict.fromkeys(problems))
+    more = len(lines) - MAX_PROBLEMS
+    if more > 0:
+        lines[MAX_PROBLEMS:] = [f"and {more} more problems"]
+    return "\n".join(lines)
 
 
 def check(config: Config) -> list[str]:
@@ -367,6 +387,15 @@ def check(config: Config) -> list[str]:
         require(value >= 0, f"{section}.{key} is {value}: must be 0 or more")
     for key, value in (("beta1", config.optimizer.beta1), ("beta2", config.optimizer.beta2)):
         require(0 <= value < 1, f"optimizer.{key} is {value}: must be in [0, 1)")
+    for section in dataclasses.fields(config):
+        for key, value in vars(getattr(config, section.name)).items():
+            large = isinstance(value, int) and value > LARGEST.get(f"{section.name}.{key}", MANY)
+            require(not large, f"{section.name}.{key} is {value}: too large for anything")
+    require(
+        train.max_steps * train.global_batch_size < 2**62,
+        f"train.max_steps {train.max_steps} x train.global_batch_size {train.global_batch_size}: "
+        "more samples than 64 bits count",
+    )
     require(
         0 <= config.schedule.final_ratio <= 1,
         f"schedule.final_ratio is {config.schedule.final_ratio}: must be in [0, 1]",
@@ -455,12 +484,12 @@ def check(config: Config) -> list[str]:
         require(
             all(0 <= p <= 1 for p, _ in points)
             and list(points) == sorted(points, key=lambda point: point[0]),
-            f"refinement.schedule.{name} is {[list(p) for p in points]}: progress must rise within [0, 1]",
+            f"refinement.schedule.{name} is {shown([list(p) for p in points])}: progress must rise within [0, 1]",
         )
         low = 1 if name == "num_steps" else 0
         require(
             all(v >= low for _, v in points),
-            f"refinement.schedule.{name} is {[list(p) for p in points]}: values must be {low} or more",
+            f"refinement.schedule.{name} is {shown([list(p) for p in points])}: values must be {low} or more",
         )
     if train.micro_batch_size is not None:
         require(
@@ -557,30 +586,40 @@ def _names(cls) -> list[str]:
 
 
 def _unknown(key: str, prefix: str, names: list[str]) -> str:
+    key = cut(key)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
     return f"{prefix}{key}: unknown key; {hint}"
 
 
 def _apply_override(values: dict, override: str, problems: list[str]) -> None:
+    """Put `section.key=value` into the nested dict; what keeps it from that is added to the problems."""
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        problems.append(f"--set {override}: expected section.key=value")
+    keys, name = path.strip().split("."), f"--set {cut(override)}"
+    if not equals or len(keys) < 2 or not all(keys):
+        problems.append(f"{name}: expected section.key=value")
+        return
+    if len(keys) > MAX_DEPTH:
+        problems.append(f"{name}: more than {MAX_DEPTH} levels deep")
+        return
+    if not is_utf8(override):
+        problems.append(f"{name}: not UTF-8")
         return
     try:
-        value = yaml.safe_load(text)
-        if _is_text(keys) and value is not None and text[:1] not in ("'", '"'):
-            value = text  # as typed: a path or a name may hold what YAML would read otherwise
-    except yaml.YAMLError:
+        value = parse_yaml(text, name)
+    except ConfigError as error:
         if not _is_text(keys):
-            problems.append(f"--set {override}: the value is not valid YAML")
+            problems.append(str(error))
             return
         value = text
+    if _is_text(keys) and value is not None and text[:1] not in ("'", '"'):
+        value = text  # as typed: a path or a name may hold what YAML would read otherwise
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
+        if values.get(key) is None:  # absent, or a section without keys
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
-            problems.append(f"--set {override}: {key} is not a section")
+            problems.append(f"{name}: {cut(key)} is not a section")
             return
     values[keys[-1]] = value
 
@@ -603,7 +642,7 @@ def _build(cls, values: Any, prefix: str, problems: list[str]):
         values = {}
     if not isinstance(values, dict):
         problems.append(
-            f"{prefix.rstrip('.')}: expected a section with keys {', '.join(_names(cls))}; got {values!r}"
+            f"{prefix.rstrip('.')}: expected a section with keys {', '.join(_names(cls))}; got {shown(values)}"
         )
         return cls()
     hints, result = typing.get_type_hints(cls), {}
@@ -616,12 +655,12 @@ def _build(cls, values: Any, prefix: str, problems: list[str]):
             try:
                 result[key] = _convert(value, hints[key])
             except ValueError as error:
-                problems.append(f"{prefix}{key} is {value!r}: expected {error}")
+                problems.append(f"{prefix}{key} is {shown(value)}: expected {error}")
     return cls(**result)
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as the hinted type, or ValueError(what was expected). 1e-4 (a string to YAML 1.1) is taken as a float."""
+    """`value` as the hinted type, or ValueError(what was expected)."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -632,9 +671,7 @@ def _convert(value: Any, hint: Any) -> Any:
             raise ValueError(f"{error}, or null") from None
     if origin is Literal:
         if isinstance(value, bool) and not any(isinstance(a, bool) for a in arguments):
-            value = {True: "on", False: "off"}[
-                value
-            ]  # YAML 1.1 reads the words on and off as booleans
+            value = {True: "on", False: "off"}[value]  # `true` and `false` for the words on and off
         if value in arguments:
             return value
         raise ValueError(f"one of {', '.join(map(str, arguments))}")
@@ -661,12 +698,12 @@ def _convert(value: Any, hint: Any) -> Any:
             return value
         raise ValueError("a whole number")
     if hint is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError("a finite number")
         try:
-            if isinstance(value, bool):
-                raise TypeError
             number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError("a number") from None
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf
         if not math.isfinite(number):
             raise ValueError("a finite number")
         return number
@@ -675,12 +712,39 @@ def _convert(value: Any, hint: Any) -> Any:
             return value
         raise ValueError("text")
     if hint is dict:
-        if isinstance(value, dict):
-            return value
-        raise ValueError("a mapping")
+        if not isinstance(value, dict):
+            raise ValueError("a mapping")
+        problem = _not_plain(value, MAX_DEPTH)
+        if problem is not None:
+            raise ValueError(f"a mapping of plain values, {problem}")
+        return value
     raise TypeError(
         f"no conversion to {hint}"
     )  # a field type this loader does not know: a programming error
+
+
+def _not_plain(value: Any, depth: int) -> str | None:
+    """What keeps a value from being written as JSON and read back the same, or None."""
+    if depth == 0:
+        return f"at most {MAX_DEPTH} levels deep"
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                return f"with texts as keys, not {shown(key)}"
+        parts = value.values()
+    elif isinstance(value, (list, tuple)):
+        parts = value
+    elif isinstance(value, float) and not math.isfinite(value):
+        return f"with finite numbers, not {value}"
+    elif value is None or isinstance(value, (str, bool, int, float)):
+        return None
+    else:
+        return f"not {shown(value)}"
+    for part in parts:
+        problem = _not_plain(part, depth - 1)
+        if problem is not None:
+            return problem
+    return None
 
 
 def _convert_list(value: Any, cls) -> tuple:

@@ -15,7 +15,6 @@ exponential of the mean; video: SmoothL1), with 95 % intervals from a bootstrap 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -25,6 +24,7 @@ from typing import Any, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .arguments import ArgumentParser
 from .config import Config
 from .data.mixing import open_sources
 from .errors import EXIT_FINISHED, UserError
@@ -38,10 +38,9 @@ from .inference.thinking import ThinkingConfig, Thought, think
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.evaluate",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder"

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
+from .arguments import ArgumentParser
 from .cluster.attempts import read_attempts
 from .cluster.status import UNFINISHED, status_of, table
 from .cluster.submission import Resources, executor_for, submit
@@ -28,13 +29,16 @@ from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.launch",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE", help="YAML, see configs/")
+    what.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
+    )
     what.add_argument("--status", type=Path, metavar="DIR", help="of a sweep or a run")
     what.add_argument(
         "--resubmit", type=Path, metavar="DIR", help="the failed and lost runs of a sweep, or a run"

@@ -9,24 +9,27 @@ compared with measurements in the tests; times on GPUs rest on assumed utilisati
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
 from typing import Sequence
 
+from .arguments import ArgumentParser
 from .config import Config, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
 from .planner import MACHINES, Machine, Plan, plan, recommended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.plan",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML, see configs/")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
+    )
     parser.add_argument(
         "--set",
         action="extend",

@@ -14,7 +14,6 @@ energy model, the lowest mean energy of its tokens (`accuracy_by_energy`), besid
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, Sequence
 
 import torch
 
+from .arguments import ArgumentParser
 from .data.tokenizer import Tokenizer
 from .errors import EXIT_FINISHED, DataError, UserError
 from .loading import load_checkpoint
@@ -31,10 +31,9 @@ from .think import add_thinking_options, manifest_of, rules_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.questions",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder"

@@ -8,12 +8,12 @@ numbers beside it. report_run.py reads and judges, report_plots.py draws the cur
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Sequence
 
+from .arguments import ArgumentParser
 from .errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
 from .report_page import render
 from .report_plots import headline_png
@@ -45,7 +45,7 @@ def _replace(path: Path, content: bytes) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.report",
         description="Write RUN/report.html and RUN/report_plot.png.",
     )

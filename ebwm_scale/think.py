@@ -20,6 +20,7 @@ from typing import Sequence
 
 import torch
 
+from .arguments import ArgumentParser
 from .config import Config
 from .data.manifest import Manifest, load_manifest
 from .errors import EXIT_FINISHED, DataError, UserError
@@ -48,10 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = ArgumentParser(
         prog="python -m ebwm_scale.think",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint folder")
     prompts = result.add_argument_group("what to continue")

@@ -21,16 +21,20 @@ import dataclasses
 import os
 import time
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import Config, batch_arithmetic, load_config
 from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, CheckpointError, ConfigError, UserError
 from ebwm_scale.training.stop import StopFlag
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
     parser.add_argument(
         "--set",
         action="extend",

@@ -10,7 +10,6 @@ split; `workers` the loader with 0 and 2 workers, batches of 16.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.loader import BatchLoader
 from ebwm_scale.data.manifest import load_manifest
 from ebwm_scale.data.shards import open_split
@@ -29,9 +29,7 @@ from ebwm_scale.provenance import provenance
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("manifests", nargs="*", type=Path, metavar="MANIFEST")
     parser.add_argument(
         "--synthetic", type=Path, metavar="DIR", help="make and measure three datasets there"

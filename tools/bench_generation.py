@@ -9,7 +9,6 @@ for --num-steps and four times as many.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import load_config
 from ebwm_scale.denormals import flush_denormals
 from ebwm_scale.refinement.sampling import TrainingNoise
@@ -31,9 +31,7 @@ from ebwm_scale.inference.thinking import ThinkingConfig
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="xs")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32000)

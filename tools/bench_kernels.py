@@ -18,7 +18,6 @@ out of memory says so. The file names command, device, versions and commit.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import platform
@@ -36,6 +35,7 @@ from ebwm_kernels import attention_tuning
 from ebwm_kernels.attention_ops import PRODUCTS, resolve_backend, visible_pairs
 from ebwm_kernels.attention_tuning import KERNELS, Tile, padded_for, tile_for
 from ebwm_kernels.energy_attention import energy_attention_definition
+from ebwm_scale.arguments import ArgumentParser
 
 LARGEST_EXACT = 2048  # S up to which the float64 result is computed
 CANDIDATES = [
@@ -377,9 +377,7 @@ def environment(device: torch.device) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
     )

@@ -12,7 +12,6 @@ num-refinement-steps) does all of this once per value, each in a process of its 
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -20,13 +19,13 @@ import subprocess
 import sys
 import time
 
+from ebwm_scale.arguments import ArgumentParser
+
 SWEEPABLE = ("vocabulary", "sequence", "batch", "num-refinement-steps")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=["energy", "baseline"], default="energy")
     parser.add_argument("--size", default="xxs")
     parser.add_argument("--sequence", type=int, default=256, help="observed positions per sample")

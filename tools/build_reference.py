@@ -5,10 +5,11 @@ python tools/build_reference.py [--check]           --check: exit code 1 if the 
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 from pathlib import Path
+
+from ebwm_scale.arguments import ArgumentParser
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "reference.md"
@@ -26,9 +27,7 @@ PACKAGES = {"ebwm_scale": ROOT / "ebwm_scale", "ebwm_kernels": ROOT / "kernels"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     text = reference()

@@ -8,18 +8,16 @@ where the case has one). Exit 1 if any is above the tolerance, 2 if a file is no
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.errors import UserError
 from ebwm_scale.parity import check_case
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", metavar="CASE.safetensors")
     parser.add_argument(
         "--tolerance",

@@ -7,12 +7,12 @@ Each row: the measured seconds of a step on two CPU cores, and what ebwm_scale/p
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import statistics
 from pathlib import Path
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import load_config
 from ebwm_scale.planner import MACHINES, compute_seconds
 from ebwm_scale.provenance import provenance
@@ -21,9 +21,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     rows = checked()

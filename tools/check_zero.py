@@ -13,7 +13,6 @@ if one is beyond its limit: in fp32 1e-5 for moments, 3e-5 for parameters, whose
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.provenance import provenance
 
 
@@ -44,9 +44,7 @@ LIMITS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--checkpoint", nargs="+", default=["none", "step", "block"])

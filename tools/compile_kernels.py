@@ -9,7 +9,6 @@ the architecture's limit here, since the compiler does not check it. Without --t
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from ebwm_kernels import attention_triton  # noqa: E402
 from ebwm_kernels.attention_tuning import KERNELS, Tile, padded_for, part_for, tile_for  # noqa: E402
+from ebwm_scale.arguments import ArgumentParser
 
 SHARED_KIB = {
     "sm_80": 163,
@@ -153,9 +153,7 @@ def _compile(work: tuple) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--architecture", nargs="+", default=["sm_80", "sm_90"], choices=sorted(SHARED_KIB)
     )

@@ -17,13 +17,12 @@ import sys
 from pathlib import Path
 
 from ebwm_scale import conversion
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.errors import EXIT_FINISHED, UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(

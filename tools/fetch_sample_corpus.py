@@ -7,17 +7,15 @@ Downloads with the running interpreter's pip, checks a pinned hash, executes not
 the corpus is already there. Any other folder of text serves as well: see docs/data.md.
 """
 
-import argparse
 import sys
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.sample_corpus import fetch_sample_corpus
 from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="folder for the corpus; made if need be"
     )

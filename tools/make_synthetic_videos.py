@@ -8,19 +8,18 @@ but for the walls, and with --kicks (default 0.02 per frame and ball) changes di
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from ebwm_scale.arguments import ArgumentParser
+
 SIZE, RATE, FINER = 48, 12, 2  # pixels, frames per second, samples per pixel and direction
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder; it must not exist")
     parser.add_argument(
         "--count", type=int, default=200, metavar="N", help="videos (default %(default)s)"

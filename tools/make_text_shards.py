@@ -6,18 +6,16 @@ Documents go to training or validation as a whole. The dataset folder appears wh
 command again keeps it. The formats are described in docs/data.md.
 """
 
-import argparse
 import sys
 import time
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.text import make_text_dataset
 from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "inputs",
         nargs="+",

@@ -8,10 +8,10 @@ Videos are decoded in parallel; a killed run goes on with those that are not don
 video goes to training or validation as a whole; a single one is cut in time, with a gap. The formats are described in docs/data.md.
 """
 
-import argparse
 import sys
 import time
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.video import VideoRules, make_video_dataset
 from ebwm_scale.encoders import ENCODERS
 from ebwm_scale.errors import UserError
@@ -19,9 +19,7 @@ from ebwm_scale.errors import UserError
 
 def main() -> int:
     default = VideoRules()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="video files, or folders with them"
     )

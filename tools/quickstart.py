@@ -8,12 +8,12 @@ instead of the samples (the documentation of Django 5.2.8, BSD-3; three clips of
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,9 +21,7 @@ VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "modality", nargs="?", choices=("text", "video"), default="text", help="default text"
     )

@@ -17,13 +17,14 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
-
 from ebwm_scale import launch
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.cluster.status import status_of, table
-from ebwm_scale.errors import EXIT_FINISHED, ConfigError, UserError
+from ebwm_scale.errors import EXIT_FINISHED, ConfigError, UserError, shown
 from ebwm_scale.provenance import provenance
 from ebwm_scale.scaling import QUANTITIES, collect
+from ebwm_scale.shipped import find_config
+from ebwm_scale.strict_yaml import dump_yaml, read_yaml
 
 KEYS = {"title": str, "unit": str, "config": str, "set": list, "axis": str, "sweep": dict}
 
@@ -33,9 +34,7 @@ def main() -> int:
     if "--" in arguments:
         at = arguments.index("--")
         arguments, passed_on = arguments[:at], arguments[at + 1 :]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser(
         "start", help="launch the runs that are not there, and the failed ones again"
@@ -73,13 +72,10 @@ def main() -> int:
 
 def read_study(path: Path) -> dict:
     """A study file. Raises ConfigError for what is missing or of the wrong kind."""
-    try:
-        study = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    study = read_yaml(find_config(path))
     wrong = (
         [
-            f"{key} is {study.get(key)!r}: must be a {kind.__name__}"
+            f"{key} is {shown(study.get(key))}: must be a {kind.__name__}"
             for key, kind in KEYS.items()
             if not isinstance(study.get(key), kind)
         ]
@@ -89,7 +85,9 @@ def read_study(path: Path) -> dict:
     if not wrong:
         axes = {axis for _, axes in QUANTITIES.values() for axis in axes}
         if study["axis"] not in axes:
-            wrong.append(f"axis is {study['axis']!r}: must be one of {', '.join(sorted(axes))}")
+            wrong.append(
+                f"axis is {shown(study['axis'])}: must be one of {', '.join(sorted(axes))}"
+            )
         wrong += [
             f"sweep has no axis {needed}"
             for needed in ("form", "seed", study["axis"])
@@ -108,7 +106,7 @@ def begin(options: argparse.Namespace, passed_on: list[str]) -> int:
     study = read_study(options.study)
     options.run_dir.mkdir(parents=True, exist_ok=True)
     axes = options.run_dir / "axes.yaml"
-    axes.write_text(yaml.safe_dump(study["sweep"], sort_keys=False), encoding="utf-8")
+    axes.write_text(dump_yaml(study["sweep"]), encoding="utf-8")
     return launch.main(
         [
             "--config",

@@ -11,7 +11,6 @@ probable token, after every refinement step, also beyond those that were trained
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ebwm_kernels.vocabulary import IGNORE
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.denormals import flush_denormals
 from ebwm_scale.refinement.sampling import TrainingNoise
@@ -48,9 +48,7 @@ FORMS = {  # name -> (layers, refinement section or None for Transformer++)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--hops",
         type=hops_of,

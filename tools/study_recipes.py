@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.loader import validation_batches
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.denormals import flush_denormals
@@ -33,9 +34,7 @@ from ebwm_scale.inference.thinking import ThinkingConfig
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--max-samples", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)

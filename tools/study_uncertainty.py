@@ -16,7 +16,6 @@ from several initial states, and what the model offers as uncertainty is compare
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.denormals import flush_denormals
 from ebwm_scale.world_model import WorldModel
@@ -42,9 +42,7 @@ FORMS = {"released": "state", "anchored": "anchored"}  # model.predicted_input
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--steps", type=int, default=600, help="training steps of each model (default %(default)s)"
     )

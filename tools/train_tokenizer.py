@@ -6,18 +6,16 @@ Only documents of the training split are used: pass the same --validation-fracti
 (both have the same defaults).
 """
 
-import argparse
 import sys
 import time
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.tokenizer import train_tokenizer
 from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "inputs",
         nargs="+",

@@ -3,18 +3,16 @@
 python tools/verify_shards.py data/corpus/manifest.json
 """
 
-import argparse
 import sys
 import time
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.verify import verify_dataset
 from ebwm_scale.errors import UserError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "manifest", metavar="MANIFEST", help="a manifest.json, or the folder it is in"
     )

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Sequence
 
+from ..arguments import ArgumentParser
 from ..code_version import code_version
 from ..config import load_config
 from ..errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
@@ -32,12 +33,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m ebwm_scale.cluster.job",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
+    )
     parser.add_argument(
         "--set",
         action="extend",

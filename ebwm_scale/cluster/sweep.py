@@ -17,19 +17,20 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-import yaml
-
 from ..code_version import code_version, uncommitted
 from ..config import Config, load_config
-from ..errors import ConfigError
+from ..errors import ConfigError, cut, shown
+from ..strict_yaml import read_yaml
 
 MAX_NAME = 120
+MAX_RUNS = 10_000
 COMBINATIONS = "combinations"
 
 
@@ -49,7 +50,7 @@ def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
         key, equals, values = text.partition("=")
         if not equals or not all(key.strip().split(".")):
             raise ConfigError(
-                f"--sweep {text}: expected section.key=value,value,... for example train.seed=1,2,3"
+                f"--sweep {cut(text)}: expected section.key=value,value,... for example train.seed=1,2,3"
             )
         keys.append((key.strip(), split_values(values)))
     if len({key for key, _ in keys}) < len(keys):
@@ -60,6 +61,9 @@ def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
     for (key, values), last in zip(keys, short):
         label = last if short.count(last) == 1 and last not in axes else key
         axes[label] = [(fit, (f"{key}={value}",)) for value, fit in zip(values, _fit(values))]
+    number = math.prod(len(choices) for choices in axes.values())
+    if number > MAX_RUNS:
+        raise ConfigError(f"the sweep has {number:,} runs: at most {MAX_RUNS:,} in one")
     runs, taken = [], set()
     for choice in itertools.product(*axes.values()):
         name = "_".join(f"{label}={value}" for label, (value, _) in zip(axes, choice))[:MAX_NAME]
@@ -91,10 +95,7 @@ def file_axes(
     dict[str, list[tuple[str, tuple[str, ...]]]], dict[frozenset[tuple[str, str]], tuple[str, ...]]
 ]:
     """{axis: [(name for the run's folder, overrides)]} of a sweep file, and {names that a run has to have, as (axis, name): overrides}."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict) or not content:
         raise ConfigError(
             f"{path}: a sweep file maps each axis to its names, and each name to a list of overrides"
@@ -103,14 +104,14 @@ def file_axes(
     for axis, names in content.items():
         if not isinstance(names, dict) or not names:
             raise ConfigError(
-                f"{path}: {axis} is {names!r}: must map names to lists of overrides, such as small: [model.size=4xs]"
+                f"{path}: {cut(axis)} is {shown(names)}: must map names to lists of overrides, such as small: [model.size=4xs]"
             )
         for name, overrides in names.items():
             if not isinstance(overrides, list) or not all(
                 isinstance(override, str) and "=" in override for override in overrides
             ):
                 raise ConfigError(
-                    f"{path}: {axis}: {name} is {overrides!r}: must be a list of section.key=value, such as [model.size=4xs]"
+                    f"{path}: {cut(axis)}: {cut(name)} is {shown(overrides)}: must be a list of section.key=value, such as [model.size=4xs]"
                 )
         if axis == COMBINATIONS:
             continue
@@ -131,7 +132,8 @@ def file_axes(
         unknown = [word for word in str(text).split() if word not in known]
         if unknown:
             raise ConfigError(
-                f"{path}: {COMBINATIONS}: {text!r} names {', '.join(unknown)}, which is not there; there are {', '.join(known)}"
+                f"{path}: {COMBINATIONS}: {shown(text)} names {cut(', '.join(unknown))}, which is not there; there are "
+                f"{cut(', '.join(known), 400)}"
             )
         combinations[frozenset(known[word] for word in str(text).split())] = tuple(overrides)
     return axes, combinations

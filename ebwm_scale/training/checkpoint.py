@@ -29,9 +29,9 @@ from typing import Any, Callable
 import torch
 from safetensors.torch import save_file
 
-from ..config import CheckpointConfig, Config, config_from_dict
+from ..config import CheckpointConfig, Config, load_config
 from ..data.manifest import file_sha256
-from ..errors import CheckpointError
+from ..errors import CheckpointError, cut
 from ..tensor_files import TensorFile
 from .distributed import World
 from .faults import Faults
@@ -413,9 +413,7 @@ def load_replay(saved: Saved) -> dict | None:
 
 def saved_config(folder: Path) -> Config:
     """The resolved configuration beside a checkpoint or in a run folder."""
-    import yaml
-
-    return config_from_dict(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    return load_config(folder / "config.yaml")
 
 
 FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule"}  # sections
@@ -445,7 +443,7 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
             before, name = saved.to_dict()[section][key], f"{section}.{key}"
             if before != value:
                 (allowed if section in FREE_TO_CHANGE or name in FREE_KEYS else refused).append(
-                    f"{name} was {before}, is {value}"
+                    f"{name} was {cut(before)}, is {cut(value)}"
                 )
     if refused:
         raise CheckpointError(
