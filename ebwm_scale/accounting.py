@@ -170,7 +170,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy itself is not in the loss.
         "outer_backward": G * (8.0 * rows * blocks + 4.0 * modulation + 2.0 * rows * head),
         "recomputation": G * _recomputation(config, z, rows, attention)
-        + (config.refinement.checkpoint == "block")
+        + (config.refinement.recompute == "block")
         * z.graph_contexts
         * (2.0 * observed_rows * observed_blocks + square * (z.layers - 1) * SDPA_FORWARD),
         "attention_observed": square
@@ -215,19 +215,19 @@ def _state_products(config: Config, z: _Sizes) -> int:
 
 
 def _recomputation(config: Config, z: _Sizes, rows: int, attention: float) -> float:
-    """FLOPs that refinement.checkpoint adds per step with a graph.
+    """FLOPs that refinement.recompute adds per step with a graph.
 
     step: the step is computed again in the backward. block: the four lines of refinement/block_recompute.py; per weight 4 forwards in place of 1, 2 inner
     gradients in place of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is spared once.
     """
     blocks, modulation = z.layers * z.block_weights, z.modulation_weights + z.final_modulation
-    if config.refinement.checkpoint == "step":
+    if config.refinement.recompute == "step":
         return (
             (2 * 2 + 2) * rows * blocks
             + 2 * 2 * (rows * z.width + modulation)
             + attention * (2 * ATTENTION_FORWARD + ATTENTION_INNER)
         )
-    if config.refinement.checkpoint == "block":
+    if config.refinement.recompute == "block":
         spared = 2 * z.layers * z.width * z.feed_forward
         return 2.0 * rows * (6 * blocks - spared + 2 * z.width) + attention * (
             3 * ATTENTION_FORWARD + ATTENTION_INNER + ATTENTION_FIRST_ORDER
@@ -339,7 +339,7 @@ def memory_estimate(
         config.refinement.update,
     )
     offloaded = config.deepspeed.offload != "none"
-    by_block = config.refinement.checkpoint == "block" and not baseline
+    by_block = config.refinement.recompute == "block" and not baseline
     D, F, K, V = z.width, z.feed_forward, z.keys, z.state
     parts = {
         "weights": element * num_parameters / (world_size if stage == 3 else 1),
@@ -435,11 +435,9 @@ def _predicted_kept(config: Config, z: _Sizes, live_steps: int) -> tuple[int, in
     adaptive = PREDICTED_ADALN_D * z.width if z.modulation_weights else 0
     blocks = z.layers * (PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive)
     outside = OUTSIDE_D * z.width * live_steps
-    if config.refinement.checkpoint == "step":
+    if config.refinement.recompute == "step":
         return outside, blocks
-    if (
-        config.refinement.checkpoint == "block"
-    ):  # streams and slopes of all blocks, the graph of one
+    if config.refinement.recompute == "block":  # streams and slopes of all blocks, the graph of one
         return (z.layers + 1) * STREAMS_D * z.width * live_steps + outside, blocks // z.layers
     return blocks * live_steps + outside, 0
 

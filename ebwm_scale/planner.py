@@ -11,7 +11,6 @@ machines are fitted to measured steps, and tests compare the fit with every meas
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Mapping
 
@@ -203,13 +202,9 @@ def plan(
     )
     plans = []
     for stage in (0, 1, 2, 3):
-        staged = dataclasses.replace(
-            config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=stage)
-        )
+        staged = config.replace(deepspeed=config.deepspeed.replace(zero_stage=stage))
         if stage == 3 and config.model.kind == "energy":
-            staged = dataclasses.replace(
-                staged, refinement=dataclasses.replace(staged.refinement, checkpoint="block")
-            )
+            staged = staged.replace(refinement=staged.refinement.replace(recompute="block"))
         plans.append(_plan(staged, machine, nodes, gpus, candidates))
     return plans
 

@@ -17,7 +17,6 @@ if __name__ == "__main__" and not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import dataclasses
 import os
 import time
 
@@ -297,10 +296,9 @@ def fill_from_data(config: Config, manifest) -> Config:
             f"{section}.{key} is {given}, the dataset {manifest.path} has {size}; leave the key out"
         )
     context_length = config.data.context_length or manifest.block_length - 1
-    return dataclasses.replace(
-        config,
-        **{section: dataclasses.replace(getattr(config, section), **{key: size})},
-        data=dataclasses.replace(config.data, context_length=context_length),
+    return config.replace(
+        **{section: getattr(config, section).replace(**{key: size})},
+        data=config.data.replace(context_length=context_length),
     )
 
 

@@ -200,7 +200,7 @@ class WorldModel(nn.Module):
 
         That is all of them, or those outside the blocks (refinement/block_recompute.py).
         """
-        by_block = self.config.refinement.checkpoint == "block"
+        by_block = self.config.refinement.recompute == "block"
         return [
             p
             for name, p in self.named_parameters()

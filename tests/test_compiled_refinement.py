@@ -76,6 +76,6 @@ def test_the_comparison_notices_a_compiled_step_whose_inner_gradient_has_no_grap
 
 def test_compiling_and_checkpointing_together_are_refused():
     with pytest.raises(
-        ConfigError, match="refinement.compile is true with refinement.checkpoint step"
+        ConfigError, match="refinement.compile is true with refinement.recompute step"
     ):
         config_from_dict({"refinement": {"compile": True, "checkpoint": "step"}})

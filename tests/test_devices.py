@@ -35,8 +35,8 @@ TEXT = {
     "time_embed": ["model.conditioning=time_embed", "refinement.landscapes=per_step"],
     "predicted_only": ["model.conditioning=predicted_only", "refinement.landscapes=per_step"],
     "shared keys": ["model.num_kv_heads=1"],
-    "a step computed again": ["refinement.checkpoint=step"],
-    "block by block": ["refinement.checkpoint=block"],
+    "a step computed again": ["refinement.recompute=step"],
+    "block by block": ["refinement.recompute=block"],
     "masked document starts": ["data.mask_document_starts=true"],
     "Transformer++": ["model.kind=baseline"],
 }

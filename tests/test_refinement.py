@@ -236,20 +236,20 @@ def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update
             "state": {"map_scale": 7.0, "tie_embedding": True},
             "refinement": {"tile_rows": 4, "update": "logits"},
         },
-        "checkpoint_step": {"refinement": {"checkpoint": "step"}},
-        "checkpoint_block": {"refinement": {"checkpoint": "block"}},
+        "checkpoint_step": {"refinement": {"recompute": "step"}},
+        "checkpoint_block": {"refinement": {"recompute": "block"}},
         "blocks_in_parts_of_samples": {
             "model": {"conditioning": "adaln", "num_kv_heads": 2},
-            "refinement": {"checkpoint": "block", "tile_rows": 3},
+            "refinement": {"recompute": "block", "tile_rows": 3},
         },
         "blocks_with_time_embed": {
             "model": {"conditioning": "time_embed", "predicted_input": "anchored"},
-            "refinement": {"checkpoint": "block", "num_steps": 3},
+            "refinement": {"recompute": "block", "num_steps": 3},
         },
         "blocks_of_frames": {
             "kind": "embedding",
             "model": {"conditioning": "predicted_only"},
-            "refinement": {"checkpoint": "block"},
+            "refinement": {"recompute": "block"},
         },
         "clamped": {"refinement": {"change_clamp": 5.0, "state_clamp": 4.0, "num_steps": 3}},
         "change_clamped": {"refinement": {"change_clamp": 4.0, "tile_rows": 3}},
@@ -389,7 +389,7 @@ def test_the_comparison_notices_an_inner_gradient_without_graph(monkeypatch, che
 
     monkeypatch.setattr(refinement_loop, "inner_gradient", broken)
     with pytest.raises(AssertionError):
-        compare(*build(refinement={"checkpoint": checkpoint}))
+        compare(*build(refinement={"recompute": checkpoint}))
 
 
 def test_the_comparison_notices_a_block_that_does_not_bend(monkeypatch):
@@ -403,7 +403,7 @@ def test_the_comparison_notices_a_block_that_does_not_bend(monkeypatch):
         ),
     )
     with pytest.raises(AssertionError):
-        compare(*build(refinement={"checkpoint": "block"}))
+        compare(*build(refinement={"recompute": "block"}))
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", "embedding"])

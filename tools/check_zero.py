@@ -140,7 +140,7 @@ def configuration(
                 "step_size": 5.0,
                 "learning_rate_multiplier": 1.0,
                 **RECIPES.get(recipe, {}),
-                "checkpoint": checkpoint,
+                "recompute": checkpoint,
                 **(refinement or {}),
             },
             "optimizer": {"learning_rate": 0.003},
@@ -183,7 +183,6 @@ def new_model(config):
 
 def reference(config) -> dict[str, dict]:
     """Parameters and first moments after 5 steps of plain double backward in one process, in float64, with float32's noise."""
-    import dataclasses
     from unittest import mock
 
     import torch
@@ -191,9 +190,7 @@ def reference(config) -> dict[str, dict]:
     from ebwm_scale.refinement.noise import NoiseSource
     from ebwm_scale.training.optimizer import parameter_groups
 
-    config = dataclasses.replace(
-        config, refinement=dataclasses.replace(config.refinement, checkpoint="none")
-    )
+    config = config.replace(refinement=config.refinement.replace(recompute="none"))
     model = new_model(config).double()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config),

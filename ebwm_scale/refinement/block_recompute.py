@@ -243,7 +243,7 @@ class _EnergyGradient(torch.autograd.Function):
     def backward(ctx, energy_cotangent, gradient_cotangent):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "refinement.checkpoint block: the step's third derivative is not defined; "
+                "refinement.recompute block: the step's third derivative is not defined; "
                 "call backward without create_graph=True"
             )
         streams = ctx.saved_tensors[: ctx.num_streams]
@@ -278,7 +278,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, *cotangents):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "refinement.checkpoint block: the observed stream has no second derivative; "
+                "refinement.recompute block: the observed stream has no second derivative; "
                 "call backward without create_graph=True"
             )
         delta = None

@@ -32,7 +32,7 @@ def inner_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(E (B, s), g (B, s, D)) of candidates (B, s, D) for some positions of the context.
 
-    config.checkpoint: "step" computes the step again in the backward, "block" one block at a time.
+    config.recompute: "step" computes the step again in the backward, "block" one block at a time.
     config.compile: TorchInductor generates the code of a differentiated step, once for each shape
     and for each landscape that the blocks are conditioned on.
     """
@@ -40,7 +40,7 @@ def inner_gradient(
         candidates = candidates.detach().requires_grad_()
     if needs_graph and config.compile:
         return _run_compiled(network, candidates, context, positions, landscape)
-    if config.checkpoint == "block":
+    if config.recompute == "block":
         return block_recompute.energy_and_gradient(
             network,
             candidates,
@@ -55,7 +55,7 @@ def inner_gradient(
             (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=needs_graph)
         return energy, gradient
 
-    if needs_graph and config.checkpoint == "step":
+    if needs_graph and config.recompute == "step":
         return checkpoint(compute, candidates, context, use_reentrant=False)
     return compute(candidates, context)
 

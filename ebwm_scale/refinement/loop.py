@@ -121,7 +121,7 @@ def refine(
                 num_reads=count_reads(plan),
                 num_tiles=len(parts),
                 with_backward=with_backward,
-                by_block=config.checkpoint == "block",
+                by_block=config.recompute == "block",
             )
             for positions in parts:
                 state = loop.refine_tile(
