@@ -19,6 +19,8 @@ from ebwm_kernels.attention_reference import ROWS
 from ebwm_kernels.vocabulary import CHUNK_BYTES
 
 from .config import Config, batch_arithmetic
+from .model.energy_transformer import one_context_serves_all
+from .refinement.step_plan import num_graph_steps, num_landscapes
 
 GIB = 2.0**30
 
@@ -92,17 +94,8 @@ class _Sizes:
     def of(cls, config: Config, num_steps: int | None = None) -> "_Sizes":
         model, refinement = config.model, config.refinement
         steps = num_steps or refinement.num_steps
-        if refinement.graph == "full" or (
-            refinement.graph == "detach" and refinement.loss == "every"
-        ):
-            graph_steps = steps
-        else:
-            graph_steps = 1  # only the last step, see has_graph in refinement.py
-        shared = (
-            model.conditioning in ("default", "predicted_only")
-            or refinement.landscapes == "one"
-            or refinement.num_steps == 1
-        )
+        graph_steps = num_graph_steps(refinement, steps)
+        shared = one_context_serves_all(model.conditioning, num_landscapes(refinement))
         keys = model.width // model.num_heads * model.num_kv_heads
         attention = 2 * model.width**2 + 2 * model.width * keys
         adaptive = model.conditioning in ("adaln", "adaln_zero", "predicted_only")
@@ -180,7 +173,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy itself is not in the loss.
         "outer_backward": G * (8.0 * rows * blocks + 4.0 * modulation + 2.0 * rows * head),
         "recomputation": G * _recomputation(config, z, rows, attention)
-        + (config.refinement.checkpoint == "block")
+        + (config.refinement.recompute == "block")
         * z.graph_contexts
         * (2.0 * observed_rows * observed_blocks + square * (z.layers - 1) * SDPA_FORWARD),
         "attention_observed": square
@@ -225,19 +218,19 @@ def _state_products(config: Config, z: _Sizes) -> int:
 
 
 def _recomputation(config: Config, z: _Sizes, rows: int, attention: float) -> float:
-    """FLOPs that refinement.checkpoint adds per step with a graph.
+    """FLOPs that refinement.recompute adds per step with a graph.
 
-    step: the step is computed again in the backward. block: the four lines of block_sweeps.py; per weight 4 forwards in place of 1, 2 inner
+    step: the step is computed again in the backward. block: the four lines of refinement/block_recompute.py; per weight 4 forwards in place of 1, 2 inner
     gradients in place of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is spared once.
     """
     blocks, modulation = z.layers * z.block_weights, z.modulation_weights + z.final_modulation
-    if config.refinement.checkpoint == "step":
+    if config.refinement.recompute == "step":
         return (
             (2 * 2 + 2) * rows * blocks
             + 2 * 2 * (rows * z.width + modulation)
             + attention * (2 * ATTENTION_FORWARD + ATTENTION_INNER)
         )
-    if config.refinement.checkpoint == "block":
+    if config.refinement.recompute == "block":
         spared = 2 * z.layers * z.width * z.feed_forward
         return 2.0 * rows * (6 * blocks - spared + 2 * z.width) + attention * (
             3 * ATTENTION_FORWARD + ATTENTION_INNER + ATTENTION_FIRST_ORDER
@@ -331,7 +324,7 @@ def memory_estimate(
     forward, or in the backward score blocks and, under checkpoint step, the recomputed step. Gradients count as there all the time.
     Needs what step_flops needs.
     """
-    from .model.world_model import WorldModel
+    from .world_model import WorldModel
 
     with torch.device(
         "meta"
@@ -349,7 +342,7 @@ def memory_estimate(
         config.refinement.update,
     )
     offloaded = config.deepspeed.offload != "none"
-    by_block = config.refinement.checkpoint == "block" and not baseline
+    by_block = config.refinement.recompute == "block" and not baseline
     D, F, K, V = z.width, z.feed_forward, z.keys, z.state
     parts = {
         "weights": element * num_parameters / (world_size if stage == 3 else 1),
@@ -430,7 +423,8 @@ def memory_estimate(
 
 def _tile(config: Config, z: _Sizes, micro_batch: int, device: str | None) -> tuple[int, int, int]:
     """The largest tile of refinement.py: its rows, its samples, and into how many parts a sample's positions are cut."""
-    from .refinement import tile_rows, tiles_of
+    from .refinement.tiling import tiles_of
+    from .refinement.tiling import tile_rows
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tiles = list(tiles_of(micro_batch, z.positions, tile_rows(config.refinement, z.state, device)))
@@ -444,11 +438,9 @@ def _predicted_kept(config: Config, z: _Sizes, live_steps: int) -> tuple[int, in
     adaptive = PREDICTED_ADALN_D * z.width if z.modulation_weights else 0
     blocks = z.layers * (PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive)
     outside = OUTSIDE_D * z.width * live_steps
-    if config.refinement.checkpoint == "step":
+    if config.refinement.recompute == "step":
         return outside, blocks
-    if (
-        config.refinement.checkpoint == "block"
-    ):  # streams and slopes of all blocks, the graph of one
+    if config.refinement.recompute == "block":  # streams and slopes of all blocks, the graph of one
         return (z.layers + 1) * STREAMS_D * z.width * live_steps + outside, blocks // z.layers
     return blocks * live_steps + outside, 0
 

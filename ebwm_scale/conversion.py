@@ -9,7 +9,6 @@ Weights are compared tensor by tensor, one at a time; up to FULL_BYTES of them a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import pickle
@@ -28,7 +27,7 @@ from .data.manifest import Manifest, file_sha256
 from .data.side_files import open_manifest, refuse_another_tokenizer
 from .errors import CheckpointError, ConfigError, DataError
 from .loading import build, expected_shapes, refuse_mismatches
-from .noise import NoiseSource
+from .refinement.noise import NoiseSource
 from .tensor_files import TensorFile, TensorWriter
 from .training.checkpoint import (
     VERSION,
@@ -119,9 +118,7 @@ def import_run(
         raise CheckpointError(f"{run} exists: nothing is overwritten; name a new run folder")
     config = _imported_config(folder, overrides, say)
     if zero_stage is not None:
-        config = dataclasses.replace(
-            config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=zero_stage)
-        )
+        config = config.replace(deepspeed=config.deepspeed.replace(zero_stage=zero_stage))
     if source.facts["dtype"] not in ("float32",):
         say(f"weights are {source.facts['dtype']}: the run starts from them as float32")
     shapes, moments = source.shapes(), {}
@@ -266,10 +263,8 @@ def import_released(
         raise ConfigError(
             f"{hparams or source}: the hyper-parameters or weights lack {error}"
         ) from None
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(
-            config.data,
+    config = config.replace(
+        data=config.data.replace(
             context_length=known.get("context_length") or config.data.context_length or 256,
         ),
     )

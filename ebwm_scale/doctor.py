@@ -440,7 +440,7 @@ def _parameters(config: Config) -> int:
     """How many the model has, without making them."""
     import torch
 
-    from .model.world_model import WorldModel
+    from .world_model import WorldModel
 
     with torch.device("meta"):
         return sum(p.numel() for p in WorldModel(config).parameters())

@@ -14,8 +14,8 @@ import torch
 
 from .accounting import describe, step_flops
 from .config import Config
-from .model.world_model import WorldModel
-from .noise import NoiseSource
+from .world_model import WorldModel
+from .refinement.noise import NoiseSource
 from .preflight import RunCheck
 
 MEASURED_FLOPS = 5e10  # a second or two of two CPU cores
@@ -74,10 +74,8 @@ def part_of(config: Config, micro_batch: int, limit: float) -> Part:
         samples = max(1, int(micro_batch * limit / whole))
     small = config
     while _flops(small, samples) > limit and small.data.context_length > 1:
-        shorter = dataclasses.replace(
-            small.data, context_length=max(1, small.data.context_length // 2)
-        )
-        small = dataclasses.replace(small, data=shorter)
+        shorter = small.data.replace(context_length=max(1, small.data.context_length // 2))
+        small = small.replace(data=shorter)
     return Part(small, samples, whole / _flops(small, samples))
 
 

@@ -33,7 +33,9 @@ from .loading import load_checkpoint
 from .observation import Observation
 from .provenance import provenance
 from .statistics import interval, interval_of_correlation, tenths
-from .thinking import SequenceNoise, SequenceScore, ThinkingRules, Thought, think
+from .inference.energy_functions import SequenceEnergy
+from .inference.initial_states import SequenceSampler
+from .inference.thinking import ThinkingConfig, Thought, think
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,7 +219,7 @@ def evaluate(
             [
                 _errors(
                     model,
-                    SequenceNoise(model, ThinkingRules(seed=seed), ids, observed.shape[1]).initial(
+                    SequenceSampler(model, seed, ids, observed.shape[1]).initial(
                         _frames(model, observed)
                     ),
                     targets,
@@ -230,7 +232,7 @@ def evaluate(
     curve, kept = [], {}
     for n in sorted(set(steps) | {trained}):
         errors, energies = zip(
-            *[_think(model, batch, ThinkingRules(num_steps=n, seed=seed)) for batch in batches]
+            *[_think(model, batch, ThinkingConfig(num_steps=n, seed=seed)) for batch in batches]
         )
         errors = torch.cat(errors)
         curve.append(
@@ -245,7 +247,7 @@ def evaluate(
     paired = next((point for point in curve if point["num_steps"] == 1), None)
     if paired is not None and trained > 1:
         first = torch.cat(
-            [_think(model, batch, ThinkingRules(num_steps=1, seed=seed))[0] for batch in batches]
+            [_think(model, batch, ThinkingConfig(num_steps=1, seed=seed))[0] for batch in batches]
         )
         result["gain_of_later_steps"] = interval((first - kept["errors"]).mean(1))
     accepted = [
@@ -256,7 +258,7 @@ def evaluate(
                     _think(
                         model,
                         batch,
-                        ThinkingRules(num_steps=n, seed=seed, accept_only_if_lower=True),
+                        ThinkingConfig(num_steps=n, seed=seed, accept_only_if_lower=True),
                     )[0]
                     for batch in batches
                 ]
@@ -308,7 +310,7 @@ def _frames(model, observed: Tensor) -> Tensor | None:
 
 def _errors(model, state: Tensor, targets: Tensor) -> Tensor:
     """(B, S) loss of each position."""
-    return model.state.loss(state, targets, reduction="none").float().cpu()
+    return model.state_space().loss(state, targets, reduction="none").float().cpu()
 
 
 def _baseline_errors(model, observed: Tensor, targets: Tensor) -> Tensor:
@@ -330,19 +332,19 @@ def _baseline_errors(model, observed: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _thought(model, batch, rules: ThinkingRules, start: int = 0) -> Thought:
+def _thought(model, batch, rules: ThinkingConfig, start: int = 0) -> Thought:
     ids, observed, _ = batch
-    noise = SequenceNoise(model, rules, ids, observed.shape[1], start)
+    noise = SequenceSampler(model, rules.seed, ids, observed.shape[1], start)
     return think(
         model,
-        SequenceScore(model, model.embed_observed(observed)),
+        SequenceEnergy(model, model.embed_observed(observed)),
         noise.initial(_frames(model, observed)),
         rules,
         noise=noise,
     )
 
 
-def _think(model, batch, rules: ThinkingRules, start: int = 0) -> tuple[Tensor, Tensor]:
+def _think(model, batch, rules: ThinkingConfig, start: int = 0) -> tuple[Tensor, Tensor]:
     """(errors, energies), each (B, S), of every position after thinking."""
     thought = _thought(model, batch, rules, start)
     return _errors(model, thought.state, batch[2]), thought.energy.float().cpu()
@@ -352,7 +354,7 @@ def _starts(model, config: Config, batches, starts: Sequence[int], seed: int) ->
     """Best of K starts by energy, and the spread of energy over starts against the error."""
     errors, energies = [], []
     for k in range(max(starts)):
-        pairs = [_think(model, batch, ThinkingRules(seed=seed), start=k) for batch in batches]
+        pairs = [_think(model, batch, ThinkingConfig(seed=seed), start=k) for batch in batches]
         (
             errors.append(torch.cat([e for e, _ in pairs])),
             energies.append(torch.cat([g for _, g in pairs])),
@@ -380,7 +382,7 @@ def _allocation(
     model, config: Config, batches, num_steps: int, tolerance: float | None, seed: int
 ) -> dict[str, Any]:
     """Early stopping: steps used by easy and hard positions, and the loss against that of running on."""
-    rules = ThinkingRules(num_steps=num_steps, accept_only_if_lower=True, seed=seed, tolerance=0.0)
+    rules = ThinkingConfig(num_steps=num_steps, accept_only_if_lower=True, seed=seed, tolerance=0.0)
     on = [_thought(model, batch, rules) for batch in batches]
     if tolerance is None:
         falls = torch.cat([(t.trace[0] - t.trace[1]).flatten() for t in on])
@@ -437,7 +439,7 @@ def _foreign_texts(
             return {"loss": _baseline_errors(model, observed, targets).mean(1)}
         return {
             "energy": _energies(model, observed, targets),
-            "loss": _think(model, (ids, observed, targets), ThinkingRules(seed=seed))[0].mean(1),
+            "loss": _think(model, (ids, observed, targets), ThinkingConfig(seed=seed))[0].mean(1),
         }
 
     def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -468,9 +470,9 @@ def _foreign_texts(
 
 def _energies(model, observed: Tensor, targets: Tensor) -> Tensor:
     """(B,) mean energy of the true next tokens, as certain predictions."""
-    certain = model.state.weight[targets.clamp(min=0)]
+    certain = model.state_space().weight[targets.clamp(min=0)]
     return (
-        SequenceScore(model, model.embed_observed(observed))(
+        SequenceEnergy(model, model.embed_observed(observed))(
             certain, model.network.num_landscapes - 1
         )
         .mean(1)

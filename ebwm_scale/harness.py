@@ -3,7 +3,7 @@
     python -m ebwm_scale.harness run --model ebwm --model_args checkpoint=runs/mine,num_steps=4 --tasks my_task --include_path tasks/
 
 is the harness's own command line with the model `ebwm` registered. model_args: checkpoint (required), data (a manifest, if the dataset has moved),
-batch_size, device, and the fields of ThinkingRules (num_steps, step_size, noise, num_starts, accept_only_if_lower, tolerance, seed).
+batch_size, device, and the fields of ThinkingConfig (num_steps, step_size, noise, num_starts, accept_only_if_lower, tolerance, seed).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lm_eval.api.registry import register_model
 
 from .data.tokenizer import Tokenizer
 from .errors import UserError
-from .generation import Sampling, continue_texts
+from .inference.generation import Sampling, continue_texts
 from .loading import load_checkpoint
-from .scoring import Scorer
+from .inference.scoring import Scorer
 from .think import manifest_of
-from .thinking import ThinkingRules
+from .inference.thinking import ThinkingConfig
 
 MAX_NEW = 256  # tokens, where a task does not say
 
@@ -47,10 +47,10 @@ class HarnessModel(LM):
                 f"{', '.join(thinking)}: a Transformer++ does not think; leave it out of model_args, or take an energy model"
             )
         try:
-            self.rules = ThinkingRules(**{"seed": config.train.seed} | thinking)
+            self.rules = ThinkingConfig(**{"seed": config.train.seed} | thinking)
         except TypeError as error:
             raise UserError(
-                f"model_args: {error}; known are checkpoint, data, batch_size, device and {', '.join(ThinkingRules.__dataclass_fields__)}"
+                f"model_args: {error}; known are checkpoint, data, batch_size, device and {', '.join(ThinkingConfig.__dataclass_fields__)}"
             ) from None
         self.batch_size = (
             int(batch_size) if str(batch_size).isdigit() else 8
@@ -108,7 +108,7 @@ class HarnessModel(LM):
             self.model,
             [tokens],
             options.get("max_gen_toks", MAX_NEW),
-            rules=self.rules,
+            config=self.rules,
             sampling=sampling,
             end=tokenizer.eos_id,
         ):

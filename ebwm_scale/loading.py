@@ -10,7 +10,7 @@ import torch
 from .config import Config
 from .consolidated import ModelFolder, is_consolidated
 from .errors import CheckpointError
-from .model.world_model import WorldModel
+from .world_model import WorldModel
 from .training.checkpoint import Saved, SavedState, find_latest, saved_config, verify
 
 

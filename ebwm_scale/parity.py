@@ -14,12 +14,12 @@ from torch import Tensor
 from . import released
 from .config import Config
 from .errors import DataError
-from .model.world_model import WorldModel
-from .refinement import StepRecord, refine
+from .world_model import WorldModel
+from .refinement.loop import StepRecord, refine
 from .training.optimizer import parameter_groups
 
 
-class RecordedDraws:
+class RecordedNoise:
     """The random numbers of a golden case, in the released code's call order: step-size factor, number of repeats, Langevin noise."""
 
     def __init__(
@@ -34,7 +34,7 @@ class RecordedDraws:
         self.langevin_noise = by_kind("randn_like") if config.refinement.noise else []
         self.scale = config.refinement.noise
 
-    def of(self, samples: slice, positions: slice) -> "RecordedDraws":
+    def slice(self, samples: slice, positions: slice) -> "RecordedNoise":
         part, cut = copy.copy(self), (samples, positions)
         part.noise, part.langevin_noise = (
             self.noise[cut],
@@ -43,7 +43,7 @@ class RecordedDraws:
         part.factor = self.factor[cut] if isinstance(self.factor, Tensor) else self.factor
         return part
 
-    def initial(self) -> Tensor:
+    def initial_state(self) -> Tensor:
         return self.noise.clone()
 
     def step_size_factor(self) -> Tensor | float:
@@ -134,7 +134,7 @@ def _forward(
         for name, tensor in tensors.items()
         if re.fullmatch(r"rand/\d+/1", name)
     }
-    draws = RecordedDraws(tensors["noise"] if noise is None else noise, recorded, kinds, config)
+    draws = RecordedNoise(tensors["noise"] if noise is None else noise, recorded, kinds, config)
     landscapes = [step for step, count in enumerate(draws.repeats) for _ in range(count)] or list(
         range(case["hparams"]["mcmc_num_steps"])
     )
@@ -143,9 +143,9 @@ def _forward(
         model,
         model.embed_observed(observed),
         targets,
-        rules=config.refinement,
+        config=config.refinement,
         landscapes=landscapes,
-        draws=draws,
+        noise=draws,
         training=True,
         record=records.append if record else None,
     )
@@ -153,7 +153,9 @@ def _forward(
         "loss": result.loss,
         "energies": [r.energy for r in records],
         "predictions": [r.state for r in records],
-        "prediction_gradients": [model.state.slope(r.gradient).detach() for r in records],
+        "prediction_gradients": [
+            model.state_space().embedding_vjp(r.gradient).detach() for r in records
+        ],
     }
 
 

@@ -9,7 +9,6 @@ compared with measurements in the tests; times on GPUs rest on assumed utilisati
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Sequence
@@ -98,7 +97,7 @@ def sized(config: Config) -> Config:
         raise ConfigError(
             f"there is no dataset to take sizes from: name them, for example --set {' '.join(missing)}"
         )
-    return dataclasses.replace(config)
+    return config
 
 
 def machines() -> str:
@@ -176,14 +175,14 @@ def describe(
     best = recommended(plans)
     if best is None:
         lines.append(
-            f"\nnothing fits into {machine.memory:.0f} GiB: take more GPUs, refinement.checkpoint=block, deepspeed.offload=optimizer, or a smaller refinement.tile_rows"
+            f"\nnothing fits into {machine.memory:.0f} GiB: take more GPUs, refinement.recompute=block, deepspeed.offload=optimizer, or a smaller refinement.tile_rows"
         )
     else:
         lines += [
             "",
             f"recommended: deepspeed.zero_stage={best.stage} train.micro_batch_size={best.micro_batch}"
             + (
-                " refinement.checkpoint=block"
+                " refinement.recompute=block"
                 if best.stage == 3 and config.model.kind == "energy"
                 else ""
             ),

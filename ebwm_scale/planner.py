@@ -11,13 +11,13 @@ machines are fitted to measured steps, and tests compare the fit with every meas
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Mapping
 
 from .accounting import GIB, count_parameters, memory_estimate, model_flops, step_flops
 from .config import Config, batch_arithmetic
 from .errors import ConfigError
+from .refinement.step_plan import num_graph_steps
 
 HEADROOM = 0.08  # of a GPU's memory: CUDA context, allocator's fragments, NCCL buffers
 
@@ -151,7 +151,7 @@ UTILISATION = {"blocks": 0.45, "attention": 0.25, "vocabulary": 0.40}
 GRADIENT_PASSES = {
     "graph": 4,
     "plain": 2,
-}  # times a block's parameters are gathered per refinement step at stage 3: block_sweeps.py
+}  # times a block's parameters are gathered per refinement step at stage 3: refinement/block_recompute.py
 
 
 @dataclass(frozen=True)
@@ -202,13 +202,9 @@ def plan(
     )
     plans = []
     for stage in (0, 1, 2, 3):
-        staged = dataclasses.replace(
-            config, deepspeed=dataclasses.replace(config.deepspeed, zero_stage=stage)
-        )
+        staged = config.replace(deepspeed=config.deepspeed.replace(zero_stage=stage))
         if stage == 3 and config.model.kind == "energy":
-            staged = dataclasses.replace(
-                staged, refinement=dataclasses.replace(staged.refinement, checkpoint="block")
-            )
+            staged = staged.replace(refinement=staged.refinement.replace(recompute="block"))
         plans.append(_plan(staged, machine, nodes, gpus, candidates))
     return plans
 
@@ -294,11 +290,11 @@ def communicated(config: Config, *, world: int, accumulation: int) -> float:
     stage 0, 1   gradients are reduced and come back (or weights do):     2 P
     stage 2      gradients of every micro-batch are reduced, weights gathered:   accumulation P + P
     stage 3      gradients as stage 2; weights gathered whenever a block is computed: per micro-batch, twice for the baseline and for the observed stream, and
-                 GRADIENT_PASSES times for every refinement step (block_sweeps.py); what lies outside the blocks once
+                 GRADIENT_PASSES times for every refinement step (refinement/block_recompute.py); what lies outside the blocks once
     """
     import torch
 
-    from .model.world_model import WorldModel
+    from .world_model import WorldModel
 
     with torch.device("meta"):
         counts = count_parameters(WorldModel(config))
@@ -315,12 +311,8 @@ def communicated(config: Config, *, world: int, accumulation: int) -> float:
         blocks = counts["blocks"]
         passes = 2.0
         if config.model.kind == "energy":
-            steps, rules = config.refinement.num_steps, config.refinement
-            graph = (
-                steps
-                if rules.graph == "full" or (rules.graph == "detach" and rules.loss == "every")
-                else 1
-            )
+            steps = config.refinement.num_steps
+            graph = num_graph_steps(config.refinement, steps)
             passes = (
                 2.0 + GRADIENT_PASSES["graph"] * graph + GRADIENT_PASSES["plain"] * (steps - graph)
             )

@@ -11,7 +11,6 @@ is found. What can only be known by doing it (memory, a network, a full disk) is
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,7 @@ from .data.shards import ShardedSplit
 from .data.side_files import refuse_another_tokenizer
 from .data.streaming import check_stream
 from .errors import ConfigError, UserError, cut
-from .model.transformer import attention_paths
+from .model.blocks import attention_paths
 from .run_location import check_folder
 from .training.checkpoint import Saved, check_same_run, find_latest, saved_config
 from .training.checkpoint_writer import put_back_replaced
@@ -285,10 +284,7 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
     context_length = config.data.context_length or manifest.block_length - 1
     refuse_another_tokenizer(config, manifest)
     tokenizer_sha256 = getattr(manifest.content, "tokenizer_sha256", None)
-    return dataclasses.replace(
-        config,
-        **{section: dataclasses.replace(getattr(config, section), **{key: size})},
-        data=dataclasses.replace(
-            config.data, context_length=context_length, tokenizer_sha256=tokenizer_sha256
-        ),
+    return config.replace(
+        **{section: getattr(config, section).replace(**{key: size})},
+        data=config.data.replace(context_length=context_length, tokenizer_sha256=tokenizer_sha256),
     )

@@ -26,7 +26,7 @@ from .data.tokenizer import Tokenizer, check_text
 from .data.walking import printable
 from .errors import EXIT_FINISHED, DataError, UserError
 from .loading import load_checkpoint
-from .scoring import ContinuationScore, Scorer
+from .inference.scoring import ContinuationScore, Scorer
 from .statistics import interval
 from .think import add_thinking_options, manifest_of, rules_of
 

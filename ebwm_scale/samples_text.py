@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .data.tokenizer import Tokenizer
-from .generation import Session, candidate_energies
-from .model.world_model import WorldModel
-from .thinking import ThinkingRules
+from .inference.generation import Session, candidate_energies
+from .world_model import WorldModel
+from .inference.thinking import ThinkingConfig
 
 
 def sample_continuations(
@@ -34,7 +34,7 @@ def sample_continuations(
         block = torch.from_numpy(split.read(sample_id).astype("int64"))[: length + 1]
         start = max(1, length // 2)
         session = Session(
-            model, [block[:start]], ThinkingRules(seed=seed), sample_ids=torch.tensor([sample_id])
+            model, [block[:start]], ThinkingConfig(seed=seed), sample_ids=torch.tensor([sample_id])
         )
         tokens, positions = block[:start], []
         for index in range(min(num_tokens, length)):
@@ -85,7 +85,7 @@ def _position(
     energies = [None] * len(asked)
     if model.config.model.kind == "energy":  # each as a certain prediction
         energies = candidate_energies(
-            model, window, model.state.weight[asked.to(window.device)]
+            model, window, model.state_space().weight[asked.to(window.device)]
         ).tolist()
     return {
         "context": tokenizer.decode(tokens[-12:].tolist()),

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from .data.content import encode_image
 from .encoders.space import FrameSpace
-from .generation import Session, candidate_energies, continue_states
-from .model.world_model import WorldModel
-from .thinking import NextNoise, ThinkingRules
+from .inference.generation import Session, candidate_energies, continue_states
+from .world_model import WorldModel
+from .inference.initial_states import NextPositionSampler
+from .inference.thinking import ThinkingConfig
 
 
 def sample_clips(
@@ -30,7 +31,7 @@ def sample_clips(
     model.eval()
     device = next(model.parameters()).device
     space, length = FrameSpace(split.manifest.content, device), model.config.data.context_length
-    rules, energy = ThinkingRules(seed=seed), model.config.model.kind == "energy"
+    rules, energy = ThinkingConfig(seed=seed), model.config.model.kind == "energy"
     results = []
     for sample_id in [
         int((i + 0.5) * len(split) / num_samples) for i in range(min(num_samples, len(split)))
@@ -45,7 +46,7 @@ def sample_clips(
             values = candidate_energies(
                 model,
                 observed,
-                model.state.enter(torch.stack([*predicted, truth])[None]).embedded[0],
+                model.state_space().embed(torch.stack([*predicted, truth])[None]).vectors[0],
             ).tolist()
         images = decoded(space, torch.stack(predicted))
         first = max(1, length // 2)
@@ -53,7 +54,7 @@ def sample_clips(
             model,
             [states[:first]],
             length + 1 - first,
-            rules=rules,
+            config=rules,
             sample_ids=torch.tensor([sample_id]),
         )[0]
         shown = decoded(space, onwards)
@@ -87,14 +88,14 @@ def sample_clips(
 
 
 def each_step(
-    model: WorldModel, observed: Tensor, rules: ThinkingRules, sample_id: int
+    model: WorldModel, observed: Tensor, rules: ThinkingConfig, sample_id: int
 ) -> list[Tensor]:
     """The prediction of the state after observed (S, dimension), after 0, 1, ... N steps: [x_0, ... x_N]; of a baseline, the one it makes."""
     ids = torch.tensor([sample_id])
     if model.config.model.kind == "baseline":
         return [Session(model, [observed], rules).predict().state[0]]
     start = (
-        NextNoise(model, rules, ids, torch.tensor([len(observed) - 1]))
+        NextPositionSampler(model, rules.seed, ids, torch.tensor([len(observed) - 1]))
         .initial(observed[None, -1:])[0, 0]
         .float()
     )

@@ -26,9 +26,9 @@ from .data.manifest import Manifest
 from .data.side_files import open_manifest, refuse_another_tokenizer
 from .data.tokenizer import Tokenizer, check_text
 from .errors import EXIT_FINISHED, DataError, UserError
-from .generation import Sampling, Session, continue_texts
+from .inference.generation import Sampling, Session, continue_texts
 from .loading import load_checkpoint
-from .thinking import ThinkingRules
+from .inference.thinking import ThinkingConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,7 +160,7 @@ def add_thinking_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def rules_of(options: argparse.Namespace, config: Config) -> ThinkingRules:
+def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
     if config.model.kind == "baseline":
         asked = [
             name
@@ -178,7 +178,7 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingRules:
             raise UserError(
                 f"--{asked[0].replace('_', '-')}: a Transformer++ does not think; leave the option out, or take an energy model"
             )
-    return ThinkingRules(
+    return ThinkingConfig(
         num_steps=options.num_steps,
         step_size=options.step_size,
         noise=options.noise,
@@ -229,7 +229,7 @@ def check_modality(options: argparse.Namespace, config: Config) -> None:
 
 
 def continue_prompts(
-    model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingRules
+    model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingConfig
 ) -> None:
     tokenizer = Tokenizer(manifest.content.tokenizer_path)
     texts = texts_to_continue(options)
@@ -250,7 +250,7 @@ def continue_prompts(
         model,
         prompts,
         options.max_new or 64,
-        rules=rules,
+        config=rules,
         sampling=sampling,
         end=tokenizer.eos_id,
         energies=options.energies,
@@ -301,7 +301,7 @@ def texts_to_continue(options: argparse.Namespace) -> list[str]:
 
 
 def continue_video(
-    model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingRules
+    model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingConfig
 ) -> None:
     from .encoders.space import FrameSpace
     from .pictures import write_continuation

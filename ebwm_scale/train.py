@@ -105,7 +105,6 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     from ebwm_scale.accounting import describe
     from ebwm_scale.denormals import flush_denormals
     from ebwm_scale.dry_run import dry_run
-    from ebwm_scale.model.world_model import WorldModel
     from ebwm_scale.preflight import check_run
     from ebwm_scale.training.checkpoint import Saved, find_latest
     from ebwm_scale.training.checkpoint_writer import put_back_replaced
@@ -117,6 +116,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     from ebwm_scale.training.run_folder import RunFolder
     from ebwm_scale.training.trainer import Trainer
     from ebwm_scale.training.watchdog import Watchdog
+    from ebwm_scale.world_model import WorldModel
 
     flush_denormals()
     place = find_place()
@@ -254,7 +254,7 @@ def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
 def finish(config: Config, folder, model, splits, world) -> None:
     """After the last step: samples to read, the summary, and the report."""
     from ebwm_scale.accounting import count_parameters
-    from ebwm_scale.generation import samples_to_look_at
+    from ebwm_scale.inference.generation import samples_to_look_at
     from ebwm_scale.loading import load_checkpoint
 
     if world.is_main:

@@ -22,9 +22,9 @@ from .config import config_from_dict
 from .consolidated import MODEL_TYPE
 from .data.manifest import MANIFEST_NAME
 from .data.side_files import open_manifest
-from .model.world_model import WorldModel
-from .scoring import last_states
-from .thinking import ThinkingRules
+from .inference.scoring import last_states
+from .inference.thinking import ThinkingConfig
+from .world_model import WorldModel
 
 
 class EbwmConfig(PretrainedConfig):
@@ -83,7 +83,7 @@ class EbwmModel(PreTrainedModel):
         state = last_states(
             self.world_model,
             observed,
-            ThinkingRules(num_steps=num_steps, seed=self.world_model.config.train.seed),
+            ThinkingConfig(num_steps=num_steps, seed=self.world_model.config.train.seed),
         )
         return Prediction(logits=state) if text else Prediction(predictions=state)
 

@@ -21,7 +21,7 @@ in plain autograd, for one that does (full). Nothing differentiates the loss a s
                           p': one serves both, which makes three products of size rows * V * D per step, as many as a Transformer++ has
 
 Rows are (batch, position) pairs, independent of each other: a caller takes as many at a time as it has memory for (refinement.py), and
-gives n, the number of rows that count in all, and a `sink` (V, D), float32 or float64, to which W's gradients are added at once, in place
+gives n, the number of rows that count in all, and a `grad_buffer` (V, D), float32 or float64, to which W's gradients are added at once, in place
 of tiles x steps matrices of W's size through autograd. States are float32 (float64 in tests) whatever the dtype of W.
 """
 
@@ -51,13 +51,13 @@ NO_CLAMPS = Clamps()
 
 
 def vocabulary_embed(
-    x: Tensor, weight: Tensor, *, sink: Tensor | None = None, out: Tensor | None = None
+    x: Tensor, weight: Tensor, *, grad_buffer: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """p = softmax(x) without graph, and p @ weight (rows, D) in weight's dtype: x (rows, V), weight (V, D). No gradient flows into x.
 
-    sink (V, D): receives weight's gradient, by addition, in the backward; autograd gets none. out: memory for p, x itself for example.
+    grad_buffer (V, D): receives weight's gradient, by addition, in the backward; autograd gets none. out: memory for p, x itself for example.
     """
-    return _Embed.apply(x, weight, sink, out)
+    return _Embed.apply(x, weight, grad_buffer, out)
 
 
 def vocabulary_descend(
@@ -69,7 +69,7 @@ def vocabulary_descend(
     x: Tensor | None = None,
     keep_state: bool = False,
     count: Tensor | float | None = None,
-    sink: Tensor | None = None,
+    grad_buffer: Tensor | None = None,
     loss_weight: float = 1.0,
     clamps: Clamps = NO_CLAMPS,
     out: Tensor | None = None,
@@ -79,16 +79,16 @@ def vocabulary_descend(
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
     p (rows, V) alone, p is what moves; with x alone, x is; with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a
     model that predicts logits directly.
-    clamps: bounds on the change and on x'. keep_state False: x' is not wanted.
+    clamps: bounds on the change and on x'. keep_state False: x' is not needs_grad.
     The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32 or float64, with first-order gradients
     of weight and hidden, which exist once: a second backward through it raises.
-    sink (V, D): receives weight's gradient of loss_weight * loss now; back-propagate the loss with that weight, for hidden's.
+    grad_buffer (V, D): receives weight's gradient of loss_weight * loss now; back-propagate the loss with that weight, for hidden's.
     out (rows, V): memory for x'; its contents are lost also where x' is not kept.
     """
     if targets is None:
         with torch.no_grad():
             return _step(weight, hidden, probabilities, x, out, clamps)[0], None
-    wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
+    needs_grad = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
     loss, state = _DescendAndScore.apply(
         weight,
         hidden,
@@ -96,9 +96,9 @@ def vocabulary_descend(
         probabilities,
         x,
         count,
-        sink,
+        grad_buffer,
         loss_weight,
-        wanted,
+        needs_grad,
         keep_state,
         clamps,
         out,
@@ -113,7 +113,7 @@ def vocabulary_step(
     targets: Tensor | None,
     *,
     count: Tensor | float | None = None,
-    sink: Tensor | None = None,
+    grad_buffer: Tensor | None = None,
     loss_weight: float = 1.0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -124,7 +124,7 @@ def vocabulary_step(
     back-propagated, in any order or apart from each other, and the loss with the weight that was announced. out: memory for p'.
     """
     p, embedded, loss, grad_hidden = _StepEmbed.apply(
-        probabilities, weight, hidden.detach(), targets, count, sink, loss_weight, out
+        probabilities, weight, hidden.detach(), targets, count, grad_buffer, loss_weight, out
     )
     return p, embedded, None if targets is None else _GivenGradient.apply(hidden, loss, grad_hidden)
 
@@ -134,8 +134,8 @@ def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) ->
 
     Logits exist for CHUNK_BYTES at a time, and their gradients are taken while they do.
     """
-    wanted = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
-    return _CrossEntropy.apply(weight, hidden, targets, wanted)
+    needs_grad = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
+    return _CrossEntropy.apply(weight, hidden, targets, needs_grad)
 
 
 def vocabulary_embed_reference(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,24 +243,29 @@ def _softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, sink, out):
+    def forward(ctx, x, weight, grad_buffer, out):
         ctx.set_materialize_grads(False)  # p has none, and zeros in its place would be (rows, V)
         p = _softmax(x, None if out is None else out.view_as(x))
         ctx.save_for_backward(p)
         ctx.mark_non_differentiable(p)
-        ctx.sink = sink
+        ctx.grad_buffer = grad_buffer
         return p, p.to(weight.dtype) @ weight
 
     @staticmethod
     def backward(ctx, _, grad):
         refuse_graph("vocabulary_embed", "second")
         (p,) = ctx.saved_tensors
-        return None, None if grad is None else _give(ctx.sink, p.to(grad.dtype).T, grad), None, None
+        return (
+            None,
+            None if grad is None else _accumulate_matmul(ctx.grad_buffer, p.to(grad.dtype).T, grad),
+            None,
+            None,
+        )
 
 
 class _StepEmbed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, probabilities, weight, hidden, targets, count, sink, loss_weight, out):
+    def forward(ctx, probabilities, weight, hidden, targets, count, grad_buffer, loss_weight, out):
         ctx.set_materialize_grads(False)
         logits = _move(
             weight, hidden, probabilities, None, None if out is None else out.view_as(probabilities)
@@ -283,7 +288,7 @@ class _StepEmbed(torch.autograd.Function):
                 embedded = beside + weight[score.target]
             grad_hidden = (beside.to(p.dtype) * score.share[:, None]).to(hidden.dtype)
         ctx.save_for_backward(p, hidden, targets)
-        ctx.count, ctx.sink, ctx.weight_dtype = count, sink, weight.dtype
+        ctx.count, ctx.grad_buffer, ctx.weight_dtype = count, grad_buffer, weight.dtype
         ctx.loss_weight = loss_weight if score is not None else 0.0
         ctx.mark_non_differentiable(p, loss, grad_hidden)
         return p, embedded, loss, grad_hidden
@@ -297,19 +302,27 @@ class _StepEmbed(torch.autograd.Function):
         p, hidden, targets = ctx.saved_tensors
         none = (None,) * 6
         if ctx.loss_weight == 0:
-            return None, _give(ctx.sink, p.to(grad_embedded.dtype).T, grad_embedded), *none
+            return (
+                None,
+                _accumulate_matmul(ctx.grad_buffer, p.to(grad_embedded.dtype).T, grad_embedded),
+                *none,
+            )
         score = _Score(targets, ctx.count, p.dtype)
         scaled = score.share[:, None] * ctx.loss_weight * hidden
-        right, sink = scaled + grad_embedded, ctx.sink
-        if sink is None:
-            sink = p.new_zeros(p.shape[1], hidden.shape[1])
+        right, grad_buffer = scaled + grad_embedded, ctx.grad_buffer
+        if grad_buffer is None:
+            grad_buffer = p.new_zeros(p.shape[1], hidden.shape[1])
         if ctx.weight_dtype == p.dtype:
-            _give(sink, p.T, right)
-            sink.index_add_(0, score.target, scaled, alpha=-1)
+            _accumulate_matmul(grad_buffer, p.T, right)
+            grad_buffer.index_add_(0, score.target, scaled, alpha=-1)
         else:  # (p' - onehot) (grad_embedded + s h) + onehot grad_embedded
-            _give(sink, score.rounded_residual(p, ctx.weight_dtype).T, right.to(ctx.weight_dtype))
-            sink.index_add_(0, score.target, grad_embedded.to(sink.dtype))
-        return None, sink.to(ctx.weight_dtype) if ctx.sink is None else None, *none
+            _accumulate_matmul(
+                grad_buffer,
+                score.rounded_residual(p, ctx.weight_dtype).T,
+                right.to(ctx.weight_dtype),
+            )
+            grad_buffer.index_add_(0, score.target, grad_embedded.to(grad_buffer.dtype))
+        return None, grad_buffer.to(ctx.weight_dtype) if ctx.grad_buffer is None else None, *none
 
 
 class _GivenGradient(torch.autograd.Function):
@@ -337,9 +350,9 @@ class _DescendAndScore(torch.autograd.Function):
         probabilities,
         x,
         count,
-        sink,
+        grad_buffer,
         loss_weight,
-        wanted,
+        needs_grad,
         keep_state,
         clamps,
         out,
@@ -350,7 +363,7 @@ class _DescendAndScore(torch.autograd.Function):
         residual, loss = score.softmax(state, in_place=not keep_state)
         if not keep_state:
             state = state.new_empty(0)
-        if wanted:
+        if needs_grad:
             score.to_residual_(residual)
             if free is not None:
                 residual.mul_(free)
@@ -360,7 +373,9 @@ class _DescendAndScore(torch.autograd.Function):
                 _through_softmax_(probabilities, residual)
             residual = residual.to(weight.dtype)
             grad_hidden = (residual @ weight).to(hidden.dtype)
-            grad_weight = _give(sink, residual.T, hidden.to(weight.dtype), loss_weight)
+            grad_weight = _accumulate_matmul(
+                grad_buffer, residual.T, hidden.to(weight.dtype), loss_weight
+            )
             ctx.save_for_backward(grad_hidden, *(() if grad_weight is None else (grad_weight,)))
         ctx.mark_non_differentiable(state)
         ctx.spent = False
@@ -369,18 +384,18 @@ class _DescendAndScore(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         refuse_graph("vocabulary_descend", "second")
-        grad_hidden, *grad_weight = _spend(ctx, grad_loss, "vocabulary_descend")
+        grad_hidden, *grad_weight = _take_saved_grads(ctx, grad_loss, "vocabulary_descend")
         return grad_weight[0] if grad_weight else None, grad_hidden, *(None,) * 10
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, hidden, targets, wanted):
+    def forward(ctx, weight, hidden, targets, needs_grad):
         dtype, space = state_dtype(weight), None
         rows = max(1, CHUNK_BYTES // (4 * len(weight)))
         count, total = (targets != IGNORE).sum(), torch.zeros((), dtype=dtype, device=weight.device)
         grad_weight, grad_hidden = (
-            torch.zeros(weight.shape if wanted else 0, dtype=dtype, device=weight.device),
+            torch.zeros(weight.shape if needs_grad else 0, dtype=dtype, device=weight.device),
             torch.empty_like(hidden),
         )
         for part, part_targets, part_grad in zip(
@@ -393,11 +408,11 @@ class _CrossEntropy(torch.autograd.Function):
             score = _Score(part_targets, count, dtype)
             residual, loss = score.softmax(logits, in_place=True)
             total += loss
-            if wanted:
+            if needs_grad:
                 residual = score.to_residual_(residual).to(weight.dtype)
                 torch.mm(residual, weight, out=part_grad)
-                _give(grad_weight, residual.T, part.to(weight.dtype))
-        if wanted:
+                _accumulate_matmul(grad_weight, residual.T, part.to(weight.dtype))
+        if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         ctx.spent = False
         return total
@@ -405,11 +420,11 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         refuse_graph("vocabulary_cross_entropy", "second")
-        grad_hidden, grad_weight = _spend(ctx, grad_loss, "vocabulary_cross_entropy")
+        grad_hidden, grad_weight = _take_saved_grads(ctx, grad_loss, "vocabulary_cross_entropy")
         return grad_weight, grad_hidden, None, None
 
 
-def _spend(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
+def _take_saved_grads(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
     """The gradients that a forward prepared, times the loss's: once, since they are scaled in place."""
     if ctx.spent:
         raise RuntimeError(
@@ -454,12 +469,14 @@ class _Score:
         )
 
 
-def _give(sink: Tensor | None, left: Tensor, right: Tensor, factor: float = 1.0) -> Tensor | None:
-    """Add factor * left @ right to the sink, or return left @ right where there is none."""
-    if sink is None:
+def _accumulate_matmul(
+    grad_buffer: Tensor | None, left: Tensor, right: Tensor, factor: float = 1.0
+) -> Tensor | None:
+    """Add factor * left @ right to the grad_buffer, or return left @ right where there is none."""
+    if grad_buffer is None:
         return left @ right
-    if left.dtype == sink.dtype:
-        sink.addmm_(left, right, alpha=factor)
+    if left.dtype == grad_buffer.dtype:
+        grad_buffer.addmm_(left, right, alpha=factor)
     else:
-        sink.add_(left @ right, alpha=factor)
+        grad_buffer.add_(left @ right, alpha=factor)
     return None

@@ -1,6 +1,5 @@
 """The closed forms of accounting.py against what a real training step computes and keeps."""
 
-import dataclasses
 import weakref
 
 import pytest
@@ -19,8 +18,8 @@ from ebwm_scale.accounting import (
 )
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.errors import ConfigError
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 
 SAMPLES, FRAME = 2, 7
 FRAMES = {"kind": "embedding", "dimension": FRAME}
@@ -186,14 +185,14 @@ FLOP_CASES = {
         "model": {"conditioning": "predicted_only"},
         "refinement": {"graph": "full", "loss": "last"},
     },
-    "checkpoint step": {"refinement": {"checkpoint": "step"}},
+    "checkpoint step": {"refinement": {"recompute": "step"}},
     "checkpoint step, adaln": {
-        "refinement": {"checkpoint": "step", "graph": "truncate"},
+        "refinement": {"recompute": "step", "graph": "truncate"},
         "model": {"conditioning": "adaln"},
     },
-    "checkpoint block": {"refinement": {"checkpoint": "block", "graph": "full"}},
+    "checkpoint block": {"refinement": {"recompute": "block", "graph": "full"}},
     "checkpoint block, adaln": {
-        "refinement": {"checkpoint": "block"},
+        "refinement": {"recompute": "block"},
         "model": {"conditioning": "adaln"},
     },
     "frames": {"state": FRAMES, "refinement": {"num_steps": 3}},
@@ -229,7 +228,7 @@ def test_flops_are_what_a_real_step_computes(case, monkeypatch):
     if config.model.kind == "baseline":
         attention["attention_observed"] = parts["attention"]
     if (
-        config.refinement.checkpoint == "none"
+        config.refinement.recompute == "none"
     ):  # otherwise recomputation holds both products and attention
         assert attention == {
             "attention_observed": counted["observed"],
@@ -247,7 +246,7 @@ def test_flops_follow_the_number_of_steps_of_a_training_step(monkeypatch):
 
 def test_recomputation_is_a_part_of_its_own():
     plain, again = (
-        step_flops(configuration(refinement={"checkpoint": mode}), samples=SAMPLES)
+        step_flops(configuration(refinement={"recompute": mode}), samples=SAMPLES)
         for mode in ("none", "step")
     )
     assert "recomputation" not in plain
@@ -290,9 +289,7 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
     options = MEMORY_CASES[case]
     model = {"width": 64, "feed_forward_width": 96, "num_layers": 2} | options.get("model", {})
     config = configuration(**(options | {"model": model}), context_length=32, vocabulary_size=4000)
-    accumulating = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, global_batch_size=2 * SAMPLES)
-    )
+    accumulating = config.replace(train=config.train.replace(global_batch_size=2 * SAMPLES))
     estimate = memory_estimate(accumulating, world_size=1, micro_batch=SAMPLES)
     measured = training_step(config, Live()).peak / 2**30
     assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=0.12)
@@ -399,7 +396,7 @@ DATA = {
     "options",
     [
         {},
-        {"model": {"conditioning": "adaln"}, "refinement": {"checkpoint": "step"}},
+        {"model": {"conditioning": "adaln"}, "refinement": {"recompute": "step"}},
         {"model": {"kind": "baseline"}},
         {"state": FRAMES},
     ],

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import ebwm_scale.refinement as refinement_module
+from ebwm_scale.refinement import inner_gradient
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.errors import ConfigError
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 
 
 def gradients(compiled: bool, options: dict):
@@ -64,9 +64,9 @@ def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):
 
 
 def test_the_comparison_notices_a_compiled_step_whose_inner_gradient_has_no_graph(monkeypatch):
-    right = refinement_module._compiled()
+    right = inner_gradient._compiled()
     monkeypatch.setattr(
-        refinement_module,
+        inner_gradient,
         "_compiled",
         lambda: lambda *a: (lambda energy, g: (energy, g.detach() + 0 * energy.sum()))(*right(*a)),
     )
@@ -76,6 +76,6 @@ def test_the_comparison_notices_a_compiled_step_whose_inner_gradient_has_no_grap
 
 def test_compiling_and_checkpointing_together_are_refused():
     with pytest.raises(
-        ConfigError, match="refinement.compile is true with refinement.checkpoint step"
+        ConfigError, match="refinement.compile is true with refinement.recompute step"
     ):
         config_from_dict({"refinement": {"compile": True, "checkpoint": "step"}})

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebwm_scale.config import SIZES, batch_arithmetic, config_from_dict, load_config
+from ebwm_scale.config import (
+    SIZES,
+    Config,
+    batch_arithmetic,
+    config_from_dict,
+    load_config,
+    renamed,
+)
 from ebwm_scale.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,8 +101,17 @@ def test_overrides_win_and_yaml_words_become_what_the_key_needs():
         ),
         (
             {"data": {"sources": [{"manifst": "b.json"}]}},
-            ["a list of mappings with the keys manifest, weight", "did you mean"],
+            ["data.sources[0].manifst: unknown key; did you mean data.sources[0].manifest?"],
         ),
+        ({"data": {"sources": "b.json"}}, ["a list of mappings with the keys manifest, weight"]),
+        ({"data": {"sources": ["b.json"]}}, ["data.sources is ", "keys manifest, weight"]),
+        ({"refinement": {"schedule": {"noise": [[0, 1, 2]]}}}, ["refinement.schedule.noise"]),
+        ({"refinement": {"schedule": {"noise": 3}}}, ["a list of [progress, value] points"]),
+        ({"optimizer": {"learning_rate": 10**400}}, ["optimizer.learning_rate"]),
+        ({"model": {"width": 10**30}}, ["model.width", "too large for anything"]),
+        ({"model": {"width": 2.0}}, ["model.width is 2.0: expected a whole number, or null"]),
+        ({"optimizer": {"epsilon": True}}, ["optimizer.epsilon is True: expected a finite number"]),
+        ({"refinement": {"learnable": 1}}, ["refinement.learnable is 1: expected true or false"]),
         ({"data": {"stream": ["pipe:cat a.tar"]}}, ["data.stream is given without data.manifest"]),
         ({"state": {"initial": "most_recent"}}, ["state.initial is most_recent"]),
         (
@@ -122,6 +138,26 @@ def test_what_cannot_be_used_is_refused_with_the_value_and_what_is_allowed(value
         config_from_dict(values)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_key_is_read_under_its_old_name_and_said_to_be_old(caplog):
+    config = config_from_dict({"refinement": {"checkpoint": "block"}})
+    assert config.refinement.recompute == "block"
+    assert "checkpoint" not in config.to_dict()["refinement"]
+    renamed._said.clear()
+    config_from_dict({"refinement": {"checkpoint": "step"}})
+    assert "refinement.checkpoint is the old name of refinement.recompute" in caplog.text
+    both = {"refinement": {"checkpoint": "block", "recompute": "step"}}
+    with pytest.raises(ConfigError, match="are both given"):
+        config_from_dict(both)
+
+
+def test_every_key_is_documented_in_the_schema():
+    schema = Config.model_json_schema()
+    refinement = schema["$defs"]["RefinementConfig"]["properties"]
+    assert refinement["tile_rows"]["description"].startswith("(sample, position) rows")
+    assert refinement["num_steps"]["exclusiveMinimum"] == 0
+    assert schema["additionalProperties"] is False
 
 
 def test_unreadable_files_are_one_line(tmp_path):

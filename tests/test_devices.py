@@ -9,9 +9,9 @@ import torch
 
 from ebwm_kernels import attention_ops
 from ebwm_scale.config import load_config
-from ebwm_scale.model.states import VocabularyState
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.model.states import Targets, VocabularyState
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 
 VOCABULARY, SAMPLES, POSITIONS, DIMENSION = 50, 3, 8, 12
 TEXT = {
@@ -35,8 +35,8 @@ TEXT = {
     "time_embed": ["model.conditioning=time_embed", "refinement.landscapes=per_step"],
     "predicted_only": ["model.conditioning=predicted_only", "refinement.landscapes=per_step"],
     "shared keys": ["model.num_kv_heads=1"],
-    "a step computed again": ["refinement.checkpoint=step"],
-    "block by block": ["refinement.checkpoint=block"],
+    "a step computed again": ["refinement.recompute=step"],
+    "block by block": ["refinement.recompute=block"],
     "masked document starts": ["data.mask_document_starts=true"],
     "Transformer++": ["model.kind=baseline"],
 }
@@ -138,12 +138,14 @@ def test_a_step_of_training_and_of_evaluation_neither_waits_for_its_device_nor_l
 @pytest.mark.parametrize(
     "count",
     [
-        lambda self, targets: float((targets != -100).sum()),
-        lambda self, targets: torch.ones(1) * (targets != -100).sum(),
+        lambda values: float((values != -100).sum()),
+        lambda values: torch.ones(1) * (values != -100).sum(),
     ],
     ids=["waits", "leaves the device"],
 )
 def test_a_step_that_waits_or_leaves_its_device_is_noticed(count, monkeypatch):
-    monkeypatch.setattr(VocabularyState, "count", count)
+    monkeypatch.setattr(
+        VocabularyState, "targets", lambda self, values: Targets(values, count(values))
+    )
     with pytest.raises(RuntimeError, match="meta"):
         step([], torch.float32)

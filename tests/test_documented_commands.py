@@ -237,7 +237,7 @@ def test_the_commands_of_the_other_pages(checkout):
     for command in of("distributed.md", video=False):
         checkout.run(
             command.replace(
-                "refinement.checkpoint=block",
-                "refinement.checkpoint=block data.manifest=data/mine/manifest.json",
+                "refinement.recompute=block",
+                "refinement.recompute=block data.manifest=data/mine/manifest.json",
             )
         )

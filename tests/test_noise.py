@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ebwm_scale.noise import NoiseSource, Purpose, _normal, _Stream, _words
+from ebwm_scale.refinement.noise import NoiseSource, Purpose, _normal, _Stream, _words
 
 SOURCE = NoiseSource(33, 7)
 SAMPLES = torch.tensor([5, 11, 2**40])
@@ -55,7 +55,7 @@ def test_a_row_is_the_same_bits_with_any_number_of_threads_and_wherever_it_lies_
     stream = _Stream(SOURCE.seed, SOURCE.step)
     for shift in range(1, 17):  # another alignment
         moved = np.empty(size + shift, np.float32)[shift:]
-        _normal(stream.at(0, 1, 5, int(Purpose.INITIAL_STATE)), moved)
+        _normal(stream.seek(0, 1, 5, int(Purpose.INITIAL_STATE)), moved)
         assert np.array_equal(moved, rows[0][0, 1].numpy())
 
 
@@ -68,7 +68,7 @@ def test_a_moved_stream_equals_a_new_generator_at_the_address():
         ((0, 2**63, 2**64 - 1, 0), 3),
     ):
         fresh = np.random.Philox(key=_words(33, 7), counter=_words(*counter)).random_raw(count)
-        assert np.array_equal(stream.at(*counter).random_raw(count), fresh)
+        assert np.array_equal(stream.seek(*counter).random_raw(count), fresh)
 
 
 def test_every_part_of_the_address_changes_the_numbers():

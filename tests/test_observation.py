@@ -1,6 +1,5 @@
 """What is stored becomes what a model sees; masked targets give the same sums however a batch is cut."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +7,8 @@ import torch
 
 from ebwm_kernels.vocabulary import IGNORE
 from ebwm_scale.config import config_from_dict
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.observation import Observation
 
 EOS = 7
@@ -78,9 +77,7 @@ def test_masked_losses_and_gradients_do_not_depend_on_how_a_batch_is_cut(kind, g
         torch.allclose(whole[1][name], cut[1][name], rtol=1e-9, atol=1e-12) for name in whole[1]
     )
     plain = WorldModel(
-        dataclasses.replace(
-            config, data=dataclasses.replace(config.data, mask_document_starts=False)
-        )
+        config.replace(data=config.data.replace(mask_document_starts=False))
     ).double()
     plain.load_state_dict(model.state_dict())
     unscaled = plain(

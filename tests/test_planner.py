@@ -12,7 +12,7 @@ from ebwm_scale import plan as command
 from ebwm_scale.accounting import count_parameters, memory_estimate
 from ebwm_scale.config import load_config
 from ebwm_scale.errors import ConfigError
-from ebwm_scale.model.world_model import WorldModel
+from ebwm_scale.world_model import WorldModel
 from ebwm_scale.planner import HEADROOM, MACHINES, communicated, compute_seconds, plan, recommended
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,12 +81,9 @@ def test_the_bucket_that_deepspeed_allocates_is_no_larger_than_the_model_and_can
         config, micro_batch=1, accumulation=1, num_parameters=numbers
     )["zero_optimization"]["reduce_bucket_size"]
     assert bucket(config_of(), 1000) == 1000 and bucket(config_of(), 10**10) == 500_000_000
-    raw = dataclasses.replace(
-        config_of(),
-        deepspeed=dataclasses.replace(
-            config_of().deepspeed, raw={"zero_optimization": {"reduce_bucket_size": 7}}
-        ),
-    )
+    small_bucket = {"zero_optimization": {"reduce_bucket_size": 7}}
+    config = config_of()
+    raw = config.replace(deepspeed=config.deepspeed.replace(raw=small_bucket))
     assert bucket(raw, 1000) == 7
 
 
@@ -129,7 +126,7 @@ def test_stage_3_gathers_blocks_for_every_sweep():
     one, two = (
         communicated(
             config_of(
-                "deepspeed.zero_stage=3", "refinement.checkpoint=block", f"refinement.num_steps={n}"
+                "deepspeed.zero_stage=3", "refinement.recompute=block", f"refinement.num_steps={n}"
             ),
             world=2,
             accumulation=1,

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import ebwm_scale.refinement as refinement_module
+from ebwm_scale.refinement import loop as refinement_loop
 from ebwm_kernels.energy_attention import energy_attention_definition
 from ebwm_kernels.pointwise import rms_norm_reference, swiglu_reference
-from ebwm_scale import block_sweeps
+from ebwm_scale.refinement import block_recompute
 from ebwm_scale.config import config_from_dict
-from ebwm_scale.draws import SampledDraws
-from ebwm_scale.model import transformer
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
-from ebwm_scale.refinement import tiles_of
+from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.model import blocks
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
+from ebwm_scale.refinement.tiling import tiles_of
 
 V, B, S = 13, 3, 5
 CONDITIONINGS = ("default", "time_embed", "adaln", "adaln_zero", "predicted_only")
@@ -61,12 +61,12 @@ def build(*, kind="vocabulary", model=None, state=None, refinement=None):
 def plain_operations():
     with (
         mock.patch.object(
-            transformer,
+            blocks,
             "energy_attention",
             lambda *a, backend, **o: energy_attention_definition(*a, **o),
         ),
-        mock.patch.object(transformer, "rms_norm", rms_norm_reference),
-        mock.patch.object(transformer, "swiglu", swiglu_reference),
+        mock.patch.object(blocks, "rms_norm", rms_norm_reference),
+        mock.patch.object(blocks, "swiglu", swiglu_reference),
     ):
         yield
 
@@ -75,18 +75,18 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     """The papers' algorithm by hand; all draws from the same addresses."""
     rules, kind = model.config.refinement, model.config.state.kind
     size = V if kind == "vocabulary" else 7
-    draws = SampledDraws(
+    draws = TrainingNoise(
         source,
         rules,
         sample_ids,
         (B, S, size),
         kind=model.config.state.initial,
         dtype=torch.float64,
-        start=observed if kind == "embedding" else None,
+        last_observed=observed if kind == "embedding" else None,
     )
     alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
     embedded_observed = model.embed_observed(observed)
-    x, losses = draws.initial(), []
+    x, losses = draws.initial_state(), []
     for i, landscape in enumerate(model.landscapes(num_steps)):
         last = i == num_steps - 1
         if rules.graph != "full":
@@ -111,7 +111,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if model.config.model.predicted_input == "anchored":
             candidate = candidate + embedded_observed
         energy = model.network.energy(
-            candidate, model.network.encode(embedded_observed, landscape), landscape
+            candidate, model.network.encode_context(embedded_observed, landscape), landscape
         )
         by = x if kind == "vocabulary" and rules.update == "logits" else moving
         (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
@@ -236,20 +236,20 @@ def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update
             "state": {"map_scale": 7.0, "tie_embedding": True},
             "refinement": {"tile_rows": 4, "update": "logits"},
         },
-        "checkpoint_step": {"refinement": {"checkpoint": "step"}},
-        "checkpoint_block": {"refinement": {"checkpoint": "block"}},
+        "checkpoint_step": {"refinement": {"recompute": "step"}},
+        "checkpoint_block": {"refinement": {"recompute": "block"}},
         "blocks_in_parts_of_samples": {
             "model": {"conditioning": "adaln", "num_kv_heads": 2},
-            "refinement": {"checkpoint": "block", "tile_rows": 3},
+            "refinement": {"recompute": "block", "tile_rows": 3},
         },
         "blocks_with_time_embed": {
             "model": {"conditioning": "time_embed", "predicted_input": "anchored"},
-            "refinement": {"checkpoint": "block", "num_steps": 3},
+            "refinement": {"recompute": "block", "num_steps": 3},
         },
         "blocks_of_frames": {
             "kind": "embedding",
             "model": {"conditioning": "predicted_only"},
-            "refinement": {"checkpoint": "block"},
+            "refinement": {"recompute": "block"},
         },
         "clamped": {"refinement": {"change_clamp": 5.0, "state_clamp": 4.0, "num_steps": 3}},
         "change_clamped": {"refinement": {"change_clamp": 4.0, "tile_rows": 3}},
@@ -381,29 +381,29 @@ def test_the_choices_differ_so_the_comparison_means_something():
 @pytest.mark.parametrize("checkpoint", ["none", "step", "block"])
 def test_the_comparison_notices_an_inner_gradient_without_graph(monkeypatch, checkpoint):
     """Breaks the mechanism on purpose: the loss stays right, the parameter gradients do not."""
-    right = refinement_module.energy_and_gradient
+    right = refinement_loop.inner_gradient
 
     def broken(*arguments, **options):
         energy, gradient = right(*arguments, **options)
         return energy, gradient.detach() + 0 * energy.sum()
 
-    monkeypatch.setattr(refinement_module, "energy_and_gradient", broken)
+    monkeypatch.setattr(refinement_loop, "inner_gradient", broken)
     with pytest.raises(AssertionError):
-        compare(*build(refinement={"checkpoint": checkpoint}))
+        compare(*build(refinement={"recompute": checkpoint}))
 
 
 def test_the_comparison_notices_a_block_that_does_not_bend(monkeypatch):
     """Breaks a sweep on purpose: the last block is taken for linear on the way up."""
-    right = block_sweeps._Sweep.backward
+    right = block_recompute._BlockwiseStep.backward
     monkeypatch.setattr(
-        block_sweeps._Sweep,
+        block_recompute._BlockwiseStep,
         "backward",
         lambda self, streams, slopes, *rest: right(
             self, streams, [*slopes[:-1], torch.zeros_like(slopes[-1])], *rest
         ),
     )
     with pytest.raises(AssertionError):
-        compare(*build(refinement={"checkpoint": "block"}))
+        compare(*build(refinement={"recompute": "block"}))
 
 
 @pytest.mark.parametrize("kind", ["vocabulary", "embedding"])
@@ -445,7 +445,9 @@ def test_the_observed_stream_is_encoded_once_where_landscapes_share_it():
             model={"conditioning": conditioning},
             refinement={"num_steps": 3, "landscapes": landscapes},
         )
-        with mock.patch.object(model.network, "encode", side_effect=model.network.encode) as encode:
+        with mock.patch.object(
+            model.network, "encode_context", side_effect=model.network.encode_context
+        ) as encode:
             model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(0, 0))
         assert encode.call_count == expected, conditioning
 
@@ -485,15 +487,12 @@ def test_the_baseline_is_an_ordinary_decoder():
 
 def test_the_comparison_notices_a_step_that_is_not_back_propagated(monkeypatch):
     """Breaks the gradients taken step by step: the loss stays right, a term is missing."""
-    right, calls = refinement_module._Loop.back_propagate, []
+    right, calls = refinement_loop.back_propagate, []
     monkeypatch.setattr(
-        refinement_module._Loop,
+        refinement_loop,
         "back_propagate",
-        staticmethod(
-            lambda pending, contexts: (
-                calls.append(1)
-                or (right(pending, contexts) if len(calls) != 1 else pending.clear())
-            )
+        lambda pending, contexts: (
+            calls.append(1) or (right(pending, contexts) if len(calls) != 1 else pending.clear())
         ),
     )
     with pytest.raises(AssertionError):

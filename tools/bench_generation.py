@@ -21,13 +21,13 @@ import torch
 from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import load_config
 from ebwm_scale.denormals import flush_denormals
-from ebwm_scale.draws import SampledDraws
-from ebwm_scale.generation import Session
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.inference.generation import Session
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.provenance import provenance
-from ebwm_scale.refinement import refine
-from ebwm_scale.thinking import ThinkingRules
+from ebwm_scale.refinement.loop import refine
+from ebwm_scale.inference.thinking import ThinkingConfig
 
 
 def main() -> int:
@@ -94,7 +94,7 @@ def main() -> int:
 
 def cached(model, tokens: int, num_steps: int) -> float:
     """Seconds for all tokens, prefill included."""
-    rules = ThinkingRules(num_steps=num_steps if model.config.model.kind == "energy" else None)
+    rules = ThinkingConfig(num_steps=num_steps if model.config.model.kind == "energy" else None)
     start = time.perf_counter()
     session = Session(model, [torch.tensor([1])], rules, energies=False)
     for _ in range(tokens - 1):
@@ -112,11 +112,11 @@ def recomputed(model, tokens: int, samples: int) -> float:
         prompt, timed = torch.randint(model.config.model.vocabulary_size, (1, length)), []
         for _ in range(3):
             start = time.perf_counter()
-            draws = SampledDraws(
+            draws = TrainingNoise(
                 NoiseSource(0, 0),
                 rules,
                 torch.tensor([0]),
-                (1, length, model.state.size),
+                (1, length, model.state_size),
                 kind="random_noise",
                 randomize=False,
             )
@@ -124,9 +124,9 @@ def recomputed(model, tokens: int, samples: int) -> float:
                 model,
                 model.embed_observed(prompt),
                 None,
-                rules=rules,
+                config=rules,
                 landscapes=model.landscapes(rules.num_steps),
-                draws=draws,
+                noise=draws,
                 training=False,
                 keep_state=torch.float32,
             )

@@ -230,7 +230,7 @@ class Stepper:
 
     def __init__(self, config, arguments):
         import torch
-        from ebwm_scale.model.world_model import WorldModel
+        from ebwm_scale.world_model import WorldModel
         from ebwm_scale.training.optimizer import parameter_groups
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -262,7 +262,7 @@ class Stepper:
         return sum(u.numel() * u.element_size() for u in [*self.model.parameters(), *moments])
 
     def step(self) -> None:
-        from ebwm_scale.noise import NoiseSource
+        from ebwm_scale.refinement.noise import NoiseSource
 
         output = self.model(
             self.observed, self.targets, sample_ids=self.ids, source=NoiseSource(33, self.count)

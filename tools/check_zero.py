@@ -140,7 +140,7 @@ def configuration(
                 "step_size": 5.0,
                 "learning_rate_multiplier": 1.0,
                 **RECIPES.get(recipe, {}),
-                "checkpoint": checkpoint,
+                "recompute": checkpoint,
                 **(refinement or {}),
             },
             "optimizer": {"learning_rate": 0.003},
@@ -175,7 +175,7 @@ def tokens_of(config, step: int):
 
 def new_model(config):
     import torch
-    from ebwm_scale.model.world_model import WorldModel
+    from ebwm_scale.world_model import WorldModel
 
     torch.manual_seed(0)
     return WorldModel(config)
@@ -183,17 +183,14 @@ def new_model(config):
 
 def reference(config) -> dict[str, dict]:
     """Parameters and first moments after 5 steps of plain double backward in one process, in float64, with float32's noise."""
-    import dataclasses
     from unittest import mock
 
     import torch
-    from ebwm_scale.draws import SampledDraws
-    from ebwm_scale.noise import NoiseSource
+    from ebwm_scale.refinement.sampling import TrainingNoise
+    from ebwm_scale.refinement.noise import NoiseSource
     from ebwm_scale.training.optimizer import parameter_groups
 
-    config = dataclasses.replace(
-        config, refinement=dataclasses.replace(config.refinement, checkpoint="none")
-    )
+    config = config.replace(refinement=config.refinement.replace(recompute="none"))
     model = new_model(config).double()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config),
@@ -201,16 +198,16 @@ def reference(config) -> dict[str, dict]:
         betas=(0.9, 0.999),
         eps=config.optimizer.epsilon,
     )
-    plain = SampledDraws._normal
+    plain = TrainingNoise._normal
 
     def as_float32(draws, purpose):
-        draws.options = {**draws.options, "dtype": torch.float32}
+        draws.dtype = torch.float32
         try:
             return plain(draws, purpose).double()
         finally:
-            draws.options = {**draws.options, "dtype": torch.float64}
+            draws.dtype = torch.float64
 
-    with mock.patch.object(SampledDraws, "_normal", as_float32):
+    with mock.patch.object(TrainingNoise, "_normal", as_float32):
         for step in range(STEPS):
             tokens = tokens_of(config, step)
             optimizer.zero_grad()
@@ -236,7 +233,7 @@ def reference(config) -> dict[str, dict]:
 def trained(config, world, steps: int = STEPS, accumulation: int = 1):
     """The engine after its steps on this rank's part of each batch, in `accumulation` micro-batches."""
     import torch
-    from ebwm_scale.noise import NoiseSource
+    from ebwm_scale.refinement.noise import NoiseSource
     from ebwm_scale.training.engine import Engine
 
     size = config.train.global_batch_size // world.size
@@ -332,24 +329,26 @@ def check(arguments) -> int:
 
 
 def break_partition() -> None:
-    """A gathered stand-in holds this process's part, and zeros in place of the others'."""
+    """A gathered leaf holds this process's part, and zeros in place of the others'."""
     import contextlib
 
-    from ebwm_scale import block_sweeps
+    from ebwm_scale.refinement import block_recompute
+    from ebwm_scale.refinement.deferred_backward import leaf_of
 
-    right = block_sweeps._gathered
+    right = block_recompute._gathered
 
     @contextlib.contextmanager
     def wrong(parameters):
         with right(parameters):
             for p in parameters:
-                if hasattr(p, "stands_for"):
-                    part = p.stands_for.ds_tensor.numel()
+                info = leaf_of(p)
+                if info is not None and info.parameter is not None:
+                    part = info.parameter.ds_tensor.numel()
                     p.data = p.data.clone()
                     p.data.view(-1)[part:].zero_()
             yield
 
-    block_sweeps._gathered = wrong
+    block_recompute._gathered = wrong
 
 
 def measure_memory(arguments) -> int:

@@ -23,13 +23,12 @@ from ebwm_kernels.vocabulary import IGNORE
 from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.denormals import flush_denormals
-from ebwm_scale.draws import SampledDraws
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.provenance import provenance
-from ebwm_scale.refinement import refine
+from ebwm_scale.refinement.loop import refine
 from ebwm_scale.statistics import interval
-from ebwm_scale.training.validation import EVALUATION_STEP
 
 NODES, BATCH = 8, 32
 MORE = 4  # steps beyond the trained ones
@@ -235,7 +234,7 @@ def measure(model: WorldModel, hops: tuple[int, ...], seed: int, samples: int = 
     if model.config.model.kind == "baseline":
         score(model.output(model.network(embedded)))
         return {"trained_steps": 0, "after": found}
-    draws = SampledDraws(
+    draws = TrainingNoise(
         NoiseSource(seed, EVALUATION_STEP),
         rules,
         torch.arange(samples),
@@ -247,9 +246,9 @@ def measure(model: WorldModel, hops: tuple[int, ...], seed: int, samples: int = 
         model,
         embedded,
         None,
-        rules=rules,
+        config=rules,
         landscapes=model.landscapes(rules.num_steps + MORE),
-        draws=draws,
+        noise=draws,
         training=False,
         record=lambda step: score(step.state),
     )

@@ -20,18 +20,17 @@ from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.data.loader import validation_batches
 from ebwm_scale.data.shards import open_split
 from ebwm_scale.denormals import flush_denormals
-from ebwm_scale.draws import SampledDraws
+from ebwm_scale.refinement.sampling import TrainingNoise
 from ebwm_scale.errors import UserError
 from ebwm_scale.loading import load_checkpoint
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.observation import Observation
 from ebwm_scale.provenance import provenance
-from ebwm_scale.refinement import refine
+from ebwm_scale.refinement.loop import refine
 from ebwm_scale.scaling import read_run
-from ebwm_scale.scoring import last_states
+from ebwm_scale.inference.scoring import last_states
 from ebwm_scale.statistics import interval
-from ebwm_scale.thinking import ThinkingRules
-from ebwm_scale.training.validation import EVALUATION_STEP
+from ebwm_scale.inference.thinking import ThinkingConfig
 
 
 def main() -> int:
@@ -131,25 +130,25 @@ def measure(run: Path, options: argparse.Namespace) -> tuple[dict, torch.Tensor]
             criterion(model, state.view(*observed.shape[:2], -1), targets)
         )
         if config.model.kind == "baseline":
-            score(last_states(model, observed, ThinkingRules()))
+            score(last_states(model, observed, ThinkingConfig()))
         else:
-            draws = SampledDraws(
+            draws = TrainingNoise(
                 NoiseSource(config.train.seed, EVALUATION_STEP),
                 rules,
                 batch.sample_ids,
-                (*observed.shape[:2], model.state.size),
+                (*observed.shape[:2], model.state_size),
                 kind=config.state.initial,
                 randomize=False,
-                start=observed if config.state.kind == "embedding" else None,
+                last_observed=observed if config.state.kind == "embedding" else None,
             )
-            score(draws.initial())
+            score(draws.initial_state())
             refine(
                 model,
                 model.embed_observed(observed),
                 None,
-                rules=rules,
+                config=rules,
                 landscapes=model.landscapes(count),
-                draws=draws,
+                noise=draws,
                 training=False,
                 record=lambda step: score(step.state),
             )
@@ -183,7 +182,7 @@ def criterion(model, state: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
             .view(targets.shape)
             .mean(1)
         )
-    return model.state.loss(state, targets, reduction="none").mean(1)
+    return model.state_space().loss(state, targets, reduction="none").mean(1)
 
 
 if __name__ == "__main__":

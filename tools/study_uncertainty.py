@@ -27,11 +27,13 @@ from torch import Tensor
 from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.denormals import flush_denormals
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.provenance import provenance
 from ebwm_scale.statistics import interval_of_correlation
-from ebwm_scale.thinking import SequenceNoise, SequenceScore, ThinkingRules, think
+from ebwm_scale.inference.energy_functions import SequenceEnergy
+from ebwm_scale.inference.initial_states import SequenceSampler
+from ebwm_scale.inference.thinking import ThinkingConfig, think
 
 TOKENS, BRANCHES, LENGTH, BATCH = 96, 6, 32, 16
 DEVIATIONS = (0.0, 0.3, 1.0, 3.0)  # radians
@@ -161,17 +163,17 @@ def measure(model: WorldModel, draw, samples: int, starts: int) -> dict:
     sequences, truth = draw(samples, seed=1)
     observed, targets = sequences[:, :-1], sequences[:, 1:]
     rules, score = (
-        ThinkingRules(num_starts=starts),
-        SequenceScore(model, model.embed_observed(observed)),
+        ThinkingConfig(num_starts=starts),
+        SequenceEnergy(model, model.embed_observed(observed)),
     )
     energies, states = [], []
     for start in range(starts):
-        noise = SequenceNoise(model, rules, torch.arange(samples), LENGTH, start)
+        noise = SequenceSampler(model, rules.seed, torch.arange(samples), LENGTH, start)
         thought = think(model, score, noise.initial(observed), rules, noise=noise)
         energies.append(thought.energy), states.append(thought.state)
     energies, states = torch.stack(energies), torch.stack(states)
     is_text = model.config.state.kind == "vocabulary"
-    loss = model.state.loss(states[0], targets, reduction="none")
+    loss = model.state_space().loss(states[0], targets, reduction="none")
     points = states.softmax(-1) if is_text else states
     offered = {
         "energy": energies[0],

@@ -1,4 +1,7 @@
-"""Transformer++: the same blocks on the observed stream alone, predicting the next state directly."""
+"""Transformer++: the same blocks on the observed stream alone.
+
+It predicts the next state directly.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from torch import Tensor, nn
 from ebwm_kernels import vocabulary_cross_entropy
 
 from ..config import ModelConfig
-from .transformer import Block, RMSNorm, RotaryTable, initialize_released
+from .blocks import Block, RMSNorm, initialize_released
+from .rotary import RotaryTable
 
 
 class BaselineTransformer(nn.Module):
@@ -22,14 +26,20 @@ class BaselineTransformer(nn.Module):
         """Hidden states (B, S, D) of the observed stream (B, S, D)."""
         rotary = self.rotary(observed.shape[1], observed)
         for layer in self.layers:
-            observed = layer.observe(observed, *layer.keys_values(observed, rotary), rotary)
+            keys, values = layer.keys_values(observed, rotary)
+            observed = layer.forward_observed(observed, keys, values, rotary)
         return self.norm(observed)
+
+    def context_key(self, landscape: int) -> int:
+        """It has one context and no landscapes; see EnergyTransformer.context_key."""
+        return 0
 
 
 class Output(nn.Linear):
-    """Hidden states (B, S, D) to logits, or, given targets, to their loss, for which logits exist a chunk at a time.
+    """Hidden states (B, S, D) to logits, or, given targets, to their loss.
 
-    One module for both, so that an engine that partitions its weight sees it used.
+    For the loss, logits exist a chunk at a time. One module serves both, so that an
+    engine that partitions its weight sees it used.
     """
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -1,22 +1,24 @@
-"""What is refined: the state spaces, each with four things: its size, how it enters a step, one descent step, and the criterion.
+"""What is refined: the state spaces, each with its size, its embedding, its update and its loss.
 
-    x (B, S, size)              a candidate next state per position, float32 (float64 in tests) whatever the weights' dtype
-    enter(x)                    what a step needs of x: its embedding e (B, S, D), and for a vocabulary p = softmax(x)
-    descend(entered, g, alpha)  the step along -dE/dx, given g = dE/de: the chain rule through the embedding is the state's own business
+    x (B, S, size)         a candidate next state per position, float32 (float64 in tests)
+                           whatever the weights' dtype
+    embed(x)               what a step needs of x: e (B, S, D), and for text p = softmax(x)
+    update(e, g, alpha)    the step along -dE/dx, given g = dE/de, and the loss after it:
+                           the chain rule through the embedding is the state space's own business
 
-They hold no parameters of their own, only references to the world model's.
-So the inner gradient of the network is always a D-vector per position, and nothing of size V passes through autograd's second order.
+They hold no parameters of their own, only references to the world model's. The inner gradient of
+the network is always a D-vector per position, and nothing of size V passes through autograd's
+second order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..term_gradients import Cut, sink_of
 from ebwm_kernels.vocabulary import (
     IGNORE,
     NO_CLAMPS,
@@ -30,141 +32,210 @@ from ebwm_kernels.vocabulary import (
 )
 
 
-class Entered(NamedTuple):
-    """A state inside a step. embedded (B, S, D); what descends: probabilities (B, S, V), x (B, S, size), or x through probabilities.
+class EmbeddedState(NamedTuple):
+    """A state inside a step.
 
-    spare: memory of a state's size that nobody needs any more.
+    vectors (B, S, D) enter the network. The rest is what the update reads: probabilities
+    (B, S, V) alone where they are what moves, state (B, S, size) alone where it moves directly,
+    both where the state moves through the softmax.
+    scratch: memory of a state's size whose contents nobody needs any more.
     """
 
-    embedded: Tensor
+    vectors: Tensor
     probabilities: Tensor | None = None
-    x: Tensor | None = None
-    spare: Tensor | None = None
+    state: Tensor | None = None
+    scratch: Tensor | None = None
 
 
-class Descended(NamedTuple):
-    """After a step. x: the next state, if asked for; entered: that state inside the next step, where it is free; loss: with targets."""
+class StateUpdate(NamedTuple):
+    """After a step.
 
-    x: Tensor | None
-    entered: Entered | None
+    state: the next state, if it was asked for. next_embedded: that state inside the next step,
+    where it costs nothing. loss: a scalar, with targets.
+    """
+
+    state: Tensor | None
+    next_embedded: EmbeddedState | None
     loss: Tensor | None
+
+
+class Targets(NamedTuple):
+    """values: token ids (B, S) or embeddings (B, S, size); count: how many a mean loss is over.
+
+    The count is that of the whole batch, also in a part of it: losses of parts add up.
+    """
+
+    values: Tensor
+    count: Tensor
+
+    def slice(self, samples: slice, positions: slice) -> "Targets":
+        return Targets(self.values[samples, positions], self.count)
+
+
+class UpdateChoices(Protocol):
+    """What an update reads of a step's plan (refinement/step_plan.py)."""
+
+    is_last: bool
+    keep_graph: bool
+    keep_state: bool
+    loss_weight: float
 
 
 @dataclass(frozen=True)
 class VocabularyState:
-    """V logits per position, embedded as softmax(x) @ weight; criterion: cross-entropy in nats."""
+    """V logits per position, embedded as softmax(x) @ weight; loss: cross-entropy in nats.
 
-    weight: Tensor  # (V, D): an own matrix, or the token embedding's
-    update: str  # "probabilities", "logits" or "mirror"
+    weight (V, D): a map of its own, or the token embedding's. update_rule: `refinement.update`.
+    grad_buffer (V, D): where the map's gradient is summed, see ebwm_kernels.vocabulary.
+    """
+
+    weight: Tensor
+    update_rule: str
     clamps: Clamps = NO_CLAMPS
-    sink: Tensor | None = (
-        None  # (V, D) where the map's gradient is added up, see kernels/vocabulary.py
-    )
+    grad_buffer: Tensor | None = None
 
     @property
     def size(self) -> int:
         return self.weight.shape[0]
 
-    def cut(self, by: Cut) -> "VocabularyState":
-        """The same on a leaf in place of the map, which receives the map's gradient."""
-        leaf = by(self.weight)
-        return replace(self, weight=leaf, sink=sink_of(leaf))
+    def targets(self, values: Tensor) -> Targets:
+        """Token ids (B, S); IGNORE where a position does not count."""
+        return Targets(values, (values != IGNORE).sum())
 
-    def count(self, targets: Tensor) -> Tensor:
-        """Over how many of the targets (..., S) a mean loss is taken; a tensor without dimensions."""
-        return (targets != IGNORE).sum()
-
-    def enter(self, x: Tensor) -> Entered:
-        """x is overwritten where it can be."""
+    def embed(self, x: Tensor) -> EmbeddedState:
+        """x (B, S, V) is overwritten where it can be."""
         rows = x.flatten(0, 1)
+        probabilities_move = self.update_rule == "probabilities"
         if x.requires_grad:
-            entered = vocabulary_embed_reference(rows, self.weight)
+            probabilities, vectors = vocabulary_embed_reference(rows, self.weight)
         else:
-            entered = vocabulary_embed(
+            probabilities, vectors = vocabulary_embed(
                 rows,
                 self.weight,
-                sink=self.sink,
-                out=rows if self.update == "probabilities" else None,
+                grad_buffer=self.grad_buffer,
+                out=rows if probabilities_move else None,
             )
-        probabilities, embedded = (u.unflatten(0, x.shape[:2]) for u in entered)
-        return Entered(
-            embedded,
-            None if self.update == "mirror" else probabilities,
-            None if self.update == "probabilities" else x,
-        )
+        probabilities = probabilities.unflatten(0, x.shape[:2])
+        vectors = vectors.unflatten(0, x.shape[:2])
+        if probabilities_move:
+            return EmbeddedState(vectors, probabilities=probabilities)
+        if self.update_rule == "mirror":
+            return EmbeddedState(vectors, state=x)
+        return EmbeddedState(vectors, probabilities=probabilities, state=x)
 
-    def descend(
+    def update(
         self,
-        entered: Entered,
-        gradient: Tensor,
-        step_size: Tensor,
-        targets: Tensor | None,
-        count: Tensor | None,
-        *,
-        connected: bool = False,
-        keep_state: bool = True,
-        go_on: bool = False,
-        loss_weight: float = 1.0,
-    ) -> Descended:
-        """The step along -dE/dx and its loss, a sum over the targets divided by `count`.
+        embedded: EmbeddedState,
+        energy_grad: Tensor,
+        alpha: Tensor,
+        targets: Targets | None,
+        step: UpdateChoices,
+    ) -> StateUpdate:
+        """The step along -dE/dx and its loss.
 
-        connected: the next state carries the graph of this step (refinement.graph full). go_on: another step follows, without noise.
-        loss_weight: the loss's weight in what is back-propagated: the sink and the next entered state bring the map's gradient of it.
+        energy_grad (B, S, D): dE/d vectors. alpha: scalar or (B, S, 1).
         """
-        moving = entered.probabilities if entered.x is None else entered.x
-        shape = moving.shape
-        p, x = (None if u is None else u.flatten(0, 1) for u in (entered.probabilities, entered.x))
-        hidden = (-step_size * gradient.to(moving.dtype)).flatten(0, 1)
-        flat_targets = None if targets is None else targets.flatten()
-        options = {"count": count, "sink": self.sink, "loss_weight": loss_weight}
-        if connected:
-            state = vocabulary_descend_reference(
-                self.weight, hidden, probabilities=p, x=x, clamps=self.clamps
-            )
-            loss = (
-                None
-                if targets is None
-                else F.cross_entropy(state, flat_targets, ignore_index=IGNORE, reduction="sum")
-                / count.clamp(min=1)
-            )
-        elif (
-            go_on and not keep_state and self.update == "probabilities" and self.clamps == NO_CLAMPS
-        ):  # two tensors of the state's size take turns
-            after, embedded, loss = vocabulary_step(
-                p, self.weight, hidden, flat_targets, out=entered.spare, **options
-            )
-            return Descended(
-                None, Entered(embedded.view(gradient.shape), after.view(shape), spare=p), loss
-            )
-        else:
-            state, loss = vocabulary_descend(
-                self.weight,
-                hidden,
-                flat_targets,
-                probabilities=p,
-                x=x,
-                keep_state=keep_state or go_on,
-                clamps=self.clamps,
-                out=entered.spare,
-                **options,
-            )
-        return Descended(None if state is None else state.view(shape), None, loss)
+        moving = embedded.probabilities if embedded.state is None else embedded.state
+        direction = -alpha * energy_grad.to(moving.dtype)
+        if step.keep_graph:
+            return self._update_with_graph(embedded, direction, targets)
+        can_embed = self.update_rule == "probabilities" and self.clamps == NO_CLAMPS
+        if can_embed and not step.is_last and not step.keep_state:
+            return self._update_and_embed(embedded, direction, targets, step)
+        return self._update_and_score(embedded, direction, targets, step)
 
-    def slope(self, gradient: Tensor) -> Tensor:
-        """dE/dp (B, S, V), p = softmax(x), of g (B, S, D)."""
-        return gradient @ self.weight.T
+    def _update_with_graph(
+        self, embedded: EmbeddedState, direction: Tensor, targets: Targets | None
+    ) -> StateUpdate:
+        """In plain autograd: the next state carries the graph of this step."""
+        shape = direction.shape[:2]
+        state = vocabulary_descend_reference(
+            self.weight,
+            direction.flatten(0, 1),
+            probabilities=_as_rows(embedded.probabilities),
+            x=_as_rows(embedded.state),
+            clamps=self.clamps,
+        )
+        loss = None
+        if targets is not None:
+            total = F.cross_entropy(
+                state, targets.values.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+            loss = total / targets.count.clamp(min=1)
+        return StateUpdate(state.unflatten(0, shape), None, loss)
+
+    def _update_and_embed(
+        self,
+        embedded: EmbeddedState,
+        direction: Tensor,
+        targets: Targets | None,
+        step: UpdateChoices,
+    ) -> StateUpdate:
+        """Straight into the next step: two tensors of the state's size take turns."""
+        shape = direction.shape[:2]
+        probabilities = _as_rows(embedded.probabilities)
+        next_probabilities, vectors, loss = vocabulary_step(
+            probabilities,
+            self.weight,
+            direction.flatten(0, 1),
+            None if targets is None else targets.values.flatten(),
+            count=None if targets is None else targets.count,
+            grad_buffer=self.grad_buffer,
+            loss_weight=step.loss_weight,
+            out=embedded.scratch,
+        )
+        next_embedded = EmbeddedState(
+            vectors.unflatten(0, shape),
+            probabilities=next_probabilities.unflatten(0, shape),
+            scratch=probabilities,
+        )
+        return StateUpdate(None, next_embedded, loss)
+
+    def _update_and_score(
+        self,
+        embedded: EmbeddedState,
+        direction: Tensor,
+        targets: Targets | None,
+        step: UpdateChoices,
+    ) -> StateUpdate:
+        """The next state without a graph, and its loss with one."""
+        state, loss = vocabulary_descend(
+            self.weight,
+            direction.flatten(0, 1),
+            None if targets is None else targets.values.flatten(),
+            probabilities=_as_rows(embedded.probabilities),
+            x=_as_rows(embedded.state),
+            keep_state=step.keep_state or not step.is_last,
+            count=None if targets is None else targets.count,
+            grad_buffer=self.grad_buffer,
+            loss_weight=step.loss_weight,
+            clamps=self.clamps,
+            out=embedded.scratch,
+        )
+        if state is not None:
+            state = state.unflatten(0, direction.shape[:2])
+        return StateUpdate(state, None, loss)
+
+    def embedding_vjp(self, energy_grad: Tensor) -> Tensor:
+        """dE/dp (B, S, V), p = softmax(x), of dE/de (B, S, D)."""
+        return energy_grad @ self.weight.T
 
     def loss(self, x: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross-entropy of a state read as logits; reduction "none" gives (B, S)."""
         loss = F.cross_entropy(
             x.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction=reduction
         )
-        return loss.view(targets.shape) if reduction == "none" else loss
+        if reduction == "none":
+            return loss.view(targets.shape)
+        return loss
 
 
 @dataclass(frozen=True)
 class EmbeddingState:
-    """A frame embedding per position, mapped by the projection that observed frames share; criterion: SmoothL1, beta 1."""
+    """A frame embedding per position; loss: SmoothL1, beta 1.
+
+    projection: maps it to D numbers; observed frames share it.
+    """
 
     projection: nn.Linear
     clamps: Clamps = NO_CLAMPS
@@ -173,44 +244,49 @@ class EmbeddingState:
     def size(self) -> int:
         return self.projection.in_features
 
-    def cut(self, by: Cut) -> "EmbeddingState":
-        return self  # a module of parameters
+    def targets(self, values: Tensor) -> Targets:
+        """Embeddings (B, S, size)."""
+        return Targets(values, values.new_tensor(values.shape[:-1].numel()))
 
-    def count(self, targets: Tensor) -> Tensor:
-        return targets.new_tensor(targets.shape[:-1].numel())
+    def embed(self, x: Tensor) -> EmbeddedState:
+        """x (B, S, size)."""
+        return EmbeddedState(self.projection(x.to(self.projection.weight.dtype)), state=x)
 
-    def enter(self, x: Tensor) -> Entered:
-        return Entered(self.projection(x.to(self.projection.weight.dtype)), x=x)
-
-    def descend(
+    def update(
         self,
-        entered: Entered,
-        gradient: Tensor,
-        step_size: Tensor,
-        targets: Tensor | None,
-        count: Tensor | None,
-        *,
-        connected: bool = False,
-        keep_state: bool = True,
-        go_on: bool = False,
-        loss_weight: float = 1.0,
-    ) -> Descended:
-        state = clamped_step(
-            entered.x, -step_size * self.slope(gradient).to(entered.x.dtype), self.clamps
-        )
-        loss = (
-            None if targets is None else self.loss(state, targets, reduction="none").sum() / count
-        )
-        return Descended(
-            (state if connected else state.detach()) if keep_state or go_on else None, None, loss
-        )
+        embedded: EmbeddedState,
+        energy_grad: Tensor,
+        alpha: Tensor,
+        targets: Targets | None,
+        step: UpdateChoices,
+    ) -> StateUpdate:
+        """The step along -dE/dx and its loss; energy_grad (B, S, D): dE/d vectors."""
+        x = embedded.state
+        direction = -alpha * self.embedding_vjp(energy_grad).to(x.dtype)
+        state = clamped_step(x, direction, self.clamps)
+        loss = None
+        if targets is not None:
+            loss = self.loss(state, targets.values, reduction="none").sum() / targets.count
+        if step.is_last and not step.keep_state:
+            return StateUpdate(None, None, loss)
+        if not step.keep_graph:
+            state = state.detach()
+        return StateUpdate(state, None, loss)
 
-    def slope(self, gradient: Tensor) -> Tensor:
-        """dE/dx (B, S, size) of g (B, S, D)."""
-        return gradient @ self.projection.weight
+    def embedding_vjp(self, energy_grad: Tensor) -> Tensor:
+        """dE/dx (B, S, size) of dE/de (B, S, D)."""
+        return energy_grad @ self.projection.weight
 
     def loss(self, x: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-        """SmoothL1 against the true embeddings; reduction "none" gives (B, S), the mean over the embedding."""
+        """SmoothL1 against the true embeddings.
+
+        reduction "none" gives (B, S), the mean over the embedding.
+        """
         if reduction == "none":
             return F.smooth_l1_loss(x, targets.to(x.dtype), beta=1.0, reduction="none").mean(-1)
         return F.smooth_l1_loss(x, targets.to(x.dtype), beta=1.0, reduction=reduction)
+
+
+def _as_rows(x: Tensor | None) -> Tensor | None:
+    """(B, S, size) as (B S, size)."""
+    return None if x is None else x.flatten(0, 1)

@@ -229,7 +229,7 @@ FREE_KEYS = {
     "train.max_steps",
     "model.attention_backend",
     "model.observed_backend",
-    "refinement.checkpoint",
+    "refinement.recompute",
     "refinement.tile_rows",
     "refinement.compile",
     "deepspeed.zero_stage",

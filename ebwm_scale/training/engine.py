@@ -55,7 +55,7 @@ def _clips_itself(config: Config) -> bool:
 
 
 def _gathers_itself(config: Config) -> bool:
-    """An energy model asks for its parameters when it needs them (block_sweeps.py): DeepSpeed's module hooks know only one forward and one
+    """An energy model asks for its parameters when it needs them (refinement/block_recompute.py): DeepSpeed's module hooks know only one forward and one
 
     backward, and under a double backward they would hand out partitions for parameters."""
     return config.deepspeed.zero_stage == 3 and config.model.kind == "energy"

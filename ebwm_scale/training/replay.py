@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import NoiseSource, Purpose
+from ..refinement.noise import NoiseSource, Purpose
 
 
 class ReplayBuffer:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..config import Config, Points, ScheduleConfig
-from ..noise import NoiseSource, Purpose
+from ..refinement.noise import NoiseSource, Purpose
 
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:

@@ -23,7 +23,7 @@ from ..data.quarantine import Quarantine
 from ..data.shards import ShardedSplit
 from ..data.streaming import StreamLoader
 from ..errors import EXIT_FAILED, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN, CheckpointError
-from ..noise import NoiseSource
+from ..refinement.noise import NoiseSource
 from ..observation import Observation
 from .checkpoint import Saved, load_into, load_replay
 from .checkpoint_writer import CheckpointWriter, Outcome

@@ -16,12 +16,10 @@ from ..data.loader import validation_batches
 from ..data.mixing import MixedSplit
 from ..data.quarantine import BadSample
 from ..data.shards import ShardedSplit
-from ..model.world_model import WorldModel
-from ..noise import NoiseSource
+from ..world_model import WorldModel
+from ..refinement.noise import EVALUATION_STEP, NoiseSource
 from ..observation import Observation
 from .distributed import World
-
-EVALUATION_STEP = 2**62  # the noise address of evaluation: no training step has it
 
 
 def validate(

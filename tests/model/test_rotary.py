@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ebwm_scale.model.transformer import RotaryTable
+from ebwm_scale.model.rotary import RotaryTable
 
 B, H, S, D, THETA = 2, 3, 5, 8, 1e4
 

@@ -12,7 +12,7 @@ from ebwm_scale.config import config_from_dict
 from ebwm_scale.errors import DataError, UserError
 from ebwm_scale.evaluate import evaluate
 from ebwm_scale.evaluation_page import render
-from ebwm_scale.model.world_model import WorldModel
+from ebwm_scale.world_model import WorldModel
 from ebwm_scale.observation import Observation
 from ebwm_scale.statistics import interval, interval_of_correlation, ranks, tenths
 from ebwm_scale.training.distributed import World

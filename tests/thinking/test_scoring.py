@@ -8,14 +8,13 @@ import torch
 from ebwm_scale import questions
 from ebwm_scale.config import config_from_dict
 from ebwm_scale.data.tokenizer import Tokenizer
-from ebwm_scale.draws import SampledDraws
+from ebwm_scale.refinement.sampling import TrainingNoise
 from ebwm_scale.errors import DataError, UserError
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
-from ebwm_scale.refinement import refine
-from ebwm_scale.scoring import ContinuationScore, Scorer, windows
-from ebwm_scale.thinking import ThinkingRules
-from ebwm_scale.training.validation import EVALUATION_STEP
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
+from ebwm_scale.refinement.loop import refine
+from ebwm_scale.inference.scoring import ContinuationScore, Scorer, windows
+from ebwm_scale.inference.thinking import ThinkingConfig
 from test_think_command import LENGTH, text, video  # noqa: F401  (fixtures)
 
 SEED = 33
@@ -46,11 +45,11 @@ def log_probabilities(model, observed):
     embedded, rules = model.embed_observed(torch.tensor([observed])), model.config.refinement
     if model.config.model.kind == "baseline":
         return model.output(model.network(embedded))[0].detach().log_softmax(-1)
-    draws = SampledDraws(
+    draws = TrainingNoise(
         NoiseSource(SEED, EVALUATION_STEP),
         rules,
         torch.tensor([0]),
-        (1, len(observed), model.state.size),
+        (1, len(observed), model.state_size),
         randomize=False,
         kind="random_noise",
         dtype=torch.float64,
@@ -60,9 +59,9 @@ def log_probabilities(model, observed):
             model,
             embedded,
             None,
-            rules=rules,
+            config=rules,
             landscapes=model.landscapes(rules.num_steps),
-            draws=draws,
+            noise=draws,
             training=False,
             keep_state=torch.float64,
         )
@@ -74,7 +73,7 @@ def log_probabilities(model, observed):
 @pytest.mark.parametrize("kind", ["energy", "baseline"])
 def test_a_continuation_is_as_likely_as_the_refinement_loop_says(text, kind):
     model, tokenizer = model_of(text, kind=kind)
-    scorer = Scorer(model, tokenizer, ThinkingRules(seed=SEED), batch_size=2)
+    scorer = Scorer(model, tokenizer, ThinkingConfig(seed=SEED), batch_size=2)
     pairs = [("abc de", " fgh"), ("", "ab"), ("ab", "c"), ("j", " abc def")]
     for (context, continuation), score in zip(pairs, scorer.score(pairs)):
         whole, first = scorer.tokens_of(context, continuation)
@@ -95,7 +94,7 @@ def test_the_greedy_continuation_is_greedy_and_another_is_not(text):
     model, tokenizer = model_of(text)
     context = tokenizer.encode("abc de")
     best = int(log_probabilities(model, [tokenizer.eos_id, *context])[-1].argmax())
-    scorer = Scorer(model, tokenizer, ThinkingRules(seed=SEED))
+    scorer = Scorer(model, tokenizer, ThinkingConfig(seed=SEED))
     for token, greedy in ((best, True), ((best + 1) % 300, False)):
         scorer.tokens_of = lambda *_: ([tokenizer.eos_id, *context, token], 1 + len(context))
         assert scorer.score([("", "x")])[0].is_greedy == greedy
@@ -104,8 +103,8 @@ def test_the_greedy_continuation_is_greedy_and_another_is_not(text):
 def test_scores_do_not_depend_on_order_or_batching(text):
     model, tokenizer = model_of(text)
     pairs = [("abc de", " fgh"), ("", "ab " * 20), ("ab", "c"), ("abc " * 20, "def")]
-    one = Scorer(model, tokenizer, ThinkingRules(num_starts=2), batch_size=1).score(pairs)
-    many = Scorer(model, tokenizer, ThinkingRules(num_starts=2), batch_size=8).score(pairs[::-1])[
+    one = Scorer(model, tokenizer, ThinkingConfig(num_starts=2), batch_size=1).score(pairs)
+    many = Scorer(model, tokenizer, ThinkingConfig(num_starts=2), batch_size=8).score(pairs[::-1])[
         ::-1
     ]
     for a, b in zip(one, many):
@@ -132,22 +131,23 @@ def test_windows_score_every_token_once_given_as_much_as_fits(total, first):
 
 
 def test_several_starts_keep_the_lowest_energy(text):
-    from ebwm_scale.scoring import last_states
-    from ebwm_scale.thinking import SequenceNoise, SequenceScore
-    from ebwm_scale.thinking import think as refine_candidates
+    from ebwm_scale.inference.scoring import last_states
+    from ebwm_scale.inference.energy_functions import SequenceEnergy
+    from ebwm_scale.inference.initial_states import SequenceSampler
+    from ebwm_scale.inference.thinking import think as refine_candidates
 
     model, _ = model_of(text)
     observed, rules = (
         torch.randint(300, (2, 7), generator=torch.Generator().manual_seed(1)),
-        ThinkingRules(num_starts=3),
+        ThinkingConfig(num_starts=3),
     )
     thoughts = []
     for start in range(3):
-        noise = SequenceNoise(model, rules, torch.zeros(2, dtype=torch.int64), 7, start)
+        noise = SequenceSampler(model, rules.seed, torch.zeros(2, dtype=torch.int64), 7, start)
         thoughts.append(
             refine_candidates(
                 model,
-                SequenceScore(model, model.embed_observed(observed).detach()),
+                SequenceEnergy(model, model.embed_observed(observed).detach()),
                 noise.initial(None),
                 rules,
                 noise=noise,
@@ -320,7 +320,7 @@ def harness(text, monkeypatch):
 
     model, tokenizer = model_of(text)
     monkeypatch.setattr(adapter, "load_checkpoint", lambda path, device: (model, model.config))
-    return adapter, Scorer(model, tokenizer, ThinkingRules(seed=SEED))
+    return adapter, Scorer(model, tokenizer, ThinkingConfig(seed=SEED))
 
 
 def test_the_harness_runs_a_local_task_and_agrees_with_our_own_count(harness, files, tmp_path):

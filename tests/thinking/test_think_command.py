@@ -12,7 +12,7 @@ from ebwm_scale.config import config_from_dict
 from ebwm_scale.data.text import make_text_dataset
 from ebwm_scale.data.tokenizer import Tokenizer, train_tokenizer
 from ebwm_scale.data.video import VideoRules, make_video_dataset
-from ebwm_scale.model.world_model import WorldModel
+from ebwm_scale.world_model import WorldModel
 
 LENGTH = 12
 

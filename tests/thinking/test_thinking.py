@@ -6,28 +6,22 @@ import pytest
 import torch
 
 from ebwm_scale.config import config_from_dict
-from ebwm_scale.draws import SampledDraws
+from ebwm_scale.refinement.sampling import TrainingNoise
 from ebwm_scale.errors import ConfigError, UserError
-from ebwm_scale.generation import (
+from ebwm_scale.inference.generation import (
     Sampling,
     Session,
     candidate_energies,
     continue_states,
     continue_texts,
 )
-from ebwm_scale.model import cached
-from ebwm_scale.model.world_model import WorldModel
-from ebwm_scale.noise import NoiseSource
-from ebwm_scale.refinement import refine
-from ebwm_scale.thinking import (
-    NextNoise,
-    SequenceNoise,
-    SequenceScore,
-    ThinkingRules,
-    lowest,
-    think,
-)
-from ebwm_scale.training.validation import EVALUATION_STEP
+from ebwm_scale.model import closed_form, kv_cache
+from ebwm_scale.world_model import WorldModel
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
+from ebwm_scale.refinement.loop import refine
+from ebwm_scale.inference.energy_functions import SequenceEnergy
+from ebwm_scale.inference.initial_states import NextPositionSampler, SequenceSampler
+from ebwm_scale.inference.thinking import ThinkingConfig, lowest, think
 
 LENGTH, SEED = 9, 33
 TEXT = {"model": {"vocabulary_size": 31}}
@@ -76,23 +70,23 @@ def prompt_of(model, length, seed=1):
 def uncached(model, prompt, sample_id=0, num_steps=None):
     """The last position's state by training's own refinement loop over the whole prompt."""
     rules, embedded = model.config.refinement, model.embed_observed(prompt[None])
-    draws = SampledDraws(
+    draws = TrainingNoise(
         NoiseSource(SEED, EVALUATION_STEP),
         rules,
         torch.tensor([sample_id]),
-        (1, len(prompt), model.state.size),
+        (1, len(prompt), model.state_size),
         randomize=False,
         kind=model.config.state.initial,
         dtype=torch.float64,
-        start=prompt[None] if model.config.state.kind == "embedding" else None,
+        last_observed=prompt[None] if model.config.state.kind == "embedding" else None,
     )
     return refine(
         model,
         embedded,
         None,
-        rules=rules,
+        config=rules,
         landscapes=model.landscapes(num_steps or rules.num_steps),
-        draws=draws,
+        noise=draws,
         training=False,
         keep_state=torch.float64,
     ).state[0, -1]
@@ -102,7 +96,7 @@ def uncached(model, prompt, sample_id=0, num_steps=None):
 def test_cached_and_uncached_predictions_agree_to_1e_10_while_the_prompt_grows(case):
     model = model_of(CASES[case])
     prompts = [prompt_of(model, length, seed=length) for length in (4, 1, 6)]
-    session = Session(model, prompts, ThinkingRules(seed=SEED))
+    session = Session(model, prompts, ThinkingConfig(seed=SEED))
     for step in range(3):
         got = session.predict().state
         for row, prompt in enumerate(prompts):
@@ -135,8 +129,8 @@ def test_a_baseline_with_a_cache_agrees_too(state):
 
 def test_a_cache_that_is_wrong_is_seen():
     model = model_of(TEXT)
-    session = Session(model, [prompt_of(model, 5)], ThinkingRules(seed=SEED))
-    session.caches[0].lengths += 1  # one entry too many
+    session = Session(model, [prompt_of(model, 5)], ThinkingConfig(seed=SEED))
+    session.cache.get(0).lengths += 1  # one entry too many
     assert not torch.allclose(
         session.predict().state[0], uncached(model, prompt_of(model, 5)), atol=1e-6
     )
@@ -150,7 +144,7 @@ def gradients(model, lengths=(4, 1, 6), candidates=3):
     x = torch.randn(
         len(prompts), candidates, model.config.model.width, generator=generator, dtype=torch.float64
     )
-    cache = cached.ObservedCache(model.network, LENGTH, landscape)
+    cache = kv_cache.LandscapeKVCache(model.network, LENGTH, landscape)
     with torch.no_grad():
         cache.prefill(
             torch.nn.utils.rnn.pad_sequence(
@@ -162,7 +156,9 @@ def gradients(model, lengths=(4, 1, 6), candidates=3):
     assert torch.equal(energy, cache.energy(x, landscape))
     plain = torch.zeros_like(x)
     for b, prompt in enumerate(prompts):
-        context = model.network.encode(model.embed_observed(prompt[None]).detach(), landscape)
+        context = model.network.encode_context(
+            model.embed_observed(prompt[None]).detach(), landscape
+        )
         for k in range(candidates):
             rows = torch.zeros(1, len(prompt), x.shape[-1], dtype=torch.float64)
             rows[0, -1] = x[b, k]
@@ -179,19 +175,21 @@ def test_the_closed_form_gradient_of_a_candidate_is_that_of_plain_autograd(case)
     assert torch.allclose(closed, plain, rtol=1e-10, atol=1e-12) and plain.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("piece", ["_norm_gradient", "_rotated", "_gated"])
+@pytest.mark.parametrize(
+    "piece", ["norm_backward", "rotate", "_feed_forward_backward", "_attention_backward"]
+)
 def test_a_closed_form_that_is_a_little_wrong_is_seen(piece, monkeypatch):
     model = model_of(CASES["adaln"])
-    backward, right = cached._backward, getattr(cached, piece)
+    backward, right = closed_form.block_backward, getattr(closed_form, piece)
 
     def wrong(*arguments):
-        monkeypatch.setattr(cached, piece, lambda *a: right(*a) * (1 + 1e-6))
+        monkeypatch.setattr(closed_form, piece, lambda *a: right(*a) * (1 + 1e-6))
         try:
             return backward(*arguments)
         finally:
-            monkeypatch.setattr(cached, piece, right)
+            monkeypatch.setattr(closed_form, piece, right)
 
-    monkeypatch.setattr(cached, "_backward", wrong)
+    monkeypatch.setattr(kv_cache, "block_backward", wrong)
     closed, plain = gradients(model)
     assert not torch.allclose(closed, plain, rtol=1e-10, atol=1e-12)
 
@@ -205,7 +203,7 @@ def test_lower_precisions_follow_float64(dtype):
     )
     found = []
     for d in (torch.float64, dtype):
-        cache = cached.ObservedCache(model.to(d).network, LENGTH, 0)
+        cache = kv_cache.LandscapeKVCache(model.to(d).network, LENGTH, 0)
         cache.prefill(model.embed_observed(prompt[None]), torch.tensor([5]))
         found.append(cache.energy_and_gradient(x.to(d), 0)[1].double())
     assert (found[1] - found[0]).norm() < {torch.bfloat16: 0.05, torch.float32: 1e-5}[
@@ -221,16 +219,16 @@ def test_the_observed_stream_is_computed_once_whatever_the_steps_and_starts(monk
         monkeypatch.setattr(
             layer, "keys_values", lambda *a, real=real: calls.append(a[0].shape[1]) or real(*a)
         )
-    append = cached.ObservedCache.append
+    append = kv_cache.LandscapeKVCache.append
     monkeypatch.setattr(
-        cached.ObservedCache,
+        kv_cache.LandscapeKVCache,
         "append",
         lambda self, observed: calls.append("one more") or append(self, observed),
     )
     session = Session(
         model,
         [prompt_of(model, 4), prompt_of(model, 2)],
-        ThinkingRules(num_steps=7, num_starts=3, accept_only_if_lower=True),
+        ThinkingConfig(num_steps=7, num_starts=3, accept_only_if_lower=True),
     )
     session.predict(), session.predict()
     session.accept(torch.tensor([1, 2]))
@@ -245,7 +243,7 @@ def test_accept_only_if_lower_never_raises_an_energy_and_never_changes_a_rejecte
         refinement={"step_size": 400.0, "landscapes": "one", **CASES[case].get("refinement", {})},
     )
     prompts = [prompt_of(model, 5, seed=s) for s in range(6)]
-    rules = ThinkingRules(num_steps=6, accept_only_if_lower=True, seed=SEED, num_starts=2)
+    rules = ThinkingConfig(num_steps=6, accept_only_if_lower=True, seed=SEED, num_starts=2)
     session = Session(model, prompts, rules)
     states = [session.predict()]
     thought = states[0].thought
@@ -266,20 +264,24 @@ def test_accept_only_if_lower_never_raises_an_energy_and_never_changes_a_rejecte
 
 def test_langevin_noise_moves_and_rejection_undoes_it():
     model = model_of(TEXT)
-    rules = ThinkingRules(num_steps=4, noise=5.0, accept_only_if_lower=True, step_size=1e-3)
+    rules = ThinkingConfig(num_steps=4, noise=5.0, accept_only_if_lower=True, step_size=1e-3)
     thought = (
         Session(model, [prompt_of(model, 5, seed=s) for s in range(6)], rules).predict().thought
     )
-    start = NextNoise(model, rules, torch.arange(6), torch.full((6,), 4)).initial(None)
+    start = NextPositionSampler(model, rules.seed, torch.arange(6), torch.full((6,), 4)).initial(
+        None
+    )
     unmoved = thought.accepted == 0
     assert (
         unmoved.any()
         and torch.equal(thought.state[unmoved], start[unmoved])
         and (thought.trace[1:] <= thought.trace[:-1] + 1e-12).all()
     )
-    plain = Session(model, [prompt_of(model, 5)], ThinkingRules(num_steps=4)).predict().state
+    plain = Session(model, [prompt_of(model, 5)], ThinkingConfig(num_steps=4)).predict().state
     noisy = (
-        Session(model, [prompt_of(model, 5)], ThinkingRules(num_steps=4, noise=1.0)).predict().state
+        Session(model, [prompt_of(model, 5)], ThinkingConfig(num_steps=4, noise=1.0))
+        .predict()
+        .state
     )
     assert not torch.allclose(plain, noisy)
 
@@ -289,7 +291,7 @@ def test_early_stopping_saves_steps_and_gives_what_running_on_gives_within_its_t
     model = model_of(CASES[case], refinement={"step_size": 2.0, "landscapes": "one"})
     prompts = [prompt_of(model, 5, seed=s) for s in range(8)]
     on = (
-        Session(model, prompts, ThinkingRules(num_steps=40, accept_only_if_lower=True, seed=SEED))
+        Session(model, prompts, ThinkingConfig(num_steps=40, accept_only_if_lower=True, seed=SEED))
         .predict()
         .thought
     )
@@ -298,7 +300,7 @@ def test_early_stopping_saves_steps_and_gives_what_running_on_gives_within_its_t
         Session(
             model,
             prompts,
-            ThinkingRules(num_steps=40, accept_only_if_lower=True, tolerance=tolerance, seed=SEED),
+            ThinkingConfig(num_steps=40, accept_only_if_lower=True, tolerance=tolerance, seed=SEED),
         )
         .predict()
         .thought
@@ -324,7 +326,7 @@ def test_leaving_out_the_final_energy_changes_no_state(rules):
     model = model_of(TEXT)
     prompts = [prompt_of(model, 5, seed=s) for s in range(4)]
     measured, lean = (
-        Session(model, prompts, ThinkingRules(seed=SEED, **rules), energies=energies).predict()
+        Session(model, prompts, ThinkingConfig(seed=SEED, **rules), energies=energies).predict()
         for energies in (True, False)
     )
     assert torch.equal(measured.state, lean.state) and torch.equal(
@@ -339,7 +341,7 @@ def test_of_several_starts_the_lowest_energy_is_kept_and_the_first_is_the_usual_
     model = model_of(TEXT)
     prompts = [prompt_of(model, 5, seed=s) for s in range(4)]
     one, four = (
-        Session(model, prompts, ThinkingRules(num_starts=n, seed=SEED)).predict() for n in (1, 4)
+        Session(model, prompts, ThinkingConfig(num_starts=n, seed=SEED)).predict() for n in (1, 4)
     )
     assert torch.allclose(four.thought.state[:, 0], one.state, atol=1e-12) and torch.equal(
         four.energy, four.thought.energy.min(1).values
@@ -354,10 +356,10 @@ def test_every_position_of_a_sequence_at_once_is_each_prefix_on_its_own(case):
     model = model_of(CASES[case])
     prompt, rules = (
         prompt_of(model, 6),
-        ThinkingRules(num_steps=3, accept_only_if_lower=True, tolerance=1e-6, seed=SEED),
+        ThinkingConfig(num_steps=3, accept_only_if_lower=True, tolerance=1e-6, seed=SEED),
     )
-    noise = SequenceNoise(model, rules, torch.tensor([0]), 6)
-    score = SequenceScore(model, model.embed_observed(prompt[None]))
+    noise = SequenceSampler(model, rules.seed, torch.tensor([0]), 6)
+    score = SequenceEnergy(model, model.embed_observed(prompt[None]))
     whole = think(model, score, noise.initial(None), rules, noise=noise)
     for t in range(6):
         alone = Session(model, [prompt[: t + 1]], rules).predict().thought
@@ -370,7 +372,7 @@ def test_every_position_of_a_sequence_at_once_is_each_prefix_on_its_own(case):
 def test_a_row_that_fills_the_context_goes_on_with_its_later_half():
     model = model_of(TEXT)
     prompt = prompt_of(model, LENGTH + 5)
-    session = Session(model, [prompt], ThinkingRules(seed=SEED))
+    session = Session(model, [prompt], ThinkingConfig(seed=SEED))
     assert torch.equal(session.rows[0], prompt[-LENGTH:])
     session.accept(torch.tensor([3]))
     assert len(session.rows[0]) == LENGTH // 2
@@ -387,10 +389,10 @@ def test_prompts_are_continued_independently_of_each_other():
     model = model_of(TEXT)
     prompts = [prompt_of(model, n, seed=n) for n in (3, 7)]
     together = [
-        t.tolist() for t, _ in continue_texts(model, prompts, 5, rules=ThinkingRules(seed=SEED))
+        t.tolist() for t, _ in continue_texts(model, prompts, 5, config=ThinkingConfig(seed=SEED))
     ]
     assert [t[0] for t in together] == [
-        int(t) for t, _ in continue_texts(model, prompts[:1], 5, rules=ThinkingRules(seed=SEED))
+        int(t) for t, _ in continue_texts(model, prompts[:1], 5, config=ThinkingConfig(seed=SEED))
     ]
 
 
@@ -403,7 +405,7 @@ def test_generation_ends_when_every_row_has_ended():
 def test_clips_are_continued_from_their_own_predictions():
     model = model_of(VIDEO)
     prompt = prompt_of(model, 3)
-    states = continue_states(model, [prompt], 3, rules=ThinkingRules(seed=SEED))[0]
+    states = continue_states(model, [prompt], 3, config=ThinkingConfig(seed=SEED))[0]
     grown = prompt
     for state in states:
         assert torch.allclose(state, uncached(model, grown), atol=1e-9)
@@ -416,7 +418,9 @@ def test_candidate_energies_are_the_networks():
     observed = model.embed_observed(prompt.expand(3, -1))
     landscape = model.network.num_landscapes - 1
     expected = model.network.energy(
-        candidates[:, None].expand(-1, 4, -1), model.network.encode(observed, landscape), landscape
+        candidates[:, None].expand(-1, 4, -1),
+        model.network.encode_context(observed, landscape),
+        landscape,
     )[:, -1]
     assert torch.allclose(
         candidate_energies(model, prompt, candidates).double(), expected, atol=1e-6
@@ -455,7 +459,7 @@ def test_sampling_keeps_what_it_says():
 )
 def test_impossible_rules_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        ThinkingRules(**wrong)
+        ThinkingConfig(**wrong)
 
 
 def test_an_empty_prompt_is_refused():

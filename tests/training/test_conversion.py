@@ -22,11 +22,11 @@ from ebwm_scale.config import config_from_dict, load_config
 from ebwm_scale.consolidated import ModelFolder, write_model
 from ebwm_scale.errors import CheckpointError, ConfigError, UserError
 from ebwm_scale.loading import build, expected_shapes
-from ebwm_scale.noise import NoiseSource
+from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.parity import relative_error
-from ebwm_scale.scoring import last_states
+from ebwm_scale.inference.scoring import last_states
 from ebwm_scale.tensor_files import TensorFile, TensorWriter
-from ebwm_scale.thinking import ThinkingRules
+from ebwm_scale.inference.thinking import ThinkingConfig
 from training_runs import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -330,8 +330,8 @@ def test_transformers_reads_the_folder(whole, tmp_path):
     pytest.importorskip("transformers", reason="the package transformers is not installed")
     from transformers import AutoModel
 
-    from ebwm_scale.scoring import last_states
-    from ebwm_scale.thinking import ThinkingRules
+    from ebwm_scale.inference.scoring import last_states
+    from ebwm_scale.inference.thinking import ThinkingConfig
     from ebwm_scale.transformers_model import EbwmModel
 
     conversion.export_run(whole, tmp_path / "model", max_shard_bytes=20_000, **SILENT)
@@ -340,7 +340,7 @@ def test_transformers_reads_the_folder(whole, tmp_path):
         config.model.vocabulary_size, (2, 5), generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
-        expected = last_states(model, ids, ThinkingRules(seed=config.train.seed))
+        expected = last_states(model, ids, ThinkingConfig(seed=config.train.seed))
     for found in (
         EbwmModel.from_pretrained(tmp_path / "model"),
         AutoModel.from_pretrained(tmp_path / "model"),
@@ -608,7 +608,7 @@ def test_a_learned_alpha_below_its_clamp_is_kept_and_predictions_use_the_clamp(
         if config.state.kind == "embedding":
             observed = torch.zeros(2, 5, config.state.dimension, dtype=torch.float64)
         with torch.no_grad():
-            predictions[value] = last_states(model, observed, ThinkingRules(seed=1))
+            predictions[value] = last_states(model, observed, ThinkingConfig(seed=1))
     assert torch.equal(predictions[alpha], predictions[1e-4])
 
 

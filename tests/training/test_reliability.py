@@ -107,7 +107,7 @@ def test_a_step_whose_gradients_are_not_finite_on_one_rank_is_skipped_by_all(
     name = f"nan_{stage}_{processes}"
     overrides = {
         "deepspeed.zero_stage": stage,
-        "refinement.checkpoint": "block" if stage == 3 else "none",
+        "refinement.recompute": "block" if stage == 3 else "none",
     }
     output = runs.run(
         name,
@@ -188,7 +188,7 @@ def test_one_run_goes_through_1_2_4_1_processes_and_stages_0_1_3_2(runs, referen
         last = index + 1 == len(parts)
         overrides = {
             "deepspeed.zero_stage": stage,
-            "refinement.checkpoint": checkpoint,
+            "refinement.recompute": checkpoint,
             **({} if last else {"train.max_minutes": 1e-6}),
         }
         output = runs.run(

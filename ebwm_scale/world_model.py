@@ -1,9 +1,12 @@
-"""The model that is trained: observed states in, a loss out; energy-based or Transformer++, for text or for frame embeddings.
+"""The model that is trained: observed states in, a loss out. START HERE.
 
-    observed stream -> K, V (network.encode) -> refinement -> loss          (kind: energy)
-    observed stream -> hidden state -> next state -> loss                   (kind: baseline)
+    observed stream -> K, V (network.encode_context) -> refinement -> loss   (kind: energy)
+    observed stream -> hidden state -> next state -> loss                    (kind: baseline)
 
-The whole loss, inner gradient included, is computed inside `forward`, so that an engine sees one ordinary module.
+Energy-based or Transformer++, for text or for frame embeddings. The refinement itself is in
+refinement/loop.py, the networks are in model/. In training, gradients of an energy model are
+computed inside `forward`, step by step; `loss.backward()` only hands them out. So an engine sees
+one ordinary module.
 """
 
 from __future__ import annotations
@@ -16,21 +19,23 @@ from torch.nn import functional as F
 
 from ebwm_kernels.vocabulary import IGNORE, Clamps
 
-from ..block_sweeps import available
-from ..config import Config
-from ..draws import SampledDraws
-from ..noise import NoiseSource
-from ..refinement import refine
-from .baseline import BaselineTransformer, Output, TwoLinearOutput, initialize_output
-from .energy import EnergyTransformer
-from .states import EmbeddingState, VocabularyState
+from .config import Config
+from .model.baseline import BaselineTransformer, Output, TwoLinearOutput, initialize_output
+from .model.energy_transformer import EnergyTransformer
+from .model.states import EmbeddingState, VocabularyState
+from .refinement.block_recompute import gathered
+from .refinement.loop import refine
+from .refinement.noise import NoiseSource
+from .refinement.sampling import TrainingNoise
+from .refinement.step_plan import num_landscapes
 
 
 @dataclass
 class StepOutput:
-    """loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph. state: final states or None.
+    """What a batch gives.
 
-    initial_loss: the criterion of x_0 itself, in eval mode.
+    loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph.
+    state: final states or None. initial_loss: the criterion of x_0 itself, in eval mode.
     """
 
     loss: Tensor
@@ -41,7 +46,10 @@ class StepOutput:
 
 
 class WorldModel(nn.Module):
-    """Build from a resolved Config whose model.vocabulary_size (text) or state.dimension (frames) is set."""
+    """An energy model or Transformer++, with its embeddings.
+
+    config: resolved, with model.vocabulary_size (text) or state.dimension (frames) set.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -74,9 +82,7 @@ class WorldModel(nn.Module):
             initialize_output(self.output)
             return
         refinement = config.refinement
-        self.network = EnergyTransformer(
-            model, refinement.num_steps if refinement.landscapes == "per_step" else 1
-        )
+        self.network = EnergyTransformer(model, num_landscapes(refinement))
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
         )  # (1,): engines want no 0-d ones
@@ -85,12 +91,24 @@ class WorldModel(nn.Module):
             nn.init.xavier_normal_(self.state_map)
 
     @property
-    def state(self) -> VocabularyState | EmbeddingState:
-        """The state space, on this model's parameters."""
+    def state_size(self) -> int:
+        """Numbers of a state: the vocabulary's size, or the dimension of a frame embedding."""
+        if self.config.state.kind == "embedding":
+            return self.config.state.dimension
+        return self.config.model.vocabulary_size
+
+    def state_space(self) -> VocabularyState | EmbeddingState:
+        """The state space on this model's parameters as they are now; build it once per use.
+
+        Under `state.map_scale` it multiplies the whole map, V x D numbers.
+        """
         clamps = Clamps(self.config.refinement.change_clamp, self.config.refinement.state_clamp)
         if self.config.state.kind == "embedding":
             return EmbeddingState(self.frame_projection, clamps)
-        weight = self.token_embedding.weight if self.config.state.tie_embedding else self.state_map
+        if self.config.state.tie_embedding:
+            weight = self.token_embedding.weight
+        else:
+            weight = self.state_map
         if self.config.state.map_scale != 1:
             weight = weight * self.config.state.map_scale
         return VocabularyState(weight, self.config.refinement.update, clamps)
@@ -102,11 +120,19 @@ class WorldModel(nn.Module):
         return self.frame_projection(observed.to(self.frame_projection.weight.dtype))
 
     def predicted_rows(self, embedded: Tensor, observed: Tensor) -> Tensor:
-        """What enters the predicted stream: the embedded state, `anchored` on the last observed one (position t's is o_t)."""
-        return embedded + observed if self.config.model.predicted_input == "anchored" else embedded
+        """What enters the predicted stream (B, S, D): the embedded state.
+
+        `anchored` adds the last observed embedding; position t's is o_t.
+        """
+        if self.config.model.predicted_input == "anchored":
+            return embedded + observed
+        return embedded
 
     def landscapes(self, num_steps: int) -> list[int]:
-        """The landscape of each of num_steps steps; steps beyond the trained ones stay in the last landscape."""
+        """The landscape of each of num_steps steps.
+
+        Steps beyond the trained ones stay in the last landscape.
+        """
         return [min(i, self.network.num_landscapes - 1) for i in range(num_steps)]
 
     def forward(
@@ -122,17 +148,22 @@ class WorldModel(nn.Module):
         keep_state: torch.dtype | None = None,
         restart: tuple[Tensor, Tensor] | None = None,
     ) -> StepOutput:
-        """The loss of a batch. observed, targets: (B, S) ids or (B, S, dimension) embeddings; sample_ids: (B,) int64.
+        """The loss of a batch.
 
-        num_steps, noise_scale, step_size_scale: this step's point of the schedules. In eval mode: the largest number of steps, no
-        randomness but x_0, no second-order graph. keep_state: return the final states, in this precision. restart: (rows, states) from the
+        observed, targets: (B, S) ids or (B, S, dimension) embeddings. sample_ids: (B,) int64.
+        num_steps, noise_scale, step_size_scale: this training step's point of the schedules.
+        keep_state: return the final states, in this dtype. restart: (rows, states) from the
         replay buffer.
+
+        In training, gradients of an energy model are computed in here, step by step;
+        `loss.backward()` only hands them out. In eval mode: the largest number of steps, no
+        randomness but x_0, no second-order graph.
         """
         if self.config.model.kind == "baseline":
             loss = self._baseline_loss(self.network(self.embed_observed(observed)), targets)
             output = StepOutput(loss, loss.detach()[None], None)
         else:
-            with available(self.resident_parameters()):
+            with gathered(self.resident_parameters()):
                 output = self._refine(
                     observed,
                     targets,
@@ -152,7 +183,10 @@ class WorldModel(nn.Module):
 
     @staticmethod
     def _over_all_positions(output: StepOutput, targets: Tensor) -> StepOutput:
-        """Means over all positions, masked ones counting as 0: sums of micro-batches then do not depend on how a batch was cut."""
+        """Means over all positions, masked ones counting as 0.
+
+        So sums of micro-batches do not depend on how a batch was cut.
+        """
         share = (targets != IGNORE).double().mean().to(output.loss.dtype)
         return replace(
             output,
@@ -162,8 +196,11 @@ class WorldModel(nn.Module):
         )
 
     def resident_parameters(self) -> list[nn.Parameter]:
-        """Those that are whole for the length of a step under ZeRO stage 3: all, or those outside the blocks (block_sweeps.py)."""
-        by_block = self.config.refinement.checkpoint == "block"
+        """Those that are whole for the length of a step under ZeRO stage 3.
+
+        That is all of them, or those outside the blocks (refinement/block_recompute.py).
+        """
+        by_block = self.config.refinement.recompute == "block"
         return [
             p
             for name, p in self.named_parameters()
@@ -182,34 +219,35 @@ class WorldModel(nn.Module):
         keep_state,
         restart,
     ) -> StepOutput:
-        embedded = self.embed_observed(observed)
-        rules, training = self.config.refinement, self.training
+        refinement = self.config.refinement
         weight = self.network.head.weight
-        draws = SampledDraws(
+        noise = TrainingNoise(
             source,
-            rules,
+            refinement,
             sample_ids,
-            (*observed.shape[:2], self.state.size),
+            (*observed.shape[:2], self.state_size),
             kind=self.config.state.initial,
             noise_scale=noise_scale,
             step_size_scale=step_size_scale,
-            randomize=training,
+            randomize=self.training,
             device=weight.device,
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-            start=observed if self.config.state.kind == "embedding" else None,
+            last_observed=observed if self.config.state.kind == "embedding" else None,
             restart=restart,
         )
         result = refine(
             self,
-            embedded,
+            self.embed_observed(observed),
             targets,
-            rules=rules,
-            landscapes=self.landscapes(num_steps or rules.num_steps),
-            draws=draws,
-            training=training,
+            config=refinement,
+            landscapes=self.landscapes(num_steps or refinement.num_steps),
+            noise=noise,
+            training=self.training,
             keep_state=keep_state,
         )
-        initial_loss = None if training else self.state.loss(draws.initial(), targets).detach()
+        initial_loss = None
+        if not self.training:
+            initial_loss = self.state_space().loss(noise.initial_state(), targets).detach()
         return StepOutput(
             result.loss,
             torch.stack(result.loss_per_step),

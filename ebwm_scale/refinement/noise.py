@@ -1,12 +1,19 @@
-"""Every random number of training, addressed instead of drawn: a counter-based generator keyed by what the number is for.
+"""Every random number of training, addressed instead of drawn.
+
+The generator is counter-based and keyed by what the number is for:
 
     key = (seed, step)      counter = (0, position, sample, purpose)
 
-so that the noise of a position is the same on whatever process, worker, micro-batch or tile it is generated, and no state has to be
-saved or restored. On a CPU the generator is NumPy's Philox4x64, one stream per (sample, position) row, and normal numbers are made of its
-bits by the Box-Muller transform: half the time of NumPy's own normals, of which a state over a vocabulary needs tens of millions. On a GPU
-it is PyTorch's own Philox, seeded per sample and block of DEVICE_POSITIONS positions by a hash of the same address: independent of processes,
-batches and tiles too, but other numbers than a CPU's.
+so that the noise of a position is the same on whatever process, worker, micro-batch or tile it is
+generated, and no state has to be saved or restored.
+
+On a CPU the generator is NumPy's Philox4x64, one stream per (sample, position) row. Normal
+numbers are made of its bits by the Box-Muller transform: half the time of NumPy's own normals, of
+which a state over a vocabulary needs tens of millions.
+
+On a GPU it is PyTorch's own Philox, seeded per sample and block of DEVICE_POSITIONS positions by a
+hash of the same address. It is independent of processes, batches and tiles too, but gives other
+numbers than a CPU's.
 """
 
 from __future__ import annotations
@@ -21,18 +28,21 @@ import torch
 from torch import Tensor
 
 
+EVALUATION_STEP = 2**62  # the noise address of evaluation: no training step has it
 PARALLEL_SIZE = 2**18  # numbers from which on several threads make them
 DEVICE_POSITIONS = 64  # positions that share a generator on a GPU: one launch each
 
 
 class Purpose(IntEnum):
-    """What a random number is for; Langevin noise of refinement step i uses LANGEVIN + i, so it must stay last."""
+    """What a random number is for.
+
+    Langevin noise of refinement step i uses LANGEVIN + i, so it must stay last.
+    """
 
     INITIAL_STATE = 0
     STEP_SIZE = 1
     NUM_STEPS = 2
     REPLAY = 3
-    EVALUATION = 4
     LANGEVIN = 16
 
 
@@ -54,50 +64,62 @@ class NoiseSource:
         dtype: torch.dtype = torch.float32,
         first_position: int = 0,
     ) -> Tensor:
-        """N(0, 1) of shape (B, num_positions, size) for the samples (B,) int64; row (b, t) depends on the address alone."""
+        """N(0, 1) of shape (B, num_positions, size) for the samples (B,) int64.
+
+        Row (b, t) depends on its address alone.
+        """
         device = torch.device(device)
         if device.type == "cpu":
-            rows = np.empty(
-                (len(sample_ids), num_positions, size),
-                np.float64 if dtype == torch.float64 else np.float32,
+            rows = self._normal_rows(
+                sample_ids, num_positions, size, purpose, dtype, first_position
             )
-            places = [
-                (b, t, sample)
-                for b, sample in enumerate(sample_ids.tolist())
-                for t in range(num_positions)
-            ]
-
-            def fill(part: list[tuple[int, int, int]]) -> None:
-                stream = _Stream(self.seed, self.step)
-                for b, t, sample in part:
-                    _normal(stream.at(0, first_position + t, sample, int(purpose)), rows[b, t])
-
-            threads = (
-                torch.get_num_threads() if rows.size > PARALLEL_SIZE else 1
-            )  # NumPy works without the interpreter's lock
-            if threads == 1:
-                fill(places)
-            else:
-                with ThreadPoolExecutor(threads) as pool:
-                    list(pool.map(fill, (places[i::threads] for i in range(threads))))
             return torch.from_numpy(rows).to(dtype)
-        first, last = (
-            first_position // DEVICE_POSITIONS,
-            -(-(first_position + num_positions) // DEVICE_POSITIONS),
-        )
-        result = torch.empty(
-            len(sample_ids), (last - first) * DEVICE_POSITIONS, size, device=device, dtype=dtype
-        )
+        first = first_position // DEVICE_POSITIONS
+        last = -(-(first_position + num_positions) // DEVICE_POSITIONS)
+        num_padded = (last - first) * DEVICE_POSITIONS
+        result = torch.empty(len(sample_ids), num_padded, size, device=device, dtype=dtype)
         for b, sample in enumerate(sample_ids.tolist()):
             for block in range(first, last):
                 generator = torch.Generator(device)
                 generator.manual_seed(_hash(self.seed, self.step, purpose, sample, block))
-                result[b, (block - first) * DEVICE_POSITIONS :][:DEVICE_POSITIONS].normal_(
-                    generator=generator
-                )
-        return result[:, first_position - first * DEVICE_POSITIONS :][
-            :, :num_positions
-        ].contiguous()
+                start = (block - first) * DEVICE_POSITIONS
+                rows = result[b, start : start + DEVICE_POSITIONS]
+                rows.normal_(generator=generator)
+        start = first_position - first * DEVICE_POSITIONS
+        return result[:, start : start + num_positions].contiguous()
+
+    def _normal_rows(
+        self,
+        sample_ids: Tensor,
+        num_positions: int,
+        size: int,
+        purpose: int,
+        dtype: torch.dtype,
+        first_position: int,
+    ) -> np.ndarray:
+        """N(0, 1) on a CPU, (B, num_positions, size) float32 or float64."""
+        number = np.float64 if dtype == torch.float64 else np.float32
+        rows = np.empty((len(sample_ids), num_positions, size), number)
+        places = []
+        for b, sample in enumerate(sample_ids.tolist()):
+            for t in range(num_positions):
+                places.append((b, t, sample))
+
+        def fill(part: list[tuple[int, int, int]]) -> None:
+            stream = _Stream(self.seed, self.step)
+            for b, t, sample in part:
+                generator = stream.seek(0, first_position + t, sample, int(purpose))
+                _normal(generator, rows[b, t])
+
+        threads = 1
+        if rows.size > PARALLEL_SIZE:  # NumPy works without the interpreter's lock
+            threads = torch.get_num_threads()
+        if threads == 1:
+            fill(places)
+            return rows
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, (places[i::threads] for i in range(threads))))
+        return rows
 
     def uniform(
         self,
@@ -128,13 +150,16 @@ class NoiseSource:
 
 
 class _Stream:
-    """One Philox that is moved from address to address: making one per row takes longer than a short row's numbers."""
+    """One Philox that is moved from address to address.
+
+    Making one per row takes longer than a short row's numbers.
+    """
 
     def __init__(self, *key: int):
         self.generator = np.random.Philox(key=_words(*key))
         self.state = self.generator.state
 
-    def at(self, *counter: int) -> np.random.Philox:
+    def seek(self, *counter: int) -> np.random.Philox:
         """The generator as Philox(key, counter) would be."""
         self.state["state"]["counter"][:] = counter
         self.generator.state = self.state
@@ -142,9 +167,11 @@ class _Stream:
 
 
 def _normal(generator: np.random.Philox, row: np.ndarray) -> None:
-    """Fill a row (n,) with N(0, 1): radius sqrt(-2 ln u), u in (0, 1], from the first half of the bits, angle in [-pi, pi] from the second.
+    """Fill a row (n,) with N(0, 1) by the Box-Muller transform.
 
-    Every operation runs over a whole half, contiguously, so that a number depends on its place in the row alone.
+    radius = sqrt(-2 ln u), u in (0, 1], from the first half of the bits; an angle in [-pi, pi]
+    from the second. Every operation runs over a whole half, contiguously, so that a
+    number depends on its place in the row alone.
     """
     half = (len(row) + 1) // 2
     if row.dtype == np.float64:

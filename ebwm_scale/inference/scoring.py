@@ -1,6 +1,6 @@
 """How likely a model finds a text as the continuation of another: log-likelihoods, and energies of the tokens themselves.
 
-    scorer = Scorer(model, tokenizer, rules)
+    scorer = Scorer(model, tokenizer, config)
     scorer.score([("The queryset ", "is evaluated"), ...])      -> [ContinuationScore, ...]
 
 A token's probability is that of the state refinement ends with at the position before it. An energy model also says what it makes of the tokens themselves:
@@ -15,9 +15,11 @@ from typing import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .model.world_model import WorldModel
-from .thinking import SequenceNoise, SequenceScore, ThinkingRules, think
+from ..errors import UserError
+from ..world_model import WorldModel
+from .energy_functions import SequenceEnergy
+from .initial_states import SequenceSampler
+from .thinking import ThinkingConfig, think
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class Window:
 
 
 class Scorer:
-    """model: of text, energy or baseline. rules: how to think (energy models). batch_size: windows at a time."""
+    """model: of text, energy or baseline. config: how to think (energy models). batch_size: windows at a time."""
 
     def __init__(
         self,
         model: WorldModel,
         tokenizer,
-        rules: ThinkingRules = ThinkingRules(),
+        config: ThinkingConfig = ThinkingConfig(),
         *,
         batch_size: int = 8,
     ):
@@ -55,10 +57,10 @@ class Scorer:
             raise UserError(
                 "continuations of text are scored, and this is a model of video; take a run that was trained on text"
             )
-        self.model, self.tokenizer, self.rules, self.batch_size = (
+        self.model, self.tokenizer, self.config, self.batch_size = (
             model,
             tokenizer,
-            rules,
+            config,
             batch_size,
         )
         self.context_length = model.config.data.context_length
@@ -109,7 +111,7 @@ class Scorer:
                 [torch.tensor(window.tokens) for window in group], batch_first=True
             ).to(device)
             observed, targets = padded[:, :-1], padded[:, 1:]
-            state = last_states(self.model, observed, self.rules)
+            state = last_states(self.model, observed, self.config)
             chosen = state.gather(2, targets[..., None])[..., 0]
             likely, greedy = (chosen - state.logsumexp(-1)).double(), chosen >= state.amax(-1)
             energy = self._energies(observed, targets)
@@ -137,38 +139,39 @@ def windows(request: int, tokens: list[int], first: int, length: int) -> Iterato
         yield Window(request, tokens[max(0, end - 1 - length) : end], end - start)
 
 
-def last_states(model: WorldModel, observed: Tensor, rules: ThinkingRules) -> Tensor:
-    """Predictions (B, S, size) for the state after each observed one, tokens (B, S) or states (B, S, dimension): a baseline's output, or what thinking ends with (of
-    several starts the lowest energy).
+def last_states(model: WorldModel, observed: Tensor, config: ThinkingConfig) -> Tensor:
+    """Predictions (B, S, size) for the state after each observed one.
 
-    Every row draws the noise of sample 0, so that a text's score is its own.
+    observed: tokens (B, S) or states (B, S, dimension). A baseline's output, or what thinking ends
+    with; of several starts the one with the lowest energy. Every row draws the noise of sample 0,
+    so that a text's score is its own.
     """
     embedded = model.embed_observed(observed)
     if model.config.model.kind == "baseline":
         prediction = model.output(model.network(embedded))
         return prediction if prediction.dtype == torch.float64 else prediction.float()
     frames = observed if model.config.state.kind == "embedding" else None
-    ids, score, best = (
-        torch.zeros(len(observed), dtype=torch.int64),
-        SequenceScore(model, embedded),
-        None,
-    )
-    for start in range(rules.num_starts):
-        noise = SequenceNoise(model, rules, ids, observed.shape[1], start)
-        thought = think(model, score, noise.initial(frames), rules, noise=noise)
-        if best is None:
-            state, best = thought.state, thought.energy
+    sample_ids = torch.zeros(len(observed), dtype=torch.int64)
+    energy_function = SequenceEnergy(model, embedded)
+    state = None
+    for start in range(config.num_starts):
+        noise = SequenceSampler(model, config.seed, sample_ids, observed.shape[1], start)
+        thought = think(model, energy_function, noise.initial(frames), config, noise=noise)
+        if state is None:
+            state = thought.state
+            best = thought.energy
         else:
             lower = thought.energy < best
-            state, best = (
-                torch.where(lower[..., None], thought.state, state),
-                torch.where(lower, thought.energy, best),
-            )
+            state = torch.where(lower[..., None], thought.state, state)
+            best = torch.where(lower, thought.energy, best)
     return state
 
 
 def energies_of_tokens(model: WorldModel, observed: Tensor, targets: Tensor) -> Tensor:
-    """Energies (B, S) in the last landscape of the tokens `targets` (B, S) as certain predictions (one-hot states)."""
-    return SequenceScore(model, model.embed_observed(observed))(
-        model.state.weight[targets.clamp(min=0)], model.network.num_landscapes - 1
-    )
+    """Energies (B, S), in the last landscape, of tokens as certain predictions (one-hot states).
+
+    observed, targets: tokens (B, S).
+    """
+    energy_function = SequenceEnergy(model, model.embed_observed(observed))
+    one_hot = model.state_space().weight[targets.clamp(min=0)]
+    return energy_function(one_hot, model.network.num_landscapes - 1)

@@ -1,11 +1,11 @@
-"""Continuing texts and clips: the observed stream is cached, and only the next prediction of each is refined.
+"""Continuing texts and clips: the observed stream is cached, only the next prediction is refined.
 
-    session = Session(model, prompts)           prefill: keys and values of every prompt, once
-    prediction = session.predict()              thinking on the next position of each, given the cache
-    session.accept(tokens or states)            one more position
+    session = Session(model, prompts)     prefill: keys and values of every prompt, once
+    prediction = session.predict()        thinking on the next position of each, given the cache
+    session.accept(tokens or states)      one more position
 
-A prompt longer than the context is cut to its end; a row that has filled the context goes on with its later half (prefilled again), so a
-position costs the same however long the text becomes.
+A prompt longer than the context is cut to its end. A row that has filled the context goes on with
+its later half, prefilled again, so a position costs the same however long the text becomes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .errors import UserError
-from .model.cached import ObservedCache
-from .model.world_model import WorldModel
-from .thinking import CachedScore, NextNoise, ThinkingRules, Thought, lowest, think
+from ..errors import UserError
+from ..model.kv_cache import KVCache
+from ..world_model import WorldModel
+from .energy_functions import CachedEnergy
+from .initial_states import NextPositionSampler
+from .thinking import ThinkingConfig, Thought, lowest, think
 
 
 @dataclass
@@ -33,44 +35,41 @@ class Prediction:
 
 
 class Session:
-    """Prompts of different lengths, continued together. prompts: tokens (S,) int64, or states (S, dimension), S >= 1.
+    """Prompts of different lengths, continued together.
 
-    sample_ids: what the noise of each is addressed by; default 0, 1, ...  energies: False leaves out the pass that only measures a prediction's
-    final energy, unless several starts are compared by it. Raises UserError for an empty prompt.
+    prompts: tokens (S,) int64, or states (S, dimension), S >= 1. sample_ids: what the noise of
+    each is addressed by; default 0, 1, ... energies False leaves out the pass that only measures a
+    prediction's final energy, unless several starts are compared by it.
+    Raises UserError for an empty prompt.
     """
 
     def __init__(
         self,
         model: WorldModel,
         prompts: Sequence[Tensor],
-        rules: ThinkingRules = ThinkingRules(),
+        config: ThinkingConfig = ThinkingConfig(),
         *,
         sample_ids: Tensor | None = None,
         energies: bool = True,
     ):
-        if any(len(prompt) == 0 for prompt in prompts) or not prompts:
+        if not prompts or any(len(prompt) == 0 for prompt in prompts):
             raise UserError(
                 "an empty prompt has no position to continue from; give at least one token or frame"
             )
-        self.model, self.rules, self.context_length = model, rules, model.config.data.context_length
-        self.with_energy = energies or rules.num_starts > 1
-        self.is_energy, self.is_text = (
-            model.config.model.kind == "energy",
-            model.config.state.kind == "vocabulary",
-        )
+        self.model = model
+        self.config = config
+        self.context_length = model.config.data.context_length
+        self.with_energy = energies or config.num_starts > 1
+        self.is_energy = model.config.model.kind == "energy"
+        self.is_text = model.config.state.kind == "vocabulary"
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
         self.rows = [prompt[-self.context_length :].to(self.device) for prompt in prompts]
-        landscapes = (
-            set(model.landscapes(rules.num_steps or model.config.refinement.num_steps))
-            if self.is_energy
-            else {0}
-        )
-        self.landscapes = {0} if not self.is_energy or model.network.shares_context else landscapes
-        self.caches: dict[int, ObservedCache] = {}
-        self.positions_computed = (
-            0  # observed positions that went through the network, per landscape
-        )
+        self.landscapes = [0]
+        if self.is_energy:
+            num_steps = config.num_steps or model.config.refinement.num_steps
+            self.landscapes = model.landscapes(num_steps)
+        self.positions_computed = 0  # that went through the network, per landscape
         self._prefill()
 
     @torch.no_grad()
@@ -79,13 +78,17 @@ class Session:
         if not self.is_energy:
             return Prediction(self.model.output(self.hidden).float())
         lengths = torch.tensor([len(row) for row in self.rows])
-        noise = NextNoise(self.model, self.rules, self.sample_ids, lengths - 1)
-        last = None if self.is_text else torch.stack([row[-1] for row in self.rows])[:, None]
+        noise = NextPositionSampler(
+            self.model, self.config.seed, self.sample_ids, lengths - 1, self.config.num_starts
+        )
+        last_states = None
+        if not self.is_text:
+            last_states = torch.stack([row[-1] for row in self.rows])[:, None]
         thought = think(
             self.model,
-            CachedScore(self.model, self.caches, self.last),
-            noise.initial(last),
-            self.rules,
+            CachedEnergy(self.model, self.cache, self.last),
+            noise.initial(last_states),
+            self.config,
             noise=noise,
             with_energy=self.with_energy,
         )
@@ -97,24 +100,24 @@ class Session:
     @torch.no_grad()
     def accept(self, chosen: Tensor) -> None:
         """The next observed position of every row: tokens (B,) or states (B, dimension)."""
-        self.rows = [
-            torch.cat([row, new[None].to(row)])
-            for row, new in zip(self.rows, chosen.to(self.device))
-        ]
-        if any(len(row) > self.context_length for row in self.rows):
-            self.rows = [
-                row[-max(1, self.context_length // 2) :] if len(row) > self.context_length else row
-                for row in self.rows
-            ]
+        rows = []
+        for row, new in zip(self.rows, chosen.to(self.device)):
+            rows.append(torch.cat([row, new[None].to(row)]))
+        self.rows = rows
+        if any(len(row) > self.context_length for row in rows):
+            self.rows = [self._later_half(row) for row in rows]
             self._prefill()
             return
-        self.last = self.model.embed_observed(torch.stack([row[-1] for row in self.rows])[:, None])[
-            :, 0
-        ]
-        for cache in self.caches.values():
-            hidden = cache.append(self.last)
-        self.hidden = hidden
-        self.positions_computed += len(self.rows)
+        newest = torch.stack([row[-1] for row in rows])[:, None]
+        self.last = self.model.embed_observed(newest)[:, 0]
+        self.hidden = self.cache.append(self.last)
+        self.positions_computed += len(rows)
+
+    def _later_half(self, row: Tensor) -> Tensor:
+        """What stays of a row that has outgrown the context."""
+        if len(row) <= self.context_length:
+            return row
+        return row[-max(1, self.context_length // 2) :]
 
     @torch.no_grad()
     def _prefill(self) -> None:
@@ -122,13 +125,8 @@ class Session:
         padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
         embedded = self.model.embed_observed(padded)
         self.last = embedded[torch.arange(len(self.rows)), lengths - 1]
-        self.caches = {
-            landscape: ObservedCache(self.model.network, self.context_length, landscape)
-            for landscape in self.landscapes
-        }
-        for cache in self.caches.values():
-            hidden = cache.prefill(embedded, lengths)
-        self.hidden = hidden
+        self.cache = KVCache(self.model.network, self.context_length, self.landscapes)
+        self.hidden = self.cache.prefill(embedded, lengths)
         self.positions_computed += int(lengths.sum())
 
 
@@ -173,13 +171,13 @@ def continue_texts(
     prompts: Sequence[Tensor],
     count: int,
     *,
-    rules: ThinkingRules = ThinkingRules(),
+    config: ThinkingConfig = ThinkingConfig(),
     sampling: Sampling = Sampling(),
     end: int | None = None,
     energies: bool = True,
 ) -> Iterator[tuple[Tensor, Prediction]]:
     """(tokens (B,), what they were taken from) for each of at most `count` positions; ends when every row has had the token `end`."""
-    session = Session(model, prompts, rules, energies=energies)
+    session = Session(model, prompts, config, energies=energies)
     generator = torch.Generator().manual_seed(sampling.seed)
     ended = torch.zeros(len(prompts), dtype=torch.bool)
     for index in range(count):
@@ -199,11 +197,11 @@ def continue_states(
     prompts: Sequence[Tensor],
     count: int,
     *,
-    rules: ThinkingRules = ThinkingRules(),
+    config: ThinkingConfig = ThinkingConfig(),
     sample_ids: Tensor | None = None,
 ) -> Tensor:
     """`count` further states (B, count, dimension) of clips, each predicted from those before it."""
-    session, states = Session(model, prompts, rules, sample_ids=sample_ids, energies=False), []
+    session, states = Session(model, prompts, config, sample_ids=sample_ids, energies=False), []
     for index in range(count):
         states.append(session.predict().state)
         if index + 1 < count:
@@ -213,23 +211,27 @@ def continue_states(
 
 @torch.no_grad()
 def candidate_energies(model: WorldModel, observed: Tensor, embedded: Tensor) -> Tensor:
-    """Energies (K,) in the last landscape of candidates, embedded (K, D), for the position after observed tokens (S,) or states (S, dimension)."""
+    """Energies (K,) in the last landscape of candidates for the position after some observed ones.
+
+    observed: tokens (S,) or states (S, dimension). embedded: the candidates, (K, D).
+    """
     seen = model.embed_observed(observed[None])
     landscape = model.network.num_landscapes - 1
-    cache = ObservedCache(model.network, len(observed), landscape)
+    cache = KVCache(model.network, len(observed), [landscape])
     cache.prefill(seen, torch.tensor([len(observed)], device=seen.device))
-    return cache.energy(model.predicted_rows(embedded[None], seen[:, -1:]), landscape)[0].float()
+    energy_function = CachedEnergy(model, cache, seen[:, -1])
+    return energy_function(embedded[None], landscape)[0].float()
 
 
 def samples_to_look_at(model: WorldModel, split, *, seed: int) -> dict[str, Any]:
     """What samples.json holds beside the step: {"continuations": [...]} of text, {"clips": [...]} of video."""
-    from .data.mixing import MixedSplit
+    from ..data.mixing import MixedSplit
 
     split = split.parts[0] if isinstance(split, MixedSplit) else split
     if split.manifest.modality == "video":
-        from .samples_video import sample_clips
+        from ..samples_video import sample_clips
 
         return {"clips": sample_clips(model, split, seed=seed)}
-    from .samples_text import sample_continuations
+    from ..samples_text import sample_continuations
 
     return {"continuations": sample_continuations(model, split, seed=seed)}

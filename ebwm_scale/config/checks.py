@@ -1,0 +1,228 @@
+"""What has to hold between keys, beyond the type and the bounds of each."""
+
+from __future__ import annotations
+
+import math
+from typing import Callable
+
+from ..errors import ConfigError, shown
+from .schema import Config, TrainConfig
+
+Require = Callable[[bool, str], None]
+
+
+def check(config: Config) -> list[str]:
+    """Every problem of a resolved configuration that shows without data and devices.
+
+    One sentence each.
+    """
+    problems: list[str] = []
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            problems.append(message)
+
+    _check_model(config, require)
+    _check_state(config, require)
+    _check_refinement(config, require)
+    _check_replay(config, require)
+    _check_data(config, require)
+    _check_training(config, require)
+    return problems
+
+
+def _check_model(config: Config, require: Require) -> None:
+    model = config.model
+    head_dimension = model.width // model.num_heads
+    require(
+        model.width % model.num_heads == 0 and head_dimension % 2 == 0,
+        f"model.width {model.width} over model.num_heads {model.num_heads}: "
+        "a head needs a whole and even number of dimensions",
+    )
+    require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"model.num_kv_heads is {model.num_kv_heads}: "
+        f"must divide model.num_heads {model.num_heads}",
+    )
+    is_frame_baseline = model.kind == "baseline" and config.state.kind == "embedding"
+    require(
+        model.output == "one_linear" or is_frame_baseline,
+        f"model.output is {model.output}: "
+        "only a baseline of frame embeddings has it, leave the key out",
+    )
+
+
+def _check_state(config: Config, require: Require) -> None:
+    state = config.state
+    if state.kind == "embedding":
+        require(
+            config.refinement.update == "probabilities",
+            f"refinement.update is {config.refinement.update}: "
+            "embedding states have one update, leave the key out",
+        )
+        require(
+            state.map_scale == 1,
+            f"state.map_scale is {state.map_scale}: "
+            "embedding states are mapped by their projection, leave the key out",
+        )
+        require(
+            not state.tie_embedding,
+            "state.tie_embedding is true: only vocabulary states have a token embedding to tie to",
+        )
+        return
+    require(
+        state.dimension is None,
+        f"state.dimension is {state.dimension}: "
+        "a vocabulary state takes model.vocabulary_size; leave the key out",
+    )
+    require(
+        state.initial != "most_recent",
+        "state.initial is most_recent: "
+        "a vocabulary state has no most recent frame; allowed: random_noise, zeros",
+    )
+
+
+def _check_refinement(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    require(
+        refinement.min_num_steps <= refinement.num_steps,
+        f"refinement.min_num_steps is {refinement.min_num_steps}: "
+        f"must be at most refinement.num_steps {refinement.num_steps}",
+    )
+    require(
+        not refinement.compile or refinement.recompute == "none",
+        f"refinement.compile is true with refinement.recompute {refinement.recompute}: "
+        "a compiled step decides itself what it keeps; use none",
+    )
+    for name in ("step_size", "num_steps", "noise"):
+        points = getattr(refinement.schedule, name)
+        listed = shown([list(point) for point in points])
+        progress = [point[0] for point in points]
+        require(
+            progress == sorted(progress) and all(0 <= p <= 1 for p in progress),
+            f"refinement.schedule.{name} is {listed}: progress must rise within [0, 1]",
+        )
+        low = 1 if name == "num_steps" else 0
+        require(
+            all(value >= low for _, value in points),
+            f"refinement.schedule.{name} is {listed}: values must be {low} or more",
+        )
+
+
+def _check_replay(config: Config, require: Require) -> None:
+    train = config.train
+    if not config.refinement.replay:
+        return
+    require(
+        train.micro_batch_size is None or train.micro_batch_size % 2 == 0,
+        f"train.micro_batch_size is {train.micro_batch_size}: "
+        "refinement.replay pairs samples, so it must be even",
+    )
+    require(
+        train.global_batch_size % 2 == 0,
+        f"train.global_batch_size is {train.global_batch_size}: "
+        "refinement.replay pairs samples, so it must be even",
+    )
+    half = train.global_batch_size // 2
+    require(
+        config.refinement.replay_capacity >= half,
+        f"refinement.replay_capacity is {config.refinement.replay_capacity}: "
+        f"must be at least half of train.global_batch_size ({half})",
+    )
+
+
+def _check_data(config: Config, require: Require) -> None:
+    data = config.data
+    for number, source in enumerate(data.sources):
+        require(
+            source.manifest != "",
+            f"data.sources[{number}].manifest is absent: each source needs a manifest",
+        )
+        require(
+            source.weight > 0,
+            f"data.sources[{number}].weight is {source.weight}: must be above 0",
+        )
+    require(
+        not data.sources or data.manifest is None,
+        "data.manifest and data.sources are both given: name one dataset, or a mixture",
+    )
+    require(
+        not (data.sources and data.stream),
+        "data.sources and data.stream are both given: a stream is not mixed",
+    )
+    require(
+        not data.stream or data.manifest is not None,
+        "data.stream is given without data.manifest: "
+        "the manifest says what the samples are, and holds the validation split",
+    )
+    require(
+        not data.mask_document_starts or config.state.kind == "vocabulary",
+        "data.mask_document_starts is true: only text has documents",
+    )
+
+
+def _check_training(config: Config, require: Require) -> None:
+    train = config.train
+    require(
+        train.max_steps * train.global_batch_size < 2**62,
+        f"train.max_steps {train.max_steps} x train.global_batch_size {train.global_batch_size}: "
+        "more samples than 64 bits count",
+    )
+    if train.micro_batch_size is not None:
+        require(
+            train.global_batch_size % train.micro_batch_size == 0,
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size {train.micro_batch_size}",
+        )
+    warmup = config.schedule.warmup_steps
+    decay = config.schedule.decay_steps
+    require(
+        warmup <= decay or warmup >= train.max_steps,
+        f"schedule.warmup_steps is {warmup}: must be at most schedule.decay_steps {decay}, "
+        "or the learning rate falls to its end at once after the warm-up",
+    )
+    offload = config.deepspeed.offload
+    stage = config.deepspeed.zero_stage
+    require(
+        offload == "none" or stage > 0,
+        f"deepspeed.offload is {offload} with deepspeed.zero_stage 0: "
+        "offloading needs stage 1, 2 or 3",
+    )
+    require(
+        offload != "parameters" or stage == 3,
+        f"deepspeed.offload is parameters with deepspeed.zero_stage {stage}: "
+        "parameters need stage 3",
+    )
+
+
+def batch_arithmetic(
+    train: TrainConfig, world_size: int, *, paired: bool = False
+) -> tuple[int, int]:
+    """(micro batch per rank, accumulation steps) for a world size.
+
+    paired: samples come in pairs that must stay on one rank (refinement.replay), so the micro
+    batch must be even. Raises ConfigError when the global batch does not divide.
+    """
+    if train.global_batch_size % world_size:
+        multiple = math.ceil(train.global_batch_size / world_size) * world_size
+        raise ConfigError(
+            f"train.global_batch_size {train.global_batch_size} does not divide over {world_size} "
+            f"processes; use a multiple of {world_size}, for example {multiple}"
+        )
+    per_rank = train.global_batch_size // world_size
+    micro = train.micro_batch_size or per_rank
+    if per_rank % micro:
+        divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
+        raise ConfigError(
+            f"train.micro_batch_size {micro} does not divide the {per_rank} samples per process "
+            f"(train.global_batch_size {train.global_batch_size} over {world_size} processes); "
+            f"allowed: {divisors}"
+        )
+    if paired and micro % 2:
+        raise ConfigError(
+            f"{micro} samples per process and forward pass: "
+            "refinement.replay pairs samples, so it must be even; "
+            f"raise train.global_batch_size {train.global_batch_size} "
+            f"or use fewer than {world_size} processes"
+        )
+    return micro, per_rank // micro

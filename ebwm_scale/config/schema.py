@@ -1,0 +1,269 @@
+"""Every key of a configuration: its type, its bounds, and what it means.
+
+The objects are frozen. Types are strict: no text is taken for a number, no number for a boolean.
+`ebwm config schema` prints the same as a JSON schema, for editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from ..strict_yaml import dump_yaml
+from .plain_values import as_tuples, on_or_off, refuse_unplain
+
+# Whole numbers above these are mistakes; below them no size, product or position of a run
+# overflows 64 bits.
+MANY = 10**12
+
+Count = Annotated[int, Field(gt=0, le=MANY)]
+CountOrNone = Annotated[int, Field(ge=0, le=MANY)]  # 0 means none
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+Points = Annotated[tuple[tuple[float, float], ...], BeforeValidator(as_tuples)]
+"""(progress in [0, 1], value) points, joined by straight lines and flat outside."""
+
+SizeName = Literal["4xs", "3xs", "xxs", "xs", "small", "medium", "large", "xl"]
+
+
+class Section(BaseModel):
+    """Frozen, strict, without unknown keys; documented by the text under each key."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    def replace(self, **values: Any):
+        """The same with some keys changed; not checked again."""
+        return self.model_copy(update=values)
+
+
+class ModelConfig(Section):
+    kind: Literal["energy", "baseline"] = "energy"
+    """energy: an energy-based world model; baseline: Transformer++ from the same blocks."""
+    size: SizeName = "xxs"
+    """Published sizes: layers, width and heads, see sizes.py."""
+    num_layers: Annotated[int, Field(gt=0, le=10**4)] | None = None
+    """Overrides the size's."""
+    width: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """Overrides the size's."""
+    num_heads: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """Overrides the size's."""
+    num_kv_heads: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """Grouped-query attention; default: num_heads."""
+    feed_forward_width: Annotated[int, Field(gt=0, le=10**7)] | None = None
+    """Default: width, as in the published sizes."""
+    conditioning: Literal["default", "time_embed", "adaln", "adaln_zero", "predicted_only"] = (
+        "default"
+    )
+    """How refinement steps are told apart, see model/energy_transformer.py."""
+    predicted_input: Literal["state", "anchored"] = "state"
+    """anchored: the embedding of the last observed token or frame is added."""
+    vocabulary_size: Annotated[int, Field(gt=0, le=10**8)] | None = None
+    """Default: the data's."""
+    output: Literal["one_linear", "two_linear"] = "one_linear"
+    """Of a baseline of frame embeddings: width -> dimension, or width -> width -> dimension."""
+    norm_epsilon: Positive = 1e-5
+    rope_theta: float = 1e4
+    attention_backend: Literal["auto", "triton", "reference"] = "auto"
+    """Of the predicted stream."""
+    observed_backend: Literal["auto", "flash_attn", "sdpa"] = "auto"
+    """Of the observed stream, and of the baseline."""
+
+
+class StateConfig(Section):
+    kind: Literal["vocabulary", "embedding"] = "vocabulary"
+    """vocabulary: logits over tokens; embedding: a frame embedding."""
+    dimension: Annotated[int, Field(gt=0, le=10**7)] | None = None
+    """embedding: size of a frame embedding; default: the data's. vocabulary: must be absent."""
+    tie_embedding: bool = False
+    """vocabulary: map states with the token embedding instead of a matrix of their own."""
+    map_scale: Positive = 1.0
+    """vocabulary: constant factor on the map, so that the network sees the state."""
+    initial: Literal["random_noise", "zeros", "most_recent"] = "random_noise"
+    """most_recent: video starts from the last frame."""
+
+
+class RefinementScheduleConfig(Section):
+    """Each is a list of [progress, value] points; progress runs from 0 to 1 over the training."""
+
+    step_size: Points = ()
+    """Factor on refinement.step_size."""
+    num_steps: Points = ()
+    """Replaces refinement.num_steps (rounded); never above it."""
+    noise: Points = ()
+    """Factor on refinement.noise."""
+
+
+class RefinementConfig(Section):
+    num_steps: Annotated[int, Field(gt=0, le=10**4)] = 2
+    """The largest number of steps; always used in evaluation."""
+    min_num_steps: Annotated[int, Field(gt=0)] | None = None
+    """Draw the number of steps per batch from min_num_steps..num_steps; default: num_steps."""
+    step_size: Positive = 500.0
+    """alpha."""
+    learnable: bool = True
+    """Learn alpha."""
+    learning_rate_multiplier: Positive | None = None
+    """alpha's learning rate over the model's; default: 3 * step_size."""
+    step_size_random_factor: Annotated[float, Field(ge=1)] = 1.0
+    """r > 1: alpha of each position is uniform in [alpha / r, alpha * r] in training."""
+    landscapes: Literal["one", "per_step"] = "per_step"
+    """What conditionings tell apart; `default` has one anyway."""
+    graph: Literal["detach", "truncate", "full"] = "detach"
+    """detach: each step on its own; truncate: only the last step; full: through all steps."""
+    loss: Literal["every", "last"] = "every"
+    """The mean over the steps' losses, or the last one's."""
+    update: Literal["probabilities", "logits", "mirror"] = "probabilities"
+    """vocabulary states only, see ebwm_kernels.vocabulary."""
+    change_clamp: Positive | None = None
+    """Bound on |alpha dE/dx| of each number of a state and step (released: clamp_futures_grad)."""
+    state_clamp: Positive | None = None
+    """Bound on |x| of each number of a state after a step (released: absolute_clamp)."""
+    noise: NotNegative = 0.0
+    """Langevin: + noise * N(0, 1) before each step in training."""
+    replay: bool = False
+    """Half of a batch restarts from stored final states."""
+    replay_capacity: Count = 256
+    """Samples kept in all, over all ranks."""
+    tile_rows: Count | None = None
+    """(sample, position) rows refined at a time; changes memory and speed only."""
+    recompute: Literal["none", "step", "block"] = "none"
+    """Activation checkpointing: compute a step, or each block of it, again in the backward."""
+    compile: bool = False
+    """TorchInductor for the network's part of a step: minutes at the start."""
+    schedule: RefinementScheduleConfig = RefinementScheduleConfig()
+
+
+class SourceConfig(Section):
+    """One dataset of a mixture."""
+
+    manifest: str = ""
+    weight: float = 1.0
+    """Its share of the samples, relative to the other weights."""
+
+
+class DataConfig(Section):
+    manifest: str | None = None
+    """Path of a manifest.json that make_text_shards.py or make_video_shards.py wrote."""
+    sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_tuples)] = ()
+    """Instead of manifest: a mixture, a list of {manifest, weight}."""
+    stream: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()
+    """Training shards to stream instead: pipe: commands, URLs; a weaker promise, see docs/data.md."""
+    stream_buffer: Count = 1000
+    """Samples that a stream is shuffled in."""
+    mask_document_starts: bool = False
+    """text: the first token of a document is no target."""
+    max_quarantined: CountOrNone = 16
+    """Damaged samples that are replaced before the run stops."""
+    context_length: Annotated[int, Field(gt=0, le=10**8)] | None = None
+    """Observed positions per sample; default: what the shards were packed for."""
+    tokenizer_sha256: str | None = None
+    """text: of the run's tokenizer; taken from its dataset."""
+    num_workers: Annotated[int, Field(ge=0, le=10**4)] = 0
+    """Loader processes per rank; never changes a batch."""
+    window_shards: Count = 4
+    """Samples are permuted inside windows of this many shards."""
+    verify: Literal["sizes", "hashes"] = "hashes"
+    """What is checked before the start; every sample that is read is checked anyway."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: Positive | None = None
+    """Peak; default: the published one of the size (a third for embeddings)."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    epsilon: Positive = 1e-8
+    weight_decay: NotNegative = 0.01
+    """On everything but alpha, as released."""
+    gradient_clipping: NotNegative = 1.0
+    """Global norm over all gradients; 0: off."""
+
+
+class ScheduleConfig(Section):
+    warmup_steps: CountOrNone = 10_000
+    decay_steps: Count | None = None
+    """The cosine ends here; default: train.max_steps."""
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Final over peak learning rate."""
+
+
+class TrainConfig(Section):
+    global_batch_size: Count = 128
+    """Sequences per optimizer step over all ranks and accumulation."""
+    micro_batch_size: Count | None = None
+    """Sequences per rank and forward pass; default: what makes accumulation 1."""
+    max_steps: Count = 100_000
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 33
+    max_minutes: Positive | None = None
+    """Save and leave with exit code 75 after this long."""
+    max_skipped_steps: Count = 3
+    """Leave with exit code 76 after this many steps in a row whose gradients are not finite."""
+    hang_minutes: NotNegative = 30
+    """A step, save or evaluation that takes longer is a hang: exit code 77, all stacks; 0: off."""
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """3: parameters are partitioned too; an energy model then needs refinement.recompute block."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """To the host; parameters (stage 3): with the optimizer state."""
+    raw: Annotated[dict[str, Any], BeforeValidator(refuse_unplain)] = {}
+    """Merged into the DeepSpeed configuration last, as it is."""
+
+
+class CheckpointConfig(Section):
+    every_steps: CountOrNone = 1000
+    """0: only at the end."""
+    keep_last: Count = 2
+    keep_best: bool = True
+    """Also keep the one with the lowest validation loss."""
+    milestone_every_steps: CountOrNone = 0
+    """Also keep those at multiples of this; 0: none."""
+
+
+class EvaluationConfig(Section):
+    every_steps: CountOrNone = 500
+    """0: only at the end."""
+    max_samples: Count = 1024
+    """Validation samples used, the same ones each time."""
+
+
+class LoggingConfig(Section):
+    every_steps: Count = 10
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(on_or_off)] = "off"
+    wandb_project: str = "ebwm_scale"
+    run_name: str | None = None
+    """Default: the run folder's name."""
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    model: ModelConfig = ModelConfig()
+    state: StateConfig = StateConfig()
+    refinement: RefinementConfig = RefinementConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written into files."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """What every run folder and checkpoint carries; `load_config` reads it back the same."""
+        return dump_yaml(self.to_dict())

@@ -1,0 +1,61 @@
+"""The published model sizes, and the defaults that depend on other keys."""
+
+from __future__ import annotations
+
+from .schema import Config
+
+# (layers, width, heads); feed-forward width = width. Source: EBT, arXiv 2507.02092.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "4xs": (2, 128, 2),
+    "3xs": (4, 256, 4),
+    "xxs": (6, 384, 6),
+    "xs": (12, 384, 6),
+    "small": (12, 768, 12),
+    "medium": (24, 1024, 16),
+    "large": (24, 1536, 16),
+    "xl": (24, 2048, 32),
+}
+PEAK_LEARNING_RATES: dict[str, float] = {
+    "4xs": 0.0024,
+    "3xs": 0.0018,
+    "xxs": 0.0012,
+    "xs": 0.0009,
+    "small": 0.0006,
+    "medium": 0.0003,
+    "large": 0.00025,
+    "xl": 0.0002,
+}
+
+
+def resolve(config: Config) -> Config:
+    """Fill the defaults that depend on other keys: the saved configuration says what ran."""
+    model = config.model
+    layers, width, heads = SIZES[model.size]
+    model = model.replace(
+        num_layers=_or(model.num_layers, layers),
+        width=_or(model.width, width),
+        num_heads=_or(model.num_heads, heads),
+    )
+    model = model.replace(
+        num_kv_heads=_or(model.num_kv_heads, model.num_heads),
+        feed_forward_width=_or(model.feed_forward_width, model.width),
+    )
+    refinement = config.refinement
+    refinement = refinement.replace(
+        min_num_steps=_or(refinement.min_num_steps, refinement.num_steps),
+        learning_rate_multiplier=_or(refinement.learning_rate_multiplier, 3 * refinement.step_size),
+    )
+    rate = PEAK_LEARNING_RATES[model.size]
+    if config.state.kind == "embedding":
+        rate = rate / 3
+    optimizer = config.optimizer
+    optimizer = optimizer.replace(learning_rate=_or(optimizer.learning_rate, rate))
+    schedule = config.schedule
+    schedule = schedule.replace(decay_steps=_or(schedule.decay_steps, config.train.max_steps))
+    return config.replace(
+        model=model, refinement=refinement, optimizer=optimizer, schedule=schedule
+    )
+
+
+def _or(value, default):
+    return default if value is None else value

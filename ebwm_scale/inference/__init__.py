@@ -1,0 +1,1 @@
+"""Predictions of a trained model: thinking, continuing, scoring; nothing is trained here."""

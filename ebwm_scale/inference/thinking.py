@@ -1,0 +1,228 @@
+"""Thinking: refine candidates with more, smaller, noisier or fewer steps than training did.
+
+    for each step:
+        E, g  = energy(x), dE/de                       of every row that still moves
+        x'    = update(x, g, alpha)
+        accept only if lower:  x <- x' where E(x') < E(x); elsewhere x stays, its alpha is halved
+        stop early:            a row whose energy fell by less than `tolerance` moves no more
+    of several starts per row the one with the lowest final energy is the prediction
+
+A row is one candidate for one position: of a prompt's next position, or of every position of a
+sequence (energy_functions.py). No second-order graph is built, and memory does not depend on the
+number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..refinement.loop import MIN_STEP_SIZE
+from ..refinement.step_plan import INFERENCE_STEP
+from .energy_functions import EnergyFunction
+from .initial_states import InitialStateSampler
+
+
+@dataclass(frozen=True)
+class ThinkingConfig:
+    """How to think.
+
+    num_steps, step_size: default those of training. noise: deviation of the Langevin noise.
+    num_starts: random initial states per row. accept_only_if_lower: undo a step that raises the
+    energy. tolerance: a row stops when a step lowers its energy by no more than this; None: never.
+    seed: of noise and initial states.
+    """
+
+    num_steps: int | None = None
+    step_size: float | None = None
+    noise: float = 0.0
+    num_starts: int = 1
+    accept_only_if_lower: bool = False
+    tolerance: float | None = None
+    seed: int = 33
+
+    def __post_init__(self):
+        for name, value, low in (
+            ("num_steps", self.num_steps, 1),
+            ("num_starts", self.num_starts, 1),
+            ("noise", self.noise, 0),
+            ("tolerance", self.tolerance, 0),
+        ):
+            if value is not None and value < low:
+                raise ConfigError(f"{name} is {value}: must be {low} or more")
+        if self.step_size is not None and self.step_size <= 0:
+            raise ConfigError(f"step_size is {self.step_size}: must be above 0")
+
+    @property
+    def compares(self) -> bool:
+        """Whether energies after a step are needed."""
+        return self.accept_only_if_lower or self.tolerance is not None
+
+
+@dataclass
+class Thought:
+    """What thinking ended with.
+
+    state (B, K, size). energy (B, K) of it in the last landscape; None where it was not asked for.
+    steps (B, K) that were taken; accepted (B, K): those that changed the state.
+    trace (N + 1, B, K): energy before each step and after the last; without a final energy
+    (N, B, K). Each entry is measured in the landscape of its step, the last in the last one's.
+    """
+
+    state: Tensor
+    energy: Tensor | None
+    steps: Tensor
+    trace: Tensor
+    accepted: Tensor
+
+
+@torch.no_grad()
+def think(
+    model,
+    energy_function: EnergyFunction,
+    x: Tensor,
+    config: ThinkingConfig,
+    *,
+    noise: InitialStateSampler,
+    with_energy: bool = True,
+) -> Thought:
+    """Refine rows x (B, K, size), which are the caller's to overwrite.
+
+    noise: where Langevin numbers come from. with_energy False saves the pass that only measures
+    where the last step ended; a config that compares energies has made it anyway.
+    """
+    if config.compares:
+        return _think_comparing(model, energy_function, x, config, noise)
+    return _think_plainly(model, energy_function, x, config, noise, with_energy)
+
+
+def _think_plainly(
+    model,
+    energy_function: EnergyFunction,
+    x: Tensor,
+    config: ThinkingConfig,
+    noise: InitialStateSampler,
+    with_energy: bool,
+) -> Thought:
+    """Every row takes every step."""
+    landscapes = _landscapes(model, config)
+    alpha = _step_size(model, config, x.device)
+    state_space = model.state_space()
+    scale = torch.ones(*x.shape[:2], 1, device=x.device, dtype=x.dtype)
+    trace = []
+    for i, landscape in enumerate(landscapes):
+        if config.noise:
+            x = x + config.noise * noise.langevin(i)
+        embedded = state_space.embed(x)
+        energy, gradient = energy_function.with_gradient(embedded.vectors, landscape)
+        trace.append(energy)
+        step_size = (alpha * scale).to(gradient.dtype)
+        x, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
+    steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
+    final = None
+    if with_energy:
+        final = _energy_of(state_space, energy_function, x, landscapes[-1])
+        trace.append(final)
+    return Thought(x, final, steps, torch.stack(trace), steps.clone())
+
+
+def _think_comparing(
+    model,
+    energy_function: EnergyFunction,
+    x: Tensor,
+    config: ThinkingConfig,
+    noise: InitialStateSampler,
+) -> Thought:
+    """Rows are compared before and after each step: undone, or left alone when they are done."""
+    landscapes = _landscapes(model, config)
+    alpha = _step_size(model, config, x.device)
+    state_space = model.state_space()
+    num_contexts, num_candidates, _ = x.shape
+    shape = (num_contexts, num_candidates)
+    result = x  # of all rows; the tensors below are those of contexts that still move
+    moving = torch.arange(num_contexts, device=x.device)
+    scale = torch.ones(*shape, 1, device=x.device, dtype=x.dtype)
+    active = torch.ones(shape, dtype=torch.bool, device=x.device)
+    steps = torch.zeros(shape, dtype=torch.int64, device=x.device)
+    accepted = torch.zeros(shape, dtype=torch.int64, device=x.device)
+    function = energy_function
+    trace = []
+    energy = None
+    measured_in = None
+    for i, landscape in enumerate(landscapes):
+        before = x.clone()
+        if measured_in != landscape:
+            energy = _energy_of(state_space, function, x, landscape)
+            measured_in = landscape
+        if config.noise:
+            x = x + config.noise * noise.langevin(i)[moving]
+        embedded = state_space.embed(x)
+        _, gradient = function.with_gradient(embedded.vectors, landscape)
+        step_size = (alpha * scale).to(gradient.dtype)
+        proposal, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
+        if trace:
+            energies = trace[-1].clone()
+        else:
+            energies = torch.full(shape, float("nan"), device=x.device, dtype=energy.dtype)
+        energies[moving] = energy
+        trace.append(energies)
+
+        after = _energy_of(state_space, function, proposal, landscape)
+        taken = active.clone()
+        if config.accept_only_if_lower:
+            taken &= after < energy
+            halved = active & ~taken
+            scale = torch.where(halved[..., None], scale / 2, scale)
+        steps[moving] += active
+        accepted[moving] += taken
+        x = torch.where(taken[..., None], proposal, before)
+        fallen = torch.where(taken, energy - after, torch.zeros_like(energy))
+        energy = torch.where(taken, after, energy)
+        if config.tolerance is not None:
+            active &= fallen > config.tolerance
+        result[moving] = x
+
+        context_moves = active.any(1)
+        if not context_moves.any():
+            break
+        # Computing only what still moves costs a copy: worth it where half of the rows rest.
+        if context_moves.sum() * 2 <= len(moving):
+            kept = context_moves.nonzero().squeeze(1)
+            function = function.select(kept)
+            moving = moving[kept]
+            x = x[kept]
+            scale = scale[kept]
+            active = active[kept]
+            energy = energy[kept]
+    final = _energy_of(state_space, energy_function, result, landscapes[-1])
+    while len(trace) < len(landscapes) + 1:
+        trace.append(final)
+    return Thought(result, final, steps, torch.stack(trace), accepted)
+
+
+def lowest(thought: Thought) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the K starts of each row, the one with the lowest energy.
+
+    Returns (state (B, size), energy (B,), which start (B,)).
+    """
+    best = thought.energy.argmin(1)
+    rows = torch.arange(len(best), device=best.device)
+    return thought.state[rows, best], thought.energy[rows, best], best
+
+
+def _landscapes(model, config: ThinkingConfig) -> list[int]:
+    return model.landscapes(config.num_steps or model.config.refinement.num_steps)
+
+
+def _step_size(model, config: ThinkingConfig, device: torch.device) -> Tensor:
+    if config.step_size is not None:
+        return torch.tensor(config.step_size, device=device)
+    return model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
+
+
+def _energy_of(state_space, energy_function: EnergyFunction, x: Tensor, landscape: int) -> Tensor:
+    """Energies (B, K) of states x (B, K, size), which stay as they are."""
+    return energy_function(state_space.embed(x.clone()).vectors, landscape)

@@ -1,0 +1,212 @@
+"""The blocks: RMSNorm, rotary attention and SwiGLU, on two streams that share every weight.
+
+    observed  o_1 .. o_S   ordinary causal self-attention; yields K and V per layer (a prefill)
+    predicted p_1 .. p_S   p_t attends to o_1 .. o_t and to itself, given those K and V
+
+Legend: B batch, S positions, D width, H heads, H_kv key/value heads, d head dimension.
+Source: Energy-Based Transformers, arXiv 2507.02092; blocks as in Llama 2, arXiv 2307.09288.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ebwm_kernels import energy_attention, observed_attention, rms_norm, swiglu
+from ebwm_kernels.attention_ops import resolve_backend, why_not_triton
+from ebwm_kernels.observed_attention import resolve_observed_backend, why_not_flash_attn
+
+from ..config import ModelConfig
+from .rotary import Rotary
+
+
+class Modulation(NamedTuple):
+    """Shift, scale and gate of a block's attention, then of its feed-forward; each (D,).
+
+    Source: adaLN, arXiv 2212.09748.
+    """
+
+    attention_shift: Tensor
+    attention_scale: Tensor
+    attention_gate: Tensor
+    feed_forward_shift: Tensor
+    feed_forward_scale: Tensor
+    feed_forward_gate: Tensor
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + epsilon) * weight, arXiv 1910.07467."""
+
+    def __init__(self, width: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Attention of both streams, with the same projections."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dimension = config.width // config.num_heads
+        self.backend = config.attention_backend
+        self.observed_backend = config.observed_backend
+        kv_width = self.num_kv_heads * self.head_dimension
+        self.wq = nn.Linear(config.width, config.width, bias=False)
+        self.wk = nn.Linear(config.width, kv_width, bias=False)
+        self.wv = nn.Linear(config.width, kv_width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+
+    def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """(K, V), each (B, H_kv, S, d), of rows x (B, S, D)."""
+        keys = rotary.rotate(self._split_heads(self.wk(x)))
+        values = self._split_heads(self.wv(x)).contiguous()
+        return keys, values
+
+    def forward_observed(self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary) -> Tensor:
+        """Causal self-attention of the observed stream (B, S, D); first order only."""
+        q = rotary.rotate(self._split_heads(self.wq(x)))
+        attended = observed_attention(q, keys, values, backend=self.observed_backend)
+        return self.wo(attended.transpose(1, 2).flatten(2))
+
+    def forward_predicted(
+        self, p: Tensor, context: tuple[Tensor, Tensor], rotary: Rotary, offset: int
+    ) -> Tensor:
+        """The predicted stream (B, S, D); differentiable twice.
+
+        context: the observed keys and values (B, H_kv, C, d).
+        """
+        q = rotary.rotate(self._split_heads(self.wq(p)))
+        k_self, v_self = self.keys_values(p, rotary)
+        if self.num_kv_heads != self.num_heads:
+            group = self.num_heads // self.num_kv_heads
+            k_self = k_self.repeat_interleave(group, 1)
+            v_self = v_self.repeat_interleave(group, 1)
+        attended = energy_attention(
+            q, k_self, v_self, *context, context_offset=offset, backend=self.backend
+        )
+        return self.wo(attended.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, S, H d) -> (B, H, S, d)."""
+        return x.unflatten(-1, (-1, self.head_dimension)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.feed_forward_width, bias=False)
+        self.w2 = nn.Linear(config.feed_forward_width, config.width, bias=False)
+        self.w3 = nn.Linear(config.width, config.feed_forward_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind its norm and beside a residual."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.feed_forward = FeedForward(config)
+
+    def keys_values(
+        self, o: Tensor, rotary: Rotary, modulation: Modulation | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the predicted stream reads of this layer: (K, V), each (B, H_kv, S, d)."""
+        return self.attention.keys_values(self._attention_input(o, modulation), rotary)
+
+    def forward_observed(
+        self,
+        o: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Rotary,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
+        """The observed stream (B, S, D) through the block, its keys and values given."""
+        normed = self._attention_input(o, modulation)
+        attended = self.attention.forward_observed(normed, keys, values, rotary)
+        return self._add_residuals(o, attended, modulation)
+
+    def forward_predicted(
+        self,
+        p: Tensor,
+        context: tuple[Tensor, Tensor],
+        rotary: Rotary,
+        offset: int,
+        modulation: Modulation | None = None,
+    ) -> Tensor:
+        """The predicted stream (B, S, D) through the block."""
+        normed = self._attention_input(p, modulation)
+        attended = self.attention.forward_predicted(normed, context, rotary, offset)
+        return self._add_residuals(p, attended, modulation)
+
+    def _attention_input(self, x: Tensor, modulation: Modulation | None) -> Tensor:
+        x = self.attention_norm(x)
+        if modulation is None:
+            return x
+        return modulate(x, modulation.attention_shift, modulation.attention_scale)
+
+    def _add_residuals(self, x: Tensor, attended: Tensor, modulation: Modulation | None) -> Tensor:
+        """What the attention adds, then what the feed-forward adds."""
+        if modulation is None:
+            x = x + attended
+            return x + self.feed_forward(self.ffn_norm(x))
+        x = x + modulation.attention_gate * attended
+        normed = modulate(
+            self.ffn_norm(x), modulation.feed_forward_shift, modulation.feed_forward_scale
+        )
+        return x + modulation.feed_forward_gate * self.feed_forward(normed)
+
+
+def attention_paths(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    """Which code computes each stream's attention, and why not another: said at a run's start.
+
+    Raises ValueError where the configuration forces a backend that cannot run.
+    """
+    d = config.width // config.num_heads
+    observed = resolve_observed_backend(config.observed_backend, device, dtype, d)
+    obstacle = why_not_flash_attn(device, dtype, d)
+    if config.observed_backend == "auto" and obstacle:
+        observed += f" (flash_attn: {obstacle})"
+    paths = {"observed": observed}
+    if config.kind == "energy":
+        predicted = resolve_backend(
+            config.attention_backend, device, dtype, d, "model.attention_backend"
+        )
+        obstacle = why_not_triton(device, dtype, d)
+        if config.attention_backend == "auto" and obstacle:
+            predicted += f" (triton: {obstacle})"
+        paths["predicted"] = predicted
+    return paths
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def initialize_released(module: nn.Module) -> None:
+    """The released initialisation: Xavier normal for every Linear, zero biases.
+
+    Embeddings stay N(0, 1) and norms stay 1.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_normal_(child.weight)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)

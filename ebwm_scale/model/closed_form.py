@@ -1,0 +1,255 @@
+"""A block and its first-order gradient in closed form, for candidates at the end of a context.
+
+The same formulas as training (blocks.py), for rows (B, K, D): K candidates for the next position
+of each of B contexts. First order only, so a step needs no graph: a block's forward keeps what its
+backward reads, and no operation is left that a single row would not need. That is where the time
+goes when one token is generated; what it saves over autograd on the same keys and values is
+measured in results/closed_form.json.
+
+    block       n = norm(p);  q, k, v = rotated heads of n;  s = [q K, q k];  P = softmax(s)
+                a = Wo (P [V, v]);  p' = p + a
+                m = norm(p');  u = W1 m;  t = W3 m;  p'' = p' + W2 (silu(u) t)
+    gradient G  h = W2^T G;  du = h t silu'(u);  dt = h silu(u)
+                G' = G + norm^T(W1^T du + W3^T dt)
+                o = heads of Wo^T G';  dP = [o V, o v];  ds = P (dP - sum P dP)
+                dq = ds [K, k];  dk = ds_self q;  dv = P_self o
+                G'' = G' + norm^T(Wq^T dq + Wk^T dk + Wv^T dv)
+    adaLN       shifts, scales and gates at their places
+
+Legend: B contexts, K candidates, D width, H heads, H_kv key/value heads, d head dimension,
+C entries of a context.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .blocks import Block, Modulation, RMSNorm, modulate
+
+
+class Kept(NamedTuple):
+    """What the backward of a block reads.
+
+    H_kv groups of heads are folded into rows: q, k_self, v_self (B, H_kv, groups K, d), weights
+    (B, H_kv, groups K, C + 1). p, middle (B, K, D); u, t (B, K, F).
+    """
+
+    p: Tensor
+    middle: Tensor
+    q: Tensor
+    k_self: Tensor
+    v_self: Tensor
+    weights: Tensor
+    u: Tensor
+    t: Tensor
+
+
+def block_forward(
+    layer: Block,
+    p: Tensor,
+    factors: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    modulation: Modulation | None,
+) -> tuple[Tensor, Kept]:
+    """Candidates p (B, K, D) through a block.
+
+    keys, values (B, H_kv, C, d); factors: rotations of the candidates' position, complex
+    (B, 1, 1, d / 2); mask (B, 1, 1, C): True is not seen.
+    """
+    q, k, v = project_heads(layer, attention_input(layer, p, modulation), factors)
+    attended, attention = attend(q, keys, values, mask, k, v)
+    change = layer.attention.wo(merge_heads(attended))
+    if modulation is not None:
+        change = change * modulation.attention_gate
+    middle = p + change
+    change, u, t = feed_forward(layer, middle, modulation)
+    return middle + change, Kept(p, middle, *attention, u, t)
+
+
+def block_backward(
+    layer: Block,
+    gradient: Tensor,
+    kept: Kept,
+    factors: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    modulation: Modulation | None,
+) -> Tensor:
+    """dE/dp of dE/dp'' (B, K, D)."""
+    change = _feed_forward_backward(layer, gradient, kept, modulation)
+    gradient = gradient + norm_backward(change, kept.middle, layer.ffn_norm)
+    change = _attention_backward(layer, gradient, kept, factors, keys, values, modulation)
+    return gradient + norm_backward(change, kept.p, layer.attention_norm)
+
+
+def _feed_forward_backward(
+    layer: Block, gradient: Tensor, kept: Kept, modulation: Modulation | None
+) -> Tensor:
+    """What the feed-forward adds to the gradient, before its norm."""
+    weights = layer.feed_forward
+    u = _wide(kept.u)
+    t = _wide(kept.t)
+    if modulation is not None:
+        gradient = gradient * modulation.feed_forward_gate
+    h = gradient @ weights.w2.weight
+    sigmoid = u.sigmoid()
+    silu = u * sigmoid
+    du = h * t * (sigmoid + silu * (1 - sigmoid))
+    dt = h * silu
+    change = du.to(h.dtype) @ weights.w1.weight + dt.to(h.dtype) @ weights.w3.weight
+    if modulation is not None:
+        change = change * (1 + modulation.feed_forward_scale)
+    return change
+
+
+def _attention_backward(
+    layer: Block,
+    gradient: Tensor,
+    kept: Kept,
+    factors: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    modulation: Modulation | None,
+) -> Tensor:
+    """What the attention adds to the gradient, before its norm."""
+    attention = layer.attention
+    B, K = gradient.shape[:2]
+    H, H_kv, d = attention.num_heads, attention.num_kv_heads, attention.head_dimension
+    if modulation is not None:
+        gradient = gradient * modulation.attention_gate
+    o = (gradient @ attention.wo.weight).view(B, K, H, d).transpose(1, 2)
+    o = o.unflatten(1, (H_kv, -1)).flatten(2, 3)
+    d_weights = torch.cat(
+        [o @ values.transpose(-1, -2), (o * kept.v_self).sum(-1, keepdim=True)], -1
+    )
+    ds = kept.weights * (d_weights - (kept.weights * d_weights).sum(-1, keepdim=True))
+    ds_self = ds[..., -1:]
+    dq = torch.addcmul(ds[..., :-1] @ keys, ds_self, kept.k_self) * d**-0.5
+    dk = ds_self * kept.q
+    dv = kept.weights[..., -1:] * o
+    if H > H_kv:  # all heads of a group share the candidate's key and value
+        dk = dk.unflatten(2, (-1, K)).sum(2)
+        dv = dv.unflatten(2, (-1, K)).sum(2)
+    dq = rotate(dq.view(B, H, K, d), factors.conj())
+    dk = rotate(dk, factors.conj())
+    change = (
+        merge_heads(dq) @ attention.wq.weight
+        + merge_heads(dk) @ attention.wk.weight
+        + merge_heads(dv) @ attention.wv.weight
+    )
+    if modulation is not None:
+        change = change * (1 + modulation.attention_scale)
+    return change
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    k_self: Tensor | None = None,
+    v_self: Tensor | None = None,
+) -> tuple[Tensor, tuple]:
+    """Rows q (B, H, K, d) over keys, values (B, H_kv, C, d), and each its own key and value.
+
+    k_self, v_self (B, H_kv, K, d), or None. mask (B, 1, 1, C): True is not seen.
+    Returns ((B, H, K, d), (q, k_self, v_self, weights) as Kept has them). Grouped heads are folded
+    into the rows, so that keys and values are read in place.
+    """
+    B, H, K, d = q.shape
+    groups = H // keys.shape[1]
+    q = (q * d**-0.5).unflatten(1, (-1, groups)).flatten(2, 3)
+    scores = q @ keys.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill_(mask, float("-inf"))
+    if k_self is None:
+        return (scores.softmax(-1) @ values).view(B, H, K, d), ()
+    if groups > 1:
+        k_self = k_self[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+        v_self = v_self[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    weights = torch.cat([scores, (q * k_self).sum(-1, keepdim=True)], -1).softmax(-1)
+    out = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v_self)
+    return out.view(B, H, K, d), (q, k_self, v_self, weights)
+
+
+def attention_input(layer: Block, x: Tensor, modulation: Modulation | None) -> Tensor:
+    """What the attention's projections read of rows x (B, K, D)."""
+    normed = norm(layer.attention_norm, x)
+    if modulation is None:
+        return normed
+    return modulate(normed, modulation.attention_shift, modulation.attention_scale)
+
+
+def project_heads(layer: Block, normed: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, K, d), k and v (B, H_kv, K, d) of rows (B, K, D); q and k rotated."""
+    attention = layer.attention
+    q = _split_heads(attention.wq(normed), attention.head_dimension)
+    k = _split_heads(attention.wk(normed), attention.head_dimension)
+    v = _split_heads(attention.wv(normed), attention.head_dimension)
+    return rotate(q, factors), rotate(k, factors), v
+
+
+def feed_forward(
+    layer: Block, x: Tensor, modulation: Modulation | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(what it adds to x (B, K, D), u, t)."""
+    normed = norm(layer.ffn_norm, x)
+    if modulation is not None:
+        normed = modulate(normed, modulation.feed_forward_shift, modulation.feed_forward_scale)
+    u = layer.feed_forward.w1(normed)
+    t = layer.feed_forward.w3(normed)
+    change = layer.feed_forward.w2(F.silu(u) * t)
+    if modulation is not None:
+        change = change * modulation.feed_forward_gate
+    return change, u, t
+
+
+def norm(module: RMSNorm, x: Tensor) -> Tensor:
+    """RMSNorm in few operations."""
+    wide = _wide(x)
+    return (wide * _inverse_rms(module, wide) * module.weight).to(x.dtype)
+
+
+def norm_backward(gradient: Tensor, x: Tensor, module: RMSNorm) -> Tensor:
+    """The gradient before an RMSNorm: r (h - n mean(h n)), h = g w, n = r x."""
+    wide = _wide(x)
+    h = _wide(gradient) * module.weight
+    r = _inverse_rms(module, wide)
+    projection = torch.linalg.vecdot(h, wide).unsqueeze(-1) * r.square() * (1 / wide.shape[-1])
+    return ((h - wide * projection) * r).to(x.dtype)
+
+
+def rotate(heads: Tensor, factors: Tensor) -> Tensor:
+    """(B, H, K, d), rotated by complex factors that broadcast to (B, H, K, d / 2)."""
+    pairs = torch.view_as_complex(_wide(heads).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * factors).flatten(-2).to(heads.dtype)
+
+
+def merge_heads(heads: Tensor) -> Tensor:
+    """(B, H, K, d) -> (B, K, H d)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _split_heads(x: Tensor, head_dimension: int) -> Tensor:
+    """(B, K, H d) -> (B, H, K, d)."""
+    return x.unflatten(-1, (-1, head_dimension)).transpose(1, 2)
+
+
+def _inverse_rms(module: RMSNorm, x: Tensor) -> Tensor:
+    """1 / sqrt(mean x^2 + epsilon) of rows, kept as (..., 1).
+
+    An inner product is one operation; square and mean are four.
+    """
+    mean_square = torch.linalg.vecdot(x, x) * (1 / x.shape[-1])
+    return (mean_square + module.epsilon).rsqrt_().unsqueeze(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision in float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

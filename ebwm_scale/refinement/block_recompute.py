@@ -1,0 +1,310 @@
+"""A refinement step one block at a time: exact to second order, with one block's graph at hand.
+
+A block maps p_(l+1) = f_l(p_l). The energy is the head of p_L, and with J_l = df_l/dp_l the inner
+gradient g = c_0 follows from
+
+    forward:    p_0 = candidates;  p_(l+1) = f_l(p_l)
+    inner:      c_L = dE/dp_L;     c_l = J_l' c_(l+1)
+                                        kept: p_l and c_l, two tensors of the stream's size a block
+Given the loss's gradient gamma_0 on g, its gradients are those of s = <gamma_0, c_0>, taken along
+both chains:
+
+    up:         <gamma_l, J_l' c_(l+1)>  gives  gamma_(l+1) on c_(l+1),  a_l on p_l,
+                and the block's parameters, keys and values
+    head:       <gamma_L, c_L> (+ the loss's gradient on E)  gives  delta_L on p_L
+    down:       delta_l = J_l' delta_(l+1) + a_l,
+                and the block's parameters, keys and values once more
+
+Each line runs f_l again, in plain autograd: a block's forward is computed 4 times instead of once
+(planning: recomputation), and what autograd keeps of a block lives for one line. Parameters are
+asked for through `gathered`, so that ZeRO stage 3 gathers a block when its turn comes and drops it
+after. Their gradients are added to them (to their leaves, see deferred_backward.py) right here.
+
+The observed stream goes the same way, to first order.
+Source: derived for this project; the test is plain double backward in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import ContextManager, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..model.blocks import Modulation
+from ..model.energy_transformer import Context, EnergyTransformer
+from ..model.rotary import Rotary
+from .deferred_backward import leaf_of
+
+
+def gathered(parameters: Iterable[nn.Parameter | Tensor]) -> ContextManager[None]:
+    """Within it the parameters (or their leaves) are whole, also where DeepSpeed partitioned them."""
+    parameters = list(parameters)
+    if any(hasattr(_parameter_of(p), "ds_id") for p in parameters):
+        return _gathered(parameters)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _gathered(parameters: list[Tensor]) -> Iterator[None]:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([_parameter_of(p) for p in parameters]):
+        leaves = [p for p in parameters if _stands_for_parameter(p)]
+        for leaf in leaves:
+            info = leaf_of(leaf)
+            leaf.data = info.parameter.data
+            if info.graph_entry is None:
+                # Autograd has to note the whole shape of what the gradient flows into.
+                with torch.enable_grad():
+                    info.graph_entry = info.parameter.expand_as(info.parameter)
+                info.graph_entry.data = leaf.data.new_empty(0)
+        try:
+            yield
+        finally:
+            for leaf in leaves:
+                leaf.data = leaf.data.new_empty(0)
+
+
+def _stands_for_parameter(tensor: Tensor) -> bool:
+    info = leaf_of(tensor)
+    return info is not None and info.parameter is not None
+
+
+def _parameter_of(tensor: Tensor) -> Tensor:
+    """The parameter that a leaf stands for; a parameter itself."""
+    return leaf_of(tensor).parameter if _stands_for_parameter(tensor) else tensor
+
+
+def energy_and_gradient(
+    network: EnergyTransformer,
+    candidates: Tensor,
+    context: Context,
+    landscape: int,
+    *,
+    needs_graph: bool,
+) -> tuple[Tensor, Tensor]:
+    """E (B, s) and g = d(sum E)/d candidates (B, s, D).
+
+    Both are differentiable once more under needs_graph.
+    """
+    modulations, final = network.modulations_of(landscape, predicted=True)
+    rotary = network.predicted_rotary(candidates, context)
+    layers = []
+    for layer, pair, modulation in zip(network.layers, context.keys_values, modulations):
+        inputs = (*pair, *(modulation or ()))
+        layers.append(_Layer(layer, inputs, rotary, context.offset))
+    step = _BlockwiseStep(network, layers, final or ())
+    if not needs_graph:
+        with torch.no_grad():
+            energy, gradient, _, _ = step.forward(candidates.detach())
+        return energy, gradient
+    return _EnergyGradient.apply(step, candidates, *step.inputs())
+
+
+def encode_context(network: EnergyTransformer, observed: Tensor, landscape: int) -> Context:
+    """`network.encode_context` one block at a time; with a graph where gradients are enabled."""
+    observed, offset = network.prepend_landscape(observed, landscape)
+    modulations, _ = network.modulations_of(landscape, predicted=False)
+    rotary = network.rotary(observed.shape[1], observed)
+    layers = []
+    inputs = []
+    for layer, modulation in zip(network.layers, modulations):
+        layers.append(_Layer(layer, tuple(modulation or ()), rotary, 0))
+        inputs += layers[-1].inputs
+    flat = _Encode.apply(layers, observed, *inputs)
+    return Context(list(zip(flat[::2], flat[1::2])), offset)
+
+
+class _Layer:
+    """A block with everything but the stream.
+
+    inputs: keys, values and modulation of a predicted stream, or the modulation of an observed
+    one, as tensors that may carry gradients.
+    """
+
+    def __init__(self, block: nn.Module, inputs: tuple[Tensor, ...], rotary: Rotary, offset: int):
+        self.block = block
+        self.inputs = inputs
+        self.rotary = rotary
+        self.offset = offset
+
+    def forward_predicted(self, p: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        keys_values, modulation = inputs[:2], inputs[2:]
+        return self.block.forward_predicted(
+            p,
+            keys_values,
+            self.rotary,
+            self.offset,
+            Modulation(*modulation) if modulation else None,
+        )
+
+    def forward_observed(
+        self, o: Tensor, inputs: tuple[Tensor, ...], *, is_last: bool
+    ) -> tuple[Tensor, ...]:
+        """(K, V) and, but for the last block, the stream behind it."""
+        modulation = Modulation(*inputs) if inputs else None
+        keys, values = self.block.keys_values(o, self.rotary, modulation)
+        if is_last:
+            return keys, values
+        behind = self.block.forward_observed(o, keys, values, self.rotary, modulation)
+        return keys, values, behind
+
+
+class _BlockwiseStep:
+    """The forward and the backward of one refinement step, a block at a time."""
+
+    def __init__(self, network: EnergyTransformer, layers: list[_Layer], final: tuple[Tensor, ...]):
+        self.network = network
+        self.layers = layers
+        self.final = tuple(final)
+
+    def inputs(self) -> list[Tensor]:
+        inputs = []
+        for layer in self.layers:
+            inputs += layer.inputs
+        return inputs + list(self.final)
+
+    def forward(self, p: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """(E, g, p_0 .. p_L, c_0 .. c_L) without graph."""
+        streams = [p]
+        for layer in self.layers:
+            with gathered(layer.block.parameters()):
+                streams.append(layer.forward_predicted(streams[-1], layer.inputs))
+        with torch.enable_grad():
+            top = _leaf(streams[-1])
+            energy = self.network.energy_head(top, self.final or None)
+            gradients = [torch.autograd.grad(energy.sum(), top)[0]]
+        for layer, p in zip(reversed(self.layers), reversed(streams[:-1])):
+            inputs = tuple(u.detach() for u in layer.inputs)
+            with torch.enable_grad(), gathered(layer.block.parameters()):
+                p = _leaf(p)
+                out = layer.forward_predicted(p, inputs)
+                gradients.append(torch.autograd.grad(out, p, gradients[-1])[0])
+        gradients.reverse()
+        return energy.detach(), gradients[0], streams, gradients
+
+    def backward(
+        self,
+        streams: list[Tensor],
+        gradients: list[Tensor],
+        energy_cotangent: Tensor | None,
+        gradient_cotangent: Tensor,
+    ) -> list[Tensor | None]:
+        """Gradients of candidates and of inputs(); those of parameters are added to them."""
+        inputs = [[_leaf(u, u.requires_grad) for u in layer.inputs] for layer in self.layers]
+        final = [_leaf(u, u.requires_grad) for u in self.final]
+
+        gamma = gradient_cotangent
+        second_order = []  # a_l
+        for layer, own, p, c in zip(self.layers, inputs, streams, gradients[1:]):
+            with gathered(layer.block.parameters()):
+                p = _leaf(p)
+                c = _leaf(c)
+                out = layer.forward_predicted(p, tuple(own))
+                (c_before,) = torch.autograd.grad(out, p, c, create_graph=True)
+                c_before.backward(gamma)
+            gamma = c.grad
+            second_order.append(p.grad)
+
+        top = _leaf(streams[-1])
+        energy = self.network.energy_head(top, tuple(final) or None)
+        (c_top,) = torch.autograd.grad(energy.sum(), top, create_graph=True)
+        if energy_cotangent is None:
+            torch.autograd.backward([c_top], [gamma])
+        else:
+            torch.autograd.backward([c_top, energy], [gamma, energy_cotangent])
+
+        delta = top.grad
+        for index in reversed(range(len(self.layers))):
+            layer = self.layers[index]
+            with gathered(layer.block.parameters()):
+                p = _leaf(streams[index])
+                layer.forward_predicted(p, tuple(inputs[index])).backward(delta)
+            delta = p.grad + second_order[index]
+        result = [delta]
+        for own in inputs:
+            result += [u.grad for u in own]
+        return result + [u.grad for u in final]
+
+
+class _EnergyGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, step, candidates, *inputs):
+        ctx.set_materialize_grads(False)
+        energy, gradient, streams, gradients = step.forward(candidates)
+        ctx.step = step
+        ctx.num_streams = len(streams)
+        ctx.save_for_backward(*streams, *gradients)
+        return energy, gradient
+
+    @staticmethod
+    def backward(ctx, energy_cotangent, gradient_cotangent):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "refinement.recompute block: the step's third derivative is not defined; "
+                "call backward without create_graph=True"
+            )
+        streams = ctx.saved_tensors[: ctx.num_streams]
+        gradients = ctx.saved_tensors[ctx.num_streams :]
+        if gradient_cotangent is None:
+            gradient_cotangent = torch.zeros_like(gradients[0])
+        with torch.enable_grad():
+            return None, *ctx.step.backward(
+                streams, gradients, energy_cotangent, gradient_cotangent
+            )
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layers, observed, *inputs):
+        ctx.set_materialize_grads(False)
+        streams = [observed]
+        keys_values = []
+        last = len(layers) - 1
+        for index, layer in enumerate(layers):
+            with gathered(layer.block.parameters()):
+                keys, values, *behind = layer.forward_observed(
+                    streams[-1], layer.inputs, is_last=index == last
+                )
+            keys_values += [keys, values]
+            streams += behind
+        ctx.layers = layers
+        ctx.save_for_backward(*streams)
+        return tuple(keys_values)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "refinement.recompute block: the observed stream has no second derivative; "
+                "call backward without create_graph=True"
+            )
+        delta = None
+        input_gradients = []
+        last = len(ctx.layers) - 1
+        with torch.enable_grad():
+            for index in reversed(range(len(ctx.layers))):
+                layer = ctx.layers[index]
+                o = _leaf(ctx.saved_tensors[index])
+                own = [_leaf(u, u.requires_grad) for u in layer.inputs]
+                with gathered(layer.block.parameters()):
+                    outputs = layer.forward_observed(o, tuple(own), is_last=index == last)
+                    _backward_where_given(outputs, (*cotangents[2 * index : 2 * index + 2], delta))
+                delta = o.grad
+                input_gradients = [u.grad for u in own] + input_gradients
+        return None, delta, *input_gradients
+
+
+def _backward_where_given(
+    outputs: tuple[Tensor, ...], cotangents: tuple[Tensor | None, ...]
+) -> None:
+    """Back-propagate through the outputs that have a cotangent."""
+    given = [(u, g) for u, g in zip(outputs, cotangents) if g is not None]
+    if given:
+        torch.autograd.backward([u for u, _ in given], [g for _, g in given])
+
+
+def _leaf(tensor: Tensor, requires_grad: bool = True) -> Tensor:
+    return tensor.detach().requires_grad_(requires_grad)

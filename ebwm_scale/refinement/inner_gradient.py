@@ -1,0 +1,109 @@
+"""The inner gradient: the energy of a candidate and its derivative with respect to it.
+
+    E (B, s)     energies of candidates (B, s, D); rows do not see each other's candidates,
+    g (B, s, D)  so g = d(sum E) / d candidates holds every row's own gradient
+
+Under needs_graph both are differentiable once more with respect to everything.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..config import RefinementConfig
+from ..model.energy_transformer import Context, EnergyTransformer
+from . import block_recompute
+
+
+def inner_gradient(
+    network: EnergyTransformer,
+    candidates: Tensor,
+    context: Context,
+    positions: slice,
+    landscape: int,
+    *,
+    needs_graph: bool,
+    config: RefinementConfig,
+) -> tuple[Tensor, Tensor]:
+    """(E (B, s), g (B, s, D)) of candidates (B, s, D) for some positions of the context.
+
+    config.recompute: "step" computes the step again in the backward, "block" one block at a time.
+    config.compile: TorchInductor generates the code of a differentiated step, once for each shape
+    and for each landscape that the blocks are conditioned on.
+    """
+    if not needs_graph:
+        candidates = candidates.detach().requires_grad_()
+    if needs_graph and config.compile:
+        return _run_compiled(network, candidates, context, positions, landscape)
+    if config.recompute == "block":
+        return block_recompute.energy_and_gradient(
+            network,
+            candidates,
+            context.visible_to(positions),
+            landscape,
+            needs_graph=needs_graph,
+        )
+
+    def compute(candidates: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            energy = network.energy(candidates, context.visible_to(positions), landscape)
+            (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=needs_graph)
+        return energy, gradient
+
+    if needs_graph and config.recompute == "step":
+        return checkpoint(compute, candidates, context, use_reentrant=False)
+    return compute(candidates, context)
+
+
+def _run_compiled(
+    network: EnergyTransformer,
+    candidates: Tensor,
+    context: Context,
+    positions: slice,
+    landscape: int,
+) -> tuple[Tensor, Tensor]:
+    if network.modulations is None:
+        landscape = 0  # the blocks are the same in all landscapes: one compilation serves them
+    keys_values = []
+    for keys, values in context.keys_values:
+        keys_values += [keys, values]
+    with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
+        return _compiled()(
+            network,
+            candidates,
+            positions.start,
+            positions.stop,
+            landscape,
+            context.offset,
+            *keys_values,
+        )
+
+
+@functools.cache
+def _compiled() -> Callable:
+    """Made when it is first needed: asking for a compiler imports one, 90 MiB and a second."""
+    return torch.compile(_gradient_inside, fullgraph=True, dynamic=False)
+
+
+def _gradient_inside(
+    network: EnergyTransformer,
+    candidates: Tensor,
+    start: int,
+    stop: int,
+    landscape: int,
+    offset: int,
+    *keys_values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The inner gradient is taken inside the compiled function.
+
+    So what is compiled is differentiated once, which is all that torch.compile supports.
+    """
+    context = Context(list(zip(keys_values[::2], keys_values[1::2])), offset)
+    energy = network.energy(candidates, context.visible_to(slice(start, stop)), landscape)
+    (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=True)
+    return energy, gradient

@@ -1,0 +1,261 @@
+"""The refinement loop: a prediction starts as noise and descends the energy.
+
+    x_0 ~ N(0, 1)
+    for i in 0 .. N - 1:
+        e       = embed(x_i)                       the state's own linear map
+        E, g    = energy(e, context), dE/de        the inner gradient (inner_gradient.py)
+        x_(i+1) = update(x_i, g, alpha)            x - alpha * dE/dx (model/states.py)
+        loss_i  = criterion(x_(i+1), target)
+    loss = mean of loss_i, or loss_(N-1)           its gradient goes through g: a double backward
+
+Rows, that is (sample, position) pairs, do not see each other's candidates. So the loop runs over
+tiles of rows, one after the other (tiling.py):
+
+    for each group of samples:      contexts: the observed stream, encoded once (contexts.py)
+        for each tile of positions: the steps above, as planned (step_plan.py)
+
+In training, gradients are computed here, step by step: each loss_i is back-propagated as soon as
+it exists, unless the graph goes through all steps. The returned loss only hands the sums out
+(deferred_backward.py).
+
+Sources: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..config import RefinementConfig
+from ..model.states import EmbeddingState, VocabularyState
+from .contexts import ContextCache
+from .deferred_backward import DeferredBackward, StepwiseBackward, fp32_grad_buffer
+from .inner_gradient import inner_gradient
+from .sampling import NoiseSampler
+from .step_plan import StepPlan, count_reads, plan_steps
+from .tiling import tile_rows, tiles_of
+
+MIN_STEP_SIZE = 1e-4
+
+
+@dataclass
+class RefinementResult:
+    """loss: scalar with graph, None without targets; everything else is detached.
+
+    energy_per_step[i] is the mean energy before step i, loss_per_step[i] the loss after it.
+    state: the final state (B, S, size), where it was asked for.
+    """
+
+    loss: Tensor | None
+    loss_per_step: list[Tensor]
+    energy_per_step: list[Tensor]
+    state: Tensor | None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, for inspection.
+
+    energy (B, S); gradient dE/d embed(x) (B, S, D); state: the next one, (B, S, size).
+    """
+
+    energy: Tensor
+    gradient: Tensor
+    state: Tensor
+
+
+def refine(
+    world_model,
+    observed: Tensor,
+    targets: Tensor | None,
+    *,
+    config: RefinementConfig,
+    landscapes: Sequence[int],
+    noise: NoiseSampler,
+    training: bool,
+    keep_state: torch.dtype | None = None,
+    record: Callable[[StepRecord], None] | None = None,
+) -> RefinementResult:
+    """Refine one candidate per position of the observed embeddings (B, S, D).
+
+    targets: token ids (B, S) or embeddings (B, S, size), or None (inference).
+    landscapes: one landscape index per step. keep_state: return the final state, in this dtype.
+    record: called after every step with the whole batch, which is then one tile.
+    training False builds no second-order graph.
+
+    In training, gradients are computed in here; `loss.backward()` only hands them out. They are
+    exact for every combination of graph, loss and update, and can be handed out once.
+    """
+    num_samples, num_positions = observed.shape[:2]
+    with_backward = training and targets is not None and torch.is_grad_enabled()
+    plan = plan_steps(
+        config,
+        landscapes,
+        training=training,
+        keep_last_state=keep_state is not None,
+        keep_every_state=record is not None,
+    )
+    rows = tile_rows(config, world_model.state_size, observed.device)
+    if record is not None:
+        rows = num_samples * num_positions
+
+    backward = StepwiseBackward(enabled=with_backward)
+    observed = backward.detach_input(observed)
+    with backward.parameters_as_leaves(world_model):
+        loop = RefinementLoop(
+            world_model,
+            config,
+            plan,
+            targets,
+            with_backward=with_backward,
+            record=record,
+        )
+        states = []
+        for samples, parts in tiles_of(num_samples, num_positions, rows):
+            contexts = ContextCache(
+                world_model.network,
+                observed[samples],
+                num_reads=count_reads(plan),
+                num_tiles=len(parts),
+                with_backward=with_backward,
+                by_block=config.recompute == "block",
+            )
+            for positions in parts:
+                state = loop.refine_tile(
+                    observed[samples, positions],
+                    contexts,
+                    samples,
+                    positions,
+                    noise.slice(samples, positions),
+                )
+                if keep_state is not None:
+                    states.append(state.detach().flatten(0, 1).to(keep_state))
+        loop.shared.backward()
+
+    result = RefinementResult(None, [], [], None)
+    if keep_state is not None:
+        result.state = torch.cat(states).view(num_samples, num_positions, -1)
+    result.energy_per_step = [e / (num_samples * num_positions) for e in loop.energies]
+    if targets is not None:
+        result.loss_per_step = loop.losses
+        result.loss = backward.as_loss(total_loss(loop.losses, config))
+    return result
+
+
+def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
+    """The training loss of the steps' losses."""
+    if config.loss == "last":
+        return losses[-1]
+    return torch.stack(losses).mean()
+
+
+class RefinementLoop:
+    """Takes tiles through the planned steps; losses and energies add up over tiles.
+
+    targets: those of the whole batch. shared: the backward of what all tiles share.
+    """
+
+    def __init__(
+        self,
+        world_model,
+        config: RefinementConfig,
+        plan: Sequence[StepPlan],
+        targets: Tensor | None,
+        *,
+        with_backward: bool,
+        record: Callable[[StepRecord], None] | None,
+    ):
+        self.world_model = world_model
+        self.network = world_model.network
+        self.config = config
+        self.plan = plan
+        self.with_backward = with_backward
+        self.record = record
+        self.shared = DeferredBackward(enabled=with_backward)
+        step_size = world_model.step_size.squeeze(0).clamp(min=MIN_STEP_SIZE)
+        self.step_size = self.shared.detach(step_size)
+        self.state_space = detach_state_space(world_model.state_space(), self.shared)
+        self.targets = None if targets is None else self.state_space.targets(targets)
+        self.losses: list[Tensor] = [0.0] * len(plan)
+        self.energies: list[Tensor] = [0.0] * len(plan)
+
+    def refine_tile(
+        self,
+        observed: Tensor,
+        contexts: ContextCache,
+        samples: slice,
+        positions: slice,
+        noise: NoiseSampler,
+    ) -> Tensor | None:
+        """The final state (b, s, size) of a tile, if it is kept; observed: (b, s, D)."""
+        targets = None if self.targets is None else self.targets.slice(samples, positions)
+        step_size_factor = noise.step_size_factor()
+        state = noise.initial_state()
+        embedded = None
+        pending_backwards: list[tuple[Tensor, int]] = []
+        for step in self.plan:
+            langevin = noise.langevin(step.index)
+            if langevin is not None:
+                state = state + langevin
+
+            context = contexts.get(step.landscape)
+            with torch.set_grad_enabled(step.needs_graph):
+                if embedded is None:
+                    embedded = self.state_space.embed(state)
+                state = None  # `embedded` has what is needed: a second reference costs memory
+                candidates = self.world_model.predicted_rows(embedded.vectors, observed)
+            energy, energy_grad = inner_gradient(
+                self.network,
+                candidates,
+                context,
+                positions,
+                step.landscape,
+                needs_graph=step.needs_graph,
+                config=self.config,
+            )
+            with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
+                step_size = self.step_size if step.needs_graph else self.step_size.detach()
+                alpha = step_size * step_size_factor
+                state, embedded, loss = self.state_space.update(
+                    embedded, energy_grad, alpha, targets, step
+                )
+                if step.needs_graph and self.with_backward:
+                    pending_backwards.append((loss * step.loss_weight, step.landscape))
+            # With the full graph a step's loss waits for the last step's: one backward for all.
+            if step.is_last or not step.keep_graph:
+                back_propagate(pending_backwards, contexts)
+            self._add_up(step, energy, loss)
+            if self.record is not None:
+                self.record(
+                    StepRecord(energy.detach(), energy_grad.detach(), state.detach().clone())
+                )
+        return state
+
+    def _add_up(self, step: StepPlan, energy: Tensor, loss: Tensor | None) -> None:
+        self.energies[step.index] = self.energies[step.index] + energy.detach().sum()
+        if loss is not None:
+            self.losses[step.index] = self.losses[step.index] + loss.detach()
+
+
+def back_propagate(pending_backwards: list[tuple[Tensor, int]], contexts: ContextCache) -> None:
+    """Run one backward through the sum of (loss, landscape) pairs and empty the list."""
+    if not pending_backwards:
+        return
+    total = sum(loss for loss, _ in pending_backwards)
+    total.backward()
+    for _, landscape in pending_backwards:
+        contexts.release(landscape)
+    pending_backwards.clear()
+
+
+def detach_state_space(
+    state_space: VocabularyState | EmbeddingState, shared: DeferredBackward
+) -> VocabularyState | EmbeddingState:
+    """The state space on a detached map, whose gradient is summed over tiles and steps."""
+    if not shared.enabled or isinstance(state_space, EmbeddingState):
+        return state_space  # a projection is a module: its parameters are leaves already
+    weight = shared.detach(state_space.weight)
+    return replace(state_space, weight=weight, grad_buffer=fp32_grad_buffer(weight))

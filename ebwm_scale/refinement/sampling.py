@@ -1,0 +1,164 @@
+"""The random numbers of refinement: initial states, step sizes, Langevin noise.
+
+Every number is addressed by (seed, training step, sample, position), see noise.py, so that
+nothing depends on processes, batches or tiles.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Callable, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import RefinementConfig
+from .noise import NoiseSource, Purpose
+
+
+class NoiseSampler(Protocol):
+    """The random numbers of one refinement, wherever they come from.
+
+    Training: TrainingNoise. Parity: recorded ones.
+    """
+
+    def slice(self, samples: slice, positions: slice) -> "NoiseSampler":
+        """The same numbers for a part of the batch."""
+
+    def initial_state(self) -> Tensor:
+        """x_0 (B, S, size); the caller's to overwrite."""
+
+    def step_size_factor(self) -> Tensor | float:
+        """Factor on alpha: a number or (B, S, 1)."""
+
+    def langevin(self, step: int) -> Tensor | None:
+        """(B, S, size) added to the state before a step, or None."""
+
+
+def initial_state(
+    kind: str,
+    shape: tuple[int, int, int],
+    *,
+    normal: Callable[[], Tensor],
+    last: Tensor | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x_0 of the given shape (B, S, size), of training and of thinking; the caller's to overwrite.
+
+    kind: `state.initial`: "random_noise" takes it from `normal`, "zeros", or "most_recent", which
+    starts from `last`, the last observed state (B, 1 or S, size). Only the first draws numbers.
+    """
+    if kind == "most_recent":
+        last = last.to(device=device, dtype=dtype)
+        return last.expand(shape).clone()
+    if kind == "zeros":
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return normal()
+
+
+class TrainingNoise:
+    """The random numbers of a batch of samples in training and validation.
+
+    source: addresses of this training step. config: `refinement`. shape: (B, S, size).
+    kind: `state.initial`. noise_scale, step_size_scale: this step's point of the schedules.
+    randomize False (validation): no random step sizes and no Langevin noise; x_0 stays random but
+    is always the same for a sample.
+    last_observed: (B, S, size), for kind "most_recent".
+    restart: (rows (n,), states (n, S, size)) of samples that go on from the replay buffer.
+    """
+
+    def __init__(
+        self,
+        source: NoiseSource,
+        config: RefinementConfig,
+        sample_ids: Tensor,
+        shape: tuple[int, int, int],
+        *,
+        kind: str,
+        noise_scale: float = 1.0,
+        step_size_scale: float = 1.0,
+        randomize: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        last_observed: Tensor | None = None,
+        restart: tuple[Tensor, Tensor] | None = None,
+    ):
+        self.source = source
+        self.config = config
+        self.sample_ids = sample_ids
+        self.positions = slice(0, shape[1])
+        self.size = shape[2]
+        self.kind = kind
+        self.langevin_scale = config.noise * noise_scale
+        self.step_size_scale = step_size_scale
+        self.randomize = randomize
+        self.device = device
+        self.dtype = dtype
+        self.last_observed = last_observed
+        self.restart = restart
+
+    def slice(self, samples: slice, positions: slice) -> "TrainingNoise":
+        """The same numbers for a part of the batch."""
+        part = copy.copy(self)
+        part.sample_ids = self.sample_ids[samples]
+        part.positions = positions
+        if self.last_observed is not None:
+            part.last_observed = self.last_observed[samples, positions]
+        if self.restart is not None:
+            rows, states = self.restart
+            inside = (rows >= samples.start) & (rows < samples.stop)
+            part.restart = None
+            if inside.any():
+                part.restart = (rows[inside] - samples.start, states[inside, positions])
+        return part
+
+    def initial_state(self) -> Tensor:
+        """x_0 (B, S, size)."""
+        state = initial_state(
+            self.kind,
+            (len(self.sample_ids), self._num_positions, self.size),
+            normal=lambda: self._normal(Purpose.INITIAL_STATE),
+            last=self.last_observed,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        if self.restart is not None:
+            rows, states = self.restart
+            state[rows] = states.to(device=self.device, dtype=self.dtype)
+        return state
+
+    def step_size_factor(self) -> Tensor | float:
+        """The schedule's factor, times one per position that is uniform in [1 / r, r]."""
+        r = self.config.step_size_random_factor
+        if not self.randomize or r == 1:
+            return self.step_size_scale
+        uniform = self.source.uniform(
+            self.sample_ids,
+            self.positions.stop,
+            purpose=Purpose.STEP_SIZE,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        return self.step_size_scale * (1 / r + (r - 1 / r) * uniform[:, self.positions])
+
+    def langevin(self, step: int) -> Tensor | None:
+        """N(0, 1) times the noise's deviation (B, S, size); None without noise."""
+        if not self.randomize or self.langevin_scale == 0:
+            return None
+        return self._normal(Purpose.LANGEVIN + step).mul_(self.langevin_scale)
+
+    @property
+    def _num_positions(self) -> int:
+        return self.positions.stop - self.positions.start
+
+    def _normal(self, purpose: int) -> Tensor:
+        return self.source.normal(
+            self.sample_ids,
+            self._num_positions,
+            self.size,
+            purpose=purpose,
+            first_position=self.positions.start,
+            device=self.device,
+            dtype=self.dtype,
+        )

@@ -1,0 +1,46 @@
+"""How a batch is cut into tiles of rows that are refined one after the other.
+
+Rows, that is (sample, position) pairs, do not see each other's candidates. So memory depends
+neither on the batch nor on the vocabulary: a tile's states take at most TILE_BYTES.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import torch
+
+from ..config import RefinementConfig
+
+# Of states (float32) in a tile: large enough for efficient products.
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+
+
+def tile_rows(config: RefinementConfig, state_size: int, device: torch.device) -> int:
+    """Rows refined at a time: refinement.tile_rows, or what keeps their states in TILE_BYTES."""
+    if config.tile_rows:
+        return config.tile_rows
+    tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
+    return max(1, tile_bytes // (4 * state_size))
+
+
+def tiles_of(
+    num_samples: int, num_positions: int, rows: int
+) -> Iterator[tuple[slice, list[slice]]]:
+    """Cover a batch by tiles: (samples, parts of their positions) each.
+
+    Parts have about the same size, and at most `rows` rows where a sample has more than that.
+    """
+    samples_together = max(1, rows // num_positions)
+    num_parts = 1
+    if samples_together == 1:
+        num_parts = -(-num_positions * min(samples_together, num_samples) // rows)
+    parts = _even_slices(num_positions, num_parts)
+    for samples in _even_slices(num_samples, -(-num_samples // samples_together)):
+        yield samples, parts
+
+
+def _even_slices(length: int, count: int) -> list[slice]:
+    """A range in `count` slices whose lengths differ by one at most."""
+    edges = [length * i // count for i in range(count + 1)]
+    return [slice(*edge) for edge in zip(edges, edges[1:])]
