@@ -18,7 +18,7 @@ from typing import Any, Iterator
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from .console import say
-from .disk import RowLog, remove_quietly, replace_text
+from .disk import RowLog, remove_if_empty, remove_quietly, replace_text
 from .distributed import World
 from .faults import Faults
 from .ownership import Ownership
@@ -66,6 +66,7 @@ class RunFolder:
                 problem = error
             if problem is not None:
                 self.ownership.release(unsaved=False)
+                remove_if_empty(self.path)  # a refused run leaves no folder behind
         for problem in self.world.gather(problem):
             if problem is not None:
                 raise problem
