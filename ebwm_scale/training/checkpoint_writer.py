@@ -193,7 +193,7 @@ class CheckpointWriter:
         else:
             try:
                 self._tidy(folder, trainer)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the checkpoint is published
                 self._note("tidy", f"{self.root} could not be tidied up ({error})")
         self.outcome = dataclasses.replace(begun, notes=tuple(self.notes))
 

@@ -68,6 +68,14 @@ def remove_quietly(path: Path) -> None:
         pass
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Without the folder, if it holds nothing and can be removed."""
+    try:
+        folder.rmdir()
+    except OSError:
+        pass
+
+
 def _append(path: Path, line: bytes) -> None:
     """All of the line or nothing of it, on a line of its own also behind one that a kill has torn."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ConfigError
 from ..redaction import redacted
 from ..rows import Rows
 from .console import say
-from .disk import RowLog, remove_quietly, replace_text
+from .disk import RowLog, remove_if_empty, remove_quietly, replace_text
 from .distributed import World
 from .faults import Faults
 from .ownership import Ownership
@@ -70,6 +70,7 @@ class RunFolder:
                 problem = error
             if problem is not None:
                 self.ownership.release(unsaved=False)
+                remove_if_empty(self.path)  # a refused run leaves no folder behind
         for problem in self.world.gather(problem):
             if problem is not None:
                 raise problem
