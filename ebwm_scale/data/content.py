@@ -198,22 +198,20 @@ def _pillow():
 def _npy(content: bytes, dtypes: tuple[str, ...], shape: tuple[int, ...], kind: str) -> np.ndarray:
     """The array of a .npy file that has one of the dtypes and this shape; ValueError says what it is instead."""
     header = content[: 10 + int.from_bytes(content[8:10], "little")]
-    descr, found = _npy_header(header)
+    descr, found, size = _npy_header(header)
     if descr not in dtypes or found != shape:
         raise ValueError(f"holds {_dtype_name(descr)} {found}: expected {kind} {shape}")
-    dtype = np.dtype(descr)
-    size = math.prod(shape) * dtype.itemsize
     if len(content) != len(header) + size:
         raise ValueError(
             f"not a .npy array ({len(content) - len(header)} bytes of {found}, which takes {size})"
         )
-    array = np.frombuffer(content, dtype, offset=len(header))
+    array = np.frombuffer(content, descr, offset=len(header))
     return array if len(shape) == 1 else array.reshape(shape)
 
 
 @functools.lru_cache(maxsize=16)
-def _npy_header(header: bytes) -> tuple[str, tuple[int, ...]]:
-    """(dtype, shape) of the bytes before the numbers; cached, because all samples of a dataset have the same."""
+def _npy_header(header: bytes) -> tuple[str, tuple[int, ...], int]:
+    """(dtype, shape, bytes of the numbers) of what stands before the numbers; cached, because all samples of a dataset have the same."""
     match = _NPY_TEXT.fullmatch(header[10:])
     if header.startswith(_NPY_MAGIC) and match is not None:
         descr, sizes = match[1].decode(), match[2].decode()
@@ -221,7 +219,7 @@ def _npy_header(header: bytes) -> tuple[str, tuple[int, ...]]:
         if (
             repr(shape) == f"({sizes})"
         ):  # one spelling: a flipped bit can make 017 of a space and 17
-            return descr, shape
+            return descr, shape, math.prod(shape) * int(re.sub(r"\D", "", descr))
     raise ValueError("not a .npy array (no header of one in C order): damaged")
 
 

@@ -144,8 +144,7 @@ class ShardedSplit:
         number, row = self.locate(sample_id)
         index, descriptor = self._index(number), self._file(number)
         places = index.places[row].tolist()
-        first = min(place[0] for place in places)
-        end = max(place[0] + place[1] for place in places)
+        first, end = _span(places)
         try:
             content = os.pread(
                 descriptor, end - first, first
@@ -275,6 +274,15 @@ class ShardedSplit:
             return self.info.shards[number]
         except DataError as error:  # a part of the manifest is gone
             raise ShardError(self.manifest.path, str(error)) from None
+
+
+def _span(places: list[tuple[int, int, int]]) -> tuple[int, int]:
+    """(first byte, end) of all fields of a sample; text has one."""
+    if len(places) == 1:
+        ((first, size, _),) = places
+        return first, first + size
+    ends = [offset + size for offset, size, _ in places]
+    return min(places)[0], max(ends)
 
 
 def _cumulative(counts: np.ndarray) -> array.array:
