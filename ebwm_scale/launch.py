@@ -26,6 +26,7 @@ from .cluster.submission import Resources, executor_for, submit
 from .cluster.sweep import Run, check_new, expand, prepare, write_request
 from .config import batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
+from .run_location import check_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,6 +141,7 @@ def launch(options: argparse.Namespace) -> int:
         )
     if options.dry_run:
         return dry_run(folder, runs, resources)
+    check_folder(folder, resume=True)
     if (folder / "sweep.json").exists():
         raise ConfigError(
             f"{folder} already holds a sweep: look at it with --status, go on with it with --resubmit, or name another --run-dir"
