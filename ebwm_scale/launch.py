@@ -30,6 +30,7 @@ from .config import batch_arithmetic, load_config
 from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
 from .permissions import add_permissions, refuse_unpermitted
 from .plain_text import one_line, shown
+from .run_location import check_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,6 +160,7 @@ def launch(options: argparse.Namespace) -> int:
         )
     if options.dry_run:
         return dry_run(folder, runs, resources)
+    check_folder(folder, resume=True)
     if (folder / "sweep.json").exists():
         raise ConfigError(
             f"{folder} already holds a sweep: look at it with --status, go on with it with --resubmit, or name another --run-dir"

@@ -13,7 +13,7 @@ manifest.json, is measured too (every rank did the same there).
 
 from __future__ import annotations
 
-import argparse
+
 import json
 import os
 import pickle
@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.provenance import provenance
 
 SAMPLES, SIZE, INDEX_SIZE = 4096, 6_553_600, 1000
@@ -57,8 +58,8 @@ print(json.dumps({"mib": round(kept / 2**20, 2), "samples": len(split)}))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(
+        description=__doc__
     )
     parser.add_argument("--shards", type=int, default=1_000_000, metavar="N")
     parser.add_argument("--ranks", type=int, default=1024, metavar="N")

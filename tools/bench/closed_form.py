@@ -10,7 +10,7 @@ weights are random. Prints one JSON line per number of positions.
 
 from __future__ import annotations
 
-import argparse
+
 import json
 import statistics
 import time
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.config import load_config
 from ebwm_scale.denormals import flush_denormals
 from ebwm_scale.model.energy_transformer import Context
@@ -27,8 +28,8 @@ from ebwm_scale.world_model import WorldModel
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(
+        description=__doc__
     )
     parser.add_argument("--size", default="xs")
     parser.add_argument("--positions", type=int, nargs="+", default=[64, 256])
