@@ -150,6 +150,10 @@ def launch(options: argparse.Namespace) -> int:
     runs = expand(options.sweep, options.sweep_file) if sweeps else [Run("", ())]
     for run in runs:
         one_line("the run folder", folder / run.name)
+        if "/" in run.name:
+            raise ConfigError(
+                f"the run {shown(run.name)} would not be a folder directly in {folder}: name the sweep's axes without /"
+            )
     for run in runs:  # all of them, before anything is written
         config = load_config(options.config, [*options.overrides, *run.overrides])
         refuse_unpermitted(config, allow_pipe=options.allow_pipe)

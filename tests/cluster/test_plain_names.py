@@ -3,6 +3,7 @@ of a shell's."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -79,6 +80,15 @@ def test_launch_refuses_control_characters_before_it_writes_or_submits(
 ):
     code, said = launched(capsys, *(text.format(character) for text in arguments))
     assert code == 2 and len(said.strip().splitlines()) == 1 and "plain text" in said, said
+    assert not (here / "runs").exists() and not (here / "called").exists()
+
+
+@pytest.mark.parametrize("axis", ["a/b", "../up", "a\nb"])
+def test_an_axis_of_a_sweep_file_names_folders_of_the_sweep_only(here, capsys, axis):
+    content = {axis: {"one": ["train.seed=1"], "two": ["train.seed=2"]}}
+    (here / "sweep.yaml").write_text(json.dumps(content))
+    code, said = launched(capsys, "--sweep-file", str(here / "sweep.yaml"), "--run-dir", "runs/x")
+    assert code == 2 and len(said.strip().splitlines()) == 1, said
     assert not (here / "runs").exists() and not (here / "called").exists()
 
 
