@@ -674,11 +674,14 @@ def test_junk_in_any_place_does_not_break_the_page(tmp_path, junk, without_plots
 ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
 )
+# The peak of this program alone: getrusage's also counts what its parent had when it was started.
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from ebwm_scale.report import write_report
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 write_report(Path(sys.argv[1]))
 before = peak()
 print(len(write_report(Path(sys.argv[2])).read_text()), peak() - before)
@@ -727,11 +730,11 @@ def test_lists_texts_and_aliases_of_any_size_fill_neither_memory_nor_page(tmp_pa
         )
         file.write(json.dumps({"event": "big", "more": [["x" * 99] * 99] * 99}) + "\n")
     characters, mib = measured(run_folder(tmp_path / "usual"), folder)
-    assert characters < 3_000_000 and mib < 250
+    assert characters < 3_000_000 and mib < 150
 
 
 @pytest.mark.parametrize(
-    "num_rows, allowed_mib", [(60_000, 40), pytest.param(10**6, 150, marks=pytest.mark.soak)]
+    "num_rows, allowed_mib", [(60_000, 25), pytest.param(10**6, 150, marks=pytest.mark.soak)]
 )
 def test_memory_of_a_report_hardly_grows_with_the_rows(tmp_path, num_rows, allowed_mib):
     """Nine bytes a line and 300 bins a curve; kept as rows, 10^6 of them took 2.2 GiB."""
