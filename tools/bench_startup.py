@@ -3,8 +3,8 @@
     python tools/bench_startup.py --shards 1000000 --ranks 1024 --output results/startup.json [--before CHECKOUT]
 
 Makes a dataset folder of that many shards (hard links to one file: only their names and sizes are asked for), opens it
-as rank 0 does, and hands what rank 0 sends to one process after the other, forked as if they were the other ranks: each
-unpacks it, finds the shards of its first global batch, and reads what the manifest says of them. What the network adds
+as rank 0 does, and hands what rank 0 sends to one process after the other, forked as if they were others of the ranks,
+evenly spaced: each unpacks it, finds the shards of its first global batch, and reads what the manifest says of them. What the network adds
 is not in it: the bytes sent are. Also measures the memory of an open index of 100,000 samples.
 
 --before: the folder of another checkout of this project, whose opening of the same dataset, with the list of shards in
@@ -29,6 +29,7 @@ from ebwm_scale.provenance import provenance
 
 SAMPLES, SIZE, INDEX_SIZE = 4096, 6_553_600, 1000
 INDEX_SAMPLES = 100_000
+INLINE = "inline.json"
 OPEN = """
 import json, re, sys, time
 from pathlib import Path
@@ -63,14 +64,26 @@ def main() -> int:
     )
     parser.add_argument("--shards", type=int, default=1_000_000, metavar="N")
     parser.add_argument("--ranks", type=int, default=1024, metavar="N")
+    parser.add_argument(
+        "--measured", type=int, default=64, metavar="N", help="of the other ranks (default 64)"
+    )
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="keep the dataset, or use it again",
+    )
     parser.add_argument("--before", type=Path, default=None, metavar="CHECKOUT")
     parser.add_argument("--output", type=Path, default=None, metavar="FILE")
     arguments = parser.parse_args()
     result = provenance("numpy")
     with tempfile.TemporaryDirectory(prefix="ebwm_startup_") as scratch:
-        folder = Path(scratch) / "dataset"
-        say(f"making {arguments.shards} shards")
-        inline = make_dataset(folder, arguments.shards)
+        folder = arguments.dataset or Path(scratch) / "dataset"
+        inline = folder / INLINE
+        if not inline.exists():
+            say(f"making {arguments.shards} shards")
+            make_dataset(folder, arguments.shards)
         index_manifest = make_index_dataset(Path(scratch) / "index")
         result["shards"], result["ranks"] = arguments.shards, arguments.ranks
         result["manifest"] = {
@@ -81,8 +94,10 @@ def main() -> int:
         say("opening as rank 0")
         result["rank_0"] = in_new_process(OPEN, folder / "manifest.json")
         result["rank_0_list_in_one_file"] = in_new_process(OPEN, inline)
-        say(f"starting {arguments.ranks - 1} other ranks")
-        result |= other_ranks(folder / "manifest.json", arguments.ranks)
+        step = max(1, arguments.ranks // arguments.measured)
+        ranks = range(1, arguments.ranks, step)
+        say(f"starting {len(ranks)} of {arguments.ranks - 1} other ranks")
+        result |= other_ranks(folder / "manifest.json", ranks, arguments.ranks)
         result["index_of_100000_samples"] = in_new_process(INDEX, index_manifest)
         if arguments.before:
             say("opening with the other checkout")
@@ -96,8 +111,8 @@ def main() -> int:
     return 0
 
 
-def make_dataset(folder: Path, num_shards: int) -> Path:
-    """Writes manifest.json with its parts, and inline.json with the list in it, whose path is returned."""
+def make_dataset(folder: Path, num_shards: int) -> None:
+    """Writes manifest.json with its parts, and INLINE, the same with the list in it."""
     from ebwm_scale.data.writer import write_manifest
 
     folder.mkdir(parents=True)
@@ -114,10 +129,8 @@ def make_dataset(folder: Path, num_shards: int) -> Path:
         shards.append(shard_entry(name, f"{number:064x}"))
     values = described(shards, num_shards * SAMPLES)
     write_manifest(folder, values)
-    inline = folder / "inline.json"
-    with inline.open("w") as file:
+    with (folder / INLINE).open("w") as file:
         json.dump(values, file)
-    return inline
 
 
 def shard_entry(name: str, sha256: str) -> dict:
@@ -186,15 +199,15 @@ def in_new_process(program: str, manifest: Path, checkout: Path | None = None) -
     return json.loads(done.stdout)
 
 
-def other_ranks(manifest: Path, num_ranks: int) -> dict:
-    """Seconds and MiB of each rank but 0, each in a process of its own, one after the other."""
+def other_ranks(manifest: Path, ranks: range, num_ranks: int) -> dict:
+    """Seconds and MiB of some of the ranks, each in a process of its own, one after the other."""
     from ebwm_scale.data.opening import open_splits
 
     splits = open_splits([(manifest, 1.0)], ["train"], verify="sizes")
     sent = pickle.dumps(splits)
     del splits
     rows = []
-    for rank in range(1, num_ranks):
+    for rank in ranks:
         receiver, sender = os.pipe()
         child = os.fork()
         if child == 0:
@@ -213,6 +226,7 @@ def other_ranks(manifest: Path, num_ranks: int) -> dict:
     return {
         "sent_to_each_rank_mib": mib(len(sent)),
         "other_ranks": {
+            "measured": len(rows),
             "seconds_median": round(statistics.median(seconds), 3),
             "seconds_highest": round(max(seconds), 3),
             "mib_median": round(statistics.median(memory), 1),
