@@ -7,13 +7,12 @@ from collections import deque
 from pathlib import Path
 from typing import Callable
 
-import yaml
-
 from .errors import UserError
 from .plain import bounded, printable
 from .report_curves import read_metrics
 from .report_run import Events, Run
 from .rows import Rows
+from .strict_yaml import parse_yaml
 
 MAX_EVENTS = 300  # newest events that are shown
 MAX_EVENT_NAMES = 100  # names that are counted; ours are some twenty
@@ -54,7 +53,10 @@ def read_run(folder: Path) -> Run:
         )
     events = read_events(Rows(folder / "events.jsonl"), notes)
     config = _read_mapping(
-        folder / "config.yaml", yaml.safe_load, notes, "the settings are not known"
+        folder / "config.yaml",
+        lambda text: parse_yaml(text, "config.yaml"),
+        notes,
+        "the settings are not known",
     )
     samples = _read_mapping(
         folder / "samples.json",
@@ -108,7 +110,7 @@ def _read_mapping(
         RecursionError,
         TypeError,
         AttributeError,
-        yaml.YAMLError,
+        UserError,
     ) as error:
         notes.append(
             f"{path.name} cannot be read ({printable(' '.join(str(error)[:400].split()), 160)}): {consequence}."

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..errors import DataError
 from ..strict_json import is_whole, parse, shown
-from .manifest import Manifest, ShardInfo
+from .manifest import Manifest
+from .shard_table import ShardInfo
 from .tar import MAX_MEMBER_BYTES
 
 INDEX_VERSION = 2

@@ -25,13 +25,7 @@ import numpy as np
 from ..errors import DataError
 from ..strict_json import is_whole, parse, shorten, shown
 from .content import STORED, TextContent, VideoContent
-from .shard_table import (  # noqa: F401: ShardInfo is part of what a Manifest is
-    PartInfo,
-    ShardInfo,
-    ShardTable,
-    canonical_json,
-    inside_folder,
-)
+from .shard_table import PartInfo, ShardTable, canonical_json, inside_folder
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError
-from .manifest import Manifest, canonical_json
+from .manifest import Manifest
+from .shard_table import canonical_json
 from .order import SampleOrder, permutation
 from .shards import INDEX_BYTES, SampleError, ShardedSplit, open_split
 

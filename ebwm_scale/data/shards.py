@@ -30,7 +30,8 @@ import numpy as np
 from ..errors import DataError
 from .content import CLIP_FIELD, decode_sample
 from .index import ShardIndex, load_index
-from .manifest import Manifest, ShardInfo, SplitInfo, file_hashes
+from .manifest import Manifest, SplitInfo, file_hashes
+from .shard_table import ShardInfo
 from .order import SampleOrder
 from .side_files import open_manifest
 

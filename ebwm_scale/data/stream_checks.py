@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from ..errors import DataError
 from ..redaction import redacted
 from .index import MAX_INDEX_BYTES, ShardIndex, load_index, parse_index
-from .manifest import Manifest, ShardInfo
+from .manifest import Manifest
+from .shard_table import ShardInfo
 from .tar import Member
 
 _WORD_WITH_TAR = re.compile(r"[^\s'\"=:;|<>()]+\.tar\b")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from ..errors import DataError
 from .content import TextContent
-from .manifest import Manifest, ShardInfo, load_manifest
+from .manifest import Manifest, load_manifest
+from .shard_table import ShardInfo
 from .shards import (
     ShardedSplit,
     ShardError,

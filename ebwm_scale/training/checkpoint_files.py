@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.manifest import canonical_json, file_sha256
+from ..data.manifest import file_sha256
+from ..data.shard_table import canonical_json
 from ..errors import CheckpointError
 from ..strict_json import is_whole, parse, shown
 
