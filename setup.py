@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ebwm_scale", "ebwm_scale.*"])
     + ["ebwm_kernels", "ebwm_scale.configs"],
-    # configs/ holds no modules: it is shipped beside them, where ebwm_scale/shipped.py looks for it
+    # configs/ holds no modules: it is shipped beside them, where ebwm_scale/config/shipped.py looks for it
     package_dir={"ebwm_kernels": "kernels", "ebwm_scale.configs": "configs"},
     package_data={
         "ebwm_scale": ["templates/*.j2"],

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from typing import Sequence
 
-from .arguments import ArgumentParser
-from .errors import EXIT_FINISHED
-from .shipped import first_line, shipped_folder, shipped_names
+from ebwm_scale.config.shipped import first_line, shipped_folder, shipped_names
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_FINISHED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

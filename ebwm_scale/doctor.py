@@ -4,7 +4,7 @@
     srun python -m ebwm_scale.doctor ...        in an allocation: every task takes part, the collective goes over the real network
 
 One line per check: `ok`, `note` (works, but you may want to know) or `MISSING` (a run of this configuration would fail or starve).
-What train.py would refuse is found by its own check (ebwm_scale/preflight.py). Exit code 0 if nothing is missing, 2 if all that is
+What train.py would refuse is found by its own check (ebwm_scale/training/preflight.py). Exit code 0 if nothing is missing, 2 if all that is
 missing is what train.py refuses a configuration or its data for, 1 otherwise.
 """
 
@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Sequence
 
-from .arguments import ArgumentParser
-from .config import Config, load_config
-from .errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
-from .permissions import add_permissions, refuse_unpermitted
-from .processes import number, place_in_step
+from ebwm_scale.config.load import load_config
+from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
+from ebwm_scale.core.processes import number, place_in_step
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = (
@@ -242,7 +243,7 @@ def check_collective(report: Report) -> None:
         if not torch.cuda.is_available()
         else torch.cuda.device_count()
     )
-    from .cluster.tasks import LocalTasks, last_words
+    from ebwm_scale.cluster.tasks import LocalTasks, last_words
 
     with tempfile.TemporaryDirectory() as folder:
         tasks = LocalTasks(
@@ -262,7 +263,7 @@ def check_collective(report: Report) -> None:
 
 def check_collective_of_job(report: Report, rank: int) -> None:
     """The same with the tasks of this srun."""
-    from .cluster.slurm import PORTS, hostnames
+    from ebwm_scale.cluster.slurm import PORTS, hostnames
 
     os.environ.setdefault("MASTER_ADDR", hostnames(os.environ["SLURM_JOB_NODELIST"])[0])
     os.environ.setdefault(
@@ -298,7 +299,7 @@ def collective() -> str:
     """Join the group as a run does, sum a tensor over all ranks, check the sum; what to say about it."""
     import torch
 
-    from .training.distributed import join_world
+    from ebwm_scale.training.distributed import join_world
 
     world = join_world()
     tensor = torch.full((COLLECTIVE_MIB * 2**18,), float(world.rank + 1), device=world.device)
@@ -408,7 +409,7 @@ def check_training(report: Report, config: Config, run_dir: Path) -> None:
     """What train.py itself checks before it starts: its problems, and what would run."""
     import torch
 
-    from .preflight import check_run
+    from ebwm_scale.training.preflight import check_run
 
     processes = number(os.environ, "SLURM_NTASKS", torch.cuda.device_count() or 1)
     check = check_run(
@@ -440,7 +441,7 @@ def _parameters(config: Config) -> int:
     """How many the model has, without making them."""
     import torch
 
-    from .world_model import WorldModel
+    from ebwm_scale.world_model import WorldModel
 
     with torch.device("meta"):
         return sum(p.numel() for p in WorldModel(config).parameters())

@@ -24,18 +24,18 @@ from typing import Any, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .arguments import ArgumentParser
-from .config import Config
-from .data.mixing import open_sources
-from .data.side_files import refuse_another_tokenizer
-from .errors import EXIT_FINISHED, UserError
-from .loading import load_checkpoint
-from .observation import Observation
-from .provenance import provenance
-from .statistics import interval, interval_of_correlation, tenths
-from .inference.energy_functions import SequenceEnergy
-from .inference.initial_states import SequenceSampler
-from .inference.thinking import ThinkingConfig, Thought, think
+from ebwm_scale.checkpoint.load import load_checkpoint
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_FINISHED, UserError
+from ebwm_scale.core.provenance import provenance
+from ebwm_scale.data.format.side_files import refuse_another_tokenizer
+from ebwm_scale.data.loading.mixture import open_sources
+from ebwm_scale.data.loading.observation import Observation
+from ebwm_scale.evaluation.bootstrap import interval, interval_of_correlation, tenths
+from ebwm_scale.inference.energy_functions import SequenceEnergy
+from ebwm_scale.inference.initial_states import SequenceSampler
+from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             | result
         )
         (folder / "evaluation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-        from .evaluation_page import render
+        from ebwm_scale.reporting.evaluation_page import render
 
         (folder / "evaluation.html").write_text(render(result), encoding="utf-8", errors="replace")
         print(f"{folder / 'evaluation.html'}")
@@ -156,7 +156,7 @@ def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> di
         raise UserError(
             f"--foreign takes texts, and this is a model of {manifest.modality}: leave it out"
         )
-    from .data.tokenizer import Tokenizer
+    from ebwm_scale.data.tokenizer import Tokenizer
 
     texts: dict[str, Tensor] = {}
     for path in paths:
@@ -291,7 +291,7 @@ def _batches(
     split, observe: Observation, length: int, max_samples: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(sample ids, observed, targets)."""
-    from .data.loader import validation_batches
+    from ebwm_scale.data.loading.batches import validation_batches
 
     for batch in validation_batches(
         split,

@@ -15,13 +15,13 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
-from .data.tokenizer import Tokenizer
-from .errors import UserError
-from .inference.generation import Sampling, continue_texts
-from .loading import load_checkpoint
-from .inference.scoring import Scorer
-from .think import manifest_of
-from .inference.thinking import ThinkingConfig
+from ebwm_scale.checkpoint.load import load_checkpoint
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.inference.generation import Sampling, continue_texts
+from ebwm_scale.inference.scoring import Scorer
+from ebwm_scale.inference.thinking import ThinkingConfig
+from ebwm_scale.think import manifest_of
 
 MAX_NEW = 256  # tokens, where a task does not say
 

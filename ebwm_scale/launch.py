@@ -19,18 +19,19 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from .arguments import ArgumentParser
-from .cluster.attempts import read_attempts
-from .cluster.request import check_option, options_for_resubmission, read_request
-from .cluster.slurm import idle_gpus
-from .cluster.status import UNFINISHED, status_of, table
-from .cluster.submission import Resources, executor_for, submit
-from .cluster.sweep import Run, check_new, expand, prepare, write_request
-from .config import batch_arithmetic, load_config
-from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
-from .permissions import add_permissions, refuse_unpermitted
-from .plain_text import one_line, shown
-from .run_location import check_folder
+from ebwm_scale.cluster.attempts import read_attempts
+from ebwm_scale.cluster.request import check_option, options_for_resubmission, read_request
+from ebwm_scale.cluster.slurm import idle_gpus
+from ebwm_scale.cluster.status import UNFINISHED, status_of, table
+from ebwm_scale.cluster.submission import Resources, executor_for, submit
+from ebwm_scale.cluster.sweep import Run, check_new, expand, prepare, write_request
+from ebwm_scale.config.checks import batch_arithmetic
+from ebwm_scale.config.load import load_config
+from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
+from ebwm_scale.core.plain_text import one_line, shown
+from ebwm_scale.training.run_location import check_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

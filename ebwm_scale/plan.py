@@ -4,7 +4,7 @@
     python -m ebwm_scale.plan --machines                the table of machines
 
 Sizes that a dataset would give have to be named where there is none: --set model.vocabulary_size=32000 data.context_length=256. Figures are predictions: memory is
-compared with measurements in the tests; times on GPUs rest on assumed utilisations (ebwm_scale/planner.py) and on no overlap of communication with computation.
+compared with measurements in the tests; times on GPUs rest on assumed utilisations (ebwm_scale/planning/planner.py) and on no overlap of communication with computation.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from .arguments import ArgumentParser
-from .config import Config, load_config
-from .errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
-from .planner import MACHINES, Machine, Plan, plan, recommended
+from ebwm_scale.config.load import load_config
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
+from ebwm_scale.planning.hardware import MACHINES, Machine
+from ebwm_scale.planning.planner import Plan, plan, recommended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def sized(config: Config) -> Config:
     """With the sizes of its dataset, where it names one that is there; ConfigError for sizes that are missing."""
-    from .data.manifest import load_manifest
-    from .preflight import fill_from_data
+    from ebwm_scale.data.format.manifest import load_manifest
+    from ebwm_scale.training.preflight import fill_from_data
 
     path = config.data.manifest or (
         config.data.sources[0].manifest if config.data.sources else None

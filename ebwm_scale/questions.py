@@ -21,14 +21,14 @@ from typing import Any, Sequence
 
 import torch
 
-from .arguments import ArgumentParser
-from .data.tokenizer import Tokenizer, check_text
-from .data.walking import printable
-from .errors import EXIT_FINISHED, DataError, UserError
-from .loading import load_checkpoint
-from .inference.scoring import ContinuationScore, Scorer
-from .statistics import interval
-from .think import add_thinking_options, manifest_of, rules_of
+from ebwm_scale.checkpoint.load import load_checkpoint
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
+from ebwm_scale.data.tokenizer import Tokenizer, check_text
+from ebwm_scale.data.walking import printable
+from ebwm_scale.evaluation.bootstrap import interval
+from ebwm_scale.inference.scoring import ContinuationScore, Scorer
+from ebwm_scale.think import add_thinking_options, manifest_of, rules_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
     python -m ebwm_scale.report RUN [--baseline RUN]        writes RUN/report.html and RUN/report_plot.png
 
 The page needs no network and no script. What the folder lacks is named in the page instead of guessed; every mark is computed from the
-numbers beside it. report_read.py reads, report_run.py judges, report_plots.py draws the curves, report_page.py writes the page.
+numbers beside it. reporting/read_run.py reads, reporting/run_data.py judges, reporting/plots.py draws the curves, reporting/report_page.py writes the page.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from .arguments import ArgumentParser
-from .errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
-from .report_page import render
-from .report_plots import headline_png
-from .report_read import read_run
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from ebwm_scale.reporting.plots import headline_png
+from ebwm_scale.reporting.read_run import read_run
+from ebwm_scale.reporting.report_page import render
 
 
 def write_report(run_dir: Path, *, baseline_dir: Path | None = None) -> Path:

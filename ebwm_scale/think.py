@@ -20,15 +20,15 @@ from typing import Sequence
 
 import torch
 
-from .arguments import ArgumentParser
-from .config import Config
-from .data.manifest import Manifest
-from .data.side_files import open_manifest, refuse_another_tokenizer
-from .data.tokenizer import Tokenizer, check_text
-from .errors import EXIT_FINISHED, DataError, UserError
-from .inference.generation import Sampling, Session, continue_texts
-from .loading import load_checkpoint
-from .inference.thinking import ThinkingConfig
+from ebwm_scale.checkpoint.load import load_checkpoint
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
+from ebwm_scale.data.format.manifest import Manifest
+from ebwm_scale.data.format.side_files import open_manifest, refuse_another_tokenizer
+from ebwm_scale.data.tokenizer import Tokenizer, check_text
+from ebwm_scale.inference.generation import Sampling, Session, continue_texts
+from ebwm_scale.inference.thinking import ThinkingConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -303,8 +303,8 @@ def texts_to_continue(options: argparse.Namespace) -> list[str]:
 def continue_video(
     model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingConfig
 ) -> None:
-    from .encoders.space import FrameSpace
-    from .pictures import write_continuation
+    from ebwm_scale.data.encoders.space import FrameSpace
+    from ebwm_scale.reporting.frames import write_continuation
 
     if options.video is None:
         raise UserError("nothing to continue: give --video FILE")
@@ -338,9 +338,9 @@ def context_frames(path: Path, content, start_s: float, count: int):
 
     Decoded in a process of its own, as the dataset's are: a decoder that crashes or stands still is an error in one line.
     """
-    from .data.clips import frames_from
-    from .data.findings import Findings
-    from .data.workers import each_in_a_process
+    from ebwm_scale.data.prepare.clips import frames_from
+    from ebwm_scale.data.prepare.findings import Findings
+    from ebwm_scale.data.prepare.workers import each_in_a_process
 
     def decode(path: Path, moved):
         findings = Findings()

@@ -19,16 +19,17 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import os
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.config import Config, load_config
-from ebwm_scale.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
-from ebwm_scale.permissions import add_permissions, refuse_unpermitted
-from ebwm_scale.plain_text import one_line
-from ebwm_scale.processes import find_place, is_first
-from ebwm_scale.run_location import check_folder
-from ebwm_scale.training.console import leave_quietly
-from ebwm_scale.training.console import say as print_line
-from ebwm_scale.training.stop import StopFlag
+from ebwm_scale.config.load import load_config
+from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.console import leave_quietly
+from ebwm_scale.core.console import say as print_line
+from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
+from ebwm_scale.core.plain_text import one_line
+from ebwm_scale.core.processes import find_place, is_first
+from ebwm_scale.training.preemption import StopFlag
+from ebwm_scale.training.run_location import check_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,16 +103,17 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     """Everything between the parsed command line and the exit code."""
     import torch
 
-    from ebwm_scale.accounting import describe
-    from ebwm_scale.denormals import flush_denormals
-    from ebwm_scale.dry_run import dry_run
-    from ebwm_scale.preflight import check_run
-    from ebwm_scale.training.checkpoint import Saved, find_latest
-    from ebwm_scale.training.checkpoint_writer import put_back_replaced
-    from ebwm_scale.training.distributed import is_connection_error, join_world
-    from ebwm_scale.training.engine import Engine
-    from ebwm_scale.training.faults import Faults
-    from ebwm_scale.training.ownership import Ownership
+    from ebwm_scale.checkpoint.reader import Saved, find_latest
+    from ebwm_scale.checkpoint.writer import put_back_replaced
+    from ebwm_scale.core.faults import Faults
+    from ebwm_scale.core.numerics import flush_denormals
+    from ebwm_scale.core.ownership import Ownership
+    from ebwm_scale.core.world import is_connection_error
+    from ebwm_scale.planning.dry_run import describe
+    from ebwm_scale.training.deepspeed.engine import Engine
+    from ebwm_scale.training.distributed import join_world
+    from ebwm_scale.training.dry_run import dry_run
+    from ebwm_scale.training.preflight import check_run
     from ebwm_scale.training.resuming import load_newest
     from ebwm_scale.training.run_folder import RunFolder
     from ebwm_scale.training.trainer import Trainer
@@ -253,9 +255,9 @@ def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
 
 def finish(config: Config, folder, model, splits, world) -> None:
     """After the last step: samples to read, the summary, and the report."""
-    from ebwm_scale.accounting import count_parameters
+    from ebwm_scale.checkpoint.load import load_checkpoint
     from ebwm_scale.inference.generation import samples_to_look_at
-    from ebwm_scale.loading import load_checkpoint
+    from ebwm_scale.planning.parameters import count_parameters
 
     if world.is_main:
         if config.deepspeed.zero_stage == 3:  # no process has the whole model

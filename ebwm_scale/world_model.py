@@ -17,17 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebwm_kernels.vocabulary import IGNORE, Clamps
-
-from .config import Config
-from .model.baseline import BaselineTransformer, Output, TwoLinearOutput, initialize_output
-from .model.energy_transformer import EnergyTransformer
-from .model.states import EmbeddingState, VocabularyState
-from .refinement.block_recompute import gathered
-from .refinement.loop import refine
-from .refinement.noise import NoiseSource
-from .refinement.sampling import TrainingNoise
-from .refinement.step_plan import num_landscapes
+from ebwm_kernels.vocabulary.formulas import Clamps
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_scale.config.schema import Config
+from ebwm_scale.model.baseline import (
+    BaselineTransformer,
+    Output,
+    TwoLinearOutput,
+    initialize_output,
+)
+from ebwm_scale.model.energy_transformer import EnergyTransformer
+from ebwm_scale.model.states import EmbeddingState, VocabularyState
+from ebwm_scale.refinement.block_recompute import gathered
+from ebwm_scale.refinement.loop import refine
+from ebwm_scale.refinement.noise import NoiseSource
+from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.refinement.step_plan import num_landscapes
 
 
 @dataclass

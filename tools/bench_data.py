@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.data.loader import BatchLoader
-from ebwm_scale.data.manifest import file_sha256, load_manifest
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.data.writer import ShardWriter, write_manifest
-from ebwm_scale.errors import UserError
-from ebwm_scale.provenance import provenance
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.files import file_sha256
+from ebwm_scale.core.provenance import provenance
+from ebwm_scale.data.format.manifest import load_manifest
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.format.writer import ShardWriter, write_manifest
+from ebwm_scale.data.loading.batches import BatchLoader
 
 
 def main() -> int:
@@ -157,7 +158,7 @@ def webdataset_reader(split, content, length: int):
 
 def synthetic(folder: Path) -> list[Path]:
     """Text blocks of 256 + 1 tokens, 16 + 1 jpeg frames of 224 x 224, and 16 + 1 embeddings of 3136 numbers."""
-    from ebwm_scale.data.content import encode_image, field_names
+    from ebwm_scale.data.format.content import encode_image, field_names
 
     generator, paths = np.random.default_rng(0), []
     smooth = np.kron(generator.integers(0, 255, (32, 14, 14, 3)), np.ones((1, 16, 16, 1))).astype(

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.config import load_config
-from ebwm_scale.denormals import flush_denormals
-from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.config.load import load_config
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.numerics import flush_denormals
+from ebwm_scale.core.provenance import provenance
 from ebwm_scale.inference.generation import Session
-from ebwm_scale.world_model import WorldModel
-from ebwm_scale.refinement.noise import NoiseSource
-from ebwm_scale.provenance import provenance
-from ebwm_scale.refinement.loop import refine
 from ebwm_scale.inference.thinking import ThinkingConfig
+from ebwm_scale.refinement.loop import refine
+from ebwm_scale.refinement.noise import NoiseSource
+from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.world_model import WorldModel
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 
     python tools/bench_kernels.py --output results/bench_kernels_h100.json          on a GPU: S 256 to 16384, d 64 and 128, bfloat16
     python tools/bench_kernels.py --device cpu --sizes 256 512 --head-dimension 64 --dtype float32 --hidden 256 --tokens 512
-    python tools/bench_kernels.py --tune --sizes 4096                               on a GPU: best tiles, as rows for kernels/attention_tuning.py
+    python tools/bench_kernels.py --tune --sizes 4096                               on a GPU: best tiles, as rows for kernels/ebwm_kernels/attention/tuning.py
 
 Levels: forward; inner_gradient (q, k*, v* or q, K, V); backward (first order, all inputs); double_backward. Implementations:
     energy     energy_attention (own key per query; what a refinement step uses)
@@ -31,11 +31,11 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ebwm_kernels import attention_tuning
-from ebwm_kernels.attention_ops import PRODUCTS, resolve_backend, visible_pairs
-from ebwm_kernels.attention_tuning import KERNELS, Tile, padded_for, tile_for
-from ebwm_kernels.energy_attention import energy_attention_definition
-from ebwm_scale.arguments import ArgumentParser
+from ebwm_kernels.attention import tuning as attention_tuning
+from ebwm_kernels.attention.energy import energy_attention_definition
+from ebwm_kernels.attention.ops import PRODUCTS, resolve_backend, visible_pairs
+from ebwm_kernels.attention.tuning import KERNELS, Tile, padded_for, tile_for
+from ebwm_scale.core.arguments import ArgumentParser
 
 LARGEST_EXACT = 2048  # S up to which the float64 result is computed
 CANDIDATES = [
@@ -292,7 +292,7 @@ def measure(problem: Problem, device: torch.device, names: list[str], timer: Tim
 
 def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
     """Time every candidate tile of every kernel inside its level, the other kernels' tiles as in the table."""
-    from ebwm_kernels import attention_triton
+    from ebwm_kernels.attention import triton_kernels as attention_triton
 
     for own in (True, False):
         for kernel in KERNELS:

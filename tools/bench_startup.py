@@ -13,7 +13,6 @@ manifest.json, is measured too (every rank did the same there).
 
 from __future__ import annotations
 
-
 import json
 import os
 import pickle
@@ -24,8 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.provenance import provenance
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.provenance import provenance
 
 SAMPLES, SIZE, INDEX_SIZE = 4096, 6_553_600, 1000
 INDEX_SAMPLES = 100_000
@@ -33,7 +32,7 @@ INLINE = "inline.json"
 OPEN = """
 import json, re, sys, time
 from pathlib import Path
-from ebwm_scale.data.shards import open_split
+from ebwm_scale.data.format.shards import open_split
 peak_kib = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak_kib()
 start = time.monotonic()
@@ -45,7 +44,7 @@ print(json.dumps({"seconds": round(seconds, 2), "peak_mib": round(more / 1024, 1
 INDEX = """
 import gc, json, sys, time, tracemalloc
 from pathlib import Path
-from ebwm_scale.data.shards import open_split
+from ebwm_scale.data.format.shards import open_split
 split = open_split(Path(sys.argv[1]), "train", verify="sizes")
 tracemalloc.start()
 before = tracemalloc.get_traced_memory()[0]
@@ -59,9 +58,7 @@ print(json.dumps({"mib": round(kept / 2**20, 2), "samples": len(split)}))
 
 
 def main() -> int:
-    parser = ArgumentParser(
-        description=__doc__
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=1_000_000, metavar="N")
     parser.add_argument("--ranks", type=int, default=1024, metavar="N")
     parser.add_argument(
@@ -113,7 +110,7 @@ def main() -> int:
 
 def make_dataset(folder: Path, num_shards: int) -> None:
     """Writes manifest.json with its parts, and INLINE, the same with the list in it."""
-    from ebwm_scale.data.writer import write_manifest
+    from ebwm_scale.data.format.writer import write_manifest
 
     folder.mkdir(parents=True)
     shards = []
@@ -172,7 +169,7 @@ def make_index_dataset(folder: Path) -> Path:
     """A dataset of one shard with INDEX_SAMPLES samples; the manifest's path."""
     import numpy as np
 
-    from ebwm_scale.data.writer import ShardWriter, write_manifest
+    from ebwm_scale.data.format.writer import ShardWriter, write_manifest
 
     folder.mkdir()
     writer = ShardWriter(folder, "train", samples_per_shard=INDEX_SAMPLES)
@@ -201,7 +198,7 @@ def in_new_process(program: str, manifest: Path, checkout: Path | None = None) -
 
 def other_ranks(manifest: Path, ranks: range, num_ranks: int) -> dict:
     """Seconds and MiB of some of the ranks, each in a process of its own, one after the other."""
-    from ebwm_scale.data.opening import open_splits
+    from ebwm_scale.data.loading.opening import open_splits
 
     splits = open_splits([(manifest, 1.0)], ["train"], verify="sizes")
     sent = pickle.dumps(splits)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-from ebwm_scale.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser
 
 SWEEPABLE = ("vocabulary", "sequence", "batch", "num-refinement-steps")
 
@@ -62,10 +62,12 @@ def main() -> int:
 
     start_memory = resident_bytes()
     import torch
-    from ebwm_scale.accounting import model_flops, peak_flops_per_s, step_flops
-    from ebwm_scale.config import load_config
-    from ebwm_scale.denormals import flush_denormals
-    from ebwm_scale.errors import UserError
+
+    from ebwm_scale.config.load import load_config
+    from ebwm_scale.core.errors import UserError
+    from ebwm_scale.core.numerics import flush_denormals
+    from ebwm_scale.planning.flops import model_flops, step_flops
+    from ebwm_scale.planning.hardware import peak_flops_per_s
 
     flush_denormals()
     if arguments.threads:
@@ -230,8 +232,9 @@ class Stepper:
 
     def __init__(self, config, arguments):
         import torch
-        from ebwm_scale.world_model import WorldModel
+
         from ebwm_scale.training.optimizer import parameter_groups
+        from ebwm_scale.world_model import WorldModel
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)

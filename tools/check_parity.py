@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import sys
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.errors import UserError
-from ebwm_scale.parity import check_case
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.evaluation.parity import check_case
 
 
 def main() -> int:

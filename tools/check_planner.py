@@ -2,7 +2,7 @@
 
     python tools/check_planner.py [--output results/planner.json]
 
-Each row: the measured seconds of a step on two CPU cores, and what ebwm_scale/planner.py predicts for the machine that the file names.
+Each row: the measured seconds of a step on two CPU cores, and what ebwm_scale/planning/planner.py predicts for the machine that the file names.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import shlex
 import statistics
 from pathlib import Path
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.config import load_config
-from ebwm_scale.planner import MACHINES, compute_seconds
-from ebwm_scale.provenance import provenance
+from ebwm_scale.config.load import load_config
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.provenance import provenance
+from ebwm_scale.planning.hardware import MACHINES
+from ebwm_scale.planning.planner import compute_seconds
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -20,9 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.provenance import provenance
-
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.provenance import provenance
 
 SAMPLES, POSITIONS, STEPS = 4, 12, 5
 RECIPES = {
@@ -123,7 +122,7 @@ def configuration(
     size: dict | None = None,
     refinement: dict | None = None,
 ):
-    from ebwm_scale.config import config_from_dict
+    from ebwm_scale.config.load import config_from_dict
 
     return config_from_dict(
         {
@@ -175,6 +174,7 @@ def tokens_of(config, step: int):
 
 def new_model(config):
     import torch
+
     from ebwm_scale.world_model import WorldModel
 
     torch.manual_seed(0)
@@ -186,8 +186,9 @@ def reference(config) -> dict[str, dict]:
     from unittest import mock
 
     import torch
-    from ebwm_scale.refinement.sampling import TrainingNoise
+
     from ebwm_scale.refinement.noise import NoiseSource
+    from ebwm_scale.refinement.sampling import TrainingNoise
     from ebwm_scale.training.optimizer import parameter_groups
 
     config = config.replace(refinement=config.refinement.replace(recompute="none"))
@@ -233,8 +234,9 @@ def reference(config) -> dict[str, dict]:
 def trained(config, world, steps: int = STEPS, accumulation: int = 1):
     """The engine after its steps on this rank's part of each batch, in `accumulation` micro-batches."""
     import torch
+
     from ebwm_scale.refinement.noise import NoiseSource
-    from ebwm_scale.training.engine import Engine
+    from ebwm_scale.training.deepspeed.engine import Engine
 
     size = config.train.global_batch_size // world.size
     engine = Engine(
@@ -260,6 +262,7 @@ def trained(config, world, steps: int = STEPS, accumulation: int = 1):
 def check(arguments) -> int:
     """All combinations in one group of processes."""
     import torch
+
     from ebwm_scale.training.distributed import join_world
 
     world = join_world()
@@ -355,7 +358,7 @@ def measure_memory(arguments) -> int:
     """Peak of resident memory in a training step, over what the process holds after one of a tiny model, beside accounting.memory_estimate."""
     import gc
 
-    from ebwm_scale.accounting import memory_estimate
+    from ebwm_scale.planning.memory import memory_estimate
     from ebwm_scale.training.distributed import join_world
 
     world = join_world()

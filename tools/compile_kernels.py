@@ -4,7 +4,7 @@
     python tools/compile_kernels.py --architecture sm_90 --head-dimension 64 128 [--kernel _second_key ...] [--tile ROWS,KEYS,WARPS,STAGES ...]
 
 One JSON line per kernel and tile: registers, bytes spilled, shared memory, tensor-core instructions, seconds. Shared memory is held against
-the architecture's limit here, since the compiler does not check it. Without --tile the tiles are those of kernels/attention_tuning.py.
+the architecture's limit here, since the compiler does not check it. Without --tile the tiles are those of kernels/ebwm_kernels/attention/tuning.py.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ebwm_kernels import attention_triton  # noqa: E402
-from ebwm_kernels.attention_tuning import KERNELS, Tile, padded_for, part_for, tile_for  # noqa: E402
-from ebwm_scale.arguments import ArgumentParser
+from ebwm_kernels.attention import triton_kernels as attention_triton  # noqa: E402
+from ebwm_kernels.attention.tuning import KERNELS, Tile, padded_for, part_for, tile_for  # noqa: E402
+from ebwm_scale.core.arguments import ArgumentParser
 
 SHARED_KIB = {
     "sm_80": 163,

@@ -7,7 +7,7 @@
     python tools/convert_checkpoint.py export-released converted/ released.ckpt
 
 `converted/` holds safetensors, config.yaml, config.json and the tokenizer or encoder; ebwm_scale.load_checkpoint, think, evaluate and (with transformers installed)
-ebwm_scale.transformers_model read it. --training adds the optimizer's moments and the data position, so that `to-run` resumes bit for bit at any ZeRO stage and number
+ebwm_scale.integrations.transformers read it. --training adds the optimizer's moments and the data position, so that `to-run` resumes bit for bit at any ZeRO stage and number
 of processes. One tensor is in memory at a time, but for export-released and .ckpt files, which are read and written whole. Nothing is overwritten.
 """
 
@@ -17,9 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from ebwm_scale import conversion
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.errors import EXIT_FINISHED, UserError
+from ebwm_scale.checkpoint import convert as conversion
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 
 
 def main() -> int:

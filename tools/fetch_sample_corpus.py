@@ -9,9 +9,9 @@ the corpus is already there. Any other folder of text serves as well: see docs/d
 
 import sys
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.data.sample_corpus import fetch_sample_corpus
-from ebwm_scale.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.data.prepare.sample_corpus import fetch_sample_corpus
 
 
 def main() -> int:

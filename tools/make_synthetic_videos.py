@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebwm_scale.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser
 
 SIZE, RATE, FINER = 48, 12, 2  # pixels, frames per second, samples per pixel and direction
 

@@ -10,9 +10,9 @@ command again keeps it. The formats are described in docs/data.md.
 import sys
 import time
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.data.text import make_text_dataset
-from ebwm_scale.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.data.prepare.text import make_text_dataset
 
 
 def main() -> int:

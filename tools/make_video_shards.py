@@ -12,11 +12,11 @@ video goes to training or validation as a whole; a single one is cut in time, wi
 import sys
 import time
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.data.video import VideoRules, make_video_dataset
-from ebwm_scale.data.workers import STILL_S
-from ebwm_scale.encoders import ENCODERS
-from ebwm_scale.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.data.encoders import ENCODERS
+from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
+from ebwm_scale.data.prepare.workers import STILL_S
 
 
 def main() -> int:

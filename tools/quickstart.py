@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
@@ -97,9 +97,9 @@ def main() -> int:
 
 
 def text_dataset(data: Path, source: Path | None, announce) -> Path:
-    from ebwm_scale.data.sample_corpus import fetch_sample_corpus
-    from ebwm_scale.data.text import make_text_dataset
-    from ebwm_scale.data.tokenizer import train_tokenizer
+    from ebwm_scale.data.prepare.sample_corpus import fetch_sample_corpus
+    from ebwm_scale.data.prepare.text import make_text_dataset
+    from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 
     name = "sample" if source is None else source.resolve().name
     if source is None:
@@ -119,8 +119,8 @@ def text_dataset(data: Path, source: Path | None, announce) -> Path:
 
 
 def video_dataset(data: Path, source: Path | None, hold_out: str | None, announce) -> Path:
-    from ebwm_scale.data.sample_clips import fetch_sample_clips
-    from ebwm_scale.data.video import VideoRules, make_video_dataset
+    from ebwm_scale.data.prepare.sample_clips import fetch_sample_clips
+    from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
 
     name = "sample" if source is None else source.resolve().name
     if source is None:

@@ -18,14 +18,14 @@ import sys
 from pathlib import Path
 
 from ebwm_scale import launch
-from ebwm_scale.arguments import ArgumentParser
 from ebwm_scale.cluster.status import status_of, table
-from ebwm_scale.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError, shown
-from ebwm_scale.provenance import provenance
-from ebwm_scale.run_location import check_folder
-from ebwm_scale.scaling import QUANTITIES, collect
-from ebwm_scale.shipped import find_config
-from ebwm_scale.strict_yaml import dump_yaml, read_yaml
+from ebwm_scale.config.shipped import find_config
+from ebwm_scale.config.strict_yaml import dump_yaml, read_yaml
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError, shown
+from ebwm_scale.core.provenance import provenance
+from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
+from ebwm_scale.training.run_location import check_folder
 
 KEYS = {"title": str, "unit": str, "config": str, "set": list, "axis": str, "sweep": dict}
 
@@ -156,8 +156,8 @@ def write_result(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def write_page(options: argparse.Namespace, _: list[str]) -> int:
-    from ebwm_scale.plain import bounded, printable
-    from ebwm_scale.scaling_page import analyse, render
+    from ebwm_scale.reporting.plain import bounded, printable
+    from ebwm_scale.reporting.scaling_page import analyse, render
 
     studies = []
     for path in options.results:

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ebwm_kernels.vocabulary import IGNORE
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.config import config_from_dict
-from ebwm_scale.denormals import flush_denormals
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.numerics import flush_denormals
+from ebwm_scale.core.provenance import provenance
+from ebwm_scale.evaluation.bootstrap import interval
+from ebwm_scale.refinement.loop import refine
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
 from ebwm_scale.world_model import WorldModel
-from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
-from ebwm_scale.provenance import provenance
-from ebwm_scale.refinement.loop import refine
-from ebwm_scale.statistics import interval
 
 NODES, BATCH = 8, 32
 MORE = 4  # steps beyond the trained ones

@@ -16,21 +16,21 @@ from pathlib import Path
 
 import torch
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.data.loader import validation_batches
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.denormals import flush_denormals
-from ebwm_scale.refinement.sampling import TrainingNoise
-from ebwm_scale.errors import UserError
-from ebwm_scale.loading import load_checkpoint
-from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
-from ebwm_scale.observation import Observation
-from ebwm_scale.provenance import provenance
-from ebwm_scale.refinement.loop import refine
-from ebwm_scale.scaling import read_run
+from ebwm_scale.checkpoint.load import load_checkpoint
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.numerics import flush_denormals
+from ebwm_scale.core.provenance import provenance
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.loading.batches import validation_batches
+from ebwm_scale.data.loading.observation import Observation
+from ebwm_scale.evaluation.bootstrap import interval
+from ebwm_scale.evaluation.scaling_laws import read_run
 from ebwm_scale.inference.scoring import last_states
-from ebwm_scale.statistics import interval
 from ebwm_scale.inference.thinking import ThinkingConfig
+from ebwm_scale.refinement.loop import refine
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
+from ebwm_scale.refinement.sampling import TrainingNoise
 
 
 def main() -> int:

@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.config import config_from_dict
-from ebwm_scale.denormals import flush_denormals
-from ebwm_scale.world_model import WorldModel
-from ebwm_scale.refinement.noise import NoiseSource
-from ebwm_scale.provenance import provenance
-from ebwm_scale.statistics import interval_of_correlation
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.numerics import flush_denormals
+from ebwm_scale.core.provenance import provenance
+from ebwm_scale.evaluation.bootstrap import interval_of_correlation
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, think
+from ebwm_scale.refinement.noise import NoiseSource
+from ebwm_scale.world_model import WorldModel
 
 TOKENS, BRANCHES, LENGTH, BATCH = 96, 6, 32, 16
 DEVIATIONS = (0.0, 0.3, 1.0, 3.0)  # radians

@@ -9,9 +9,9 @@ Only documents of the training split are used: pass the same --validation-fracti
 import sys
 import time
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.data.tokenizer import train_tokenizer
-from ebwm_scale.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 
 
 def main() -> int:

@@ -6,9 +6,9 @@ python tools/verify_shards.py data/corpus/manifest.json
 import sys
 import time
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.data.verify import verify_dataset
-from ebwm_scale.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.data.format.verify import verify_dataset
 
 
 def main() -> int:

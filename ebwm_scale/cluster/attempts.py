@@ -22,12 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN
-from ..rows import Rows
-from ..training.console import say
-from ..training.disk import RowLog, remove_quietly, sync
-from ..training.faults import Faults
-from ..training.ownership import UNSAVED
+from ebwm_scale.core.console import say
+from ebwm_scale.core.disk import RowLog, remove_quietly, sync
+from ebwm_scale.core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_NOT_FINITE,
+    EXIT_RUN_AGAIN,
+)
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.core.ownership import UNSAVED
+from ebwm_scale.core.rows import Rows
 
 FRUITLESS_LIMIT = 2  # attempts in a row without progress
 EXTERNAL_S = 600  # an interruption with more than this left of the time limit came from outside

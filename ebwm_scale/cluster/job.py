@@ -21,15 +21,23 @@ import time
 from pathlib import Path
 from typing import Sequence
 
-from ..arguments import ArgumentParser
-from ..code_version import code_version
-from ..config import load_config
-from ..errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
-from ..permissions import add_permissions, refuse_unpermitted
-from ..plain_text import one_line
-from .attempts import Attempts, Verdict, meaning, open_attempt, read_attempts
-from .slurm import Allocation, allocation, idle_gpus, inherited, job_state, queue, requeue
-from .tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
+from ebwm_scale.cluster.attempts import Attempts, Verdict, meaning, open_attempt, read_attempts
+from ebwm_scale.cluster.slurm import (
+    Allocation,
+    allocation,
+    idle_gpus,
+    inherited,
+    job_state,
+    queue,
+    requeue,
+)
+from ebwm_scale.cluster.tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
+from ebwm_scale.config.load import load_config
+from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.code_version import code_version
+from ebwm_scale.core.errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
+from ebwm_scale.core.plain_text import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 from typing import Any, Sequence
 
-from ..errors import ConfigError
-from ..plain_text import one_line, shown
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import one_line, shown
 
 HARMLESS = frozenset(
     """

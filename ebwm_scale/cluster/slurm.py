@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from typing import Iterator, Mapping, MutableMapping
 
-from ..errors import ConfigError
-from ..plain_text import shown
-from ..processes import number
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import shown
+from ebwm_scale.core.processes import number
 
 PORTS = range(20000, 30000)  # below the range that systems hand out by themselves
 QUESTION_S = 60

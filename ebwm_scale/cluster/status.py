@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import load_config
-from ..errors import UserError
-from ..plain_text import printable
-from ..rows import Rows
-from .attempts import newest_step, read_attempts
-from .request import read_request, read_runs_of_sweep
-from .slurm import queue
+from ebwm_scale.cluster.attempts import newest_step, read_attempts
+from ebwm_scale.cluster.request import read_request, read_runs_of_sweep
+from ebwm_scale.cluster.slurm import queue
+from ebwm_scale.config.load import load_config
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.plain_text import printable
+from ebwm_scale.core.rows import Rows
 
 UNFINISHED = ("failed", "lost")  # what --resubmit starts again
 

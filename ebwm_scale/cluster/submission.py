@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from ..errors import ConfigError, UserError
-from ..plain_text import one_line, shown
-from .job import ROOT, attempt, attempts_until_the_end, train_command
-from .request import check_option, read_request
-from .slurm import allocation, leave_job
+from ebwm_scale.cluster.job import ROOT, attempt, attempts_until_the_end, train_command
+from ebwm_scale.cluster.request import check_option, read_request
+from ebwm_scale.cluster.slurm import allocation, leave_job
+from ebwm_scale.core.errors import ConfigError, UserError
+from ebwm_scale.core.plain_text import one_line, shown
 
 FOREVER_MIN = 60 * 24 * 365
 

@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from ..code_version import code_version, uncommitted
-from ..config import Config, load_config
-from ..errors import ConfigError, cut, shown
-from ..run_location import check_folder
-from ..strict_yaml import read_yaml
+from ebwm_scale.config.load import load_config
+from ebwm_scale.config.schema import Config
+from ebwm_scale.config.strict_yaml import read_yaml
+from ebwm_scale.core.code_version import code_version, uncommitted
+from ebwm_scale.core.errors import ConfigError, cut, shown
+from ebwm_scale.training.run_location import check_folder
 
 MAX_NAME = 120
 MAX_RUNS = 10_000

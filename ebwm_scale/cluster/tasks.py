@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from ..errors import UserError
-from ..running_time import RunningTime
-from .slurm import PORTS, Allocation, hostnames, inherited
+from ebwm_scale.cluster.slurm import PORTS, Allocation, hostnames, inherited
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.running_time import RunningTime
 
 GRACE_S = 30
 LOOK_S = 0.1

@@ -8,9 +8,9 @@ checks    what has to hold between keys
 load      files, --set, and messages: all problems at once, the nearest known key named
 """
 
-from .checks import batch_arithmetic
-from .load import config_from_dict, load_config
-from .schema import (
+from ebwm_scale.config.checks import batch_arithmetic
+from ebwm_scale.config.load import config_from_dict, load_config
+from ebwm_scale.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -27,7 +27,7 @@ from .schema import (
     StateConfig,
     TrainConfig,
 )
-from .sizes import PEAK_LEARNING_RATES, SIZES
+from ebwm_scale.config.sizes import PEAK_LEARNING_RATES, SIZES
 
 __all__ = [
     "PEAK_LEARNING_RATES",

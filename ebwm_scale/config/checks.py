@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Callable
 
-from ..errors import ConfigError, shown
-from .schema import Config, TrainConfig
+from ebwm_scale.config.schema import Config, TrainConfig
+from ebwm_scale.core.errors import ConfigError, shown
 
 Require = Callable[[bool, str], None]
 

@@ -9,14 +9,14 @@ from typing import Any, Sequence
 
 from pydantic import ValidationError
 
-from ..errors import ConfigError, cut
-from ..shipped import find_config
-from ..strict_yaml import MAX_DEPTH, is_utf8, parse_yaml, read_yaml
-from .checks import check
-from .messages import problems_of
-from .renamed import read_old_names
-from .schema import Config
-from .sizes import resolve
+from ebwm_scale.config.checks import check
+from ebwm_scale.config.messages import problems_of
+from ebwm_scale.config.renamed import read_old_names
+from ebwm_scale.config.schema import Config
+from ebwm_scale.config.shipped import find_config
+from ebwm_scale.config.sizes import resolve
+from ebwm_scale.config.strict_yaml import MAX_DEPTH, is_utf8, parse_yaml, read_yaml
+from ebwm_scale.core.errors import ConfigError, cut
 
 MAX_PROBLEMS = 40  # that one message lists
 

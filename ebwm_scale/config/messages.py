@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import cut, shown
-from .schema import Config
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.errors import cut, shown
 
 LARGE = 10**4  # bounds above it keep out mistakes: no model or run comes near them
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..errors import shown
-from ..strict_yaml import MAX_DEPTH
+from ebwm_scale.config.strict_yaml import MAX_DEPTH
+from ebwm_scale.core.errors import shown
 
 
 def as_tuples(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..errors import cut
+from ebwm_scale.core.errors import cut
 
 logger = logging.getLogger(__name__)
 

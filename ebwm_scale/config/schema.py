@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..strict_yaml import dump_yaml
-from .plain_values import as_tuples, on_or_off, refuse_unplain
+from ebwm_scale.config.plain_values import as_tuples, on_or_off, refuse_unplain
+from ebwm_scale.config.strict_yaml import dump_yaml
 
 # Whole numbers above these are mistakes; below them no size, product or position of a run
 # overflows 64 bits.
@@ -122,7 +122,7 @@ class RefinementConfig(Section):
     loss: Literal["every", "last"] = "every"
     """The mean over the steps' losses, or the last one's."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
-    """vocabulary states only, see ebwm_kernels.vocabulary."""
+    """vocabulary states only, see ebwm_kernels.vocabulary.api."""
     change_clamp: Positive | None = None
     """Bound on |alpha dE/dx| of each number of a state and step (released: clamp_futures_grad)."""
     state_clamp: Positive | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .schema import Config
+from ebwm_scale.config.schema import Config
 
 # (layers, width, heads); feed-forward width = width. Source: EBT, arXiv 2507.02092.
 SIZES: dict[str, tuple[int, int, int]] = {

@@ -30,7 +30,7 @@ class SampleOrder:
 
     samples_per_shard: number of samples of each shard, in the manifest's order; sample ids count through the shards.
     seed: 0 or more, below 2^64.  window_shards: samples are permuted inside windows of this many shards; memory is
-    proportional to one window.  source: sources of a mixture are permuted independently (mixing.py).
+    proportional to one window.  source: sources of a mixture are permuted independently (data/loading/mixture.py).
     Raises ValueError for arguments outside these bounds or without any sample.
     """
 

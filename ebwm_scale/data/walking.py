@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import DataError
+from ebwm_scale.core.errors import DataError
 
 Report = Callable[[str], None]
 _Identity = tuple[int, int]  # device and inode: the same for every path to a folder

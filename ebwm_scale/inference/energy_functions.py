@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..model.energy_transformer import Context
-from ..model.kv_cache import KVCache
-from ..world_model import WorldModel
+from ebwm_scale.model.energy_transformer import Context
+from ebwm_scale.model.kv_cache import KVCache
+from ebwm_scale.world_model import WorldModel
 
 
 class EnergyFunction(Protocol):

@@ -11,17 +11,17 @@ its later half, prefilled again, so a position costs the same however long the t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Iterator, Sequence
+from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..model.kv_cache import KVCache
-from ..world_model import WorldModel
-from .energy_functions import CachedEnergy
-from .initial_states import NextPositionSampler
-from .thinking import ThinkingConfig, Thought, lowest, think
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.inference.energy_functions import CachedEnergy
+from ebwm_scale.inference.initial_states import NextPositionSampler
+from ebwm_scale.inference.thinking import ThinkingConfig, Thought, lowest, think
+from ebwm_scale.model.kv_cache import KVCache
+from ebwm_scale.world_model import WorldModel
 
 
 @dataclass
@@ -221,17 +221,3 @@ def candidate_energies(model: WorldModel, observed: Tensor, embedded: Tensor) ->
     cache.prefill(seen, torch.tensor([len(observed)], device=seen.device))
     energy_function = CachedEnergy(model, cache, seen[:, -1])
     return energy_function(embedded[None], landscape)[0].float()
-
-
-def samples_to_look_at(model: WorldModel, split, *, seed: int) -> dict[str, Any]:
-    """What samples.json holds beside the step: {"continuations": [...]} of text, {"clips": [...]} of video."""
-    from ..data.mixing import MixedSplit
-
-    split = split.parts[0] if isinstance(split, MixedSplit) else split
-    if split.manifest.modality == "video":
-        from ..samples_video import sample_clips
-
-        return {"clips": sample_clips(model, split, seed=seed)}
-    from ..samples_text import sample_continuations
-
-    return {"continuations": sample_continuations(model, split, seed=seed)}

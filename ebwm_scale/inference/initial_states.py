@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..refinement.noise import EVALUATION_STEP, NoiseSource, Purpose
-from ..refinement.sampling import initial_state
-from ..world_model import WorldModel
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource, Purpose
+from ebwm_scale.refinement.sampling import initial_state
+from ebwm_scale.world_model import WorldModel
 
 
 class InitialStateSampler:

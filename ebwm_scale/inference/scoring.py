@@ -15,11 +15,11 @@ from typing import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..world_model import WorldModel
-from .energy_functions import SequenceEnergy
-from .initial_states import SequenceSampler
-from .thinking import ThinkingConfig, think
+from ebwm_scale.core.errors import UserError
+from ebwm_scale.inference.energy_functions import SequenceEnergy
+from ebwm_scale.inference.initial_states import SequenceSampler
+from ebwm_scale.inference.thinking import ThinkingConfig, think
+from ebwm_scale.world_model import WorldModel
 
 
 @dataclass(frozen=True)

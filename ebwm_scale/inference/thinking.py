@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..refinement.loop import MIN_STEP_SIZE
-from ..refinement.step_plan import INFERENCE_STEP
-from .energy_functions import EnergyFunction
-from .initial_states import InitialStateSampler
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.inference.energy_functions import EnergyFunction
+from ebwm_scale.inference.initial_states import InitialStateSampler
+from ebwm_scale.refinement.loop import MIN_STEP_SIZE
+from ebwm_scale.refinement.step_plan import INFERENCE_STEP
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ebwm_kernels import vocabulary_cross_entropy
-
-from ..config import ModelConfig
-from .blocks import Block, RMSNorm, initialize_released
-from .rotary import RotaryTable
+from ebwm_scale.config.schema import ModelConfig
+from ebwm_scale.model.blocks import Block, RMSNorm, initialize_released
+from ebwm_scale.model.rotary import RotaryTable
 
 
 class BaselineTransformer(nn.Module):

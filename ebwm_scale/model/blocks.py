@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_kernels import energy_attention, observed_attention, rms_norm, swiglu
-from ebwm_kernels.attention_ops import resolve_backend, why_not_triton
-from ebwm_kernels.observed_attention import resolve_observed_backend, why_not_flash_attn
-
-from ..config import ModelConfig
-from .rotary import Rotary
+from ebwm_kernels.attention.first_order import resolve_observed_backend, why_not_flash_attn
+from ebwm_kernels.attention.ops import resolve_backend, why_not_triton
+from ebwm_scale.config.schema import ModelConfig
+from ebwm_scale.model.rotary import Rotary
 
 
 class Modulation(NamedTuple):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .blocks import Block, Modulation, RMSNorm, modulate
+from ebwm_scale.model.blocks import Block, Modulation, RMSNorm, modulate
 
 
 class Kept(NamedTuple):

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import ModelConfig
-from .blocks import Block, Modulation, RMSNorm, initialize_released, modulate
-from .rotary import Rotary, RotaryTable
+from ebwm_scale.config.schema import ModelConfig
+from ebwm_scale.model.blocks import Block, Modulation, RMSNorm, initialize_released, modulate
+from ebwm_scale.model.rotary import Rotary, RotaryTable
 
 
 @dataclass(frozen=True)

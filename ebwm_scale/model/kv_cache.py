@@ -16,9 +16,9 @@ from typing import Iterable
 import torch
 from torch import Tensor
 
-from .baseline import BaselineTransformer
-from .blocks import modulate
-from .closed_form import (
+from ebwm_scale.model.baseline import BaselineTransformer
+from ebwm_scale.model.blocks import modulate
+from ebwm_scale.model.closed_form import (
     attend,
     attention_input,
     block_backward,
@@ -29,7 +29,7 @@ from .closed_form import (
     norm_backward,
     project_heads,
 )
-from .energy_transformer import EnergyTransformer
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 
 
 class KVCache:

@@ -19,17 +19,10 @@ from typing import NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebwm_kernels.vocabulary import (
-    IGNORE,
-    NO_CLAMPS,
-    Clamps,
-    clamped_step,
-    vocabulary_descend,
-    vocabulary_descend_reference,
-    vocabulary_embed,
-    vocabulary_embed_reference,
-    vocabulary_step,
-)
+from ebwm_kernels.vocabulary.api import vocabulary_descend_reference, vocabulary_embed_reference
+from ebwm_kernels.vocabulary.autograd import vocabulary_descend, vocabulary_embed, vocabulary_step
+from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps, clamped_step
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 
 
 class EmbeddedState(NamedTuple):
@@ -86,7 +79,7 @@ class VocabularyState:
     """V logits per position, embedded as softmax(x) @ weight; loss: cross-entropy in nats.
 
     weight (V, D): a map of its own, or the token embedding's. update_rule: `refinement.update`.
-    grad_buffer (V, D): where the map's gradient is summed, see ebwm_kernels.vocabulary.
+    grad_buffer (V, D): where the map's gradient is summed, see ebwm_kernels.vocabulary.api.
     """
 
     weight: Tensor

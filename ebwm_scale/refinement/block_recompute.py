@@ -32,10 +32,10 @@ from typing import ContextManager, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..model.blocks import Modulation
-from ..model.energy_transformer import Context, EnergyTransformer
-from ..model.rotary import Rotary
-from .deferred_backward import leaf_of
+from ebwm_scale.model.blocks import Modulation
+from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
+from ebwm_scale.model.rotary import Rotary
+from ebwm_scale.refinement.deferred_backward import leaf_of
 
 
 def gathered(parameters: Iterable[nn.Parameter | Tensor]) -> ContextManager[None]:

@@ -11,9 +11,9 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from ..model.energy_transformer import Context, EnergyTransformer
-from . import block_recompute
-from .deferred_backward import DeferredBackward
+from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
+from ebwm_scale.refinement import block_recompute
+from ebwm_scale.refinement.deferred_backward import DeferredBackward
 
 
 class ContextCache:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..config import RefinementConfig
-from ..model.energy_transformer import Context, EnergyTransformer
-from . import block_recompute
+from ebwm_scale.config.schema import RefinementConfig
+from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
+from ebwm_scale.refinement import block_recompute
 
 
 def inner_gradient(

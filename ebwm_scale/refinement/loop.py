@@ -29,14 +29,18 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..config import RefinementConfig
-from ..model.states import EmbeddingState, VocabularyState
-from .contexts import ContextCache
-from .deferred_backward import DeferredBackward, StepwiseBackward, fp32_grad_buffer
-from .inner_gradient import inner_gradient
-from .sampling import NoiseSampler
-from .step_plan import StepPlan, count_reads, plan_steps
-from .tiling import tile_rows, tiles_of
+from ebwm_scale.config.schema import RefinementConfig
+from ebwm_scale.model.states import EmbeddingState, VocabularyState
+from ebwm_scale.refinement.contexts import ContextCache
+from ebwm_scale.refinement.deferred_backward import (
+    DeferredBackward,
+    StepwiseBackward,
+    fp32_grad_buffer,
+)
+from ebwm_scale.refinement.inner_gradient import inner_gradient
+from ebwm_scale.refinement.sampling import NoiseSampler
+from ebwm_scale.refinement.step_plan import StepPlan, count_reads, plan_steps
+from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
 MIN_STEP_SIZE = 1e-4
 

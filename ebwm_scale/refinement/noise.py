@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 EVALUATION_STEP = 2**62  # the noise address of evaluation: no training step has it
 PARALLEL_SIZE = 2**18  # numbers from which on several threads make them
 DEVICE_POSITIONS = 64  # positions that share a generator on a GPU: one launch each

@@ -1,6 +1,6 @@
 """The random numbers of refinement: initial states, step sizes, Langevin noise.
 
-Every number is addressed by (seed, training step, sample, position), see noise.py, so that
+Every number is addressed by (seed, training step, sample, position), see refinement/noise.py, so that
 nothing depends on processes, batches or tiles.
 """
 
@@ -12,8 +12,8 @@ from typing import Callable, Protocol
 import torch
 from torch import Tensor
 
-from ..config import RefinementConfig
-from .noise import NoiseSource, Purpose
+from ebwm_scale.config.schema import RefinementConfig
+from ebwm_scale.refinement.noise import NoiseSource, Purpose
 
 
 class NoiseSampler(Protocol):

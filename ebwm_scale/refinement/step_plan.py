@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Sequence
 
-from ..config import RefinementConfig
+from ebwm_scale.config.schema import RefinementConfig
 
 
 @dataclass(frozen=True)

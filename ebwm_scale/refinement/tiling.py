@@ -10,7 +10,7 @@ from typing import Iterator
 
 import torch
 
-from ..config import RefinementConfig
+from ebwm_scale.config.schema import RefinementConfig
 
 # Of states (float32) in a tile: large enough for efficient products.
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import Config
+from ebwm_scale.config.schema import Config
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..refinement.noise import NoiseSource, Purpose
+from ebwm_scale.refinement.noise import NoiseSource, Purpose
 
 
 class ReplayBuffer:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Callable
 
-from ..errors import CheckpointError, UserError
-from .checkpoint import Saved, verify
-from .distributed import World
+from ebwm_scale.checkpoint.reader import Saved, verify
+from ebwm_scale.core.errors import CheckpointError, UserError
+from ebwm_scale.core.world import World
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from ebwm_scale.training.trainer import Trainer
 
 MOST_TRIES = 5  # a run that publishes faster than this one reads is not over
 

@@ -16,15 +16,15 @@ import uuid
 from pathlib import Path
 from typing import Any, Iterator
 
-from ..config import Config
-from ..errors import CheckpointError, ConfigError
-from ..redaction import redacted
-from ..rows import Rows
-from .console import say
-from .disk import RowLog, remove_if_empty, remove_quietly, replace_text
-from .distributed import World
-from .faults import Faults
-from .ownership import Ownership
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.console import say
+from ebwm_scale.core.disk import RowLog, remove_if_empty, remove_quietly, replace_text
+from ebwm_scale.core.errors import CheckpointError, ConfigError
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.redaction import redacted
+from ebwm_scale.core.rows import Rows
+from ebwm_scale.core.world import World
 
 PAUSE_S = 5.0  # before what could not be written at the end is tried once more
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config import Config, Points, ScheduleConfig
-from ..refinement.noise import NoiseSource, Purpose
+from ebwm_scale.config.schema import Config, Points, ScheduleConfig
+from ebwm_scale.refinement.noise import NoiseSource, Purpose
 
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:

@@ -14,28 +14,35 @@ from dataclasses import dataclass
 
 import torch
 
-from ..accounting import model_flops, peak_flops_per_s, step_flops
-from ..code_version import code_version
-from ..config import Config
-from ..data.loader import BatchLoader, DataState
-from ..data.mixing import MixedSplit
-from ..data.quarantine import Quarantine
-from ..data.shards import ShardedSplit
-from ..data.streaming import StreamLoader
-from ..errors import EXIT_FAILED, EXIT_FINISHED, EXIT_NOT_FINITE, EXIT_RUN_AGAIN, CheckpointError
-from ..refinement.noise import NoiseSource
-from ..observation import Observation
-from .checkpoint import Saved, load_into, load_replay
-from .checkpoint_writer import CheckpointWriter, Outcome
-from .distributed import World
-from .engine import Engine
-from .faults import Faults
-from .replay import ReplayBuffer
-from .run_folder import PAUSE_S, RunFolder
-from .schedule import refinement_point
-from .stop import StopFlag
-from .validation import validate
-from .watchdog import Watchdog
+from ebwm_scale.checkpoint.reader import Saved, load_into, load_replay
+from ebwm_scale.checkpoint.writer import CheckpointWriter, Outcome
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.code_version import code_version
+from ebwm_scale.core.errors import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_NOT_FINITE,
+    EXIT_RUN_AGAIN,
+    CheckpointError,
+)
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.core.world import World
+from ebwm_scale.data.format.shards import ShardedSplit
+from ebwm_scale.data.loading.batches import BatchLoader, DataState
+from ebwm_scale.data.loading.mixture import MixedSplit
+from ebwm_scale.data.loading.observation import Observation
+from ebwm_scale.data.loading.quarantine import Quarantine
+from ebwm_scale.data.loading.streaming import StreamLoader
+from ebwm_scale.planning.flops import model_flops, step_flops
+from ebwm_scale.planning.hardware import peak_flops_per_s
+from ebwm_scale.refinement.noise import NoiseSource
+from ebwm_scale.training.deepspeed.engine import Engine
+from ebwm_scale.training.preemption import StopFlag
+from ebwm_scale.training.replay import ReplayBuffer
+from ebwm_scale.training.run_folder import PAUSE_S, RunFolder
+from ebwm_scale.training.schedule import refinement_point
+from ebwm_scale.training.validation import validate
+from ebwm_scale.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class Trainer:
         faults: Faults,
         allow_pipe: bool = False,
     ):
-        self.allow_pipe = allow_pipe  # the command line's permission, see permissions.py
+        self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
         self.config, self.engine, self.world, self.run, self.stop = config, engine, world, run, stop
         self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
         self.replay = (

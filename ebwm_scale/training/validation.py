@@ -6,20 +6,18 @@ import math
 from typing import Any, Callable
 
 import torch
-
 from torch.nn import functional as F
 
-from ebwm_kernels.vocabulary import IGNORE
-
-from ..config import Config
-from ..data.loader import validation_batches
-from ..data.mixing import MixedSplit
-from ..data.quarantine import BadSample
-from ..data.shards import ShardedSplit
-from ..world_model import WorldModel
-from ..refinement.noise import EVALUATION_STEP, NoiseSource
-from ..observation import Observation
-from .distributed import World
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.world import World
+from ebwm_scale.data.format.shards import ShardedSplit
+from ebwm_scale.data.loading.batches import validation_batches
+from ebwm_scale.data.loading.mixture import MixedSplit
+from ebwm_scale.data.loading.observation import Observation
+from ebwm_scale.data.loading.quarantine import BadSample
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
+from ebwm_scale.world_model import WorldModel
 
 
 def validate(

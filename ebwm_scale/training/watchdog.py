@@ -14,11 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-from ..errors import EXIT_RANK_LOST
-from ..running_time import RunningTime
-from .console import say
-from .disk import remove_quietly
-from .faults import Faults
+from ebwm_scale.core.console import say
+from ebwm_scale.core.disk import remove_quietly
+from ebwm_scale.core.errors import EXIT_RANK_LOST
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.core.running_time import RunningTime
 
 GATHER_S = 3.0  # for the reports of the others
 

@@ -15,7 +15,7 @@ from cluster_jobs import AWKWARD, ROOT, SECRET, Jobs, holding_secret
 
 from ebwm_scale.cluster.attempts import Attempts, read_attempts
 from ebwm_scale.cluster.sweep import expand, split_values
-from ebwm_scale.errors import ConfigError
+from ebwm_scale.core.errors import ConfigError
 
 
 def play(

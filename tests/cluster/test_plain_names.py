@@ -14,8 +14,8 @@ from cluster_jobs import AWKWARD, ROOT
 
 from ebwm_scale import launch
 from ebwm_scale.cluster.submission import Resources, executor_for
-from ebwm_scale.errors import ConfigError
-from ebwm_scale.plain_text import one_line, printable
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import one_line, printable
 
 CONTROL = ["\n", "\r", "\t", "\0", "\x1b", "\x7f", "\x85", "\u2028", "\u2029", "\udcff"]
 

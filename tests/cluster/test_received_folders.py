@@ -16,7 +16,7 @@ from cluster_jobs import ROOT, training_runs
 from ebwm_scale import launch
 from ebwm_scale.cluster.request import read_request
 from ebwm_scale.cluster.submission import fresh_folder, site_file
-from ebwm_scale.errors import ConfigError
+from ebwm_scale.core.errors import ConfigError
 
 RESOURCES = {
     "cluster": "slurm",

@@ -6,10 +6,11 @@ import json
 import subprocess
 import time
 
-import ebwm_scale
 import pytest
 import yaml
 from cluster_jobs import AWKWARD, ROOT, SECRET, holding_secret, same
+
+import ebwm_scale
 
 SLOW = "slow@step=3,seconds=4"  # time for a signal to arrive between two known steps
 

@@ -16,7 +16,7 @@ from minislurm import MiniSlurm
 
 from ebwm_scale.cluster.slurm import allocation, idle_gpus, inherited
 from ebwm_scale.cluster.tasks import srun_options
-from ebwm_scale.errors import ConfigError
+from ebwm_scale.core.errors import ConfigError
 
 SCRIPTS = ("pretrain_nlp.sh", "pretrain_video.sh")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_scale.data.text import make_text_dataset
-from ebwm_scale.data.tokenizer import train_tokenizer
+from ebwm_scale.data.prepare.text import make_text_dataset
+from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 
 CONTEXT_LENGTH = 16
 WORDS = (

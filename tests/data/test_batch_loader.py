@@ -8,12 +8,12 @@ import time
 import numpy as np
 import pytest
 import torch
-
 from corpora import CONTEXT_LENGTH
-from ebwm_scale.data.loader import BatchLoader, DataState, validation_batches
+
+from ebwm_scale.core.errors import CheckpointError, DataError
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.loading.batches import BatchLoader, DataState, validation_batches
 from ebwm_scale.data.order import SampleOrder
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.errors import CheckpointError, DataError
 
 GLOBAL, SEED, STEPS = 24, 33, 30  # 30 steps x 24 samples: more than an epoch
 

@@ -11,10 +11,10 @@ pytest.importorskip("av", reason="the package av is not installed")
 
 from recordings import RATE, damaged, pattern, remux, write
 
-from ebwm_scale.data.clips import ClipRules, Video, make_part, read_clips, read_findings
-from ebwm_scale.data.decoding import pictures
-from ebwm_scale.data.findings import Findings, total
-from ebwm_scale.errors import DataError
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.prepare.clips import ClipRules, Video, make_part, read_clips, read_findings
+from ebwm_scale.data.prepare.decoding import pictures
+from ebwm_scale.data.prepare.findings import Findings, total
 
 KINDS = [
     ("mpeg4", "mp4"),
@@ -141,7 +141,7 @@ STOPPED_EARLY = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from ebwm_scale.data.decoding import import_av, pictures
+from ebwm_scale.data.prepare.decoding import import_av, pictures
 from ebwm_scale.think import context_frames
 content = SimpleNamespace(interval_s=0.1, height=16, width=16)
 for i in range(60):

@@ -3,9 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from corpora import write_corpus
-from ebwm_scale.data.sample_corpus import ARCHIVE_NAME
+
+from ebwm_scale.data.prepare.sample_corpus import ARCHIVE_NAME
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ebwm_scale.data.documents import find_documents
-from ebwm_scale.errors import DataError
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.prepare.documents import find_documents
 
 
 def found(*inputs):

@@ -14,7 +14,12 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image", reason="the package pillow is not installed")
 
-from ebwm_scale.data.content import MAX_IMAGE_PIXELS, VideoContent, decode_image, encode_image
+from ebwm_scale.data.format.content import (
+    MAX_IMAGE_PIXELS,
+    VideoContent,
+    decode_image,
+    encode_image,
+)
 
 EPS = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n/x 1 def showpage\n%%EOF\n"
@@ -63,7 +68,7 @@ def test_an_eps_with_the_name_of_a_frame_starts_no_program(tmp_path):
     program.write_text(f"#!/bin/sh\ntouch {started}\nexit 1\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     script = (
-        "import sys\nfrom ebwm_scale.data.content import decode_image\n"
+        "import sys\nfrom ebwm_scale.data.format.content import decode_image\n"
         "try:\n    decode_image(sys.stdin.buffer.read())\n"
         "except ValueError as error:\n    print(error)\n"
     )

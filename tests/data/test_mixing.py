@@ -4,10 +4,10 @@ import shutil
 import numpy as np
 import pytest
 
-from ebwm_scale.data.manifest import file_sha256
-from ebwm_scale.data.mixing import MIX_LENGTH, MixedOrder, open_sources, shares
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.files import file_sha256
+from ebwm_scale.data.loading.mixture import MIX_LENGTH, MixedOrder, open_sources, shares
 from ebwm_scale.data.order import SampleOrder
-from ebwm_scale.errors import ConfigError
 
 SIZES = ([30, 30, 17], [9], [200, 100])
 FIRST = [0, 77, 86]

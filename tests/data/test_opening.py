@@ -9,14 +9,14 @@ import socket
 import numpy as np
 import pytest
 
-from ebwm_scale.data import manifest as manifest_module
-from ebwm_scale.data import shard_table, writer
-from ebwm_scale.data.loader import BatchLoader
-from ebwm_scale.data.manifest import load_manifest
-from ebwm_scale.data.opening import open_splits
-from ebwm_scale.data.shards import ShardError, open_split
-from ebwm_scale.data.verify import verify_dataset
-from ebwm_scale.errors import DataError
+from ebwm_scale.core import files as manifest_module
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.format import shard_table, writer
+from ebwm_scale.data.format.manifest import load_manifest
+from ebwm_scale.data.format.shards import ShardError, open_split
+from ebwm_scale.data.format.verify import verify_dataset
+from ebwm_scale.data.loading.batches import BatchLoader
+from ebwm_scale.data.loading.opening import open_splits
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def _rank(rank, port, manifest, results):
     import torch
     import torch.distributed as dist
 
-    from ebwm_scale.data import shards
-    from ebwm_scale.training.distributed import World
+    from ebwm_scale.core.world import World
+    from ebwm_scale.data.format import shards
 
     dist.init_process_group("gloo", rank=rank, world_size=2)
     asked, sizes = [], shards._sizes
@@ -195,7 +195,7 @@ def test_indexes_are_kept_by_bytes_least_recently_used_first_and_at_least_a_wind
 
 
 def test_an_index_of_many_samples_is_small(tmp_path):
-    from ebwm_scale.data.index import parse_index
+    from ebwm_scale.data.format.index import parse_index
 
     count = 100_000
     column = {

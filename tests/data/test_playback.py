@@ -10,12 +10,12 @@ pytest.importorskip("av", reason="the package av is not installed")
 
 from recordings import RATE, brightness_of, frame_of, numbered, pattern, remux, write
 
-from ebwm_scale.data.clips import shown_at
-from ebwm_scale.data.decoding import pictures
-from ebwm_scale.data.findings import Findings
-from ebwm_scale.data.timeline import LONGEST_STILL_S
-from ebwm_scale.data.upright import orientation_of
-from ebwm_scale.errors import DataError
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.prepare.clips import shown_at
+from ebwm_scale.data.prepare.decoding import pictures
+from ebwm_scale.data.prepare.findings import Findings
+from ebwm_scale.data.prepare.timeline import LONGEST_STILL_S
+from ebwm_scale.data.prepare.upright import orientation_of
 
 
 def played(path):
@@ -377,7 +377,7 @@ def test_pictures_without_timestamps_are_spaced_evenly_and_said(tmp_path):
     ],
 )
 def test_a_little_disorder_costs_no_picture_and_no_piece(stamps, expected):
-    from ebwm_scale.data.timeline import Timeline
+    from ebwm_scale.data.prepare.timeline import Timeline
 
     findings = Findings()
     timeline = Timeline(0.05, findings)
@@ -390,7 +390,7 @@ def test_a_little_disorder_costs_no_picture_and_no_piece(stamps, expected):
 
 
 def test_timestamps_that_stand_still_do_not_pile_up():
-    from ebwm_scale.data.timeline import Timeline
+    from ebwm_scale.data.prepare.timeline import Timeline
 
     timeline = Timeline(0.05, Findings())
     times = [timeline.place(0.0)[0] for _ in range(200)]
@@ -399,7 +399,7 @@ def test_timestamps_that_stand_still_do_not_pile_up():
 
 @pytest.mark.parametrize("jump", [1e9, -1e9])
 def test_absurd_timestamps_do_not_ask_for_a_billion_frames(tmp_path, jump):
-    from ebwm_scale.data.timeline import Timeline
+    from ebwm_scale.data.prepare.timeline import Timeline
 
     timeline = Timeline(abs(jump), Findings())  # the mean step is absurd as well
     times = [timeline.place(stamp)[0] for stamp in (0.0, 0.05, jump, 2 * jump, 2 * jump + 0.05)]

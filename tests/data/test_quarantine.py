@@ -4,14 +4,14 @@ import os
 import numpy as np
 import pytest
 import torch
-
 from corpora import CONTEXT_LENGTH
-from ebwm_scale.data.loader import BatchLoader, validation_batches
-from ebwm_scale.data.quarantine import Quarantine
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.errors import DataError
-from ebwm_scale.training.disk import RowLog
-from ebwm_scale.training.faults import Faults
+
+from ebwm_scale.core.disk import RowLog
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.loading.batches import BatchLoader, validation_batches
+from ebwm_scale.data.loading.quarantine import Quarantine
 
 SHARD = "train-000001.tar"  # samples 20 .. 39
 

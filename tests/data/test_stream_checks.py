@@ -8,11 +8,11 @@ from dataclasses import asdict
 import pytest
 from test_streaming import rows, shards_of, stream, take
 
-from ebwm_scale.data.content import decode_sample
-from ebwm_scale.data.manifest import load_manifest
-from ebwm_scale.data.quarantine import Quarantine
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.data.stream_checks import shard_name
+from ebwm_scale.data.format.content import decode_sample
+from ebwm_scale.data.format.manifest import load_manifest
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.loading.quarantine import Quarantine
+from ebwm_scale.data.loading.stream_checks import shard_name
 
 SHARD = "train-000001.tar"
 HEADER_BYTES, ROW = 128, 5

@@ -4,12 +4,12 @@ import json
 import os
 
 import pytest
-
 from corpora import CONTEXT_LENGTH
-from ebwm_scale.data.manifest import load_manifest
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.data.streaming import StreamLoader, expand
-from ebwm_scale.errors import ConfigError, DataError
+
+from ebwm_scale.core.errors import ConfigError, DataError
+from ebwm_scale.data.format.manifest import load_manifest
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.loading.streaming import StreamLoader, expand
 
 
 def shards_of(dataset):

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from ebwm_scale.data import tar as tar_module
-from ebwm_scale.data.tar import samples, walk
-from ebwm_scale.errors import DataError
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.format import tar as tar_module
+from ebwm_scale.data.format.tar import samples, walk
 
 
 def archive(members, *, format=tarfile.USTAR_FORMAT):

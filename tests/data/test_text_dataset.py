@@ -6,14 +6,14 @@ import sys
 import numpy as np
 import pytest
 import webdataset
-
 from corpora import CONTEXT_LENGTH, write_corpus
-from ebwm_scale.data import text
-from ebwm_scale.data.documents import find_documents, split_documents
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.data.text import Packer, make_text_dataset
+
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.prepare import text
+from ebwm_scale.data.prepare.documents import find_documents, split_documents
+from ebwm_scale.data.prepare.text import Packer, make_text_dataset
 from ebwm_scale.data.tokenizer import Tokenizer
-from ebwm_scale.errors import DataError
 
 
 def quiet(line):
@@ -290,7 +290,7 @@ def test_a_build_that_fails_leaves_no_dataset_and_the_next_succeeds(
 
 KILLED = """
 import os, signal, sys
-from ebwm_scale.data import text
+from ebwm_scale.data.prepare import text
 text.write_manifest = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 text.make_text_dataset([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], context_length=16)
 """
@@ -328,7 +328,7 @@ def test_two_builders_of_one_dataset_wait_for_each_other(corpus, tokenizer_path,
 
 PEAK = """
 import resource, sys
-from ebwm_scale.data.text import make_text_dataset
+from ebwm_scale.data.prepare.text import make_text_dataset
 folder, output, model = sys.argv[1:]
 make_text_dataset([folder], output, tokenizer=model, context_length=4096, report=str)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

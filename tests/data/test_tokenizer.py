@@ -3,10 +3,11 @@ import random
 import pytest
 import sentencepiece
 
-from ebwm_scale.data.documents import find_documents, split_documents
+from ebwm_scale.core.errors import DataError
 from ebwm_scale.data import tokenizer as tokenizer_module
-from ebwm_scale.data.tokenizer import Tokenizer, train_tokenizer
-from ebwm_scale.errors import DataError
+from ebwm_scale.data.prepare.documents import find_documents, split_documents
+from ebwm_scale.data.prepare.tokenizer import train_tokenizer
+from ebwm_scale.data.tokenizer import Tokenizer
 
 TEXTS = [
     "",

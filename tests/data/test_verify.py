@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ebwm_scale.data.verify import verify_dataset
+from ebwm_scale.data.format.verify import verify_dataset
 
 TOOL = Path(__file__).parents[2] / "tools" / "verify_shards.py"
 

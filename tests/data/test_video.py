@@ -13,19 +13,19 @@ import torch
 
 pytest.importorskip("av", reason="the package av is not installed")
 
-from ebwm_scale.data import video as video_module
-from ebwm_scale.data.clips import find_videos, resize_and_crop, shown_at
-from ebwm_scale.data.content import decode_image
-from ebwm_scale.data.decoding import pictures
-from ebwm_scale.data.loader import BatchLoader
-from ebwm_scale.data.manifest import load_manifest
-from ebwm_scale.data.mixing import open_sources
-from ebwm_scale.data.shards import open_split
-from ebwm_scale.data.verify import verify_dataset
-from ebwm_scale.data.video import VideoRules, make_video_dataset
-from ebwm_scale.encoders.space import FrameSpace
-from ebwm_scale.errors import DataError
-from ebwm_scale.observation import Observation
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.encoders.space import FrameSpace
+from ebwm_scale.data.format.content import decode_image
+from ebwm_scale.data.format.manifest import load_manifest
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.format.verify import verify_dataset
+from ebwm_scale.data.loading.batches import BatchLoader
+from ebwm_scale.data.loading.mixture import open_sources
+from ebwm_scale.data.loading.observation import Observation
+from ebwm_scale.data.prepare import video as video_module
+from ebwm_scale.data.prepare.clips import find_videos, resize_and_crop, shown_at
+from ebwm_scale.data.prepare.decoding import pictures
+from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
 
 TINY = dict(
     context_length=3,
@@ -376,7 +376,7 @@ def test_linked_folders_are_followed_once_and_other_kinds_are_counted(videos, tm
 KILLED = """
 import os, sys
 from pathlib import Path
-from ebwm_scale.data import video
+from ebwm_scale.data.prepare import video
 real = video.make_part
 def part(v, *rest):
     if len(list(Path(sys.argv[2]).parent.glob(".d.parts/*.tar"))) == 2:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.walking import walk_files
-from ebwm_scale.errors import DataError
 
 
 def make(root, tree):

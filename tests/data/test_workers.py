@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from ebwm_scale.data import workers
-from ebwm_scale.data.workers import each_in_a_process
-from ebwm_scale.errors import DataError
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.prepare import workers
+from ebwm_scale.data.prepare.workers import each_in_a_process
 
 
 def run(function, tasks=(1, 2, 3), **options):

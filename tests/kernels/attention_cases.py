@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebwm_kernels import causal_attention, energy_attention
-from ebwm_kernels.causal_attention import causal_attention_definition
-from ebwm_kernels.energy_attention import energy_attention_definition
+from ebwm_kernels.attention.causal import causal_attention_definition
+from ebwm_kernels.attention.energy import energy_attention_definition
 
 
 class Case(NamedTuple):

@@ -5,16 +5,13 @@ import torch
 from attention_cases import Case, derivatives, relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-import ebwm_kernels.flop_formulas  # noqa: F401  registers them
-from ebwm_kernels import (
-    attention_ops,
-    attention_reference,
-    attention_tuning,
-    causal_attention,
-    energy_attention,
-)
-from ebwm_kernels.attention_ops import visible_pairs, why_not_triton
-from ebwm_kernels.attention_reference import ROWS
+import ebwm_kernels.attention.flops  # noqa: F401  registers them
+from ebwm_kernels import causal_attention, energy_attention
+from ebwm_kernels.attention import ops as attention_ops
+from ebwm_kernels.attention import reference as attention_reference
+from ebwm_kernels.attention import tuning as attention_tuning
+from ebwm_kernels.attention.ops import visible_pairs, why_not_triton
+from ebwm_kernels.attention.reference import ROWS
 
 CASES = [  # B, H, H_kv, S, C, d, offset, own, causal
     Case(1, 1, 1, 1, 1, 16),
@@ -221,7 +218,7 @@ def test_the_comparison_notices_a_wrong_double_backward(term, monkeypatch):
 )
 def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkeypatch):
     """Each kernel is needed: run over one row, or one key, fewer, it spoils a number that is compared."""
-    from ebwm_kernels import attention_triton
+    from ebwm_kernels.attention import triton_kernels as attention_triton
 
     right = attention_triton._Launcher._run
 
@@ -239,7 +236,7 @@ def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkey
 @INTERPRETED
 def test_every_tile_of_the_table_computes_the_same(monkeypatch):
     """The tiles that GPUs get, in the interpreter: sizes that are no multiple of them, heads that share keys."""
-    from ebwm_kernels import attention_triton
+    from ebwm_kernels.attention import triton_kernels as attention_triton
 
     for architecture in ("sm_80", "sm_90"):
         for case in (

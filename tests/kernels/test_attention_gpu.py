@@ -4,8 +4,8 @@ import pytest
 import torch
 from attention_cases import Case, derivatives, relative_error
 
-from ebwm_kernels.attention_ops import resolve_backend
-from ebwm_kernels.attention_tuning import MAX_HEAD_DIMENSION
+from ebwm_kernels.attention.ops import resolve_backend
+from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU (tools/gpu_session.sh runs this there)"

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from ebwm_kernels import observed_attention
 from ebwm_kernels import observed_attention as function
-from ebwm_kernels.causal_attention import causal_attention_definition
+from ebwm_kernels.attention.causal import causal_attention_definition
 
-module = sys.modules["ebwm_kernels.observed_attention"]
+module = sys.modules["ebwm_kernels.attention.first_order"]
 
 
 def tensors():

@@ -4,18 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ebwm_kernels import vocabulary
-from ebwm_kernels.vocabulary import (
-    IGNORE,
-    NO_CLAMPS,
-    Clamps,
+from ebwm_kernels.vocabulary import autograd as vocabulary
+from ebwm_kernels.vocabulary.api import vocabulary_descend_reference, vocabulary_embed_reference
+from ebwm_kernels.vocabulary.autograd import (
     vocabulary_cross_entropy,
     vocabulary_descend,
-    vocabulary_descend_reference,
     vocabulary_embed,
-    vocabulary_embed_reference,
     vocabulary_step,
 )
+from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 
 ROWS, V, D = 11, 23, 6
 

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from training_runs import same
 
-from ebwm_scale.errors import CheckpointError
-from ebwm_scale.training.checkpoint import find_latest, verify
+from ebwm_scale.checkpoint.reader import find_latest, verify
+from ebwm_scale.core.errors import CheckpointError
 
 CASES = {
     "misspelt_key": (

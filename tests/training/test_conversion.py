@@ -15,19 +15,21 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from training_runs import TINY
 
 import ebwm_scale
-from ebwm_scale import conversion, released, think
-from ebwm_scale.config import config_from_dict, load_config
-from ebwm_scale.consolidated import ModelFolder, write_model
-from ebwm_scale.errors import CheckpointError, ConfigError, UserError
-from ebwm_scale.loading import build, expected_shapes
-from ebwm_scale.refinement.noise import NoiseSource
-from ebwm_scale.parity import relative_error
+from ebwm_scale import think
+from ebwm_scale.checkpoint import convert as conversion
+from ebwm_scale.checkpoint import released_ebt as released
+from ebwm_scale.checkpoint.load import build, expected_shapes
+from ebwm_scale.checkpoint.model_folder import ModelFolder, write_model
+from ebwm_scale.config.load import config_from_dict, load_config
+from ebwm_scale.core.errors import CheckpointError, ConfigError, UserError
+from ebwm_scale.core.tensor_files import TensorFile, TensorWriter
+from ebwm_scale.evaluation.parity import relative_error
 from ebwm_scale.inference.scoring import last_states
-from ebwm_scale.tensor_files import TensorFile, TensorWriter
 from ebwm_scale.inference.thinking import ThinkingConfig
-from training_runs import TINY
+from ebwm_scale.refinement.noise import NoiseSource
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.safetensors"))
@@ -298,7 +300,7 @@ def test_a_folder_is_the_model_and_needs_no_dataset(whole, converted, dataset, t
     text = (exported / "config.yaml").read_text().replace(str(dataset), "/nowhere/manifest.json")
     (exported / "config.yaml").write_text(text)
     facts = json.loads((exported / "conversion.json").read_text())
-    from ebwm_scale.data.manifest import file_sha256
+    from ebwm_scale.core.files import file_sha256
 
     facts["files"]["config.yaml"] = {
         "size": len(text.encode()),
@@ -332,7 +334,7 @@ def test_transformers_reads_the_folder(whole, tmp_path):
 
     from ebwm_scale.inference.scoring import last_states
     from ebwm_scale.inference.thinking import ThinkingConfig
-    from ebwm_scale.transformers_model import EbwmModel
+    from ebwm_scale.integrations.transformers import EbwmModel
 
     conversion.export_run(whole, tmp_path / "model", max_shard_bytes=20_000, **SILENT)
     model, config = ebwm_scale.load_checkpoint(tmp_path / "model")
@@ -861,7 +863,7 @@ def test_memory_does_not_grow_with_the_model(
     (folder / "trainer.json").write_text(
         json.dumps({"version": 2, "step": 1, "updates": 1.0, "world_size": 1})
     )
-    from ebwm_scale.data.manifest import file_sha256
+    from ebwm_scale.core.files import file_sha256
 
     entries = {
         path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
@@ -869,7 +871,7 @@ def test_memory_does_not_grow_with_the_model(
     }
     (folder / "manifest.json").write_text(json.dumps({"version": 2, "files": entries}))
     script = (
-        "import resource, sys; from pathlib import Path; from ebwm_scale import conversion; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
+        "import resource, sys; from pathlib import Path; from ebwm_scale.checkpoint import convert as conversion; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
         "conversion.FULL_BYTES = 0; before = peak(); print(conversion.export_run(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))); print(peak() - before)"
     )
     done = subprocess.run(

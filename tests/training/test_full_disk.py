@@ -14,10 +14,10 @@ import pytest
 import torch
 from training_runs import end, same
 
-from ebwm_scale.training.disk import RowLog, replace_text
-from ebwm_scale.training.distributed import World
-from ebwm_scale.training.faults import Faults
-from ebwm_scale.training.ownership import Ownership
+from ebwm_scale.core.disk import RowLog, replace_text
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.world import World
 from ebwm_scale.training.run_folder import RunFolder
 
 NEVER = "times=1000"

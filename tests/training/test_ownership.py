@@ -16,12 +16,13 @@ import time
 import pytest
 from training_runs import end, same
 
-from ebwm_scale import loading
-from ebwm_scale.errors import CheckpointError
-from ebwm_scale.training import checkpoint, ownership
-from ebwm_scale.training.checkpoint import find_latest
-from ebwm_scale.training.faults import Faults
-from ebwm_scale.training.ownership import Ownership, machine, started
+from ebwm_scale.checkpoint import load as loading
+from ebwm_scale.checkpoint import reader as checkpoint
+from ebwm_scale.checkpoint.reader import find_latest
+from ebwm_scale.core import ownership
+from ebwm_scale.core.errors import CheckpointError
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.core.ownership import Ownership, machine, started
 from ebwm_scale.training.resuming import load_newest
 
 
@@ -153,9 +154,9 @@ def test_a_requeued_job_follows_its_own_earlier_start_at_once(
 def test_of_newcomers_that_come_together_one_gets_the_folder(tmp_path, quick):
     code = (
         "import sys, pathlib\n"
-        "from ebwm_scale.errors import UserError\n"
-        "from ebwm_scale.training.faults import Faults\n"
-        "from ebwm_scale.training.ownership import Ownership\n"
+        "from ebwm_scale.core.errors import UserError\n"
+        "from ebwm_scale.core.faults import Faults\n"
+        "from ebwm_scale.core.ownership import Ownership\n"
         "mine = Ownership(pathlib.Path(sys.argv[1]), Faults(None, 0))\n"
         "input()\n"
         "try:\n    mine.take()\n"
@@ -191,8 +192,8 @@ def test_of_newcomers_that_come_together_one_gets_the_folder(tmp_path, quick):
 def test_a_beat_is_seen_and_a_process_that_lost_the_folder_leaves_with_77(tmp_path):
     code = (
         "import sys, time, pathlib\n"
-        "from ebwm_scale.training import ownership\n"
-        "from ebwm_scale.training.faults import Faults\n"
+        "from ebwm_scale.core import ownership\n"
+        "from ebwm_scale.core.faults import Faults\n"
         "ownership.HEARTBEAT_S = 0.1\n"
         "mine = ownership.Ownership(pathlib.Path(sys.argv[1]), Faults(None, 0))\n"
         "mine.take()\nprint('mine', flush=True)\ntime.sleep(60)\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ebwm_scale.config import config_from_dict
+from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.training.replay import ReplayBuffer
 from ebwm_scale.training.schedule import interpolate, learning_rate_factor, refinement_point

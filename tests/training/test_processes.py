@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from training_runs import ROOT, end
 
-from ebwm_scale.errors import ConfigError
-from ebwm_scale.processes import Place, find_place
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.processes import Place, find_place
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}
 
@@ -68,10 +68,10 @@ def test_an_environment_that_names_processes_nobody_started_is_refused_with_a_wa
 
 
 def test_nothing_else_counts_processes():
-    """Which variables hold a count of processes is known in processes.py, and in slurm.py for a
+    """Which variables hold a count of processes is known in core/processes.py, and in slurm.py for a
     job's allocation."""
     counting = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
-    allowed = {"processes.py", "slurm.py"}
+    allowed = {"core/processes.py", "slurm.py"}
     found = set()
     for path in (ROOT / "ebwm_scale").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from training_runs import end, same
 
-from ebwm_scale.errors import ConfigError
-from ebwm_scale.training.faults import Faults
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.faults import Faults
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_a_hung_rank_ends_the_run_with_77_and_is_named_with_its_stack(runs):
     )
     assert "The others waited for rank 1" in output and "exitcode  : 77" in output
     stacks = (runs.folder / "hung" / "watch" / "stacks_rank_1.txt").read_text()
-    assert "faults.py" in stacks and "in train_step" in stacks
+    assert "core/faults.py" in stacks and "in train_step" in stacks
 
 
 def test_a_dead_rank_ends_the_others_with_77_and_is_named(runs):

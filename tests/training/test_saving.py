@@ -12,12 +12,12 @@ import pytest
 import torch
 from training_runs import end
 
-from ebwm_scale.config import config_from_dict
-from ebwm_scale.training.checkpoint import find_latest, published
-from ebwm_scale.training.checkpoint_writer import CheckpointWriter, put_back_replaced
-from ebwm_scale.training.distributed import World
-from ebwm_scale.training.faults import Faults
-from ebwm_scale.training.pieces import Piece
+from ebwm_scale.checkpoint.parameter_shard import Piece
+from ebwm_scale.checkpoint.reader import find_latest, published
+from ebwm_scale.checkpoint.writer import CheckpointWriter, put_back_replaced
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.core.world import World
 
 
 class State:

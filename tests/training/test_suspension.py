@@ -16,7 +16,7 @@ import pytest
 from training_runs import ROOT, end
 
 from ebwm_scale.cluster import tasks as cluster_tasks
-from ebwm_scale.running_time import RunningTime
+from ebwm_scale.core.running_time import RunningTime
 
 LIMIT_S = 9.0
 SUSPENDED_S = 11.0

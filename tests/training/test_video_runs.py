@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("av", reason="the package av is not installed")
 
 from training_runs import Runs, same
-from ebwm_scale.data.video import VideoRules, make_video_dataset
+
+from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
 
 VIDEO = {"state.kind": "embedding", "refinement.step_size": 5}
 RECIPES = {

@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ebwm_scale.data.text import make_text_dataset
-from ebwm_scale.data.tokenizer import train_tokenizer
+from ebwm_scale.data.prepare.text import make_text_dataset
+from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {

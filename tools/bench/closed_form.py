@@ -10,7 +10,6 @@ weights are random. Prints one JSON line per number of positions.
 
 from __future__ import annotations
 
-
 import json
 import statistics
 import time
@@ -18,19 +17,17 @@ from pathlib import Path
 
 import torch
 
-from ebwm_scale.arguments import ArgumentParser
-from ebwm_scale.config import load_config
-from ebwm_scale.denormals import flush_denormals
+from ebwm_scale.config.load import load_config
+from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.numerics import flush_denormals
+from ebwm_scale.core.provenance import provenance
 from ebwm_scale.model.energy_transformer import Context
 from ebwm_scale.model.kv_cache import KVCache
-from ebwm_scale.provenance import provenance
 from ebwm_scale.world_model import WorldModel
 
 
 def main() -> int:
-    parser = ArgumentParser(
-        description=__doc__
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="xs")
     parser.add_argument("--positions", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--repetitions", type=int, default=40)

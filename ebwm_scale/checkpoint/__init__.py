@@ -1,0 +1,1 @@
+"""Checkpoints and model folders: written, read, verified, converted."""

@@ -1,0 +1,37 @@
+"""What a checkpoint asks of a running model, and what it gets: parameters in pieces, whatever trains them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterator, Protocol
+
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Numbers start .. start + n - 1 of the flattened parameter; values: kind -> (n,), views of what training works on."""
+
+    name: str
+    start: int
+    values: dict[str, Tensor]
+
+
+class TrainingState(Protocol):
+    """A model in training, of which a checkpoint is written, and into which one is read."""
+
+    module: nn.Module
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this process owns: weights and moments; over all processes everything exactly once."""
+        ...
+
+    def step_count(self) -> float:
+        """Updates the optimizer has made, the same for all parameters; skipped ones do not count."""
+        ...
+
+    def load(self, read: Callable[[str, str], Tensor], step_count: float) -> None:
+        """Take over all parameters and moments: read(name, kind) -> the whole flattened float32 tensor."""
+        ...

@@ -1,0 +1,1 @@
+"""What every part builds on: errors and exit codes, provenance, faults on purpose, tensor files."""

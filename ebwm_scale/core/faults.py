@@ -1,0 +1,113 @@
+"""Faults on purpose, so that what the documentation promises can be tried on the machine it is
+promised for. Off unless EBWM_FAULTS is set.
+
+    EBWM_FAULTS="kill@step=7,rank=1; enospc@save=2; enospc@write=5,times=100"
+
+A fault is action@place=number[,rank=r][,seconds=s][,times=t]; without rank it happens on all, with
+times at that many visits in a row. Places:
+
+    step        before training step n's update
+    save        while the n-th checkpoint of this process is written
+    io          the n-th write, fsync, rename or deletion of this process in checkpoints/
+    write       the n-th write of this process to any other file of the run folder
+    load        while the n-th checkpoint is read
+    evaluation  the n-th
+    start       1: before the model is built
+
+Actions:
+
+    kill        SIGKILL to this process
+    hang        sleep, seconds=... or for ever
+    slow        sleep 1 s, or seconds=...
+    enospc      OSError: no space left on device
+    nan         the loss becomes NaN (step only)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from ebwm_scale.core.errors import ConfigError
+
+ACTIONS = ("kill", "hang", "slow", "enospc", "nan")
+PLACES = ("step", "save", "io", "write", "load", "evaluation", "start")
+
+
+@dataclass(frozen=True)
+class Fault:
+    action: str
+    place: str
+    number: int
+    rank: int | None
+    seconds: float | None
+    times: int
+
+    def is_due(self, place: str, number: int, rank: int) -> bool:
+        if place != self.place or self.rank not in (None, rank):
+            return False
+        return self.number <= number < self.number + self.times
+
+
+class Faults:
+    """at(place) counts the visits to a place, at(place, n) names one; what is due there happens, and
+    its action is returned if it is nan. rank -1: a process that is no rank."""
+
+    def __init__(self, text: str | None, rank: int):
+        self.rank, self.visits = rank, Counter()
+        self.faults = [_parse(part.strip()) for part in (text or "").split(";") if part.strip()]
+
+    def at(self, place: str, number: int | None = None) -> str | None:
+        if not self.faults:
+            return None
+        self.visits[place] += 1
+        number = self.visits[place] if number is None else number
+        for fault in self.faults:
+            if fault.is_due(place, number, self.rank) and _happen(fault) == "nan":
+                return "nan"
+        return None
+
+    def through(self, place: str, function: Callable, *arguments: Any, **options: Any) -> Any:
+        """function(*arguments, **options), after what is due at the place; what it returns."""
+        self.at(place)
+        return function(*arguments, **options)
+
+
+def _happen(fault: Fault) -> str | None:
+    if fault.action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault.action == "hang":
+        time.sleep(fault.seconds or 10**6)
+    if fault.action == "slow":
+        time.sleep(fault.seconds or 1.0)
+    if fault.action == "enospc":
+        raise OSError(errno.ENOSPC, "No space left on device (EBWM_FAULTS)")
+    return fault.action
+
+
+def _parse(text: str) -> Fault:
+    match = re.fullmatch(
+        r"(\w+)@(\w+)=(\d+)((?:,(?:rank=\d+|times=\d+|seconds=\d+(?:\.\d+)?))*)",
+        text.replace(" ", ""),
+    )
+    if not match or match[1] not in ACTIONS or match[2] not in PLACES:
+        raise ConfigError(
+            f"EBWM_FAULTS: {text!r} is no fault; expected action@place=number[,rank=r][,seconds=s]"
+            f"[,times=t] with an action of {', '.join(ACTIONS)} and a place of "
+            f"{', '.join(PLACES)}, for example kill@step=7,rank=1"
+        )
+    options = dict(option.split("=") for option in match[4].split(",")[1:])
+    return Fault(
+        match[1],
+        match[2],
+        int(match[3]),
+        int(options["rank"]) if "rank" in options else None,
+        float(options["seconds"]) if "seconds" in options else None,
+        int(options.get("times", 1)),
+    )

@@ -1,0 +1,110 @@
+"""Frozen encoders: frames -> embeddings, and back to frames where that exists.
+
+    name            an embedding is                                                     weights                             back to frames
+    pca             whitened principal components of each patch, patch after patch      fitted on the training frames       yes
+    sd-vae          the latent mean of a Stable Diffusion VAE (diffusers)               a local folder                      yes
+    transformers    the pooled or class token of a vision backbone, DINOv2 for example  a local folder                      no
+    timm            the pooled features of a timm model                                 a local file                        no
+    efficientnet    7 x 7 features of EfficientNet-Lite0, averaged over a grid          bundled with its package, offline   no
+
+An encoder holds no statistics: those are the dataset's (data/encoders/space.py). Nothing is ever downloaded here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ebwm_scale.core.errors import DataError
+
+
+class FrameEncoder(Protocol):
+    """name and settings say which encoder it is; height, width: the frames it takes; parameters: tensors to be kept with a dataset."""
+
+    name: str
+    settings: dict[str, Any]
+    height: int
+    width: int
+    dimension: int
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 (n, height, width, 3) -> float32 (n, dimension), on the frames' device."""
+
+    def decode(self, embeddings: Tensor) -> Tensor | None:
+        """float32 (n, dimension) -> uint8 (n, height, width, 3); None where an encoder cannot."""
+
+    def groups(self) -> Tensor:
+        """int64 (dimension,): which numbers of an embedding are of one kind, and are standardised alike: a channel at every place."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Fitted tensors, empty where the weights are someone else's files."""
+
+
+ENCODERS = ("pca", "sd-vae", "transformers", "timm", "efficientnet")
+
+
+def build_encoder(
+    name: str,
+    settings: dict[str, Any],
+    *,
+    height: int,
+    width: int,
+    parameters: dict[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+) -> FrameEncoder:
+    """The encoder of these settings. parameters: of a fitted one. Raises DataError for what does not exist or cannot be loaded."""
+    if name == "pca":
+        from ebwm_scale.data.encoders.pca import PcaEncoder
+
+        if parameters is None:
+            raise DataError(
+                "the pca encoder has no parameters yet: it is fitted when shards are made"
+            )
+        return PcaEncoder(settings, parameters, height=height, width=width, device=device)
+    if name not in ENCODERS:
+        raise DataError(f"encoder {name!r}: unknown; allowed: {', '.join(ENCODERS)}")
+    from ebwm_scale.data.encoders.pretrained import build_pretrained
+
+    return build_pretrained(name, settings, height=height, width=width, device=device)
+
+
+def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
+    """The encoder of a video dataset (data/format/content.py), its parameters read and checked."""
+    parameters = None
+    if content.encoder_path is not None:
+        parameters = _read(content.encoder_path, content.encoder_sha256)
+    encoder = build_encoder(
+        content.encoder_name,
+        content.encoder_settings,
+        height=content.height,
+        width=content.width,
+        parameters=parameters,
+        device=device,
+    )
+    if encoder.dimension != content.dimension:
+        raise DataError(
+            f"encoder {content.encoder_name} gives embeddings of {encoder.dimension} numbers, the dataset was made with "
+            f"{content.dimension}: other weights or another version; make the dataset again"
+        )
+    return encoder
+
+
+def _read(path: Path, sha256: str) -> dict[str, Tensor]:
+    import hashlib
+
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot read the encoder's parameters: {error.strerror}; copy the dataset again"
+        ) from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError(
+            f"{path}: its sha256 is not the manifest's: damaged; copy the dataset again"
+        )
+    return load(content)

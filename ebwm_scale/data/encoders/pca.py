@@ -1,0 +1,120 @@
+"""The encoder that needs no download: principal components of image patches, whitened, fitted on the training frames.
+
+    frame (height, width, 3) in [0, 1]  ->  patches of P x P x 3 numbers  ->  c = (patch - mean) @ basis / scale
+    embedding = the C components of every patch, patch after patch
+
+Components are ordered by variance, and each has variance 1 over the training patches. Back to a frame: mean + (c * scale) @ basis^T, which is
+the best linear reconstruction from C numbers per patch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterable
+
+import torch
+from torch import Tensor
+
+from ebwm_scale.core.errors import DataError
+
+
+class PcaEncoder:
+    name = "pca"
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        parameters: dict[str, Tensor],
+        *,
+        height: int,
+        width: int,
+        device: torch.device | str = "cpu",
+    ):
+        self.settings, self.height, self.width = settings, height, width
+        self.patch, self.components = settings["patch"], settings["components"]
+        check_patches(self.patch, self.components, height, width)
+        self.mean, self.basis, self.scale = (
+            parameters[key].to(device, torch.float32) for key in ("mean", "basis", "scale")
+        )
+        self.grid = (height // self.patch, width // self.patch)
+        self.dimension = self.grid[0] * self.grid[1] * self.components
+
+    def encode(self, frames: Tensor) -> Tensor:
+        patches = to_patches(frames, self.patch).to(self.mean.device)
+        return ((patches - self.mean) @ self.basis / self.scale).flatten(1)
+
+    def decode(self, embeddings: Tensor) -> Tensor:
+        components = embeddings.to(self.mean.device).view(len(embeddings), -1, self.components)
+        patches = self.mean + (components * self.scale) @ self.basis.T
+        rows, columns = self.grid
+        frames = (
+            patches.view(-1, rows, columns, self.patch, self.patch, 3)
+            .permute(0, 1, 3, 2, 4, 5)
+            .reshape(-1, self.height, self.width, 3)
+        )
+        return (frames * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def groups(self) -> Tensor:
+        return torch.arange(self.components).repeat(self.dimension // self.components)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {
+            "mean": self.mean.cpu(),
+            "basis": self.basis.cpu().contiguous(),
+            "scale": self.scale.cpu(),
+        }
+
+
+def fit_pca(
+    frames: Iterable[Tensor], *, patch: int, components: int, height: int, width: int
+) -> tuple[PcaEncoder, float]:
+    """(the encoder, its share of the variance) of the frames, uint8 (n, height, width, 3) a batch; two float64 sums, any number of frames."""
+    check_patches(patch, components, height, width)
+    size = patch * patch * 3
+    count, total, products = (
+        0,
+        torch.zeros(size, dtype=torch.float64),
+        torch.zeros(size, size, dtype=torch.float64),
+    )
+    for batch in frames:
+        patches = to_patches(batch, patch).flatten(0, 1).double()
+        count, total, products = (
+            count + len(patches),
+            total + patches.sum(0),
+            products + patches.T @ patches,
+        )
+    mean = total / count
+    values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
+    values, vectors = values.flip(0), vectors.flip(1)
+    vectors = (
+        vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    )  # the sign of a component is free: make it one
+    kept = values[:components].clamp(min=1e-8)  # frames of one colour have no variance to scale by
+    parameters = {
+        "mean": mean.float(),
+        "basis": vectors[:, :components].float().contiguous(),
+        "scale": kept.sqrt().float(),
+    }
+    share = float(values[:components].sum() / values.sum().clamp(min=1e-12))
+    return PcaEncoder(
+        {"patch": patch, "components": components}, parameters, height=height, width=width
+    ), share
+
+
+def to_patches(frames: Tensor, patch: int) -> Tensor:
+    """uint8 (n, height, width, 3) -> float32 (n, patches, patch * patch * 3) in [0, 1]."""
+    n, height, width, _ = frames.shape
+    rows = frames.view(n, height // patch, patch, width // patch, patch, 3).permute(
+        0, 1, 3, 2, 4, 5
+    )
+    return rows.reshape(n, -1, patch * patch * 3).float() / 255
+
+
+def check_patches(patch: int, components: int, height: int, width: int) -> None:
+    if patch < 1 or height % patch or width % patch:
+        raise DataError(
+            f"pca patch is {patch}: must divide the frame's height {height} and width {width}"
+        )
+    if not 1 <= components <= patch * patch * 3:
+        raise DataError(
+            f"pca components is {components}: a patch of {patch} x {patch} x 3 has 1 to {patch * patch * 3}"
+        )

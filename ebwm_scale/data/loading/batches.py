@@ -1,0 +1,332 @@
+"""Batches: what one rank trains on at one step.
+
+    stream position     0 ............ G | G ............ 2G | ...           optimizer step s: positions s G .. (s + 1) G
+    inside a step       [ rank 0 ][ rank 1 ] ... [ rank R-1 ]                 contiguous slices
+    inside a rank       [ micro batch ][ micro batch ] ...                    contiguous slices of micro_batch_size
+
+The main process asks the split's order which samples these are; workers are stateless and only read them. So the same step has
+the same global batch for every world size, accumulation, number of workers and resume. A run's position in the data is
+its step; DataState, and the list of quarantined samples (data/loading/quarantine.py), is all there is to save.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ebwm_scale.core.errors import CheckpointError, DataError, UserError
+from ebwm_scale.data.format.manifest import Manifest
+from ebwm_scale.data.format.shards import ShardedSplit
+from ebwm_scale.data.loading.mixture import MixedOrder, MixedSplit
+from ebwm_scale.data.loading.quarantine import BadSample, read_or_replace
+from ebwm_scale.data.order import SampleOrder
+
+STATE_VERSION = 1
+_JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b samples of S + 1 states as stored: token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
+    (b, S + 1, height, width, 3) uint8."""
+
+    sequences: torch.Tensor
+    sample_ids: torch.Tensor  # (b,) int64, index in the split
+    positions: torch.Tensor  # (b,) int64, global stream positions (in validation: the sample ids)
+
+
+@dataclass(frozen=True)
+class DataState:
+    """Where a run is in its data; `step` is the next optimizer step."""
+
+    fingerprint: str
+    seed: int
+    step: int
+    version: int = STATE_VERSION
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def load_state_dict(cls, values: dict[str, Any], *, fingerprint: str, seed: int) -> DataState:
+        """The saved state, if it belongs to this data and seed; CheckpointError that names both otherwise."""
+        try:
+            state = cls(
+                fingerprint=str(values["fingerprint"]),
+                seed=int(values["seed"]),
+                step=int(values["step"]),
+                version=values["version"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume from an earlier "
+                "checkpoint"
+            ) from None
+        if state.version != STATE_VERSION:
+            raise CheckpointError(
+                f"the checkpoint's data state has version {state.version!r}, this release reads {STATE_VERSION}; "
+                "resume with the release that wrote it"
+            )
+        if state.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, data.manifest has "
+                f"{fingerprint}; resume with the same dataset, or start a new run"
+            )
+        if state.seed != seed:
+            raise CheckpointError(
+                f"the checkpoint was trained with train.seed {state.seed}, the configuration says {seed}; resume with "
+                f"train.seed={state.seed}, or start a new run"
+            )
+        return state
+
+
+class BatchLoader:
+    """An endless iterator over this rank's micro batches, from the first one of optimizer step `first_step` on.
+
+    split: as opened by open_sources.  context_length: observed tokens per sample, at most what the shards were packed
+    for.  seed, window_shards: of SampleOrder.  num_workers: reading processes; with any number the batches are the same.
+    known_bad: quarantined samples by id; what is found while reading is added to `found`.
+    Raises DataError at construction if the blocks are too short, and from next() if nothing readable is near a damaged
+    sample; ValueError if global_batch_size does not divide over the ranks and micro batches.
+    """
+
+    def __init__(
+        self,
+        split: ShardedSplit | MixedSplit,
+        *,
+        context_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        window_shards: int,
+        num_workers: int,
+        first_step: int = 0,
+        known_bad: dict[int, BadSample] | None = None,
+    ):
+        check_context(split.manifest, context_length)
+        if not 0 <= rank < world_size or first_step < 0 or num_workers < 0:
+            raise ValueError(
+                f"rank {rank} of {world_size}, first_step {first_step}, num_workers {num_workers}: out of range"
+            )
+        if (
+            global_batch_size < 1
+            or micro_batch_size < 1
+            or global_batch_size % (world_size * micro_batch_size)
+        ):
+            raise ValueError(
+                f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size "
+                f"{micro_batch_size}"
+            )
+        self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
+        order = split.order(seed=seed, window_shards=window_shards)
+        split.keep(window_shards=window_shards)
+        self.found: list[BadSample] = []
+        requests = _Requests(
+            order,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            first_step=first_step,
+        )
+        options: dict[str, Any] = {}
+        if num_workers:
+            # fork: no second import of torch per worker, and workers touch neither CUDA nor any thread of the parent
+            options = {
+                "multiprocessing_context": multiprocessing.get_context("fork"),
+                "persistent_workers": True,
+                "prefetch_factor": 4,
+                "worker_init_fn": _stay_until_the_parent_ends_it,
+            }
+        # The loader draws a base seed; without a generator of its own it would take it from the global one.
+        self._loader = DataLoader(
+            _Reader(split, context_length, known_bad or {}),
+            batch_size=None,
+            sampler=requests,
+            num_workers=num_workers,
+            collate_fn=_same,
+            generator=torch.Generator().manual_seed(0),
+            **options,
+        )
+        self._iterator: Iterator | None = None
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            mask = signal.pthread_sigmask(
+                signal.SIG_BLOCK, _JOB_SIGNALS
+            )  # workers inherit it: see _stay_until_the_parent_ends_it
+            try:
+                self._iterator = iter(self._loader)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        batch, found = _batch(*next(self._iterator))
+        self.found += found
+        return batch
+
+    def close(self) -> None:
+        """Stop the workers; the loader cannot be used afterwards."""
+        self._iterator = None
+        self._loader = None
+
+
+def validation_batches(
+    split: ShardedSplit | MixedSplit,
+    *,
+    context_length: int,
+    batch_size: int,
+    max_samples: int,
+    rank: int,
+    world_size: int,
+    found: list[BadSample] | None = None,
+) -> Iterator[Batch]:
+    """This rank's part of the samples that evaluation takes, in their order: ranks take contiguous slices of equal size (+-1).
+
+    The last batch can be smaller, and a rank can have none when there are fewer samples than ranks. Damaged samples are replaced and
+    added to `found`. Raises DataError.
+    """
+    check_context(split.manifest, context_length)
+    if not 0 <= rank < world_size or batch_size < 1 or max_samples < 1:
+        raise ValueError(
+            f"rank {rank} of {world_size}, batch_size {batch_size}, max_samples {max_samples}: out of range"
+        )
+    reader, ids = _Reader(split, context_length, {}), split.evaluated(max_samples)
+    first, end = len(ids) * rank // world_size, len(ids) * (rank + 1) // world_size
+    for start in range(first, end, batch_size):
+        part = ids[start : min(start + batch_size, end)]
+        batch, bad = _batch(*reader[(part, part)])
+        if found is not None:
+            found += bad
+        yield batch
+
+
+class _Requests:
+    """(sample ids, positions) of each micro batch of a rank, without end: what the sampler is to a DataLoader."""
+
+    def __init__(
+        self,
+        order: SampleOrder | MixedOrder,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        first_step: int,
+    ):
+        self.order, self.global_batch_size, self.micro_batch_size = (
+            order,
+            global_batch_size,
+            micro_batch_size,
+        )
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        per_rank, step = self.global_batch_size // self.world_size, self.first_step
+        while True:
+            start = step * self.global_batch_size + self.rank * per_rank
+            for first in range(start, start + per_rank, self.micro_batch_size):
+                yield (
+                    self.order.samples(first, self.micro_batch_size),
+                    np.arange(first, first + self.micro_batch_size, dtype=np.int64),
+                )
+            step += 1
+
+
+class _Reader(Dataset):
+    """Reads requests. Errors come back as values: a raised one would reach the user as a worker's traceback."""
+
+    def __init__(
+        self, split: ShardedSplit | MixedSplit, context_length: int, known_bad: dict[int, BadSample]
+    ):
+        self.split, self.context_length, self.known_bad = split, context_length, dict(known_bad)
+
+    def __getitem__(self, request: tuple[np.ndarray, np.ndarray]):
+        sample_ids, positions = request
+        before = dict(self.known_bad)
+        try:
+            sequences = np.stack(
+                [
+                    read_or_replace(self.split, int(i), self.known_bad)[: self.context_length + 1]
+                    for i in sample_ids
+                ]
+            )
+            problem = self.split.manifest.content.problem(sequences)
+            if problem is not None:  # checksums are right, so the dataset was made wrong
+                raise DataError(
+                    f"{self.split.manifest.path}: one of the samples {sample_ids.tolist()} {problem}; find it with tools/verify_shards.py"
+                )
+        except UserError as error:
+            sequences = error
+        return (
+            sequences,
+            sample_ids,
+            positions,
+            [bad for i, bad in self.known_bad.items() if before.get(i) != bad],
+        )
+
+
+def _batch(
+    sequences: np.ndarray | UserError,
+    sample_ids: np.ndarray,
+    positions: np.ndarray,
+    found: list[BadSample],
+) -> tuple[Batch, list[BadSample]]:
+    if isinstance(sequences, UserError):
+        raise sequences
+    return Batch(
+        sequences=to_tensor(sequences),
+        sample_ids=torch.from_numpy(sample_ids),
+        positions=torch.from_numpy(positions),
+    ), found
+
+
+def to_tensor(sequences: np.ndarray) -> torch.Tensor:
+    """Token ids as int64, embeddings as float32; frames stay bytes: their encoder takes them so."""
+    if sequences.dtype != np.uint8 or sequences.ndim == 2:
+        sequences = sequences.astype(np.float32 if sequences.dtype.kind == "f" else np.int64)
+    return torch.from_numpy(sequences)
+
+
+def _same(item: Sequence) -> Sequence:
+    """No collation: numpy arrays travel through the pipe; tensors would need shared memory, which containers often lack."""
+    return item
+
+
+def check_context(manifest: Manifest, context_length: int) -> None:
+    """DataError if the samples of a dataset are shorter than the context."""
+    packed = manifest.block_length - 1
+    if not 1 <= context_length <= packed:
+        tool = f"tools/make_{manifest.modality}_shards.py"
+        raise DataError(
+            f"data.context_length is {context_length}: the shards of {manifest.path} were packed for {packed}; use 1 to "
+            f"{packed}, or pack again with {tool} --context-length {context_length}"
+        )
+
+
+def _stay_until_the_parent_ends_it(worker: int) -> None:
+    """A scheduler signals every process of a job; the rank saves and leaves on its own, so its workers must outlive the signal.
+
+    Workers start with the job's signals blocked. SIGTERM is still obeyed when it comes from the parent, which ends its
+    workers that way; and a worker whose parent is gone leaves by itself.
+    """
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

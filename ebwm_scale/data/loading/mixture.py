@@ -1,0 +1,202 @@
+"""Mixtures: several datasets as one, each with a weight; the order stays a pure function of (seed, position).
+
+    position          0 ............ 1023 | 1024 .......... 2047 | ...        blocks of MIX_LENGTH positions
+    source            b a a c a a b a ... | a a b a c ...                     in each, source k stands n_k times, in a permuted order
+    place in source   the j-th k of block i is position i n_k + j of source k's own order
+
+So every source has its exact share of each block, walks through its own epochs (every sample once in each), and nothing has to be
+remembered. Sample ids count through the sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.data.format.manifest import Manifest
+from ebwm_scale.data.format.shard_table import canonical_json
+from ebwm_scale.data.format.shards import INDEX_BYTES, SampleError, ShardedSplit, open_split
+from ebwm_scale.data.order import SampleOrder, permutation
+
+MIX_LENGTH = 1024
+_KEY = 0x6562776D5F6D6978
+
+
+class MixedOrder:
+    """orders: one per source, in their sample ids; first_ids: of each source; counts: positions of each source in a block."""
+
+    def __init__(
+        self,
+        orders: Sequence[SampleOrder],
+        first_ids: Sequence[int],
+        counts: Sequence[int],
+        *,
+        seed: int,
+    ):
+        self.orders, self.first_ids, self.counts, self.seed = (
+            list(orders),
+            list(first_ids),
+            list(counts),
+            seed,
+        )
+        self._block: tuple[int, np.ndarray] | None = None
+
+    def sample(self, position: int) -> int:
+        return int(self.samples(position, 1)[0])
+
+    def samples(self, start: int, count: int) -> np.ndarray:
+        """The sample ids at positions start .. start + count - 1, int64 (count,)."""
+        if start < 0 or count < 0:
+            raise ValueError(f"start is {start}, count is {count}: both must be 0 or more")
+        result, position = np.empty(count, dtype=np.int64), start
+        while position < start + count:
+            block, inside = divmod(position, MIX_LENGTH)
+            sources = self.sources(block)
+            taken = min(MIX_LENGTH - inside, start + count - position)
+            part = result[position - start : position - start + taken]
+            for source, (order, first_id, share) in enumerate(
+                zip(self.orders, self.first_ids, self.counts)
+            ):
+                here = sources[inside : inside + taken] == source
+                before = int((sources[:inside] == source).sum())
+                part[here] = first_id + order.samples(block * share + before, int(here.sum()))
+            position += taken
+        return result
+
+    def sources(self, block: int) -> np.ndarray:
+        """Which source each position of a block takes, (MIX_LENGTH,)."""
+        if self._block is None or self._block[0] != block:
+            labels = np.repeat(np.arange(len(self.counts)), self.counts)
+            self._block = (
+                block,
+                labels[permutation(MIX_LENGTH, self.seed, (0, block, 0, 0), key=_KEY)],
+            )
+        return self._block[1]
+
+
+class MixedSplit:
+    """The samples of several splits, one after the other; the same interface as ShardedSplit. Raises ConfigError if they do not fit."""
+
+    def __init__(self, parts: Sequence[ShardedSplit], weights: Sequence[float]):
+        self.parts, self.weights = list(parts), list(weights)
+        first = parts[0].manifest
+        for part in parts[1:]:
+            other = part.manifest
+            different = [
+                key
+                for key, value in first.content.identity.items()
+                if other.content.identity.get(key) != value
+            ]
+            if other.block_length != first.block_length:
+                different.append("block_length")
+            if different:
+                raise ConfigError(
+                    f"data.sources: {other.path} and {first.path} differ in {', '.join(different)}: sources of a mixture need the "
+                    "same tokenizer or encoder and the same block length; make them with the same settings"
+                )
+        self.counts = shares(weights)
+        self.manifest, self.split = first, parts[0].split
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.keep(window_shards=1)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(
+            canonical_json(
+                [[part.fingerprint, count] for part, count in zip(self.parts, self.counts)]
+            )
+        ).hexdigest()
+
+    @property
+    def num_targets(self) -> int:
+        return sum(part.num_targets for part in self.parts)
+
+    def describe(self) -> str:
+        return "; ".join(part.describe() for part in self.parts)
+
+    def read(self, sample_id: int) -> np.ndarray:
+        part, inside = self._inside(sample_id)
+        try:
+            return self.parts[part].read(inside)
+        except SampleError as error:
+            error.sample_id = sample_id
+            raise
+
+    def keep(self, *, window_shards: int) -> None:
+        """As ShardedSplit.keep; the parts share one budget."""
+        for part in self.parts:
+            part.keep(window_shards=window_shards, index_budget=INDEX_BYTES // len(self.parts))
+
+    def order(self, *, seed: int, window_shards: int) -> MixedOrder:
+        orders = [
+            SampleOrder(part.samples_per_shard, seed=seed, window_shards=window_shards, source=i)
+            for i, part in enumerate(self.parts)
+        ]
+        return MixedOrder(orders, [0, *self._ends[:-1].tolist()], self.counts, seed=seed)
+
+    def after(self, sample_id: int) -> int:
+        part, inside = self._inside(sample_id)
+        return self._first(part) + self.parts[part].after(inside)
+
+    def after_shard_of(self, sample_id: int) -> int:
+        """The first sample of the next shard of the same source, counted around."""
+        part, inside = self._inside(sample_id)
+        return self._first(part) + self.parts[part].after_shard_of(inside)
+
+    def evaluated(self, max_samples: int) -> np.ndarray:
+        """The sample ids that evaluation takes: of each source its share of max_samples."""
+        numbers = [
+            min(len(part), max(1, round(max_samples * count / MIX_LENGTH)))
+            for part, count in zip(self.parts, self.counts)
+        ]
+        return np.concatenate(
+            [
+                self._first(i) + part.evaluated(number)
+                for i, (part, number) in enumerate(zip(self.parts, numbers))
+            ]
+        )
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+    def _first(self, part: int) -> int:
+        return int(self._ends[part]) - len(self.parts[part])
+
+    def _inside(self, sample_id: int) -> tuple[int, int]:
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"sample {sample_id} of a mixture with {len(self)}")
+        part = int(np.searchsorted(self._ends, sample_id, side="right"))
+        return part, int(sample_id) - self._first(part)
+
+
+def shares(weights: Sequence[float]) -> list[int]:
+    """Positions of each source in a block of MIX_LENGTH: at least one, in proportion to the weights up to rounding (largest remainder)."""
+    if len(weights) > MIX_LENGTH:
+        raise ConfigError(f"data.sources has {len(weights)} entries: at most {MIX_LENGTH}")
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * MIX_LENGTH
+    counts = np.maximum(1, np.floor(exact)).astype(int)
+    while counts.sum() < MIX_LENGTH:
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > MIX_LENGTH:  # many tiny sources were raised to one
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
+    return counts.tolist()
+
+
+def open_sources(
+    sources: Sequence[tuple[str | Path | Manifest, float]],
+    split: str,
+    *,
+    verify: str,
+    report: Callable[[str], None] = print,
+) -> ShardedSplit | MixedSplit:
+    """One split of one dataset, or of a mixture of (manifest, weight)."""
+    parts = [open_split(manifest, split, verify=verify, report=report) for manifest, _ in sources]
+    return parts[0] if len(parts) == 1 else MixedSplit(parts, [weight for _, weight in sources])

@@ -1,0 +1,1 @@
+"""From files to a dataset: documents, text, clips, video."""

@@ -1,0 +1,474 @@
+"""Videos -> a dataset folder of clips, as frames or as a frozen encoder's embeddings.
+
+    videos ==several processes==> one part file each (data/prepare/clips.py) ==> split ==> encoder, statistics of the training frames ==> shards
+
+A video goes to training or validation as a whole; a single long video (or `split time`) is cut in time, with a gap, so that no frame and
+no neighbour of a training frame is in validation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.data.encoders import FrameEncoder, build_encoder, load_encoder
+from ebwm_scale.data.encoders.pca import fit_pca
+from ebwm_scale.data.format.content import CLIP_FIELD, STORED, decode_image, field_names
+from ebwm_scale.data.format.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    SplitInfo,
+    already_there,
+    load_manifest,
+)
+from ebwm_scale.data.format.writer import (
+    ShardWriter,
+    refuse_foreign_files,
+    staged_folder,
+    write_manifest,
+)
+from ebwm_scale.data.prepare.clips import (
+    Clip,
+    ClipRules,
+    Video,
+    find_videos,
+    make_part,
+    read_clips,
+    read_findings,
+    read_frames,
+)
+from ebwm_scale.data.prepare.documents import Report, split_documents
+from ebwm_scale.data.prepare.findings import Findings, total
+from ebwm_scale.data.prepare.workers import STILL_S, each_in_a_process
+
+_OURS = (
+    MANIFEST_NAME,
+    "encoder.safetensors",
+    "train-*.tar",
+    "train-*.index.json",
+    "train-*.shards.json",
+    "validation-*.tar",
+    "validation-*.index.json",
+    "validation-*.shards.json",
+)
+BATCH = 512  # frames in memory as pixels
+MAX_FITTED_FRAMES = 50_000  # training frames that an encoder is fitted to, and statistics are taken of, evenly over the videos
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRules:
+    """All that decides what a dataset holds; defaults are those of tools/make_video_shards.py."""
+
+    context_length: int = 16
+    interval_s: float = 0.25
+    stride_s: float | None = (
+        None  # between the starts of clips; default: context_length * interval_s, so that clips share one frame
+    )
+    height: int = 224
+    width: int = 224
+    crops: int = 1  # windows along the longer side
+    zooms: tuple[int, ...] = (
+        1,
+    )  # 2: windows of half the size, and twice as many along each side; validation has the first zoom only
+    stored: str = "embedding"
+    quality: int = 95
+    encoder: str = "pca"
+    encoder_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    split: str = "auto"  # video, time, or auto: by video where there are several
+    validation_fraction: float = 0.1
+    validation_videos: tuple[str, ...] = ()  # names, instead of a fraction
+    gap_s: float | None = (
+        None  # split time: between training and validation; default: a clip's length
+    )
+    seed: int = 0
+    samples_per_shard: int = 512
+
+    def __post_init__(self):
+        for name in (
+            "context_length",
+            "interval_s",
+            "height",
+            "width",
+            "crops",
+            "samples_per_shard",
+        ):
+            if getattr(self, name) <= 0:
+                raise DataError(
+                    f"{name.replace('_', ' ')} is {getattr(self, name)}: must be above 0"
+                )
+        if not self.zooms or min(self.zooms) < 1:
+            raise DataError(f"zooms are {list(self.zooms)}: must be whole numbers from 1 on")
+        if self.stride_s is not None and self.stride_s <= 0:
+            raise DataError(f"stride is {self.stride_s}: must be above 0 seconds")
+        if not 1 <= self.quality <= 100:
+            raise DataError(f"quality is {self.quality}: must be from 1 to 100")
+        if self.stored not in STORED or self.split not in ("auto", "video", "time"):
+            raise DataError(
+                f"store is {self.stored!r} and split {self.split!r}: allowed are {', '.join(STORED)}, and auto, video, time"
+            )
+
+    @property
+    def clips(self) -> ClipRules:
+        return ClipRules(
+            context_length=self.context_length,
+            interval_s=self.interval_s,
+            stride_s=self.stride_s or self.context_length * self.interval_s,
+            height=self.height,
+            width=self.width,
+            crops=self.crops,
+            zooms=tuple(self.zooms),
+            quality=self.quality,
+            stored="jpeg" if self.stored == "embedding" else self.stored,
+        )
+
+
+def make_video_dataset(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    rules: VideoRules,
+    *,
+    like: str | Path | None = None,
+    workers: int | None = None,
+    still_s: float = STILL_S,
+    report: Report = print,
+    progress: bool = False,
+) -> Path:
+    """Decode, split, encode and write a dataset folder; returns the path of its manifest.
+
+    like: a video dataset whose encoder, statistics and frame size to use, so that the two can be mixed.  still_s: seconds
+    after which a decoder that does not move is ended.  Videos that cannot be decoded are reported and left out, as is what is damaged in
+    the others.  Finished videos are kept beside the output until it is complete: a killed run goes on.  A complete dataset of the
+    same videos and settings is kept; one of others is refused.  Raises DataError.
+    """
+    output = Path(output).resolve()
+    other = None if like is None else load_manifest(like)
+    if other is not None and other.modality != "video":
+        raise DataError(f"{other.path}: holds {other.modality}; --like takes a video dataset")
+    if other is not None:
+        rules = dataclasses.replace(
+            rules,
+            height=other.content.height,
+            width=other.content.width,
+            interval_s=other.content.interval_s,
+            encoder=other.content.encoder_name,
+        )
+    videos = find_videos(inputs, report=report)
+    refuse_foreign_files(output, ours=_OURS)
+    settings = json.loads(json.dumps(dataclasses.asdict(rules)))
+    source = {
+        "inputs": [Path(i).resolve().name for i in inputs],
+        "num_videos": len(videos),
+        "like": None if other is None else other.fingerprint,
+        "videos_sha256": hashlib.sha256("\n".join(v.digest for v in videos).encode()).hexdigest(),
+    }
+    values: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "modality": "video",
+        "block_length": rules.context_length + 1,
+        "source": source,
+        "settings": settings,
+    }
+    with staged_folder(output) as staging:
+        if already_there(output, values, digest="videos_sha256"):
+            shutil.rmtree(staging)
+            report(f"already there: {output / MANIFEST_NAME}")
+        else:
+            parts = _make_parts(
+                videos,
+                output.with_name(f".{output.name}.parts"),
+                rules.clips,
+                workers=workers or os.cpu_count() or 1,
+                still_s=still_s,
+                report=report,
+                progress=progress,
+            )
+            source["num_skipped"] = len(videos) - len(parts)
+            source["findings"] = _report_findings(parts, len(videos), report).counts()
+            splits = _split(parts, rules, report)
+            encoder, statistics = _encoder(other, rules, splits["train"], report)
+            values.update(_describe(staging, encoder, statistics, rules))
+            values["splits"] = {
+                name: _write_split(staging, name, splits[name], encoder, rules) for name in splits
+            }
+            write_manifest(staging, values)
+    shutil.rmtree(output.with_name(f".{output.name}.parts"), ignore_errors=True)
+    manifest = load_manifest(output)
+    for name, split in manifest.splits.items():
+        report(_summary(name, split, rules))
+    return manifest.path
+
+
+Clips = list[tuple[Video, Path, list[Clip]]]  # of each video, in order
+
+
+def _make_parts(
+    videos: Sequence[Video],
+    folder: Path,
+    rules: ClipRules,
+    *,
+    workers: int,
+    still_s: float,
+    report: Report,
+    progress: bool,
+) -> list[tuple[Video, Path]]:
+    """The part file of every video of which a clip can be had; says what was left out, per video and in all."""
+    from tqdm import tqdm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {video: folder / f"{video.digest}-{rules.identity}.tar" for video in videos}
+    waiting = [video for video in videos if not paths[video].exists()]
+    if len(waiting) < len(videos):
+        report(
+            f"{len(videos) - len(waiting)} of {len(videos)} videos were decoded by an earlier run"
+        )
+
+    def decode(video: Video, moved: Callable[[], None]) -> None:
+        make_part(video, paths[video], rules, moved)
+
+    with tqdm(
+        total=len(videos), initial=len(videos) - len(waiting), unit="video", disable=not progress
+    ) as bar:
+        for outcome in each_in_a_process(waiting, decode, workers=workers, still_s=still_s):
+            if outcome.problem is not None:
+                path = outcome.task.path
+                why = outcome.problem.removeprefix(f"{path}: ")
+                report(f"warning: {path}: skipped: {why}")
+            bar.update()
+    done = [(video, paths[video]) for video in videos if paths[video].exists()]
+    if not done:
+        raise DataError(f"none of {len(videos)} videos could be used; the warnings above say why")
+    return done
+
+
+def _report_findings(
+    parts: Sequence[tuple[Video, Path]], num_videos: int, report: Report
+) -> Findings:
+    """Says what is not stored as it stands in the file: per video, and added up."""
+    found = {video: read_findings(path) for video, path in parts}
+    repaired = {video: findings for video, findings in found.items() if findings.phrases()}
+    for video, findings in repaired.items():
+        report(f"warning: {video.path}: {'; '.join(findings.phrases())}")
+    summary = total(found.values())
+    if repaired or len(parts) < num_videos:
+        counts = [
+            f"{len(parts) - len(repaired)} of {num_videos} videos are stored whole",
+            f"{len(repaired)} with something left out or put right",
+            f"{num_videos - len(parts)} skipped",
+        ]
+        report("; ".join([", ".join(counts), *summary.phrases()]))
+    return summary
+
+
+def _split(parts: list[tuple[Video, Path]], rules: VideoRules, report: Report) -> dict[str, Clips]:
+    """The clips of each split; those of validation without the windows that further zooms add to training."""
+    result = _split_clips(parts, rules, report)
+    result["validation"] = [
+        (video, path, [clip for clip in clips if clip.zoom == rules.zooms[0]])
+        for video, path, clips in result["validation"]
+    ]
+    return result
+
+
+def _split_clips(
+    parts: list[tuple[Video, Path]], rules: VideoRules, report: Report
+) -> dict[str, Clips]:
+    videos = [video for video, _ in parts]
+    clips = {video: read_clips(path) for video, path in parts}
+    by_time = rules.split == "time" or (
+        rules.split == "auto" and len(videos) == 1 and not rules.validation_videos
+    )
+    if by_time:
+        gap = rules.clips.span_s if rules.gap_s is None else rules.gap_s
+        report(
+            f"split by time: the last {rules.validation_fraction:.0%} of each video is validation, {gap:g} s before it are left out"
+        )
+        result: dict[str, Clips] = {"train": [], "validation": []}
+        longest_s = 0.0
+        for video, path in parts:
+            end = max(clip.start_s for clip in clips[video]) + rules.clips.span_s
+            longest_s = max(longest_s, end)
+            border = end * (1 - rules.validation_fraction)
+            early = [
+                clip for clip in clips[video] if clip.start_s + rules.clips.span_s <= border - gap
+            ]
+            late = [clip for clip in clips[video] if clip.start_s >= border]
+            result["train"] += [(video, path, early)] * bool(early)
+            result["validation"] += [(video, path, late)] * bool(late)
+        for name, found in result.items():
+            if not found:
+                raise DataError(
+                    f"split by time leaves the {name} split without a clip: the longest video is {longest_s:g} s, too short for clips of {rules.clips.span_s:g} s, a gap of "
+                    f"{gap:g} s and a validation fraction of {rules.validation_fraction}; change one of them, or the stride"
+                )
+        return result
+    if rules.validation_videos:
+        unknown = set(rules.validation_videos) - {video.name for video in videos}
+        held_out = [video for video in videos if video.name in rules.validation_videos]
+        if unknown or len(held_out) == len(videos):
+            raise DataError(
+                f"validation videos {', '.join(rules.validation_videos)}: must be some of {', '.join(v.name for v in videos)}, and not all"
+            )
+        chosen = {"train": [v for v in videos if v not in held_out], "validation": held_out}
+    else:
+        chosen = split_documents(
+            videos, validation_fraction=rules.validation_fraction, seed=rules.seed
+        )
+    paths = dict(parts)
+    return {
+        name: [(video, paths[video], clips[video]) for video in members]
+        for name, members in chosen.items()
+    }
+
+
+def _encoder(
+    other, rules: VideoRules, train: Clips, report: Report
+) -> tuple[FrameEncoder, tuple[np.ndarray, np.ndarray]]:
+    """(encoder, (mean, std) of its embeddings over the training frames), or those of another dataset."""
+    if other is not None:
+        return load_encoder(other.content), (other.content.mean, other.content.std)
+    if rules.encoder == "pca":
+        settings = {"patch": 16, "components": 16} | rules.encoder_settings
+        encoder, share = fit_pca(
+            (torch.from_numpy(frames) for frames in _training_frames(train, rules)),
+            **settings,
+            height=rules.height,
+            width=rules.width,
+        )
+        report(
+            f"pca: {settings['components']} components of {settings['patch']} x {settings['patch']} patches hold {share:.1%} of the variance of the training frames"
+        )
+    else:
+        encoder = build_encoder(
+            rules.encoder, rules.encoder_settings, height=rules.height, width=rules.width
+        )
+    groups = encoder.groups()
+    count, total, squares = (
+        0,
+        torch.zeros(encoder.dimension, dtype=torch.float64),
+        torch.zeros(encoder.dimension, dtype=torch.float64),
+    )
+    for frames in _training_frames(train, rules):
+        embeddings = encoder.encode(torch.from_numpy(frames)).double().cpu()
+        count, total, squares = (
+            count + len(embeddings),
+            total + embeddings.sum(0),
+            squares + embeddings.square().sum(0),
+        )
+    sizes = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(
+        0, groups, torch.ones(len(groups), dtype=torch.float64)
+    )
+    mean, square = (
+        torch.zeros_like(sizes).index_add(0, groups, v) / sizes / count for v in (total, squares)
+    )
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    std = torch.where(std > 1e-6 * std.max(), std, 1.0)  # a constant component stays what it is
+    return encoder, (mean[groups].float().numpy(), std[groups].float().numpy())
+
+
+def _training_frames(train: Clips, rules: VideoRules) -> Iterator[np.ndarray]:
+    """The training frames (n, height, width, 3), in batches, each once; every so many-th where there are more than MAX_FITTED_FRAMES."""
+    numbers = [sorted({i for clip in clips for i in clip.frames}) for _, _, clips in train]
+    step = max(1, -(-sum(map(len, numbers)) // MAX_FITTED_FRAMES))
+    for (_, path, _), wanted in zip(train, numbers):
+        frames = read_frames(path)
+        yield from _decoded([frames[i] for i in wanted[::step]], rules)
+
+
+def _decoded(frames: Sequence[bytes], rules: VideoRules) -> Iterator[np.ndarray]:
+    """Frames (n, height, width, 3), BATCH at a time."""
+    size = rules.height, rules.width
+    for start in range(0, len(frames), BATCH):
+        yield np.stack([decode_image(frame, size) for frame in frames[start : start + BATCH]])
+
+
+def _describe(
+    staging: Path,
+    encoder: FrameEncoder,
+    statistics: tuple[np.ndarray, np.ndarray],
+    rules: VideoRules,
+) -> dict[str, Any]:
+    """The manifest's entries about frames and embeddings; writes the encoder's parameters where it has some."""
+    described: dict[str, Any] = {"name": encoder.name, "settings": encoder.settings}
+    parameters = encoder.parameters()
+    if parameters:
+        from safetensors.torch import save
+
+        content = save(parameters)
+        (staging / "encoder.safetensors").write_bytes(content)
+        described |= {"file": "encoder.safetensors", "sha256": hashlib.sha256(content).hexdigest()}
+    return {
+        "dimension": encoder.dimension,
+        "encoder": described,
+        "frames": {
+            "stored": rules.stored,
+            "height": rules.height,
+            "width": rules.width,
+            "interval_s": rules.interval_s,
+        },
+        "statistics": {
+            "mean": [float(f"{v:.7g}") for v in statistics[0]],
+            "std": [float(f"{v:.7g}") for v in statistics[1]],
+        },
+    }
+
+
+def _write_split(
+    folder: Path, name: str, clips_of: Clips, encoder: FrameEncoder, rules: VideoRules
+) -> dict[str, Any]:
+    writer = ShardWriter(folder, name, samples_per_shard=rules.samples_per_shard)
+    try:
+        for video, path, clips in clips_of:
+            frames, embeddings = read_frames(path), None
+            if rules.stored == "embedding":
+                embeddings = np.concatenate(
+                    [
+                        encoder.encode(torch.from_numpy(batch)).cpu().numpy().astype(np.float16)
+                        for batch in _decoded(frames, rules)
+                    ]
+                )
+            for clip in clips:
+                if embeddings is not None:
+                    fields = {"frames.npy": embeddings[list(clip.frames)]}
+                else:
+                    fields = dict(
+                        zip(
+                            field_names(rules.stored, rules.context_length + 1),
+                            (frames[i] for i in clip.frames),
+                        )
+                    )
+                about = {
+                    "video": video.name,
+                    "start_s": round(clip.start_s, 6),
+                    "zoom": clip.zoom,
+                    "crop": clip.crop,
+                }
+                writer.add(
+                    {**fields, CLIP_FIELD: json.dumps(about).encode()},
+                    num_targets=rules.context_length,
+                )
+        shards = writer.close()
+    finally:
+        writer.abandon()
+    return {
+        "shards": shards,
+        "num_videos": len(clips_of),
+        "num_samples": writer.num_samples,
+        "num_targets": writer.num_samples * rules.context_length,
+    }
+
+
+def _summary(name: str, split: SplitInfo, rules: VideoRules) -> str:
+    return (
+        f"{name}: {split.facts['num_videos']} videos, {split.num_samples} clips of {rules.context_length} + 1 frames, {rules.interval_s} s apart, "
+        f"in {len(split.shards)} shards of {sum(s.size for s in split.shards) / 2**20:.1f} MiB"
+    )

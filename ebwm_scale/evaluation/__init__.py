@@ -1,0 +1,1 @@
+"""What a trained model is worth: bootstrap intervals, scaling laws, parity with the released code."""

@@ -1,0 +1,1 @@
+"""Faces towards other libraries."""

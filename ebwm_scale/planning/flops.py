@@ -1,0 +1,194 @@
+"""FLOPs of a training step, in closed forms from the configuration, tested against counted products.
+
+    step_flops(config, samples=128)["observed"]
+
+Legend: B samples, S positions, D width, K = H_kv d width of keys, F feed-forward width, L blocks, V size of a state,
+N refinement steps, G of them with a graph, R = B S rows. A FLOP is half a multiply-add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ebwm_kernels.attention.ops import PRODUCTS, visible_pairs
+from ebwm_scale.config.schema import Config
+from ebwm_scale.model.energy_transformer import one_context_serves_all
+from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes
+
+# Products of (queries, keys, d) that each level of the predicted stream's attention needs at least. The Triton kernels make more of them, to
+# keep less (attention_ops.PRODUCTS): their way of computing, not the model's work.
+ATTENTION_FORWARD = PRODUCTS["reference"]["forward"]
+ATTENTION_INNER, ATTENTION_FIRST_ORDER = PRODUCTS["reference"]["gradient"]
+ATTENTION_SECOND_ORDER = PRODUCTS["reference"]["double_backward"][0]
+# Products of scaled_dot_product_attention as PyTorch counts them: over the whole square, causal or not; scores again in the backward.
+SDPA_FORWARD, SDPA_BACKWARD = 2, 5
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The numbers that all closed forms are made of; weights are multiply-adds per row."""
+
+    width: int
+    keys: int
+    feed_forward: int
+    layers: int
+    state: int  # V: vocabulary size, or dimension of a frame embedding
+    positions: int
+    offset: int  # rows in front of the observed ones
+    steps: int
+    graph_steps: int
+    contexts: int  # times the observed stream is encoded
+    graph_contexts: int  # of them back-propagated
+    attention_weights: int  # D D + 2 D K + D D
+    block_weights: int  # the same + 3 D F
+    modulation_weights: (
+        int  # adaLN of one stream's blocks, D x 6 D each, computed once per call whatever the rows
+    )
+    final_modulation: int  # D x 2 D
+
+    @classmethod
+    def of(cls, config: Config, num_steps: int | None = None) -> "_Sizes":
+        model, refinement = config.model, config.refinement
+        steps = num_steps or refinement.num_steps
+        graph_steps = num_graph_steps(refinement, steps)
+        shared = one_context_serves_all(model.conditioning, num_landscapes(refinement))
+        keys = model.width // model.num_heads * model.num_kv_heads
+        attention = 2 * model.width**2 + 2 * model.width * keys
+        adaptive = model.conditioning in ("adaln", "adaln_zero", "predicted_only")
+        return cls(
+            width=model.width,
+            keys=keys,
+            feed_forward=model.feed_forward_width,
+            layers=model.num_layers,
+            state=model.vocabulary_size
+            if config.state.kind == "vocabulary"
+            else config.state.dimension,
+            positions=config.data.context_length,
+            offset=int(model.conditioning == "time_embed"),
+            steps=steps,
+            graph_steps=graph_steps,
+            contexts=1 if shared else steps,
+            graph_contexts=1 if shared else graph_steps,
+            attention_weights=attention,
+            block_weights=attention + 3 * model.width * model.feed_forward_width,
+            modulation_weights=6 * model.width**2 * model.num_layers if adaptive else 0,
+            final_modulation=2 * model.width**2 if adaptive else 0,
+        )
+
+    def causal_pairs(self) -> int:
+        """(query, key) pairs of one head of the predicted stream, own keys aside."""
+        return visible_pairs(self.positions, self.positions + self.offset, self.offset)
+
+
+def step_flops(config: Config, *, samples: int, num_steps: int | None = None) -> dict[str, float]:
+    """FLOPs of one training step (forward and backward, all refinement steps) of `samples` samples, by part; the sum is the step.
+
+    Counted: matrix products and attention, 2 per multiply-add: attention of the predicted stream over the (query, key) pairs that exist, of
+    the observed stream over the whole square (PyTorch's count; a causal kernel may do half). Not counted: elementwise work,
+    softmax, row-wise dot products, optimizer. "recomputation" is what activation checkpointing adds; leave it out for an MFU.
+    num_steps: refinement steps of this training step where they vary; default refinement.num_steps.
+    Needs a resolved config with data.context_length and model.vocabulary_size or state.dimension.
+    """
+    z = _Sizes.of(config, num_steps)
+    rows = samples * z.positions
+    blocks, state_product = z.layers * z.block_weights, 2.0 * rows * z.state * z.width
+    square = 2.0 * samples * z.width * (z.positions + z.offset) ** 2
+    frames = (
+        {} if config.state.kind == "vocabulary" else {"state_projection": 2 * state_product}
+    )  # observed: forward, dW
+    if config.model.kind == "baseline":
+        two = config.model.output == "two_linear"
+        hidden_product = 2.0 * rows * z.width**2 if two else 0.0
+        return {
+            "blocks_forward": 2.0 * rows * blocks,
+            "blocks_backward": 4.0 * rows * blocks,
+            "attention": square * z.layers * (SDPA_FORWARD + SDPA_BACKWARD),
+            **frames,
+            # forward, dx, dW
+            "output" if frames else "vocabulary": 3 * (state_product + hidden_product),
+        }
+    N, G = z.steps, z.graph_steps
+    # Of the last block only keys and values of the observed stream exist; adaLN of its final norm is computed but not used.
+    observed_rows, observed_blocks = (
+        samples * (z.positions + z.offset),
+        blocks - z.block_weights + 2 * z.width * z.keys,
+    )
+    observed_modulation = (
+        0 if config.model.conditioning == "predicted_only" else z.modulation_weights
+    )
+    observed_final = 0 if config.model.conditioning == "predicted_only" else z.final_modulation
+    modulation, head = z.modulation_weights + z.final_modulation, z.width
+    attention = 2.0 * samples * z.width * z.causal_pairs() * z.layers
+    parts = {
+        "observed": 2.0
+        * z.contexts
+        * (observed_rows * observed_blocks + observed_modulation + observed_final)
+        + 4.0 * z.graph_contexts * (observed_rows * observed_blocks + observed_modulation),
+        "predicted_forward": 2.0 * N * (rows * (blocks + head) + modulation),
+        "inner_gradient": 2.0 * N * rows * (blocks + head),
+        # Per weight: two products for the double backward of dx = dy W, two for x W; the energy itself is not in the loss.
+        "outer_backward": G * (8.0 * rows * blocks + 4.0 * modulation + 2.0 * rows * head),
+        "recomputation": G * _recomputation(config, z, rows, attention)
+        + (config.refinement.recompute == "block")
+        * z.graph_contexts
+        * (2.0 * observed_rows * observed_blocks + square * (z.layers - 1) * SDPA_FORWARD),
+        "attention_observed": square
+        * (z.layers - 1)
+        * (z.contexts * SDPA_FORWARD + z.graph_contexts * SDPA_BACKWARD),
+        "attention_predicted": attention
+        * (
+            N * (ATTENTION_FORWARD + ATTENTION_INNER)
+            + G * (ATTENTION_SECOND_ORDER + ATTENTION_FIRST_ORDER)
+        ),
+    }
+    parts |= (
+        {
+            "state_projection": frames["state_projection"]
+            + state_product * _state_products(config, z)
+        }
+        if frames
+        else {"vocabulary": state_product * _state_products(config, z)}
+    )
+    return {part: value for part, value in parts.items() if value}
+
+
+def model_flops(flops: dict[str, float]) -> float:
+    """The sum that an MFU is made of: everything but recomputation."""
+    return sum(value for part, value in flops.items() if part != "recomputation")
+
+
+def _state_products(config: Config, z: _Sizes) -> int:
+    """Products of size rows * V * D of all refinement steps, see kernels/ebwm_kernels/vocabulary/api.py and model/states.py."""
+    refinement, N, G = config.refinement, z.steps, z.graph_steps
+    if config.state.kind == "embedding" or refinement.graph == "full":
+        # Plain autograd: into a step and out of it, W's gradient from both, and the way back through the latter; full: through both.
+        return 2 * N + 3 * G + (G - 1 if refinement.graph == "full" else 0)
+    if refinement.update == "probabilities" and refinement.noise == 0:
+        return (
+            2 * N + 2 + G
+        )  # a step's loss and the next step's entry share one W gradient; only the last loss needs two of its own
+    scored = min(
+        G + 1, N
+    )  # losses computed with their two gradients: those with a graph, and the one before, unread
+    return 2 * N + G + 2 * scored
+
+
+def _recomputation(config: Config, z: _Sizes, rows: int, attention: float) -> float:
+    """FLOPs that refinement.recompute adds per step with a graph.
+
+    step: the step is computed again in the backward. block: the four lines of refinement/block_recompute.py; per weight 4 forwards in place of 1, 2 inner
+    gradients in place of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is spared once.
+    """
+    blocks, modulation = z.layers * z.block_weights, z.modulation_weights + z.final_modulation
+    if config.refinement.recompute == "step":
+        return (
+            (2 * 2 + 2) * rows * blocks
+            + 2 * 2 * (rows * z.width + modulation)
+            + attention * (2 * ATTENTION_FORWARD + ATTENTION_INNER)
+        )
+    if config.refinement.recompute == "block":
+        spared = 2 * z.layers * z.width * z.feed_forward
+        return 2.0 * rows * (6 * blocks - spared + 2 * z.width) + attention * (
+            3 * ATTENTION_FORWARD + ATTENTION_INNER + ATTENTION_FIRST_ORDER
+        )
+    return 0.0

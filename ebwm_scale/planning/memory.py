@@ -1,0 +1,188 @@
+"""Memory of a process at its peak in a training step, by part: an estimate, calibrated on measured peaks.
+
+memory_estimate(config, world_size=8, micro_batch=4)        GiB by part
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ebwm_kernels.attention.reference import ROWS
+from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
+from ebwm_scale.config.schema import Config
+from ebwm_scale.planning.flops import _Sizes
+from ebwm_scale.planning.parameters import count_parameters
+
+GIB = 2.0**30
+
+
+# What autograd keeps per row and block, read off the operations and tested against the live tensors of a step.
+OBSERVED_D, OBSERVED_F = (
+    7,
+    3,
+)  # norm inputs 2, normed 3 (the first one for K, V and again for q), q, attended; w1, w3, SwiGLU
+LAST_OBSERVED_D = 2  # norm input, normed; then only K and V
+PREDICTED_D, PREDICTED_F = (
+    16,
+    6,
+)  # norm inputs 2, normed 2, q, k*, v*, attended; w1, w3, SwiGLU; and as many cotangents
+STREAMS_D = 3  # checkpoint block, per block: p_l, c_l, and a_l in the backward
+OBSERVED_ADALN_D, PREDICTED_ADALN_D = (
+    5,
+    8,
+)  # a modulated norm keeps its input, a gate what it gates; and their cotangents
+OUTSIDE_D = (
+    6  # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
+)
+REDUCE_BUCKET = (
+    500_000_000  # numbers of gradients that DeepSpeed sends together at most: its default
+)
+ATTENTION_BLOCKS = (
+    6  # score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
+)
+STATES = {
+    "probabilities": 2,
+    "mirror": 3,
+    "logits": 3,
+}  # (rows, V) tensors of a tile in kernels/ebwm_kernels/vocabulary/api.py
+FULL_STATES = {
+    "probabilities": 1,
+    "mirror": 1,
+    "logits": 3,
+}  # (R, V) tensors of plain autograd (graph full): per step,
+FULL_TRANSIENT = 2  # and once
+FRAME_STATES = 4  # per step: state, slope, alpha * slope, difference to the target
+
+
+def memory_estimate(
+    config: Config, *, world_size: int, micro_batch: int, device: str | None = None
+) -> dict[str, float]:
+    """GiB by part, "total" last, of one process at its peak in a training step of micro_batch samples: what tensors need.
+
+    Activations and states are those of one tile (refinement/loop.py); device: "cpu" or "cuda", whose tiles differ; default: what is here.
+
+    The runtime (libraries: about 0.1 GiB on a CPU; a CUDA context), the loader and the replay buffer come on top, and an allocator's
+    waste: glibc's on a CPU holds as much again unless the environment has MALLOC_MMAP_THRESHOLD_=65536. "gradients" holds the fp32 copy
+    that a bf16 update works on, "optimizer" AdamW's two moments and, under bf16 or ZeRO, a master copy of the weights; neither is here
+    where deepspeed.offload keeps it on the host. "workspace" is the largest of what lives for a moment: chunks of the vocabulary in the
+    forward, or in the backward score blocks and, under checkpoint step, the recomputed step. Gradients count as there all the time.
+    Needs what step_flops needs.
+    """
+    from ebwm_scale.world_model import WorldModel
+
+    with torch.device(
+        "meta"
+    ):  # no memory: the model says how large it is, so there is no second formula
+        num_parameters = count_parameters(WorldModel(config))["total"]
+    z, half, stage = (
+        _Sizes.of(config),
+        config.train.precision == "bf16",
+        config.deepspeed.zero_stage,
+    )
+    element, shards = 2 if half else 4, world_size if stage else 1
+    baseline, full, update = (
+        config.model.kind == "baseline",
+        config.refinement.graph == "full",
+        config.refinement.update,
+    )
+    offloaded = config.deepspeed.offload != "none"
+    by_block = config.refinement.recompute == "block" and not baseline
+    D, F, K, V = z.width, z.feed_forward, z.keys, z.state
+    parts = {
+        "weights": element * num_parameters / (world_size if stage == 3 else 1),
+        "gradients": num_parameters
+        * (
+            element / (world_size if stage >= 2 else 1)
+            + (4 / shards if half and not offloaded else 0)
+        ),
+        "optimizer": 0 if offloaded else num_parameters * (12 if half or stage else 8) / shards,
+    }
+    workspace = 0.0
+    if not baseline and (
+        stage >= 2 or (stage == 0 and config.train.global_batch_size > world_size * micro_batch)
+    ):
+        workspace += (
+            element * num_parameters
+        )  # a micro-batch's gradients are summed on their own, beside those accumulated or partitioned
+    if stage == 3:  # whole while they are used; the baseline gathers a block at a time too
+        blocks = z.layers * (z.block_weights + 2 * D)
+        workspace += element * min(
+            num_parameters, REDUCE_BUCKET
+        )  # gradients on their way to the others
+        workspace += element * (
+            num_parameters - (blocks * (z.layers - 1) // z.layers if by_block or baseline else 0)
+        )
+    if config.deepspeed.offload == "parameters":
+        parts["weights"] = 0
+    observed_block = (
+        OBSERVED_D
+        + (OBSERVED_ADALN_D if config.model.conditioning in ("adaln", "adaln_zero") else 0)
+    ) * D + OBSERVED_F * F
+    if baseline:
+        rows = micro_batch * z.positions
+        parts["activations_observed"] = (
+            element * rows * (z.layers * (observed_block + 2 * K) + 2 * D)
+        )
+    else:
+        rows, samples, num_parts = _tile(config, z, micro_batch, device)
+        kept = (
+            (z.layers - 1) * (D if by_block else observed_block)
+            + LAST_OBSERVED_D * D
+            + z.layers * 2 * K
+        )
+        contexts = z.contexts if full or num_parts > 1 else 1
+        parts["activations_observed"] = (
+            element * samples * (z.positions + z.offset) * contexts * kept
+            + element * micro_batch * z.positions * D
+        )
+        kept, recomputed = _predicted_kept(config, z, z.steps if full else 1)
+        parts["activations_predicted"] = element * rows * kept
+        scores = (
+            samples * config.model.num_heads * min(ROWS, z.positions) * (z.positions + z.offset)
+        )
+        workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
+    if config.state.kind == "embedding":
+        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.steps if full else 1)
+    elif baseline:  # W's gradient exists from the forward on
+        parts["vocabulary"] = element * V * D
+        workspace = max(
+            workspace,
+            min(4.0 * rows * V, CHUNK_BYTES) * (1.5 if half else 1) + (4 + element) * V * D * half,
+        )
+    else:
+        state, scores = 4.0 * rows * V, z.steps if config.refinement.loss == "every" else 1
+        clamps = (config.refinement.change_clamp is not None) + (
+            config.refinement.state_clamp is not None
+        )
+        if full:  # autograd keeps what each clamp was given
+            states = (FULL_STATES[update] + clamps) * z.steps + scores + FULL_TRANSIENT
+        else:  # a byte per number says where a clamp binds
+            states = STATES[update] + 0.25 * (clamps > 0) + (config.refinement.noise > 0)
+        parts["vocabulary"] = state * (states + half / 2) + V * D * (
+            2 * element * (config.state.map_scale != 1) + (4 + element) * half
+        )
+    gib = {part: value / GIB for part, value in (parts | {"workspace": workspace}).items()}
+    return gib | {"total": sum(gib.values())}
+
+
+def _tile(config: Config, z: _Sizes, micro_batch: int, device: str | None) -> tuple[int, int, int]:
+    """The largest tile of refinement/loop.py: its rows, its samples, and into how many parts a sample's positions are cut."""
+    from ebwm_scale.refinement.tiling import tile_rows, tiles_of
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tiles = list(tiles_of(micro_batch, z.positions, tile_rows(config.refinement, z.state, device)))
+    samples = max(group.stop - group.start for group, _ in tiles)
+    positions = max(part.stop - part.start for part in tiles[0][1])
+    return samples * positions, samples, len(tiles[0][1])
+
+
+def _predicted_kept(config: Config, z: _Sizes, live_steps: int) -> tuple[int, int]:
+    """Numbers per row of the predicted stream: (kept of the steps whose graph lives at a time, of one step when recomputed)."""
+    adaptive = PREDICTED_ADALN_D * z.width if z.modulation_weights else 0
+    blocks = z.layers * (PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive)
+    outside = OUTSIDE_D * z.width * live_steps
+    if config.refinement.recompute == "step":
+        return outside, blocks
+    if config.refinement.recompute == "block":  # streams and slopes of all blocks, the graph of one
+        return (z.layers + 1) * STREAMS_D * z.width * live_steps + outside, blocks // z.layers
+    return blocks * live_steps + outside, 0

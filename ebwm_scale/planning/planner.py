@@ -1,0 +1,194 @@
+"""What a configuration would take on a cluster: memory, communication, time, cost; which ZeRO stage and micro-batch to use. Nothing is allocated.
+
+    python -m ebwm_scale.plan --config configs/nlp/anchored.yaml --machine h100 --nodes 8 --tokens 100e9
+
+Memory and FLOPs are planning/flops.py's. Time is the sum of
+    computation      FLOPs of each part over (vendor's peak x utilisation of that part)
+    communication    bytes that a process sends and receives over its bandwidth, nothing overlapped
+so a plan is slower than what overlaps well. Utilisations of GPUs are assumptions (UTILISATION) until someone measures them with tools/bench_step.py; those of the two CPU
+machines are fitted to measured steps, and tests compare the fit with every measured step there is (results/planner.json).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ebwm_scale.config.checks import batch_arithmetic
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.planning.flops import model_flops, step_flops
+from ebwm_scale.planning.hardware import HEADROOM, UTILISATION, Machine
+from ebwm_scale.planning.memory import memory_estimate
+from ebwm_scale.planning.parameters import count_parameters
+from ebwm_scale.refinement.step_plan import num_graph_steps
+
+GRADIENT_PASSES = {
+    "graph": 4,
+    "plain": 2,
+}  # times a block's parameters are gathered per refinement step at stage 3: refinement/block_recompute.py
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one ZeRO stage. memory: GiB by part; seconds of a training step; None where not even one sample fits."""
+
+    stage: int
+    micro_batch: int | None
+    accumulation: int | None
+    memory: dict[str, float]
+    gigabytes: float
+    compute_s: float
+    communication_s: float
+    mfu: float | None
+    tokens_per_day: float
+
+    @property
+    def fits(self) -> bool:
+        return self.micro_batch is not None
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.communication_s
+
+
+def plan(
+    config: Config,
+    machine: Machine,
+    *,
+    nodes: int,
+    gpus_per_node: int | None = None,
+    micro_batch: int | None = None,
+) -> list[Plan]:
+    """A plan for each ZeRO stage that the configuration can run at, with its largest micro-batch that fits (or the one given).
+
+    Needs what step_flops needs: data.context_length and the size of the vocabulary or the state. Raises ConfigError where the global batch does not divide.
+    """
+    gpus = gpus_per_node or machine.gpus
+    world = nodes * gpus
+    if config.train.precision == "bf16" and not machine.bf16:
+        raise ConfigError(
+            f"train.precision is bf16, which {machine.name} is not planned for; use fp32"
+        )
+    candidates = (
+        [config.train.micro_batch_size or micro_batch]
+        if config.train.micro_batch_size or micro_batch
+        else _divisors(config, world)
+    )
+    plans = []
+    for stage in (0, 1, 2, 3):
+        staged = config.replace(deepspeed=config.deepspeed.replace(zero_stage=stage))
+        if stage == 3 and config.model.kind == "energy":
+            staged = staged.replace(refinement=staged.refinement.replace(recompute="block"))
+        plans.append(_plan(staged, machine, nodes, gpus, candidates))
+    return plans
+
+
+def recommended(plans: list[Plan]) -> Plan | None:
+    """The fastest that fits; of plans within 2 % of it the lowest stage."""
+    fitting = [plan for plan in plans if plan.fits]
+    if not fitting:
+        return None
+    fastest = min(plan.step_s for plan in fitting)
+    return next(plan for plan in fitting if plan.step_s <= 1.02 * fastest)
+
+
+def _divisors(config: Config, world: int) -> list[int]:
+    """Micro-batches that the global batch divides into, largest first. Raises ConfigError for a world that it does not divide into at all."""
+    batch_arithmetic(config.train, world, paired=config.refinement.replay)
+    share = config.train.global_batch_size // world
+    return [
+        size
+        for size in range(share, 0, -1)
+        if share % size == 0 and not (config.refinement.replay and size % 2)
+    ]
+
+
+def _plan(config: Config, machine: Machine, nodes: int, gpus: int, candidates: list[int]) -> Plan:
+    world, device = nodes * gpus, machine.device
+    room, chosen, memory = machine.memory * (1 - HEADROOM), None, {}
+    for size in candidates:
+        memory = memory_estimate(config, world_size=world, micro_batch=size, device=device)
+        if memory["total"] <= room:
+            chosen = size
+            break
+    size = chosen or candidates[-1]
+    share = config.train.global_batch_size // world
+    accumulation = -(-share // size)
+    compute = compute_seconds(config, machine, samples=share)
+    gigabytes = communicated(config, world=world, accumulation=accumulation) / 1e9
+    communication = (
+        gigabytes / (machine.within if nodes == 1 else machine.between) if world > 1 else 0.0
+    )
+    useful = model_flops(step_flops(config, samples=share))
+    peak = _peak(config, machine)
+    step = compute + communication
+    return Plan(
+        config.deepspeed.zero_stage,
+        chosen,
+        accumulation if chosen else None,
+        memory,
+        gigabytes,
+        compute,
+        communication,
+        useful / step / peak,
+        86400 / step * config.train.global_batch_size * config.data.context_length,
+    )
+
+
+def compute_seconds(config: Config, machine: Machine, *, samples: int) -> float:
+    """Of one training step of `samples` samples on one GPU (or on a CPU of the table)."""
+    rates, peak = machine.rates or UTILISATION, _peak(config, machine)
+    return sum(
+        value
+        / (
+            peak
+            * rates[
+                "attention"
+                if part.startswith("attention")
+                else "vocabulary"
+                if part in ("vocabulary", "output", "state_projection")
+                else "blocks"
+            ]
+        )
+        for part, value in step_flops(config, samples=samples).items()
+    )
+
+
+def _peak(config: Config, machine: Machine) -> float:
+    return 1e12 * (machine.bf16 if config.train.precision == "bf16" else machine.fp32)
+
+
+def communicated(config: Config, *, world: int, accumulation: int) -> float:
+    """Bytes that a process sends in a training step, ring algorithms: (n - 1) / n of what is reduced or gathered.
+
+    stage 0, 1   gradients are reduced and come back (or weights do):     2 P
+    stage 2      gradients of every micro-batch are reduced, weights gathered:   accumulation P + P
+    stage 3      gradients as stage 2; weights gathered whenever a block is computed: per micro-batch, twice for the baseline and for the observed stream, and
+                 GRADIENT_PASSES times for every refinement step (refinement/block_recompute.py); what lies outside the blocks once
+    """
+    import torch
+
+    from ebwm_scale.world_model import WorldModel
+
+    with torch.device("meta"):
+        counts = count_parameters(WorldModel(config))
+    element, stage, parameters = (
+        (2 if config.train.precision == "bf16" else 4),
+        config.deepspeed.zero_stage,
+        counts["total"],
+    )
+    if stage <= 1:
+        moved = 2.0 * parameters
+    elif stage == 2:
+        moved = (accumulation + 1.0) * parameters
+    else:
+        blocks = counts["blocks"]
+        passes = 2.0
+        if config.model.kind == "energy":
+            steps = config.refinement.num_steps
+            graph = num_graph_steps(config.refinement, steps)
+            passes = (
+                2.0 + GRADIENT_PASSES["graph"] * graph + GRADIENT_PASSES["plain"] * (steps - graph)
+            )
+        moved = accumulation * (passes * blocks + (parameters - blocks) + parameters)
+    return element * moved * (world - 1) / world

@@ -1,0 +1,192 @@
+"""evaluation.json as one self-contained page: thinking curves with their intervals, and what the energy says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.reporting.numbers import show
+from ebwm_scale.reporting.page import card, with_interval
+from ebwm_scale.reporting.page import render as render_page
+from ebwm_scale.reporting.plain import bounded, printable
+from ebwm_scale.reporting.plots import LIGHT
+
+MAX_POINTS = 300  # of a curve or a table
+
+
+def render(result: dict[str, Any]) -> str:
+    """The page as HTML text. Raises DataError for what is no result of ebwm_scale.evaluate."""
+    try:
+        return _render(bounded(result))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise DataError(
+            f"not a result of ebwm_scale.evaluate: {printable(repr(error), 160)}; evaluate again"
+        ) from None
+
+
+def _render(result: dict[str, Any]) -> str:
+    unit = "nats per token" if result["modality"] == "text" else "SmoothL1"
+    perplexity = result["loss"].get("perplexity")
+    is_energy = result["kind"] != "baseline"
+    return render_page(
+        "evaluation.html.j2",
+        title="Evaluation",
+        checkpoint=printable(str(result.get("checkpoint", "evaluation")), 300),
+        num_samples=f"{result['num_samples']:,}",
+        num_targets=f"{result['num_targets']:,}",
+        loss=with_interval(result["loss"]),
+        perplexity=show(perplexity) if perplexity is not None else "",
+        unit=unit,
+        sentences=_sentences(result) if is_energy else [],
+        plots=_plots(result, unit) if is_energy else [],
+        steps=_steps_table(result, unit) if is_energy else None,
+        foreign=_foreign_table(result, unit) if result.get("foreign_texts") else None,
+    )
+
+
+def _plots(result: dict[str, Any], unit: str) -> list[dict[str, Any]]:
+    plots = [card("Loss against refinement steps", lambda axes: _curves(axes, result, unit))]
+    if result.get("starts"):
+        starts = result["starts"][:MAX_POINTS]
+        plots.append(
+            card(
+                "Loss against starts, lowest energy kept", lambda axes: _starts(axes, starts, unit)
+            )
+        )
+    tenths = result["energy"]["tenths"]
+    of_error = result["allocation"]["tenths_of_error"]
+    plots += [
+        card("Error by tenth of final energy", lambda axes: _tenths(axes, tenths, "energy", unit)),
+        card(
+            "Steps used by tenth of error", lambda axes: _tenths(axes, of_error, "error", "steps")
+        ),
+    ]
+    return plots
+
+
+def _steps_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
+    rows = [["0", with_interval(result["initial"]), "–"]]
+    for point in result["steps"][:MAX_POINTS]:
+        trained = " (trained)" if point["num_steps"] == result["trained_steps"] else ""
+        rows.append(
+            [f"{point['num_steps']}{trained}", with_interval(point), show(point["mean_energy"])]
+        )
+    return {"heads": ["steps", f"loss, {unit}", "mean energy"], "rows": rows}
+
+
+def _foreign_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
+    share = "share_of_pairs_in_which_real_has_lower_"
+    rows = []
+    for text in result["foreign_texts"][:MAX_POINTS]:
+        by_energy = with_interval(text[share + "energy"]) if share + "energy" in text else "–"
+        rows.append(
+            [
+                printable(str(text["name"]), 200),
+                str(text["num_samples"]),
+                by_energy,
+                with_interval(text["mean_loss"]),
+                with_interval(text[share + "loss"]),
+            ]
+        )
+    return {
+        "heads": ["text", "sequences", "by energy", f"its loss, {unit}", "by loss"],
+        "rows": rows,
+    }
+
+
+def _sentences(result: dict[str, Any]) -> list[str]:
+    lines = []
+    if "gain_of_later_steps" in result:
+        gain = result["gain_of_later_steps"]
+        verdict = (
+            "falls"
+            if gain["low"] > 0
+            else "rises"
+            if gain["high"] < 0
+            else "changes no more than this many samples show"
+        )
+        lines.append(
+            f"From the first step to the {result['trained_steps']} that were trained the loss {verdict}: "
+            f"it falls by {with_interval(gain)}. Whether more steps help shows beside a model trained with one."
+        )
+    correlation = result["energy"]["rank_correlation_with_error"]
+    says = (
+        "rises with the error"
+        if correlation["low"] > 0
+        else "falls with the error"
+        if correlation["high"] < 0
+        else "says nothing about the error"
+    )
+    lines.append(f"The final energy {says}: rank correlation {with_interval(correlation)}.")
+    allocation = result["allocation"]
+    lines.append(
+        f"Stopping early (tolerance {show(allocation['tolerance'])}) uses {show(allocation['mean_steps'])} of {allocation['max_steps']} steps, {allocation['saved']:.0%} fewer, at a loss of "
+        f"{with_interval(allocation['loss_stopped'])} against {with_interval(allocation['loss_running_on'])}; rank correlation of steps and error "
+        f"{with_interval(allocation['rank_correlation_of_steps_with_error'])}."
+    )
+    if "uncertainty" in result:
+        lines.append(
+            f"Spread of energy over starts against the error: rank correlation {with_interval(result['uncertainty']['rank_correlation_of_energy_spread_with_error'])}."
+        )
+    if "foreign" in result:
+        lines.append(
+            f"Real text has the lower energy than shuffled text in {with_interval(result['foreign']['share_of_pairs_in_which_real_is_lower'])} of pairs (0.5: cannot tell)."
+        )
+    return lines
+
+
+def _curves(axes: Axes, result: dict[str, Any], unit: str) -> str:
+    for points, colour, label, style in (
+        (result["steps"], LIGHT["curve3"], "every step taken", "-"),
+        (result["steps_accept_only_if_lower"], LIGHT["baseline"], "accepted only if lower", "--"),
+    ):
+        _with_band(axes, [p["num_steps"] for p in points], points, colour, label, style)
+    axes.axvline(result["trained_steps"], color=LIGHT["muted"], linewidth=0.7, linestyle=":")
+    axes.set_xlabel("refinement steps"), axes.set_ylabel(unit), axes.legend(fontsize=7)
+    return (
+        f"Trained with {result['trained_steps']}; initial state {show(result['initial']['mean'])}."
+    )
+
+
+def _starts(axes: Axes, points: list[dict], unit: str) -> str:
+    _with_band(
+        axes, [p["num_starts"] for p in points], points, LIGHT["curve3"], "lowest energy", "-"
+    )
+    axes.set_xlabel("starts"), axes.set_ylabel(unit)
+    return f"Mean energy {show(points[0]['mean_energy'])} with {points[0]['num_starts']}, {show(points[-1]['mean_energy'])} with {points[-1]['num_starts']}."
+
+
+def _tenths(axes: Axes, points: list[dict], by: str, what: str) -> str:
+    axes.plot(
+        [p["by"] for p in points],
+        [p["mean"] for p in points],
+        color=LIGHT["curve3"],
+        marker="o",
+        markersize=3,
+    )
+    axes.set_xlabel(f"mean {by} of the tenth"), axes.set_ylabel(what)
+    return f"From {show(points[0]['mean'])} in the lowest tenth to {show(points[-1]['mean'])} in the highest."
+
+
+def _with_band(
+    axes: Axes, x: list[float], points: list[dict], colour: str, label: str, style: str
+) -> None:
+    axes.fill_between(
+        x,
+        [p["low"] for p in points],
+        [p["high"] for p in points],
+        color=colour,
+        alpha=0.18,
+        linewidth=0,
+    )
+    axes.plot(
+        x,
+        [p["mean"] for p in points],
+        color=colour,
+        marker="o",
+        markersize=3,
+        linestyle=style,
+        label=label,
+    )

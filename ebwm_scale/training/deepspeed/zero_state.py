@@ -1,0 +1,130 @@
+"""Weights and optimizer state by parameter name, whatever the ZeRO stage: what each process holds, and how any process takes what it needs.
+
+A piece is a range of a flattened parameter: its float32 weights (the master copy, where there is one) and AdamW's two moments.
+
+    stage 0     every process holds everything; of the parameters in order, process r writes those with index % world size == r
+    stage 1, 2  a process holds a range of all parameters laid end to end: pieces that may start and end inside a parameter
+    stage 3     a process holds the r-th part of every parameter
+
+`save` takes the pieces of this process, `load` any set of pieces that cover the parameters: so a checkpoint of any number of processes and
+any stage continues on any other. Values are copied as they are: with nothing changed, the continued run is bitwise the same.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ebwm_scale.checkpoint.parameter_shard import MOMENTS, Piece
+
+KINDS = ("weight", *MOMENTS)
+
+
+class EngineState:
+    """The pieces of a DeepSpeed engine's process. `stage`, `half`: deepspeed.zero_stage, and whether weights are bf16."""
+
+    def __init__(self, deepspeed_engine, *, stage: int, half: bool, rank: int, world_size: int):
+        self.module, self.optimizer = deepspeed_engine.module, deepspeed_engine.optimizer
+        self.stage, self.half, self.rank, self.world_size = stage, half, rank, world_size
+        self.inner = (
+            self.optimizer if stage == 0 and not half else self.optimizer.optimizer
+        )  # torch's AdamW
+        self.masters: dict[int, Tensor] = {}  # stage 0 in bf16: parameter -> float32 copy
+        if stage == 0 and half:
+            self.masters = {
+                id(p): master
+                for group, copies in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups)
+                for p, master in zip(group, copies)
+            }
+
+    def pieces(self) -> Iterator[Piece]:
+        for index, (name, p) in enumerate(self.module.named_parameters()):
+            start, values = self._local(p)
+            owned = (
+                self.stage == 3
+                or (self.stage > 0 and p.requires_grad)
+                or index % self.world_size == self.rank
+            )
+            if owned and values and values["weight"].numel():
+                yield Piece(name, start, values)
+
+    def step_count(self) -> float:
+        """Updates AdamW has made, the same for all parameters; skipped ones do not count."""
+        return next((float(state["step"]) for state in self.inner.state.values()), 0.0)
+
+    def load(self, read: Callable[[str, str], Tensor], step_count: float) -> None:
+        """read(name, kind) -> the whole flattened float32 tensor; called for one parameter after the other."""
+        self._create_moments(step_count)
+        with torch.no_grad():
+            for name, p in self.module.named_parameters():
+                start, values = self._local(p)
+                weight = read(name, "weight")
+                for kind, mine in values.items():
+                    whole = weight if kind == "weight" else read(name, kind)
+                    mine.copy_(whole[start : start + mine.numel()])
+                if self.stage == 3:
+                    mine = p.ds_tensor
+                    part = weight[self.rank * mine.numel() :][: mine.numel()]
+                    mine[: part.numel()].copy_(part)
+                if p.numel() == weight.numel():  # what the forward pass sees
+                    p.copy_(weight.view_as(p))
+
+    def _local(self, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+        """(start, kind -> flat view) of what this process updates of p; no values where that is nothing."""
+        if self.stage == 3:
+            return self._local_partition(p)
+        if not p.requires_grad or self.stage == 0:
+            master = self.masters.get(id(p), p)
+            state = self.inner.state.get(master, {})
+            return 0, {
+                "weight": master.detach().view(-1),
+                **{key: state[key].view(-1) for key in MOMENTS if key in state},
+            }
+        mapping = getattr(p, "_hp_mapping", None)
+        if mapping is None:
+            return 0, {}
+        address, flat = (
+            mapping.hp_fragment_address,
+            self.optimizer.single_partition_of_fp32_groups[self._group_of(p)],
+        )
+        part = slice(address.start, address.start + address.numel)
+        state = self.inner.state.get(flat, {})
+        return mapping.lp_fragment_address.start, {
+            "weight": flat.detach()[part],
+            **{key: state[key][part] for key in MOMENTS if key in state},
+        }
+
+    def _local_partition(self, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+        size = p.ds_tensor.ds_numel if hasattr(p.ds_tensor, "ds_numel") else p.ds_tensor.numel()
+        start = self.rank * size
+        count = max(0, min(size, p.ds_numel - start))
+        if not p.requires_grad:
+            return start, {"weight": p.ds_tensor.detach().view(-1)[:count]}
+        group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(p)]
+        flat = self.optimizer.fp32_partitioned_groups_flat[group]
+        state = self.inner.state.get(flat, {})
+        part = slice(offset, offset + count)
+        return start, {
+            "weight": flat.detach()[part],
+            **{key: state[key][part] for key in MOMENTS if key in state},
+        }
+
+    def _group_of(self, p: nn.Parameter) -> int:
+        return next(
+            i for i, group in enumerate(self.optimizer.bit16_groups) if any(p is q for q in group)
+        )
+
+    def _create_moments(self, step_count: float) -> None:
+        """AdamW makes its state in its first update; here it is wanted before."""
+        if self.stage == 3:
+            updated = self.optimizer.fp32_partitioned_groups_flat
+        else:
+            updated = [tensor for group in self.inner.param_groups for tensor in group["params"]]
+        for tensor in updated:
+            state = self.inner.state[tensor]
+            state["step"] = torch.tensor(step_count, dtype=torch.float32)
+            for key in MOMENTS:
+                if key not in state:
+                    state[key] = torch.zeros_like(tensor)

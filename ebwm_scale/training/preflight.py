@@ -1,0 +1,291 @@
+"""What a run is refused for, found before anything is written: the one check of train.py, of its --dry-run and of the doctor.
+
+    check = check_run(config, world_size=8, run_dir=Path("runs/mine"), resume=True)
+    check.problems      (subject, one line) for each reason to refuse it; check.refuse() raises them
+    check.warnings      the same for what runs, but is hardly meant
+    check.config        with the sizes of its data; check.splits, check.saved: opened and verified
+
+Nothing is written, and no process group is started; several processes of a run have joined theirs before, and agree on what
+is found. What can only be known by doing it (memory, a network, a full disk) is not here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from ebwm_scale.checkpoint.reader import Saved, check_same_run, find_latest, saved_config
+from ebwm_scale.checkpoint.writer import put_back_replaced
+from ebwm_scale.config.checks import batch_arithmetic
+from ebwm_scale.config.schema import Config
+from ebwm_scale.core.errors import ConfigError, UserError, cut
+from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.world import World
+from ebwm_scale.data.format.manifest import Manifest
+from ebwm_scale.data.format.shards import ShardedSplit
+from ebwm_scale.data.format.side_files import refuse_another_tokenizer
+from ebwm_scale.data.loading.batches import DataState, check_context
+from ebwm_scale.data.loading.mixture import MixedSplit
+from ebwm_scale.data.loading.opening import open_splits
+from ebwm_scale.data.loading.streaming import check_stream
+from ebwm_scale.model.blocks import attention_paths
+from ebwm_scale.training.run_location import check_folder
+from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
+
+MANY_EPOCHS = 100
+SPLITS = ("train", "validation")
+
+
+@dataclass
+class RunCheck:
+    """What check_run found. config: with the sizes of its data, where they could be read; world_size: processes."""
+
+    config: Config
+    world_size: int
+    micro_batch: int = 0
+    accumulation: int = 0
+    splits: dict[str, ShardedSplit | MixedSplit] = field(default_factory=dict)
+    attention: dict[str, str] = field(default_factory=dict)  # stream -> what computes it
+    saved: Saved | None = None
+    changes: list[str] = field(default_factory=list)  # since the checkpoint, one line each
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+
+    def attempt(self, subject: str, function: Callable, *arguments, **options):
+        """The function's result, or None where it raises a UserError, which is added to the problems."""
+        try:
+            return function(*arguments, **options)
+        except UserError as error:
+            self.problems.append((subject, str(error)))
+            return None
+
+    def agree(self, group: World | None) -> bool:
+        """Take over the problems of all ranks; whether there are any. Every rank must call it."""
+        if group is not None:
+            everywhere = []
+            for problems in group.gather(self.problems):
+                everywhere += [problem for problem in problems if problem not in everywhere]
+            self.problems = everywhere
+        return bool(self.problems)
+
+    def refuse(self) -> None:
+        """Raise ConfigError with all problems, if there are any."""
+        if self.problems:
+            raise ConfigError("\n".join(dict.fromkeys(text for _, text in self.problems)))
+
+
+def check_run(
+    config: Config,
+    *,
+    world_size: int,
+    run_dir: Path,
+    resume: bool = False,
+    strict: bool = False,
+    accept_new_rate: bool = False,
+    report: Callable[[str], None] = print,
+    group: World | None = None,
+    ownership: Ownership | None = None,
+) -> RunCheck:
+    """Everything that train.py refuses, in one place.
+
+    report: told what is skipped (hashes of large datasets, damaged checkpoints). group: the
+    processes of the run, which must all call this: rank 0 reads the data's lists for them.
+    ownership: of the run folder, where this process is going to write to it.
+    """
+    check = RunCheck(config, world_size)
+    is_main = group is None or group.is_main
+    check.attempt("run folder", check_folder, run_dir, resume=resume)
+    if ownership is not None and not check.problems:
+        check.attempt("run folder", ownership.refuse_if_in_use, watch_aloud=is_main)
+    if check.agree(group):
+        return check  # said at once: hashing a dataset takes minutes
+    if ownership is not None and resume and is_main:
+        put_back_replaced(run_dir / "checkpoints")
+    batch = check.attempt(
+        "batch", batch_arithmetic, config.train, world_size, paired=config.refinement.replay
+    )
+    check.micro_batch, check.accumulation = batch or (0, 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check.attention = check.attempt("kernels", check_attention, config, device) or {}
+    check.attempt("tracking", check_tracker, config)
+    if config.deepspeed.raw and batch is not None:
+        check.attempt("deepspeed", check_deepspeed, config, *batch)
+    check_data(check, report, group)
+    if resume:
+        check_saved(check, run_dir, strict=strict, accept_new_rate=accept_new_rate, report=report)
+    check.warnings += [("schedule", text) for text in unusual_schedule(config)]
+    check.agree(group)
+    return check
+
+
+def check_attention(config: Config, device: torch.device) -> dict[str, str]:
+    """What computes the attention of each stream; ConfigError if the backend asked for cannot."""
+    precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    try:
+        return attention_paths(config.model, device, precision)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_tracker(config: Config) -> None:
+    if config.logging.wandb == "off":
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            f"logging.wandb is {config.logging.wandb}: the package wandb is not installed; "
+            "pip install wandb, or logging.wandb=off"
+        ) from None
+
+
+def check_deepspeed(config: Config, micro_batch: int, accumulation: int) -> None:
+    """ConfigError if DeepSpeed does not take the configuration with deepspeed.raw in it."""
+    from ebwm_scale.training.deepspeed.engine import deepspeed_config
+
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ):
+        if key in config.deepspeed.raw:
+            raise ConfigError(
+                f"deepspeed.raw holds {key}: the batch follows from train.global_batch_size and "
+                "train.micro_batch_size; leave it out"
+            )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    settings = deepspeed_config(
+        config, micro_batch=micro_batch, accumulation=accumulation, num_parameters=1
+    )
+    try:
+        DeepSpeedConfig(settings)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"deepspeed.raw: DeepSpeed refuses it: {cut(' '.join(str(error).split()), 200)}"
+        ) from None
+
+
+def check_data(check: RunCheck, report: Callable[[str], None], group: World | None) -> None:
+    """Open the splits, take the sizes from them, and hold context and stream against them."""
+    config = check.config
+    sources = [(source.manifest, source.weight) for source in config.data.sources]
+    if not sources:
+        sources = [(config.data.manifest, 1.0)]
+    if sources[0][0] is None:
+        check.problems.append(
+            (
+                "data",
+                "data.manifest is absent: make a dataset with tools/make_text_shards.py or "
+                "make_video_shards.py and name its manifest.json",
+            )
+        )
+        return
+    splits = check.attempt(
+        "data",
+        open_splits,
+        sources,
+        SPLITS,
+        verify=config.data.verify,
+        report=report,
+        group=group,
+    )
+    if splits is None:
+        return
+    check.splits = splits
+    train = check.splits["train"]
+    filled = check.attempt("data", fill_from_data, config, train.manifest)
+    if filled is None:
+        return
+    check.config = config = filled
+    check.attempt("data", check_context, train.manifest, config.data.context_length)
+    if config.data.stream:
+        check.attempt("data", check_stream, config.data.stream, check.world_size)
+    epochs = config.train.max_steps * config.train.global_batch_size / len(train)
+    if epochs > MANY_EPOCHS:
+        check.warnings.append(
+            (
+                "data",
+                f"train.max_steps {config.train.max_steps} x train.global_batch_size "
+                f"{config.train.global_batch_size} are {epochs:,.0f} epochs of "
+                f"{len(train):,} samples: lower train.max_steps, or name a larger dataset",
+            )
+        )
+
+
+def check_saved(
+    check: RunCheck,
+    run_dir: Path,
+    *,
+    strict: bool,
+    accept_new_rate: bool,
+    report: Callable[[str], None],
+) -> None:
+    """Find the checkpoint to go on from, and hold the configuration, the data and the learning rate against it."""
+    saved = check.attempt(
+        "checkpoint",
+        find_latest,
+        run_dir / "checkpoints",
+        lambda text: report(f"warning: {text}"),
+        strict=strict,
+    )
+    if saved is None:
+        return
+    check.saved = saved
+    before = check.attempt("checkpoint", saved_config, saved.folder)
+    if before is None:
+        return
+    changes = check.attempt("checkpoint", check_same_run, before, check.config)
+    check.changes = changes or []
+    if saved.trainer["world_size"] != check.world_size:
+        check.changes.append(
+            f"the number of processes was {saved.trainer['world_size']}, is {check.world_size}"
+        )
+    if "data" not in saved.trainer:  # weights alone: the run starts at step 0
+        return
+    if "train" in check.splits:
+        check.attempt(
+            "checkpoint",
+            DataState.load_state_dict,
+            saved.trainer["data"],
+            fingerprint=check.splits["train"].fingerprint,
+            seed=check.config.train.seed,
+        )
+    check.changes += describe_schedule_changes(before, check.config, saved.step)
+    rate = RateChange.of(before, check.config, saved.step)
+    if rate.changed:
+        check.changes.append(rate.describe())
+    if rate.raised and not accept_new_rate:
+        check.problems.append(("schedule", rate.refusal(before, check.config)))
+
+
+def fill_from_data(config: Config, manifest: Manifest) -> Config:
+    """The configuration with sizes, context length and tokenizer hash of the data where absent.
+
+    ConfigError where sizes clash, DataError for another tokenizer than the run's.
+    """
+    kind = {"text": "vocabulary", "video": "embedding"}[manifest.modality]
+    if config.state.kind != kind:
+        raise ConfigError(
+            f"state.kind is {config.state.kind}, but {manifest.path} holds {manifest.modality}; "
+            f"use state.kind={kind}"
+        )
+    section, key = ("model", "vocabulary_size") if kind == "vocabulary" else ("state", "dimension")
+    given, size = getattr(getattr(config, section), key), manifest.content.size
+    if given not in (None, size):
+        raise ConfigError(
+            f"{section}.{key} is {given}, the dataset {manifest.path} has {size}; leave the key out"
+        )
+    context_length = config.data.context_length or manifest.block_length - 1
+    refuse_another_tokenizer(config, manifest)
+    tokenizer_sha256 = getattr(manifest.content, "tokenizer_sha256", None)
+    return config.replace(
+        **{section: getattr(config, section).replace(**{key: size})},
+        data=config.data.replace(context_length=context_length, tokenizer_sha256=tokenizer_sha256),
+    )

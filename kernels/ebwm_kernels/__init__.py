@@ -1,0 +1,27 @@
+"""ebwm_kernels: operations that are differentiable twice, each with a plain reference beside it.
+
+Legend used throughout: B batch, H query heads, H_kv key/value heads, S query positions, C context positions, d head dimension.
+"""
+
+from ebwm_kernels.attention.causal import causal_attention
+from ebwm_kernels.attention.energy import energy_attention
+from ebwm_kernels.attention.first_order import observed_attention
+from ebwm_kernels.pointwise import rms_norm, swiglu
+from ebwm_kernels.vocabulary.autograd import (
+    vocabulary_cross_entropy,
+    vocabulary_descend,
+    vocabulary_embed,
+    vocabulary_step,
+)
+
+__all__ = [
+    "causal_attention",
+    "energy_attention",
+    "observed_attention",
+    "rms_norm",
+    "swiglu",
+    "vocabulary_cross_entropy",
+    "vocabulary_descend",
+    "vocabulary_embed",
+    "vocabulary_step",
+]

@@ -1,0 +1,1 @@
+"""Attention of the predicted stream, differentiable twice, with a plain reference beside each kernel."""

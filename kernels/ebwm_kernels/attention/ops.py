@@ -1,0 +1,328 @@
+"""Attention as three nested operations, each the derivative of the one before, and the choice of who computes them.
+
+    ebwm::attention                   q, K, V [, k*, v*]        -> O, L                              backward: the next one
+    ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]           backward: the next one
+    ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]       no backward: a third derivative raises
+
+O and L enter the second and third as constants: the formulas (attention/reference.py) hold what depends on them. Registered with
+torch.library, since nested autograd.Functions are differentiated wrongly under torch.compile. An operation's result is a tensor, so what
+does not exist is empty.
+
+Backends: "triton" (attention/triton_kernels.py; a GPU, or Triton's interpreter) and "reference" (plain PyTorch).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd
+
+from ebwm_kernels.attention import reference
+from ebwm_kernels.attention.reference import Cotangents, Shape
+from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
+from ebwm_kernels.autograd_rules import (
+    is_traced_without_graph,
+    refuse_graph,
+    refuse_kept_graph,
+    wanted,
+)
+
+BACKENDS = ("auto", "triton", "reference")
+# Matrix products of (queries, keys, d) that a backend makes at each level: without and with gradients of K and V; the last without and with
+# cotangents on these. Triton computes the weights again in each pass (design: docs/kernels.md).
+PRODUCTS = {
+    "reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 13)},
+    "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)},
+}
+
+
+def resolve_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int, operation: str
+) -> str:
+    """ "triton" or "reference" for such tensors. Raises ValueError for a backend that is unknown or cannot run them."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{operation}: backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return backend
+    obstacle = why_not_triton(device, dtype, head_dimension)
+    if backend == "auto":
+        return "triton" if obstacle is None and device.type == "cuda" else "reference"
+    if obstacle:
+        raise ValueError(
+            f"{operation}: backend triton cannot run {dtype}, head dimension {head_dimension} on {device}: {obstacle}; "
+            "use backend auto or reference"
+        )
+    return backend
+
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dimension: int) -> str | None:
+    """What keeps the Triton kernels from running such tensors, or None."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if head_dimension > MAX_HEAD_DIMENSION.get(dtype, 256):
+        return f"head dimensions up to {MAX_HEAD_DIMENSION.get(dtype, 256)} are supported for it"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        if dtype not in (torch.float16, torch.float32, torch.float64):
+            return "Triton's interpreter multiplies float16, float32 and float64 only"
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "it needs an NVIDIA GPU (or TRITON_INTERPRET=1)"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return "supported are float16, bfloat16 and float32"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    shape: Shape,
+    backend: str,
+) -> Tensor:
+    """Output (B, H, S, d) of attention in which a query may have a key of its own; backend resolved."""
+    return torch.ops.ebwm.attention(q, k, v, k_own, v_own, *shape, backend)[0]
+
+
+def _implementation(backend: str):
+    if backend == "triton":
+        from ebwm_kernels.attention import triton_kernels as attention_triton
+
+        return attention_triton
+    return reference
+
+
+def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Results of an operation: empty in place of None."""
+    like = next(u for u in tensors if u is not None)
+    return tuple(like.new_empty(0) if u is None else u for u in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------- forward
+
+
+@custom_op("ebwm::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    scale: float,
+    offset: int,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _implementation(backend).forward(q, k, v, k_own, v_own, Shape(scale, offset, causal))
+
+
+@_attention.register_fake
+def _(q, k, v, k_own, v_own, scale, offset, causal, backend):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=reference.wide_dtype(q.dtype))
+
+
+def _setup_attention(ctx, inputs, output):
+    q, k, v, k_own, v_own, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, k_own, v_own, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_attention(ctx, grad, _):
+    if grad is None:
+        return (None,) * 9
+    q, k, v, k_own, v_own, out, log_normalizer = (
+        ctx.saved_tensors
+    )  # read once: a checkpoint recomputes for each reading
+    with_keys = wanted(ctx, 1) or wanted(ctx, 2)
+    dq, dk, dv, dk_own, dv_own = torch.ops.ebwm.attention_gradient(
+        grad,
+        q,
+        k,
+        v,
+        k_own,
+        v_own,
+        out.detach(),
+        log_normalizer.detach(),
+        *ctx.rest,
+        with_keys,
+        is_traced_without_graph(),
+    )
+    own = (None, None) if k_own is None else (dk_own, dv_own)
+    return dq, *((dk, dv) if with_keys else (None, None)), *own, None, None, None, None
+
+
+register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_attention)
+
+
+# ------------------------------------------------------------------------------------------------------------ its gradient
+
+
+@custom_op("ebwm::attention_gradient", mutates_args=())
+def _gradient(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    scale: float,
+    offset: int,
+    causal: bool,
+    backend: str,
+    with_keys: bool,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if compiled:
+        refuse_kept_graph("attention")
+    return _given(
+        *_implementation(backend).gradient(
+            grad,
+            q,
+            k,
+            v,
+            k_own,
+            v_own,
+            out,
+            log_normalizer,
+            Shape(scale, offset, causal),
+            with_keys=with_keys,
+        )
+    )
+
+
+@_gradient.register_fake
+def _(
+    grad,
+    q,
+    k,
+    v,
+    k_own,
+    v_own,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    backend,
+    with_keys,
+    compiled,
+):
+    keys = (k.new_empty(k.shape), v.new_empty(v.shape)) if with_keys else (None, None)
+    own = (None, None) if k_own is None else (q.new_empty(q.shape), q.new_empty(q.shape))
+    return _given(q.new_empty(q.shape), *keys, *own)
+
+
+def _setup_gradient(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.offset, ctx.causal, ctx.backend, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_gradient(ctx, a, b, c, b_own, c_own):
+    refuse_graph("attention")
+    if all(u is None for u in (a, b, c, b_own, c_own)):
+        return (None,) * 14
+    saved = ctx.saved_tensors
+    q, k, k_own = saved[1], saved[2], saved[4]
+    a = torch.zeros_like(q) if a is None else a
+    if b is not None or c is not None:
+        b, c = (torch.zeros_like(k) if u is None else u for u in (b, c))
+    if k_own is not None:
+        b_own, c_own = (torch.zeros_like(q) if u is None else u for u in (b_own, c_own))
+    g_grad, g_q, g_k, g_v, g_k_own, g_v_own = torch.ops.ebwm.attention_double_backward(
+        a, b, c, b_own, c_own, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend
+    )
+    own = (None, None) if k_own is None else (g_k_own, g_v_own)
+    return g_grad, g_q, g_k, g_v, *own, *(None,) * 8
+
+
+register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=_setup_gradient)
+
+
+# --------------------------------------------------------------------------------------------------------- double backward
+
+
+@custom_op("ebwm::attention_double_backward", mutates_args=())
+def _double_backward(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    b_own: Tensor | None,
+    c_own: Tensor | None,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_own: Tensor | None,
+    v_own: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    scale: float,
+    offset: int,
+    causal: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _given(
+        *_implementation(backend).double_backward(
+            Cotangents(a, b, c, b_own, c_own),
+            grad,
+            q,
+            k,
+            v,
+            k_own,
+            v_own,
+            out,
+            log_normalizer,
+            Shape(scale, offset, causal),
+        )
+    )
+
+
+@_double_backward.register_fake
+def _(
+    a,
+    b,
+    c,
+    b_own,
+    c_own,
+    grad,
+    q,
+    k,
+    v,
+    k_own,
+    v_own,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    backend,
+):
+    own = (None, None) if k_own is None else (q.new_empty(q.shape), q.new_empty(q.shape))
+    return _given(
+        q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *own
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def visible_pairs(num_queries: int, num_keys: int, offset: int = 0, causal: bool = True) -> int:
+    """(query, key) pairs of one head that are not in the future, own keys aside."""
+    if not causal:
+        return num_queries * num_keys
+    below = max(
+        0, min(num_queries, num_keys - offset)
+    )  # queries that do not see every key yet: 1 + offset, 2 + offset, ..
+    return below * offset + below * (below + 1) // 2 + (num_queries - below) * num_keys

@@ -1,0 +1,1 @@
+"""The vocabulary side of a refinement step: api (functions), autograd (their derivatives), formulas, softmax_cross_entropy."""

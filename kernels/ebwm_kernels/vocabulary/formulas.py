@@ -1,0 +1,95 @@
+"""One refinement step of a vocabulary state in each of the three updates, with clamps: see api.py for the formulas."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Clamps(NamedTuple):
+    """Bounds, above zero, on the absolute change of each number of a state in a step, and on its absolute value after it; None: no bound."""
+
+    change: float | None = None
+    state: float | None = None
+
+
+NO_CLAMPS = Clamps()
+
+
+def clamped_step(x: Tensor, move: Tensor, clamps: Clamps) -> Tensor:
+    """x + move within the clamps, differentiable."""
+    move = move if clamps.change is None else move.clamp(-clamps.change, clamps.change)
+    return x + move if clamps.state is None else (x + move).clamp(-clamps.state, clamps.state)
+
+
+def state_dtype(weight: Tensor) -> torch.dtype:
+    """What states, losses and sums of gradients are kept in."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _move(
+    weight: Tensor,
+    hidden: Tensor,
+    probabilities: Tensor | None,
+    x: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """x' (rows, V)."""
+    start, hidden, dtype = (
+        probabilities if x is None else x,
+        hidden.to(weight.dtype),
+        state_dtype(weight),
+    )
+    out = (
+        torch.empty(len(hidden), len(weight), dtype=dtype, device=weight.device)
+        if out is None
+        else out
+    )
+    through = x is not None and probabilities is not None
+    if weight.dtype == dtype and not through and start is not None:
+        return torch.addmm(start, hidden, weight.T, out=out)
+    move = (
+        torch.mm(hidden, weight.T, out=out)
+        if weight.dtype == dtype
+        else out.copy_(hidden @ weight.T)
+    )
+    if through:
+        _through_softmax_(probabilities, move)
+    return move if start is None else move.add_(start)
+
+
+def _step(
+    weight: Tensor,
+    hidden: Tensor,
+    probabilities: Tensor | None,
+    x: Tensor | None,
+    out: Tensor | None,
+    clamps: Clamps,
+) -> tuple[Tensor, Tensor | None]:
+    """(x' (rows, V), where no clamp binds (rows, V) or None for everywhere)."""
+    if clamps == NO_CLAMPS:
+        return _move(weight, hidden, probabilities, x, out), None
+    start, free = probabilities if x is None else x, None
+    move = _move(weight, hidden, None, None, out)
+    if x is not None and probabilities is not None:
+        _through_softmax_(probabilities, move)
+    if clamps.change is not None:
+        free = _within(move, clamps.change)
+        move.clamp_(-clamps.change, clamps.change)
+    state = move.add_(start)
+    if clamps.state is not None:
+        inside = _within(state, clamps.state)
+        free = inside if free is None else free.logical_and_(inside)
+        state.clamp_(-clamps.state, clamps.state)
+    return state, free
+
+
+def _through_softmax_(probabilities: Tensor, u: Tensor) -> Tensor:
+    """The softmax's Jacobian, which is symmetric, times u (rows, V), in u's place: p * (u - p.u)."""
+    return u.sub_(torch.linalg.vecdot(probabilities, u)[:, None]).mul_(probabilities)
+
+
+def _within(x: Tensor, bound: float) -> Tensor:
+    return x.ge(-bound).logical_and_(x.le(bound))

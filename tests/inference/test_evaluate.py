@@ -1,0 +1,257 @@
+"""python -m ebwm_scale.evaluate: the same losses as validation, honest intervals, and every part of the page."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_think_command import LENGTH, text, video  # noqa: F401  (fixtures)
+
+from ebwm_scale import evaluate as evaluation
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.core.errors import DataError, UserError
+from ebwm_scale.core.world import World
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.loading.observation import Observation
+from ebwm_scale.evaluate import evaluate
+from ebwm_scale.evaluation.bootstrap import interval, interval_of_correlation, ranks, tenths
+from ebwm_scale.reporting.evaluation_page import render
+from ebwm_scale.training.validation import validate
+from ebwm_scale.world_model import WorldModel
+
+
+def model_for(manifest, **model):
+    torch.manual_seed(0)
+    split = open_split(manifest, "validation", verify="sizes")
+    is_text = split.manifest.modality == "text"
+    config = config_from_dict(
+        {
+            "model": {
+                "num_layers": 2,
+                "width": 32,
+                "num_heads": 2,
+                "predicted_input": "anchored",
+                **({"vocabulary_size": 300} if is_text else {}),
+                **model,
+            },
+            "state": {
+                "kind": "vocabulary" if is_text else "embedding",
+                **({} if is_text else {"dimension": 16}),
+            },
+            "refinement": {"step_size": 3.0},
+            "data": {"context_length": LENGTH if is_text else 4, "manifest": str(manifest)},
+            "evaluation": {"max_samples": 12},
+        }
+    )
+    return WorldModel(config).eval(), config, split
+
+
+def run(model, config, split, **changes):
+    return evaluate(
+        model,
+        config,
+        split,
+        **{**dict(max_samples=12, batch_size=5, steps=[1, 2, 3], starts=[1, 3]), **changes},
+    )
+
+
+@pytest.mark.parametrize("kind", ["energy", "baseline"])
+def test_losses_are_those_of_validation_and_perplexity_is_the_exponential_of_the_mean(text, kind):
+    model, config, split = model_for(text, kind=kind)
+    row = validate(
+        model,
+        split,
+        config,
+        World(0, 1, 0, torch.device("cpu")),
+        Observation(split.manifest, "cpu"),
+        context_length=LENGTH,
+        batch_size=4,
+    )
+    result = run(model, config, split)
+    assert result["loss"]["mean"] == pytest.approx(row["loss"], rel=1e-5) and result["loss"][
+        "perplexity"
+    ] == pytest.approx(math.exp(row["loss"]), rel=1e-4)
+    assert result["loss"]["low"] <= result["loss"]["mean"] <= result["loss"]["high"]
+    if kind == "energy":
+        assert result["initial"]["mean"] == pytest.approx(row["initial_loss"], rel=1e-5)
+        assert {p["num_steps"]: p["mean"] for p in result["steps"]}[2] == pytest.approx(
+            row["loss_per_step"][1], rel=1e-5
+        )
+
+
+def test_every_part_is_there_and_the_page_says_it(text):
+    result = run(*model_for(text))
+    assert [p["num_steps"] for p in result["steps"]] == [1, 2, 3] and [
+        p["num_starts"] for p in result["starts"]
+    ] == [1, 3]
+    assert result["starts"][1]["mean_energy"] <= result["starts"][0]["mean_energy"]
+    assert (
+        len(result["energy"]["tenths"]) == 10
+        and 0 <= result["allocation"]["saved"] < 1
+        and 0 <= result["foreign"]["share_of_pairs_in_which_real_is_lower"]["mean"] <= 1
+    )
+    page = render(json.loads(json.dumps(result, allow_nan=False)))
+    for words in (
+        "Loss against refinement steps",
+        "lowest energy kept",
+        "Error by tenth of final energy",
+        "Steps used by tenth of error",
+        "perplexity",
+        "rank correlation",
+        "shuffled",
+    ):
+        assert words in page, words
+    assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_page_shows_names_as_text_and_refuses_what_is_no_result():
+    hostile = "<script>alert(1)</script>\x00\ud800"
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    result = {
+        "modality": "text",
+        "kind": "baseline",
+        "checkpoint": hostile,
+        "num_samples": 2,
+        "num_targets": 8,
+        "loss": interval | {"perplexity": 3.0},
+        "foreign_texts": [
+            {
+                "name": hostile,
+                "num_samples": 2,
+                "mean_loss": interval,
+                "share_of_pairs_in_which_real_has_lower_loss": interval,
+            }
+        ],
+    }
+    page = render(result)
+    assert "<script" not in page and page.count("&lt;script") == 2 and "perplexity 3" in page
+    many = render(result | {"foreign_texts": result["foreign_texts"] * 10**5})
+    assert len(many) < 300_000
+    for junk in ({}, result | {"loss": [1]}, result | {"num_samples": "x"}, {"modality": 1}):
+        with pytest.raises(DataError, match="not a result of ebwm_scale.evaluate"):
+            render(junk)
+
+
+def test_video_and_a_model_that_starts_from_the_last_frame(video):
+    path, manifest = video
+    model, config, split = model_for(manifest)
+    result = run(model, config, split)
+    assert (
+        "perplexity" not in result["loss"]
+        and "foreign" not in result
+        and "SmoothL1" in render(result)
+    )
+
+
+@pytest.mark.parametrize("kind", ["energy", "baseline"])
+def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(
+    text, tmp_path, kind, monkeypatch
+):
+    """The validation text against itself cannot be told apart and has the validation loss; a text of higher energies and losses always can; files of one name stay two."""
+    model, config, split = model_for(text, kind=kind)
+    observe = Observation(split.manifest, "cpu")
+    own = torch.cat(
+        [
+            torch.cat([observed, targets[:, -1:]], 1)
+            for _, observed, targets in evaluation._batches(split, observe, LENGTH, 12, 5)
+        ]
+    )
+    kinds = ("loss", "energy") if kind == "energy" else ("loss",)
+    result = run(model, config, split, texts={"own": own})
+    (row,) = result["foreign_texts"]
+    if (
+        kind == "baseline" or config.state.initial == "zeros"
+    ):  # a random initial state depends on the sample's number
+        assert row["mean_loss"]["mean"] == pytest.approx(result["loss"]["mean"], rel=1e-5)
+    assert {key for key in row if key.startswith("share")} == {
+        f"share_of_pairs_in_which_real_has_lower_{what}" for what in kinds
+    }
+    assert row[f"share_of_pairs_in_which_real_has_lower_{kinds[-1]}"]["mean"] == pytest.approx(0.5)
+    assert "own" in render(json.loads(json.dumps(result)))
+
+    paths = [tmp_path / folder / "code.c" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("int f(int x) { return x << 2; }\n" * 60)
+    texts = evaluation.foreign_texts(paths, split.manifest, LENGTH, 12)
+    assert list(texts) == [str(path) for path in paths] and all(
+        tokens.shape[1] == LENGTH + 1 and 1 <= len(tokens) <= 12 for tokens in texts.values()
+    )
+    if kind == "energy":
+        monkeypatch.setattr(
+            evaluation,
+            "_energies",
+            lambda model, observed, targets: (targets == targets[:, :1]).all(1).float(),
+        )
+        constant = run(model, config, split, texts={"constant": torch.full((3, LENGTH + 1), 5)})[
+            "foreign_texts"
+        ][0]
+        assert constant["share_of_pairs_in_which_real_has_lower_energy"]["mean"] == 1
+
+
+def test_a_foreign_text_that_cannot_be_used_is_refused_in_one_line(text, video, tmp_path):
+    split, short = open_split(text, "validation", verify="sizes"), tmp_path / "short.txt"
+    short.write_text("a")
+    for manifest, path, words in (
+        (split.manifest, short, "give a longer text"),
+        (split.manifest, tmp_path / "absent.txt", "cannot be read"),
+        (open_split(video[1], "validation", verify="sizes").manifest, short, "leave it out"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluation.foreign_texts([path], manifest, LENGTH, 12)
+
+
+def test_results_do_not_depend_on_the_batch_size(text):
+    model, config, split = model_for(text)
+    one, many = run(model, config, split, batch_size=1), run(model, config, split, batch_size=12)
+    assert one["loss"]["mean"] == pytest.approx(many["loss"]["mean"], rel=1e-6) and one[
+        "allocation"
+    ]["mean_steps"] == pytest.approx(many["allocation"]["mean_steps"], rel=0.02)
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    inside = [
+        (lambda i: i["low"] <= 0 <= i["high"])(interval(torch.randn(60, generator=generator)))
+        for _ in range(200)
+    ]
+    assert 0.88 <= np.mean(inside) <= 0.99
+
+
+def test_rank_correlation_and_tenths():
+    x = torch.randn(20, 15, generator=torch.Generator().manual_seed(0))
+    assert interval_of_correlation(x, x**3)["mean"] == pytest.approx(1) and interval_of_correlation(
+        x, -x
+    )["mean"] == pytest.approx(-1)
+    noise = interval_of_correlation(
+        x, torch.randn(20, 15, generator=torch.Generator().manual_seed(1))
+    )
+    assert (
+        noise["low"] < 0 < noise["high"]
+        and interval_of_correlation(x, torch.zeros(20, 15))["mean"] == 0
+    )
+    assert ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0, 1.5]
+    parts = tenths(x, 2 * x)
+    assert len(parts) == 10 and all(a["mean"] < b["mean"] for a, b in zip(parts, parts[1:]))
+
+
+def test_the_command_writes_both_files_and_refuses_nonsense_in_one_line(
+    text, monkeypatch, capsys, tmp_path
+):
+    model, config, split = model_for(text)
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda path, device: (model, config))
+    assert (
+        evaluation.main(
+            [str(tmp_path / "run"), "--max-samples", "6", "--steps", "1", "2", "--starts", "1"]
+        )
+        == 0
+    )
+    assert (
+        json.loads((tmp_path / "run" / "evaluation.json").read_text())["num_samples"] == 6
+        and (tmp_path / "run" / "evaluation.html").exists()
+    )
+    assert (
+        evaluation.main(["run", "--steps", "0"]) == 2
+        and "must be at least 1" in capsys.readouterr().err
+    )

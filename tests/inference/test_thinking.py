@@ -1,0 +1,467 @@
+"""Thinking with a cache is thinking without one; what is rejected stays, what stops has arrived, and the observed stream is computed once."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.core.errors import ConfigError, UserError
+from ebwm_scale.inference.energy_functions import SequenceEnergy
+from ebwm_scale.inference.generation import (
+    Sampling,
+    Session,
+    candidate_energies,
+    continue_states,
+    continue_texts,
+)
+from ebwm_scale.inference.initial_states import NextPositionSampler, SequenceSampler
+from ebwm_scale.inference.thinking import ThinkingConfig, lowest, think
+from ebwm_scale.model import closed_form, kv_cache
+from ebwm_scale.refinement.loop import refine
+from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
+from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.world_model import WorldModel
+
+LENGTH, SEED = 9, 33
+TEXT = {"model": {"vocabulary_size": 31}}
+VIDEO = {"state": {"kind": "embedding", "dimension": 6}}
+CASES = {
+    "default": TEXT,
+    "anchored": {"model": {"vocabulary_size": 31, "predicted_input": "anchored"}},
+    "time_embed": {"model": {"vocabulary_size": 31, "conditioning": "time_embed"}},
+    "adaln": {"model": {"vocabulary_size": 31, "conditioning": "adaln"}},
+    "predicted_only": {"model": {"vocabulary_size": 31, "conditioning": "predicted_only"}},
+    "grouped": {"model": {"vocabulary_size": 31, "num_kv_heads": 2}},
+    "logits": TEXT | {"refinement": {"update": "logits"}},
+    "mirror": TEXT | {"refinement": {"update": "mirror"}, "state": {"initial": "zeros"}},
+    "video": VIDEO,
+    "video, most recent": {
+        "state": {"kind": "embedding", "dimension": 6, "initial": "most_recent"},
+        "model": {"predicted_input": "anchored"},
+    },
+    "video, time_embed": VIDEO | {"model": {"conditioning": "time_embed"}},
+}
+
+
+def model_of(case, **changes):
+    torch.manual_seed(0)
+    sections = {
+        "model": {"num_layers": 3, "width": 32, "num_heads": 4},
+        "refinement": {"step_size": 3.0},
+        "data": {"context_length": LENGTH},
+        "train": {"seed": SEED},
+    }
+    for section, values in {**case, **changes}.items():
+        sections[section] = sections.get(section, {}) | values
+    model = WorldModel(config_from_dict(sections)).double().eval()
+    for p in model.parameters():  # away from zeros and ones, so that nothing is equal by accident
+        p.data += 0.05 * torch.randn_like(p) if p.ndim > 1 else 0
+    return model
+
+
+def prompt_of(model, length, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    if model.config.state.kind == "vocabulary":
+        return torch.randint(31, (length,), generator=generator)
+    return torch.randn(length, 6, generator=generator, dtype=torch.float64)
+
+
+def uncached(model, prompt, sample_id=0, num_steps=None):
+    """The last position's state by training's own refinement loop over the whole prompt."""
+    rules, embedded = model.config.refinement, model.embed_observed(prompt[None])
+    draws = TrainingNoise(
+        NoiseSource(SEED, EVALUATION_STEP),
+        rules,
+        torch.tensor([sample_id]),
+        (1, len(prompt), model.state_size),
+        randomize=False,
+        kind=model.config.state.initial,
+        dtype=torch.float64,
+        last_observed=prompt[None] if model.config.state.kind == "embedding" else None,
+    )
+    return refine(
+        model,
+        embedded,
+        None,
+        config=rules,
+        landscapes=model.landscapes(num_steps or rules.num_steps),
+        noise=draws,
+        training=False,
+        keep_state=torch.float64,
+    ).state[0, -1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cached_and_uncached_predictions_agree_to_1e_10_while_the_prompt_grows(case):
+    model = model_of(CASES[case])
+    prompts = [prompt_of(model, length, seed=length) for length in (4, 1, 6)]
+    session = Session(model, prompts, ThinkingConfig(seed=SEED))
+    for step in range(3):
+        got = session.predict().state
+        for row, prompt in enumerate(prompts):
+            expected = uncached(model, prompt, sample_id=row)
+            assert torch.allclose(got[row], expected, rtol=1e-10, atol=1e-10), (row, step)
+        chosen = got.argmax(-1) if model.config.state.kind == "vocabulary" else got
+        prompts = [torch.cat([prompt, new[None]]) for prompt, new in zip(prompts, chosen)]
+        session.accept(chosen)
+
+
+@pytest.mark.parametrize("state", [TEXT, VIDEO])
+def test_a_baseline_with_a_cache_agrees_too(state):
+    model = model_of(
+        state, model={"kind": "baseline", "vocabulary_size": 31 if state is TEXT else None}
+    )
+    prompts = [prompt_of(model, length, seed=length) for length in (4, 2)]
+    session = Session(model, prompts)
+    for _ in range(3):
+        got = session.predict().state
+        for row, prompt in enumerate(prompts):
+            assert torch.allclose(
+                got[row],
+                model.output(model.network(model.embed_observed(prompt[None])))[0, -1].float(),
+                atol=1e-6,
+            )
+        chosen = got.argmax(-1) if state is TEXT else got.double()
+        prompts = [torch.cat([prompt, new[None]]) for prompt, new in zip(prompts, chosen)]
+        session.accept(chosen)
+
+
+def test_a_cache_that_is_wrong_is_seen():
+    model = model_of(TEXT)
+    session = Session(model, [prompt_of(model, 5)], ThinkingConfig(seed=SEED))
+    session.cache.get(0).lengths += 1  # one entry too many
+    assert not torch.allclose(
+        session.predict().state[0], uncached(model, prompt_of(model, 5)), atol=1e-6
+    )
+
+
+def gradients(model, lengths=(4, 1, 6), candidates=3):
+    """(closed form, plain autograd over the whole uncached network) of dE/d candidates for prompts of different lengths; (prompts, candidates, D)."""
+    landscape = model.network.num_landscapes - 1
+    generator = torch.Generator().manual_seed(5)
+    prompts = [prompt_of(model, length, seed=length) for length in lengths]
+    x = torch.randn(
+        len(prompts), candidates, model.config.model.width, generator=generator, dtype=torch.float64
+    )
+    cache = kv_cache.LandscapeKVCache(model.network, LENGTH, landscape)
+    with torch.no_grad():
+        cache.prefill(
+            torch.nn.utils.rnn.pad_sequence(
+                [model.embed_observed(p[None])[0] for p in prompts], batch_first=True
+            ),
+            torch.tensor(lengths),
+        )
+    energy, gradient = cache.energy_and_gradient(x, landscape)
+    assert torch.equal(energy, cache.energy(x, landscape))
+    plain = torch.zeros_like(x)
+    for b, prompt in enumerate(prompts):
+        context = model.network.encode_context(
+            model.embed_observed(prompt[None]).detach(), landscape
+        )
+        for k in range(candidates):
+            rows = torch.zeros(1, len(prompt), x.shape[-1], dtype=torch.float64)
+            rows[0, -1] = x[b, k]
+            rows.requires_grad_()
+            last = model.network.energy(rows, context, landscape)[0, -1]
+            assert torch.allclose(last, energy[b, k], rtol=1e-12, atol=1e-12)
+            plain[b, k] = torch.autograd.grad(last, rows)[0][0, -1]
+    return gradient, plain
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_closed_form_gradient_of_a_candidate_is_that_of_plain_autograd(case):
+    closed, plain = gradients(model_of(CASES[case]))
+    assert torch.allclose(closed, plain, rtol=1e-10, atol=1e-12) and plain.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "piece", ["norm_backward", "rotate", "_feed_forward_backward", "_attention_backward"]
+)
+def test_a_closed_form_that_is_a_little_wrong_is_seen(piece, monkeypatch):
+    model = model_of(CASES["adaln"])
+    backward, right = closed_form.block_backward, getattr(closed_form, piece)
+
+    def wrong(*arguments):
+        monkeypatch.setattr(closed_form, piece, lambda *a: right(*a) * (1 + 1e-6))
+        try:
+            return backward(*arguments)
+        finally:
+            monkeypatch.setattr(closed_form, piece, right)
+
+    monkeypatch.setattr(kv_cache, "block_backward", wrong)
+    closed, plain = gradients(model)
+    assert not torch.allclose(closed, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lower_precisions_follow_float64(dtype):
+    model = model_of(CASES["adaln"])
+    prompt, x = (
+        prompt_of(model, 5),
+        torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
+    )
+    found = []
+    for d in (torch.float64, dtype):
+        cache = kv_cache.LandscapeKVCache(model.to(d).network, LENGTH, 0)
+        cache.prefill(model.embed_observed(prompt[None]), torch.tensor([5]))
+        found.append(cache.energy_and_gradient(x.to(d), 0)[1].double())
+    assert (found[1] - found[0]).norm() < {torch.bfloat16: 0.05, torch.float32: 1e-5}[
+        dtype
+    ] * found[0].norm()
+
+
+def test_the_observed_stream_is_computed_once_whatever_the_steps_and_starts(monkeypatch):
+    model = model_of(TEXT)
+    calls = []
+    for layer in model.network.layers:
+        real = layer.keys_values
+        monkeypatch.setattr(
+            layer, "keys_values", lambda *a, real=real: calls.append(a[0].shape[1]) or real(*a)
+        )
+    append = kv_cache.LandscapeKVCache.append
+    monkeypatch.setattr(
+        kv_cache.LandscapeKVCache,
+        "append",
+        lambda self, observed: calls.append("one more") or append(self, observed),
+    )
+    session = Session(
+        model,
+        [prompt_of(model, 4), prompt_of(model, 2)],
+        ThinkingConfig(num_steps=7, num_starts=3, accept_only_if_lower=True),
+    )
+    session.predict(), session.predict()
+    session.accept(torch.tensor([1, 2]))
+    session.predict()
+    assert calls == [4, 4, 4, "one more"] and session.positions_computed == 6 + 2
+
+
+@pytest.mark.parametrize("case", ["default", "time_embed", "logits", "video", "video, most recent"])
+def test_accept_only_if_lower_never_raises_an_energy_and_never_changes_a_rejected_state(case):
+    model = model_of(
+        CASES[case],
+        refinement={"step_size": 400.0, "landscapes": "one", **CASES[case].get("refinement", {})},
+    )
+    prompts = [prompt_of(model, 5, seed=s) for s in range(6)]
+    rules = ThinkingConfig(num_steps=6, accept_only_if_lower=True, seed=SEED, num_starts=2)
+    session = Session(model, prompts, rules)
+    states = [session.predict()]
+    thought = states[0].thought
+    assert (thought.trace[1:] <= thought.trace[:-1] + 1e-12).all() and torch.allclose(
+        thought.trace[-1], thought.energy
+    )
+    if (
+        case != "video, most recent"
+    ):  # a step of 400 is often too long; there, the energy falls without end
+        assert (thought.accepted < thought.steps).any()
+    # One step longer: where it was rejected the state is bit for bit the same.
+    longer = Session(model, prompts, dataclasses.replace(rules, num_steps=7)).predict().thought
+    same = longer.accepted == thought.accepted
+    assert torch.equal(longer.state[same], thought.state[same])
+    assert (~same).any() or same.all()
+    assert (longer.energy[~same] < thought.energy[~same]).all()
+
+
+def test_langevin_noise_moves_and_rejection_undoes_it():
+    model = model_of(TEXT)
+    rules = ThinkingConfig(num_steps=4, noise=5.0, accept_only_if_lower=True, step_size=1e-3)
+    thought = (
+        Session(model, [prompt_of(model, 5, seed=s) for s in range(6)], rules).predict().thought
+    )
+    start = NextPositionSampler(model, rules.seed, torch.arange(6), torch.full((6,), 4)).initial(
+        None
+    )
+    unmoved = thought.accepted == 0
+    assert (
+        unmoved.any()
+        and torch.equal(thought.state[unmoved], start[unmoved])
+        and (thought.trace[1:] <= thought.trace[:-1] + 1e-12).all()
+    )
+    plain = Session(model, [prompt_of(model, 5)], ThinkingConfig(num_steps=4)).predict().state
+    noisy = (
+        Session(model, [prompt_of(model, 5)], ThinkingConfig(num_steps=4, noise=1.0))
+        .predict()
+        .state
+    )
+    assert not torch.allclose(plain, noisy)
+
+
+@pytest.mark.parametrize("case", ["default", "video"])
+def test_early_stopping_saves_steps_and_gives_what_running_on_gives_within_its_tolerance(case):
+    model = model_of(CASES[case], refinement={"step_size": 2.0, "landscapes": "one"})
+    prompts = [prompt_of(model, 5, seed=s) for s in range(8)]
+    on = (
+        Session(model, prompts, ThinkingConfig(num_steps=40, accept_only_if_lower=True, seed=SEED))
+        .predict()
+        .thought
+    )
+    tolerance = 1e-3
+    stopped = (
+        Session(
+            model,
+            prompts,
+            ThinkingConfig(num_steps=40, accept_only_if_lower=True, tolerance=tolerance, seed=SEED),
+        )
+        .predict()
+        .thought
+    )
+    assert (stopped.steps < 40).any() and (stopped.steps <= on.steps).all()
+    taken = stopped.steps[:, 0]
+    for row in range(len(prompts)):
+        assert torch.equal(
+            stopped.trace[: taken[row], row], on.trace[: taken[row], row]
+        )  # the same path up to there
+        if taken[row] < 40:
+            assert (
+                stopped.trace[taken[row] - 1, row] - stopped.energy[row] <= tolerance
+                and (
+                    stopped.trace[1 : taken[row], row]
+                    < stopped.trace[: taken[row] - 1, row] - tolerance
+                ).all()
+            )
+
+
+@pytest.mark.parametrize("rules", [{}, {"num_starts": 3}, {"accept_only_if_lower": True}])
+def test_leaving_out_the_final_energy_changes_no_state(rules):
+    model = model_of(TEXT)
+    prompts = [prompt_of(model, 5, seed=s) for s in range(4)]
+    measured, lean = (
+        Session(model, prompts, ThinkingConfig(seed=SEED, **rules), energies=energies).predict()
+        for energies in (True, False)
+    )
+    assert torch.equal(measured.state, lean.state) and torch.equal(
+        measured.thought.steps, lean.thought.steps
+    )
+    assert (lean.energy is None) == (not rules) and len(lean.thought.trace) == len(
+        measured.thought.trace
+    ) - (not rules)
+
+
+def test_of_several_starts_the_lowest_energy_is_kept_and_the_first_is_the_usual_one():
+    model = model_of(TEXT)
+    prompts = [prompt_of(model, 5, seed=s) for s in range(4)]
+    one, four = (
+        Session(model, prompts, ThinkingConfig(num_starts=n, seed=SEED)).predict() for n in (1, 4)
+    )
+    assert torch.allclose(four.thought.state[:, 0], one.state, atol=1e-12) and torch.equal(
+        four.energy, four.thought.energy.min(1).values
+    )
+    assert (four.energy <= one.energy + 1e-12).all() and (four.energy < one.energy).any()
+    state, energy, start = lowest(four.thought)
+    assert torch.equal(state, four.thought.state[torch.arange(4), start])
+
+
+@pytest.mark.parametrize("case", ["default", "time_embed", "video"])
+def test_every_position_of_a_sequence_at_once_is_each_prefix_on_its_own(case):
+    model = model_of(CASES[case])
+    prompt, rules = (
+        prompt_of(model, 6),
+        ThinkingConfig(num_steps=3, accept_only_if_lower=True, tolerance=1e-6, seed=SEED),
+    )
+    noise = SequenceSampler(model, rules.seed, torch.tensor([0]), 6)
+    score = SequenceEnergy(model, model.embed_observed(prompt[None]))
+    whole = think(model, score, noise.initial(None), rules, noise=noise)
+    for t in range(6):
+        alone = Session(model, [prompt[: t + 1]], rules).predict().thought
+        assert (
+            torch.allclose(whole.state[0, t], alone.state[0, 0], atol=1e-9)
+            and whole.steps[0, t] == alone.steps[0, 0]
+        )
+
+
+def test_a_row_that_fills_the_context_goes_on_with_its_later_half():
+    model = model_of(TEXT)
+    prompt = prompt_of(model, LENGTH + 5)
+    session = Session(model, [prompt], ThinkingConfig(seed=SEED))
+    assert torch.equal(session.rows[0], prompt[-LENGTH:])
+    session.accept(torch.tensor([3]))
+    assert len(session.rows[0]) == LENGTH // 2
+    assert torch.allclose(
+        session.predict().state[0],
+        uncached(model, torch.cat([prompt, torch.tensor([3])])[-(LENGTH // 2) :]),
+        atol=1e-10,
+    )
+    tokens = [int(t) for t, _ in continue_texts(model, [prompt], 30)]
+    assert len(tokens) == 30
+
+
+def test_prompts_are_continued_independently_of_each_other():
+    model = model_of(TEXT)
+    prompts = [prompt_of(model, n, seed=n) for n in (3, 7)]
+    together = [
+        t.tolist() for t, _ in continue_texts(model, prompts, 5, config=ThinkingConfig(seed=SEED))
+    ]
+    assert [t[0] for t in together] == [
+        int(t) for t, _ in continue_texts(model, prompts[:1], 5, config=ThinkingConfig(seed=SEED))
+    ]
+
+
+def test_generation_ends_when_every_row_has_ended():
+    model = model_of(TEXT)
+    first = int(next(continue_texts(model, [prompt_of(model, 3)], 1))[0])
+    assert len(list(continue_texts(model, [prompt_of(model, 3)], 9, end=first))) == 1
+
+
+def test_clips_are_continued_from_their_own_predictions():
+    model = model_of(VIDEO)
+    prompt = prompt_of(model, 3)
+    states = continue_states(model, [prompt], 3, config=ThinkingConfig(seed=SEED))[0]
+    grown = prompt
+    for state in states:
+        assert torch.allclose(state, uncached(model, grown), atol=1e-9)
+        grown = torch.cat([grown, state[None]])
+
+
+def test_candidate_energies_are_the_networks():
+    model = model_of(CASES["time_embed"])
+    prompt, candidates = prompt_of(model, 4), torch.randn(3, 32, dtype=torch.float64)
+    observed = model.embed_observed(prompt.expand(3, -1))
+    landscape = model.network.num_landscapes - 1
+    expected = model.network.energy(
+        candidates[:, None].expand(-1, 4, -1),
+        model.network.encode_context(observed, landscape),
+        landscape,
+    )[:, -1]
+    assert torch.allclose(
+        candidate_energies(model, prompt, candidates).double(), expected, atol=1e-6
+    )
+
+
+def test_sampling_keeps_what_it_says():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert Sampling().distribution(logits).tolist() == [[1, 0, 0, 0]]
+    assert torch.allclose(Sampling(1.0).distribution(logits), logits.exp().double(), atol=1e-6)
+    assert torch.allclose(
+        Sampling(1.0, top_k=2).distribution(logits),
+        torch.tensor([[0.625, 0.375, 0, 0]]).double(),
+        atol=1e-6,
+    )
+    assert torch.allclose(
+        Sampling(1.0, top_p=0.7).distribution(logits),
+        torch.tensor([[0.625, 0.375, 0, 0]]).double(),
+        atol=1e-6,
+    )
+    assert Sampling(0.5).distribution(logits)[0, 0] > 0.6
+    for wrong in (dict(temperature=-1.0), dict(top_k=0), dict(top_p=1.5)):
+        with pytest.raises(UserError):
+            Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(num_steps=0),
+        dict(num_starts=0),
+        dict(noise=-1.0),
+        dict(step_size=0.0),
+        dict(tolerance=-1.0),
+    ],
+)
+def test_impossible_rules_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        ThinkingConfig(**wrong)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UserError, match="empty prompt"):
+        Session(model_of(TEXT), [torch.zeros(0, dtype=torch.int64)])

@@ -1,0 +1,526 @@
+"""Every combination of the refinement's choices is the papers' algorithm, to second order, in float64; evaluation is cheap and leaves no trace.
+
+The reference below is written for reading: materialised softmax, plain autograd through the state itself, detaching by hand; the network's
+fused operations are replaced by their definitions. (The network's structure is held against the released code's numbers in test_parity.py.)
+"""
+
+import contextlib
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ebwm_kernels.attention.energy import energy_attention_definition
+from ebwm_kernels.pointwise import rms_norm_reference, swiglu_reference
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.model import blocks
+from ebwm_scale.refinement import block_recompute
+from ebwm_scale.refinement import loop as refinement_loop
+from ebwm_scale.refinement.noise import NoiseSource
+from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.refinement.tiling import tiles_of
+from ebwm_scale.world_model import WorldModel
+
+V, B, S = 13, 3, 5
+CONDITIONINGS = ("default", "time_embed", "adaln", "adaln_zero", "predicted_only")
+
+
+def build(*, kind="vocabulary", model=None, state=None, refinement=None):
+    state = {"kind": kind, **({"dimension": 7} if kind == "embedding" else {}), **(state or {})}
+    config = config_from_dict(
+        {
+            "model": {
+                "num_layers": 2,
+                "width": 16,
+                "num_heads": 4,
+                **({"vocabulary_size": V} if kind == "vocabulary" else {}),
+                **(model or {}),
+            },
+            "state": state,
+            "refinement": {"num_steps": 2, "step_size": 3.0, **(refinement or {})},
+        }
+    )
+    torch.manual_seed(1)
+    world_model = WorldModel(config).double()
+    for (
+        parameter
+    ) in world_model.parameters():  # zero-initialised parts must not hide a missing path
+        if parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(2)
+    if kind == "vocabulary":
+        tokens = torch.randint(V, (B, S + 1), generator=generator)
+        return world_model, tokens[:, :-1], tokens[:, 1:]
+    frames = torch.randn(B, S + 1, 7, generator=generator, dtype=torch.float64)
+    return world_model, frames[:, :-1], frames[:, 1:]
+
+
+@contextlib.contextmanager
+def plain_operations():
+    with (
+        mock.patch.object(
+            blocks,
+            "energy_attention",
+            lambda *a, backend, **o: energy_attention_definition(*a, **o),
+        ),
+        mock.patch.object(blocks, "rms_norm", rms_norm_reference),
+        mock.patch.object(blocks, "swiglu", swiglu_reference),
+    ):
+        yield
+
+
+def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
+    """The papers' algorithm by hand; all draws from the same addresses."""
+    rules, kind = model.config.refinement, model.config.state.kind
+    size = V if kind == "vocabulary" else 7
+    draws = TrainingNoise(
+        source,
+        rules,
+        sample_ids,
+        (B, S, size),
+        kind=model.config.state.initial,
+        dtype=torch.float64,
+        last_observed=observed if kind == "embedding" else None,
+    )
+    alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
+    embedded_observed = model.embed_observed(observed)
+    x, losses = draws.initial_state(), []
+    for i, landscape in enumerate(model.landscapes(num_steps)):
+        last = i == num_steps - 1
+        if rules.graph != "full":
+            x = x.detach()
+        noise = draws.langevin(i)
+        x = x if noise is None else x + noise
+        if not x.requires_grad:
+            x = x.requires_grad_()
+        if kind == "vocabulary":
+            weight = (
+                model.token_embedding.weight
+                if model.config.state.tie_embedding
+                else model.state_map
+            ) * model.config.state.map_scale
+            moving = p = x.softmax(-1)
+            candidate = p @ weight
+        else:
+            moving, candidate = (
+                x,
+                F.linear(x, model.frame_projection.weight, model.frame_projection.bias),
+            )
+        if model.config.model.predicted_input == "anchored":
+            candidate = candidate + embedded_observed
+        energy = model.network.energy(
+            candidate, model.network.encode_context(embedded_observed, landscape), landscape
+        )
+        by = x if kind == "vocabulary" and rules.update == "logits" else moving
+        (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
+        if rules.graph == "truncate" and not last:
+            gradient = gradient.detach()
+        start = moving if rules.update == "probabilities" else x
+        if rules.graph != "full":
+            start = start.detach()
+        step = alpha.detach() if rules.graph == "truncate" and not last else alpha
+        change = -step * gradient
+        if rules.change_clamp is not None:
+            change = torch.clamp(change, -rules.change_clamp, rules.change_clamp)
+        x = start + change
+        if rules.state_clamp is not None:
+            x = torch.clamp(x, -rules.state_clamp, rules.state_clamp)
+        losses.append(
+            F.cross_entropy(x.flatten(0, 1), targets.flatten())
+            if kind == "vocabulary"
+            else F.smooth_l1_loss(x, targets)
+        )
+        if rules.graph == "truncate" and not last:
+            losses[-1] = losses[-1].detach()
+    return losses[-1] if rules.loss == "last" else torch.stack(losses).mean()
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {
+        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
+
+
+def compare(model, observed, targets, *, num_steps=2, whole_gradient=1e-10):
+    """Loss to 1e-13; each parameter's gradient to rounding, and all of them together to `whole_gradient`, relative to their norm."""
+    sample_ids, source = torch.tensor([4, 9, 2]), NoiseSource(5, 6)
+    model.train()
+    ours = model(observed, targets, sample_ids=sample_ids, source=source, num_steps=num_steps).loss
+    ours_gradients = gradients(model, ours)
+    with plain_operations():
+        reference = reference_loss(
+            model, observed, targets, num_steps=num_steps, source=source, sample_ids=sample_ids
+        )
+        reference_gradients = gradients(model, reference)
+    torch.testing.assert_close(ours, reference, rtol=1e-13, atol=1e-13)
+    pairs = [
+        (ours_gradients[name], expected)
+        for name, expected in reference_gradients.items()
+        if expected is not None and ours_gradients[name] is not None
+    ]
+    error, norm = (
+        sum(u.square().sum() for u in parts).sqrt()
+        for parts in ([a - b for a, b in pairs], [b for _, b in pairs])
+    )
+    assert error <= whole_gradient * norm, float(error / norm)
+    largest = max(g.abs().max() for g in reference_gradients.values() if g is not None)
+    for name, expected in reference_gradients.items():
+        actual = ours_gradients[name]
+        if expected is None or actual is None:  # autograd says None or zeros for what cannot matter
+            assert all(g is None or g.abs().max() <= 1e-14 * largest for g in (expected, actual)), (
+                name
+            )
+            continue
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-10, atol=float(1e-12 * largest), msg=lambda m: f"{name}: {m}"
+        )
+    return ours.item()
+
+
+@pytest.mark.parametrize(
+    "graph, loss, update",
+    itertools.product(
+        ("detach", "truncate", "full"), ("every", "last"), ("probabilities", "logits", "mirror")
+    ),
+)
+@pytest.mark.parametrize("predicted_input", ["state", "anchored"])
+def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update, predicted_input):
+    for conditioning in CONDITIONINGS:
+        compare(
+            *build(
+                model={"conditioning": conditioning, "predicted_input": predicted_input},
+                refinement={"graph": graph, "loss": loss, "update": update},
+            ),
+            whole_gradient=1e-12,
+        )
+
+
+@pytest.mark.parametrize(
+    "graph, loss", itertools.product(("detach", "truncate", "full"), ("every", "last"))
+)
+@pytest.mark.parametrize(
+    "name, options",
+    {
+        "grouped_heads": {"model": {"num_kv_heads": 2}},
+        "one_key_head": {"model": {"num_kv_heads": 1}},
+        "tied": {"state": {"tie_embedding": True}},
+        "scaled_map": {"state": {"map_scale": 7.0}},
+        "zeros": {"state": {"initial": "zeros"}},
+        "wide": {"model": {"feed_forward_width": 24}},
+        "randomised": {
+            "refinement": {"step_size_random_factor": 2.0, "noise": 0.7, "num_steps": 3}
+        },
+        "three_steps_one_landscape": {
+            "model": {"conditioning": "time_embed"},
+            "refinement": {"num_steps": 3, "landscapes": "one"},
+        },
+        "tiles_of_one_sample": {"refinement": {"tile_rows": 5, "num_steps": 3}},
+        "tiles_of_two_samples": {"refinement": {"tile_rows": 12}},
+        "parts_of_samples": {
+            "refinement": {"tile_rows": 2, "step_size_random_factor": 2.0, "noise": 0.7}
+        },
+        "parts_with_landscapes": {
+            "model": {"conditioning": "time_embed", "predicted_input": "anchored"},
+            "refinement": {"tile_rows": 3, "num_steps": 3},
+        },
+        "parts_of_frames": {
+            "kind": "embedding",
+            "model": {"conditioning": "adaln"},
+            "refinement": {"tile_rows": 2},
+        },
+        "parts_scaled_and_tied": {
+            "state": {"map_scale": 7.0, "tie_embedding": True},
+            "refinement": {"tile_rows": 4, "update": "logits"},
+        },
+        "checkpoint_step": {"refinement": {"recompute": "step"}},
+        "checkpoint_block": {"refinement": {"recompute": "block"}},
+        "blocks_in_parts_of_samples": {
+            "model": {"conditioning": "adaln", "num_kv_heads": 2},
+            "refinement": {"recompute": "block", "tile_rows": 3},
+        },
+        "blocks_with_time_embed": {
+            "model": {"conditioning": "time_embed", "predicted_input": "anchored"},
+            "refinement": {"recompute": "block", "num_steps": 3},
+        },
+        "blocks_of_frames": {
+            "kind": "embedding",
+            "model": {"conditioning": "predicted_only"},
+            "refinement": {"recompute": "block"},
+        },
+        "clamped": {"refinement": {"change_clamp": 5.0, "state_clamp": 4.0, "num_steps": 3}},
+        "change_clamped": {"refinement": {"change_clamp": 4.0, "tile_rows": 3}},
+        "clamped_logits": {
+            "refinement": {"update": "logits", "change_clamp": 0.3, "state_clamp": 0.8}
+        },
+        "clamped_mirror": {
+            "refinement": {
+                "update": "mirror",
+                "change_clamp": 4.0,
+                "state_clamp": 6.0,
+                "step_size_random_factor": 2.0,
+            }
+        },
+        "clamped_frames": {
+            "kind": "embedding",
+            "refinement": {"change_clamp": 0.8, "state_clamp": 1.2},
+        },
+        "frames": {"kind": "embedding"},
+        "frames_from_the_last": {"kind": "embedding", "state": {"initial": "most_recent"}},
+        "frames_randomised": {
+            "kind": "embedding",
+            "model": {"conditioning": "adaln"},
+            "refinement": {"step_size_random_factor": 2.0, "noise": 0.1},
+        },
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_option_is_exact(graph, loss, name, options):
+    options = {
+        **options,
+        "refinement": {**options.get("refinement", {}), "graph": graph, "loss": loss},
+    }
+    compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
+@pytest.mark.parametrize(
+    "kind, update, change, state",
+    [
+        ("vocabulary", "probabilities", 4.0, 4.0),
+        ("vocabulary", "logits", 0.3, 0.8),
+        ("vocabulary", "mirror", 4.0, 6.0),
+        ("embedding", "probabilities", 0.8, 1.2),
+    ],
+)
+def test_each_clamp_binds_somewhere_and_not_everywhere(kind, update, change, state):
+    """So that the comparisons above mean something; and no state is beyond its bound, nor moved further than a step may."""
+    options = {
+        "sample_ids": torch.arange(B),
+        "source": NoiseSource(1, 2),
+        "keep_state": torch.float64,
+    }
+
+    def final(**clamps):
+        model, observed, targets = build(
+            kind=kind, refinement={"update": update, "num_steps": 1, **clamps}
+        )
+        return model.eval()(observed, targets, **options).state
+
+    free, changed, bounded = final(), final(change_clamp=change), final(state_clamp=state)
+    for clamped in (changed, bounded):
+        same = torch.isclose(clamped, free, rtol=1e-12, atol=1e-13)
+        assert same.any() and not same.all()
+    assert bounded.abs().max() <= state
+    start = final(change_clamp=1e-300)
+    assert (changed - start).abs().max() <= change * (1 + 1e-12)
+
+
+def test_the_comparison_notices_a_clamp_that_lets_gradients_through(monkeypatch):
+    from ebwm_kernels.vocabulary import autograd as vocabulary
+
+    right = vocabulary._step
+    monkeypatch.setattr(vocabulary, "_step", lambda *a: (right(*a)[0], None))
+    with pytest.raises(AssertionError):
+        compare(*build(refinement={"change_clamp": 4.0}))
+
+
+def test_tiles_cover_a_batch_once_and_are_of_about_the_same_size():
+    for num_samples, num_positions, rows in itertools.product(
+        (1, 2, 5), (1, 4, 7), (1, 2, 3, 7, 9, 14, 100)
+    ):
+        seen = torch.zeros(num_samples, num_positions, dtype=torch.int64)
+        sizes = []
+        for samples, positions in tiles_of(num_samples, num_positions, rows):
+            for part in positions:
+                seen[samples, part] += 1
+                sizes.append(seen[samples, part].numel())
+        assert seen.eq(1).all() and max(sizes) <= rows and max(sizes) <= 2 * min(sizes), (
+            num_samples,
+            num_positions,
+            rows,
+            sizes,
+        )
+
+
+@pytest.mark.parametrize("tile_rows", [5, 2])
+def test_a_tile_changes_neither_the_final_state_nor_the_energies(tile_rows):
+    options = {
+        "sample_ids": torch.arange(B),
+        "source": NoiseSource(1, 2),
+        "keep_state": torch.float64,
+    }
+    outputs = [
+        model.eval()(observed, targets, **options)
+        for rows in (100, tile_rows)
+        for model, observed, targets in [build(refinement={"tile_rows": rows})]
+    ]
+    torch.testing.assert_close(outputs[1].state, outputs[0].state, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        outputs[1].energy_per_step, outputs[0].energy_per_step, rtol=1e-12, atol=1e-13
+    )
+    assert outputs[0].state.shape == (B, S, V)
+
+
+def test_the_choices_differ_so_the_comparison_means_something():
+    losses = {
+        graph: gradients(
+            model,
+            model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(0, 0)).loss,
+        )["network.head.weight"]
+        for graph in ("detach", "truncate", "full")
+        for model, observed, targets in [build(refinement={"graph": graph, "loss": "every"})]
+    }
+    assert not torch.allclose(losses["detach"], losses["full"]) and not torch.allclose(
+        losses["detach"], losses["truncate"]
+    )
+
+
+@pytest.mark.parametrize("checkpoint", ["none", "step", "block"])
+def test_the_comparison_notices_an_inner_gradient_without_graph(monkeypatch, checkpoint):
+    """Breaks the mechanism on purpose: the loss stays right, the parameter gradients do not."""
+    right = refinement_loop.inner_gradient
+
+    def broken(*arguments, **options):
+        energy, gradient = right(*arguments, **options)
+        return energy, gradient.detach() + 0 * energy.sum()
+
+    monkeypatch.setattr(refinement_loop, "inner_gradient", broken)
+    with pytest.raises(AssertionError):
+        compare(*build(refinement={"recompute": checkpoint}))
+
+
+def test_the_comparison_notices_a_block_that_does_not_bend(monkeypatch):
+    """Breaks a sweep on purpose: the last block is taken for linear on the way up."""
+    right = block_recompute._BlockwiseStep.backward
+    monkeypatch.setattr(
+        block_recompute._BlockwiseStep,
+        "backward",
+        lambda self, streams, slopes, *rest: right(
+            self, streams, [*slopes[:-1], torch.zeros_like(slopes[-1])], *rest
+        ),
+    )
+    with pytest.raises(AssertionError):
+        compare(*build(refinement={"recompute": "block"}))
+
+
+@pytest.mark.parametrize("kind", ["vocabulary", "embedding"])
+def test_evaluation_builds_no_second_order_graph_and_touches_no_random_state(kind):
+    model, observed, targets = build(
+        kind=kind, refinement={"step_size_random_factor": 2.0, "noise": 0.5, "num_steps": 3}
+    )
+    plain, _, _ = build(kind=kind, refinement={"num_steps": 3})
+    state = torch.get_rng_state()
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2)}
+    with mock.patch("torch.autograd.grad", side_effect=torch.autograd.grad) as inner:
+        evaluated = model.eval()(observed, targets, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (
+        all(not call.kwargs.get("create_graph") for call in inner.call_args_list)
+        and inner.call_count == 3
+    )
+    assert not evaluated.loss.requires_grad and evaluated.initial_loss is not None
+    trained = plain.train()(observed, targets, **options)
+    torch.testing.assert_close(
+        evaluated.loss_per_step, trained.loss_per_step
+    )  # the same draws, without the randomness of training
+    torch.testing.assert_close(
+        model.eval()(observed, targets, **options).loss_per_step,
+        evaluated.loss_per_step,
+        rtol=0,
+        atol=0,
+    )
+
+
+def test_the_observed_stream_is_encoded_once_where_landscapes_share_it():
+    for conditioning, landscapes, expected in (
+        ("default", "per_step", 1),
+        ("predicted_only", "per_step", 1),
+        ("time_embed", "per_step", 3),
+        ("time_embed", "one", 1),
+    ):
+        model, observed, targets = build(
+            model={"conditioning": conditioning},
+            refinement={"num_steps": 3, "landscapes": landscapes},
+        )
+        with mock.patch.object(
+            model.network, "encode_context", side_effect=model.network.encode_context
+        ) as encode:
+            model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(0, 0))
+        assert encode.call_count == expected, conditioning
+
+
+def test_results_do_not_depend_on_how_a_batch_is_cut():
+    model, observed, targets = build(refinement={"step_size_random_factor": 2.0, "noise": 0.5})
+    options = {"source": NoiseSource(1, 2)}
+    whole = model(observed, targets, sample_ids=torch.tensor([7, 8, 9]), **options).loss
+    parts = [
+        model(
+            observed[i : i + 1], targets[i : i + 1], sample_ids=torch.tensor([7 + i]), **options
+        ).loss
+        for i in range(B)
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-12, atol=0)
+
+
+def test_the_baseline_is_an_ordinary_decoder():
+    for kind in ("vocabulary", "embedding"):
+        model, observed, targets = build(kind=kind, model={"kind": "baseline"})
+        loss = model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(0, 0)).loss
+        with plain_operations():
+            prediction = model.output(model.network(model.embed_observed(observed)))
+            plain = (
+                F.cross_entropy(prediction.flatten(0, 1), targets.flatten())
+                if kind == "vocabulary"
+                else F.smooth_l1_loss(prediction.float(), targets.float())
+            )
+        torch.testing.assert_close(
+            loss, plain, rtol=1e-6 if kind == "embedding" else 1e-12, atol=1e-8
+        )
+        later = observed.clone()
+        later[:, -1] = later[:, 0]
+        hidden = [model.network(model.embed_observed(x))[:, :-1] for x in (observed, later)]
+        torch.testing.assert_close(*hidden)  # causal: the last token changes nothing before it
+
+
+def test_the_comparison_notices_a_step_that_is_not_back_propagated(monkeypatch):
+    """Breaks the gradients taken step by step: the loss stays right, a term is missing."""
+    right, calls = refinement_loop.back_propagate, []
+    monkeypatch.setattr(
+        refinement_loop,
+        "back_propagate",
+        lambda pending, contexts: (
+            calls.append(1) or (right(pending, contexts) if len(calls) != 1 else pending.clear())
+        ),
+    )
+    with pytest.raises(AssertionError):
+        compare(*build())
+
+
+def test_gradients_taken_step_by_step_can_be_used_once_and_not_differentiated():
+    model, observed, targets = build()
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(0, 0)}
+    loss = model(observed, targets, **options).loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second backward through the same loss"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="call backward without create_graph=True"):
+        torch.autograd.grad(
+            model(observed, targets, **options).loss,
+            list(model.parameters()),
+            create_graph=True,
+            allow_unused=True,
+        )
+
+
+def test_a_scaled_loss_scales_every_gradient():
+    model, observed, targets = build(model={"conditioning": "time_embed"})
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(0, 0)}
+    once = gradients(model, model(observed, targets, **options).loss)
+    thrice = gradients(model, 3 * model(observed, targets, **options).loss)
+    for name in once:
+        assert once[name] is None or torch.allclose(
+            3 * once[name], thrice[name], rtol=1e-12, atol=1e-300
+        ), name

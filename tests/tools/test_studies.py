@@ -1,0 +1,90 @@
+"""The worlds of the studies are what they say, their truth is the truth, and the studies run."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import study_hops  # noqa: E402
+import study_uncertainty  # noqa: E402
+
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE  # noqa: E402
+
+
+def test_the_stated_entropy_of_the_chain_is_that_of_its_frequencies():
+    tokens, entropy = study_uncertainty.chain(20_000, seed=5)
+    before, after, stated = tokens[:, :-1].flatten(), tokens[:, 1:].flatten(), entropy.flatten()
+    for token in (0, 7, 29, 95):
+        counts = torch.bincount(after[before == token], minlength=study_uncertainty.TOKENS).double()
+        share = counts[counts > 0] / counts.sum()
+        assert abs(float(-(share * share.log()).sum()) - float(stated[before == token][0])) < 0.02
+        assert len(share) == 2 ** (token % study_uncertainty.BRANCHES)
+
+
+def test_the_stated_deviation_of_the_circle_is_that_of_its_steps():
+    states, deviation = study_uncertainty.circle(5000, seed=5)
+    angle = torch.atan2(states[..., 1], states[..., 0])
+    step = (angle[:, 1:] - angle[:, :-1] - study_uncertainty.TURN + math.pi).remainder(
+        2 * math.pi
+    ) - math.pi
+    for level in (0.0, 0.3):  # the larger ones wrap around the circle
+        assert abs(float(step[deviation == level].std()) - level) < 0.01
+    assert abs(float(step[deviation == 1.0].std()) - 1) < 0.05
+
+
+def test_chains_of_look_ups_are_answered_by_looking_up():
+    for hops in ((1,), (3,), (1, 2, 4)):
+        observed, targets, asked_hops = study_hops.sequences(4, hops, seed=1)
+        n = study_hops.NODES
+        assert int(observed.max()) < study_hops.vocabulary_of(hops) and set(
+            asked_hops.flatten().tolist()
+        ) == set(hops)
+        for row, answers, numbers in zip(observed.tolist(), targets.tolist(), asked_hops.tolist()):
+            points_to = {row[2 * i]: row[2 * i + 1] - n for i in range(n)}
+            asked = [i for i, answer in enumerate(answers) if answer != IGNORE]
+            assert len(asked) == n
+            for i, number in zip(asked, numbers):
+                kind, node = divmod(row[i] - 2 * n, n)
+                assert hops[kind] == number
+                for _ in range(number):
+                    node = points_to[node]
+                assert answers[i] == n + node
+
+
+@pytest.mark.parametrize(
+    "tool, arguments, rows",
+    [
+        (
+            study_hops,
+            [
+                "--hops",
+                "1",
+                "1,2",
+                "--forms",
+                "transformer++, 2 layers",
+                "2 steps, every",
+                "--steps",
+                "2",
+            ],
+            4,
+        ),
+        (study_uncertainty, ["--steps", "2", "--starts", "2", "--samples", "4"], 4),
+    ],
+)
+def test_a_study_runs_and_writes_its_rows(tmp_path, monkeypatch, capsys, tool, arguments, rows):
+    output = tmp_path / "r.json"
+    monkeypatch.setattr(sys, "argv", [tool.__name__ + ".py", *arguments, "--output", str(output)])
+    flush = torch.tensor(1e-40).mul(1).item() == 0
+    try:
+        assert tool.main() == 0
+        result = json.loads(output.read_text())
+        assert len(result["rows"]) == rows and result["command"]
+        if tool is study_hops:  # said again, nothing is trained twice
+            capsys.readouterr()
+            assert tool.main() == 0 and not capsys.readouterr().out
+    finally:
+        torch.set_flush_denormal(flush)
