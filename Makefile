@@ -1,6 +1,7 @@
 # From nothing but python3, make and a package index:
 #   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
 #   make quickstart-video    the same for video, on three short real clips
+#   make lint         environment and every check that reads code: format, lint, types, import rule, spelling
 #   make test         environment and every test that this machine can run, in WORKERS processes of one thread each
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 2
 
-.PHONY: quickstart quickstart-video test soak clean
+.PHONY: quickstart quickstart-video lint test soak clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -17,6 +18,13 @@ quickstart: $(VENV)/.installed
 
 quickstart-video: $(VENV)/.installed-video
 	@$(BIN)/python tools/quickstart.py video --runs "$(RUNS)" --data "$(DATA)"
+
+lint: $(VENV)/.installed-lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports
+	@$(BIN)/codespell
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
@@ -33,6 +41,10 @@ $(VENV)/.installed: setup.py constraints.txt
 
 $(VENV)/.installed-video: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[video]"
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[lint]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

@@ -1,4 +1,9 @@
-"""Packages: ebwm_scale (the framework) and ebwm_kernels (the folder kernels/). Versions known to work: constraints.txt."""
+"""Packages: ebwm_scale (the framework) and ebwm_kernels (the folder kernels/). Versions known to work: constraints.txt.
+
+kernels/ is a distribution of its own as well (pip install ./kernels). It is not a requirement here: a requirement is
+looked up on the package index, where nobody holds its name, and a path in it would not be relative. So this one brings
+the same folder, and one `pip install -e .` is enough, with both editable.
+"""
 
 from setuptools import find_packages, setup
 
@@ -9,9 +14,9 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["ebwm_scale", "ebwm_scale.*"])
-    + ["ebwm_kernels", "ebwm_scale.configs"],
+    + [*find_packages("kernels"), "ebwm_scale.configs"],
     # configs/ holds no modules: it is shipped beside them, where ebwm_scale/config/shipped.py looks for it
-    package_dir={"ebwm_kernels": "kernels", "ebwm_scale.configs": "configs"},
+    package_dir={"ebwm_kernels": "kernels/ebwm_kernels", "ebwm_scale.configs": "configs"},
     package_data={
         "ebwm_scale": ["templates/*.j2"],
         "ebwm_scale.configs": ["*.yaml", "*/*.yaml"],
@@ -41,6 +46,13 @@ setup(
         "tracking": ["wandb>=0.20"],
         "cluster": ["submitit>=1.5"],
         "harness": ["lm_eval>=0.4.9"],
+        "lint": [
+            "ruff>=0.12",
+            "pyright[nodejs]>=1.1.400",
+            "import-linter>=2.7",
+            "codespell>=2.4",
+            "pre-commit>=4",
+        ],
         "test": [
             "pytest>=8",
             "lm_eval>=0.4.9",

@@ -6,7 +6,7 @@ python -m ebwm_scale configs        the configurations that come with it, each u
 from __future__ import annotations
 
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from ebwm_scale.config.shipped import first_line, shipped_folder, shipped_names
 from ebwm_scale.core.arguments import ArgumentParser

@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Sequence
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted

@@ -16,8 +16,8 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from ebwm_scale.cluster.attempts import read_attempts
 from ebwm_scale.cluster.request import check_option, options_for_resubmission, read_request

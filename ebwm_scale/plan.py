@@ -10,8 +10,8 @@ compared with measurements in the tests; times on GPUs rest on assumed utilisati
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError

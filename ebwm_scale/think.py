@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import torch
 
@@ -316,7 +316,7 @@ def continue_video(
     frames = context_frames(options.video, content, options.start, model.config.data.context_length)
     states = space.states(torch.from_numpy(frames)[None])[0]
     session, new, energies, start = Session(model, [states], rules), [], [], time.perf_counter()
-    for index in range(options.max_new or 8):
+    for _index in range(options.max_new or 8):
         prediction = session.predict()
         new.append(prediction.state)
         if prediction.energy is not None:

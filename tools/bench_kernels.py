@@ -239,11 +239,8 @@ def implementations(problem: Problem, device: torch.device, names: list[str]):
         "flash": flash,
     }
     for name in names:
-        if (
-            name in ("flex", "flash")
-            and device.type != "cuda"
-            or name == "flash"
-            and importlib.util.find_spec("flash_attn") is None
+        if (name in ("flex", "flash") and device.type != "cuda") or (
+            name == "flash" and importlib.util.find_spec("flash_attn") is None
         ):
             continue
         yield name, table[name]

@@ -211,7 +211,7 @@ def plot(name: str, rows: list[tuple[int, dict]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def profile(stepper: "Stepper", most: int = 15) -> dict[str, float]:
+def profile(stepper: Stepper, most: int = 15) -> dict[str, float]:
     """Operation -> share of the time of one step spent in itself, device time where there is a device; the largest ones and "rest"."""
     import torch
 

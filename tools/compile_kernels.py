@@ -21,14 +21,14 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from ebwm_kernels.attention import triton_kernels as attention_triton  # noqa: E402
-from ebwm_kernels.attention.tuning import KERNELS, Tile, padded_for, part_for, tile_for  # noqa: E402
+from ebwm_kernels.attention import triton_kernels as attention_triton
+from ebwm_kernels.attention.tuning import KERNELS, Tile, padded_for, part_for, tile_for
 from ebwm_scale.core.arguments import ArgumentParser
 
 SHARED_KIB = {

@@ -10,6 +10,7 @@ on these texts, not how it varies over seeds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -165,7 +166,7 @@ def measure(run: Path, options: argparse.Namespace) -> tuple[dict, torch.Tensor]
         "losses": [{"num_steps": n} | interval(values) for n, values in enumerate(curve)],
         "gains": [
             {"step": n + 1} | interval(before - after)
-            for n, (before, after) in enumerate(zip(curve, curve[1:]))
+            for n, (before, after) in enumerate(itertools.pairwise(curve))
         ],
     }, curve[trained]
 

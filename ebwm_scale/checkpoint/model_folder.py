@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ def write_model(
     source: dict[str, Any],
     manifest: Manifest | None,
     max_shard_bytes: int,
-    training: "Training | None" = None,
+    training: Training | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write a folder. read(name) gives a weight in its shape; floating point ones are stored as dtype. Raises CheckpointError if the folder is there already.

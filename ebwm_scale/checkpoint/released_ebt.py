@@ -18,8 +18,9 @@ langevin_dynamics_noise_std                 refinement.noise, a setting and not 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor

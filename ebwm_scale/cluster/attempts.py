@@ -196,7 +196,7 @@ class Attempts:
         return [*read_attempts(self.folder), *map(json.loads, self.log.waiting)]
 
     def _append(self, row: dict[str, Any]) -> None:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.log.add({"time": now, **row})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from ebwm_scale.cluster.attempts import Attempts, Verdict, meaning, open_attempt, read_attempts
 from ebwm_scale.cluster.slurm import (

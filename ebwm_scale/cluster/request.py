@@ -12,22 +12,75 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.plain_text import one_line, shown
 
 HARMLESS = frozenset(
-    """
-    account begin cluster-constraint comment constraint contiguous core-spec cores-per-socket
-    cpus-per-gpu cpus-per-task deadline dependency distribution exclude exclusive gpu-bind gpu-freq
-    gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint licenses mail-type mem
-    mem-bind mem-per-cpu mem-per-gpu mincpus nice no-kill no-requeue nodelist nodes ntasks
-    ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket oversubscribe partition power
-    priority qos requeue reservation signal sockets-per-node spread-job switches thread-spec
-    threads-per-core time time-min tmp use-min-nodes wckey
-    """.split()
+    [
+        "account",
+        "begin",
+        "cluster-constraint",
+        "comment",
+        "constraint",
+        "contiguous",
+        "core-spec",
+        "cores-per-socket",
+        "cpus-per-gpu",
+        "cpus-per-task",
+        "deadline",
+        "dependency",
+        "distribution",
+        "exclude",
+        "exclusive",
+        "gpu-bind",
+        "gpu-freq",
+        "gpus",
+        "gpus-per-node",
+        "gpus-per-socket",
+        "gpus-per-task",
+        "gres",
+        "gres-flags",
+        "hint",
+        "licenses",
+        "mail-type",
+        "mem",
+        "mem-bind",
+        "mem-per-cpu",
+        "mem-per-gpu",
+        "mincpus",
+        "nice",
+        "no-kill",
+        "no-requeue",
+        "nodelist",
+        "nodes",
+        "ntasks",
+        "ntasks-per-core",
+        "ntasks-per-gpu",
+        "ntasks-per-node",
+        "ntasks-per-socket",
+        "oversubscribe",
+        "partition",
+        "power",
+        "priority",
+        "qos",
+        "requeue",
+        "reservation",
+        "signal",
+        "sockets-per-node",
+        "spread-job",
+        "switches",
+        "thread-spec",
+        "threads-per-core",
+        "time",
+        "time-min",
+        "tmp",
+        "use-min-nodes",
+        "wckey",
+    ]
 )
 RESOURCES = {  # the least of each number
     "nodes": 1,

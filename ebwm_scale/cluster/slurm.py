@@ -6,8 +6,8 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Iterator, Mapping, MutableMapping
 
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.plain_text import shown

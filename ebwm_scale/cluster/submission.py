@@ -15,9 +15,10 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 from ebwm_scale.cluster.job import ROOT, attempt, attempts_until_the_end, train_command
 from ebwm_scale.cluster.request import check_option, read_request
@@ -105,7 +106,7 @@ def submit(
             executor.update_parameters(visible_gpus=list(range(number * gpus, (number + 1) * gpus)))
             with in_the_background(logs):
                 job = executor.submit(LocalRuns(part, resources.tasks_per_node, allow_pipe))
-            by_run |= {path: job.job_id for path in part}
+            by_run |= dict.fromkeys(part, job.job_id)
         jobs = [by_run[path] for path in paths]
     elif len(paths) == 1:
         jobs = [executor.submit(SlurmRun(paths[0], allow_pipe)).job_id]

@@ -20,9 +20,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
@@ -204,7 +205,7 @@ def prepare(
 
 def write_request(folder: Path, config: Config, request: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     (folder / "launch.json").write_text(
         json.dumps({"time": now, **request}, indent=1, ensure_ascii=False), encoding="utf-8"

@@ -12,8 +12,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Iterable, Sequence
 
 from ebwm_scale.cluster.slurm import PORTS, Allocation, hostnames, inherited
 from ebwm_scale.core.errors import UserError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable
+from collections.abc import Callable
 
 from ebwm_scale.config.schema import Config, TrainConfig
 from ebwm_scale.core.errors import ConfigError, shown

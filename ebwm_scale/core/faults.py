@@ -31,8 +31,9 @@ import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 from ebwm_scale.core.errors import ConfigError
 

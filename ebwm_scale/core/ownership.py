@@ -80,7 +80,7 @@ class Ownership:
             "machine": machine(),
             "job": self.job,
             "restart": self.restart,
-            "since": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "token": self.token,
         }
         self.faults.through("write", replace_text, self.path, json.dumps(record))

@@ -8,7 +8,7 @@ for their silence.
 from __future__ import annotations
 
 import time
-from typing import Callable
+from collections.abc import Callable
 
 
 class RunningTime:

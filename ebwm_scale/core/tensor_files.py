@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,7 +155,7 @@ class TensorWriter:
         self.header = text + b" " * (-len(text) % 8)
         self.waiting = list(self.expected)
 
-    def __enter__(self) -> "TensorWriter":
+    def __enter__(self) -> TensorWriter:
         self.file = open(self.partial, "wb")
         self.file.write(len(self.header).to_bytes(8, "little") + self.header)
         return self

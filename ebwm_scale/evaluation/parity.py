@@ -34,7 +34,7 @@ class RecordedNoise:
         self.langevin_noise = by_kind("randn_like") if config.refinement.noise else []
         self.scale = config.refinement.noise
 
-    def slice(self, samples: slice, positions: slice) -> "RecordedNoise":
+    def slice(self, samples: slice, positions: slice) -> RecordedNoise:
         part, cut = copy.copy(self), (samples, positions)
         part.noise, part.langevin_noise = (
             self.noise[cut],

@@ -10,8 +10,9 @@ data order. Three seeds are few: such an interval says how much seeds matter, no
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 

@@ -25,7 +25,7 @@ class EnergyFunction(Protocol):
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         """Energies (B, K), and dE/d embedded (B, K, D)."""
 
-    def select(self, rows: Tensor) -> "EnergyFunction":
+    def select(self, rows: Tensor) -> EnergyFunction:
         """The same for some of the B contexts."""
 
 
@@ -47,7 +47,7 @@ class CachedEnergy:
         context = self.cache.get(landscape)
         return context.energy_and_gradient(self._candidates(embedded), landscape)
 
-    def select(self, rows: Tensor) -> "CachedEnergy":
+    def select(self, rows: Tensor) -> CachedEnergy:
         return CachedEnergy(self.model, self.cache.select(rows), self.last_observed[rows])
 
     def _candidates(self, embedded: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class SequenceEnergy:
             (gradient,) = torch.autograd.grad(energy.sum(), embedded)
         return energy.detach(), gradient
 
-    def select(self, rows: Tensor) -> "SequenceEnergy":
+    def select(self, rows: Tensor) -> SequenceEnergy:
         part = SequenceEnergy(self.model, self.observed[rows])
         for key, context in self.contexts.items():
             part.contexts[key] = context.select(rows)

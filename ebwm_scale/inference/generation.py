@@ -10,8 +10,8 @@ its later half, prefilled again, so a position costs the same however long the t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor

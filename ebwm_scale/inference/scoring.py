@@ -9,8 +9,8 @@ the energy of each as a certain prediction (a one-hot state), which needs no ref
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor

@@ -55,7 +55,7 @@ class EbwmModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *arguments: Any, **options: Any) -> "EbwmModel":
+    def from_pretrained(cls, folder: Any, *arguments: Any, **options: Any) -> EbwmModel:
         """DataError if the tokenizer or encoder that the folder carries is not the model's own."""
         manifest = Path(str(folder)) / "data" / MANIFEST_NAME
         if manifest.exists():

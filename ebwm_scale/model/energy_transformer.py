@@ -16,8 +16,8 @@ Step conditioning (`model.conditioning`) tells refinement steps apart by a lands
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +39,16 @@ class Context:
     keys_values: list[tuple[Tensor, Tensor]]
     offset: int
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Context":
+    def map(self, function: Callable[[Tensor], Tensor]) -> Context:
         """The same with every key and value tensor replaced by the function's result."""
         pairs = [(function(keys), function(values)) for keys, values in self.keys_values]
         return Context(pairs, self.offset)
 
-    def select(self, rows: Tensor | slice) -> "Context":
+    def select(self, rows: Tensor | slice) -> Context:
         """The context of some samples."""
         return self.map(lambda tensor: tensor[rows])
 
-    def visible_to(self, positions: slice) -> "Context":
+    def visible_to(self, positions: slice) -> Context:
         """What the candidates of some positions see.
 
         That is everything up to the last of them, the first one's own observed position included.

@@ -11,7 +11,7 @@ closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies
 
 from __future__ import annotations
 
-from typing import Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class KVCache:
             if key not in self.contexts:
                 self.contexts[key] = LandscapeKVCache(network, capacity, landscape)
 
-    def get(self, landscape: int) -> "LandscapeKVCache":
+    def get(self, landscape: int) -> LandscapeKVCache:
         """The cached context that a landscape reads."""
         return self.contexts[self.network.context_key(landscape)]
 
@@ -73,7 +73,7 @@ class KVCache:
             hidden = context.append(observed)
         return hidden
 
-    def select(self, rows: Tensor) -> "KVCache":
+    def select(self, rows: Tensor) -> KVCache:
         """The cache of some rows; it shares nothing with this one."""
         part = KVCache(self.network, self.capacity, ())
         for key, context in self.contexts.items():
@@ -164,7 +164,7 @@ class LandscapeKVCache:
         """(E (B, K), dE/d predicted (B, K, D)) of K candidates per row (B, K, D)."""
         return self._refinement_step(predicted, landscape, with_gradient=True)
 
-    def select(self, rows: Tensor) -> "LandscapeKVCache":
+    def select(self, rows: Tensor) -> LandscapeKVCache:
         """The cache of some rows; it shares nothing with this one."""
         part = LandscapeKVCache(self.network, self.capacity - self.offset, self.landscape)
         part.keys = [keys[rows] for keys in self.keys]

@@ -22,7 +22,7 @@ class Rotary(NamedTuple):
             return _rotated(x_BHSd, self.factors)
         return _Rotation.apply(x_BHSd, torch.view_as_complex(self.factors), True)
 
-    def slice(self, start: int, count: int) -> "Rotary":
+    def slice(self, start: int, count: int) -> Rotary:
         return Rotary(self.factors[start : start + count])
 
 

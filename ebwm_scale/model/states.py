@@ -61,7 +61,7 @@ class Targets(NamedTuple):
     values: Tensor
     count: Tensor
 
-    def slice(self, samples: slice, positions: slice) -> "Targets":
+    def slice(self, samples: slice, positions: slice) -> Targets:
         return Targets(self.values[samples, positions], self.count)
 
 

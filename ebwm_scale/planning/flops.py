@@ -47,7 +47,7 @@ class _Sizes:
     final_modulation: int  # D x 2 D
 
     @classmethod
-    def of(cls, config: Config, num_steps: int | None = None) -> "_Sizes":
+    def of(cls, config: Config, num_steps: int | None = None) -> _Sizes:
         model, refinement = config.model, config.refinement
         steps = num_steps or refinement.num_steps
         graph_steps = num_graph_steps(refinement, steps)

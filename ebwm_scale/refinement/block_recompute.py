@@ -27,7 +27,8 @@ Source: derived for this project; the test is plain double backward in float64.
 from __future__ import annotations
 
 import contextlib
-from typing import ContextManager, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import ContextManager
 
 import torch
 from torch import Tensor, nn

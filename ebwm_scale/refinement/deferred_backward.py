@@ -22,8 +22,8 @@ Memory: one tensor per parameter and detached tensor, instead of the graphs of a
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from torch import Tensor, nn

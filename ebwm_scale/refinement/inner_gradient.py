@@ -9,7 +9,7 @@ Under needs_graph both are differentiable once more with respect to everything.
 from __future__ import annotations
 
 import functools
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -23,8 +23,8 @@ Sources: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor

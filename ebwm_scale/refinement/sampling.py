@@ -7,7 +7,8 @@ nothing depends on processes, batches or tiles.
 from __future__ import annotations
 
 import copy
-from typing import Callable, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class NoiseSampler(Protocol):
     Training: TrainingNoise. Parity: recorded ones.
     """
 
-    def slice(self, samples: slice, positions: slice) -> "NoiseSampler":
+    def slice(self, samples: slice, positions: slice) -> NoiseSampler:
         """The same numbers for a part of the batch."""
 
     def initial_state(self) -> Tensor:
@@ -98,7 +99,7 @@ class TrainingNoise:
         self.last_observed = last_observed
         self.restart = restart
 
-    def slice(self, samples: slice, positions: slice) -> "TrainingNoise":
+    def slice(self, samples: slice, positions: slice) -> TrainingNoise:
         """The same numbers for a part of the batch."""
         part = copy.copy(self)
         part.sample_ids = self.sample_ids[samples]

@@ -9,8 +9,8 @@ S1 = detach + every;  S2 = truncate + last;  Algorithm 1 of the paper = full + l
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 from ebwm_scale.config.schema import RefinementConfig
 

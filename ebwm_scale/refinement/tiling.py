@@ -6,7 +6,8 @@ neither on the batch nor on the vocabulary: a tile's states take at most TILE_BY
 
 from __future__ import annotations
 
-from typing import Iterator
+import itertools
+from collections.abc import Iterator
 
 import torch
 
@@ -43,4 +44,4 @@ def tiles_of(
 def _even_slices(length: int, count: int) -> list[slice]:
     """A range in `count` slices whose lengths differ by one at most."""
     edges = [length * i // count for i in range(count + 1)]
-    return [slice(*edge) for edge in zip(edges, edges[1:])]
+    return [slice(*edge) for edge in itertools.pairwise(edges)]

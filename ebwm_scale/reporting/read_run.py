@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from ebwm_scale.config.strict_yaml import parse_yaml
 from ebwm_scale.core.errors import UserError

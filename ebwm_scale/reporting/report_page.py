@@ -7,7 +7,7 @@ bounded values that templates/report.html.j2 shows.
 from __future__ import annotations
 
 import math
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import yaml
@@ -61,7 +61,7 @@ def render(run: Run, baseline: Run | None) -> str:
         if run.config
         else "",
         events=_events(run),
-        written=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M}",
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
     )
 
 

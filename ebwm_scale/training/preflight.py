@@ -12,9 +12,9 @@ is found. What can only be known by doing it (memory, a network, a full disk) is
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
 
 import torch
 

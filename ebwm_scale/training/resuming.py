@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ebwm_scale.checkpoint.reader import Saved, verify
 from ebwm_scale.core.errors import CheckpointError, UserError

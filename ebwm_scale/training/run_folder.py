@@ -13,8 +13,9 @@ import os
 import shlex
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.console import say
@@ -256,7 +257,7 @@ def _keep_rows_until(path: Path, step: int) -> None:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -116,7 +117,7 @@ def interpolate(points: Points, progress: float, default: float) -> float:
         return default
     if progress <= points[0][0]:
         return points[0][1]
-    for (start, low), (end, high) in zip(points, points[1:]):
+    for (start, low), (end, high) in itertools.pairwise(points):
         if progress <= end:
             return low + (high - low) * (progress - start) / (end - start) if end > start else high
     return points[-1][1]

@@ -325,7 +325,7 @@ class Trainer:
             )
         return self.quarantine.exceeded
 
-    def log(self, result: StepResult, timer: "Interval") -> None:
+    def log(self, result: StepResult, timer: Interval) -> None:
         """Write the step's metrics."""
         values = (self.world.all_reduce(result.values) / self.world.size).tolist()
         norm = result.gradient_norm

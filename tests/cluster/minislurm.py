@@ -16,8 +16,8 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 FINAL = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
@@ -103,7 +103,7 @@ class MiniSlurm:
             "PATH": f"{self.root}/bin:/usr/sbin:/usr/bin:" + kept.get("PATH", ""),
         }
 
-    def start(self, timeout: float = 30) -> "MiniSlurm":
+    def start(self, timeout: float = 30) -> MiniSlurm:
         self._write()
         socket_path = self.root / "munge/sock"
         self._spawn(

@@ -51,7 +51,7 @@ def broken_but_equal(jobs, name, job, rows, state, *, reason):
     events = [
         json.loads(line) for line in (jobs.folder / name / "events.jsonl").read_text().splitlines()
     ]
-    first = [event["reason"] for event in events if event["event"] == "signal"][0]
+    first = next(event["reason"] for event in events if event["event"] == "signal")
     assert first == reason or reason is None
     assert jobs.rows(name) == rows
     assert same(jobs.state(name), state) == []

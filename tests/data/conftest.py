@@ -1,3 +1,3 @@
 """Fixtures of tests that read a small corpus."""
 
-from corpora import corpus, dataset, pristine, tokenizer_path  # noqa: F401
+from corpora import corpus, dataset, pristine, tokenizer_path

@@ -10,10 +10,34 @@ from ebwm_scale.data.prepare.text import make_text_dataset
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 
 CONTEXT_LENGTH = 16
-WORDS = (
-    "energy minimum step field query model token slow deep think gradient descent state block order shard paper river stone "
-    "cloud window metal garden letter number signal"
-).split()
+WORDS = [
+    "energy",
+    "minimum",
+    "step",
+    "field",
+    "query",
+    "model",
+    "token",
+    "slow",
+    "deep",
+    "think",
+    "gradient",
+    "descent",
+    "state",
+    "block",
+    "order",
+    "shard",
+    "paper",
+    "river",
+    "stone",
+    "cloud",
+    "window",
+    "metal",
+    "garden",
+    "letter",
+    "number",
+    "signal",
+]
 
 
 def write_corpus(folder: Path, *, num_documents: int = 24, seed: int = 0) -> Path:

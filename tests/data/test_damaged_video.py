@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("av", reason="the package av is not installed")
 
+import itertools
+
 from recordings import RATE, damaged, pattern, remux, write
 
 from ebwm_scale.core.errors import DataError
@@ -74,7 +76,7 @@ def test_clips_lie_before_and_after_the_damage_and_never_across(intact, tmp_path
     make_part(Video("v", broken, "0"), tmp_path / "part.tar", rules)
     starts = [clip.start_s for clip in read_clips(tmp_path / "part.tar")]
     read, findings = played(broken)
-    hole = [(a.end_s, b.begin_s) for a, b in zip(read, read[1:]) if a.piece != b.piece]
+    hole = [(a.end_s, b.begin_s) for a, b in itertools.pairwise(read) if a.piece != b.piece]
     assert hole and read_findings(tmp_path / "part.tar") == findings
     for end_s, begin_s in hole:
         assert not any(start < begin_s - 1e-6 and start + 0.4 > end_s + 1e-6 for start in starts)
@@ -133,7 +135,7 @@ def test_any_damage_ends_in_pictures_or_one_line_within_seconds(tmp_path, codec,
         except DataError as error:
             assert "\n" not in str(error) and len(str(error)) < 1500
         else:
-            assert all(a.begin_s < a.end_s <= b.begin_s + 1e-6 for a, b in zip(read, read[1:]))
+            assert all(a.begin_s < a.end_s <= b.begin_s + 1e-6 for a, b in itertools.pairwise(read))
     assert time.monotonic() - start < 60
 
 

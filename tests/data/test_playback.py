@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("av", reason="the package av is not installed")
 
+import itertools
+
 from recordings import RATE, brightness_of, frame_of, numbered, pattern, remux, write
 
 from ebwm_scale.core.errors import DataError
@@ -291,7 +293,7 @@ def test_joined_files_are_read_to_their_end_in_pieces(tmp_path, codec, suffix):
     lengths = [sum(picture.piece == piece for picture in read) for piece in range(3)]
     assert findings.joins == 2 and all(38 <= length <= 40 for length in lengths)
     assert read[-1].end_s == pytest.approx(6.0, abs=0.3)
-    assert all(a.end_s <= b.begin_s + 1e-6 for a, b in zip(read, read[1:]))
+    assert all(a.end_s <= b.begin_s + 1e-6 for a, b in itertools.pairwise(read))
     for i in range(3):
         last = [picture for picture in read if picture.piece == i][-1]
         assert brightness_of(last.pixels()) == pytest.approx(20 * i + 5 * 39, abs=8)
@@ -384,7 +386,7 @@ def test_a_little_disorder_costs_no_picture_and_no_piece(stamps, expected):
     placed = [timeline.place(stamp / 1000) for stamp in stamps]
     times = [time_s for time_s, _ in placed]
     assert all(continues for _, continues in placed) and findings.out_of_order == expected
-    assert all(a < b for a, b in zip(times, times[1:]))
+    assert all(a < b for a, b in itertools.pairwise(times))
     if stamps[-1]:
         assert times[-1] == pytest.approx(stamps[-1] / 1000)  # no drift
 

@@ -251,7 +251,7 @@ def test_a_video_is_in_one_split_only_and_copies_count_once(built, videos, tmp_p
         not names["train"] & names["validation"] and len(names["train"] | names["validation"]) == 4
     )
     (tmp_path / "twice").mkdir()
-    for i, name in enumerate(("a.mp4", "b.mp4")):
+    for _i, name in enumerate(("a.mp4", "b.mp4")):
         (tmp_path / "twice" / name).write_bytes((videos / "v0.mp4").read_bytes())
     assert len(find_videos([tmp_path / "twice"], report=quiet)) == 1
 

@@ -68,7 +68,7 @@ def test_files_are_found_once_in_the_order_of_their_paths(tmp_path, name):
 
 
 def test_the_order_is_the_one_that_datasets_were_made_in(tmp_path):
-    make(tmp_path, {name: None for name in ("a b/x", "a/y", "a.d/z", "B/x", "a-/x", "é/x", "z")})
+    make(tmp_path, dict.fromkeys(("a b/x", "a/y", "a.d/z", "B/x", "a-/x", "é/x", "z")))
     before = [
         p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*")) if p.is_file()
     ]

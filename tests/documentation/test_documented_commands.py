@@ -217,7 +217,7 @@ def test_the_commands_on_video(checkout):
     pytest.importorskip("av", reason="the package av is not installed")
     videos(checkout.folder)
     for command in of("README.md", video=True) + of("thinking.md", video=True):
-        checkout.run(command, **{"RUN": "runs/clips"})
+        checkout.run(command, RUN="runs/clips")
     for command in of("video.md", video=True):
         checkout.run(command)
 
@@ -232,7 +232,7 @@ def test_the_commands_of_the_other_pages(checkout):
     ):
         checkout.run(command)
     for command in of("thinking.md", video=False):
-        checkout.run(command, **{"RUN": "runs/mine"})
+        checkout.run(command, RUN="runs/mine")
     for command in of("distributed.md", video=False):
         checkout.run(
             command.replace(

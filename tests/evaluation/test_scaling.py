@@ -264,7 +264,7 @@ def test_a_folder_without_a_study_is_refused(tmp_path):
 
 
 @pytest.mark.soak
-def test_a_study_runs_is_killed_goes_on_and_becomes_a_page(tmp_path, dataset):  # noqa: F811
+def test_a_study_runs_is_killed_goes_on_and_becomes_a_page(tmp_path, dataset):
     """Twelve real runs through the launcher; stopped in the middle, started again, none is trained twice."""
     pytest.importorskip("submitit", reason="the extra `cluster` is not installed")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"data": {"manifest": str(dataset)}}))

@@ -1,5 +1,6 @@
 """python -m ebwm_scale.evaluate: the same losses as validation, honest intervals, and every part of the page."""
 
+import itertools
 import json
 import math
 
@@ -233,7 +234,7 @@ def test_rank_correlation_and_tenths():
     )
     assert ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0, 1.5]
     parts = tenths(x, 2 * x)
-    assert len(parts) == 10 and all(a["mean"] < b["mean"] for a, b in zip(parts, parts[1:]))
+    assert len(parts) == 10 and all(a["mean"] < b["mean"] for a, b in itertools.pairwise(parts))
 
 
 def test_the_command_writes_both_files_and_refuses_nonsense_in_one_line(

@@ -324,7 +324,7 @@ def test_comparison_is_made_at_the_same_step(tmp_path, baseline, mark, figure, s
     )
     found = check(page, "Transformer++")
     assert found[:2] == (mark, figure)
-    assert mark == "unknown" or f"at step {step}:" in found[2] and "4 × as long" in found[2]
+    assert mark == "unknown" or (f"at step {step}:" in found[2] and "4 × as long" in found[2])
 
 
 def test_comparison_is_refused_on_other_validation_data_and_names_other_settings(

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import study_hops  # noqa: E402
-import study_uncertainty  # noqa: E402
+import study_hops
+import study_uncertainty
 
-from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE  # noqa: E402
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 
 
 def test_the_stated_entropy_of_the_chain_is_that_of_its_frequencies():

@@ -1,3 +1,3 @@
 """Fixtures of tests that start train.py."""
 
-from training_runs import dataset, runs  # noqa: F401
+from training_runs import dataset, runs

@@ -65,9 +65,12 @@ def test_a_run_prints_what_happens_and_leaves_the_documented_folder(runs, refere
         "mfu",
         "peak_memory_gib",
     } <= set(row)
-    assert [
-        e["event"] for e in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
-    ][0] == "start"
+    assert (
+        next(
+            e["event"] for e in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+        )
+        == "start"
+    )
     assert len(list((folder / "checkpoints").glob("step_*"))) == 2  # keep_last
     model, config = ebwm_scale.load_checkpoint(folder)
     assert config.data.context_length == 16 and not model.training

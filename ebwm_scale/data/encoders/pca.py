@@ -9,7 +9,8 @@ the best linear reconstruction from C numbers per patch.
 
 from __future__ import annotations
 
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor

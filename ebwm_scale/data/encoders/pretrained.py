@@ -23,7 +23,7 @@ BATCH = 64  # frames encoded at a time
 
 def build_pretrained(
     name: str, settings: dict[str, Any], *, height: int, width: int, device: torch.device | str
-) -> "Pretrained":
+) -> Pretrained:
     kinds = {
         "sd-vae": SdVae,
         "transformers": TransformersBackbone,

@@ -10,6 +10,7 @@ stand in the manifest for good, those of files as long as they are in use, since
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections import OrderedDict
@@ -84,7 +85,7 @@ class Part:
     def paths(self) -> list[str]:
         """Of the shards and their indexes, in turns."""
         ends = [0, *self.name_ends.tolist()]
-        return [self.names[start:end].decode() for start, end in zip(ends, ends[1:])]
+        return [self.names[start:end].decode() for start, end in itertools.pairwise(ends)]
 
     def sums(self) -> list[int]:
         """Of samples, targets and bytes; in Python, whose numbers do not overflow."""

@@ -12,7 +12,7 @@ any stage continues on any other. Values are copied as they are: with nothing ch
 
 from __future__ import annotations
 
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn

@@ -73,7 +73,7 @@ def row_of(pointer, row, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr):
 @triton.jit
 def zeros(num_rows: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr, ACC: tl.constexpr):
     parts = ()
-    for part in tl.static_range(DP // PART):
+    for _part in tl.static_range(DP // PART):
         parts += (tl.zeros([num_rows, PART], ACC),)
     return parts
 

@@ -261,7 +261,7 @@ def _gradient_key(
     start = _first_row(first_key, offset, BM, CAUSAL)
     blocks_per_head = tl.cdiv(tl.maximum(S - start, 0), BM)
     for step in range(
-        0, group * blocks_per_head
+        group * blocks_per_head
     ):  # one loop over heads and rows: two nested ones cost 40 registers
         own = (key_head * group + step // blocks_per_head) * S
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
@@ -548,7 +548,7 @@ def _second_key(
     start = _first_row(first_key, offset, BM, CAUSAL)
     blocks_per_head = tl.cdiv(tl.maximum(S - start, 0), BM)
     for step in range(
-        0, group * blocks_per_head
+        group * blocks_per_head
     ):  # one loop over heads and rows: two nested ones cost 40 registers
         own = (key_head * group + step // blocks_per_head) * S
         rows = start + step % blocks_per_head * BM + tl.arange(0, BM)
