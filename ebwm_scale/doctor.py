@@ -299,9 +299,9 @@ def collective() -> str:
     """Join the group as a run does, sum a tensor over all ranks, check the sum; what to say about it."""
     import torch
 
-    from ebwm_scale.training.distributed import join_world
+    from ebwm_scale.training.distributed import init_distributed
 
-    world = join_world()
+    world = init_distributed()
     tensor = torch.full((COLLECTIVE_MIB * 2**18,), float(world.rank + 1), device=world.device)
     for _ in range(2):  # the first one connects
         values = tensor.clone()

@@ -33,7 +33,7 @@ from ebwm_scale.core.provenance import provenance
 from ebwm_scale.data.format.side_files import refuse_another_tokenizer
 from ebwm_scale.data.loading.mixture import open_sources
 from ebwm_scale.data.loading.observation import Observation
-from ebwm_scale.evaluation.bootstrap import interval, interval_of_correlation, tenths
+from ebwm_scale.evaluation.bootstrap import bootstrap_ci, correlation_ci, deciles
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
@@ -250,7 +250,7 @@ def evaluate(
         first = torch.cat(
             [_think(model, batch, ThinkingConfig(num_steps=1, seed=seed))[0] for batch in batches]
         )
-        result["gain_of_later_steps"] = interval((first - kept["errors"]).mean(1))
+        result["gain_of_later_steps"] = bootstrap_ci((first - kept["errors"]).mean(1))
     accepted = [
         {"num_steps": n}
         | _estimate(
@@ -271,8 +271,8 @@ def evaluate(
     result["steps_accept_only_if_lower"] = accepted
 
     result["energy"] = {
-        "rank_correlation_with_error": interval_of_correlation(kept["energies"], kept["errors"]),
-        "tenths": tenths(kept["energies"], kept["errors"]),
+        "rank_correlation_with_error": correlation_ci(kept["energies"], kept["errors"]),
+        "tenths": deciles(kept["energies"], kept["errors"]),
     }
     if config.state.initial == "random_noise":
         say(f"starts: {', '.join(map(str, starts))}")
@@ -333,21 +333,21 @@ def _baseline_errors(model, observed: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _thought(model, batch, rules: ThinkingConfig, start: int = 0) -> Thought:
+def _thought(model, batch, config: ThinkingConfig, start: int = 0) -> Thought:
     ids, observed, _ = batch
-    noise = SequenceSampler(model, rules.seed, ids, observed.shape[1], start)
+    noise = SequenceSampler(model, config.seed, ids, observed.shape[1], start)
     return think(
         model,
         SequenceEnergy(model, model.embed_observed(observed)),
         noise.initial(_frames(model, observed)),
-        rules,
+        config,
         noise=noise,
     )
 
 
-def _think(model, batch, rules: ThinkingConfig, start: int = 0) -> tuple[Tensor, Tensor]:
+def _think(model, batch, config: ThinkingConfig, start: int = 0) -> tuple[Tensor, Tensor]:
     """(errors, energies), each (B, S), of every position after thinking."""
-    thought = _thought(model, batch, rules, start)
+    thought = _thought(model, batch, config, start)
     return _errors(model, thought.state, batch[2]), thought.energy.float().cpu()
 
 
@@ -372,7 +372,7 @@ def _starts(model, config: Config, batches, starts: Sequence[int], seed: int) ->
     result: dict[str, Any] = {"starts": rows}
     if max(starts) > 1:
         result["uncertainty"] = {
-            "rank_correlation_of_energy_spread_with_error": interval_of_correlation(
+            "rank_correlation_of_energy_spread_with_error": correlation_ci(
                 energies.std(0), errors.mean(0)
             )
         }
@@ -405,8 +405,8 @@ def _allocation(
         "saved": 1 - float(steps.mean()) / num_steps,
         "loss_running_on": _estimate(loss_on, config),
         "loss_stopped": _estimate(loss_stopped, config),
-        "rank_correlation_of_steps_with_error": interval_of_correlation(steps, loss_stopped),
-        "tenths_of_error": tenths(loss_stopped, steps),
+        "rank_correlation_of_steps_with_error": correlation_ci(steps, loss_stopped),
+        "tenths_of_error": deciles(loss_stopped, steps),
     }
 
 
@@ -424,8 +424,8 @@ def _foreign(model, batches, seed: int) -> dict[str, Any]:
         shuffled.append(_energies(model, tokens[:, :-1], tokens[:, 1:]))
     real, shuffled = torch.cat(real), torch.cat(shuffled)
     return {
-        "mean_energy_real": interval(real),
-        "mean_energy_shuffled": interval(shuffled),
+        "mean_energy_real": bootstrap_ci(real),
+        "mean_energy_shuffled": bootstrap_ci(shuffled),
         "share_of_pairs_in_which_real_is_lower": _share_lower(real, shuffled),
     }
 
@@ -460,7 +460,7 @@ def _foreign_texts(
         )
         rows.append(
             {"name": name, "num_samples": len(tokens)}
-            | {f"mean_{what}": interval(value) for what, value in other.items()}
+            | {f"mean_{what}": bootstrap_ci(value) for what, value in other.items()}
             | {
                 f"share_of_pairs_in_which_real_has_lower_{what}": _share_lower(real[what], value)
                 for what, value in other.items()
@@ -484,14 +484,14 @@ def _energies(model, observed: Tensor, targets: Tensor) -> Tensor:
 
 def _share_lower(real: Tensor, other: Tensor) -> dict[str, float]:
     """Of all pairs, those in which the real sequence has the lower value; equal ones count half."""
-    return interval(
+    return bootstrap_ci(
         ((real[:, None] < other[None]).double() + 0.5 * (real[:, None] == other[None])).mean(1)
     )
 
 
 def _estimate(errors: Tensor, config: Config) -> dict[str, Any]:
     """Mean over targets with its interval over samples; text: the perplexity of that mean."""
-    result = interval(errors.double().mean(1))
+    result = bootstrap_ci(errors.double().mean(1))
     if config.state.kind == "vocabulary":
         result["perplexity"] = math.exp(min(result["mean"], 700.0))
     return result

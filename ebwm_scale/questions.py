@@ -27,7 +27,7 @@ from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
 from ebwm_scale.data.tokenizer import Tokenizer, check_text
 from ebwm_scale.data.walking import printable
-from ebwm_scale.evaluation.bootstrap import interval
+from ebwm_scale.evaluation.bootstrap import bootstrap_ci
 from ebwm_scale.inference.scoring import ContinuationScore, Scorer
 from ebwm_scale.think import add_thinking_options, manifest_of, rules_of
 
@@ -201,7 +201,7 @@ def multiple_choice(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict
             max(range(len(row)), key=lambda i: better(row[i])) == question["answer"]
             for row, question in zip(by_question, questions)
         ]
-        return interval(torch.tensor(right, dtype=torch.float64))
+        return bootstrap_ci(torch.tensor(right, dtype=torch.float64))
 
     result = {
         "accuracy": share(lambda score: score.log_likelihood),
@@ -220,10 +220,10 @@ def cloze(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]
         [(question["context"], question["answer"]) for question in questions]
     )
     return {
-        "accuracy": interval(
+        "accuracy": bootstrap_ci(
             torch.tensor([score.is_greedy for score in scores], dtype=torch.float64)
         ),
-        "nats_per_token": interval(
+        "nats_per_token": bootstrap_ci(
             torch.tensor(
                 [-score.log_likelihood / score.num_tokens for score in scores], dtype=torch.float64
             )

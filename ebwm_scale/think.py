@@ -229,7 +229,7 @@ def check_modality(options: argparse.Namespace, config: Config) -> None:
 
 
 def continue_prompts(
-    model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingConfig
+    model, manifest: Manifest, options: argparse.Namespace, config: ThinkingConfig
 ) -> None:
     tokenizer = Tokenizer(manifest.content.tokenizer_path)
     texts = texts_to_continue(options)
@@ -241,7 +241,7 @@ def continue_prompts(
                 f"a prompt of {len(prompt)} tokens is cut to its last {length}, the context: {text[:40]!r} ...",
                 file=sys.stderr,
             )
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, rules.seed)
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, config.seed)
     tokens, energies, steps, start = [], [], [], time.perf_counter()
     written = ""
     if len(texts) == 1:
@@ -250,7 +250,7 @@ def continue_prompts(
         model,
         prompts,
         options.max_new or 64,
-        config=rules,
+        config=config,
         sampling=sampling,
         end=tokenizer.eos_id,
         energies=options.energies,
@@ -301,7 +301,7 @@ def texts_to_continue(options: argparse.Namespace) -> list[str]:
 
 
 def continue_video(
-    model, manifest: Manifest, options: argparse.Namespace, rules: ThinkingConfig
+    model, manifest: Manifest, options: argparse.Namespace, config: ThinkingConfig
 ) -> None:
     from ebwm_scale.data.encoders.space import FrameSpace
     from ebwm_scale.reporting.frames import write_continuation
@@ -315,7 +315,7 @@ def continue_video(
     space, content = FrameSpace(manifest.content, device), manifest.content
     frames = context_frames(options.video, content, options.start, model.config.data.context_length)
     states = space.states(torch.from_numpy(frames)[None])[0]
-    session, new, energies, start = Session(model, [states], rules), [], [], time.perf_counter()
+    session, new, energies, start = Session(model, [states], config), [], [], time.perf_counter()
     for _index in range(options.max_new or 8):
         prediction = session.predict()
         new.append(prediction.state)

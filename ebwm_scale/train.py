@@ -103,7 +103,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     """Everything between the parsed command line and the exit code."""
     import torch
 
-    from ebwm_scale.checkpoint.reader import Saved, find_latest
+    from ebwm_scale.checkpoint.reader import CheckpointInfo, find_latest
     from ebwm_scale.checkpoint.writer import put_back_replaced
     from ebwm_scale.core.faults import Faults
     from ebwm_scale.core.numerics import flush_denormals
@@ -111,7 +111,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     from ebwm_scale.core.world import is_connection_error
     from ebwm_scale.planning.dry_run import describe
     from ebwm_scale.training.deepspeed.engine import Engine
-    from ebwm_scale.training.distributed import join_world
+    from ebwm_scale.training.distributed import init_distributed
     from ebwm_scale.training.dry_run import dry_run
     from ebwm_scale.training.preflight import check_run
     from ebwm_scale.training.resuming import load_newest
@@ -135,7 +135,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     ownership = Ownership(path, faults)
     world = None
     if place.size > 1 and not options.dry_run:
-        world = join_world()  # rank 0 reads the data's lists for all
+        world = init_distributed()  # rank 0 reads the data's lists for all
     check = check_run(
         config,
         world_size=place.size,
@@ -154,7 +154,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         dry_run(check, data_summary(config, splits), say)
         return EXIT_FINISHED
 
-    def newest() -> Saved | None:
+    def newest() -> CheckpointInfo | None:
         """What there is to go on from now; rank 0's choice is what counts (load_newest)."""
         if not options.resume:
             return None
@@ -162,7 +162,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
             put_back_replaced(path / "checkpoints")
         return find_latest(path / "checkpoints", warn, strict=options.strict)
 
-    world = world or join_world()
+    world = world or init_distributed()
     stop.max_minutes = config.train.max_minutes
     faults.at("start")
     if stopped_before_training(stop, world, "before the model was built"):
@@ -232,7 +232,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         + ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items())
     )
     try:
-        code = trainer.fit()
+        code = trainer.run()
     except RuntimeError as error:
         if world.size > 1 and is_connection_error(error):
             watchdog.lost(f"a collective failed ({str(error).splitlines()[0]})")
@@ -247,7 +247,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
 
 def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
     """Whether a signal came during start-up, on any rank: there is nothing to save, what is there is as it was."""
-    reason = stop.wanted(world, time_limit=False)
+    reason = stop.stop_requested(world, time_limit=False)
     if reason is not None and world.is_main:
         print_line(f"stopped {where} ({reason}); run the same command with --resume to go on")
     return reason is not None

@@ -94,9 +94,9 @@ def main() -> int:
 
 def cached(model, tokens: int, num_steps: int) -> float:
     """Seconds for all tokens, prefill included."""
-    rules = ThinkingConfig(num_steps=num_steps if model.config.model.kind == "energy" else None)
+    config = ThinkingConfig(num_steps=num_steps if model.config.model.kind == "energy" else None)
     start = time.perf_counter()
-    session = Session(model, [torch.tensor([1])], rules, energies=False)
+    session = Session(model, [torch.tensor([1])], config, energies=False)
     for _ in range(tokens - 1):
         session.accept(session.predict().state.argmax(-1))
     session.predict()
@@ -105,7 +105,7 @@ def cached(model, tokens: int, num_steps: int) -> float:
 
 @torch.no_grad()
 def recomputed(model, tokens: int, samples: int) -> float:
-    rules = model.config.refinement
+    config = model.config.refinement
     lengths = sorted({round(1 + (tokens - 1) * i / (samples - 1)) for i in range(samples)})
     seconds = []
     for length in lengths:
@@ -114,7 +114,7 @@ def recomputed(model, tokens: int, samples: int) -> float:
             start = time.perf_counter()
             draws = TrainingNoise(
                 NoiseSource(0, 0),
-                rules,
+                config,
                 torch.tensor([0]),
                 (1, length, model.state_size),
                 kind="random_noise",
@@ -124,8 +124,8 @@ def recomputed(model, tokens: int, samples: int) -> float:
                 model,
                 model.embed_observed(prompt),
                 None,
-                config=rules,
-                landscapes=model.landscapes(rules.num_steps),
+                config=config,
+                landscapes=model.landscapes(config.num_steps),
                 noise=draws,
                 training=False,
                 keep_state=torch.float32,

@@ -107,14 +107,14 @@ class Problem:
             self.q,
             self.k,
             self.v,
-            self.k_own,
-            self.v_own,
+            self.k_self,
+            self.v_self,
             self.grad,
             self.a,
             self.b,
             self.c,
-            self.b_own,
-            self.c_own,
+            self.b_self,
+            self.c_self,
         ) = (draw() for _ in range(11))
         self.backend = resolve_backend("auto", device, dtype, d, "bench_kernels")
         self.rest = (d**-0.5, 0, True, self.backend)
@@ -125,11 +125,11 @@ class Problem:
     def ours(self, own: bool) -> dict:
         """level -> (callable, products)."""
         ops, made = torch.ops.ebwm, PRODUCTS[self.backend]
-        own_kv = (self.k_own, self.v_own) if own else (None, None)
+        own_kv = (self.k_self, self.v_self) if own else (None, None)
         tensors = (self.q, self.k, self.v, *own_kv)
         out, normalizer = ops.attention(*tensors, *self.rest)
         cotangents = (
-            (self.a, None, None, self.b_own, self.c_own)
+            (self.a, None, None, self.b_self, self.c_self)
             if own
             else (self.a, self.b, self.c, None, None)
         )
@@ -155,12 +155,12 @@ class Problem:
         """The levels of energy attention by autograd through `attention`; graphs are built outside the timing, as they are in ours."""
         leaves = [
             u.detach().to(self.q.dtype).requires_grad_()
-            for u in (self.q, self.k_own, self.v_own, self.k, self.v)
+            for u in (self.q, self.k_self, self.v_self, self.k, self.v)
         ]
         grad = self.grad.detach().requires_grad_()
         out = attention(*leaves)
         inner = torch.autograd.grad(out, leaves[:3], grad, create_graph=True)
-        cotangents = (self.a, self.b_own, self.c_own)
+        cotangents = (self.a, self.b_self, self.c_self)
         return {
             "forward": (lambda: attention(*leaves), None),
             "inner_gradient": (
@@ -177,13 +177,13 @@ class Problem:
             ),
         }
 
-    def math(self, q, k_own, v_own, k, v):
+    def math(self, q, k_self, v_self, k, v):
         """Own keys as S more keys, each seen by one query."""
         seen = torch.ones(self.S, self.S, dtype=torch.bool, device=q.device).tril()
         mask = torch.cat([seen, torch.eye(self.S, dtype=torch.bool, device=q.device)], 1)
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(
-                q, torch.cat([k, k_own], 2), torch.cat([v, v_own], 2), attn_mask=mask
+                q, torch.cat([k, k_self], 2), torch.cat([v, v_self], 2), attn_mask=mask
             )
 
     def first_order(self, attention) -> dict:

@@ -263,9 +263,9 @@ def check(arguments) -> int:
     """All combinations in one group of processes."""
     import torch
 
-    from ebwm_scale.training.distributed import join_world
+    from ebwm_scale.training.distributed import init_distributed
 
-    world = join_world()
+    world = init_distributed()
     if arguments.broken:
         break_partition()
     failed = False
@@ -359,9 +359,9 @@ def measure_memory(arguments) -> int:
     import gc
 
     from ebwm_scale.planning.memory import memory_estimate
-    from ebwm_scale.training.distributed import join_world
+    from ebwm_scale.training.distributed import init_distributed
 
-    world = join_world()
+    world = init_distributed()
     options = {
         "stage": arguments.stages[0],
         "checkpoint": arguments.checkpoint[0],

@@ -15,12 +15,12 @@ import time
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.data.encoders import ENCODERS
-from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
+from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
 from ebwm_scale.data.prepare.workers import STILL_S
 
 
 def main() -> int:
-    default = VideoRules()
+    default = VideoDatasetConfig()
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="video files, or folders with them"
@@ -187,7 +187,7 @@ def main() -> int:
     }
     start = time.monotonic()
     try:
-        rules = VideoRules(
+        config = VideoDatasetConfig(
             context_length=arguments.context_length,
             interval_s=arguments.interval,
             stride_s=arguments.stride,
@@ -209,7 +209,7 @@ def main() -> int:
         manifest = make_video_dataset(
             arguments.inputs,
             arguments.output,
-            rules,
+            config,
             like=arguments.like,
             workers=arguments.workers,
             still_s=arguments.stall_limit,

@@ -120,7 +120,7 @@ def text_dataset(data: Path, source: Path | None, announce) -> Path:
 
 def video_dataset(data: Path, source: Path | None, hold_out: str | None, announce) -> Path:
     from ebwm_scale.data.prepare.sample_clips import fetch_sample_clips
-    from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
+    from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
 
     name = "sample" if source is None else source.resolve().name
     if source is None:
@@ -130,7 +130,7 @@ def video_dataset(data: Path, source: Path | None, hold_out: str | None, announc
     announce(
         "shards: clips of 8 + 1 frames, a quarter of a second apart, in many windows; whole videos set aside"
     )
-    rules = VideoRules(
+    config = VideoDatasetConfig(
         context_length=8,
         stride_s=0.125,
         height=64,
@@ -143,7 +143,7 @@ def video_dataset(data: Path, source: Path | None, hold_out: str | None, announc
     return make_video_dataset(
         [source],
         data / (f"{name}-clips" + (f"-without-{Path(hold_out).stem}" if hold_out else "")),
-        rules,
+        config,
     )
 
 

@@ -24,7 +24,7 @@ from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.numerics import flush_denormals
 from ebwm_scale.core.provenance import provenance
-from ebwm_scale.evaluation.bootstrap import interval
+from ebwm_scale.evaluation.bootstrap import bootstrap_ci
 from ebwm_scale.refinement.loop import refine
 from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
@@ -224,19 +224,19 @@ def measure(model: WorldModel, hops: tuple[int, ...], seed: int, samples: int = 
         }
         found.append(
             {
-                "loss": interval(loss.mean(1)),
-                "accuracy": interval(correct.mean(1)),
+                "loss": bootstrap_ci(loss.mean(1)),
+                "accuracy": bootstrap_ci(correct.mean(1)),
                 "by_hops": by_hops,
             }
         )
 
-    embedded, rules = model.embed_observed(observed), model.config.refinement
+    embedded, config = model.embed_observed(observed), model.config.refinement
     if model.config.model.kind == "baseline":
         score(model.output(model.network(embedded)))
         return {"trained_steps": 0, "after": found}
     draws = TrainingNoise(
         NoiseSource(seed, EVALUATION_STEP),
-        rules,
+        config,
         torch.arange(samples),
         (*observed.shape, vocabulary_of(hops)),
         kind="zeros",
@@ -246,13 +246,13 @@ def measure(model: WorldModel, hops: tuple[int, ...], seed: int, samples: int = 
         model,
         embedded,
         None,
-        config=rules,
-        landscapes=model.landscapes(rules.num_steps + MORE),
+        config=config,
+        landscapes=model.landscapes(config.num_steps + MORE),
         noise=draws,
         training=False,
         record=lambda step: score(step.state),
     )
-    return {"trained_steps": rules.num_steps, "after": found}
+    return {"trained_steps": config.num_steps, "after": found}
 
 
 if __name__ == "__main__":

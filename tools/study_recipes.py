@@ -25,7 +25,7 @@ from ebwm_scale.core.provenance import provenance
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.loading.batches import validation_batches
 from ebwm_scale.data.loading.observation import Observation
-from ebwm_scale.evaluation.bootstrap import interval
+from ebwm_scale.evaluation.bootstrap import bootstrap_ci
 from ebwm_scale.evaluation.scaling_laws import read_run
 from ebwm_scale.inference.scoring import last_states
 from ebwm_scale.inference.thinking import ThinkingConfig
@@ -85,7 +85,7 @@ def main() -> int:
         seed = f", seed {row['seed']}" if "seed" in row else ""
         base = errors.get(options.against + seed)
         if base is not None and row["recipe"] != options.against:
-            row[f"gain_over_{options.against}"] = interval(base - errors[row["recipe"] + seed])
+            row[f"gain_over_{options.against}"] = bootstrap_ci(base - errors[row["recipe"] + seed])
     options.output.write_text(
         json.dumps(
             provenance()
@@ -158,14 +158,14 @@ def measure(run: Path, options: argparse.Namespace) -> tuple[dict, torch.Tensor]
     if config.model.kind == "baseline":
         return {
             "trained_steps": 0,
-            "losses": [{"num_steps": 0} | interval(curve[0])],
+            "losses": [{"num_steps": 0} | bootstrap_ci(curve[0])],
             "gains": [],
         }, curve[0]
     return {
         "trained_steps": trained,
-        "losses": [{"num_steps": n} | interval(values) for n, values in enumerate(curve)],
+        "losses": [{"num_steps": n} | bootstrap_ci(values) for n, values in enumerate(curve)],
         "gains": [
-            {"step": n + 1} | interval(before - after)
+            {"step": n + 1} | bootstrap_ci(before - after)
             for n, (before, after) in enumerate(itertools.pairwise(curve))
         ],
     }, curve[trained]

@@ -28,7 +28,7 @@ from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.numerics import flush_denormals
 from ebwm_scale.core.provenance import provenance
-from ebwm_scale.evaluation.bootstrap import interval_of_correlation
+from ebwm_scale.evaluation.bootstrap import correlation_ci
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, think
@@ -162,14 +162,14 @@ def train(model: WorldModel, draw, steps: int, rate: float = 0.004) -> WorldMode
 def measure(model: WorldModel, draw, samples: int, starts: int) -> dict:
     sequences, truth = draw(samples, seed=1)
     observed, targets = sequences[:, :-1], sequences[:, 1:]
-    rules, score = (
+    config, score = (
         ThinkingConfig(num_starts=starts),
         SequenceEnergy(model, model.embed_observed(observed)),
     )
     energies, states = [], []
     for start in range(starts):
-        noise = SequenceSampler(model, rules.seed, torch.arange(samples), LENGTH, start)
-        thought = think(model, score, noise.initial(observed), rules, noise=noise)
+        noise = SequenceSampler(model, config.seed, torch.arange(samples), LENGTH, start)
+        thought = think(model, score, noise.initial(observed), config, noise=noise)
         energies.append(thought.energy), states.append(thought.state)
     energies, states = torch.stack(energies), torch.stack(states)
     is_text = model.config.state.kind == "vocabulary"
@@ -196,7 +196,7 @@ def measure(model: WorldModel, draw, samples: int, starts: int) -> dict:
         for level in levels
     ]
     row["rank_correlation_with_truth"] = {
-        name: interval_of_correlation(value, truth) for name, value in offered.items()
+        name: correlation_ci(value, truth) for name, value in offered.items()
     }
     return row
 

@@ -26,7 +26,7 @@ from ebwm_scale.checkpoint.load import build, expected_shapes, refuse_mismatches
 from ebwm_scale.checkpoint.model_folder import TRAINING, ModelFolder, Training, inside, write_model
 from ebwm_scale.checkpoint.reader import (
     VERSION,
-    SavedState,
+    CheckpointReader,
     checkpoint_name,
     find_latest,
     load_replay,
@@ -78,7 +78,7 @@ def export_run(
         raise ConfigError(
             f"--dtype {dtype} with --training: a run goes on from its float32 weights; leave one of them out"
         )
-    config, state = saved_config(saved.folder), SavedState(saved.folder)
+    config, state = saved_config(saved.folder), CheckpointReader(saved.folder)
     shapes = {name: tuple(shape) for name, shape in state.shapes.items()}
     refuse_mismatches(expected_shapes(config), shapes, saved.folder)
     read = lambda name: state.read(name).view(shapes[name])
@@ -183,7 +183,7 @@ def import_run(
         os.replace(staging, run)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    state = SavedState(run / "checkpoints" / target.name)
+    state = CheckpointReader(run / "checkpoints" / target.name)
     return _checked(
         run,
         lambda: compare(

@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 
 from ebwm_scale.checkpoint.model_folder import ModelFolder, is_consolidated
-from ebwm_scale.checkpoint.reader import Saved, SavedState, find_latest, saved_config, verify
+from ebwm_scale.checkpoint.reader import (
+    CheckpointInfo,
+    CheckpointReader,
+    find_latest,
+    saved_config,
+    verify,
+)
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError
 from ebwm_scale.world_model import WorldModel
@@ -25,7 +31,7 @@ def load_checkpoint(
             config, {name: source.read(name).float() for name in source.files}, where=folder
         ).to(device).eval(), config
     while True:
-        saved: Saved | None = (
+        saved: CheckpointInfo | None = (
             verify(folder)
             if (folder / "manifest.json").exists()
             else find_latest(folder / "checkpoints", warn)
@@ -36,7 +42,7 @@ def load_checkpoint(
             )
         try:
             config = saved_config(saved.folder)
-            model = build(config, SavedState(saved.folder).weights(), where=saved.folder)
+            model = build(config, CheckpointReader(saved.folder).weights(), where=saved.folder)
         except (CheckpointError, OSError):
             if saved.folder.exists():
                 raise

@@ -12,7 +12,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterShard:
     """Numbers start .. start + n - 1 of the flattened parameter; values: kind -> (n,), views of what training works on."""
 
     name: str
@@ -25,7 +25,7 @@ class TrainingState(Protocol):
 
     module: nn.Module
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterShard]:
         """What this process owns: weights and moments; over all processes everything exactly once."""
         ...
 

@@ -39,7 +39,7 @@ def checkpoint_name(step: int) -> str:
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointInfo:
     """A verified checkpoint: its folder and trainer.json."""
 
     folder: Path
@@ -59,14 +59,16 @@ def published(root: Path) -> list[Path]:
     )
 
 
-def verify(folder: Path) -> Saved:
+def verify(folder: Path) -> CheckpointInfo:
     """The checkpoint in `folder` after checking that its files are exactly those that were saved.
 
     Raises CheckpointError naming the first file that is wrong, whatever is wrong with it.
     """
     check_files(folder)
-    SavedState(folder)  # its headers must describe the same parameters; nothing of them is read yet
-    return Saved(folder, _trainer_values(folder / "trainer.json"))
+    CheckpointReader(
+        folder
+    )  # its headers must describe the same parameters; nothing of them is read yet
+    return CheckpointInfo(folder, _trainer_values(folder / "trainer.json"))
 
 
 def _trainer_values(path: Path) -> dict[str, Any]:
@@ -87,7 +89,9 @@ def _trainer_values(path: Path) -> dict[str, Any]:
     return values
 
 
-def find_latest(root: Path, warn: Callable[[str], None], *, strict: bool = False) -> Saved | None:
+def find_latest(
+    root: Path, warn: Callable[[str], None], *, strict: bool = False
+) -> CheckpointInfo | None:
     """The newest checkpoint that verifies; None if there is none at all. Damaged ones are passed over with one line each.
 
     strict: the newest one, or CheckpointError.
@@ -112,7 +116,7 @@ def find_latest(root: Path, warn: Callable[[str], None], *, strict: bool = False
     return None
 
 
-class SavedState:
+class CheckpointReader:
     """Whole float32 tensors of a checkpoint, whatever number of processes wrote it; one at a time, read from disk when asked for."""
 
     def __init__(self, folder: Path):
@@ -185,9 +189,9 @@ def _described(file: TensorFile) -> tuple[dict[str, list[int]], dict[str, list[i
     return ranges, shapes
 
 
-def load_into(saved: Saved, state: TrainingState) -> None:
+def load_into(saved: CheckpointInfo, state: TrainingState) -> None:
     """Weights and optimizer state of a verified checkpoint into a fresh engine of any world size and ZeRO stage."""
-    source = SavedState(saved.folder)
+    source = CheckpointReader(saved.folder)
     for name, p in state.module.named_parameters():
         shape = list(getattr(p, "ds_shape", p.shape))
         if source.shapes.get(name) != shape:
@@ -197,7 +201,7 @@ def load_into(saved: Saved, state: TrainingState) -> None:
     state.load(source.read, saved.trainer["updates"])
 
 
-def load_replay(saved: Saved) -> dict | None:
+def load_replay(saved: CheckpointInfo) -> dict | None:
     """The replay buffer of all ranks, merged; None if the checkpoint has none."""
     parts = []
     for path in sorted(saved.folder.glob("replay_rank_*.pt")):

@@ -132,7 +132,7 @@ class CheckpointWriter:
             self.thread.join()
             self.thread = None
         values = None if self.outcome is None else dataclasses.asdict(self.outcome)
-        values = json.loads(self.world.agree(json.dumps(values)))
+        values = json.loads(self.world.broadcast_object(json.dumps(values)))
         if values is None:
             return None
         self.outcome = Outcome(**{**values, "notes": tuple(values["notes"])})
@@ -165,7 +165,7 @@ class CheckpointWriter:
                 self._io((self.root / name).mkdir)
             except OSError as error:
                 problem = str(error)
-        name, problem = json.loads(self.world.agree(json.dumps([name, problem])))
+        name, problem = json.loads(self.world.broadcast_object(json.dumps([name, problem])))
         return self.root / name, problem
 
     def _write(

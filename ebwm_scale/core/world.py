@@ -37,7 +37,7 @@ class World:
             self.all_reduce(torch.tensor(float(flag), device=self.device), dist.ReduceOp.MAX).item()
         )
 
-    def agree(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value (anything that pickles) on every rank."""
         if self.size == 1:
             return value
@@ -45,7 +45,7 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def gather(self, value) -> list:
+    def all_gather_object(self, value) -> list:
         """Every rank's value (anything that pickles), in the order of ranks, on every rank."""
         if self.size == 1:
             return [value]

@@ -14,7 +14,7 @@ def resamples(count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(0)).integers(0, count, (BOOTSTRAP, count))
 
 
-def interval(per_sample: Tensor) -> dict[str, float]:
+def bootstrap_ci(per_sample: Tensor) -> dict[str, float]:
     """{"mean", "low", "high"}: 95 % percentile bootstrap over samples."""
     values = per_sample.double().numpy()
     means = values[resamples(len(values))].mean(1)
@@ -25,7 +25,7 @@ def interval(per_sample: Tensor) -> dict[str, float]:
     }
 
 
-def interval_of_correlation(a: Tensor, b: Tensor) -> dict[str, float]:
+def correlation_ci(a: Tensor, b: Tensor) -> dict[str, float]:
     """Spearman's rank correlation over all positions, (samples, S); bootstrap over samples, on ranks taken once."""
     ranked = [ranks(u.double().flatten().numpy()).reshape(u.shape) for u in (a, b)]
 
@@ -49,7 +49,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return ((ends - counts + ends - 1) / 2)[inverse]
 
 
-def tenths(by: Tensor, what: Tensor) -> list[dict[str, float]]:
+def deciles(by: Tensor, what: Tensor) -> list[dict[str, float]]:
     """Positions sorted by one quantity, cut into tenths: the mean of both in each."""
     order = by.flatten().argsort(stable=True)
     return [

@@ -25,7 +25,7 @@ SDPA_FORWARD, SDPA_BACKWARD = 2, 5
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class StepSizes:
     """The numbers that all closed forms are made of; weights are multiply-adds per row."""
 
     width: int
@@ -47,7 +47,7 @@ class _Sizes:
     final_modulation: int  # D x 2 D
 
     @classmethod
-    def of(cls, config: Config, num_steps: int | None = None) -> _Sizes:
+    def of(cls, config: Config, num_steps: int | None = None) -> StepSizes:
         model, refinement = config.model, config.refinement
         steps = num_steps or refinement.num_steps
         graph_steps = num_graph_steps(refinement, steps)
@@ -89,7 +89,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     num_steps: refinement steps of this training step where they vary; default refinement.num_steps.
     Needs a resolved config with data.context_length and model.vocabulary_size or state.dimension.
     """
-    z = _Sizes.of(config, num_steps)
+    z = StepSizes.of(config, num_steps)
     rows = samples * z.positions
     blocks, state_product = z.layers * z.block_weights, 2.0 * rows * z.state * z.width
     square = 2.0 * samples * z.width * (z.positions + z.offset) ** 2
@@ -157,7 +157,7 @@ def model_flops(flops: dict[str, float]) -> float:
     return sum(value for part, value in flops.items() if part != "recomputation")
 
 
-def _state_products(config: Config, z: _Sizes) -> int:
+def _state_products(config: Config, z: StepSizes) -> int:
     """Products of size rows * V * D of all refinement steps, see kernels/ebwm_kernels/vocabulary/api.py and model/states.py."""
     refinement, N, G = config.refinement, z.steps, z.graph_steps
     if config.state.kind == "embedding" or refinement.graph == "full":
@@ -173,7 +173,7 @@ def _state_products(config: Config, z: _Sizes) -> int:
     return 2 * N + G + 2 * scored
 
 
-def _recomputation(config: Config, z: _Sizes, rows: int, attention: float) -> float:
+def _recomputation(config: Config, z: StepSizes, rows: int, attention: float) -> float:
     """FLOPs that refinement.recompute adds per step with a graph.
 
     step: the step is computed again in the backward. block: the four lines of refinement/block_recompute.py; per weight 4 forwards in place of 1, 2 inner

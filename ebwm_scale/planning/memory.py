@@ -10,7 +10,7 @@ import torch
 from ebwm_kernels.attention.reference import ROWS
 from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
 from ebwm_scale.config.schema import Config
-from ebwm_scale.planning.flops import _Sizes
+from ebwm_scale.planning.flops import StepSizes
 from ebwm_scale.planning.parameters import count_parameters
 
 GIB = 2.0**30
@@ -75,7 +75,7 @@ def memory_estimate(
     ):  # no memory: the model says how large it is, so there is no second formula
         num_parameters = count_parameters(WorldModel(config))["total"]
     z, half, stage = (
-        _Sizes.of(config),
+        StepSizes.of(config),
         config.train.precision == "bf16",
         config.deepspeed.zero_stage,
     )
@@ -165,7 +165,9 @@ def memory_estimate(
     return gib | {"total": sum(gib.values())}
 
 
-def _tile(config: Config, z: _Sizes, micro_batch: int, device: str | None) -> tuple[int, int, int]:
+def _tile(
+    config: Config, z: StepSizes, micro_batch: int, device: str | None
+) -> tuple[int, int, int]:
     """The largest tile of refinement/loop.py: its rows, its samples, and into how many parts a sample's positions are cut."""
     from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
@@ -176,7 +178,7 @@ def _tile(config: Config, z: _Sizes, micro_batch: int, device: str | None) -> tu
     return samples * positions, samples, len(tiles[0][1])
 
 
-def _predicted_kept(config: Config, z: _Sizes, live_steps: int) -> tuple[int, int]:
+def _predicted_kept(config: Config, z: StepSizes, live_steps: int) -> tuple[int, int]:
     """Numbers per row of the predicted stream: (kept of the steps whose graph lives at a time, of one step when recomputed)."""
     adaptive = PREDICTED_ADALN_D * z.width if z.modulation_weights else 0
     blocks = z.layers * (PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive)

@@ -55,12 +55,14 @@ def _plots(result: dict[str, Any], unit: str) -> list[dict[str, Any]]:
                 "Loss against starts, lowest energy kept", lambda axes: _starts(axes, starts, unit)
             )
         )
-    tenths = result["energy"]["tenths"]
+    deciles = result["energy"]["tenths"]
     of_error = result["allocation"]["tenths_of_error"]
     plots += [
-        card("Error by tenth of final energy", lambda axes: _tenths(axes, tenths, "energy", unit)),
         card(
-            "Steps used by tenth of error", lambda axes: _tenths(axes, of_error, "error", "steps")
+            "Error by tenth of final energy", lambda axes: _deciles(axes, deciles, "energy", unit)
+        ),
+        card(
+            "Steps used by tenth of error", lambda axes: _deciles(axes, of_error, "error", "steps")
         ),
     ]
     return plots
@@ -158,7 +160,7 @@ def _starts(axes: Axes, points: list[dict], unit: str) -> str:
     return f"Mean energy {show(points[0]['mean_energy'])} with {points[0]['num_starts']}, {show(points[-1]['mean_energy'])} with {points[-1]['num_starts']}."
 
 
-def _tenths(axes: Axes, points: list[dict], by: str, what: str) -> str:
+def _deciles(axes: Axes, points: list[dict], by: str, what: str) -> str:
     axes.plot(
         [p["by"] for p in points],
         [p["mean"] for p in points],

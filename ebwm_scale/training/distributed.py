@@ -17,7 +17,7 @@ from ebwm_scale.core.world import World
 TIMEOUT = datetime.timedelta(minutes=10)  # of a collective; validation and saving stay far below
 
 
-def place_in_world() -> Place:
+def ranks_from_env() -> Place:
     """The place of this process, and what torch.distributed reads of it set in the environment."""
     environment, place = os.environ, find_place()
     environment["RANK"], environment["WORLD_SIZE"] = str(place.rank), str(place.size)
@@ -37,9 +37,9 @@ def place_in_world() -> Place:
     return place
 
 
-def join_world() -> World:
+def init_distributed() -> World:
     """Start the process group: NCCL where every rank has a GPU, gloo otherwise."""
-    place = place_in_world()
+    place = ranks_from_env()
     rank, size, local_rank = place.rank, place.size, place.local_rank
     on_gpu = torch.cuda.is_available()
     if not on_gpu:

@@ -44,7 +44,7 @@ class StopFlag:
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
 
-    def wanted(self, world: World, *, time_limit: bool = True) -> str | None:
+    def stop_requested(self, world: World, *, time_limit: bool = True) -> str | None:
         """Why to stop, if any rank wants to; every rank must call it at the same place.
 
         time_limit False: signals only. A process that has not made a step yet does not stop for train.max_minutes, or it never would.

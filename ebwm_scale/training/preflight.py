@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ebwm_scale.checkpoint.reader import Saved, check_same_run, find_latest, saved_config
+from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_latest, saved_config
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.schema import Config
@@ -50,7 +50,7 @@ class RunCheck:
     accumulation: int = 0
     splits: dict[str, ShardedSplit | MixedSplit] = field(default_factory=dict)
     attention: dict[str, str] = field(default_factory=dict)  # stream -> what computes it
-    saved: Saved | None = None
+    saved: CheckpointInfo | None = None
     changes: list[str] = field(default_factory=list)  # since the checkpoint, one line each
     problems: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
@@ -63,11 +63,11 @@ class RunCheck:
             self.problems.append((subject, str(error)))
             return None
 
-    def agree(self, group: World | None) -> bool:
+    def broadcast_object(self, group: World | None) -> bool:
         """Take over the problems of all ranks; whether there are any. Every rank must call it."""
         if group is not None:
             everywhere = []
-            for problems in group.gather(self.problems):
+            for problems in group.all_gather_object(self.problems):
                 everywhere += [problem for problem in problems if problem not in everywhere]
             self.problems = everywhere
         return bool(self.problems)
@@ -101,7 +101,7 @@ def check_run(
     check.attempt("run folder", check_folder, run_dir, resume=resume)
     if ownership is not None and not check.problems:
         check.attempt("run folder", ownership.refuse_if_in_use, watch_aloud=is_main)
-    if check.agree(group):
+    if check.broadcast_object(group):
         return check  # said at once: hashing a dataset takes minutes
     if ownership is not None and resume and is_main:
         put_back_replaced(run_dir / "checkpoints")
@@ -118,7 +118,7 @@ def check_run(
     if resume:
         check_saved(check, run_dir, strict=strict, accept_new_rate=accept_new_rate, report=report)
     check.warnings += [("schedule", text) for text in unusual_schedule(config)]
-    check.agree(group)
+    check.broadcast_object(group)
     return check
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ebwm_scale.checkpoint.reader import Saved, verify
+from ebwm_scale.checkpoint.reader import CheckpointInfo, verify
 from ebwm_scale.core.errors import CheckpointError, UserError
 from ebwm_scale.core.world import World
 
@@ -17,11 +17,11 @@ MOST_TRIES = 5  # a run that publishes faster than this one reads is not over
 
 def load_newest(
     trainer: Trainer,
-    saved: Saved | None,
-    newest: Callable[[], Saved | None],
+    saved: CheckpointInfo | None,
+    newest: Callable[[], CheckpointInfo | None],
     world: World,
     say: Callable[[str], None],
-) -> Saved | None:
+) -> CheckpointInfo | None:
     """Load the checkpoint that rank 0 has found; the one that all ranks have loaded, or None.
 
     A checkpoint that is not there any more was rotated away by a run that publishes newer ones: the
@@ -29,7 +29,7 @@ def load_newest(
     load. newest: looks again, on rank 0.
     """
     for _ in range(MOST_TRIES):
-        name = world.agree("" if saved is None else saved.folder.name)
+        name = world.broadcast_object("" if saved is None else saved.folder.name)
         if not name:
             return None
         problem = None
@@ -38,7 +38,7 @@ def load_newest(
             trainer.load(saved)
         except (UserError, OSError) as error:
             problem = error
-        problems = world.gather(None if problem is None else str(problem))
+        problems = world.all_gather_object(None if problem is None else str(problem))
         first = next((text for text in problems if text is not None), None)
         if first is None:
             return saved
@@ -54,7 +54,7 @@ def load_newest(
     )
 
 
-def _the_same(saved: Saved | None, name: str, trainer: Trainer) -> Saved:
+def _the_same(saved: CheckpointInfo | None, name: str, trainer: Trainer) -> CheckpointInfo:
     """Rank 0's checkpoint on this rank, which may have found another one."""
     if saved is not None and saved.folder.name == name:
         return saved

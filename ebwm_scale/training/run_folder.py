@@ -72,7 +72,7 @@ class RunFolder:
             if problem is not None:
                 self.ownership.release(unsaved=False)
                 remove_if_empty(self.path)  # a refused run leaves no folder behind
-        for problem in self.world.gather(problem):
+        for problem in self.world.all_gather_object(problem):
             if problem is not None:
                 raise problem
 
@@ -136,7 +136,7 @@ class RunFolder:
             )
         return not problems
 
-    def forget_after(self, step: int) -> int | None:
+    def truncate_metrics(self, step: int) -> int | None:
         """Drop metric rows beyond `step`, which a resumed run logs again, and unreadable lines.
 
         Returns the last validated step that stays. Where they are the last ones, as ever, the file

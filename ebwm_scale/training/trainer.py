@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ebwm_scale.checkpoint.reader import Saved, load_into, load_replay
+from ebwm_scale.checkpoint.reader import CheckpointInfo, load_into, load_replay
 from ebwm_scale.checkpoint.writer import CheckpointWriter, Outcome
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
@@ -78,7 +78,13 @@ class Trainer:
         allow_pipe: bool = False,
     ):
         self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
-        self.config, self.engine, self.world, self.run, self.stop = config, engine, world, run, stop
+        self.config, self.engine, self.world, self.run_folder, self.stop = (
+            config,
+            engine,
+            world,
+            run,
+            stop,
+        )
         self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
         self.replay = (
             ReplayBuffer(
@@ -112,7 +118,7 @@ class Trainer:
         self.unsaved = False  # whether the last save has failed
         self.skipped_in_a_row = 0
 
-    def load(self, saved: Saved) -> None:
+    def load(self, saved: CheckpointInfo) -> None:
         """Take over a checkpoint: weights, optimizer, replay buffer and the place in the data; or
         its weights alone, where it holds nothing else. Writes nothing; may be called again."""
         if "data" not in saved.trainer:  # conversion.import_run, of a folder without training state
@@ -138,17 +144,19 @@ class Trainer:
         """Metric rows beyond the step that was loaded: they will be written again."""
         problem, validated = None, None
         try:
-            validated = self.run.forget_after(self.step)
+            validated = self.run_folder.truncate_metrics(self.step)
         except OSError as error:
-            problem = f"{self.run.path}/metrics.jsonl cannot be cut to step {self.step}: {error}"
+            problem = (
+                f"{self.run_folder.path}/metrics.jsonl cannot be cut to step {self.step}: {error}"
+            )
         # rank 0's word: another rank may read the file before or after it was rewritten
-        problem, validated = self.world.gather((problem, validated))[0]
+        problem, validated = self.world.all_gather_object((problem, validated))[0]
         if problem is not None:
             raise CheckpointError(f"{problem}; free some space, and run again with --resume")
         if self.step:
             self.validated_step = validated
 
-    def fit(self) -> int:
+    def run(self) -> int:
         """Train to train.max_steps; returns the exit code."""
         self.loader = self._loader()
         if (
@@ -156,48 +164,52 @@ class Trainer:
             and self._due(self.config.evaluation.every_steps)
             and not self._evaluated_and_saved()
         ):
-            return self.leave_for_later()  # the evaluation that a stopped run did not finish
-        timer = Interval(self.step)
+            return self.save_and_exit()  # the evaluation that a stopped run did not finish
+        timer = StepTimer(self.step)
         while self.step < self.config.train.max_steps:
             result = self.train_step()
             if result is None:
-                return self.leave_for_later()
+                return self.save_and_exit()
             self.step += 1
-            if not result.applied and self.skip(result):
-                return self.leave(EXIT_NOT_FINITE)
+            if not result.applied and self.record_skipped_step(result):
+                return self.shutdown(EXIT_NOT_FINITE)
             if self._due(self.config.logging.every_steps):
                 self.log(result, timer)
-                if self.too_much_damage():
-                    return self.leave(EXIT_FAILED)
+                if self.sync_quarantine():
+                    return self.shutdown(EXIT_FAILED)
             if self._due(self.config.evaluation.every_steps):
                 if not self.evaluate():
-                    return self.leave_for_later()
+                    return self.save_and_exit()
                 timer.restart(self.step)
             if self.step < self.config.train.max_steps and self._stop_wanted():
-                return self.leave_for_later()
+                return self.save_and_exit()
             if self._save_is_due():
                 self.save()
                 timer.restart(self.step)
             self.tell(self.writer.finished())
         if not self.evaluate():
-            return self.leave_for_later()
-        return self.leave(EXIT_FINISHED if self.save_for_good() else EXIT_FAILED)
+            return self.save_and_exit()
+        return self.shutdown(EXIT_FINISHED if self.save_for_good() else EXIT_FAILED)
 
-    def leave_for_later(self) -> int:
+    def save_and_exit(self) -> int:
         """Save the last whole step, say why, and leave to be run again."""
         is_saved = self.save_for_good()
-        self.run.event("signal", step=self.step, reason=self.stop_reason, saved=is_saved)
+        self.run_folder.event("signal", step=self.step, reason=self.stop_reason, saved=is_saved)
         if not is_saved:
-            self.run.say(f"stopped at step {self.step} ({self.stop_reason}), without its last save")
-            return self.leave(EXIT_FAILED)
-        self.run.say(
+            self.run_folder.say(
+                f"stopped at step {self.step} ({self.stop_reason}), without its last save"
+            )
+            return self.shutdown(EXIT_FAILED)
+        self.run_folder.say(
             f"stopped at step {self.step} ({self.stop_reason}); run the same command with --resume to go on"
         )
-        return self.leave(EXIT_RUN_AGAIN)
+        return self.shutdown(EXIT_RUN_AGAIN)
 
     def _stop_wanted(self) -> bool:
         """Every rank asks at the same places: after a step, before another micro-batch of it, before another batch of an evaluation."""
-        self.stop_reason = self.stop.wanted(self.world, time_limit=self.step > self.first_step)
+        self.stop_reason = self.stop.stop_requested(
+            self.world, time_limit=self.step > self.first_step
+        )
         return self.stop_reason is not None
 
     def _evaluated_and_saved(self) -> bool:
@@ -208,13 +220,13 @@ class Trainer:
             self.save()
         return True
 
-    def leave(self, code: int) -> int:
+    def shutdown(self, code: int) -> int:
         """Wait for what is being written; the code, or EXIT_FAILED in place of a good one where
         rows of the run folder could not be written to the end."""
-        self.watchdog.beat("the last save")
+        self.watchdog.heartbeat("the last save")
         self.settle(goes_on=False)
         # nobody leaves, and is missed, before the checkpoint is published
-        rows_are_lost = self.world.any(not self.run.rows_are_written())
+        rows_are_lost = self.world.any(not self.run_folder.rows_are_written())
         self.watchdog.stop()
         if rows_are_lost and code in (EXIT_FINISHED, EXIT_RUN_AGAIN):
             return EXIT_FAILED
@@ -246,7 +258,7 @@ class Trainer:
                 keep_state=None if self.replay is None else self.replay.DTYPE,
                 restart=restart,
             )
-            self.watchdog.beat(f"step {self.step}, its backward pass")
+            self.watchdog.heartbeat(f"step {self.step}, its backward pass")
             self.engine.backward(output.loss if fault is None else output.loss * float("nan"))
             norm = self.engine.step()
             final.append((sequences, batch.positions, output.state))
@@ -267,13 +279,15 @@ class Trainer:
                 self.replay.store(*entries)
         return result
 
-    def skip(self, result: StepResult) -> bool:
+    def record_skipped_step(self, result: StepResult) -> bool:
         """Record a step that updated nothing, with the samples it held; whether there have been too many in a row."""
         self.skipped_in_a_row += 1
         limit = self.config.train.max_skipped_steps
-        samples = [sample for part in self.world.gather(result.samples) for sample in part]
+        samples = [
+            sample for part in self.world.all_gather_object(result.samples) for sample in part
+        ]
         loss = (self.world.all_reduce(result.values.clone()) / self.world.size)[0].item()
-        self.run.event(
+        self.run_folder.event(
             "skipped",
             step=self.step,
             loss=str(loss),
@@ -288,7 +302,7 @@ class Trainer:
             return False
         self.settle(goes_on=False)
         saved = "none yet" if self.saved is None else f"step {self.saved[0]}"
-        self.run.event(
+        self.run_folder.event(
             "not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm)
         )
         self._warn(
@@ -297,16 +311,18 @@ class Trainer:
         )
         return True
 
-    def too_much_damage(self) -> bool:
+    def sync_quarantine(self) -> bool:
         """Put what every rank found damaged on the common list, and into the run folder; whether it is more than data.max_quarantined."""
         found = [
             bad
-            for part in self.world.gather([*self.loader.found, *self.found_in_validation])
+            for part in self.world.all_gather_object(
+                [*self.loader.found, *self.found_in_validation]
+            )
             for bad in part
         ]
         self.loader.found.clear(), self.found_in_validation.clear()
         for bad in self.quarantine.add(found):
-            self.run.event(
+            self.run_folder.event(
                 "quarantine",
                 step=self.step,
                 split=bad.split,
@@ -325,7 +341,7 @@ class Trainer:
             )
         return self.quarantine.exceeded
 
-    def log(self, result: StepResult, timer: Interval) -> None:
+    def log(self, result: StepResult, timer: StepTimer) -> None:
         """Write the step's metrics."""
         values = (self.world.all_reduce(result.values) / self.world.size).tolist()
         norm = result.gradient_norm
@@ -360,20 +376,20 @@ class Trainer:
             "peak_memory_gib": _peak_memory_gib(on_gpu),
             "eta_s": remaining_s,
         }
-        self.run.metrics(row)
+        self.run_folder.metrics(row)
         steps = " -> ".join(f"{loss:.3f}" for loss in row["loss_per_step"])
-        self.run.say(
+        self.run_folder.say(
             f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss {values[0]:.4f}"
             + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "")
             + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
-            f"  {per_step / seconds:,.0f} {unit}/s  ETA {duration(remaining_s)}"
+            f"  {per_step / seconds:,.0f} {unit}/s  ETA {format_duration(remaining_s)}"
         )
 
     def evaluate(self) -> bool:
         """Validate this step, once; False if it was given up for a stop."""
         if self.validated_step == self.step:
             return True
-        self.watchdog.beat(f"the evaluation after step {self.step}")
+        self.watchdog.heartbeat(f"the evaluation after step {self.step}")
         self.faults.at("evaluation")
         point = refinement_point(
             self.config, self.step, NoiseSource(self.config.train.seed, self.step)
@@ -388,12 +404,12 @@ class Trainer:
             batch_size=self.micro_batch,
             step_size_scale=point.step_size_scale,
             found=self.found_in_validation,
-            beat=lambda: self.watchdog.beat(f"the evaluation after step {self.step}"),
+            heartbeat=lambda: self.watchdog.heartbeat(f"the evaluation after step {self.step}"),
             stop_wanted=self._stop_wanted,
         )
         if row is None:
             return False
-        self.run.metrics({"step": self.step, "split": "validation", **row})
+        self.run_folder.metrics({"step": self.step, "split": "validation", **row})
         self.validated_step, self.validation_loss = self.step, row["loss"]
         steps = " -> ".join(
             f"{loss:.4f}"
@@ -405,20 +421,22 @@ class Trainer:
             if self.observe.space is None
             else f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, going straight on {row['linear_loss']:.4f})"
         )
-        self.run.say(f"validation at step {self.step}: {steps} {measure}")
+        self.run_folder.say(f"validation at step {self.step}: {steps} {measure}")
         return True
 
     def save(self, *, goes_on: bool = True) -> None:
         """Begin a checkpoint of this step; it is written while training goes on. Once, and once
         more when its validation loss is known."""
-        self.watchdog.beat(f"the save after step {self.step}")
+        self.watchdog.heartbeat(f"the save after step {self.step}")
         self.settle(goes_on=goes_on)
         validated = self.validated_step == self.step and self.validation_loss is not None
         if self.saved in ((self.step, True), (self.step, validated)):
             return
-        self.run.leave_if_taken_over()
-        self.too_much_damage()
-        self.stream_position = max(self.world.gather(getattr(self.loader, "next_shard", 0)))
+        self.run_folder.leave_if_taken_over()
+        self.sync_quarantine()
+        self.stream_position = max(
+            self.world.all_gather_object(getattr(self.loader, "next_shard", 0))
+        )
         state = DataState(
             self.train_split.fingerprint, self.config.train.seed, self.step
         ).state_dict()
@@ -443,7 +461,7 @@ class Trainer:
         outcome = self.settle(goes_on=False)
         if not self.is_saved():
             self._warn(f"trying once more to save step {self.step} in {PAUSE_S:g} s")
-            self.watchdog.beat("the pause before the save is tried again")
+            self.watchdog.heartbeat("the pause before the save is tried again")
             if outcome.is_short_of_space:
                 self.writer.make_room()
             time.sleep(PAUSE_S)
@@ -471,7 +489,7 @@ class Trainer:
             return
         newest = self.writer.newest_on_disk()
         if outcome.problem is None:
-            self.run.event("save", step=outcome.step)
+            self.run_folder.event("save", step=outcome.step)
         elif last:
             self._warn(
                 f"step {outcome.step} is NOT saved, {newest} ({outcome.problem}); free some space, "
@@ -487,7 +505,7 @@ class Trainer:
             self._warn(note)
 
     def _warn(self, text: str) -> None:
-        self.run.warn(text, step=self.step)
+        self.run_folder.warn(text, step=self.step)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0)
@@ -527,7 +545,7 @@ class Trainer:
         )
 
 
-class Interval:
+class StepTimer:
     """Wall seconds per step since the last reading; validation and saving are left out by restarting it."""
 
     def __init__(self, step: int):
@@ -544,7 +562,7 @@ class Interval:
         return self.last
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """3:07 or 2:03:07."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -31,7 +31,7 @@ def validate(
     context_length: int,
     batch_size: int,
     step_size_scale: float = 1.0,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
     stop_wanted: Callable[[], bool] = lambda: False,
     found: list[BadSample] | None = None,
 ) -> dict[str, Any] | None:
@@ -65,7 +65,7 @@ def validate(
     model.eval()
     try:
         for index in range(rounds):
-            beat()
+            heartbeat()
             if stop_wanted():
                 return None
             if index >= len(batches):

@@ -1,6 +1,6 @@
 """A hung or dead process ends the run within a bound, with the stacks of all threads and the process named: exit code 77.
 
-The loop says where it is (`beat`). A thread of each process watches that; after `limit_s` without a beat, or when a collective fails because
+The loop says where it is (`heartbeat`). A thread of each process watches that; after `limit_s` without a beat, or when a collective fails because
 another process is gone, the process writes how far it has come, looks at what the others wrote, and leaves. The one that has come least
 far is the one the others waited for; one that writes nothing is dead.
 """
@@ -47,7 +47,7 @@ class Watchdog:
         if limit_s:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
-    def beat(self, where: str) -> None:
+    def heartbeat(self, where: str) -> None:
         """The loop has come to `where`."""
         self.count, self.where = self.count + 1, where
 

@@ -5,7 +5,7 @@
         neither weights nor the observed stream, whose gradients the outer backward collects from both levels
     a third derivative raises
 
-`ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The engine knows; `wanted` asks it.
+`ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The engine knows; `needs_grad` asks it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 
-def wanted(ctx, position: int) -> bool:
+def needs_grad(ctx, position: int) -> bool:
     """Whether the running backward leads on to the gradient of the position-th tensor argument of the operation whose backward it is."""
     node = ctx.next_functions[position][0]
     if node is None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebwm_kernels.autograd_rules import refuse_graph, wanted
+from ebwm_kernels.autograd_rules import needs_grad, refuse_graph
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -86,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        with_weight = wanted(ctx, 1)
+        with_weight = needs_grad(ctx, 1)
         if not torch.is_grad_enabled():
             return *_rms_norm_gradient(grad, x, weight, ctx.epsilon, with_weight=with_weight), None
         if with_weight:

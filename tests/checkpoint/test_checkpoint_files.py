@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ebwm_scale.checkpoint.files import manifest_text
-from ebwm_scale.checkpoint.reader import SavedState, find_latest, load_replay, verify
+from ebwm_scale.checkpoint.reader import CheckpointReader, find_latest, load_replay, verify
 from ebwm_scale.core.errors import CheckpointError
 from ebwm_scale.core.files import file_sha256
 
@@ -68,7 +68,7 @@ def refused(folder):
 def test_a_whole_checkpoint_verifies_also_one_of_the_release_before(tmp_path, own_hash, replay):
     folder = write_checkpoint(tmp_path, 7, replay=replay, own_hash=own_hash)
     saved = verify(folder)
-    assert saved.step == 7 and set(SavedState(folder).weights()) == set(SHAPES)
+    assert saved.step == 7 and set(CheckpointReader(folder).weights()) == set(SHAPES)
     assert (load_replay(saved) is not None) == replay
 
 

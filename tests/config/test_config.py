@@ -25,19 +25,19 @@ def test_every_shipped_configuration_is_valid_and_reads_back(path):
 
 
 def test_s1_s2_and_algorithm_1_are_configurations():
-    rules = {
+    config = {
         name: load_config(ROOT / "configs" / "nlp" / f"{name}.yaml").refinement
         for name in ("s1", "s2", "algorithm1")
     }
-    assert {name: (r.graph, r.loss) for name, r in rules.items()} == {
+    assert {name: (r.graph, r.loss) for name, r in config.items()} == {
         "s1": ("detach", "every"),
         "s2": ("truncate", "last"),
         "algorithm1": ("full", "last"),
     }
     assert (
-        rules["s1"].learning_rate_multiplier == 1500
-        and not rules["s2"].learnable
-        and rules["s2"].replay
+        config["s1"].learning_rate_multiplier == 1500
+        and not config["s2"].learnable
+        and config["s2"].replay
     )
 
 

@@ -14,7 +14,7 @@ import itertools
 from recordings import RATE, damaged, pattern, remux, write
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.prepare.clips import ClipRules, Video, make_part, read_clips, read_findings
+from ebwm_scale.data.prepare.clips import ClipConfig, Video, make_part, read_clips, read_findings
 from ebwm_scale.data.prepare.decoding import pictures
 from ebwm_scale.data.prepare.findings import Findings, total
 
@@ -72,8 +72,8 @@ def test_what_is_kept_of_a_damaged_video_is_what_was_recorded(intact, tmp_path, 
 def test_clips_lie_before_and_after_the_damage_and_never_across(intact, tmp_path):
     path, _ = intact
     broken = remux(path, tmp_path / path.name, damaged({27}, "noise"))
-    rules = ClipRules(4, 0.1, 0.1, 16, 16, 1, (1,), "jpeg", 90)
-    make_part(Video("v", broken, "0"), tmp_path / "part.tar", rules)
+    config = ClipConfig(4, 0.1, 0.1, 16, 16, 1, (1,), "jpeg", 90)
+    make_part(Video("v", broken, "0"), tmp_path / "part.tar", config)
     starts = [clip.start_s for clip in read_clips(tmp_path / "part.tar")]
     read, findings = played(broken)
     hole = [(a.end_s, b.begin_s) for a, b in itertools.pairwise(read) if a.piece != b.piece]

@@ -25,7 +25,7 @@ from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.prepare import video as video_module
 from ebwm_scale.data.prepare.clips import find_videos, resize_and_crop, shown_at
 from ebwm_scale.data.prepare.decoding import pictures
-from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
+from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
 
 TINY = dict(
     context_length=3,
@@ -87,7 +87,7 @@ def build(inputs, output, said=None, **changes):
     return make_video_dataset(
         [inputs],
         output,
-        VideoRules(**{**TINY, **changes}),
+        VideoDatasetConfig(**{**TINY, **changes}),
         like=like,
         workers=1,
         still_s=still_s,
@@ -383,7 +383,7 @@ def part(v, *rest):
         os.kill(os.getppid(), 9)
     real(v, *rest)
 video.make_part = part
-video.make_video_dataset([sys.argv[1]], sys.argv[2], video.VideoRules(context_length=3, height=16, width=16, encoder_settings={"patch": 8, "components": 4},
+video.make_video_dataset([sys.argv[1]], sys.argv[2], video.VideoDatasetConfig(context_length=3, height=16, width=16, encoder_settings={"patch": 8, "components": 4},
                          samples_per_shard=5, validation_fraction=0.3), workers=1)
 """
 

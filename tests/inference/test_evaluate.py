@@ -16,7 +16,7 @@ from ebwm_scale.core.world import World
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.evaluate import evaluate
-from ebwm_scale.evaluation.bootstrap import interval, interval_of_correlation, ranks, tenths
+from ebwm_scale.evaluation.bootstrap import bootstrap_ci, correlation_ci, deciles, ranks
 from ebwm_scale.reporting.evaluation_page import render
 from ebwm_scale.training.validation import validate
 from ebwm_scale.world_model import WorldModel
@@ -108,20 +108,20 @@ def test_every_part_is_there_and_the_page_says_it(text):
 
 def test_the_page_shows_names_as_text_and_refuses_what_is_no_result():
     hostile = "<script>alert(1)</script>\x00\ud800"
-    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    bootstrap_ci = {"mean": 0.5, "low": 0.4, "high": 0.6}
     result = {
         "modality": "text",
         "kind": "baseline",
         "checkpoint": hostile,
         "num_samples": 2,
         "num_targets": 8,
-        "loss": interval | {"perplexity": 3.0},
+        "loss": bootstrap_ci | {"perplexity": 3.0},
         "foreign_texts": [
             {
                 "name": hostile,
                 "num_samples": 2,
-                "mean_loss": interval,
-                "share_of_pairs_in_which_real_has_lower_loss": interval,
+                "mean_loss": bootstrap_ci,
+                "share_of_pairs_in_which_real_has_lower_loss": bootstrap_ci,
             }
         ],
     }
@@ -214,7 +214,7 @@ def test_results_do_not_depend_on_the_batch_size(text):
 def test_intervals_hold_the_mean_as_often_as_they_say():
     generator = torch.Generator().manual_seed(0)
     inside = [
-        (lambda i: i["low"] <= 0 <= i["high"])(interval(torch.randn(60, generator=generator)))
+        (lambda i: i["low"] <= 0 <= i["high"])(bootstrap_ci(torch.randn(60, generator=generator)))
         for _ in range(200)
     ]
     assert 0.88 <= np.mean(inside) <= 0.99
@@ -222,18 +222,13 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
 
 def test_rank_correlation_and_tenths():
     x = torch.randn(20, 15, generator=torch.Generator().manual_seed(0))
-    assert interval_of_correlation(x, x**3)["mean"] == pytest.approx(1) and interval_of_correlation(
-        x, -x
-    )["mean"] == pytest.approx(-1)
-    noise = interval_of_correlation(
-        x, torch.randn(20, 15, generator=torch.Generator().manual_seed(1))
-    )
-    assert (
-        noise["low"] < 0 < noise["high"]
-        and interval_of_correlation(x, torch.zeros(20, 15))["mean"] == 0
-    )
+    assert correlation_ci(x, x**3)["mean"] == pytest.approx(1) and correlation_ci(x, -x)[
+        "mean"
+    ] == pytest.approx(-1)
+    noise = correlation_ci(x, torch.randn(20, 15, generator=torch.Generator().manual_seed(1)))
+    assert noise["low"] < 0 < noise["high"] and correlation_ci(x, torch.zeros(20, 15))["mean"] == 0
     assert ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0, 1.5]
-    parts = tenths(x, 2 * x)
+    parts = deciles(x, 2 * x)
     assert len(parts) == 10 and all(a["mean"] < b["mean"] for a, b in itertools.pairwise(parts))
 
 

@@ -42,12 +42,12 @@ def model_of(manifest, **model):
 
 def log_probabilities(model, observed):
     """(S, V) after each of the tokens, by training's own loop."""
-    embedded, rules = model.embed_observed(torch.tensor([observed])), model.config.refinement
+    embedded, config = model.embed_observed(torch.tensor([observed])), model.config.refinement
     if model.config.model.kind == "baseline":
         return model.output(model.network(embedded))[0].detach().log_softmax(-1)
     draws = TrainingNoise(
         NoiseSource(SEED, EVALUATION_STEP),
-        rules,
+        config,
         torch.tensor([0]),
         (1, len(observed), model.state_size),
         randomize=False,
@@ -59,8 +59,8 @@ def log_probabilities(model, observed):
             model,
             embedded,
             None,
-            config=rules,
-            landscapes=model.landscapes(rules.num_steps),
+            config=config,
+            landscapes=model.landscapes(config.num_steps),
             noise=draws,
             training=False,
             keep_state=torch.float64,
@@ -137,19 +137,19 @@ def test_several_starts_keep_the_lowest_energy(text):
     from ebwm_scale.inference.thinking import think as refine_candidates
 
     model, _ = model_of(text)
-    observed, rules = (
+    observed, config = (
         torch.randint(300, (2, 7), generator=torch.Generator().manual_seed(1)),
         ThinkingConfig(num_starts=3),
     )
     thoughts = []
     for start in range(3):
-        noise = SequenceSampler(model, rules.seed, torch.zeros(2, dtype=torch.int64), 7, start)
+        noise = SequenceSampler(model, config.seed, torch.zeros(2, dtype=torch.int64), 7, start)
         thoughts.append(
             refine_candidates(
                 model,
                 SequenceEnergy(model, model.embed_observed(observed).detach()),
                 noise.initial(None),
-                rules,
+                config,
                 noise=noise,
             )
         )
@@ -158,7 +158,9 @@ def test_several_starts_keep_the_lowest_energy(text):
         0, best[None, :, :, None].expand(1, -1, -1, 300)
     )[0]
     with torch.no_grad():
-        assert torch.equal(last_states(model, observed, rules), expected) and len(best.unique()) > 1
+        assert (
+            torch.equal(last_states(model, observed, config), expected) and len(best.unique()) > 1
+        )
 
 
 class Rigged:

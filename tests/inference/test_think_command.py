@@ -11,7 +11,7 @@ from ebwm_scale import think
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.data.prepare.text import make_text_dataset
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
-from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
+from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
 from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.world_model import WorldModel
 
@@ -59,7 +59,7 @@ def video(tmp_path_factory):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-    rules = VideoRules(
+    config = VideoDatasetConfig(
         context_length=4,
         stride_s=0.25,
         height=16,
@@ -68,7 +68,7 @@ def video(tmp_path_factory):
         validation_fraction=0.3,
     )
     return folder / "v.mp4", make_video_dataset(
-        [folder / "v.mp4"], folder / "d", rules, workers=1, report=lambda _: None
+        [folder / "v.mp4"], folder / "d", config, workers=1, report=lambda _: None
     )
 
 

@@ -69,10 +69,10 @@ def prompt_of(model, length, seed=1):
 
 def uncached(model, prompt, sample_id=0, num_steps=None):
     """The last position's state by training's own refinement loop over the whole prompt."""
-    rules, embedded = model.config.refinement, model.embed_observed(prompt[None])
+    config, embedded = model.config.refinement, model.embed_observed(prompt[None])
     draws = TrainingNoise(
         NoiseSource(SEED, EVALUATION_STEP),
-        rules,
+        config,
         torch.tensor([sample_id]),
         (1, len(prompt), model.state_size),
         randomize=False,
@@ -84,8 +84,8 @@ def uncached(model, prompt, sample_id=0, num_steps=None):
         model,
         embedded,
         None,
-        config=rules,
-        landscapes=model.landscapes(num_steps or rules.num_steps),
+        config=config,
+        landscapes=model.landscapes(num_steps or config.num_steps),
         noise=draws,
         training=False,
         keep_state=torch.float64,
@@ -243,8 +243,8 @@ def test_accept_only_if_lower_never_raises_an_energy_and_never_changes_a_rejecte
         refinement={"step_size": 400.0, "landscapes": "one", **CASES[case].get("refinement", {})},
     )
     prompts = [prompt_of(model, 5, seed=s) for s in range(6)]
-    rules = ThinkingConfig(num_steps=6, accept_only_if_lower=True, seed=SEED, num_starts=2)
-    session = Session(model, prompts, rules)
+    config = ThinkingConfig(num_steps=6, accept_only_if_lower=True, seed=SEED, num_starts=2)
+    session = Session(model, prompts, config)
     states = [session.predict()]
     thought = states[0].thought
     assert (thought.trace[1:] <= thought.trace[:-1] + 1e-12).all() and torch.allclose(
@@ -255,7 +255,7 @@ def test_accept_only_if_lower_never_raises_an_energy_and_never_changes_a_rejecte
     ):  # a step of 400 is often too long; there, the energy falls without end
         assert (thought.accepted < thought.steps).any()
     # One step longer: where it was rejected the state is bit for bit the same.
-    longer = Session(model, prompts, dataclasses.replace(rules, num_steps=7)).predict().thought
+    longer = Session(model, prompts, dataclasses.replace(config, num_steps=7)).predict().thought
     same = longer.accepted == thought.accepted
     assert torch.equal(longer.state[same], thought.state[same])
     assert (~same).any() or same.all()
@@ -264,11 +264,11 @@ def test_accept_only_if_lower_never_raises_an_energy_and_never_changes_a_rejecte
 
 def test_langevin_noise_moves_and_rejection_undoes_it():
     model = model_of(TEXT)
-    rules = ThinkingConfig(num_steps=4, noise=5.0, accept_only_if_lower=True, step_size=1e-3)
+    config = ThinkingConfig(num_steps=4, noise=5.0, accept_only_if_lower=True, step_size=1e-3)
     thought = (
-        Session(model, [prompt_of(model, 5, seed=s) for s in range(6)], rules).predict().thought
+        Session(model, [prompt_of(model, 5, seed=s) for s in range(6)], config).predict().thought
     )
-    start = NextPositionSampler(model, rules.seed, torch.arange(6), torch.full((6,), 4)).initial(
+    start = NextPositionSampler(model, config.seed, torch.arange(6), torch.full((6,), 4)).initial(
         None
     )
     unmoved = thought.accepted == 0
@@ -322,19 +322,19 @@ def test_early_stopping_saves_steps_and_gives_what_running_on_gives_within_its_t
 
 
 @pytest.mark.parametrize("rules", [{}, {"num_starts": 3}, {"accept_only_if_lower": True}])
-def test_leaving_out_the_final_energy_changes_no_state(rules):
+def test_leaving_out_the_final_energy_changes_no_state(config):
     model = model_of(TEXT)
     prompts = [prompt_of(model, 5, seed=s) for s in range(4)]
     measured, lean = (
-        Session(model, prompts, ThinkingConfig(seed=SEED, **rules), energies=energies).predict()
+        Session(model, prompts, ThinkingConfig(seed=SEED, **config), energies=energies).predict()
         for energies in (True, False)
     )
     assert torch.equal(measured.state, lean.state) and torch.equal(
         measured.thought.steps, lean.thought.steps
     )
-    assert (lean.energy is None) == (not rules) and len(lean.thought.trace) == len(
+    assert (lean.energy is None) == (not config) and len(lean.thought.trace) == len(
         measured.thought.trace
-    ) - (not rules)
+    ) - (not config)
 
 
 def test_of_several_starts_the_lowest_energy_is_kept_and_the_first_is_the_usual_one():
@@ -354,15 +354,15 @@ def test_of_several_starts_the_lowest_energy_is_kept_and_the_first_is_the_usual_
 @pytest.mark.parametrize("case", ["default", "time_embed", "video"])
 def test_every_position_of_a_sequence_at_once_is_each_prefix_on_its_own(case):
     model = model_of(CASES[case])
-    prompt, rules = (
+    prompt, config = (
         prompt_of(model, 6),
         ThinkingConfig(num_steps=3, accept_only_if_lower=True, tolerance=1e-6, seed=SEED),
     )
-    noise = SequenceSampler(model, rules.seed, torch.tensor([0]), 6)
+    noise = SequenceSampler(model, config.seed, torch.tensor([0]), 6)
     score = SequenceEnergy(model, model.embed_observed(prompt[None]))
-    whole = think(model, score, noise.initial(None), rules, noise=noise)
+    whole = think(model, score, noise.initial(None), config, noise=noise)
     for t in range(6):
-        alone = Session(model, [prompt[: t + 1]], rules).predict().thought
+        alone = Session(model, [prompt[: t + 1]], config).predict().thought
         assert (
             torch.allclose(whole.state[0, t], alone.state[0, 0], atol=1e-9)
             and whole.steps[0, t] == alone.steps[0, 0]

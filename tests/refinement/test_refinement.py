@@ -73,11 +73,11 @@ def plain_operations():
 
 def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     """The papers' algorithm by hand; all draws from the same addresses."""
-    rules, kind = model.config.refinement, model.config.state.kind
+    config, kind = model.config.refinement, model.config.state.kind
     size = V if kind == "vocabulary" else 7
     draws = TrainingNoise(
         source,
-        rules,
+        config,
         sample_ids,
         (B, S, size),
         kind=model.config.state.initial,
@@ -89,7 +89,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     x, losses = draws.initial_state(), []
     for i, landscape in enumerate(model.landscapes(num_steps)):
         last = i == num_steps - 1
-        if rules.graph != "full":
+        if config.graph != "full":
             x = x.detach()
         noise = draws.langevin(i)
         x = x if noise is None else x + noise
@@ -113,28 +113,28 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         energy = model.network.energy(
             candidate, model.network.encode_context(embedded_observed, landscape), landscape
         )
-        by = x if kind == "vocabulary" and rules.update == "logits" else moving
+        by = x if kind == "vocabulary" and config.update == "logits" else moving
         (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
-        if rules.graph == "truncate" and not last:
+        if config.graph == "truncate" and not last:
             gradient = gradient.detach()
-        start = moving if rules.update == "probabilities" else x
-        if rules.graph != "full":
+        start = moving if config.update == "probabilities" else x
+        if config.graph != "full":
             start = start.detach()
-        step = alpha.detach() if rules.graph == "truncate" and not last else alpha
+        step = alpha.detach() if config.graph == "truncate" and not last else alpha
         change = -step * gradient
-        if rules.change_clamp is not None:
-            change = torch.clamp(change, -rules.change_clamp, rules.change_clamp)
+        if config.change_clamp is not None:
+            change = torch.clamp(change, -config.change_clamp, config.change_clamp)
         x = start + change
-        if rules.state_clamp is not None:
-            x = torch.clamp(x, -rules.state_clamp, rules.state_clamp)
+        if config.state_clamp is not None:
+            x = torch.clamp(x, -config.state_clamp, config.state_clamp)
         losses.append(
             F.cross_entropy(x.flatten(0, 1), targets.flatten())
             if kind == "vocabulary"
             else F.smooth_l1_loss(x, targets)
         )
-        if rules.graph == "truncate" and not last:
+        if config.graph == "truncate" and not last:
             losses[-1] = losses[-1].detach()
-    return losses[-1] if rules.loss == "last" else torch.stack(losses).mean()
+    return losses[-1] if config.loss == "last" else torch.stack(losses).mean()
 
 
 def gradients(model, loss):

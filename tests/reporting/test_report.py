@@ -774,7 +774,7 @@ def test_damaged_lines_are_left_out_of_every_reading_and_said_once(
     if damage != "zeros":
         assert len(re.findall(r"<li>metrics\.jsonl: \d unreadable line", page)) == 1
     written = RunFolder(tmp_path, Config(), is_main=True)
-    assert written.forget_after(20) == 20 and written.forget_after(20) == 20
+    assert written.truncate_metrics(20) == 20 and written.truncate_metrics(20) == 20
     said = capsys.readouterr().err.splitlines()
     assert len(said) == (damage not in ("zeros", "no step")), said
     assert all("metrics.jsonl" in line and "unreadable" in line for line in said)

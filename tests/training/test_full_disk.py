@@ -186,7 +186,7 @@ def test_rows_beyond_a_resumed_step_are_cut_off_in_place(
     faults = Faults("nan@write=1", 0)  # counts
     world = World(0, 1, 0, torch.device("cpu"))
     run = RunFolder(tmp_path, None, world, faults, Ownership(tmp_path, faults))
-    assert run.forget_after(step) == validated
+    assert run.truncate_metrics(step) == validated
     assert path.read_text() == "".join(map(text, kept))
     assert faults.visits["write"] == writes
     assert (path.stat().st_ino == same_file) == (lines != [1, "torn", 2, 3])

@@ -105,11 +105,11 @@ def test_an_owner_elsewhere_is_followed_only_after_it_was_seen_to_be_silent(tmp_
     os.utime(tmp_path / "owner", (0, 0))  # the age of its last sign says nothing: clocks differ
     stop = threading.Event()
 
-    def beat():
+    def heartbeat():
         while not stop.wait(0.3):
             os.utime(tmp_path / "owner")
 
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=heartbeat)
     thread.start()
     try:
         with pytest.raises(CheckpointError, match="is in use by node7"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_runs import end
 
-from ebwm_scale.checkpoint.parameter_shard import Piece
+from ebwm_scale.checkpoint.parameter_shard import ParameterShard
 from ebwm_scale.checkpoint.reader import find_latest, published
 from ebwm_scale.checkpoint.writer import CheckpointWriter, put_back_replaced
 from ebwm_scale.config.load import config_from_dict
@@ -28,7 +28,7 @@ class State:
 
     def pieces(self):
         for name, p in self.module.named_parameters():
-            yield Piece(name, 0, {"weight": p.detach().view(-1)})
+            yield ParameterShard(name, 0, {"weight": p.detach().view(-1)})
 
     def step_count(self):
         return 1.0

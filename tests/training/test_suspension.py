@@ -106,7 +106,7 @@ COLLECTIVE = """
 import datetime, sys, time
 from ebwm_scale.training import distributed
 distributed.TIMEOUT = datetime.timedelta(seconds=6)
-world = distributed.join_world()
+world = distributed.init_distributed()
 world.leave_hangs_to_the_watchdog()
 print("joined", flush=True)
 time.sleep(3 * world.rank)      # rank 0 waits for rank 1 when both are suspended

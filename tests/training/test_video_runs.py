@@ -11,7 +11,7 @@ pytest.importorskip("av", reason="the package av is not installed")
 
 from training_runs import Runs, same
 
-from ebwm_scale.data.prepare.video import VideoRules, make_video_dataset
+from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
 
 VIDEO = {"state.kind": "embedding", "refinement.step_size": 5}
 RECIPES = {
@@ -52,7 +52,7 @@ def clips(tmp_path_factory):
     (folder / "videos").mkdir()
     for seed in range(3):
         write_video(folder / "videos" / f"{seed}.mp4", seed)
-    rules = dict(
+    config = dict(
         context_length=4,
         stride_s=0.25,
         height=16,
@@ -65,7 +65,7 @@ def clips(tmp_path_factory):
         stored: make_video_dataset(
             [folder / "videos"],
             folder / stored,
-            VideoRules(**rules, stored=stored),
+            VideoDatasetConfig(**config, stored=stored),
             workers=1,
             report=lambda _: None,
         )

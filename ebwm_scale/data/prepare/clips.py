@@ -68,7 +68,7 @@ class Video:
 
 
 @dataclass(frozen=True)
-class ClipRules:
+class ClipConfig:
     """How clips are cut. stored: jpeg or webp; quality: of it; crops: windows taken along the longer side; zooms: 1 for windows as large as
     the frame allows, 2 for half of that, with twice as many windows along each side, and so on."""
 
@@ -143,7 +143,7 @@ def _is_video(path: Path) -> bool:
 
 
 def make_part(
-    video: Video, part: Path, rules: ClipRules, moved: Callable[[], None] = not_watched
+    video: Video, part: Path, config: ClipConfig, moved: Callable[[], None] = not_watched
 ) -> None:
     """Decode a video and write its part file; moved: called at each step.
 
@@ -153,7 +153,7 @@ def make_part(
     findings = Findings()
     try:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            clips = _write_frames(video, rules, tar, findings, moved)
+            clips = _write_frames(video, config, tar, findings, moved)
             about = {
                 "clips": [dataclasses.asdict(clip) for clip in clips],
                 "findings": dataclasses.asdict(findings),
@@ -294,7 +294,7 @@ def _places(room: float, count: int) -> list[float]:
 
 def _write_frames(
     video: Video,
-    rules: ClipRules,
+    config: ClipConfig,
     tar: tarfile.TarFile,
     findings: Findings,
     moved: Callable[[], None],
@@ -302,7 +302,10 @@ def _write_frames(
     """Writes every frame that a clip may need, once, and says which clip needs which."""
     # Clips start every stride; those whose starts differ by whole intervals share frames. So there are few different phases.
     phases = sorted(
-        {round(math.fmod(k * rules.stride_s, rules.interval_s), 6) for k in range(_phases(rules))}
+        {
+            round(math.fmod(k * config.stride_s, config.interval_s), 6)
+            for k in range(_phases(config))
+        }
     )
     clips: list[Clip] = []
     count = 0
@@ -318,28 +321,28 @@ def _write_frames(
             longest_s = max(longest_s, picture.end_s - start_s)
             yield picture
 
-    shown = shown_at(watched(), rules.interval_s, phases)
+    shown = shown_at(watched(), config.interval_s, phases)
     for _, group in itertools.groupby(shown, key=lambda one: one.piece):
         numbers: list[dict[int, int]] = [{} for _ in phases]  # k -> number of the first window
         for one in group:
             numbers[one.offset][one.k] = count
             windows = resize_and_crop(
-                one.pixels, rules.height, rules.width, rules.crops, rules.zooms
+                one.pixels, config.height, config.width, config.crops, config.zooms
             )
             for _, image in windows:
                 moved()
-                content = encode_image(image, rules.stored, rules.quality)
-                _add(tar, f"{count:08d}.{_SUFFIX[rules.stored]}", content)
+                content = encode_image(image, config.stored, config.quality)
+                _add(tar, f"{count:08d}.{_SUFFIX[config.stored]}", content)
                 count += 1
         zooms = [zoom for zoom, _ in windows]  # the same for all pictures of a piece
-        clips += _clips_of_piece(rules, phases, numbers, zooms, one.piece_start_s)
+        clips += _clips_of_piece(config, phases, numbers, zooms, one.piece_start_s)
     if not clips:
-        raise DataError(_too_short(video.path, rules, length_s, longest_s, findings))
+        raise DataError(_too_short(video.path, config, length_s, longest_s, findings))
     return clips
 
 
 def _clips_of_piece(
-    rules: ClipRules,
+    config: ClipConfig,
     phases: Sequence[float],
     numbers: Sequence[dict[int, int]],
     zooms: Sequence[int],
@@ -348,11 +351,11 @@ def _clips_of_piece(
     """The clips that begin every stride in a piece, as long as it has their frames."""
     clips: list[Clip] = []
     for index in itertools.count():
-        start_s = index * rules.stride_s
-        first = math.floor(start_s / rules.interval_s + 1e-6)
-        remainder = round(start_s - first * rules.interval_s, 6)
+        start_s = index * config.stride_s
+        first = math.floor(start_s / config.interval_s + 1e-6)
+        remainder = round(start_s - first * config.interval_s, 6)
         phase = min(range(len(phases)), key=lambda i: abs(phases[i] - remainder))
-        wanted = range(first, first + rules.context_length + 1)
+        wanted = range(first, first + config.context_length + 1)
         if any(k not in numbers[phase] for k in wanted):
             return clips
         clips += [
@@ -367,26 +370,26 @@ def _clips_of_piece(
 
 
 def _too_short(
-    path: Path, rules: ClipRules, length_s: float, longest_s: float, findings: Findings
+    path: Path, config: ClipConfig, length_s: float, longest_s: float, findings: Findings
 ) -> str:
     long = f"{length_s:.2f} s"
     if length_s - longest_s > _EPSILON_S:
         long = f"{longest_s:.2f} s without a break ({length_s:.2f} s in all)"
-    need = f"a clip of {rules.context_length} + 1 frames, {rules.interval_s:g} s apart"
+    need = f"a clip of {config.context_length} + 1 frames, {config.interval_s:g} s apart"
     about = [
-        f"{path}: {long} long: shorter than {need} (the last at {rules.span_s:g} s)",
+        f"{path}: {long} long: shorter than {need} (the last at {config.span_s:g} s)",
         *findings.phrases(),
     ]
     return "; ".join(about)
 
 
-def _phases(rules: ClipRules) -> int:
+def _phases(config: ClipConfig) -> int:
     """After how many strides the starts fall on the same times again."""
     for count in range(1, 1000):
-        if abs(math.remainder(count * rules.stride_s, rules.interval_s)) < 1e-6:
+        if abs(math.remainder(count * config.stride_s, config.interval_s)) < 1e-6:
             return count
     raise DataError(
-        f"stride {rules.stride_s} s and interval {rules.interval_s} s have no common multiple below 1000 strides; use a simple fraction"
+        f"stride {config.stride_s} s and interval {config.interval_s} s have no common multiple below 1000 strides; use a simple fraction"
     )
 
 

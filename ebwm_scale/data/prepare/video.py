@@ -39,7 +39,7 @@ from ebwm_scale.data.format.writer import (
 )
 from ebwm_scale.data.prepare.clips import (
     Clip,
-    ClipRules,
+    ClipConfig,
     Video,
     find_videos,
     make_part,
@@ -66,7 +66,7 @@ MAX_FITTED_FRAMES = 50_000  # training frames that an encoder is fitted to, and 
 
 
 @dataclasses.dataclass(frozen=True)
-class VideoRules:
+class VideoDatasetConfig:
     """All that decides what a dataset holds; defaults are those of tools/make_video_shards.py."""
 
     context_length: int = 16
@@ -118,8 +118,8 @@ class VideoRules:
             )
 
     @property
-    def clips(self) -> ClipRules:
-        return ClipRules(
+    def clips(self) -> ClipConfig:
+        return ClipConfig(
             context_length=self.context_length,
             interval_s=self.interval_s,
             stride_s=self.stride_s or self.context_length * self.interval_s,
@@ -135,7 +135,7 @@ class VideoRules:
 def make_video_dataset(
     inputs: Sequence[str | Path],
     output: str | Path,
-    rules: VideoRules,
+    config: VideoDatasetConfig,
     *,
     like: str | Path | None = None,
     workers: int | None = None,
@@ -155,8 +155,8 @@ def make_video_dataset(
     if other is not None and other.modality != "video":
         raise DataError(f"{other.path}: holds {other.modality}; --like takes a video dataset")
     if other is not None:
-        rules = dataclasses.replace(
-            rules,
+        config = dataclasses.replace(
+            config,
             height=other.content.height,
             width=other.content.width,
             interval_s=other.content.interval_s,
@@ -164,7 +164,7 @@ def make_video_dataset(
         )
     videos = find_videos(inputs, report=report)
     refuse_foreign_files(output, ours=_OURS)
-    settings = json.loads(json.dumps(dataclasses.asdict(rules)))
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
     source = {
         "inputs": [Path(i).resolve().name for i in inputs],
         "num_videos": len(videos),
@@ -174,7 +174,7 @@ def make_video_dataset(
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "modality": "video",
-        "block_length": rules.context_length + 1,
+        "block_length": config.context_length + 1,
         "source": source,
         "settings": settings,
     }
@@ -186,7 +186,7 @@ def make_video_dataset(
             parts = _make_parts(
                 videos,
                 output.with_name(f".{output.name}.parts"),
-                rules.clips,
+                config.clips,
                 workers=workers or os.cpu_count() or 1,
                 still_s=still_s,
                 report=report,
@@ -194,17 +194,17 @@ def make_video_dataset(
             )
             source["num_skipped"] = len(videos) - len(parts)
             source["findings"] = _report_findings(parts, len(videos), report).counts()
-            splits = _split(parts, rules, report)
-            encoder, statistics = _encoder(other, rules, splits["train"], report)
-            values.update(_describe(staging, encoder, statistics, rules))
+            splits = _split(parts, config, report)
+            encoder, statistics = _encoder(other, config, splits["train"], report)
+            values.update(_describe(staging, encoder, statistics, config))
             values["splits"] = {
-                name: _write_split(staging, name, splits[name], encoder, rules) for name in splits
+                name: _write_split(staging, name, splits[name], encoder, config) for name in splits
             }
             write_manifest(staging, values)
     shutil.rmtree(output.with_name(f".{output.name}.parts"), ignore_errors=True)
     manifest = load_manifest(output)
     for name, split in manifest.splits.items():
-        report(_summary(name, split, rules))
+        report(_summary(name, split, config))
     return manifest.path
 
 
@@ -214,7 +214,7 @@ Clips = list[tuple[Video, Path, list[Clip]]]  # of each video, in order
 def _make_parts(
     videos: Sequence[Video],
     folder: Path,
-    rules: ClipRules,
+    config: ClipConfig,
     *,
     workers: int,
     still_s: float,
@@ -225,7 +225,7 @@ def _make_parts(
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {video: folder / f"{video.digest}-{rules.identity}.tar" for video in videos}
+    paths = {video: folder / f"{video.digest}-{config.identity}.tar" for video in videos}
     waiting = [video for video in videos if not paths[video].exists()]
     if len(waiting) < len(videos):
         report(
@@ -233,7 +233,7 @@ def _make_parts(
         )
 
     def decode(video: Video, moved: Callable[[], None]) -> None:
-        make_part(video, paths[video], rules, moved)
+        make_part(video, paths[video], config, moved)
 
     with tqdm(
         total=len(videos), initial=len(videos) - len(waiting), unit="video", disable=not progress
@@ -269,37 +269,39 @@ def _report_findings(
     return summary
 
 
-def _split(parts: list[tuple[Video, Path]], rules: VideoRules, report: Report) -> dict[str, Clips]:
+def _split(
+    parts: list[tuple[Video, Path]], config: VideoDatasetConfig, report: Report
+) -> dict[str, Clips]:
     """The clips of each split; those of validation without the windows that further zooms add to training."""
-    result = _split_clips(parts, rules, report)
+    result = _split_clips(parts, config, report)
     result["validation"] = [
-        (video, path, [clip for clip in clips if clip.zoom == rules.zooms[0]])
+        (video, path, [clip for clip in clips if clip.zoom == config.zooms[0]])
         for video, path, clips in result["validation"]
     ]
     return result
 
 
 def _split_clips(
-    parts: list[tuple[Video, Path]], rules: VideoRules, report: Report
+    parts: list[tuple[Video, Path]], config: VideoDatasetConfig, report: Report
 ) -> dict[str, Clips]:
     videos = [video for video, _ in parts]
     clips = {video: read_clips(path) for video, path in parts}
-    by_time = rules.split == "time" or (
-        rules.split == "auto" and len(videos) == 1 and not rules.validation_videos
+    by_time = config.split == "time" or (
+        config.split == "auto" and len(videos) == 1 and not config.validation_videos
     )
     if by_time:
-        gap = rules.clips.span_s if rules.gap_s is None else rules.gap_s
+        gap = config.clips.span_s if config.gap_s is None else config.gap_s
         report(
-            f"split by time: the last {rules.validation_fraction:.0%} of each video is validation, {gap:g} s before it are left out"
+            f"split by time: the last {config.validation_fraction:.0%} of each video is validation, {gap:g} s before it are left out"
         )
         result: dict[str, Clips] = {"train": [], "validation": []}
         longest_s = 0.0
         for video, path in parts:
-            end = max(clip.start_s for clip in clips[video]) + rules.clips.span_s
+            end = max(clip.start_s for clip in clips[video]) + config.clips.span_s
             longest_s = max(longest_s, end)
-            border = end * (1 - rules.validation_fraction)
+            border = end * (1 - config.validation_fraction)
             early = [
-                clip for clip in clips[video] if clip.start_s + rules.clips.span_s <= border - gap
+                clip for clip in clips[video] if clip.start_s + config.clips.span_s <= border - gap
             ]
             late = [clip for clip in clips[video] if clip.start_s >= border]
             result["train"] += [(video, path, early)] * bool(early)
@@ -307,21 +309,21 @@ def _split_clips(
         for name, found in result.items():
             if not found:
                 raise DataError(
-                    f"split by time leaves the {name} split without a clip: the longest video is {longest_s:g} s, too short for clips of {rules.clips.span_s:g} s, a gap of "
-                    f"{gap:g} s and a validation fraction of {rules.validation_fraction}; change one of them, or the stride"
+                    f"split by time leaves the {name} split without a clip: the longest video is {longest_s:g} s, too short for clips of {config.clips.span_s:g} s, a gap of "
+                    f"{gap:g} s and a validation fraction of {config.validation_fraction}; change one of them, or the stride"
                 )
         return result
-    if rules.validation_videos:
-        unknown = set(rules.validation_videos) - {video.name for video in videos}
-        held_out = [video for video in videos if video.name in rules.validation_videos]
+    if config.validation_videos:
+        unknown = set(config.validation_videos) - {video.name for video in videos}
+        held_out = [video for video in videos if video.name in config.validation_videos]
         if unknown or len(held_out) == len(videos):
             raise DataError(
-                f"validation videos {', '.join(rules.validation_videos)}: must be some of {', '.join(v.name for v in videos)}, and not all"
+                f"validation videos {', '.join(config.validation_videos)}: must be some of {', '.join(v.name for v in videos)}, and not all"
             )
         chosen = {"train": [v for v in videos if v not in held_out], "validation": held_out}
     else:
         chosen = split_documents(
-            videos, validation_fraction=rules.validation_fraction, seed=rules.seed
+            videos, validation_fraction=config.validation_fraction, seed=config.seed
         )
     paths = dict(parts)
     return {
@@ -331,25 +333,25 @@ def _split_clips(
 
 
 def _encoder(
-    other, rules: VideoRules, train: Clips, report: Report
+    other, config: VideoDatasetConfig, train: Clips, report: Report
 ) -> tuple[FrameEncoder, tuple[np.ndarray, np.ndarray]]:
     """(encoder, (mean, std) of its embeddings over the training frames), or those of another dataset."""
     if other is not None:
         return load_encoder(other.content), (other.content.mean, other.content.std)
-    if rules.encoder == "pca":
-        settings = {"patch": 16, "components": 16} | rules.encoder_settings
+    if config.encoder == "pca":
+        settings = {"patch": 16, "components": 16} | config.encoder_settings
         encoder, share = fit_pca(
-            (torch.from_numpy(frames) for frames in _training_frames(train, rules)),
+            (torch.from_numpy(frames) for frames in _training_frames(train, config)),
             **settings,
-            height=rules.height,
-            width=rules.width,
+            height=config.height,
+            width=config.width,
         )
         report(
             f"pca: {settings['components']} components of {settings['patch']} x {settings['patch']} patches hold {share:.1%} of the variance of the training frames"
         )
     else:
         encoder = build_encoder(
-            rules.encoder, rules.encoder_settings, height=rules.height, width=rules.width
+            config.encoder, config.encoder_settings, height=config.height, width=config.width
         )
     groups = encoder.groups()
     count, total, squares = (
@@ -357,7 +359,7 @@ def _encoder(
         torch.zeros(encoder.dimension, dtype=torch.float64),
         torch.zeros(encoder.dimension, dtype=torch.float64),
     )
-    for frames in _training_frames(train, rules):
+    for frames in _training_frames(train, config):
         embeddings = encoder.encode(torch.from_numpy(frames)).double().cpu()
         count, total, squares = (
             count + len(embeddings),
@@ -375,18 +377,18 @@ def _encoder(
     return encoder, (mean[groups].float().numpy(), std[groups].float().numpy())
 
 
-def _training_frames(train: Clips, rules: VideoRules) -> Iterator[np.ndarray]:
+def _training_frames(train: Clips, config: VideoDatasetConfig) -> Iterator[np.ndarray]:
     """The training frames (n, height, width, 3), in batches, each once; every so many-th where there are more than MAX_FITTED_FRAMES."""
     numbers = [sorted({i for clip in clips for i in clip.frames}) for _, _, clips in train]
     step = max(1, -(-sum(map(len, numbers)) // MAX_FITTED_FRAMES))
     for (_, path, _), wanted in zip(train, numbers):
         frames = read_frames(path)
-        yield from _decoded([frames[i] for i in wanted[::step]], rules)
+        yield from _decoded([frames[i] for i in wanted[::step]], config)
 
 
-def _decoded(frames: Sequence[bytes], rules: VideoRules) -> Iterator[np.ndarray]:
+def _decoded(frames: Sequence[bytes], config: VideoDatasetConfig) -> Iterator[np.ndarray]:
     """Frames (n, height, width, 3), BATCH at a time."""
-    size = rules.height, rules.width
+    size = config.height, config.width
     for start in range(0, len(frames), BATCH):
         yield np.stack([decode_image(frame, size) for frame in frames[start : start + BATCH]])
 
@@ -395,7 +397,7 @@ def _describe(
     staging: Path,
     encoder: FrameEncoder,
     statistics: tuple[np.ndarray, np.ndarray],
-    rules: VideoRules,
+    config: VideoDatasetConfig,
 ) -> dict[str, Any]:
     """The manifest's entries about frames and embeddings; writes the encoder's parameters where it has some."""
     described: dict[str, Any] = {"name": encoder.name, "settings": encoder.settings}
@@ -410,10 +412,10 @@ def _describe(
         "dimension": encoder.dimension,
         "encoder": described,
         "frames": {
-            "stored": rules.stored,
-            "height": rules.height,
-            "width": rules.width,
-            "interval_s": rules.interval_s,
+            "stored": config.stored,
+            "height": config.height,
+            "width": config.width,
+            "interval_s": config.interval_s,
         },
         "statistics": {
             "mean": [float(f"{v:.7g}") for v in statistics[0]],
@@ -423,17 +425,17 @@ def _describe(
 
 
 def _write_split(
-    folder: Path, name: str, clips_of: Clips, encoder: FrameEncoder, rules: VideoRules
+    folder: Path, name: str, clips_of: Clips, encoder: FrameEncoder, config: VideoDatasetConfig
 ) -> dict[str, Any]:
-    writer = ShardWriter(folder, name, samples_per_shard=rules.samples_per_shard)
+    writer = ShardWriter(folder, name, samples_per_shard=config.samples_per_shard)
     try:
         for video, path, clips in clips_of:
             frames, embeddings = read_frames(path), None
-            if rules.stored == "embedding":
+            if config.stored == "embedding":
                 embeddings = np.concatenate(
                     [
                         encoder.encode(torch.from_numpy(batch)).cpu().numpy().astype(np.float16)
-                        for batch in _decoded(frames, rules)
+                        for batch in _decoded(frames, config)
                     ]
                 )
             for clip in clips:
@@ -442,7 +444,7 @@ def _write_split(
                 else:
                     fields = dict(
                         zip(
-                            field_names(rules.stored, rules.context_length + 1),
+                            field_names(config.stored, config.context_length + 1),
                             (frames[i] for i in clip.frames),
                         )
                     )
@@ -454,7 +456,7 @@ def _write_split(
                 }
                 writer.add(
                     {**fields, CLIP_FIELD: json.dumps(about).encode()},
-                    num_targets=rules.context_length,
+                    num_targets=config.context_length,
                 )
         shards = writer.close()
     finally:
@@ -463,12 +465,12 @@ def _write_split(
         "shards": shards,
         "num_videos": len(clips_of),
         "num_samples": writer.num_samples,
-        "num_targets": writer.num_samples * rules.context_length,
+        "num_targets": writer.num_samples * config.context_length,
     }
 
 
-def _summary(name: str, split: SplitInfo, rules: VideoRules) -> str:
+def _summary(name: str, split: SplitInfo, config: VideoDatasetConfig) -> str:
     return (
-        f"{name}: {split.facts['num_videos']} videos, {split.num_samples} clips of {rules.context_length} + 1 frames, {rules.interval_s} s apart, "
+        f"{name}: {split.facts['num_videos']} videos, {split.num_samples} clips of {config.context_length} + 1 frames, {config.interval_s} s apart, "
         f"in {len(split.shards)} shards of {sum(s.size for s in split.shards) / 2**20:.1f} MiB"
     )

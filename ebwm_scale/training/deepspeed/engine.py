@@ -13,7 +13,7 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.core.world import World
 from ebwm_scale.planning.memory import REDUCE_BUCKET
 from ebwm_scale.planning.parameters import count_parameters
-from ebwm_scale.training.deepspeed.zero_state import EngineState
+from ebwm_scale.training.deepspeed.zero_state import ZeroState
 from ebwm_scale.training.optimizer import parameter_groups
 from ebwm_scale.training.schedule import learning_rate
 
@@ -27,7 +27,9 @@ def deepspeed_config(
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if _clips_itself(config) else config.optimizer.gradient_clipping,
+        "gradient_clipping": 0.0
+        if needs_manual_clipping(config)
+        else config.optimizer.gradient_clipping,
         "zero_optimization": {
             "stage": config.deepspeed.zero_stage,
             "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters),
@@ -45,17 +47,17 @@ def deepspeed_config(
         settings["zero_force_ds_cpu_optimizer"] = False
     if config.deepspeed.offload == "parameters":
         settings["zero_optimization"]["offload_param"] = {"device": "cpu"}
-    if _gathers_itself(config):
+    if needs_manual_gathering(config):
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return _merge(settings, config.deepspeed.raw)
 
 
-def _clips_itself(config: Config) -> bool:
+def needs_manual_clipping(config: Config) -> bool:
     """DeepSpeed's fp32 path without ZeRO clips but keeps the norm to itself, so Engine.step does it there."""
     return config.deepspeed.zero_stage == 0 and config.train.precision == "fp32"
 
 
-def _gathers_itself(config: Config) -> bool:
+def needs_manual_gathering(config: Config) -> bool:
     """An energy model asks for its parameters when it needs them (refinement/block_recompute.py): DeepSpeed's module hooks know only one forward and one
 
     backward, and under a double backward they would hand out partitions for parameters."""
@@ -92,8 +94,8 @@ class Engine:
             ),
         )
         if config.train.precision == "bf16" and config.deepspeed.zero_stage == 0:
-            _forget_rehearsal(self.optimizer)
-        if _gathers_itself(config):
+            undo_optimizer_dry_run(self.optimizer)
+        if needs_manual_gathering(config):
             self.optimizer.parameter_offload._remove_module_hooks()
 
     @property
@@ -101,9 +103,9 @@ class Engine:
         return self.deepspeed.module
 
     @property
-    def state(self) -> EngineState:
+    def state(self) -> ZeroState:
         """What a checkpoint holds of it."""
-        return EngineState(
+        return ZeroState(
             self.deepspeed,
             stage=self.config.deepspeed.zero_stage,
             half=self.config.train.precision == "bf16",
@@ -122,7 +124,7 @@ class Engine:
         return self.deepspeed(*arguments, **options)
 
     def backward(self, loss: torch.Tensor) -> None:
-        if not _gathers_itself(self.config):
+        if not needs_manual_gathering(self.config):
             self.deepspeed.backward(loss)
             return
         # All that is left to do is to hand gradients to the hooks that reduce them; autograd wants to see the parameters' shapes meanwhile.
@@ -140,7 +142,7 @@ class Engine:
         """
         boundary = self.deepspeed.is_gradient_accumulation_boundary()
         norm = None
-        if boundary and _clips_itself(self.config):
+        if boundary and needs_manual_clipping(self.config):
             limit = self.config.optimizer.gradient_clipping or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
             if not math.isfinite(norm):
@@ -151,7 +153,7 @@ class Engine:
         return norm
 
 
-def _forget_rehearsal(wrapper) -> None:
+def undo_optimizer_dry_run(wrapper) -> None:
     """Undo the optimizer step that DeepSpeed's bf16 wrapper without ZeRO takes at its construction, with zero gradients, to allocate state.
 
     It leaves Adam's step count at 1, so that bias correction shrinks the first updates (by a quarter at the first one), and has decayed

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ebwm_scale.checkpoint.parameter_shard import MOMENTS, Piece
+from ebwm_scale.checkpoint.parameter_shard import MOMENTS, ParameterShard
 
 KINDS = ("weight", *MOMENTS)
 
 
-class EngineState:
+class ZeroState:
     """The pieces of a DeepSpeed engine's process. `stage`, `half`: deepspeed.zero_stage, and whether weights are bf16."""
 
     def __init__(self, deepspeed_engine, *, stage: int, half: bool, rank: int, world_size: int):
@@ -39,7 +39,7 @@ class EngineState:
                 for p, master in zip(group, copies)
             }
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[ParameterShard]:
         for index, (name, p) in enumerate(self.module.named_parameters()):
             start, values = self._local(p)
             owned = (
@@ -48,7 +48,7 @@ class EngineState:
                 or index % self.world_size == self.rank
             )
             if owned and values and values["weight"].numel():
-                yield Piece(name, start, values)
+                yield ParameterShard(name, start, values)
 
     def step_count(self) -> float:
         """Updates AdamW has made, the same for all parameters; skipped ones do not count."""

@@ -20,7 +20,7 @@ def _flops(products: int, q_shape, k_shape, offset: int, causal: bool) -> int:
 
 
 @register_flop_formula(torch.ops.ebwm.attention)
-def _(q, k, v, k_own, v_own, scale, offset, causal, backend, *, out_shape=None):
+def _(q, k, v, k_self, v_self, scale, offset, causal, backend, *, out_shape=None):
     return _flops(PRODUCTS[backend]["forward"], q, k, offset, causal)
 
 
@@ -30,8 +30,8 @@ def _(
     q,
     k,
     v,
-    k_own,
-    v_own,
+    k_self,
+    v_self,
     out,
     log_normalizer,
     scale,
@@ -51,14 +51,14 @@ def _(
     a,
     b,
     c,
-    b_own,
-    c_own,
+    b_self,
+    c_self,
     grad,
     q,
     k,
     v,
-    k_own,
-    v_own,
+    k_self,
+    v_self,
     out,
     log_normalizer,
     scale,

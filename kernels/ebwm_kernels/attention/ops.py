@@ -25,9 +25,9 @@ from ebwm_kernels.attention.reference import Cotangents, Shape
 from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
 from ebwm_kernels.autograd_rules import (
     is_traced_without_graph,
+    needs_grad,
     refuse_graph,
     refuse_kept_graph,
-    wanted,
 )
 
 BACKENDS = ("auto", "triton", "reference")
@@ -84,13 +84,13 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_own: Tensor | None,
-    v_own: Tensor | None,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
     shape: Shape,
     backend: str,
 ) -> Tensor:
     """Output (B, H, S, d) of attention in which a query may have a key of its own; backend resolved."""
-    return torch.ops.ebwm.attention(q, k, v, k_own, v_own, *shape, backend)[0]
+    return torch.ops.ebwm.attention(q, k, v, k_self, v_self, *shape, backend)[0]
 
 
 def _implementation(backend: str):
@@ -101,7 +101,7 @@ def _implementation(backend: str):
     return reference
 
 
-def _given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _empty_for_none(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Results of an operation: empty in place of None."""
     like = next(u for u in tensors if u is not None)
     return tuple(like.new_empty(0) if u is None else u for u in tensors)
@@ -115,48 +115,48 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_own: Tensor | None,
-    v_own: Tensor | None,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
     scale: float,
     offset: int,
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(backend).forward(q, k, v, k_own, v_own, Shape(scale, offset, causal))
+    return _implementation(backend).forward(q, k, v, k_self, v_self, Shape(scale, offset, causal))
 
 
 @_attention.register_fake
-def _(q, k, v, k_own, v_own, scale, offset, causal, backend):
+def _(q, k, v, k_self, v_self, scale, offset, causal, backend):
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=reference.wide_dtype(q.dtype))
 
 
 def _setup_attention(ctx, inputs, output):
-    q, k, v, k_own, v_own, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, k_own, v_own, *output)
+    q, k, v, k_self, v_self, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, k_self, v_self, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward_attention(ctx, grad, _):
     if grad is None:
         return (None,) * 9
-    q, k, v, k_own, v_own, out, log_normalizer = (
+    q, k, v, k_self, v_self, out, log_normalizer = (
         ctx.saved_tensors
     )  # read once: a checkpoint recomputes for each reading
-    with_keys = wanted(ctx, 1) or wanted(ctx, 2)
+    with_keys = needs_grad(ctx, 1) or needs_grad(ctx, 2)
     dq, dk, dv, dk_own, dv_own = torch.ops.ebwm.attention_gradient(
         grad,
         q,
         k,
         v,
-        k_own,
-        v_own,
+        k_self,
+        v_self,
         out.detach(),
         log_normalizer.detach(),
         *ctx.rest,
         with_keys,
         is_traced_without_graph(),
     )
-    own = (None, None) if k_own is None else (dk_own, dv_own)
+    own = (None, None) if k_self is None else (dk_own, dv_own)
     return dq, *((dk, dv) if with_keys else (None, None)), *own, None, None, None, None
 
 
@@ -172,8 +172,8 @@ def _gradient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_own: Tensor | None,
-    v_own: Tensor | None,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     scale: float,
@@ -185,14 +185,14 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if compiled:
         refuse_kept_graph("attention")
-    return _given(
+    return _empty_for_none(
         *_implementation(backend).gradient(
             grad,
             q,
             k,
             v,
-            k_own,
-            v_own,
+            k_self,
+            v_self,
             out,
             log_normalizer,
             Shape(scale, offset, causal),
@@ -207,8 +207,8 @@ def _(
     q,
     k,
     v,
-    k_own,
-    v_own,
+    k_self,
+    v_self,
     out,
     log_normalizer,
     scale,
@@ -219,8 +219,8 @@ def _(
     compiled,
 ):
     keys = (k.new_empty(k.shape), v.new_empty(v.shape)) if with_keys else (None, None)
-    own = (None, None) if k_own is None else (q.new_empty(q.shape), q.new_empty(q.shape))
-    return _given(q.new_empty(q.shape), *keys, *own)
+    own = (None, None) if k_self is None else (q.new_empty(q.shape), q.new_empty(q.shape))
+    return _empty_for_none(q.new_empty(q.shape), *keys, *own)
 
 
 def _setup_gradient(ctx, inputs, output):
@@ -229,21 +229,21 @@ def _setup_gradient(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward_gradient(ctx, a, b, c, b_own, c_own):
+def _backward_gradient(ctx, a, b, c, b_self, c_self):
     refuse_graph("attention")
-    if all(u is None for u in (a, b, c, b_own, c_own)):
+    if all(u is None for u in (a, b, c, b_self, c_self)):
         return (None,) * 14
     saved = ctx.saved_tensors
-    q, k, k_own = saved[1], saved[2], saved[4]
+    q, k, k_self = saved[1], saved[2], saved[4]
     a = torch.zeros_like(q) if a is None else a
     if b is not None or c is not None:
         b, c = (torch.zeros_like(k) if u is None else u for u in (b, c))
-    if k_own is not None:
-        b_own, c_own = (torch.zeros_like(q) if u is None else u for u in (b_own, c_own))
+    if k_self is not None:
+        b_self, c_self = (torch.zeros_like(q) if u is None else u for u in (b_self, c_self))
     g_grad, g_q, g_k, g_v, g_k_own, g_v_own = torch.ops.ebwm.attention_double_backward(
-        a, b, c, b_own, c_own, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend
+        a, b, c, b_self, c_self, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend
     )
-    own = (None, None) if k_own is None else (g_k_own, g_v_own)
+    own = (None, None) if k_self is None else (g_k_own, g_v_own)
     return g_grad, g_q, g_k, g_v, *own, *(None,) * 8
 
 
@@ -258,14 +258,14 @@ def _double_backward(
     a: Tensor,
     b: Tensor | None,
     c: Tensor | None,
-    b_own: Tensor | None,
-    c_own: Tensor | None,
+    b_self: Tensor | None,
+    c_self: Tensor | None,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_own: Tensor | None,
-    v_own: Tensor | None,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     scale: float,
@@ -273,15 +273,15 @@ def _double_backward(
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _given(
+    return _empty_for_none(
         *_implementation(backend).double_backward(
-            Cotangents(a, b, c, b_own, c_own),
+            Cotangents(a, b, c, b_self, c_self),
             grad,
             q,
             k,
             v,
-            k_own,
-            v_own,
+            k_self,
+            v_self,
             out,
             log_normalizer,
             Shape(scale, offset, causal),
@@ -294,14 +294,14 @@ def _(
     a,
     b,
     c,
-    b_own,
-    c_own,
+    b_self,
+    c_self,
     grad,
     q,
     k,
     v,
-    k_own,
-    v_own,
+    k_self,
+    v_self,
     out,
     log_normalizer,
     scale,
@@ -309,8 +309,8 @@ def _(
     causal,
     backend,
 ):
-    own = (None, None) if k_own is None else (q.new_empty(q.shape), q.new_empty(q.shape))
-    return _given(
+    own = (None, None) if k_self is None else (q.new_empty(q.shape), q.new_empty(q.shape))
+    return _empty_for_none(
         q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *own
     )
 

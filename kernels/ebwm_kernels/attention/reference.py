@@ -48,10 +48,10 @@ class Cotangents(NamedTuple):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, shape: Shape
+    q: Tensor, k: Tensor, v: Tensor, k_self: Tensor | None, v_self: Tensor | None, shape: Shape
 ) -> tuple[Tensor, Tensor]:
     """(O (B, H, S, d), L (B, H, S) in the precision of statistics)."""
-    (q4, ko, vo), (k3, v3) = _by_key_head(k, q, k_own, v_own), _flat(k, v)
+    (q4, ko, vo), (k3, v3) = _by_key_head(k, q, k_self, v_self), _flat(k, v)
     out, log_normalizer = torch.empty_like(q4), q4.new_empty(*q4.shape[:-1], 1)
     own = None if ko is None else _dot(q4, ko).mul_(shape.scale)
     for block in _blocks(q4, k3, shape):
@@ -83,8 +83,8 @@ def gradient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_own: Tensor | None,
-    v_own: Tensor | None,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
@@ -92,7 +92,7 @@ def gradient(
     with_keys: bool,
 ) -> tuple[Tensor | None, ...]:
     """(dQ, dK, dV, dk*, dv*): dK and dV None without `with_keys`, dk* and dv* None without an own key."""
-    (grad4, q4, ko, vo, out4), (k3, v3) = _by_key_head(k, grad, q, k_own, v_own, out), _flat(k, v)
+    (grad4, q4, ko, vo, out4), (k3, v3) = _by_key_head(k, grad, q, k_self, v_self, out), _flat(k, v)
     scale, log_normalizer = shape.scale, log_normalizer.reshape(*q4.shape[:-1], 1)
     dq = torch.empty_like(q4)
     dk, dv = (torch.zeros_like(u) if with_keys else None for u in (k3, v3))
@@ -123,8 +123,8 @@ def double_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_own: Tensor | None,
-    v_own: Tensor | None,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
@@ -134,8 +134,8 @@ def double_backward(
     Keys enter Sdot and gQ without their mean: Sdot - mu does not see what all keys of a row share, and Z of a row sums to zero. Exact, and
     it keeps a large common vector out of the rounding.
     """
-    (a, b_own, c_own, grad4, q4, ko, vo, out4) = _by_key_head(
-        k, cotangents.query, cotangents.own_key, cotangents.own_value, grad, q, k_own, v_own, out
+    (a, b_self, c_self, grad4, q4, ko, vo, out4) = _by_key_head(
+        k, cotangents.query, cotangents.own_key, cotangents.own_value, grad, q, k_self, v_self, out
     )
     k3, v3, b, c = _flat(k, v, cotangents.key, cotangents.value)
     scale, log_normalizer = shape.scale, log_normalizer.reshape(*q4.shape[:-1], 1)
@@ -152,12 +152,12 @@ def double_backward(
     if has_own:
         own_weight = _dot(q4, ko).mul_(scale).sub_(log_normalizer).exp_()
         ko_centred = ko - mean[:, None]
-        own_tangent = _dot(a, ko_centred).add_(_dot(q4, b_own))  # sd*
+        own_tangent = _dot(a, ko_centred).add_(_dot(q4, b_self))  # sd*
         own_slope = _dot(grad4, vo).sub_(D)  # dp* - D
         own_centred, own_Z, grad_c = (
             torch.empty_like(log_normalizer),
             torch.empty_like(log_normalizer),
-            _dot(grad4, c_own),
+            _dot(grad4, c_self),
         )
     for block in _blocks(q4, k3, shape):
         Q, G, A = (block.rows(u) for u in (q4, grad4, a))
@@ -177,7 +177,7 @@ def double_backward(
             weight = block.rows(own_weight)
             centred_own = (block.rows(own_tangent) - mu).mul_(weight)
             moved.addcmul_(block.rows(vo), centred_own).mul_(scale).addcmul_(
-                block.rows(c_own), weight
+                block.rows(c_self), weight
             )
         else:
             moved.mul_(scale)
@@ -209,7 +209,7 @@ def double_backward(
     if has_own:
         own_Z.mul_(scale)
         own_dS = own_slope.mul_(own_weight).mul_(scale)
-        g_q.addcmul_(ko_centred, own_Z).addcmul_(b_own, own_dS)
+        g_q.addcmul_(ko_centred, own_Z).addcmul_(b_self, own_dS)
         g_k_own, g_v_own = torch.addcmul(own_Z * q4, a, own_dS), own_centred * grad4
     return tuple(
         None if u is None else u.to(q.dtype).view(like.shape)

@@ -196,12 +196,12 @@ def _gradient_query(
     delta = row_dot(rows_of(O, own, rows, S, D, DP, PART), g, ACC)
     tl.store(DELTA + own + rows, delta, mask=rows < S)
     if OWN:  # in the prologue: what it loads is dead before the loop
-        k_own = rows_of(KO, own, rows, S, D, DP, PART)
-        p_own = tl.exp2(row_dot(q, k_own, ACC) * factor - normalizer)
+        k_self = rows_of(KO, own, rows, S, D, DP, PART)
+        p_own = tl.exp2(row_dot(q, k_self, ACC) * factor - normalizer)
         ds_own = p_own * (row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - delta)
         put(DKO, own, rows, S, scaled(q, ds_own * scale, ACC), D, DP, PART)
         put(DVO, own, rows, S, scaled(g, p_own, ACC), D, DP, PART)
-        dq, left_over = scaled(k_own, ds_own, ACC), ds_own
+        dq, left_over = scaled(k_self, ds_own, ACC), ds_own
     else:
         dq, left_over = zeros(BM, DP, PART, ACC), tl.zeros([BM], ACC)
     for first_key in range(0, _last_key(first, C, offset, BM, CAUSAL), BN):
@@ -324,11 +324,11 @@ def _tangent(
     normalizer = _statistic(L, own, rows, S) * LOG2_E
     centre = row_dot(a, row_of(MEAN, head // group, D, DP, PART), ACC) * scale
     if OWN:
-        k_own = rows_of(KO, own, rows, S, D, DP, PART)
-        p_own = tl.exp2(row_dot(q, k_own, ACC) * factor - normalizer)
+        k_self = rows_of(KO, own, rows, S, D, DP, PART)
+        p_own = tl.exp2(row_dot(q, k_self, ACC) * factor - normalizer)
         sd_own = (
             scale
-            * (row_dot(a, k_own, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC))
+            * (row_dot(a, k_self, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC))
             - centre
         )
         mu = p_own * sd_own
@@ -398,10 +398,10 @@ def _second_own(
         rows_of(A, own, rows, S, D, DP, PART),
         rows_of(G, own, rows, S, D, DP, PART),
     )
-    k_own, mu = rows_of(KO, own, rows, S, D, DP, PART), _statistic(MU, own, rows, S)
-    p_own = tl.exp2((row_dot(q, k_own, ACC) * scale - _statistic(L, own, rows, S)) * LOG2_E)
+    k_self, mu = rows_of(KO, own, rows, S, D, DP, PART), _statistic(MU, own, rows, S)
+    p_own = tl.exp2((row_dot(q, k_self, ACC) * scale - _statistic(L, own, rows, S)) * LOG2_E)
     sd_own = scale * (
-        row_dot(a, k_own, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC)
+        row_dot(a, k_self, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC)
     )
     slope = row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - _statistic(
         DELTA, own, rows, S
@@ -667,13 +667,13 @@ class _Launcher:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, k_own: Tensor | None, v_own: Tensor | None, shape: Shape
+    q: Tensor, k: Tensor, v: Tensor, k_self: Tensor | None, v_self: Tensor | None, shape: Shape
 ) -> tuple[Tensor, Tensor]:
     """As attention_reference.forward."""
-    q, k, v, k_own, v_own = _contiguous(q, k, v, k_own, v_own)
-    run = _Launcher(q, k, shape, k_own is not None)
+    q, k, v, k_self, v_self = _contiguous(q, k, v, k_self, v_self)
+    run = _Launcher(q, k, shape, k_self is not None)
     out, log_normalizer = run.like_rows(), run.statistic()
-    run.over_rows(_forward, q, k, v, *_or(q, k_own, v_own), out, log_normalizer, OWN=run.own)
+    run.over_rows(_forward, q, k, v, *_or(q, k_self, v_self), out, log_normalizer, OWN=run.own)
     return out, log_normalizer
 
 
@@ -682,8 +682,8 @@ def gradient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_own: Tensor | None,
-    v_own: Tensor | None,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
@@ -691,8 +691,8 @@ def gradient(
     with_keys: bool,
 ) -> tuple[Tensor | None, ...]:
     """As attention_reference.gradient."""
-    grad, q, k, v, k_own, v_own, out = _contiguous(grad, q, k, v, k_own, v_own, out)
-    run = _Launcher(q, k, shape, k_own is not None)
+    grad, q, k, v, k_self, v_self, out = _contiguous(grad, q, k, v, k_self, v_self, out)
+    run = _Launcher(q, k, shape, k_self is not None)
     dq, delta = run.like_rows(), run.statistic()
     dk_own, dv_own = (run.like_rows(), run.like_rows()) if run.own else (None, None)
     run.over_rows(
@@ -700,7 +700,7 @@ def gradient(
         q,
         k,
         v,
-        *_or(q, k_own, v_own),
+        *_or(q, k_self, v_self),
         out,
         log_normalizer,
         grad,
@@ -722,16 +722,16 @@ def double_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_own: Tensor | None,
-    v_own: Tensor | None,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
 ) -> tuple[Tensor | None, ...]:
     """As attention_reference.double_backward."""
-    a, b, c, b_own, c_own = _contiguous(*cotangents)
-    grad, q, k, v, k_own, v_own, out = _contiguous(grad, q, k, v, k_own, v_own, out)
-    run, keys = _Launcher(q, k, shape, k_own is not None), b is not None
+    a, b, c, b_self, c_self = _contiguous(*cotangents)
+    grad, q, k, v, k_self, v_self, out = _contiguous(grad, q, k, v, k_self, v_self, out)
+    run, keys = _Launcher(q, k, shape, k_self is not None), b is not None
     g_grad, mu, phi, delta = run.like_rows(), run.statistic(), run.statistic(), run.statistic()
     mean = run.mean(k)
     run.over_rows(
@@ -739,12 +739,12 @@ def double_backward(
         q,
         k,
         v,
-        *_or(q, k_own, v_own),
+        *_or(q, k_self, v_self),
         out,
         log_normalizer,
         grad,
         a,
-        *_or(q, b, c, b_own, c_own),
+        *_or(q, b, c, b_self, c_self),
         mean,
         g_grad,
         mu,
@@ -759,13 +759,13 @@ def double_backward(
         run.over_rows(
             _second_own,
             q,
-            k_own,
-            v_own,
+            k_self,
+            v_self,
             log_normalizer,
             grad,
             a,
-            b_own,
-            c_own,
+            b_self,
+            c_self,
             mu,
             phi,
             delta,
@@ -780,11 +780,11 @@ def double_backward(
         q,
         k,
         v,
-        *_or(q, k_own),
+        *_or(q, k_self),
         log_normalizer,
         grad,
         a,
-        *_or(q, b, c, b_own),
+        *_or(q, b, c, b_self),
         mean,
         mu,
         phi,

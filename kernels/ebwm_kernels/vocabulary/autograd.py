@@ -14,7 +14,12 @@ from ebwm_kernels.vocabulary.formulas import (
     _through_softmax_,
     state_dtype,
 )
-from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES, IGNORE, _Score, _softmax
+from ebwm_kernels.vocabulary.softmax_cross_entropy import (
+    CHUNK_BYTES,
+    IGNORE,
+    CrossEntropyRows,
+    _softmax,
+)
 
 
 def vocabulary_embed(
@@ -134,7 +139,7 @@ class _StepEmbed(torch.autograd.Function):
         logits = _move(
             weight, hidden, probabilities, None, None if out is None else out.view_as(probabilities)
         )
-        score = None if targets is None else _Score(targets, count, logits.dtype)
+        score = None if targets is None else CrossEntropyRows(targets, count, logits.dtype)
         if score is None:
             p = _softmax(logits, out=logits)
             loss, embedded, grad_hidden = (
@@ -171,7 +176,7 @@ class _StepEmbed(torch.autograd.Function):
                 _accumulate_matmul(ctx.grad_buffer, p.to(grad_embedded.dtype).T, grad_embedded),
                 *none,
             )
-        score = _Score(targets, ctx.count, p.dtype)
+        score = CrossEntropyRows(targets, ctx.count, p.dtype)
         scaled = score.share[:, None] * ctx.loss_weight * hidden
         right, grad_buffer = scaled + grad_embedded, ctx.grad_buffer
         if grad_buffer is None:
@@ -223,7 +228,7 @@ class _DescendAndScore(torch.autograd.Function):
     ):
         ctx.set_materialize_grads(False)
         state, free = _step(weight, hidden, probabilities, x, out, clamps)
-        score = _Score(targets, count, state.dtype)
+        score = CrossEntropyRows(targets, count, state.dtype)
         residual, loss = score.softmax(state, in_place=not keep_state)
         if not keep_state:
             state = state.new_empty(0)
@@ -269,7 +274,7 @@ class _CrossEntropy(torch.autograd.Function):
             space = (
                 logits if space is None else space
             )  # fresh pages for every chunk cost more than its arithmetic
-            score = _Score(part_targets, count, dtype)
+            score = CrossEntropyRows(part_targets, count, dtype)
             residual, loss = score.softmax(logits, in_place=True)
             total += loss
             if needs_grad:

@@ -16,7 +16,7 @@ def _softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.softmax(x, -1) if out is None else torch.softmax(x, -1, out=out)
 
 
-class _Score:
+class CrossEntropyRows:
     """The cross-entropy of rows. target: (rows,) with 0 where none is; share: 1 / count, or 0 there."""
 
     def __init__(self, targets: Tensor, count: Tensor | float | None, dtype: torch.dtype):
