@@ -1,8 +1,11 @@
-"""Packages: ebwm_scale (the framework) and ebwm_kernels (the folder kernels/). Versions known to work: constraints.txt.
+"""Packages: ebwm_scale (the framework) and ebwm_kernels (the folder kernels/).
 
-kernels/ is a distribution of its own as well (pip install ./kernels). It is not a requirement here: a requirement is
-looked up on the package index, where nobody holds its name, and a path in it would not be relative. So this one brings
-the same folder, and one `pip install -e .` is enough, with both editable.
+Versions known to work: constraints.txt.
+
+kernels/ is a distribution of its own as well (pip install ./kernels). It is not a requirement here:
+a requirement is looked up on the package index, where nobody holds its name, and a path in it would
+not be relative. So this one brings the same folder, and one `pip install -e .` is enough, with both
+editable.
 """
 
 from setuptools import find_packages, setup
@@ -15,7 +18,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["ebwm_scale", "ebwm_scale.*"])
     + [*find_packages("kernels"), "ebwm_scale.configs"],
-    # configs/ holds no modules: it is shipped beside them, where ebwm_scale/config/shipped.py looks for it
+    # configs/ holds no modules: it is shipped beside them, where ebwm_scale/config/shipped.py looks
+    # for it
     package_dir={"ebwm_kernels": "kernels/ebwm_kernels", "ebwm_scale.configs": "configs"},
     package_data={
         "ebwm_scale": ["templates/*.j2"],

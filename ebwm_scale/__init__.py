@@ -8,7 +8,9 @@ __version__ = "0.1.0"
 
 
 def load_checkpoint(path, *, device="cpu"):
-    """(model in eval mode, Config) of a run folder or a checkpoint folder: ebwm_scale/checkpoint/load.py."""
+    """(model in eval mode, Config) of a run folder or a checkpoint folder:
+    ebwm_scale/checkpoint/load.py.
+    """
     from ebwm_scale.checkpoint.load import load_checkpoint as load
 
     return load(path, device=device)

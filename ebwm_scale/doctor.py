@@ -1,11 +1,13 @@
-"""Is this machine, or this job's nodes, ready to train? Checks what a run needs, says what would run and what is missing.
+"""Is this machine, or this job's nodes, ready to train? Checks what a run needs, says what would
+run and what is missing.
 
     python -m ebwm_scale.doctor [--config FILE] [--set section.key=value ...] [--run-dir DIR]
     srun python -m ebwm_scale.doctor ...        in an allocation: every task takes part, the collective goes over the real network
 
-One line per check: `ok`, `note` (works, but you may want to know) or `MISSING` (a run of this configuration would fail or starve).
-What train.py would refuse is found by its own check (ebwm_scale/training/preflight.py). Exit code 0 if nothing is missing, 2 if all that is
-missing is what train.py refuses a configuration or its data for, 1 otherwise.
+One line per check: `ok`, `note` (works, but you may want to know) or `MISSING` (a run of this
+configuration would fail or starve). What train.py would refuse is found by its own check
+(ebwm_scale/training/preflight.py). Exit code 0 if nothing is missing, 2 if all that is missing is
+what train.py refuses a configuration or its data for, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -207,7 +209,8 @@ def check_devices(report: Report) -> bool:
         if hidden:
             report.missing(
                 "GPU",
-                f"nvidia-smi finds one, torch {torch.__version__} does not: it is a build without CUDA, needs another driver, or "
+                f"nvidia-smi finds one, torch {torch.__version__} does not: it is a build without "
+                "CUDA, needs another driver, or "
                 f"CUDA_VISIBLE_DEVICES={wanted} hides it",
             )
         else:
@@ -225,7 +228,8 @@ def check_devices(report: Report) -> bool:
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         line = (
-            f"{index}: {properties.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, compute capability {properties.major}.{properties.minor}, "
+            f"{index}: {properties.name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, "
+            f"compute capability {properties.major}.{properties.minor}, "
             f"bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
         )
         report.ok("GPU", line) if free > 0.9 * total else report.note(
@@ -257,7 +261,8 @@ def check_collective(report: Report) -> None:
     else:
         report.missing(
             "collective",
-            f"{count} processes on this machine could not sum a tensor within {COLLECTIVE_S} s: {said}",
+            f"{count} processes on this machine could not sum a tensor within {COLLECTIVE_S} s: "
+            f"{said}",
         )
 
 
@@ -282,21 +287,25 @@ def check_collective_of_job(report: Report, rank: int) -> None:
     except subprocess.TimeoutExpired:
         report.missing(
             "collective",
-            f"no answer within {COLLECTIVE_S} s: a firewall between the nodes, or the wrong interface; see NCCL_SOCKET_IFNAME "
+            f"no answer within {COLLECTIVE_S} s: a firewall between the nodes, or the wrong "
+            "interface; see NCCL_SOCKET_IFNAME "
             "(CPUs: GLOO_SOCKET_IFNAME) in slurm/site.sh, and repeat with NCCL_DEBUG=INFO",
         )
         return
     if done.returncode:
         report.missing(
             "collective",
-            f"{(done.stderr.strip().splitlines() or ['no word'])[-1]}; see slurm/site.sh for the network's variables",
+            f"{(done.stderr.strip().splitlines() or ['no word'])[-1]}; see slurm/site.sh for the "
+            "network's variables",
         )
     else:
         report.ok("collective", done.stdout.strip().splitlines()[-1])
 
 
 def collective() -> str:
-    """Join the group as a run does, sum a tensor over all ranks, check the sum; what to say about it."""
+    """Join the group as a run does, sum a tensor over all ranks, check the sum; what to say about
+    it.
+    """
     import torch
 
     from ebwm_scale.training.distributed import init_distributed
@@ -315,9 +324,11 @@ def collective() -> str:
     backend = torch.distributed.get_backend()
     version = f" {'.'.join(map(str, torch.cuda.nccl.version()))}" if backend == "nccl" else ""
     return (
-        f"{backend}{version}: {world.size} processes summed {COLLECTIVE_MIB} MiB in {1000 * seconds:.1f} ms"
+        f"{backend}{version}: {world.size} processes summed {COLLECTIVE_MIB} MiB in "
+        f"{1000 * seconds:.1f} ms"
         + (
-            f", {2 * (world.size - 1) / world.size * COLLECTIVE_MIB / 1024 / seconds:.2f} GiB/s per process"
+            f", {2 * (world.size - 1) / world.size * COLLECTIVE_MIB / 1024 / seconds:.2f} GiB/s "
+            "per process"
             if world.size > 1
             else ""
         )
@@ -328,7 +339,8 @@ def check_slurm(report: Report) -> None:
     if shutil.which("sbatch") is None:
         report.note(
             "Slurm",
-            "no sbatch here: python, torchrun, deepspeed and ebwm_scale.launch --cluster local work without",
+            "no sbatch here: python, torchrun, deepspeed and ebwm_scale.launch --cluster local "
+            "work without",
         )
         return
     try:
@@ -344,7 +356,8 @@ def check_slurm(report: Report) -> None:
     if done.returncode:
         report.note(
             "Slurm",
-            f"sbatch is installed, but there is no cluster to be reached: {(done.stderr.strip().splitlines() or ['no word'])[-1]}",
+            "sbatch is installed, but there is no cluster to be reached: "
+            f"{(done.stderr.strip().splitlines() or ['no word'])[-1]}",
         )
     else:
         report.ok("Slurm", "; ".join(sorted(set(done.stdout.strip().splitlines()))))
@@ -360,7 +373,10 @@ def check_disk(report: Report, config: Config | None, run_dir: Path) -> None:
     if config is not None and (config.model.vocabulary_size or config.state.dimension):
         kept = config.checkpoint.keep_last + 2  # the best one, and the one being written
         needed = kept * 12 * _parameters(config)  # weights and two moments in float32
-        text = f"{free / 2**30:.0f} GiB free in {folder}; {kept} checkpoints of this model take {needed / 2**30:.1f} GiB"
+        text = (
+            f"{free / 2**30:.0f} GiB free in {folder}; {kept} checkpoints of this model take "
+            f"{needed / 2**30:.1f} GiB"
+        )
     else:
         text = f"{free / 2**30:.0f} GiB free in {folder}"
     report.ok("disk", text) if free > max(2 * needed, 2**30) else report.missing(
@@ -399,7 +415,8 @@ def check_tracking(report: Report, config: Config) -> None:
     if not known:
         report.missing(
             "tracking",
-            "logging.wandb is online, and there is no key: export WANDB_API_KEY, or run `wandb login` once",
+            "logging.wandb is online, and there is no key: export WANDB_API_KEY, or run `wandb "
+            "login` once",
         )
     else:
         report.ok("tracking", "W&B has a key")

@@ -1,9 +1,11 @@
-"""What a trained model knows, and what thinking adds: losses with intervals, thinking curves, and how far its energies can be trusted.
+"""What a trained model knows, and what thinking adds: losses with intervals, thinking curves, and
+how far its energies can be trusted.
 
     python -m ebwm_scale.evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4] [--foreign FILE ..] [--output DIR]
 
-Writes evaluation.json and evaluation.html into RUN (or DIR). Losses are means per target over the validation split (text: nats per token, perplexity is the
-exponential of the mean; video: SmoothL1), with 95 % intervals from a bootstrap over samples. For an energy model:
+Writes evaluation.json and evaluation.html into RUN (or DIR). Losses are means per target over the
+validation split (text: nats per token, perplexity is the exponential of the mean; video: SmoothL1),
+with 95 % intervals from a bootstrap over samples. For an energy model:
 
     curves       loss against the number of refinement steps, and against the number of starts of which the lowest energy is kept
     energy       rank correlation of final energy and actual error over positions; mean error in tenths of energy
@@ -169,7 +171,8 @@ def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> di
             raise UserError(f"--foreign {path}: cannot be read as UTF-8 text: {error}") from None
         if len(ids) <= length:
             raise UserError(
-                f"--foreign {path}: {len(ids)} tokens, and one sequence of this model takes {length + 1}: give a longer text"
+                f"--foreign {path}: {len(ids)} tokens, and one sequence of this model takes "
+                f"{length + 1}: give a longer text"
             )
         sequences = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
         texts[str(path)] = sequences[
@@ -382,7 +385,9 @@ def _starts(model, config: Config, batches, starts: Sequence[int], seed: int) ->
 def _allocation(
     model, config: Config, batches, num_steps: int, tolerance: float | None, seed: int
 ) -> dict[str, Any]:
-    """Early stopping: steps used by easy and hard positions, and the loss against that of running on."""
+    """Early stopping: steps used by easy and hard positions, and the loss against that of running
+    on.
+    """
     rules = ThinkingConfig(num_steps=num_steps, accept_only_if_lower=True, seed=seed, tolerance=0.0)
     on = [_thought(model, batch, rules) for batch in batches]
     if tolerance is None:

@@ -2,8 +2,9 @@
 
     python -m ebwm_scale.harness run --model ebwm --model_args checkpoint=runs/mine,num_steps=4 --tasks my_task --include_path tasks/
 
-is the harness's own command line with the model `ebwm` registered. model_args: checkpoint (required), data (a manifest, if the dataset has moved),
-batch_size, device, and the fields of ThinkingConfig (num_steps, step_size, noise, num_starts, accept_only_if_lower, tolerance, seed).
+is the harness's own command line with the model `ebwm` registered. model_args: checkpoint
+(required), data (a manifest, if the dataset has moved), batch_size, device, and the fields of
+ThinkingConfig (num_steps, step_size, noise, num_starts, accept_only_if_lower, tolerance, seed).
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ class HarnessModel(LM):
         self.model, config = load_checkpoint(checkpoint, device=self._device)
         if config.model.kind == "baseline" and thinking:
             raise UserError(
-                f"{', '.join(thinking)}: a Transformer++ does not think; leave it out of model_args, or take an energy model"
+                f"{', '.join(thinking)}: a Transformer++ does not think; leave it out of "
+                "model_args, or take an energy model"
             )
         try:
             self.rules = ThinkingConfig(**{"seed": config.train.seed} | thinking)
         except TypeError as error:
             raise UserError(
-                f"model_args: {error}; known are checkpoint, data, batch_size, device and {', '.join(ThinkingConfig.__dataclass_fields__)}"
+                f"model_args: {error}; known are checkpoint, data, batch_size, device and "
+                f"{', '.join(ThinkingConfig.__dataclass_fields__)}"
             ) from None
         self.batch_size = (
             int(batch_size) if str(batch_size).isdigit() else 8

@@ -1,12 +1,14 @@
-"""Submit runs through submitit: single jobs, jobs of many nodes, sweeps as job arrays; on Slurm, or in the background of this machine.
+"""Submit runs through submitit: single jobs, jobs of many nodes, sweeps as job arrays; on Slurm, or
+in the background of this machine.
 
     python -m ebwm_scale.launch --config configs/nlp/anchored.yaml --nodes 4 --gpus-per-node 8
     python -m ebwm_scale.launch --config configs/nlp/anchored.yaml --sweep train.seed=1,2,3 model.size=xxs,xs --run-dir runs/sizes
     python -m ebwm_scale.launch --status runs/sizes         one line per run; exit code 1 if any failed or was lost
     python -m ebwm_scale.launch --resubmit runs/sizes       those again, from their newest checkpoints; --set changes their configuration
 
-A run's folder holds its resolved configuration and the code version before it is submitted, and the run reads that configuration: what is
-edited later does not reach it. Jobs are preempted, requeued and given up as docs/cluster.md says.
+A run's folder holds its resolved configuration and the code version before it is submitted, and the
+run reads that configuration: what is edited later does not reach it. Jobs are preempted, requeued
+and given up as docs/cluster.md says.
 """
 
 from __future__ import annotations
@@ -153,7 +155,8 @@ def launch(options: argparse.Namespace) -> int:
         one_line("the run folder", folder / run.name)
         if "/" in run.name:
             raise ConfigError(
-                f"the run {shown(run.name)} would not be a folder directly in {folder}: name the sweep's axes without /"
+                f"the run {shown(run.name)} would not be a folder directly in {folder}: name the "
+                "sweep's axes without /"
             )
     for run in runs:  # all of them, before anything is written
         config = load_config(options.config, [*options.overrides, *run.overrides])
@@ -168,7 +171,8 @@ def launch(options: argparse.Namespace) -> int:
     check_folder(folder, resume=True)
     if (folder / "sweep.json").exists():
         raise ConfigError(
-            f"{folder} already holds a sweep: look at it with --status, go on with it with --resubmit, or name another --run-dir"
+            f"{folder} already holds a sweep: look at it with --status, go on with it with "
+            "--resubmit, or name another --run-dir"
         )
     for run in runs:
         check_new(folder / run.name)
@@ -233,8 +237,10 @@ def resubmit(
     for run, request in zip(runs, requests):
         if request["directory"] != str(Path.cwd()) and not here:
             raise ConfigError(
-                f"{run / 'launch.json'} says that the run starts in {shown(request['directory'])}, and this is "
-                f"{Path.cwd()}: say --resubmit there, or with --here to start it here; relative paths count from there"
+                f"{run / 'launch.json'} says that the run starts in "
+                f"{shown(request['directory'])}, and this is "
+                f"{Path.cwd()}: say --resubmit there, or with --here to start it here; relative "
+                "paths count from there"
             )
         options = options_for_resubmission(run, request, slurm)
         request["directory"] = str(Path.cwd())
@@ -270,7 +276,8 @@ def dry_run(folder: Path, runs: Sequence[Run], resources: Resources) -> int:
         print(f"# run {folder / run.name}  {shlex.join(run.overrides)}")
     if resources.cluster == "local":
         print(
-            f"# in the background of this machine, {resources.parallel} at a time, {resources.tasks_per_node} tasks each"
+            f"# in the background of this machine, {resources.parallel} at a time, "
+            f"{resources.tasks_per_node} tasks each"
         )
         return EXIT_FINISHED
     executor = executor_for(folder, resources, logs=folder.resolve() / "submitit")
@@ -299,7 +306,8 @@ def resources_of(options: argparse.Namespace) -> Resources:
         ):
             if value and value != 1:
                 raise ConfigError(
-                    f"{name} is for --cluster slurm: a local run has one node and no time limit but train.max_minutes; leave it out"
+                    f"{name} is for --cluster slurm: a local run has one node and no time limit "
+                    "but train.max_minutes; leave it out"
                 )
     gpus = (
         options.gpus_per_node
@@ -338,7 +346,8 @@ def report(folder: Path, runs: Sequence[Path], jobs: Sequence[str]) -> None:
     for run, job in zip(runs, jobs):
         print(f"job {job}: {run}")
     print(
-        f"submitted; look at it with: python -m ebwm_scale.launch --status {shlex.quote(str(folder))}"
+        "submitted; look at it with: python -m ebwm_scale.launch --status "
+        f"{shlex.quote(str(folder))}"
     )
 
 

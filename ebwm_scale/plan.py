@@ -1,10 +1,13 @@
-"""Plan a run on a cluster before there is one: memory per GPU at each ZeRO stage, communication, time, cost, and what to use.
+"""Plan a run on a cluster before there is one: memory per GPU at each ZeRO stage, communication,
+time, cost, and what to use.
 
     python -m ebwm_scale.plan --config configs/nlp/anchored.yaml --machine h100 --nodes 8 --tokens 100e9 [--set model.size=xl ...]
     python -m ebwm_scale.plan --machines                the table of machines
 
-Sizes that a dataset would give have to be named where there is none: --set model.vocabulary_size=32000 data.context_length=256. Figures are predictions: memory is
-compared with measurements in the tests; times on GPUs rest on assumed utilisations (ebwm_scale/planning/planner.py) and on no overlap of communication with computation.
+Sizes that a dataset would give have to be named where there is none: --set
+model.vocabulary_size=32000 data.context_length=256. Figures are predictions: memory is compared
+with measurements in the tests; times on GPUs rest on assumed utilisations
+(ebwm_scale/planning/planner.py) and on no overlap of communication with computation.
 """
 
 from __future__ import annotations
@@ -81,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def sized(config: Config) -> Config:
-    """With the sizes of its dataset, where it names one that is there; ConfigError for sizes that are missing."""
+    """With the sizes of its dataset, where it names one that is there; ConfigError for sizes that
+    are missing.
+    """
     from ebwm_scale.data.format.manifest import load_manifest
     from ebwm_scale.training.preflight import fill_from_data
 
@@ -97,7 +102,8 @@ def sized(config: Config) -> Config:
         missing.append("state.dimension=256")
     if missing:
         raise ConfigError(
-            f"there is no dataset to take sizes from: name them, for example --set {' '.join(missing)}"
+            "there is no dataset to take sizes from: name them, for example --set "
+            f"{' '.join(missing)}"
         )
     return config
 
@@ -177,12 +183,15 @@ def describe(
     best = recommended(plans)
     if best is None:
         lines.append(
-            f"\nnothing fits into {machine.memory:.0f} GiB: take more GPUs, refinement.recompute=block, deepspeed.offload=optimizer, or a smaller refinement.tile_rows"
+            f"\nnothing fits into {machine.memory:.0f} GiB: take more GPUs, "
+            "refinement.recompute=block, deepspeed.offload=optimizer, or a smaller "
+            "refinement.tile_rows"
         )
     else:
         lines += [
             "",
-            f"recommended: deepspeed.zero_stage={best.stage} train.micro_batch_size={best.micro_batch}"
+            f"recommended: deepspeed.zero_stage={best.stage} "
+            f"train.micro_batch_size={best.micro_batch}"
             + (
                 " refinement.recompute=block"
                 if best.stage == 3 and config.model.kind == "energy"

@@ -1,15 +1,19 @@
-"""Multiple choice and cloze from files: how often a model of text prefers, or writes, the right answer.
+"""Multiple choice and cloze from files: how often a model of text prefers, or writes, the right
+answer.
 
     python -m ebwm_scale.questions RUN [--multiple-choice FILE ...] [--cloze FILE ...] [thinking options of python -m ebwm_scale.think]
 
-One JSON object per line; other keys are ignored. A text is continued as it stands: a space before an answer belongs to the answer.
+One JSON object per line; other keys are ignored. A text is continued as it stands: a space before
+an answer belongs to the answer.
 
     multiple choice    {"context": "The capital of France is", "choices": [" Rome", " Paris"], "answer": 1}
     cloze              {"context": "Two and two are", "answer": " four"}
 
-Multiple choice: the share of questions whose right choice has the highest log-likelihood (`accuracy`), the highest per byte (`accuracy_per_byte`), and, of an
-energy model, the lowest mean energy of its tokens (`accuracy_by_energy`), beside `chance`. Cloze: the share of answers that greedy choice writes
-(`accuracy`), and nats per token of the answers. 95 % intervals from a bootstrap over questions. Written to questions.json in RUN (or --output FILE).
+Multiple choice: the share of questions whose right choice has the highest log-likelihood
+(`accuracy`), the highest per byte (`accuracy_per_byte`), and, of an energy model, the lowest mean
+energy of its tokens (`accuracy_by_energy`), beside `chance`. Cloze: the share of answers that
+greedy choice writes (`accuracy`), and nats per token of the answers. 95 % intervals from a
+bootstrap over questions. Written to questions.json in RUN (or --output FILE).
 """
 
 from __future__ import annotations
@@ -103,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"{file}: "
                 + "; ".join(
-                    f"{name.replace('_', ' ')} {value['mean']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+                    f"{name.replace('_', ' ')} {value['mean']:.4g} [{value['low']:.4g}, "
+                    f"{value['high']:.4g}]"
                     if isinstance(value, dict)
                     else f"{name.replace('_', ' ')} {value:.4g}"
                     for name, value in row.items()
@@ -120,7 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_questions(file: Path, kind: str) -> list[dict[str, Any]]:
-    """The questions of a file; kind: "choices" (multiple choice) or "answer" (cloze). Raises DataError naming file, line and what is wrong."""
+    """The questions of a file; kind: "choices" (multiple choice) or "answer" (cloze).
+
+    Raises DataError naming file, line and what is wrong.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -215,7 +223,9 @@ def multiple_choice(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict
 
 
 def cloze(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The share of answers that greedy choice writes, and nats per token of the answers (a mean over questions)."""
+    """The share of answers that greedy choice writes, and nats per token of the answers (a mean
+    over questions).
+    """
     scores: list[ContinuationScore] = scorer.score(
         [(question["context"], question["answer"]) for question in questions]
     )

@@ -1,9 +1,12 @@
-"""The report of a run: everything a run folder has -> one self-contained page that first answers "did it learn?".
+"""The report of a run: everything a run folder has -> one self-contained page that first answers
+"did it learn?".
 
     python -m ebwm_scale.report RUN [--baseline RUN]        writes RUN/report.html and RUN/report_plot.png
 
-The page needs no network and no script. What the folder lacks is named in the page instead of guessed; every mark is computed from the
-numbers beside it. reporting/read_run.py reads, reporting/run_data.py judges, reporting/plots.py draws the curves, reporting/report_page.py writes the page.
+The page needs no network and no script. What the folder lacks is named in the page instead of
+guessed; every mark is computed from the numbers beside it. reporting/read_run.py reads,
+reporting/run_data.py judges, reporting/plots.py draws the curves, reporting/report_page.py writes
+the page.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from ebwm_scale.reporting.report_page import render
 
 
 def write_report(run_dir: Path, *, baseline_dir: Path | None = None) -> Path:
-    """Write report.html and report_plot.png into the run folder and return the page's path; UserError when there is nothing to report."""
+    """Write report.html and report_plot.png into the run folder and return the page's path;
+    UserError when there is nothing to report.
+    """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
     baseline = read_run(Path(baseline_dir)) if baseline_dir is not None else None
@@ -31,7 +36,9 @@ def write_report(run_dir: Path, *, baseline_dir: Path | None = None) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> Path:
-    """Write beside and rename: whoever opens `path` sees the old file or the new one, never half of one."""
+    """Write beside and rename: whoever opens `path` sees the old file or the new one, never half of
+    one.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(content)

@@ -4,10 +4,13 @@
     python -m ebwm_scale.think RUN --prompts FILE            one prompt per line
     python -m ebwm_scale.think RUN --video FILE [--start 0.0] [--max-new 8] --output continuation.gif
 
-RUN is a run folder or a checkpoint folder; energy models and the Transformer++ baseline alike. Thinking: --num-steps, --step-size, --noise (Langevin),
---num-starts (the lowest energy is kept), --accept-only-if-lower, --tolerance (a position stops when its energy stops falling). The
-observed stream is computed once; a prompt longer than the context is cut to its end; an empty one starts after an end of sequence.
-One prompt is printed as it is written, several when they are done. A clip's continuation is written as .gif, .mp4, or .png (a contact sheet).
+RUN is a run folder or a checkpoint folder; energy models and the Transformer++ baseline alike.
+Thinking: --num-steps, --step-size, --noise (Langevin),
+--num-starts (the lowest energy is kept), --accept-only-if-lower, --tolerance (a position stops when
+  its energy stops falling). The observed stream is computed once; a prompt longer than the context
+  is cut to its end; an empty one starts after an end of sequence. One prompt is printed as it is
+  written, several when they are done. A clip's continuation is written as .gif, .mp4, or .png (a
+  contact sheet).
 """
 
 from __future__ import annotations
@@ -176,7 +179,8 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
         ]
         if asked:
             raise UserError(
-                f"--{asked[0].replace('_', '-')}: a Transformer++ does not think; leave the option out, or take an energy model"
+                f"--{asked[0].replace('_', '-')}: a Transformer++ does not think; leave the "
+                "option out, or take an energy model"
             )
     return ThinkingConfig(
         num_steps=options.num_steps,
@@ -213,7 +217,8 @@ def manifest_of(options: argparse.Namespace, config: Config) -> Manifest:
     )
     if manifest.content.size != expected:
         raise DataError(
-            f"{manifest.path}: {manifest.content.size_name} is {manifest.content.size}, the model has {expected}: not the data it was trained on"
+            f"{manifest.path}: {manifest.content.size_name} is {manifest.content.size}, the model "
+            f"has {expected}: not the data it was trained on"
         )
     refuse_another_tokenizer(config, manifest)
     return manifest
@@ -238,7 +243,8 @@ def continue_prompts(
     for text, prompt in zip(texts, prompts):
         if len(prompt) > length:
             print(
-                f"a prompt of {len(prompt)} tokens is cut to its last {length}, the context: {text[:40]!r} ...",
+                f"a prompt of {len(prompt)} tokens is cut to its last {length}, the context: "
+                f"{text[:40]!r} ...",
                 file=sys.stderr,
             )
     sampling = Sampling(options.temperature, options.top_k, options.top_p, config.seed)
@@ -326,17 +332,23 @@ def continue_video(
     shown = space.frames(torch.stack(new, 1))
     if shown is None:
         raise UserError(
-            f"the encoder {content.encoder_name} cannot go back to frames, so there is nothing to show; energies: {energies}"
+            f"the encoder {content.encoder_name} cannot go back to frames, so there is nothing to "
+            f"show; energies: {energies}"
         )
     write_continuation(output, frames, shown[0].cpu().numpy(), interval_s=content.interval_s)
-    about = f"{output}: {len(frames)} frames of context, {len(new)} predicted, {len(new) / seconds:,.1f} frames/s"
+    about = (
+        f"{output}: {len(frames)} frames of context, {len(new)} predicted, "
+        f"{len(new) / seconds:,.1f} frames/s"
+    )
     print(about + (f"; energies {', '.join(f'{e:.3f}' for e in energies)}" if energies else ""))
 
 
 def context_frames(path: Path, content, start_s: float, count: int):
-    """Up to `count` frames (n, height, width, 3) of a video from start_s on, an interval apart, windowed as the dataset's are.
+    """Up to `count` frames (n, height, width, 3) of a video from start_s on, an interval apart,
+    windowed as the dataset's are.
 
-    Decoded in a process of its own, as the dataset's are: a decoder that crashes or stands still is an error in one line.
+    Decoded in a process of its own, as the dataset's are: a decoder that crashes or stands still is
+    an error in one line.
     """
     from ebwm_scale.data.prepare.clips import frames_from
     from ebwm_scale.data.prepare.findings import Findings

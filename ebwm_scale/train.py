@@ -2,9 +2,10 @@
 
     deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume [--strict] [--accept-new-rate]] [--dry-run]
 
-The same file runs under python, torchrun and srun. Exit codes: 0 finished; 2 bad configuration or data, nothing started; 75 saved after a
-signal or time limit, run again with --resume; 76 stopped because gradients were not finite several steps in a row; 77 a process hung or
-died; 1 anything else. A run may be resumed by any number of processes and at any ZeRO stage.
+The same file runs under python, torchrun and srun. Exit codes: 0 finished; 2 bad configuration or
+data, nothing started; 75 saved after a signal or time limit, run again with --resume; 76 stopped
+because gradients were not finite several steps in a row; 77 a process hung or died; 1 anything
+else. A run may be resumed by any number of processes and at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and not __package__:
-    # Started as a file: Python put this folder on the path, where `data`, `model` and `config` would hide other people's modules.
+    # Started as a file: Python put this folder on the path, where `data`, `model` and `config`
+    # would hide other people's modules.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
@@ -225,7 +227,8 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
         folder.warn(text)
     if config.data.stream:
         folder.say(
-            "data.stream: shards are streamed; batches then depend on the number of processes, and a resume goes on with the next shards"
+            "data.stream: shards are streamed; batches then depend on the number of processes, "
+            "and a resume goes on with the next shards"
         )
     folder.say(
         "attention of "
@@ -246,7 +249,9 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
 
 
 def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
-    """Whether a signal came during start-up, on any rank: there is nothing to save, what is there is as it was."""
+    """Whether a signal came during start-up, on any rank: there is nothing to save, what is there
+    is as it was.
+    """
     reason = stop.stop_requested(world, time_limit=False)
     if reason is not None and world.is_main:
         print_line(f"stopped {where} ({reason}); run the same command with --resume to go on")
@@ -279,7 +284,9 @@ def finish(config: Config, folder, model, splits, world) -> None:
 
 
 def report_in_words(folder) -> str:
-    """Write the report; where it is, or in one line why it is not there: the run has finished either way."""
+    """Write the report; where it is, or in one line why it is not there: the run has finished
+    either way.
+    """
     from ebwm_scale.report import write_report
 
     try:

@@ -1,4 +1,7 @@
-"""Before anything is imported: without a GPU the Triton kernels run in Triton's interpreter. And the order: what takes longest comes first."""
+"""Before anything is imported: without a GPU the Triton kernels run in Triton's interpreter.
+
+And the order: what takes longest comes first.
+"""
 
 import os
 
@@ -7,7 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# A module stays with one worker (--dist loadscope). So that none is left with a long one at the end, those that take minutes start first.
+# A module stays with one worker (--dist loadscope). So that none is left with a long one at the
+# end, those that take minutes start first.
 LONGEST = (
     "training/test_runs",
     "training/test_reliability",

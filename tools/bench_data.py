@@ -1,11 +1,13 @@
-"""Samples and megabytes per second of reading shards: by the index, and by plain webdataset streaming of the same files, in the same run.
+"""Samples and megabytes per second of reading shards: by the index, and by plain webdataset
+streaming of the same files, in the same run.
 
     python tools/bench_data.py data/text/manifest.json data/frames/manifest.json data/embeddings/manifest.json [--seconds 3] [--repeats 3]
     python tools/bench_data.py --synthetic DIR          makes text blocks, jpeg frames and embeddings first
 
-One JSON line per dataset. Both readers give decoded samples as NumPy arrays; ours also checks every sample's CRC-32. Readings alternate, files
-are in the page cache (each is read once before), and figures are medians over the repeats. `random` is ours in training order over the whole
-split; `workers` the loader with 0 and 2 workers, batches of 16.
+One JSON line per dataset. Both readers give decoded samples as NumPy arrays; ours also checks every
+sample's CRC-32. Readings alternate, files are in the page cache (each is read once before), and
+figures are medians over the repeats. `random` is ours in training order over the whole split;
+`workers` the loader with 0 and 2 workers, batches of 16.
 """
 
 from __future__ import annotations
@@ -147,7 +149,9 @@ def rate(read, seconds: float) -> float:
 
 
 def webdataset_reader(split, content, length: int):
-    """Plain webdataset over the same shards, decoded by the same functions, so that only the reading differs."""
+    """Plain webdataset over the same shards, decoded by the same functions, so that only the
+    reading differs.
+    """
     import webdataset
 
     urls = [str(split.manifest.folder / shard.path) for shard in split.info.shards]

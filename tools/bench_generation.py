@@ -1,10 +1,12 @@
-"""Tokens per second of generation: with the cache, recomputing the prefix for every token, and Transformer++ of the same size.
+"""Tokens per second of generation: with the cache, recomputing the prefix for every token, and
+Transformer++ of the same size.
 
     python tools/bench_generation.py [--size xs] [--tokens 256] [--vocabulary 32000] [--num-steps 2] [--output FILE]
 
-One prompt of one token is continued to --tokens; weights are random, greedy choice. "recomputed" refines every position of the prefix with training's own loop and
-reads the last; it is timed at --samples evenly spaced lengths, each by the median of three, and added up over all lengths by the trapezoid rule. Peak memory is of the growing process,
-for --num-steps and four times as many.
+One prompt of one token is continued to --tokens; weights are random, greedy choice. "recomputed"
+refines every position of the prefix with training's own loop and reads the last; it is timed at
+--samples evenly spaced lengths, each by the median of three, and added up over all lengths by the
+trapezoid rule. Peak memory is of the growing process, for --num-steps and four times as many.
 """
 
 from __future__ import annotations

@@ -1,19 +1,22 @@
 #!/usr/bin/env python3
-"""Time the attention kernels, level by level, against what else there is, and hold them against float64.
+"""Time the attention kernels, level by level, against what else there is, and hold them against
+float64.
 
     python tools/bench_kernels.py --output results/bench_kernels_h100.json          on a GPU: S 256 to 16384, d 64 and 128, bfloat16
     python tools/bench_kernels.py --device cpu --sizes 256 512 --head-dimension 64 --dtype float32 --hidden 256 --tokens 512
     python tools/bench_kernels.py --tune --sizes 4096                               on a GPU: best tiles, as rows for kernels/ebwm_kernels/attention/tuning.py
 
-Levels: forward; inner_gradient (q, k*, v* or q, K, V); backward (first order, all inputs); double_backward. Implementations:
+Levels: forward; inner_gradient (q, k*, v* or q, K, V); backward (first order, all inputs);
+double_backward. Implementations:
     energy     energy_attention (own key per query; what a refinement step uses)
     causal     causal_attention (cotangents on dK and dV as well)
     math       the energy attention through PyTorch's scaled_dot_product_attention, MATH backend, under create_graph
     flex       FlexAttention, compiled, causal: forward and first-order backward, the yardstick for Triton (GPU)
     flash      flash-attn, causal: forward and first-order backward, where it is installed (GPU)
-One row each: median milliseconds, TFLOP/s by the matrix products the implementation makes (attention_ops.PRODUCTS; 2 and 5 for flex and
-flash; none for math), peak memory, largest relative error of any result against float64 where S * S is small enough for that. A row that runs
-out of memory says so. The file names command, device, versions and commit.
+One row each: median milliseconds, TFLOP/s by the matrix products the implementation makes
+(attention_ops.PRODUCTS; 2 and 5 for flex and flash; none for math), peak memory, largest relative
+error of any result against float64 where S * S is small enough for that. A row that runs out of
+memory says so. The file names command, device, versions and commit.
 """
 
 from __future__ import annotations
@@ -152,7 +155,9 @@ class Problem:
         }
 
     def autograd(self, attention) -> dict:
-        """The levels of energy attention by autograd through `attention`; graphs are built outside the timing, as they are in ours."""
+        """The levels of energy attention by autograd through `attention`; graphs are built outside
+        the timing, as they are in ours.
+        """
         leaves = [
             u.detach().to(self.q.dtype).requires_grad_()
             for u in (self.q, self.k_self, self.v_self, self.k, self.v)
@@ -211,7 +216,9 @@ class Problem:
 
 
 def implementations(problem: Problem, device: torch.device, names: list[str]):
-    """name -> a function that returns its levels; what is not there on this machine is left out and said."""
+    """name -> a function that returns its levels; what is not there on this machine is left out and
+    said.
+    """
 
     def flex():
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -288,7 +295,9 @@ def measure(problem: Problem, device: torch.device, names: list[str], timer: Tim
 
 
 def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
-    """Time every candidate tile of every kernel inside its level, the other kernels' tiles as in the table."""
+    """Time every candidate tile of every kernel inside its level, the other kernels' tiles as in
+    the table.
+    """
     from ebwm_kernels.attention import triton_kernels as attention_triton
 
     for own in (True, False):
@@ -408,7 +417,8 @@ def main() -> int:
         parser.error("--tune needs a GPU: tiles are timed, not guessed")
     if sizes := [d for d in arguments.head_dimension if arguments.hidden % d]:
         parser.error(
-            f"--hidden is {arguments.hidden}: must be a multiple of the head dimensions, {sizes[0]} is not a divisor"
+            f"--hidden is {arguments.hidden}: must be a multiple of the head dimensions, "
+            f"{sizes[0]} is not a divisor"
         )
     result = environment(device) | {
         "tokens": arguments.tokens,

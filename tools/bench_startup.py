@@ -1,14 +1,16 @@
-"""Start-up of a run on a dataset of very many shards: seconds and megabytes of rank 0, and of every other rank.
+"""Start-up of a run on a dataset of very many shards: seconds and megabytes of rank 0, and of every
+other rank.
 
     python tools/bench_startup.py --shards 1000000 --ranks 1024 --output results/startup.json [--before CHECKOUT]
 
-Makes a dataset folder of that many shards (hard links to one file: only their names and sizes are asked for), opens it
-as rank 0 does, and hands what rank 0 sends to one process after the other, forked as if they were others of the ranks,
-evenly spaced: each unpacks it, finds the shards of its first global batch, and reads what the manifest says of them. What the network adds
-is not in it: the bytes sent are. Also measures the memory of an open index of 100,000 samples.
+Makes a dataset folder of that many shards (hard links to one file: only their names and sizes are
+asked for), opens it as rank 0 does, and hands what rank 0 sends to one process after the other,
+forked as if they were others of the ranks, evenly spaced: each unpacks it, finds the shards of its
+first global batch, and reads what the manifest says of them. What the network adds is not in it:
+the bytes sent are. Also measures the memory of an open index of 100,000 samples.
 
---before: the folder of another checkout of this project, whose opening of the same dataset, with the list of shards in
-manifest.json, is measured too (every rank did the same there).
+--before: the folder of another checkout of this project, whose opening of the same dataset, with
+  the list of shards in manifest.json, is measured too (every rank did the same there).
 """
 
 from __future__ import annotations
@@ -247,7 +249,9 @@ def start_rank(sent: bytes, rank: int, num_ranks: int) -> dict:
 
 
 def private_bytes() -> int:
-    """Memory of this process that it shares with no other: what was forked and not written to is not counted."""
+    """Memory of this process that it shares with no other: what was forked and not written to is
+    not counted.
+    """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
 

@@ -3,11 +3,14 @@
     python tools/bench_step.py --model energy --size xxs --sequence 256 --vocabulary 32000 --batch 4 \
         --num-refinement-steps 2 --conditioning default --steps 3 [--compare baseline]
 
-Prints one JSON line: median wall and CPU seconds per step, tokens/s, peak memory over the process's start (resident memory on a CPU,
-allocator peak on a GPU) and what of it are weights and optimizer, FLOPs per step by part, MFU on a GPU. With --compare baseline, Transformer++ steps are interleaved in the same
-process and `cpu_ratio`, `wall_ratio` are the medians of the ratios of neighbouring steps (memory is then that of both; measure it alone).
---profile adds where the time of one further step goes, by operation. --sweep vocabulary=8192,32000,50277 (or sequence, batch,
-num-refinement-steps) does all of this once per value, each in a process of its own, and --plot FILE.png draws time and memory against it.
+Prints one JSON line: median wall and CPU seconds per step, tokens/s, peak memory over the process's
+start (resident memory on a CPU, allocator peak on a GPU) and what of it are weights and optimizer,
+FLOPs per step by part, MFU on a GPU. With --compare baseline, Transformer++ steps are interleaved
+in the same process and `cpu_ratio`, `wall_ratio` are the medians of the ratios of neighbouring
+steps (memory is then that of both; measure it alone).
+--profile adds where the time of one further step goes, by operation. --sweep
+  vocabulary=8192,32000,50277 (or sequence, batch, num-refinement-steps) does all of this once per
+  value, each in a process of its own, and --plot FILE.png draws time and memory against it.
 """
 
 from __future__ import annotations
@@ -155,7 +158,8 @@ def sweep(arguments, parser) -> int:
     name, _, values = arguments.sweep.partition("=")
     if name not in SWEEPABLE or not values.replace(",", "").isdigit():
         parser.error(
-            f"--sweep is {arguments.sweep!r}; expected one of {', '.join(SWEEPABLE)}, = and whole numbers with commas between"
+            f"--sweep is {arguments.sweep!r}; expected one of {', '.join(SWEEPABLE)}, = and whole "
+            "numbers with commas between"
         )
     rest, skip = [], False
     for word in sys.argv[1:]:  # everything but --sweep and --plot
@@ -212,7 +216,9 @@ def plot(name: str, rows: list[tuple[int, dict]], path: str) -> None:
 
 
 def profile(stepper: Stepper, most: int = 15) -> dict[str, float]:
-    """Operation -> share of the time of one step spent in itself, device time where there is a device; the largest ones and "rest"."""
+    """Operation -> share of the time of one step spent in itself, device time where there is a
+    device; the largest ones and "rest".
+    """
     import torch
 
     with torch.profiler.profile() as recorded:

@@ -1,4 +1,5 @@
-"""docs/reference.md from the docstrings: every public module, class and function that has one, with its signature. Nothing is imported.
+"""docs/reference.md from the docstrings: every public module, class and function that has one, with
+its signature. Nothing is imported.
 
 python tools/build_reference.py [--check]           --check: exit code 1 if the file is not what the docstrings say
 """

@@ -2,8 +2,9 @@
 
     python tools/check_parity.py tests/golden/*.safetensors [--tolerance 1e-10]
 
-One JSON line per case with the largest relative error of loss, energies, predictions and gradients (and of the training trajectory,
-where the case has one). Exit 1 if any is above the tolerance, 2 if a file is not a golden case. The format: docs/parity.md.
+One JSON line per case with the largest relative error of loss, energies, predictions and gradients
+(and of the training trajectory, where the case has one). Exit 1 if any is above the tolerance, 2 if
+a file is not a golden case. The format: docs/parity.md.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python tools/check_planner.py [--output results/planner.json]
 
-Each row: the measured seconds of a step on two CPU cores, and what ebwm_scale/planning/planner.py predicts for the machine that the file names.
+Each row: the measured seconds of a step on two CPU cores, and what ebwm_scale/planning/planner.py
+predicts for the machine that the file names.
 """
 
 from __future__ import annotations

@@ -1,14 +1,20 @@
-"""Whether every ZeRO stage trains the model that one process in float64 would: differences after 5 steps, for the table in docs/distributed.md.
+"""Whether every ZeRO stage trains the model that one process in float64 would: differences after 5
+steps, for the table in docs/distributed.md.
 
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json] [--stages 0 1 2 3] [--checkpoint none step block]
         [--precision fp32 bf16] [--recipe S1 S2 algorithm_1 baseline] [--accumulation 2] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
-Prints a JSON line per combination: the largest difference of any parameter and of any first moment of AdamW (a mean of the clipped
-gradients of the steps), each relative to the largest entry of its tensor, from plain double backward in float64 in one process. Exit code 1
-if one is beyond its limit: in fp32 1e-5 for moments, 3e-5 for parameters, whose rounding AdamW's division magnifies differently on every kind of machine; in bf16 0.05 for parameters (rounded gradients through AdamW's division), 0.1 for moments.
---memory: peak resident memory per process over that of an idle one, by stage, checkpoint and number of refinement steps, at another size.
---break partition: give every process its part of a gathered parameter in place of the whole, to see that the check fails.
+Prints a JSON line per combination: the largest difference of any parameter and of any first moment
+of AdamW (a mean of the clipped gradients of the steps), each relative to the largest entry of its
+tensor, from plain double backward in float64 in one process. Exit code 1 if one is beyond its
+limit: in fp32 1e-5 for moments, 3e-5 for parameters, whose rounding AdamW's division magnifies
+differently on every kind of machine; in bf16 0.05 for parameters (rounded gradients through AdamW's
+division), 0.1 for moments.
+--memory: peak resident memory per process over that of an idle one, by stage, checkpoint and number
+  of refinement steps, at another size.
+--break partition: give every process its part of a gathered parameter in place of the whole, to see
+  that the check fails.
 """
 
 from __future__ import annotations
@@ -182,7 +188,9 @@ def new_model(config):
 
 
 def reference(config) -> dict[str, dict]:
-    """Parameters and first moments after 5 steps of plain double backward in one process, in float64, with float32's noise."""
+    """Parameters and first moments after 5 steps of plain double backward in one process, in
+    float64, with float32's noise.
+    """
     from unittest import mock
 
     import torch
@@ -232,7 +240,9 @@ def reference(config) -> dict[str, dict]:
 
 
 def trained(config, world, steps: int = STEPS, accumulation: int = 1):
-    """The engine after its steps on this rank's part of each batch, in `accumulation` micro-batches."""
+    """The engine after its steps on this rank's part of each batch, in `accumulation`
+    micro-batches.
+    """
     import torch
 
     from ebwm_scale.refinement.noise import NoiseSource
@@ -355,7 +365,9 @@ def break_partition() -> None:
 
 
 def measure_memory(arguments) -> int:
-    """Peak of resident memory in a training step, over what the process holds after one of a tiny model, beside accounting.memory_estimate."""
+    """Peak of resident memory in a training step, over what the process holds after one of a tiny
+    model, beside accounting.memory_estimate.
+    """
     import gc
 
     from ebwm_scale.planning.memory import memory_estimate

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Compile the Triton attention kernels for NVIDIA architectures on a machine without a GPU, and report what the compiler made of them.
+"""Compile the Triton attention kernels for NVIDIA architectures on a machine without a GPU, and
+report what the compiler made of them.
 
     python tools/compile_kernels.py --architecture sm_90 --head-dimension 64 128 [--kernel _second_key ...] [--tile ROWS,KEYS,WARPS,STAGES ...]
 
-One JSON line per kernel and tile: registers, bytes spilled, shared memory, tensor-core instructions, seconds. Shared memory is held against
-the architecture's limit here, since the compiler does not check it. Without --tile the tiles are those of kernels/ebwm_kernels/attention/tuning.py.
+One JSON line per kernel and tile: registers, bytes spilled, shared memory, tensor-core
+instructions, seconds. Shared memory is held against the architecture's limit here, since the
+compiler does not check it. Without --tile the tiles are those of
+kernels/ebwm_kernels/attention/tuning.py.
 """
 
 from __future__ import annotations
@@ -54,7 +57,10 @@ def compile_kernel(
     ones: bool = False,
     tile: Tile | None = None,
 ) -> dict:
-    """Compile one kernel (KERNELS) and read its machine code; see the module's docstring. ones: sizes that are 1, which a launch makes constants."""
+    """Compile one kernel (KERNELS) and read its machine code; see the module's docstring.
+
+    ones: sizes that are 1, which a launch makes constants.
+    """
     kernel = getattr(attention_triton, name)
     padded = padded_for(head_dimension)
     tile = tile or tile_for(name, architecture, padded, dtype, with_keys)
@@ -132,7 +138,9 @@ def compile_kernel(
 
 
 def variants(name: str) -> list[dict]:
-    """The two operations' uses of a kernel: energy_attention, and causal_attention with cotangents on dK and dV where it takes them."""
+    """The two operations' uses of a kernel: energy_attention, and causal_attention with cotangents
+    on dK and dV where it takes them.
+    """
     names = getattr(attention_triton, name).arg_names
     if name == "_second_own":
         return [{"own": True, "with_keys": False}]

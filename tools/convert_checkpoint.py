@@ -1,4 +1,5 @@
-"""Convert checkpoints: a run into one folder and back, the released EBT layout into it and out of it. Every result is compared with its source.
+"""Convert checkpoints: a run into one folder and back, the released EBT layout into it and out of
+it. Every result is compared with its source.
 
     python tools/convert_checkpoint.py export runs/mine converted/ [--dtype bfloat16] [--max-shard-gb 5] [--training]
     python tools/convert_checkpoint.py to-run converted/ runs/again --set data.manifest=data/mine/manifest.json [--zero-stage 2] [--world-size 8]
@@ -6,9 +7,12 @@
     python tools/convert_checkpoint.py import-released released.ckpt converted/ [--hparams hparams.json] [--data data/mine/manifest.json]
     python tools/convert_checkpoint.py export-released converted/ released.ckpt
 
-`converted/` holds safetensors, config.yaml, config.json and the tokenizer or encoder; ebwm_scale.load_checkpoint, think, evaluate and (with transformers installed)
-ebwm_scale.integrations.transformers read it. --training adds the optimizer's moments and the data position, so that `to-run` resumes bit for bit at any ZeRO stage and number
-of processes. One tensor is in memory at a time, but for export-released and .ckpt files, which are read and written whole. Nothing is overwritten.
+`converted/` holds safetensors, config.yaml, config.json and the tokenizer or encoder;
+ebwm_scale.load_checkpoint, think, evaluate and (with transformers installed)
+ebwm_scale.integrations.transformers read it. --training adds the optimizer's moments and the data
+position, so that `to-run` resumes bit for bit at any ZeRO stage and number of processes. One tensor
+is in memory at a time, but for export-released and .ckpt files, which are read and written whole.
+Nothing is overwritten.
 """
 
 from __future__ import annotations

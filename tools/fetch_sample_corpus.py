@@ -1,10 +1,12 @@
-"""Fetch a small corpus of English prose to try things with: the documentation of django 5.2.8 (6.1 MB, BSD-3-Clause).
+"""Fetch a small corpus of English prose to try things with: the documentation of django 5.2.8 (6.1
+MB, BSD-3-Clause).
 
     python tools/fetch_sample_corpus.py --output corpus
     python tools/fetch_sample_corpus.py --output corpus --archive ~/downloads      # without a network
 
-Downloads with the running interpreter's pip, checks a pinned hash, executes nothing of the archive, and does nothing if
-the corpus is already there. Any other folder of text serves as well: see docs/data.md.
+Downloads with the running interpreter's pip, checks a pinned hash, executes nothing of the archive,
+and does nothing if the corpus is already there. Any other folder of text serves as well: see
+docs/data.md.
 """
 
 import sys

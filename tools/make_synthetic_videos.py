@@ -1,9 +1,12 @@
-"""Videos that can be predicted, in any number: balls that bounce in a box, kicked at random now and then. For studies and tests of scale.
+"""Videos that can be predicted, in any number: balls that bounce in a box, kicked at random now and
+then. For studies and tests of scale.
 
     python tools/make_synthetic_videos.py data/balls [--count 200] [--seconds 12]
 
-Each is OUTPUT/000000.mp4 and so on: 48 x 48 pixels, 12 frames per second, two or three balls of random size, shade and velocity on a shaded background. A ball keeps its velocity
-but for the walls, and with --kicks (default 0.02 per frame and ball) changes direction unforeseeably. The same arguments give the same frames. Needs the extra `video`.
+Each is OUTPUT/000000.mp4 and so on: 48 x 48 pixels, 12 frames per second, two or three balls of
+random size, shade and velocity on a shaded background. A ball keeps its velocity but for the walls,
+and with --kicks (default 0.02 per frame and ball) changes direction unforeseeably. The same
+arguments give the same frames. Needs the extra `video`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Pack text files and folders into a dataset: WebDataset shards with an index, and a manifest.json for data.manifest.
+"""Pack text files and folders into a dataset: WebDataset shards with an index, and a manifest.json
+for data.manifest.
 
     python tools/make_text_shards.py corpus --output data/corpus --tokenizer tokenizer.model --context-length 256
 

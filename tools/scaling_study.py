@@ -1,13 +1,16 @@
-"""Scaling studies: energy models beside Transformer++ at several sizes (or durations, batches, depths, widths) and seeds, and what follows from them.
+"""Scaling studies: energy models beside Transformer++ at several sizes (or durations, batches,
+depths, widths) and seeds, and what follows from them.
 
     python tools/scaling_study.py start configs/studies/scaling_text.yaml --run-dir runs/scaling_text --set data.manifest=...   launch what is missing; repeat to go on
     python tools/scaling_study.py status runs/scaling_text
     python tools/scaling_study.py collect configs/studies/scaling_text.yaml runs/scaling_text --output results/scaling/text.json
     python tools/scaling_study.py page results/scaling/*.json --output scaling.html                                             from data alone, in seconds
 
-A study is a file: title, unit (of the loss), config, set (overrides of every run), axis (what varies: size, data, batch, depth or width) and sweep, the axes as in
---sweep-file of python -m ebwm_scale.launch; among them `form`, with transformer++ as the reference, and `seed`. Runs go through the launcher: what follows -- is passed
-on to it (-- --cluster slurm --nodes 1 --gpus-per-node 1); the default is this machine, two at a time.
+A study is a file: title, unit (of the loss), config, set (overrides of every run), axis (what
+varies: size, data, batch, depth or width) and sweep, the axes as in
+--sweep-file of python -m ebwm_scale.launch; among them `form`, with transformer++ as the reference,
+  and `seed`. Runs go through the launcher: what follows -- is passed on to it (-- --cluster slurm
+  --nodes 1 --gpus-per-node 1); the default is this machine, two at a time.
 """
 
 from __future__ import annotations

@@ -1,12 +1,17 @@
-"""Do refinement steps replace depth? Chains of look-ups whose length is known, solved by Transformer++ of several depths and by energy models of several numbers of steps.
+"""Do refinement steps replace depth? Chains of look-ups whose length is known, solved by
+Transformer++ of several depths and by energy models of several numbers of steps.
 
     python tools/study_hops.py [--hops 1,2 1,2,3] [--seeds 33 1 2] [--output results/hops.json]
 
-A sequence names a random permutation f of 8 nodes as pairs a f(a) in random order, then asks for f(f(..x)) of the nodes in random order: x answer x answer ... Only answers are
-targets. One hop is an induction head, two layers; each further hop needs the result of the one before. So a predictor with too little depth cannot answer, and here, unlike in
-text at toy scale, computing longer has something to gain. With several numbers of hops (1,2,3) every question says how many it asks for, drawn evenly, so that easy and hard ones
-stand side by side. Models are trained in memory on fresh sequences, two layers deep unless said; the loss is in nats per answer (chance: ln 8 = 2.079), accuracy that of the most
-probable token, after every refinement step, also beyond those that were trained, over all questions and by number of hops.
+A sequence names a random permutation f of 8 nodes as pairs a f(a) in random order, then asks for
+f(f(..x)) of the nodes in random order: x answer x answer ... Only answers are targets. One hop is
+an induction head, two layers; each further hop needs the result of the one before. So a predictor
+with too little depth cannot answer, and here, unlike in text at toy scale, computing longer has
+something to gain. With several numbers of hops (1,2,3) every question says how many it asks for,
+drawn evenly, so that easy and hard ones stand side by side. Models are trained in memory on fresh
+sequences, two layers deep unless said; the loss is in nats per answer (chance: ln 8 = 2.079),
+accuracy that of the most probable token, after every refinement step, also beyond those that were
+trained, over all questions and by number of hops.
 """
 
 from __future__ import annotations
@@ -121,12 +126,16 @@ def hops_of(text: str) -> tuple[int, ...]:
 
 
 def vocabulary_of(hops: tuple[int, ...]) -> int:
-    """A node as the name of a pair, as what it points to or an answer, and as a question of each kind."""
+    """A node as the name of a pair, as what it points to or an answer, and as a question of each
+    kind.
+    """
     return (2 + len(hops)) * NODES
 
 
 def sequences(count: int, hops: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(observed (B, S), targets (B, S), asked hops (B, NODES)): tokens; answers where there is one to give; how many hops each of them takes."""
+    """(observed (B, S), targets (B, S), asked hops (B, NODES)): tokens; answers where there is one
+    to give; how many hops each of them takes.
+    """
     generator = torch.Generator().manual_seed(seed)
     shuffled = lambda: torch.rand(count, NODES, generator=generator).argsort(1)
     points_to, order, asked = shuffled(), shuffled(), shuffled()
@@ -205,7 +214,9 @@ def train(
 
 @torch.no_grad()
 def measure(model: WorldModel, hops: tuple[int, ...], seed: int, samples: int = 256) -> dict:
-    """Loss and accuracy per answer after each refinement step (Transformer++: once), on sequences of its own."""
+    """Loss and accuracy per answer after each refinement step (Transformer++: once), on sequences
+    of its own.
+    """
     observed, targets, asked_hops = sequences(samples, hops, seed=7)
     asked, found = targets[0] != IGNORE, []
 

@@ -1,10 +1,12 @@
-"""What each refinement step is worth in every run of a sweep over recipes: held-out losses after each step, with paired intervals.
+"""What each refinement step is worth in every run of a sweep over recipes: held-out losses after
+each step, with paired intervals.
 
     python tools/study_recipes.py runs/recipes [--max-samples 256] [--steps 8] [--against one-step] --output results/recipes.json
 
-Per run: the loss after 0, 1, .. steps (beyond the trained number: thinking on, in the last landscape), the gain of each step over the one before, and of the last trained
-step over the run named by --against, both paired by sample. 95 % intervals from a bootstrap over samples of the validation split: they say how sure a difference is
-on these texts, not how it varies over seeds.
+Per run: the loss after 0, 1, .. steps (beyond the trained number: thinking on, in the last
+landscape), the gain of each step over the one before, and of the last trained step over the run
+named by --against, both paired by sample. 95 % intervals from a bootstrap over samples of the
+validation split: they say how sure a difference is on these texts, not how it varies over seeds.
 """
 
 from __future__ import annotations

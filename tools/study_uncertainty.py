@@ -1,11 +1,13 @@
-"""Does a trained energy model know what cannot be known? Sequences whose unpredictability is known exactly, of text and of states.
+"""Does a trained energy model know what cannot be known? Sequences whose unpredictability is known
+exactly, of text and of states.
 
     python tools/study_uncertainty.py [--steps 600] [--starts 8] [--output results/uncertainty.json]
 
 text     a Markov chain over 96 tokens: token t is followed by one of 2^(t mod 6) tokens, all equally likely. True entropy: (t mod 6) ln 2 nats.
 states   a point on a circle that moves on by a fixed angle plus Gaussian noise of deviation 0, 0.3, 1 or 3 radians; which one is announced in the state, in turn.
 
-A small energy model learns each (in memory, no engine), of two forms: as released (one candidate from noise) and anchored. Then, on sequences it has not seen, every position is predicted
+A small energy model learns each (in memory, no engine), of two forms: as released (one candidate
+from noise) and anchored. Then, on sequences it has not seen, every position is predicted
 from several initial states, and what the model offers as uncertainty is compared with the truth by rank correlation, with bootstrap intervals over sequences:
 
     energy           of the final state, of the first start

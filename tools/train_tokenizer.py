@@ -2,8 +2,8 @@
 
     python tools/train_tokenizer.py corpus --output tokenizer.model --vocabulary-size 2048
 
-Only documents of the training split are used: pass the same --validation-fraction and --seed as to make_text_shards.py
-(both have the same defaults).
+Only documents of the training split are used: pass the same --validation-fraction and --seed as to
+make_text_shards.py (both have the same defaults).
 """
 
 import sys
@@ -54,7 +54,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     print(
-        f"{arguments.output}: {tokenizer.vocabulary_size} pieces, end of sequence {tokenizer.eos_id}, {time.monotonic() - start:.1f} s"
+        f"{arguments.output}: {tokenizer.vocabulary_size} pieces, end of sequence "
+        f"{tokenizer.eos_id}, {time.monotonic() - start:.1f} s"
     )
     return 0
 

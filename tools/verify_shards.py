@@ -1,4 +1,6 @@
-"""Check a dataset: sizes, hashes, indexes and every sample. Exit code 0: sound, 1: problems (one line each), 2: no readable manifest.
+"""Check a dataset: sizes, hashes, indexes and every sample.
+
+Exit code 0: sound, 1: problems (one line each), 2: no readable manifest.
 
 python tools/verify_shards.py data/corpus/manifest.json
 """
@@ -26,7 +28,8 @@ def main() -> int:
     for problem in problems:
         print(problem)
     print(
-        f"{arguments.manifest}: {num_samples} samples checked, {len(problems)} problems, {time.monotonic() - start:.1f} s"
+        f"{arguments.manifest}: {num_samples} samples checked, {len(problems)} problems, "
+        f"{time.monotonic() - start:.1f} s"
     )
     return 1 if problems else 0
 

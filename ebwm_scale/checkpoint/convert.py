@@ -1,9 +1,11 @@
-"""Conversions between run folders, converted folders (checkpoint/model_folder.py) and the released EBT layout, each compared with its source before it is said to be done.
+"""Conversions between run folders, converted folders (checkpoint/model_folder.py) and the released
+EBT layout, each compared with its source before it is said to be done.
 
     run folder (any ZeRO stage, any number of processes)  --export_run-->  folder  --import_run-->  run folder (any stage, any number)
     released .ckpt, .pt or .safetensors                   --import_released-->  folder  --export_released-->  .ckpt
 
-Weights are compared tensor by tensor, one at a time; up to FULL_BYTES of them also energies, loss and gradients of both models on a fixed batch.
+Weights are compared tensor by tensor, one at a time; up to FULL_BYTES of them also energies, loss
+and gradients of both models on a fixed batch.
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ def export_run(
     data: Path | None = None,
     say: Say = print,
 ) -> str:
-    """A run's newest good checkpoint (or a checkpoint folder) as a converted folder. training: with what a resumed run needs. Returns what was compared."""
+    """A run's newest good checkpoint (or a checkpoint folder) as a converted folder.
+
+    training: with what a resumed run needs. Returns what was compared.
+    """
     saved = (
         verify(source)
         if (source / "manifest.json").exists()
@@ -76,7 +81,8 @@ def export_run(
         )
     if training and dtype != "float32":
         raise ConfigError(
-            f"--dtype {dtype} with --training: a run goes on from its float32 weights; leave one of them out"
+            f"--dtype {dtype} with --training: a run goes on from its float32 weights; leave one "
+            "of them out"
         )
     config, state = saved_config(saved.folder), CheckpointReader(saved.folder)
     shapes = {name: tuple(shape) for name, shape in state.shapes.items()}
@@ -111,10 +117,12 @@ def import_run(
     overrides: Sequence[str] = (),
     say: Say = print,
 ) -> str:
-    """A run folder that resumes where the exported one stood (`training`), or starts from its weights.
+    """A run folder that resumes where the exported one stood (`training`), or starts from its
+    weights.
 
-    Settings that reach beyond the folder are dropped and named (FOREIGN): the folder may be somebody
-    else's. overrides: section.key=value of the command line, applied after that. Returns what was compared.
+    Settings that reach beyond the folder are dropped and named (FOREIGN): the folder may be
+    somebody else's. overrides: section.key=value of the command line, applied after that. Returns
+    what was compared.
     """
     source = ModelFolder(folder)
     if run.exists():
@@ -138,7 +146,8 @@ def import_run(
             moments |= {f"{kind}/{name}": (file, name) for name in file.names()}
     else:
         say(
-            "no training state was exported: the run starts at step 0 with these weights and fresh moments"
+            "no training state was exported: the run starts at step 0 with these weights and "
+            "fresh moments"
         )
         trainer = {"version": VERSION, "step": 0, "updates": 0.0}
     trainer["world_size"] = world_size or trainer.get("world_size", 1)
@@ -200,13 +209,16 @@ FOREIGN = {  # settings of a received folder that an import drops: what they are
     "data.manifest": "null",  # paths of another machine
     "data.sources": "[]",
     "data.stream": "[]",  # pipe: commands, URLs
-    "deepspeed.raw": "{}",  # DeepSpeed imports what some of its keys name, and writes where others say
+    # DeepSpeed imports what some of its keys name, and writes where others say
+    "deepspeed.raw": "{}",
     "logging.wandb": "off",  # would send to the importer's account
 }
 
 
 def _imported_config(folder: Path, overrides: Sequence[str], say: Say) -> Config:
-    """The folder's configuration without FOREIGN settings, which are named; then the user's own overrides."""
+    """The folder's configuration without FOREIGN settings, which are named; then the user's own
+    overrides.
+    """
     path = inside(folder, "config.yaml")
     received = load_config(path).to_dict()
     cleared = [f"{name}={value}" for name, value in FOREIGN.items()]
@@ -247,7 +259,9 @@ def import_released(
     data: Path | None = None,
     say: Say = print,
 ) -> str:
-    """A released Lightning .ckpt, or a bare state dict (.pt, .safetensors) with its hyper-parameters as JSON, as a converted folder."""
+    """A released Lightning .ckpt, or a bare state dict (.pt, .safetensors) with its
+    hyper-parameters as JSON, as a converted folder.
+    """
     weights, known = read_released(source)
     if hparams is not None:
         try:
@@ -311,7 +325,9 @@ def import_released(
 
 
 def export_released(folder: Path, target: Path, *, say: Say = print) -> str:
-    """A converted folder as a Lightning .ckpt of the released layout: {"state_dict": {"model.alpha": ...}, "hyper_parameters": {...}}."""
+    """A converted folder as a Lightning .ckpt of the released layout: {"state_dict":
+    {"model.alpha": ...}, "hyper_parameters": {...}}.
+    """
     if target.exists():
         raise CheckpointError(f"{target} exists: nothing is overwritten; name a new file")
     source, config = ModelFolder(folder), saved_config(folder)
@@ -341,7 +357,10 @@ def export_released(folder: Path, target: Path, *, say: Say = print) -> str:
 
 
 def read_released(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """(state dict under released names, hyper-parameters or None). A pickle is read with weights_only: one that carries code is refused."""
+    """(state dict under released names, hyper-parameters or None).
+
+    A pickle is read with weights_only: one that carries code is refused.
+    """
     if path.suffix == ".safetensors":
         file = TensorFile(path)
         return {name: file.read(name) for name in file.names()}, None
@@ -351,7 +370,8 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], Any]:
         content = _refuse_code(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{path}: holds a {type(content).__name__}: expected a state dict or a Lightning checkpoint"
+            f"{path}: holds a {type(content).__name__}: expected a state dict or a Lightning "
+            "checkpoint"
         )
     weights = content.get("state_dict", content)
     if (
@@ -367,7 +387,9 @@ def read_released(path: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def _refuse_code(path: Path) -> Any:
-    """The content of a PyTorch file of tensors and plain values; CheckpointError for every other file."""
+    """The content of a PyTorch file of tensors and plain values; CheckpointError for every other
+    file.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -395,7 +417,8 @@ def compare(
 ) -> str:
     """What was compared, in words; CheckpointError with the list of what differs.
 
-    Every weight has to be the source's in the given precision, bit for bit. Of models of up to FULL_BYTES also energies, loss and gradients have to be equal.
+    Every weight has to be the source's in the given precision, bit for bit. Of models of up to
+    FULL_BYTES also energies, loss and gradients have to be equal.
     """
     shapes, wrong = expected_shapes(config), []
     for name in shapes:
@@ -428,7 +451,9 @@ def compare(
 
 
 def behaviour(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loss, energies per step and gradients of a model on a fixed batch of 2 samples and 8 positions."""
+    """Loss, energies per step and gradients of a model on a fixed batch of 2 samples and 8
+    positions.
+    """
     model = build(config, weights).train()
     generator, shape = torch.Generator().manual_seed(0), (2, 9)
     if config.state.kind == "vocabulary":
@@ -459,7 +484,9 @@ def behaviour(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def dataset_of(config: Config, data: Path | None, say: Say) -> Manifest | None:
-    """The manifest whose tokenizer or encoder the folder is to carry; None, with a word, where it is not there any more."""
+    """The manifest whose tokenizer or encoder the folder is to carry; None, with a word, where it
+    is not there any more.
+    """
     path = (
         data
         or config.data.manifest
@@ -473,7 +500,8 @@ def dataset_of(config: Config, data: Path | None, say: Say) -> Manifest | None:
         if data is not None:
             raise
         say(
-            f"warning: without tokenizer or encoder: {error}; name the dataset with --data to include it"
+            f"warning: without tokenizer or encoder: {error}; name the dataset with --data to "
+            "include it"
         )
         return None
 

@@ -1,11 +1,13 @@
-"""Which files a checkpoint consists of, and its manifest.json, which holds their sizes and hashes, and its own.
+"""Which files a checkpoint consists of, and its manifest.json, which holds their sizes and hashes,
+and its own.
 
     config.yaml, trainer.json               of the run
     state-RRRRR-of-NNNNN.safetensors        one for each of the N processes that wrote it
     replay_rank_R.pt                        one for each of them, where there is a replay buffer
 
-The list must be exactly these: a file that is not listed would be loaded without having been checked. Checkpoints of
-format 2 from before the manifest held its own hash are read too; of theirs every value is checked against a file.
+The list must be exactly these: a file that is not listed would be loaded without having been
+checked. Checkpoints of format 2 from before the manifest held its own hash are read too; of theirs
+every value is checked against a file.
 """
 
 from __future__ import annotations
@@ -40,13 +42,18 @@ class Entry:
 
 
 def manifest_text(entries: dict[str, dict[str, Any]]) -> str:
-    """The text of manifest.json. entries: {name: {"size": bytes, "sha256": hex}} of all other files."""
+    """The text of manifest.json.
+
+    entries: {name: {"size": bytes, "sha256": hex}} of all other files.
+    """
     values = {"version": VERSION, "files": entries}
     return json.dumps(values | {"sha256": _own_hash(values)}, indent=1)
 
 
 def check_files(folder: Path) -> None:
-    """Raise CheckpointError for the first file of a checkpoint that is missing, damaged or not of the format."""
+    """Raise CheckpointError for the first file of a checkpoint that is missing, damaged or not of
+    the format.
+    """
     try:
         entries = _read_manifest(folder / MANIFEST)
         _refuse_other_files(folder, entries)
@@ -61,7 +68,8 @@ def _read_manifest(path: Path) -> dict[str, Entry]:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise CheckpointError(
-                f"{path} is damaged: it has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES}"
+                f"{path} is damaged: it has {path.stat().st_size} bytes, at most "
+                f"{MAX_MANIFEST_BYTES}"
             )
         values = parse(path.read_bytes())
     except FileNotFoundError:
@@ -103,7 +111,8 @@ def _refuse_incomplete(path: Path, names: set[str]) -> None:
     world_size = int(states[0][2]) if states else 0
     if world_size != len(states) or not states:
         raise CheckpointError(
-            f"{path} is damaged: it lists {len(states)} files state-*.safetensors of {world_size} processes"
+            f"{path} is damaged: it lists {len(states)} files state-*.safetensors of {world_size} "
+            "processes"
         )
     expected = {*_OF_A_RUN}
     for rank in range(world_size):

@@ -23,7 +23,10 @@ from ebwm_scale.world_model import WorldModel
 def load_checkpoint(
     path: str | Path, *, device: torch.device | str = "cpu"
 ) -> tuple[WorldModel, Config]:
-    """(model in eval mode, in float32, resolved Config). Raises CheckpointError for what is no checkpoint, or a damaged one."""
+    """(model in eval mode, in float32, resolved Config).
+
+    Raises CheckpointError for what is no checkpoint, or a damaged one.
+    """
     folder, warn = Path(path), (lambda text: print(f"warning: {text}", file=sys.stderr))
     if is_consolidated(folder):
         config, source = saved_config(folder), ModelFolder(folder)
@@ -38,7 +41,8 @@ def load_checkpoint(
         )
         if saved is None:
             raise CheckpointError(
-                f"{folder}: neither a run folder with checkpoints, nor a checkpoint folder, nor one of tools/convert_checkpoint.py"
+                f"{folder}: neither a run folder with checkpoints, nor a checkpoint folder, nor "
+                "one of tools/convert_checkpoint.py"
             )
         try:
             config = saved_config(saved.folder)
@@ -54,7 +58,10 @@ def load_checkpoint(
 def build(
     config: Config, weights: dict[str, torch.Tensor], *, where: object = "the weights"
 ) -> WorldModel:
-    """The model of a configuration with these weights, in their precision. Raises CheckpointError with every mismatch."""
+    """The model of a configuration with these weights, in their precision.
+
+    Raises CheckpointError with every mismatch.
+    """
     refuse_mismatches(
         expected_shapes(config),
         {name: tuple(tensor.shape) for name, tensor in weights.items()},

@@ -1,4 +1,5 @@
-"""A model in one folder that needs nothing else: weights as safetensors, configuration, and what its data's tokenizer or encoder needs.
+"""A model in one folder that needs nothing else: weights as safetensors, configuration, and what
+its data's tokenizer or encoder needs.
 
     model.safetensors               or model-00001-of-00003.safetensors ... with model.safetensors.index.json, as Hugging Face shards them
     config.yaml                     the resolved configuration
@@ -45,7 +46,10 @@ def is_consolidated(folder: Path) -> bool:
 
 
 class ModelFolder:
-    """The weights of a consolidated folder. Raises CheckpointError for one that is not complete, or whose files are not what they were."""
+    """The weights of a consolidated folder.
+
+    Raises CheckpointError for one that is not complete, or whose files are not what they were.
+    """
 
     def __init__(self, folder: Path, *, verify: bool = True):
         self.folder = folder
@@ -106,9 +110,11 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A file of a converted folder by the name a file in it gives; CheckpointError for one that leads outside.
+    """A file of a converted folder by the name a file in it gives; CheckpointError for one that
+    leads outside.
 
-    Links count as what they lead to: a folder from somebody else could otherwise read other people's files.
+    Links count as what they lead to: a folder from somebody else could otherwise read other
+    people's files.
     """
     path = folder / str(name)
     if "\0" in str(name) or not path.resolve().is_relative_to(folder.resolve()):
@@ -120,7 +126,9 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _refuse_unlisted(folder: Path, files: Mapping[str, Any]) -> None:
-    """What is read must be what was hashed: CheckpointError for another file where the readers look."""
+    """What is read must be what was hashed: CheckpointError for another file where the readers
+    look.
+    """
     looked_for = [
         path for pattern in READ for path in sorted(folder.glob(pattern)) if not path.is_dir()
     ]
@@ -145,7 +153,10 @@ def write_model(
     training: Training | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Write a folder. read(name) gives a weight in its shape; floating point ones are stored as dtype. Raises CheckpointError if the folder is there already.
+    """Write a folder.
+
+    read(name) gives a weight in its shape; floating point ones are stored as dtype. Raises
+    CheckpointError if the folder is there already.
 
     The folder appears when everything in it is complete.
     """
@@ -199,7 +210,11 @@ def write_model(
 
 
 class Training:
-    """What a run goes on from, beside the weights. read(name, kind) -> flat float32 moment; trainer: trainer.json; replay: the merged buffer, or None."""
+    """What a run goes on from, beside the weights.
+
+    read(name, kind) -> flat float32 moment; trainer: trainer.json; replay: the merged buffer, or
+    None.
+    """
 
     def __init__(
         self, read: Callable[[str, str], Tensor], trainer: dict[str, Any], replay: dict | None

@@ -1,4 +1,6 @@
-"""What a checkpoint asks of a running model, and what it gets: parameters in pieces, whatever trains them."""
+"""What a checkpoint asks of a running model, and what it gets: parameters in pieces, whatever
+trains them.
+"""
 
 from __future__ import annotations
 
@@ -34,5 +36,7 @@ class TrainingState(Protocol):
         ...
 
     def load(self, read: Callable[[str, str], Tensor], step_count: float) -> None:
-        """Take over all parameters and moments: read(name, kind) -> the whole flattened float32 tensor."""
+        """Take over all parameters and moments: read(name, kind) -> the whole flattened float32
+        tensor.
+        """
         ...

@@ -92,7 +92,9 @@ def _trainer_values(path: Path) -> dict[str, Any]:
 def find_latest(
     root: Path, warn: Callable[[str], None], *, strict: bool = False
 ) -> CheckpointInfo | None:
-    """The newest checkpoint that verifies; None if there is none at all. Damaged ones are passed over with one line each.
+    """The newest checkpoint that verifies; None if there is none at all.
+
+    Damaged ones are passed over with one line each.
 
     strict: the newest one, or CheckpointError.
     """
@@ -105,25 +107,30 @@ def find_latest(
                 return find_latest(root, warn, strict=strict)
             if strict:
                 raise CheckpointError(
-                    f"{error}; --strict takes no earlier checkpoint in its place: restore this one, or leave --strict out"
+                    f"{error}; --strict takes no earlier checkpoint in its place: restore this "
+                    "one, or leave --strict out"
                 ) from None
             problems.append(str(error))
             warn(f"{error}; trying the checkpoint before it")
     if problems:
         raise CheckpointError(
-            f"{root}: none of {len(folders)} checkpoints can be used; start a new run folder, or restore one from a copy"
+            f"{root}: none of {len(folders)} checkpoints can be used; start a new run folder, or "
+            "restore one from a copy"
         )
     return None
 
 
 class CheckpointReader:
-    """Whole float32 tensors of a checkpoint, whatever number of processes wrote it; one at a time, read from disk when asked for."""
+    """Whole float32 tensors of a checkpoint, whatever number of processes wrote it; one at a time,
+    read from disk when asked for.
+    """
 
     def __init__(self, folder: Path):
         self.files = [TensorFile(path) for path in sorted(folder.glob("state-*.safetensors"))]
         if not self.files:
             raise CheckpointError(
-                f"{folder} holds no state-*.safetensors: it was written by another release; this one reads version {VERSION}"
+                f"{folder} holds no state-*.safetensors: it was written by another release; this "
+                f"one reads version {VERSION}"
             )
         described = [_described(file) for file in self.files]
         self.ranges = [ranges for ranges, _ in described]
@@ -131,12 +138,16 @@ class CheckpointReader:
         for file, (_, shapes) in zip(self.files, described):
             if shapes != self.shapes:
                 raise CheckpointError(
-                    f"{file.path}: its parameters are not those of {self.files[0].path.name}: damaged"
+                    f"{file.path}: its parameters are not those of {self.files[0].path.name}: "
+                    "damaged"
                 )
         self.held = [set(file.names()) for file in self.files]
 
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
-        """Flattened; zeros where a moment does not exist yet. CheckpointError where the pieces do not cover the parameter."""
+        """Flattened; zeros where a moment does not exist yet.
+
+        CheckpointError where the pieces do not cover the parameter.
+        """
         if name not in self.shapes:
             raise CheckpointError(
                 f"the checkpoint has no parameter {name}: it belongs to another model"
@@ -150,7 +161,8 @@ class CheckpointReader:
         covered = sum(count for *_, count in parts)
         if covered != size:
             raise CheckpointError(
-                f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is missing"
+                f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is "
+                "missing"
             )
         if len(parts) == 1 and f"{kind}/{name}" in parts[0][1]:
             return parts[0][0].read(f"{kind}/{name}").float().view(-1)
@@ -165,7 +177,9 @@ class CheckpointReader:
 
 
 def _described(file: TensorFile) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """(ranges, shapes) of a state file: {parameter: [start, count]} that it holds, {parameter: shape} of all there are."""
+    """(ranges, shapes) of a state file: {parameter: [start, count]} that it holds, {parameter:
+    shape} of all there are.
+    """
     try:
         ranges = parse(file.metadata["ranges"].encode())
         shapes = parse(file.metadata["shapes"].encode())
@@ -184,13 +198,16 @@ def _described(file: TensorFile) -> tuple[dict[str, list[int]], dict[str, list[i
                 raise ValueError(f"a parameter has the shape {shown(shape)}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
-            f"{file.path}: its metadata do not describe a checkpoint ({shorten(str(error))}): damaged"
+            f"{file.path}: its metadata do not describe a checkpoint ({shorten(str(error))}): "
+            "damaged"
         ) from None
     return ranges, shapes
 
 
 def load_into(saved: CheckpointInfo, state: TrainingState) -> None:
-    """Weights and optimizer state of a verified checkpoint into a fresh engine of any world size and ZeRO stage."""
+    """Weights and optimizer state of a verified checkpoint into a fresh engine of any world size
+    and ZeRO stage.
+    """
     source = CheckpointReader(saved.folder)
     for name, p in state.module.named_parameters():
         shape = list(getattr(p, "ds_shape", p.shape))
@@ -245,7 +262,9 @@ FREE_KEYS = {
 
 
 def check_same_run(saved: Config, current: Config) -> list[str]:
-    """Differences that are allowed, as lines to print; raises CheckpointError for those that would make it another run."""
+    """Differences that are allowed, as lines to print; raises CheckpointError for those that would
+    make it another run.
+    """
     allowed, refused = [], []
     for section, values in current.to_dict().items():
         for key, value in values.items():

@@ -49,7 +49,8 @@ _NAMES = [  # (released, ours) as regular expressions with the same groups
     (r"transformer\.time_embeddings\.weight", r"network.landscape_embedding.weight"),
     (r"transformer\.norm\.weight", r"network.norm.weight"),
 ]
-# Released settings that change predictions and have no counterpart here. What touches the loss alone (soft targets, contrastive terms) is not carried over.
+# Released settings that change predictions and have no counterpart here. What touches the loss
+# alone (soft targets, contrastive terms) is not carried over.
 ONLY = {
     "ebt_norm": "rms",
     "ebt_act_func": "silu",
@@ -133,7 +134,8 @@ def released_name(ours: str, *, conditioning: str) -> str:
 
 
 def as_released(ours: Mapping[str, Tensor], config: Config) -> tuple[dict[str, Tensor], Config]:
-    """The same model in a form that the released layout has: a video baseline's output in two linear maps.
+    """The same model in a form that the released layout has: a video baseline's output in two
+    linear maps.
 
     The first of them is the identity where ours has one map, so every prediction stays what it was.
     """
@@ -167,7 +169,10 @@ def to_released(ours: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]
 
 
 def hparams_of(config: Config) -> dict[str, Any]:
-    """Hyper-parameters of a released run with this configuration. Raises ConfigError listing what the released code cannot express."""
+    """Hyper-parameters of a released run with this configuration.
+
+    Raises ConfigError listing what the released code cannot express.
+    """
     model, state, refinement, optimizer = (
         config.model,
         config.state,
@@ -245,14 +250,16 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
     ]
     if hparams.get("clamp_futures_grad") and hparams.get("randomize_mcmc_step_size_scale", 1) > 1:
         beyond.append(
-            "clamp_futures_grad with randomize_mcmc_step_size_scale (the released bound grows with the random factor, ours does not)"
+            "clamp_futures_grad with randomize_mcmc_step_size_scale (the released bound grows "
+            "with the random factor, ours does not)"
         )
     if beyond:
         raise ConfigError("this released run cannot be expressed here: " + "; ".join(beyond))
     text, energy = hparams["modality"] == "NLP", hparams["model_name"] == "ebt"
     if text and energy and not hparams["normalize_initial_condition"]:
         raise ConfigError(
-            "normalize_initial_condition is false: text states are embedded through a softmax here; only true is supported"
+            "normalize_initial_condition is false: text states are embedded through a softmax "
+            "here; only true is supported"
         )
     kind = hparams["denoising_initial_condition"] if energy else "random_noise"
     initial = {
@@ -262,7 +269,8 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
     }.get(kind)
     if initial is None:
         raise ConfigError(
-            f"denoising_initial_condition is {kind!r}: supported are random_noise, zeros, most_recent_embedding"
+            f"denoising_initial_condition is {kind!r}: supported are random_noise, zeros, "
+            "most_recent_embedding"
         )
     width = hparams["embedding_dim"]
     head = width // hparams["multiheaded_attention_heads"]
@@ -282,7 +290,8 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
     else:
         if "encoder_down_projection.weight" not in shapes:
             raise ConfigError(
-                "this released video model has no encoder_down_projection: its width is its encoder's; "
+                "this released video model has no encoder_down_projection: its width is its "
+                "encoder's; "
                 "only models with a projection of the frames can be expressed here"
             )
         state["dimension"] = shapes["encoder_down_projection.weight"][1]

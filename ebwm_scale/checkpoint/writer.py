@@ -9,8 +9,8 @@ said that theirs is written. So a slow disk delays nobody until the next save, a
 leaves the checkpoints before it as they were.
 
 The rename is the publication. What comes after it (the names in `latest` and `best`, removing what
-the rules do not keep) can fail and is tried again at the next save; it changes no outcome. Each save
-has a staging folder of its own name, so that one which cannot be removed is in nobody's way.
+the rules do not keep) can fail and is tried again at the next save; it changes no outcome. Each
+save has a staging folder of its own name, so that one which cannot be removed is in nobody's way.
 """
 
 from __future__ import annotations

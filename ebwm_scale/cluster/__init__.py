@@ -1,4 +1,6 @@
-"""Runs that survive a cluster: one job is many attempts at one run folder. How it fits together: docs/cluster.md.
+"""Runs that survive a cluster: one job is many attempts at one run folder.
+
+How it fits together: docs/cluster.md.
 
     job.py          the process in a job's batch step: starts one task per GPU, decides what an end means, requeues
     tasks.py        the tasks of an attempt: srun over a Slurm allocation, or plain processes on one machine

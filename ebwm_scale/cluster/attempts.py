@@ -1,14 +1,18 @@
-"""attempts.jsonl of a run folder: when each attempt at the run began and ended, with what, and when to give up.
+"""attempts.jsonl of a run folder: when each attempt at the run began and ended, with what, and when
+to give up.
 
     {"event": "begin", "attempt": 2, "job": "1234", "restart": 1, "host": "node7", "nodes": 2, "tasks": 16, "step": 400, "code": "0.1.0 1a2b3c4"}
     {"event": "end", "attempt": 2, "exit_code": 75, "outcome": "interrupted", "step": 900, "verdict": "again", "reason": "..."}
 
-`step` is that of the newest checkpoint. An attempt without an end was lost with its node; the next one writes its end. An attempt that
-published no new checkpoint made no progress. Two of these in a row within a job, and the job gives up: what broke it will break it again.
-An attempt whose last save failed (the run folder then holds a file `unsaved`) counts as one without progress, whatever it published before.
-An interruption from outside (preemption, scancel --signal) long before the time limit is not the job's doing and does not count. A `signal` row
-says that the batch step was told to end, in case it is ended before it can write the rest; whatever its tasks end with then is an interruption.
-Rows that cannot be written (a full disk) wait in memory, with one warning, and are written with the next one that can be.
+`step` is that of the newest checkpoint. An attempt without an end was lost with its node; the next
+one writes its end. An attempt that published no new checkpoint made no progress. Two of these in a
+row within a job, and the job gives up: what broke it will break it again. An attempt whose last
+save failed (the run folder then holds a file `unsaved`) counts as one without progress, whatever it
+published before. An interruption from outside (preemption, scancel --signal) long before the time
+limit is not the job's doing and does not count. A `signal` row says that the batch step was told to
+end, in case it is ended before it can write the rest; whatever its tasks end with then is an
+interruption. Rows that cannot be written (a full disk) wait in memory, with one warning, and are
+written with the next one that can be.
 """
 
 from __future__ import annotations
@@ -61,7 +65,10 @@ class Attempts:
         self.number, self.first_step = 0, None
 
     def begin(self, **facts: Any) -> Verdict:
-        """Write the begin row. `give up` if earlier attempts of this job have used up the limit, a node failure included."""
+        """Write the begin row.
+
+        `give up` if earlier attempts of this job have used up the limit, a node failure included.
+        """
         remove_quietly(self.folder / UNSAVED)  # of an attempt that has its end
         rows = self._rows()
         before = open_attempt(rows)
@@ -124,7 +131,9 @@ class Attempts:
         return Verdict("again", "")
 
     def signalled(self, name: str) -> None:
-        """Note at once that the batch step itself was signalled: a preemption without grace time leaves no time for more."""
+        """Note at once that the batch step itself was signalled: a preemption without grace time
+        leaves no time for more.
+        """
         self._append({"event": "signal", "attempt": self.number, "job": self.job, "signal": name})
 
     def end(self, code: int, *, seconds_left: float | None = None, detail: str = "") -> Verdict:
@@ -151,7 +160,9 @@ class Attempts:
             )
         elif (
             code in INTERRUPTIONS or told
-        ):  # told: without a grace time one task may be killed before another has saved, which then ends with 77
+            # told: without a grace time one task may be killed before another has saved, which then
+            # ends with 77
+        ):
             outcome = "interrupted"
             counts = seconds_left is not None and seconds_left < EXTERNAL_S
         row = {
@@ -173,7 +184,9 @@ class Attempts:
         return Verdict(row["verdict"], row["reason"])
 
     def fruitless(self, *further: dict) -> list[dict]:
-        """The ends of this job's last attempts, back to the last one with progress, that count and made none."""
+        """The ends of this job's last attempts, back to the last one with progress, that count and
+        made none.
+        """
         found = []
         for row in reversed([*self._rows(), *further]):
             if row["event"] != "end":
@@ -188,7 +201,8 @@ class Attempts:
         step = fruitless[-1]["step"]
         return (
             f"gave up: {len(fruitless)} attempts in a row ended without a checkpoint beyond "
-            f"{'the start' if step is None else f'step {step}'}; the last one: {fruitless[-1]['reason']}"
+            f"{'the start' if step is None else f'step {step}'}; the last one: "
+            f"{fruitless[-1]['reason']}"
         )
 
     def _rows(self) -> list[dict]:

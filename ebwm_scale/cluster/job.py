@@ -7,7 +7,8 @@
         again       scontrol requeue: the same job, the same run folder, later and elsewhere
         give up     the job ends with the run's exit code, and the reason stands in attempts.jsonl
 
-Outside Slurm (--cluster local of ebwm_scale.launch) the tasks are plain processes and `again` is a loop. Exit codes are those of train.py.
+Outside Slurm (--cluster local of ebwm_scale.launch) the tasks are plain processes and `again` is a
+loop. Exit codes are those of train.py.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def attempt(
     say(
         f"attempt {attempts.number} at {run_dir}"
         + (
-            f", job {job}, restart {given.restart}: {given.num_nodes} nodes ({given.node_list}) with "
+            f", job {job}, restart {given.restart}: {given.num_nodes} nodes ({given.node_list}) "
+            "with "
             f"{given.tasks_per_node} tasks each ({given.why_tasks})"
             if given
             else f": {num_tasks} tasks on this machine"
@@ -242,7 +244,8 @@ def refuse_if_in_use(run_dir: Path, job: str) -> None:
         running = queue().get(other) in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED")
     if running:
         raise UserError(
-            f"{run_dir} is in use by job {other} on {host}: wait for it, end it, or name another folder with --run-dir"
+            f"{run_dir} is in use by job {other} on {host}: wait for it, end it, or name another "
+            "folder with --run-dir"
         )
 
 
@@ -266,7 +269,8 @@ def warn_of(given: Allocation) -> None:
     foreign = inherited()
     if foreign:
         say(
-            f"warning: not used, since they describe the job from which this one was submitted: {', '.join(sorted(foreign))}"
+            "warning: not used, since they describe the job from which this one was submitted: "
+            f"{', '.join(sorted(foreign))}"
         )
     warning = idle_gpus(given.tasks_per_node, given.gpus_per_node)
     if warning:

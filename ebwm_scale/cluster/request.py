@@ -100,7 +100,8 @@ def read_request(folder: Path) -> dict[str, Any]:
         request = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{path} cannot be read ({one_line_of(error)}): launch the run anew from its config.yaml"
+            f"{path} cannot be read ({one_line_of(error)}): launch the run anew from its "
+            "config.yaml"
         ) from None
     if not isinstance(request, dict):
         raise _not_ours(path, "it", request, "a JSON object")
@@ -152,8 +153,10 @@ def options_for_resubmission(
     for option in kept:
         if option.partition("=")[0].replace("_", "-") not in HARMLESS:
             raise ConfigError(
-                f"{folder / 'launch.json'} asks sbatch for {shown(option)}, which can run commands or write files: if you "
-                "trust it, say it again with --resubmit ... --slurm, or say that option with another value"
+                f"{folder / 'launch.json'} asks sbatch for {shown(option)}, which can run "
+                "commands or write files: if you "
+                "trust it, say it again with --resubmit ... --slurm, or say that option with "
+                "another value"
             )
     return (*kept, *given)
 
@@ -186,7 +189,8 @@ def check_option(what: str, option: str) -> None:
     one_line(what, option)
     if not re.fullmatch("[a-z][a-z-]*", option.partition("=")[0]):
         raise ConfigError(
-            f"{what} {shown(option)}: expected sbatch's long option without its dashes, for example partition=gpu"
+            f"{what} {shown(option)}: expected sbatch's long option without its dashes, for "
+            "example partition=gpu"
         )
 
 
@@ -200,5 +204,6 @@ def _whole(value: Any, least: int) -> bool:
 
 def _not_ours(path: Path, what: str, value: Any, allowed: str) -> ConfigError:
     return ConfigError(
-        f"{path}: {what} is {shown(value)}: must be {allowed}; launch the run anew from its config.yaml"
+        f"{path}: {what} is {shown(value)}: must be {allowed}; launch the run anew from its "
+        "config.yaml"
     )

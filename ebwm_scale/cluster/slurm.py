@@ -1,4 +1,7 @@
-"""The few questions to Slurm, and the one request: requeue. All through its command-line programs."""
+"""The few questions to Slurm, and the one request: requeue.
+
+All through its command-line programs.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,9 @@ class Allocation:
         return max(self.tasks_on_nodes)
 
     def ports(self) -> Iterator[int]:
-        """To try for the rendezvous; the first one is another for each job, and for each attempt of it."""
+        """To try for the rendezvous; the first one is another for each job, and for each attempt of
+        it.
+        """
         first = int(self.job) + 1009 * self.restart
         return (PORTS[(first + number) % len(PORTS)] for number in range(len(PORTS)))
 
@@ -62,7 +67,8 @@ class Allocation:
 def allocation(environment: Mapping[str, str] = os.environ) -> Allocation | None:
     """The allocation this process runs in; None outside a job.
 
-    One task per GPU. Whoever asks sbatch for --ntasks-per-node or --ntasks gets these: on nodes without GPUs, the only way to several tasks.
+    One task per GPU. Whoever asks sbatch for --ntasks-per-node or --ntasks gets these: on nodes
+    without GPUs, the only way to several tasks.
     """
     if "SLURM_JOB_ID" not in environment:
         return None
@@ -78,14 +84,16 @@ def allocation(environment: Mapping[str, str] = os.environ) -> Allocation | None
             asked = asked[:1] * nodes
         if len(asked) != nodes:
             raise ConfigError(
-                f"SLURM_NTASKS_PER_NODE is {shown(own['SLURM_NTASKS_PER_NODE'])}, tasks for {len(asked)} nodes, "
+                f"SLURM_NTASKS_PER_NODE is {shown(own['SLURM_NTASKS_PER_NODE'])}, tasks for "
+                f"{len(asked)} nodes, "
                 f"but the job has {nodes}; ask sbatch for --ntasks-per-node"
             )
         tasks, why = tuple(asked), "--ntasks-per-node"
     elif total:
         if total % nodes:
             raise ConfigError(
-                f"--ntasks {total} does not divide over {nodes} nodes; ask for --ntasks-per-node, or for neither: one task per GPU then"
+                f"--ntasks {total} does not divide over {nodes} nodes; ask for --ntasks-per-node, "
+                "or for neither: one task per GPU then"
             )
         tasks, why = (total // nodes,) * nodes, "--ntasks"
     elif gpus:
@@ -110,8 +118,10 @@ def idle_gpus(tasks_per_node: int, gpus_per_node: int) -> str | None:
     if tasks_per_node >= gpus_per_node:
         return None
     return (
-        f"warning: {tasks_per_node} task{'' if tasks_per_node == 1 else 's'} for {gpus_per_node} GPUs on a node: "
-        f"{gpus_per_node - tasks_per_node} stay idle. Ask for as many tasks as GPUs (--ntasks-per-node={gpus_per_node}), or for fewer GPUs"
+        f"warning: {tasks_per_node} task{'' if tasks_per_node == 1 else 's'} for {gpus_per_node} "
+        "GPUs on a node: "
+        f"{gpus_per_node - tasks_per_node} stay idle. Ask for as many tasks as GPUs "
+        f"(--ntasks-per-node={gpus_per_node}), or for fewer GPUs"
     )
 
 
@@ -173,7 +183,9 @@ def hostnames(node_list: str) -> list[str]:
 
 @dataclass(frozen=True)
 class JobState:
-    """state COMPLETING: Slurm is ending the job, and does not say why; timed_out: because its time is over."""
+    """state COMPLETING: Slurm is ending the job, and does not say why; timed_out: because its time
+    is over.
+    """
 
     state: str
     restarts: int
@@ -215,8 +227,9 @@ def job_state(job: str) -> JobState | None:
 def requeue(job: str, restart: int) -> str | None:
     """Put the job back into the queue; None when done, otherwise why not.
 
-    Only if Slurm still holds this attempt for the running one: after a node failure or a preemption it has requeued the job itself, and
-    a second request would end the attempt that runs by then. What was cancelled stays so.
+    Only if Slurm still holds this attempt for the running one: after a node failure or a preemption
+    it has requeued the job itself, and a second request would end the attempt that runs by then.
+    What was cancelled stays so.
     """
     now = job_state(job)
     if now is None:
@@ -224,7 +237,10 @@ def requeue(job: str, restart: int) -> str | None:
     if now.restarts != restart or now.state in ("PENDING", "REQUEUED"):
         return "Slurm has requeued it already"
     if now.state != "RUNNING" and not now.timed_out:
-        return f"Slurm is ending the job itself ({now.state}): it was cancelled, or it is put back into the queue without our asking"
+        return (
+            f"Slurm is ending the job itself ({now.state}): it was cancelled, or it is put back "
+            "into the queue without our asking"
+        )
     try:
         _ask("scontrol", "requeue", job)
     except subprocess.CalledProcessError as error:
@@ -233,7 +249,9 @@ def requeue(job: str, restart: int) -> str | None:
 
 
 def queue() -> dict[str, str]:
-    """State of each of this user's jobs that Slurm remembers, by job id; array tasks under both their ids. {} where there is no Slurm."""
+    """State of each of this user's jobs that Slurm remembers, by job id; array tasks under both
+    their ids. {} where there is no Slurm.
+    """
     try:
         lines = _ask(
             "squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%A|%T"

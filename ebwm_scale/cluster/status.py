@@ -36,7 +36,8 @@ def runs_in(folder: Path) -> list[Path]:
     if (folder / "sweep.json").exists():
         return [folder / name for name in read_runs_of_sweep(folder)]
     raise UserError(
-        f"{folder} holds neither a run nor a sweep of python -m ebwm_scale.launch (no launch.json, no sweep.json)"
+        f"{folder} holds neither a run nor a sweep of python -m ebwm_scale.launch (no "
+        "launch.json, no sweep.json)"
     )
 
 

@@ -1,7 +1,11 @@
-"""Jobs through submitit. What is pickled is the run's folder and nothing else; the run's text is in its config.yaml, never in a script.
+"""Jobs through submitit.
 
-On Slurm the pickled function runs in the batch step (no srun around it) and starts the run's tasks as slurm/job.sh does: ebwm_scale/cluster/job.py.
-A sweep is one job array. Locally a background process makes the runs one after the other, or `parallel` of them at a time.
+What is pickled is the run's folder and nothing else; the run's text is in its config.yaml, never in
+a script.
+
+On Slurm the pickled function runs in the batch step (no srun around it) and starts the run's tasks
+as slurm/job.sh does: ebwm_scale/cluster/job.py. A sweep is one job array. Locally a background
+process makes the runs one after the other, or `parallel` of them at a time.
 """
 
 from __future__ import annotations
@@ -173,7 +177,8 @@ def executor_for(folder: Path, resources: Resources, *, logs: Path):
         import submitit
     except ImportError:
         raise ConfigError(
-            "ebwm_scale.launch needs the package submitit: pip install -c constraints.txt 'ebwm_scale[cluster]'; "
+            "ebwm_scale.launch needs the package submitit: pip install -c constraints.txt "
+            "'ebwm_scale[cluster]'; "
             "sbatch slurm/pretrain_nlp.sh works without it"
         ) from None
     one_line("the run folder", logs)
@@ -195,7 +200,8 @@ def executor_for(folder: Path, resources: Resources, *, logs: Path):
         executor = submitit.SlurmExecutor(folder=logs)
     except RuntimeError:
         raise ConfigError(
-            "--cluster slurm: there is no srun on this machine; use --cluster local, or log in where jobs are submitted"
+            "--cluster slurm: there is no srun on this machine; use --cluster local, or log in "
+            "where jobs are submitted"
         ) from None
     extra: dict[str, Any] = {
         "requeue": True,
@@ -233,7 +239,10 @@ def whole_nodes(options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def setup_lines(folder: Path) -> list[str]:
-    """The job's environment, as slurm/job.sh makes it. Paths of this checkout are the only text from outside, and quoted."""
+    """The job's environment, as slurm/job.sh makes it.
+
+    Paths of this checkout are the only text from outside, and quoted.
+    """
     here = shlex.quote(one_line("the current directory", os.getcwd()))
     root = shlex.quote(one_line("the checkout's path", ROOT))
     return [
@@ -272,20 +281,24 @@ def site_file(folder: Path) -> Path:
     one_line("EBWM_SITE", named)
     if not Path(named).is_absolute():
         raise ConfigError(
-            f"EBWM_SITE is {shown(named)}: must be an absolute path, since it is read from more than one directory"
+            f"EBWM_SITE is {shown(named)}: must be an absolute path, since it is read from more "
+            "than one directory"
         )
     path = Path(named).resolve()
     if not path.is_file():
         raise ConfigError(f"EBWM_SITE is {shown(named)}: there is no such file")
     if path.is_relative_to(folder.resolve()):
         raise ConfigError(
-            f"EBWM_SITE is {shown(named)}, a file of the folder that is submitted: a shell would run it. Copy it elsewhere if you trust it"
+            f"EBWM_SITE is {shown(named)}, a file of the folder that is submitted: a shell would "
+            "run it. Copy it elsewhere if you trust it"
         )
     return path
 
 
 def _command(run_dir: str, allow_pipe: bool) -> list[str]:
-    """train.py on the run's own configuration, from where the run was launched: data paths may be relative to that."""
+    """train.py on the run's own configuration, from where the run was launched: data paths may be
+    relative to that.
+    """
     request = read_request(Path(run_dir))
     os.chdir(request["directory"])
     accept = request.get("accept_new_rate") is True

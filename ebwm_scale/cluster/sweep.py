@@ -1,6 +1,8 @@
-"""Run folders before submission: what a sweep consists of, under readable names, each with its resolved configuration and the code version.
+"""Run folders before submission: what a sweep consists of, under readable names, each with its
+resolved configuration and the code version.
 
-An axis of a sweep is one key with its values (--sweep train.seed=1,2), or names for sets of overrides (--sweep-file):
+An axis of a sweep is one key with its values (--sweep train.seed=1,2), or names for sets of
+overrides (--sweep-file):
 
     form:                                   # the axis
       transformer++: [model.kind=baseline]  # a name, and the overrides it stands for
@@ -47,18 +49,23 @@ class Run:
 
 
 def expand(sweeps: Sequence[str], file: str | None = None) -> list[Run]:
-    """["a.b=1,2", "c.d=x,y"] -> the four combinations, with those of a file's axes. Commas inside quotes or brackets do not separate."""
+    """["a.b=1,2", "c.d=x,y"] -> the four combinations, with those of a file's axes.
+
+    Commas inside quotes or brackets do not separate.
+    """
     keys, (axes, combinations) = [], ({}, {}) if file is None else file_axes(file)
     for text in sweeps:
         key, equals, values = text.partition("=")
         if not equals or not all(key.strip().split(".")):
             raise ConfigError(
-                f"--sweep {cut(text)}: expected section.key=value,value,... for example train.seed=1,2,3"
+                f"--sweep {cut(text)}: expected section.key=value,value,... for example "
+                "train.seed=1,2,3"
             )
         keys.append((key.strip(), split_values(values)))
     if len({key for key, _ in keys}) < len(keys):
         raise ConfigError(
-            f"--sweep names a key twice: {', '.join(key for key, _ in keys)}; list all its values in one"
+            f"--sweep names a key twice: {', '.join(key for key, _ in keys)}; list all its values "
+            "in one"
         )
     short = [key.rpartition(".")[2] for key, _ in keys]
     for (key, values), last in zip(keys, short):
@@ -97,24 +104,29 @@ def file_axes(
 ) -> tuple[
     dict[str, list[tuple[str, tuple[str, ...]]]], dict[frozenset[tuple[str, str]], tuple[str, ...]]
 ]:
-    """{axis: [(name for the run's folder, overrides)]} of a sweep file, and {names that a run has to have, as (axis, name): overrides}."""
+    """{axis: [(name for the run's folder, overrides)]} of a sweep file, and {names that a run has
+    to have, as (axis, name): overrides}.
+    """
     content = read_yaml(path)
     if not isinstance(content, dict) or not content:
         raise ConfigError(
-            f"{path}: a sweep file maps each axis to its names, and each name to a list of overrides"
+            f"{path}: a sweep file maps each axis to its names, and each name to a list of "
+            "overrides"
         )
     axes = {}
     for axis, names in content.items():
         if not isinstance(names, dict) or not names:
             raise ConfigError(
-                f"{path}: {cut(axis)} is {shown(names)}: must map names to lists of overrides, such as small: [model.size=4xs]"
+                f"{path}: {cut(axis)} is {shown(names)}: must map names to lists of overrides, "
+                "such as small: [model.size=4xs]"
             )
         for name, overrides in names.items():
             if not isinstance(overrides, list) or not all(
                 isinstance(override, str) and "=" in override for override in overrides
             ):
                 raise ConfigError(
-                    f"{path}: {cut(axis)}: {cut(name)} is {shown(overrides)}: must be a list of section.key=value, such as [model.size=4xs]"
+                    f"{path}: {cut(axis)}: {cut(name)} is {shown(overrides)}: must be a list of "
+                    "section.key=value, such as [model.size=4xs]"
                 )
         if axis == COMBINATIONS:
             continue
@@ -135,7 +147,8 @@ def file_axes(
         unknown = [word for word in str(text).split() if word not in known]
         if unknown:
             raise ConfigError(
-                f"{path}: {COMBINATIONS}: {shown(text)} names {cut(', '.join(unknown))}, which is not there; there are "
+                f"{path}: {COMBINATIONS}: {shown(text)} names {cut(', '.join(unknown))}, which is "
+                "not there; there are "
                 f"{cut(', '.join(known), 400)}"
             )
         combinations[frozenset(known[word] for word in str(text).split())] = tuple(overrides)
@@ -163,7 +176,9 @@ def split_values(text: str) -> list[str]:
 
 
 def _fit(values: Sequence[str]) -> list[str]:
-    """For file names: of paths what tells them apart, and nothing that a shell or a terminal would read."""
+    """For file names: of paths what tells them apart, and nothing that a shell or a terminal would
+    read.
+    """
     clean = lambda value: re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")[-60:] or "empty"
     paths = [value.rstrip("/").split("/") for value in values]
     common = len(os.path.commonprefix([path[:-1] for path in paths]))
@@ -187,7 +202,9 @@ def check_new(folder: Path) -> None:
 def prepare(
     folder: Path, *, config_file: str, overrides: Sequence[str], request: dict[str, Any]
 ) -> Config:
-    """Write config.yaml (resolved) and launch.json (the request and the code version) into a run folder; returns the configuration."""
+    """Write config.yaml (resolved) and launch.json (the request and the code version) into a run
+    folder; returns the configuration.
+    """
     config = load_config(config_file, overrides)
     write_request(
         folder,

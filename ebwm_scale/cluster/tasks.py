@@ -1,4 +1,6 @@
-"""The tasks of one attempt: srun over an allocation, or plain processes on this machine. Each rank writes logs/rank_0000.log of the run folder.
+"""The tasks of one attempt: srun over an allocation, or plain processes on this machine.
+
+Each rank writes logs/rank_0000.log of the run folder.
 
 When the first task has ended, the others get GRACE_S to end too, then they are ended: a task that died takes the attempt with it, while
 those that have saved together also leave together. The exit code is the largest one, 128 + n for a task that signal n ended.
@@ -24,7 +26,9 @@ LOOK_S = 0.1
 
 
 class SlurmTasks:
-    """srun in a session of its own, so that a signal to the batch step does not make it end the tasks while they save."""
+    """srun in a session of its own, so that a signal to the batch step does not make it end the
+    tasks while they save.
+    """
 
     def __init__(self, allocation: Allocation, command: Sequence[str], logs: Path):
         host = hostnames(allocation.node_list)[0]
@@ -135,7 +139,10 @@ def printed(command: Sequence[str]) -> str:
 
 
 def _free_port(candidates: Iterable[int]) -> int:
-    """The first of them that nothing listens on here; the batch step runs on the node of rank 0. 0: the system's choice."""
+    """The first of them that nothing listens on here; the batch step runs on the node of rank 0.
+
+    0: the system's choice.
+    """
     for port in candidates:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -145,5 +152,6 @@ def _free_port(candidates: Iterable[int]) -> int:
                 continue
             return probe.getsockname()[1]
     raise UserError(
-        f"no free port between {PORTS[0]} and {PORTS[-1]} on {socket.gethostname()} for the tasks to meet at; end what holds them"
+        f"no free port between {PORTS[0]} and {PORTS[-1]} on {socket.gethostname()} for the tasks "
+        "to meet at; end what holds them"
     )

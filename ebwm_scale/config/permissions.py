@@ -1,8 +1,9 @@
-"""What a configuration may ask for only with a word on the command line, because it would run somebody's text as a command.
+"""What a configuration may ask for only with a word on the command line, because it would run
+somebody's text as a command.
 
-A configuration may come from somebody else, in a converted folder or a run folder. So `pipe:` shards,
-which a shell runs, need --allow-pipe on the command line of whatever would open them; no file can give
-that permission.
+A configuration may come from somebody else, in a converted folder or a run folder. So `pipe:`
+shards, which a shell runs, need --allow-pipe on the command line of whatever would open them; no
+file can give that permission.
 """
 
 from __future__ import annotations

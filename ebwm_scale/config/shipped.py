@@ -1,10 +1,12 @@
-"""The configurations that come with the package, and what --config may be: a file, or the name of one of these.
+"""The configurations that come with the package, and what --config may be: a file, or the name of
+one of these.
 
     find_config("mine.yaml")             a file that is there
     find_config("nlp/anchored.yaml")     from anywhere: also nlp/anchored, configs/nlp/anchored.yaml
     find_config("quickstart")            the file name alone, where only one has it
 
-In a checkout they are the folder configs/; in an installed package they lie beside this file (setup.py).
+In a checkout they are the folder configs/; in an installed package they lie beside this file
+(setup.py).
 """
 
 from __future__ import annotations
@@ -24,12 +26,18 @@ def shipped_folder() -> Path:
 
 
 def shipped_names() -> list[str]:
-    """Of all shipped configurations, relative to their folder: nlp/anchored.yaml. Studies are no configurations."""
+    """Of all shipped configurations, relative to their folder: nlp/anchored.yaml.
+
+    Studies are no configurations.
+    """
     return [name for name in _files() if not name.startswith("studies/")]
 
 
 def find_config(name: str | Path) -> Path:
-    """The file that a name means; a file that is there comes first. Raises ConfigError with the names that are near."""
+    """The file that a name means; a file that is there comes first.
+
+    Raises ConfigError with the names that are near.
+    """
     given = Path(name)
     try:
         if given.exists() and not given.is_dir():
@@ -65,6 +73,8 @@ def _files() -> list[str]:
 
 
 def first_line(path: Path) -> str:
-    """What a configuration says of itself: the comment that it begins with, up to its first sentence's end."""
+    """What a configuration says of itself: the comment that it begins with, up to its first
+    sentence's end.
+    """
     line = path.read_text(encoding="utf-8").partition("\n")[0]
     return line.removeprefix("#").strip() if line.startswith("#") else ""

@@ -1,13 +1,16 @@
-"""YAML for people who type it: one reader for configuration files, --set, sweeps and studies, and the writer that fits it.
+"""YAML for people who type it: one reader for configuration files, --set, sweeps and studies, and
+the writer that fits it.
 
     values = read_yaml("configs/quickstart.yaml")        # a file
     value = parse_yaml("[[0, 1.0], [1, 1e-1]]", "--set ...")
 
-PyYAML's scanner, parser and composer do the reading. On top of them stands what a configuration needs and YAML 1.1 does not give:
+PyYAML's scanner, parser and composer do the reading. On top of them stands what a configuration
+needs and YAML 1.1 does not give:
 
 * every key once: a second `train:` is refused, it does not erase the first
 * no aliases: a value is written where it is used, and nothing grows beyond the size of its text
-* the core schema of YAML 1.2: 0100 is 100, 1e-4 is a number, 1:30, on, off, yes, no and dates are texts, `<<` is a key
+* the core schema of YAML 1.2: 0100 is 100, 1e-4 is a number, 1:30, on, off, yes, no and dates are
+  texts, `<<` is a key
 * whole numbers of at most 64 bits, at most MAX_DEPTH levels, UTF-8, MAX_BYTES
 
 Whatever is wrong is one ConfigError of one line. This file knows nothing of what the values mean.
@@ -35,7 +38,8 @@ MAX_DEPTH = 32
 LARGEST_INT = 2**63 - 1
 
 _TAG = "tag:yaml.org,2002:"
-# The core schema, https://yaml.org/spec/1.2.2/#1032-tag-resolution: (tag, pattern, possible first characters).
+# The core schema, https://yaml.org/spec/1.2.2/#1032-tag-resolution: (tag, pattern, possible first
+# characters).
 _CORE_SCHEMA = (
     ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
@@ -58,7 +62,10 @@ _CORE_SCHEMA = (
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value of a file; None for an empty one. Raises ConfigError, one line, for whatever keeps it from being read."""
+    """The value of a file; None for an empty one.
+
+    Raises ConfigError, one line, for whatever keeps it from being read.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -67,20 +74,25 @@ def read_yaml(path: str | Path) -> Any:
         raise ConfigError(f"{cut(path, 300)}: cannot be read: {reason}") from None
     if len(content) > MAX_BYTES:
         raise ConfigError(
-            f"{cut(path, 300)}: has more than {MAX_BYTES // 2**20} MiB: no configuration is that long"
+            f"{cut(path, 300)}: has more than {MAX_BYTES // 2**20} MiB: no configuration is that "
+            "long"
         )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{cut(path, 300)}: not UTF-8: byte 0x{content[error.start]:02x} at position {error.start}; "
+            f"{cut(path, 300)}: not UTF-8: byte 0x{content[error.start]:02x} at position "
+            f"{error.start}; "
             "save it as UTF-8"
         ) from None
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text; None for an empty one. Raises ConfigError, one line that begins with `where`."""
+    """The value of a YAML text; None for an empty one.
+
+    Raises ConfigError, one line that begins with `where`.
+    """
     try:
         return _StrictLoader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -97,7 +109,9 @@ def dump_yaml(value: Any) -> str:
 
 
 class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseResolver):
-    """PyYAML's stages with the core schema, and with a composer that counts levels and takes no alias."""
+    """PyYAML's stages with the core schema, and with a composer that counts levels and takes no
+    alias.
+    """
 
     def __init__(self, text: str):
         Reader.__init__(self, text)
@@ -149,7 +163,9 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
         self.plain(node, "null")
 
     def plain(self, node: yaml.ScalarNode, kind: str) -> str:
-        """The text of a scalar that its tag says is of this kind; a tag written out may say so of any text."""
+        """The text of a scalar that its tag says is of this kind; a tag written out may say so of
+        any text.
+        """
         pattern = next(pattern for name, pattern, _ in _CORE_SCHEMA if name == kind)
         text = node.value if isinstance(node, yaml.ScalarNode) else ""
         if not pattern.match(text) and not (kind == "float" and _is_core_int(text)):

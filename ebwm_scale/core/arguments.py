@@ -1,7 +1,9 @@
-"""The command line of every entry point: argparse, with one line for each mistake and numbers that are numbers.
+"""The command line of every entry point: argparse, with one line for each mistake and numbers that
+are numbers.
 
-float and int options refuse nan, infinities and what no 64 bits hold: they would pass every comparison, or fail far from here. Path options
-refuse the empty text, mostly a shell variable that is not set: it would mean the current folder.
+float and int options refuse nan, infinities and what no 64 bits hold: they would pass every
+comparison, or fail far from here. Path options refuse the empty text, mostly a shell variable that
+is not set: it would mean the current folder.
 """
 
 from __future__ import annotations

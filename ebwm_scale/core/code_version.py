@@ -14,7 +14,10 @@ def code_version() -> str:
 
 
 def uncommitted() -> list[str]:
-    """Files that differ from the commit, so that `-dirty` can be looked into. Names only: contents might hold what is nobody's business."""
+    """Files that differ from the commit, so that `-dirty` can be looked into.
+
+    Names only: contents might hold what is nobody's business.
+    """
     return _git("status", "--porcelain").splitlines()
 
 

@@ -1,4 +1,6 @@
-"""Lines for a person, on a console that may be a file on a full disk, or a pipe that nobody reads any more: no reason to end a run."""
+"""Lines for a person, on a console that may be a file on a full disk, or a pipe that nobody reads
+any more: no reason to end a run.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def say(text: str, *, error: bool = False) -> None:
 
 
 def leave_quietly() -> None:
-    """Before the interpreter's end: it flushes both streams, and would replace the exit code where that fails."""
+    """Before the interpreter's end: it flushes both streams, and would replace the exit code where
+    that fails.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

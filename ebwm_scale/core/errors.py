@@ -1,16 +1,24 @@
-"""The exceptions users see, and the exit codes of train.py. Each message says what is wrong, the value, what is allowed and what to do."""
+"""The exceptions users see, and the exit codes of train.py.
+
+Each message says what is wrong, the value, what is allowed and what to do.
+"""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend; entry points print it in one line (no traceback) and exit with `exit_code`."""
+    """Something the user can mend; entry points print it in one line (no traceback) and exit with
+    `exit_code`.
+    """
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used; nothing was started. The message has one line per problem."""
+    """The configuration cannot be used; nothing was started.
+
+    The message has one line per problem.
+    """
 
 
 class DataError(UserError):
@@ -22,7 +30,9 @@ class CheckpointError(UserError):
 
 
 def cut(text: object, length: int = 80) -> str:
-    """A text from outside for one line of a message: unprintable characters escaped, and cut to about `length`."""
+    """A text from outside for one line of a message: unprintable characters escaped, and cut to
+    about `length`.
+    """
     whole = str(text)
     part = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in whole[: length + 1])
     return part if len(part) <= length else f"{part[: length - 3]}..."

@@ -57,8 +57,9 @@ class Fault:
 
 
 class Faults:
-    """at(place) counts the visits to a place, at(place, n) names one; what is due there happens, and
-    its action is returned if it is nan. rank -1: a process that is no rank."""
+    """at(place) counts the visits to a place, at(place, n) names one; what is due there happens,
+    and its action is returned if it is nan. rank -1: a process that is no rank.
+    """
 
     def __init__(self, text: str | None, rank: int):
         self.rank, self.visits = rank, Counter()

@@ -1,4 +1,6 @@
-"""Denormal numbers as zero: the tails of a softmax over a vocabulary are denormal, and 100 times slower to multiply."""
+"""Denormal numbers as zero: the tails of a softmax over a vocabulary are denormal, and 100 times
+slower to multiply.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,11 @@ import torch
 
 
 def flush_denormals() -> None:
-    """From here on. NumPy looks for the smallest denormal when it is first asked about a type and warns if there is none: it is asked before."""
+    """From here on.
+
+    NumPy looks for the smallest denormal when it is first asked about a type and warns if there is
+    none: it is asked before.
+    """
     for dtype in (np.float32, np.float64):
         np.finfo(dtype)
     torch.set_flush_denormal(True)

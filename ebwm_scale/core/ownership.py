@@ -60,7 +60,8 @@ class Ownership:
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be read ({error.strerror or error}), so whether another "
-                "process writes there is not known; mend that, or name another folder with --run-dir"
+                "process writes there is not known; mend that, or name another folder with "
+                "--run-dir"
             ) from None
         if owner is None or owner.get("token") == self.token or self._is_over(owner, watch_aloud):
             return

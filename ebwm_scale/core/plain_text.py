@@ -24,7 +24,8 @@ def one_line(what: str, value: object) -> str:
         kind = NOT_PLAIN.get(unicodedata.category(character))
         if kind is not None:
             raise ConfigError(
-                f"{what} is {shown(text)}: it holds {kind} {character!r}, and must be one line of plain text; name it otherwise"
+                f"{what} is {shown(text)}: it holds {kind} {character!r}, and must be one line of "
+                "plain text; name it otherwise"
             )
     return text
 

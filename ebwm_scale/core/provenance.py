@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def provenance(*packages: str, arguments: list[str] | None = None) -> dict:
-    """command, machine, versions (python, torch and the packages named), commit (with -dirty where files differ from it).
+    """command, machine, versions (python, torch and the packages named), commit (with -dirty where
+    files differ from it).
 
     arguments: of the command, where they are not those of the process.
     """

@@ -3,8 +3,9 @@
     s3://KEY:SECRET@bucket/a.tar?X-Amz-Signature=5f...   ->   s3://***@bucket/a.tar?X-Amz-Signature=***
     pipe:curl -u me:password -H 'Authorization: Bearer x' https://host/a.tar   ->   pipe:curl -u *** -H 'Authorization: ***' ...
 
-The one function for it: quarantine, events, warnings, the report and W&B all use it. It works on any text, also on a
-library's error message that quotes an address. config.yaml of a run keeps what was given: a resumed run needs it.
+The one function for it: quarantine, events, warnings, the report and W&B all use it. It works on
+any text, also on a library's error message that quotes an address. config.yaml of a run keeps what
+was given: a resumed run needs it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _QUERY_ALONE = re.compile(r"(?<=[?#])[^=&]+$")
 
 
 def redacted(value: Any) -> Any:
-    """The text, or the texts in lists and objects of JSON, without passwords, signatures and tokens of addresses."""
+    """The text, or the texts in lists and objects of JSON, without passwords, signatures and tokens
+    of addresses.
+    """
     if isinstance(value, dict):
         return {key: redacted(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

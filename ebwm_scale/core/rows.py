@@ -4,8 +4,9 @@
     for row in rows: ...
     rows.unreadable         lines that were none
 
-A process that was killed leaves a torn line, a disk that failed leaves zeros or other bytes, and a resumed
-process writes on behind them. Such a line is skipped and counted; what is in memory is one line.
+A process that was killed leaves a torn line, a disk that failed leaves zeros or other bytes, and a
+resumed process writes on behind them. Such a line is skipped and counted; what is in memory is one
+line.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ MAX_LINE = 2**24  # bytes; a longer line is none of ours
 
 
 class Rows:
-    """The objects of a file; one that is missing has none. Raises UserError if the file cannot be read.
+    """The objects of a file; one that is missing has none.
 
-    unreadable: lines that hold no object, of the reading that was begun last. torn: whether the last of
-    them is the file's end without a newline, as a killed process leaves it.
+    Raises UserError if the file cannot be read.
+
+    unreadable: lines that hold no object, of the reading that was begun last. torn: whether the
+    last of them is the file's end without a newline, as a killed process leaves it.
     """
 
     def __init__(self, path: Path):

@@ -1,4 +1,6 @@
-"""JSON that says one thing: no key twice, no NaN or infinity, UTF-8 only; whatever is wrong with it is one ValueError."""
+"""JSON that says one thing: no key twice, no NaN or infinity, UTF-8 only; whatever is wrong with it
+is one ValueError.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ SHOWN = 80  # characters of a value in a message
 
 
 def parse(content: bytes) -> Any:
-    """The value of a JSON text. Raises ValueError of one line, also for nesting that the parser cannot follow."""
+    """The value of a JSON text.
+
+    Raises ValueError of one line, also for nesting that the parser cannot follow.
+    """
     try:
         return json.loads(
             content.decode("utf-8"),

@@ -1,7 +1,10 @@
-"""safetensors files, one tensor in memory at a time: read without mapping the file, written as tensors come.
+"""safetensors files, one tensor in memory at a time: read without mapping the file, written as
+tensors come.
 
-The library reads and writes whole dictionaries, or maps the file, whose pages then count as memory; a model larger than memory is converted with these. The format
-(https://github.com/huggingface/safetensors): 8 bytes, the header's length, little-endian; the header, JSON; the tensors' bytes one after the other.
+The library reads and writes whole dictionaries, or maps the file, whose pages then count as memory;
+a model larger than memory is converted with these. The format
+(https://github.com/huggingface/safetensors): 8 bytes, the header's length, little-endian; the
+header, JSON; the tensors' bytes one after the other.
 """
 
 from __future__ import annotations
@@ -37,8 +40,9 @@ MAX_DIMENSIONS = 64  # torch's own limit
 class TensorFile:
     """The tensors of a file, read when asked for.
 
-    Raises CheckpointError naming a file that is missing, truncated or no safetensors file: every tensor must lie in
-    the bytes that its type and shape need, and together they must fill the file without gap or overlap.
+    Raises CheckpointError naming a file that is missing, truncated or no safetensors file: every
+    tensor must lie in the bytes that its type and shape need, and together they must fill the file
+    without gap or overlap.
     """
 
     def __init__(self, path: Path):
@@ -69,12 +73,14 @@ class TensorFile:
             if first != end:
                 what = "overlaps the one before it" if first < end else "follows a gap"
                 raise CheckpointError(
-                    f"{path}: {shown(name)} begins at byte {first} and {what}, which ends at {end}: damaged"
+                    f"{path}: {shown(name)} begins at byte {first} and {what}, which ends at "
+                    f"{end}: damaged"
                 )
             end = stop
         if self._start + end != size:
             raise CheckpointError(
-                f"{path}: has {size} bytes, its header describes {self._start + end}: truncated or damaged"
+                f"{path}: has {size} bytes, its header describes {self._start + end}: truncated "
+                "or damaged"
             )
 
     def names(self) -> list[str]:
@@ -110,7 +116,9 @@ def _metadata(values: Any) -> dict[str, str]:
 
 
 def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, end) of a header entry; ValueError for what the format does not allow."""
+    """(dtype, shape, first byte, end) of a header entry; ValueError for what the format does not
+    allow.
+    """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown(name)} is {shown(entry)}")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -128,7 +136,8 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
 
 
 class TensorWriter:
-    """Write the announced tensors in their order: with TensorWriter(path, {name: (dtype, shape)}) as file: file.write(name, tensor).
+    """Write the announced tensors in their order: with TensorWriter(path, {name: (dtype, shape)})
+    as file: file.write(name, tensor).
 
     The file appears under its name when it is complete and on disk; on an error nothing is left.
     """
@@ -164,7 +173,8 @@ class TensorWriter:
         dtype, shape = self.expected[name]
         if self.waiting[:1] != [name] or tensor.dtype != dtype or tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} {tensor.dtype} {tuple(tensor.shape)}: expected {self.waiting[:1]} {dtype} {shape}"
+                f"{name} {tensor.dtype} {tuple(tensor.shape)}: expected {self.waiting[:1]} "
+                f"{dtype} {shape}"
             )
         self.waiting.pop(0)
         self.file.write(

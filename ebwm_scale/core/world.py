@@ -1,4 +1,6 @@
-"""The processes of a run as one object: rank, size, device, and the few things ranks tell each other."""
+"""The processes of a run as one object: rank, size, device, and the few things ranks tell each
+other.
+"""
 
 from __future__ import annotations
 

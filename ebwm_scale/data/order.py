@@ -5,10 +5,11 @@
     inside an epoch   [ window 0 ][ window 1 ] ...     the shards, permuted, cut into windows of K shards;
                                                        the samples of a window permuted among themselves
 
-Nothing is drawn from a generator that has a history: each permutation comes from a Philox stream whose key and counter
-are made of (seed, epoch, window). So position 10^9 costs as much as position 0, and rank, world size, accumulation and
-worker count can only cut the order, never change it. The permutation sorts raw 64-bit Philox output, which is fixed by
-the algorithm; numpy may change what Generator.permutation returns between releases.
+Nothing is drawn from a generator that has a history: each permutation comes from a Philox stream
+whose key and counter are made of (seed, epoch, window). So position 10^9 costs as much as position
+0, and rank, world size, accumulation and worker count can only cut the order, never change it. The
+permutation sorts raw 64-bit Philox output, which is fixed by the algorithm; numpy may change what
+Generator.permutation returns between releases.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ _KINDS = 2
 class SampleOrder:
     """Every sample exactly once per epoch, in an order that depends on nothing but the arguments.
 
-    samples_per_shard: number of samples of each shard, in the manifest's order; sample ids count through the shards.
-    seed: 0 or more, below 2^64.  window_shards: samples are permuted inside windows of this many shards; memory is
-    proportional to one window.  source: sources of a mixture are permuted independently (data/loading/mixture.py).
-    Raises ValueError for arguments outside these bounds or without any sample.
+    samples_per_shard: number of samples of each shard, in the manifest's order; sample ids count
+    through the shards. seed: 0 or more, below 2^64.  window_shards: samples are permuted inside
+    windows of this many shards; memory is proportional to one window.  source: sources of a mixture
+    are permuted independently (data/loading/mixture.py). Raises ValueError for arguments outside
+    these bounds or without any sample.
     """
 
     def __init__(
@@ -40,7 +42,8 @@ class SampleOrder:
         sizes = np.asarray(samples_per_shard, dtype=np.int64)
         if sizes.ndim != 1 or sizes.sum() <= 0 or (sizes < 0).any():
             raise ValueError(
-                f"samples_per_shard is {samples_per_shard!r}: at least one shard must have samples, and none fewer than 0"
+                f"samples_per_shard is {samples_per_shard!r}: at least one shard must have "
+                "samples, and none fewer than 0"
             )
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: must be in [0, 2^64)")
@@ -111,7 +114,10 @@ class SampleOrder:
 def permutation(
     count: int, seed: int, counter: tuple[int, int, int, int], *, key: int
 ) -> np.ndarray:
-    """A permutation of range(count). The first word of the counter runs while numbers are drawn, so it starts at 0."""
+    """A permutation of range(count).
+
+    The first word of the counter runs while numbers are drawn, so it starts at 0.
+    """
     generator = np.random.Philox(
         key=np.array([seed, key], dtype=np.uint64), counter=np.array(counter, dtype=np.uint64)
     )

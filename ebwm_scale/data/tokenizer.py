@@ -1,8 +1,8 @@
 """The tokenizer: a SentencePiece BPE model with byte fallback that gives every text back unchanged.
 
-Nothing is normalised and no space is added in front. Newline and tab are pieces of their own, runs of spaces can become
-pieces, and a character outside the vocabulary falls back to its UTF-8 bytes. End-of-sequence is an own piece that no
-text can produce; there is no padding id.
+Nothing is normalised and no space is added in front. Newline and tab are pieces of their own, runs
+of spaces can become pieces, and a character outside the vocabulary falls back to its UTF-8 bytes.
+End-of-sequence is an own piece that no text can produce; there is no padding id.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.walking import printable
 
 EOS = "</s>"
-_SPACE = (
-    "\u2581"  # SentencePiece's mark for a space; a text that holds the character itself needs care
-)
+# SentencePiece's mark for a space; a text that holds the character itself needs care
+_SPACE = "\u2581"
 _PART_CHARACTERS = 2**16  # of a long text, encoded at a time
 _LONGEST_PART = 2**20  # characters; a text without any safe place is cut here all the same
 # Built-in normalisations and the handling of spaces each change something in this.
@@ -160,6 +159,7 @@ def _sentencepiece():
         import sentencepiece
     except ImportError:
         raise DataError(
-            "the tokenizer needs the package sentencepiece; install it with: python -m pip install sentencepiece"
+            "the tokenizer needs the package sentencepiece; install it with: python -m pip "
+            "install sentencepiece"
         ) from None
     return sentencepiece

@@ -26,7 +26,9 @@ def bootstrap_ci(per_sample: Tensor) -> dict[str, float]:
 
 
 def correlation_ci(a: Tensor, b: Tensor) -> dict[str, float]:
-    """Spearman's rank correlation over all positions, (samples, S); bootstrap over samples, on ranks taken once."""
+    """Spearman's rank correlation over all positions, (samples, S); bootstrap over samples, on
+    ranks taken once.
+    """
     ranked = [ranks(u.double().flatten().numpy()).reshape(u.shape) for u in (a, b)]
 
     def correlation(x: np.ndarray, y: np.ndarray) -> float:

@@ -1,4 +1,6 @@
-"""Comparison with golden cases: numbers recorded from the authors' released code, replayed through our model with the same draws."""
+"""Comparison with golden cases: numbers recorded from the authors' released code, replayed through
+our model with the same draws.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from ebwm_scale.world_model import WorldModel
 
 
 class RecordedNoise:
-    """The random numbers of a golden case, in the released code's call order: step-size factor, number of repeats, Langevin noise."""
+    """The random numbers of a golden case, in the released code's call order: step-size factor,
+    number of repeats, Langevin noise.
+    """
 
     def __init__(
         self, noise: Tensor, draws: dict[int, Tensor], kinds: dict[int, str], config: Config
@@ -54,14 +58,18 @@ class RecordedNoise:
 
 
 def check_case(path: str | Path) -> dict[str, float]:
-    """Largest relative errors of one case, by what is compared. Raises DataError for a file that is not a golden case."""
+    """Largest relative errors of one case, by what is compared.
+
+    Raises DataError for a file that is not a golden case.
+    """
     try:
         with safe_open(str(path), "pt") as file:
             case = json.loads((file.metadata() or {})["case"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DataError(
-            f"not a golden case ({type(error).__name__}: {error}); expected a safetensors file with the metadata entry 'case'"
+            f"not a golden case ({type(error).__name__}: {error}); expected a safetensors file "
+            "with the metadata entry 'case'"
         ) from None
     hparams = case["hparams"]
     weights = _group(tensors, "state_dict/")
@@ -119,7 +127,10 @@ def _forward(
     record: bool = True,
     noise: Tensor | None = None,
 ) -> dict:
-    """Loss, and per step energies, predictions and their gradients. record False: the loss alone, the way training computes it."""
+    """Loss, and per step energies, predictions and their gradients.
+
+    record False: the loss alone, the way training computes it.
+    """
     if config.model.kind == "baseline":
         hidden = model.network(model.embed_observed(observed))
         return {
@@ -160,7 +171,9 @@ def _forward(
 
 
 def _baseline_prediction(model: WorldModel, hidden: Tensor, tensors: dict) -> Tensor:
-    """The released baseline records log-probabilities or logits; both are compared as what they are."""
+    """The released baseline records log-probabilities or logits; both are compared as what they
+    are.
+    """
     prediction = model.output(hidden).detach()
     golden = tensors.get("predictions/0")
     if (
@@ -182,7 +195,9 @@ def _inputs(tensors: dict, case: dict) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_error(model: WorldModel, golden: dict[str, Tensor]) -> float:
-    """Relative to each golden gradient; where that is zero, to the largest gradient of all, so that noise around zero passes."""
+    """Relative to each golden gradient; where that is zero, to the largest gradient of all, so that
+    noise around zero passes.
+    """
     ours = {
         name: parameter.grad
         for name, parameter in model.named_parameters()
@@ -205,7 +220,9 @@ def _gradient_error(model: WorldModel, golden: dict[str, Tensor]) -> float:
 def _trajectory_errors(
     config: Config, weights: dict, observed: Tensor, targets: Tensor, tensors: dict, case: dict
 ) -> dict[str, float]:
-    """Repeat the case's AdamW steps: loss, gradient norm and alpha of each, and the weights after the last."""
+    """Repeat the case's AdamW steps: loss, gradient norm and alpha of each, and the weights after
+    the last.
+    """
     model = WorldModel(config).double()
     model.load_state_dict(released.to_ours(weights), strict=True)
     optimizer = torch.optim.AdamW(

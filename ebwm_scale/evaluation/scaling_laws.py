@@ -1,10 +1,13 @@
-"""Scaling laws from runs: loss = a x^-b per form of model, with intervals, the point where two forms cross, and losses at equal FLOPs.
+"""Scaling laws from runs: loss = a x^-b per form of model, with intervals, the point where two
+forms cross, and losses at equal FLOPs.
 
     study = collect("runs/scaling_text", axis="size")       one row per run: labels, parameters, FLOPs, losses
     compare(study["runs"], x="parameters")                  exponents, their difference to the reference form, crossover
 
-Intervals are 95 % percentile bootstraps over seeds: at each x, seeds are drawn with replacement, the same ones for every form, because runs of one seed share their
-data order. Three seeds are few: such an interval says how much seeds matter, not how far a straight line in log-log is wrong (see `residual`).
+Intervals are 95 % percentile bootstraps over seeds: at each x, seeds are drawn with replacement,
+the same ones for every form, because runs of one seed share their data order. Three seeds are few:
+such an interval says how much seeds matter, not how far a straight line in log-log is wrong (see
+`residual`).
 """
 
 from __future__ import annotations
@@ -34,7 +37,10 @@ NOT_COUNTED = ("token_embedding", "state_map", "output", "frame_projection", "st
 
 
 def collect(folder: Path, axis: str) -> dict[str, Any]:
-    """Rows of a sweep's finished runs. Raises UserError for a folder without a sweep, and for an axis that it does not have."""
+    """Rows of a sweep's finished runs.
+
+    Raises UserError for a folder without a sweep, and for an axis that it does not have.
+    """
     try:
         sweep = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     except OSError as error:
@@ -42,7 +48,9 @@ def collect(folder: Path, axis: str) -> dict[str, Any]:
     needed = {axis, "form", "seed"}
     if not sweep["labels"] or not needed <= set(sweep["labels"][0]):
         raise UserError(
-            f"{folder}: its axes are {', '.join(sweep['labels'][0]) if sweep['labels'] else 'none'}; a study needs {', '.join(sorted(needed))}"
+            f"{folder}: its axes are "
+            f"{', '.join(sweep['labels'][0]) if sweep['labels'] else 'none'}; a study needs "
+            f"{', '.join(sorted(needed))}"
         )
     rows, missing = [], []
     for name, labels in zip(sweep["runs"], sweep["labels"]):
@@ -55,7 +63,8 @@ def collect(folder: Path, axis: str) -> dict[str, Any]:
             )
     if not rows:
         raise UserError(
-            f"{folder}: none of its {len(missing)} runs has finished; look at them with python -m ebwm_scale.launch --status {folder}"
+            f"{folder}: none of its {len(missing)} runs has finished; look at them with python -m "
+            f"ebwm_scale.launch --status {folder}"
         )
     return {"axis": axis, "missing": missing, "runs": rows}
 
@@ -112,9 +121,11 @@ def compare(
 ) -> dict[str, Any]:
     """Power laws of every form, and each against the reference.
 
-    Returns {"x", "reference", "forms": {form: {"points", "factor", "exponent", "residual"}}, "against_reference": {form: {"exponent_difference", "relative_rate",
-    "loss_difference_at_largest", "crossover"}}}. relative_rate: by how much faster the loss falls, (b - b_ref) / b_ref. crossover: where the fits meet, with the share of
-    resamples in which the form is behind at the largest x and gains on the reference; null where there is none.
+    Returns {"x", "reference", "forms": {form: {"points", "factor", "exponent", "residual"}},
+    "against_reference": {form: {"exponent_difference", "relative_rate",
+    "loss_difference_at_largest", "crossover"}}}. relative_rate: by how much faster the loss falls,
+    (b - b_ref) / b_ref. crossover: where the fits meet, with the share of resamples in which the
+    form is behind at the largest x and gains on the reference; null where there is none.
     """
     table = table_of(rows, x)
     if reference not in table:
@@ -183,7 +194,9 @@ def compare(
 
 
 def _resampled_means(points: dict[float, dict[str, float]]) -> np.ndarray:
-    """(RESAMPLES, number of x): means over seeds drawn with replacement, the same seeds in every form with as many."""
+    """(RESAMPLES, number of x): means over seeds drawn with replacement, the same seeds in every
+    form with as many.
+    """
     means = []
     for index, at in enumerate(sorted(points)):
         losses = np.array([points[at][seed] for seed in sorted(points[at])])
@@ -195,7 +208,9 @@ def _resampled_means(points: dict[float, dict[str, float]]) -> np.ndarray:
 
 
 def _fit(places: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """(n, 2) of (log a, b) of loss = a x^-b, by least squares on logarithms, for each row of losses (n, number of x)."""
+    """(n, 2) of (log a, b) of loss = a x^-b, by least squares on logarithms, for each row of losses
+    (n, number of x).
+    """
     x, y = np.log(places), np.log(losses)
     slope = (y - y.mean(1, keepdims=True)) @ (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     return np.stack([y.mean(1) - slope * x.mean(), -slope], 1)
@@ -226,9 +241,11 @@ def _crossover(drawn: np.ndarray, base: np.ndarray, behind: np.ndarray) -> dict[
 def iso_flop(
     rows: Sequence[dict[str, Any]], *, reference: str = "transformer++", budgets: int = 6
 ) -> dict[str, Any]:
-    """The lowest validation loss that each form reached within a budget of FLOPs, over its sizes and along its curves; per seed, with the difference to the reference.
+    """The lowest validation loss that each form reached within a budget of FLOPs, over its sizes
+    and along its curves; per seed, with the difference to the reference.
 
-    Curves are those of runs whose learning rate ends with the run: at less than a run's own budget they are a bound from above.
+    Curves are those of runs whose learning rate ends with the run: at less than a run's own budget
+    they are a bound from above.
     """
     best: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in rows:

@@ -26,7 +26,9 @@ from ebwm_scale.world_model import WorldModel
 
 @dataclass
 class Prediction:
-    """state (B, size): logits of text, an embedding of video; energy (B,), start (B,) and thought of an energy model."""
+    """state (B, size): logits of text, an embedding of video; energy (B,), start (B,) and thought
+    of an energy model.
+    """
 
     state: Tensor
     energy: Tensor | None = None
@@ -132,7 +134,10 @@ class Session:
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0: the most probable token. top_k, top_p: only the k most probable, only the fewest that hold probability p."""
+    """temperature 0: the most probable token.
+
+    top_k, top_p: only the k most probable, only the fewest that hold probability p.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -176,7 +181,9 @@ def continue_texts(
     end: int | None = None,
     energies: bool = True,
 ) -> Iterator[tuple[Tensor, Prediction]]:
-    """(tokens (B,), what they were taken from) for each of at most `count` positions; ends when every row has had the token `end`."""
+    """(tokens (B,), what they were taken from) for each of at most `count` positions; ends when
+    every row has had the token `end`.
+    """
     session = Session(model, prompts, config, energies=energies)
     generator = torch.Generator().manual_seed(sampling.seed)
     ended = torch.zeros(len(prompts), dtype=torch.bool)

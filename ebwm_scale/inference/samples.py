@@ -8,7 +8,9 @@ from ebwm_scale.world_model import WorldModel
 
 
 def samples_to_look_at(model: WorldModel, split, *, seed: int) -> dict[str, Any]:
-    """What samples.json holds beside the step: {"continuations": [...]} of text, {"clips": [...]} of video."""
+    """What samples.json holds beside the step: {"continuations": [...]} of text, {"clips": [...]}
+    of video.
+    """
     from ebwm_scale.data.loading.mixture import MixedSplit
 
     split = split.parts[0] if isinstance(split, MixedSplit) else split

@@ -1,4 +1,6 @@
-"""Continuations of held-out text, with the candidates a model considered and their energies: what a person reads in a report."""
+"""Continuations of held-out text, with the candidates a model considered and their energies: what a
+person reads in a report.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def sample_continuations(
     num_shown: int = 6,
     num_candidates: int = 5,
 ) -> list[dict[str, Any]]:
-    """Greedy continuations of validation blocks, for samples.json: half of a block as prompt, candidates of the first positions."""
+    """Greedy continuations of validation blocks, for samples.json: half of a block as prompt,
+    candidates of the first positions.
+    """
     was_training = model.training
     model.eval()
     tokenizer = Tokenizer(split.manifest.content.tokenizer_path)
@@ -77,7 +81,9 @@ def _position(
     tokens: Tensor,
     num_candidates: int,
 ) -> dict:
-    """One predicted position: its most probable candidates, and the true token while the continuation still follows the text."""
+    """One predicted position: its most probable candidates, and the true token while the
+    continuation still follows the text.
+    """
     top = logits.softmax(-1).topk(num_candidates)
     follows = place < len(block) and torch.equal(tokens, block[:place])
     truth = block[place : place + 1] if follows else None

@@ -1,4 +1,6 @@
-"""Clips to look at: what a model saw, what it predicted after each refinement step, the truth, and a continuation of its own."""
+"""Clips to look at: what a model saw, what it predicted after each refinement step, the truth, and
+a continuation of its own.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,13 @@ from ebwm_scale.world_model import WorldModel
 def sample_clips(
     model: WorldModel, split, *, seed: int, num_samples: int = 3
 ) -> list[dict[str, Any]]:
-    """For samples.json: clips of the split, evenly spaced. Images are data URIs, or None where the encoder cannot go back to frames.
+    """For samples.json: clips of the split, evenly spaced.
 
-    Each: video, start_s; context [images], truth, candidates [{"step", "image", "loss" (SmoothL1 to the truth), "energy"}] for x_0, x_1, ...;
-    copy_last_loss; truth_energy; continuation and continuation_truth [images], from half of the context on, and their losses per frame.
+    Images are data URIs, or None where the encoder cannot go back to frames.
+
+    Each: video, start_s; context [images], truth, candidates [{"step", "image", "loss" (SmoothL1 to
+    the truth), "energy"}] for x_0, x_1, ...; copy_last_loss; truth_energy; continuation and
+    continuation_truth [images], from half of the context on, and their losses per frame.
     """
     was_training = model.training
     model.eval()
@@ -90,7 +95,10 @@ def sample_clips(
 def each_step(
     model: WorldModel, observed: Tensor, rules: ThinkingConfig, sample_id: int
 ) -> list[Tensor]:
-    """The prediction of the state after observed (S, dimension), after 0, 1, ... N steps: [x_0, ... x_N]; of a baseline, the one it makes."""
+    """The prediction of the state after observed (S, dimension), after 0, 1, ...
+
+    N steps: [x_0, ... x_N]; of a baseline, the one it makes.
+    """
     ids = torch.tensor([sample_id])
     if model.config.model.kind == "baseline":
         return [Session(model, [observed], rules).predict().state[0]]

@@ -1,10 +1,13 @@
-"""How likely a model finds a text as the continuation of another: log-likelihoods, and energies of the tokens themselves.
+"""How likely a model finds a text as the continuation of another: log-likelihoods, and energies of
+the tokens themselves.
 
     scorer = Scorer(model, tokenizer, config)
     scorer.score([("The queryset ", "is evaluated"), ...])      -> [ContinuationScore, ...]
 
-A token's probability is that of the state refinement ends with at the position before it. An energy model also says what it makes of the tokens themselves:
-the energy of each as a certain prediction (a one-hot state), which needs no refinement. Nothing depends on the order or the batching of the pairs.
+A token's probability is that of the state refinement ends with at the position before it. An energy
+model also says what it makes of the tokens themselves: the energy of each as a certain prediction
+(a one-hot state), which needs no refinement. Nothing depends on the order or the batching of the
+pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from ebwm_scale.world_model import WorldModel
 
 @dataclass(frozen=True)
 class ContinuationScore:
-    """log_likelihood: nats, summed over num_tokens; is_greedy: every token is the most probable one; energy: mean of the tokens as certain predictions."""
+    """log_likelihood: nats, summed over num_tokens; is_greedy: every token is the most probable
+    one; energy: mean of the tokens as certain predictions.
+    """
 
     log_likelihood: float
     is_greedy: bool
@@ -43,7 +48,10 @@ class Window:
 
 
 class Scorer:
-    """model: of text, energy or baseline. config: how to think (energy models). batch_size: windows at a time."""
+    """model: of text, energy or baseline.
+
+    config: how to think (energy models). batch_size: windows at a time.
+    """
 
     def __init__(
         self,
@@ -55,7 +63,8 @@ class Scorer:
     ):
         if model.config.state.kind != "vocabulary":
             raise UserError(
-                "continuations of text are scored, and this is a model of video; take a run that was trained on text"
+                "continuations of text are scored, and this is a model of video; take a run that "
+                "was trained on text"
             )
         self.model, self.tokenizer, self.config, self.batch_size = (
             model,
@@ -66,7 +75,10 @@ class Scorer:
         self.context_length = model.config.data.context_length
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[ContinuationScore]:
-        """(context, continuation) each; a context may be empty: then a document begins. What does not fit into the model's context is cut from the left."""
+        """(context, continuation) each; a context may be empty: then a document begins.
+
+        What does not fit into the model's context is cut from the left.
+        """
         tokens = [self.tokens_of(*pair) for pair in pairs]
         sums = self._sums(
             [
@@ -90,7 +102,10 @@ class Scorer:
         ]
 
     def tokens_of(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """(all tokens, index of the first scored one). The text is tokenized as a whole where that leaves the context's own tokens as they are."""
+        """(all tokens, index of the first scored one).
+
+        The text is tokenized as a whole where that leaves the context's own tokens as they are.
+        """
         before = self.tokenizer.encode(context)
         whole = self.tokenizer.encode(context + continuation)
         if whole[: len(before)] != before:
@@ -133,7 +148,9 @@ class Scorer:
 
 
 def windows(request: int, tokens: list[int], first: int, length: int) -> Iterator[Window]:
-    """Cover tokens[first:] by windows of at most `length` predictions; each predicts its last ones given as much as fits before them."""
+    """Cover tokens[first:] by windows of at most `length` predictions; each predicts its last ones
+    given as much as fits before them.
+    """
     for start in range(first, len(tokens), length):
         end = min(len(tokens), start + length)
         yield Window(request, tokens[max(0, end - 1 - length) : end], end - start)

@@ -4,7 +4,8 @@
     model = EbwmModel.from_pretrained("converted/")                     or AutoModel.from_pretrained, once this module is imported
     logits = model(input_ids=torch.tensor([[5, 7, 9]])).logits          of video: inputs_embeds=states, .predictions
 
-The prediction after each position, refined with as many steps as were trained, or num_steps. Training goes through ebwm_scale/train.py.
+The prediction after each position, refined with as many steps as were trained, or num_steps.
+Training goes through ebwm_scale/train.py.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class EbwmModel(PreTrainedModel):
         observed = input_ids if text else inputs_embeds
         if observed is None:
             raise ValueError(
-                f"a model of {'text' if text else 'video'} needs {'input_ids' if text else 'inputs_embeds'}"
+                f"a model of {'text' if text else 'video'} needs "
+                f"{'input_ids' if text else 'inputs_embeds'}"
             )
         state = last_states(
             self.world_model,

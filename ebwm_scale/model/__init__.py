@@ -1,1 +1,3 @@
-"""The networks: the energy transformer with its two streams, the Transformer++ baseline, the states, and the world model of them."""
+"""The networks: the energy transformer with its two streams, the Transformer++ baseline, the
+states, and the world model of them.
+"""

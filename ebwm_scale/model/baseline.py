@@ -48,7 +48,9 @@ class Output(nn.Linear):
 
 
 class TwoLinearOutput(nn.Module):
-    """Hidden states (B, S, D) to frame embeddings (B, S, dimension) as released: D x D, then up, with a bias."""
+    """Hidden states (B, S, D) to frame embeddings (B, S, dimension) as released: D x D, then up,
+    with a bias.
+    """
 
     def __init__(self, width: int, dimension: int):
         super().__init__()

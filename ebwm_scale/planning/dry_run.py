@@ -1,4 +1,6 @@
-"""The text of --dry-run: parameters, batch, data, FLOPs, memory and speed of a run before it starts."""
+"""The text of --dry-run: parameters, batch, data, FLOPs, memory and speed of a run before it
+starts.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,12 @@ def describe(
     data_summary: dict | None,
     seconds_per_step: float | None,
 ) -> str:
-    """The text of --dry-run: parameters, batch, data, FLOPs, memory and, given the seconds of a training step, speed and time left.
+    """The text of --dry-run: parameters, batch, data, FLOPs, memory and, given the seconds of a
+    training step, speed and time left.
 
-    data_summary: manifest, fingerprint, train_samples, train_tokens (or frames), validation_samples, validation_tokens (or frames),
-    vocabulary_size (or dimension), context_length; or None. Raises ConfigError when the batch does not divide over the processes.
+    data_summary: manifest, fingerprint, train_samples, train_tokens (or frames),
+    validation_samples, validation_tokens (or frames), vocabulary_size (or dimension),
+    context_length; or None. Raises ConfigError when the batch does not divide over the processes.
     """
     train, positions = config.train, config.data.context_length
     micro_batch, accumulation = batch_arithmetic(train, world_size, paired=config.refinement.replay)

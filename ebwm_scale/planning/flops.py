@@ -1,9 +1,11 @@
-"""FLOPs of a training step, in closed forms from the configuration, tested against counted products.
+"""FLOPs of a training step, in closed forms from the configuration, tested against counted
+products.
 
     step_flops(config, samples=128)["observed"]
 
-Legend: B samples, S positions, D width, K = H_kv d width of keys, F feed-forward width, L blocks, V size of a state,
-N refinement steps, G of them with a graph, R = B S rows. A FLOP is half a multiply-add.
+Legend: B samples, S positions, D width, K = H_kv d width of keys, F feed-forward width, L blocks, V
+size of a state, N refinement steps, G of them with a graph, R = B S rows. A FLOP is half a
+multiply-add.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all
 from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes
 
-# Products of (queries, keys, d) that each level of the predicted stream's attention needs at least. The Triton kernels make more of them, to
-# keep less (attention_ops.PRODUCTS): their way of computing, not the model's work.
+# Products of (queries, keys, d) that each level of the predicted stream's attention needs at least.
+# The Triton kernels make more of them, to keep less (attention_ops.PRODUCTS): their way of
+# computing, not the model's work.
 ATTENTION_FORWARD = PRODUCTS["reference"]["forward"]
 ATTENTION_INNER, ATTENTION_FIRST_ORDER = PRODUCTS["reference"]["gradient"]
 ATTENTION_SECOND_ORDER = PRODUCTS["reference"]["double_backward"][0]
-# Products of scaled_dot_product_attention as PyTorch counts them: over the whole square, causal or not; scores again in the backward.
+# Products of scaled_dot_product_attention as PyTorch counts them: over the whole square, causal or
+# not; scores again in the backward.
 SDPA_FORWARD, SDPA_BACKWARD = 2, 5
 
 
@@ -81,13 +85,16 @@ class StepSizes:
 
 
 def step_flops(config: Config, *, samples: int, num_steps: int | None = None) -> dict[str, float]:
-    """FLOPs of one training step (forward and backward, all refinement steps) of `samples` samples, by part; the sum is the step.
+    """FLOPs of one training step (forward and backward, all refinement steps) of `samples` samples,
+    by part; the sum is the step.
 
-    Counted: matrix products and attention, 2 per multiply-add: attention of the predicted stream over the (query, key) pairs that exist, of
-    the observed stream over the whole square (PyTorch's count; a causal kernel may do half). Not counted: elementwise work,
-    softmax, row-wise dot products, optimizer. "recomputation" is what activation checkpointing adds; leave it out for an MFU.
-    num_steps: refinement steps of this training step where they vary; default refinement.num_steps.
-    Needs a resolved config with data.context_length and model.vocabulary_size or state.dimension.
+    Counted: matrix products and attention, 2 per multiply-add: attention of the predicted stream
+    over the (query, key) pairs that exist, of the observed stream over the whole square (PyTorch's
+    count; a causal kernel may do half). Not counted: elementwise work, softmax, row-wise dot
+    products, optimizer. "recomputation" is what activation checkpointing adds; leave it out for an
+    MFU. num_steps: refinement steps of this training step where they vary; default
+    refinement.num_steps. Needs a resolved config with data.context_length and model.vocabulary_size
+    or state.dimension.
     """
     z = StepSizes.of(config, num_steps)
     rows = samples * z.positions
@@ -108,7 +115,8 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
             "output" if frames else "vocabulary": 3 * (state_product + hidden_product),
         }
     N, G = z.steps, z.graph_steps
-    # Of the last block only keys and values of the observed stream exist; adaLN of its final norm is computed but not used.
+    # Of the last block only keys and values of the observed stream exist; adaLN of its final norm
+    # is computed but not used.
     observed_rows, observed_blocks = (
         samples * (z.positions + z.offset),
         blocks - z.block_weights + 2 * z.width * z.keys,
@@ -126,7 +134,8 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         + 4.0 * z.graph_contexts * (observed_rows * observed_blocks + observed_modulation),
         "predicted_forward": 2.0 * N * (rows * (blocks + head) + modulation),
         "inner_gradient": 2.0 * N * rows * (blocks + head),
-        # Per weight: two products for the double backward of dx = dy W, two for x W; the energy itself is not in the loss.
+        # Per weight: two products for the double backward of dx = dy W, two for x W; the energy
+        # itself is not in the loss.
         "outer_backward": G * (8.0 * rows * blocks + 4.0 * modulation + 2.0 * rows * head),
         "recomputation": G * _recomputation(config, z, rows, attention)
         + (config.refinement.recompute == "block")
@@ -158,15 +167,20 @@ def model_flops(flops: dict[str, float]) -> float:
 
 
 def _state_products(config: Config, z: StepSizes) -> int:
-    """Products of size rows * V * D of all refinement steps, see kernels/ebwm_kernels/vocabulary/api.py and model/states.py."""
+    """Products of size rows * V * D of all refinement steps, see
+    kernels/ebwm_kernels/vocabulary/api.py and model/states.py.
+    """
     refinement, N, G = config.refinement, z.steps, z.graph_steps
     if config.state.kind == "embedding" or refinement.graph == "full":
-        # Plain autograd: into a step and out of it, W's gradient from both, and the way back through the latter; full: through both.
+        # Plain autograd: into a step and out of it, W's gradient from both, and the way back
+        # through the latter; full: through both.
         return 2 * N + 3 * G + (G - 1 if refinement.graph == "full" else 0)
     if refinement.update == "probabilities" and refinement.noise == 0:
         return (
             2 * N + 2 + G
-        )  # a step's loss and the next step's entry share one W gradient; only the last loss needs two of its own
+            # a step's loss and the next step's entry share one W gradient; only the last loss needs two
+            # of its own
+        )
     scored = min(
         G + 1, N
     )  # losses computed with their two gradients: those with a graph, and the one before, unread
@@ -176,8 +190,10 @@ def _state_products(config: Config, z: StepSizes) -> int:
 def _recomputation(config: Config, z: StepSizes, rows: int, attention: float) -> float:
     """FLOPs that refinement.recompute adds per step with a graph.
 
-    step: the step is computed again in the backward. block: the four lines of refinement/block_recompute.py; per weight 4 forwards in place of 1, 2 inner
-    gradients in place of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is spared once.
+    step: the step is computed again in the backward. block: the four lines of
+    refinement/block_recompute.py; per weight 4 forwards in place of 1, 2 inner gradients in place
+    of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is
+    spared once.
     """
     blocks, modulation = z.layers * z.block_weights, z.modulation_weights + z.final_modulation
     if config.refinement.recompute == "step":

@@ -9,8 +9,9 @@ import torch
 
 from ebwm_scale.planning.memory import GIB
 
-# Dense peaks in TFLOP/s as NVIDIA publishes them (product datasheets and architecture papers): bf16 on tensor cores with fp32 accumulation,
-# fp32 on CUDA cores (TF32 is off). First match in the device's name counts; None: the device has no such units.
+# Dense peaks in TFLOP/s as NVIDIA publishes them (product datasheets and architecture papers): bf16
+# on tensor cores with fp32 accumulation, fp32 on CUDA cores (TF32 is off). First match in the
+# device's name counts; None: the device has no such units.
 PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
     ("B200", 2250, 75),  # HGX B200 datasheet (a GB200's is higher: 2500, 80)
     ("H200 NVL", 835.5, 60),
@@ -28,7 +29,9 @@ PEAK_TFLOPS: tuple[tuple[str, float | None, float], ...] = (
 
 
 def peak_flops_per_s(precision: str) -> float | None:
-    """Dense peak in FLOP/s of the CUDA device in use for "fp32" or "bf16"; None on a CPU or for a device that is not in the table."""
+    """Dense peak in FLOP/s of the CUDA device in use for "fp32" or "bf16"; None on a CPU or for a
+    device that is not in the table.
+    """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"precision is {precision!r}: must be fp32 or bf16")
     if not torch.cuda.is_available():
@@ -46,7 +49,11 @@ HEADROOM = 0.08  # of a GPU's memory: CUDA context, allocator's fragments, NCCL 
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of node. Peaks in TFLOP/s, memory in GiB per GPU, bandwidths in GB/s per GPU and direction; vendors' figures."""
+    """A kind of node.
+
+    Peaks in TFLOP/s, memory in GiB per GPU, bandwidths in GB/s per GPU and direction; vendors'
+    figures.
+    """
 
     name: str
     gpus: int
@@ -56,9 +63,8 @@ class Machine:
     within: float  # between GPUs of a node
     between: float  # between nodes
     source: str
-    rates: Mapping[str, float] | None = (
-        None  # share of the peak that each part reaches, fitted to measured steps; None: UTILISATION, assumed
-    )
+    # share of the peak that each part reaches, fitted to measured steps; None: UTILISATION, assumed
+    rates: Mapping[str, float] | None = None
 
     @property
     def assumed(self) -> bool:
@@ -150,7 +156,8 @@ MACHINES = {
             0.16,
             10,
             1.25,
-            "2 cores of a Xeon at 2.5 GHz with AVX-512: 2 x 2.5e9 x 32 FLOPs in fp32; rates fitted to results/bench_step_*_xeon.json",
+            "2 cores of a Xeon at 2.5 GHz with AVX-512: 2 x 2.5e9 x 32 FLOPs in fp32; rates "
+            "fitted to results/bench_step_*_xeon.json",
             {"blocks": 0.30, "attention": 0.60, "vocabulary": 0.68},
         ),
         Machine(
@@ -161,11 +168,13 @@ MACHINES = {
             0.33,
             10,
             1.25,
-            "2 cores of an EPYC at 2.6 GHz with AVX-512: 2 x 2.6e9 x 64 FLOPs in fp32; rates fitted to results/bench_step_xxs.json and bench_step_sweeps.json",
+            "2 cores of an EPYC at 2.6 GHz with AVX-512: 2 x 2.6e9 x 64 FLOPs in fp32; rates "
+            "fitted to results/bench_step_xxs.json and bench_step_sweeps.json",
             {"blocks": 0.34, "attention": 0.85, "vocabulary": 0.48},
         ),
     )
 }
 
-# Share of the peak that each part reaches on a GPU: assumed. Double backward of attention and the elementwise work between products is what is slow.
+# Share of the peak that each part reaches on a GPU: assumed. Double backward of attention and the
+# elementwise work between products is what is slow.
 UTILISATION = {"blocks": 0.45, "attention": 0.25, "vocabulary": 0.40}

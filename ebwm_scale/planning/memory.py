@@ -1,4 +1,5 @@
-"""Memory of a process at its peak in a training step, by part: an estimate, calibrated on measured peaks.
+"""Memory of a process at its peak in a training step, by part: an estimate, calibrated on measured
+peaks.
 
 memory_estimate(config, world_size=8, micro_batch=4)        GiB by part
 """
@@ -16,7 +17,8 @@ from ebwm_scale.planning.parameters import count_parameters
 GIB = 2.0**30
 
 
-# What autograd keeps per row and block, read off the operations and tested against the live tensors of a step.
+# What autograd keeps per row and block, read off the operations and tested against the live tensors
+# of a step.
 OBSERVED_D, OBSERVED_F = (
     7,
     3,
@@ -31,15 +33,12 @@ OBSERVED_ADALN_D, PREDICTED_ADALN_D = (
     5,
     8,
 )  # a modulated norm keeps its input, a gate what it gates; and their cotangents
-OUTSIDE_D = (
-    6  # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
-)
-REDUCE_BUCKET = (
-    500_000_000  # numbers of gradients that DeepSpeed sends together at most: its default
-)
-ATTENTION_BLOCKS = (
-    6  # score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
-)
+# per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
+OUTSIDE_D = 6
+# numbers of gradients that DeepSpeed sends together at most: its default
+REDUCE_BUCKET = 500_000_000
+# score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
+ATTENTION_BLOCKS = 6
 STATES = {
     "probabilities": 2,
     "mirror": 3,
@@ -57,16 +56,20 @@ FRAME_STATES = 4  # per step: state, slope, alpha * slope, difference to the tar
 def memory_estimate(
     config: Config, *, world_size: int, micro_batch: int, device: str | None = None
 ) -> dict[str, float]:
-    """GiB by part, "total" last, of one process at its peak in a training step of micro_batch samples: what tensors need.
+    """GiB by part, "total" last, of one process at its peak in a training step of micro_batch
+    samples: what tensors need.
 
-    Activations and states are those of one tile (refinement/loop.py); device: "cpu" or "cuda", whose tiles differ; default: what is here.
+    Activations and states are those of one tile (refinement/loop.py); device: "cpu" or "cuda",
+    whose tiles differ; default: what is here.
 
-    The runtime (libraries: about 0.1 GiB on a CPU; a CUDA context), the loader and the replay buffer come on top, and an allocator's
-    waste: glibc's on a CPU holds as much again unless the environment has MALLOC_MMAP_THRESHOLD_=65536. "gradients" holds the fp32 copy
-    that a bf16 update works on, "optimizer" AdamW's two moments and, under bf16 or ZeRO, a master copy of the weights; neither is here
-    where deepspeed.offload keeps it on the host. "workspace" is the largest of what lives for a moment: chunks of the vocabulary in the
-    forward, or in the backward score blocks and, under checkpoint step, the recomputed step. Gradients count as there all the time.
-    Needs what step_flops needs.
+    The runtime (libraries: about 0.1 GiB on a CPU; a CUDA context), the loader and the replay
+    buffer come on top, and an allocator's waste: glibc's on a CPU holds as much again unless the
+    environment has MALLOC_MMAP_THRESHOLD_=65536. "gradients" holds the fp32 copy that a bf16 update
+    works on, "optimizer" AdamW's two moments and, under bf16 or ZeRO, a master copy of the weights;
+    neither is here where deepspeed.offload keeps it on the host. "workspace" is the largest of what
+    lives for a moment: chunks of the vocabulary in the forward, or in the backward score blocks
+    and, under checkpoint step, the recomputed step. Gradients count as there all the time. Needs
+    what step_flops needs.
     """
     from ebwm_scale.world_model import WorldModel
 
@@ -103,7 +106,8 @@ def memory_estimate(
     ):
         workspace += (
             element * num_parameters
-        )  # a micro-batch's gradients are summed on their own, beside those accumulated or partitioned
+            # a micro-batch's gradients are summed on their own, beside those accumulated or partitioned
+        )
     if stage == 3:  # whole while they are used; the baseline gathers a block at a time too
         blocks = z.layers * (z.block_weights + 2 * D)
         workspace += element * min(
@@ -168,7 +172,9 @@ def memory_estimate(
 def _tile(
     config: Config, z: StepSizes, micro_batch: int, device: str | None
 ) -> tuple[int, int, int]:
-    """The largest tile of refinement/loop.py: its rows, its samples, and into how many parts a sample's positions are cut."""
+    """The largest tile of refinement/loop.py: its rows, its samples, and into how many parts a
+    sample's positions are cut.
+    """
     from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -179,7 +185,9 @@ def _tile(
 
 
 def _predicted_kept(config: Config, z: StepSizes, live_steps: int) -> tuple[int, int]:
-    """Numbers per row of the predicted stream: (kept of the steps whose graph lives at a time, of one step when recomputed)."""
+    """Numbers per row of the predicted stream: (kept of the steps whose graph lives at a time, of
+    one step when recomputed).
+    """
     adaptive = PREDICTED_ADALN_D * z.width if z.modulation_weights else 0
     blocks = z.layers * (PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive)
     outside = OUTSIDE_D * z.width * live_steps

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-PARAMETER_PARTS = {  # first parts of a parameter's name -> the part it counts for, in the order of the report
+# first parts of a parameter's name -> the part it counts for, in the order of the report
+PARAMETER_PARTS = {
     "token_embedding": "token_embedding",
     "frame_projection": "frame_projection",
     "state_map": "state_map",
@@ -20,9 +21,11 @@ PARAMETER_PARTS = {  # first parts of a parameter's name -> the part it counts f
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Numbers in the model's parameters by part, learned or not, "total" last; a shared parameter counts once.
+    """Numbers in the model's parameters by part, learned or not, "total" last; a shared parameter
+    counts once.
 
-    model: a WorldModel (not an engine around one). Raises KeyError for a parameter that belongs to no known part.
+    model: a WorldModel (not an engine around one). Raises KeyError for a parameter that belongs to
+    no known part.
     """
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():

@@ -1,12 +1,14 @@
-"""What a configuration would take on a cluster: memory, communication, time, cost; which ZeRO stage and micro-batch to use. Nothing is allocated.
+"""What a configuration would take on a cluster: memory, communication, time, cost; which ZeRO stage
+and micro-batch to use. Nothing is allocated.
 
     python -m ebwm_scale.plan --config configs/nlp/anchored.yaml --machine h100 --nodes 8 --tokens 100e9
 
 Memory and FLOPs are planning/flops.py's. Time is the sum of
     computation      FLOPs of each part over (vendor's peak x utilisation of that part)
     communication    bytes that a process sends and receives over its bandwidth, nothing overlapped
-so a plan is slower than what overlaps well. Utilisations of GPUs are assumptions (UTILISATION) until someone measures them with tools/bench_step.py; those of the two CPU
-machines are fitted to measured steps, and tests compare the fit with every measured step there is (results/planner.json).
+so a plan is slower than what overlaps well. Utilisations of GPUs are assumptions (UTILISATION)
+until someone measures them with tools/bench_step.py; those of the two CPU machines are fitted to
+measured steps, and tests compare the fit with every measured step there is (results/planner.json).
 """
 
 from __future__ import annotations
@@ -25,12 +27,17 @@ from ebwm_scale.refinement.step_plan import num_graph_steps
 GRADIENT_PASSES = {
     "graph": 4,
     "plain": 2,
-}  # times a block's parameters are gathered per refinement step at stage 3: refinement/block_recompute.py
+    # times a block's parameters are gathered per refinement step at stage 3:
+    # refinement/block_recompute.py
+}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one ZeRO stage. memory: GiB by part; seconds of a training step; None where not even one sample fits."""
+    """Of one ZeRO stage.
+
+    memory: GiB by part; seconds of a training step; None where not even one sample fits.
+    """
 
     stage: int
     micro_batch: int | None
@@ -59,9 +66,11 @@ def plan(
     gpus_per_node: int | None = None,
     micro_batch: int | None = None,
 ) -> list[Plan]:
-    """A plan for each ZeRO stage that the configuration can run at, with its largest micro-batch that fits (or the one given).
+    """A plan for each ZeRO stage that the configuration can run at, with its largest micro-batch
+    that fits (or the one given).
 
-    Needs what step_flops needs: data.context_length and the size of the vocabulary or the state. Raises ConfigError where the global batch does not divide.
+    Needs what step_flops needs: data.context_length and the size of the vocabulary or the state.
+    Raises ConfigError where the global batch does not divide.
     """
     gpus = gpus_per_node or machine.gpus
     world = nodes * gpus
@@ -93,7 +102,10 @@ def recommended(plans: list[Plan]) -> Plan | None:
 
 
 def _divisors(config: Config, world: int) -> list[int]:
-    """Micro-batches that the global batch divides into, largest first. Raises ConfigError for a world that it does not divide into at all."""
+    """Micro-batches that the global batch divides into, largest first.
+
+    Raises ConfigError for a world that it does not divide into at all.
+    """
     batch_arithmetic(config.train, world, paired=config.refinement.replay)
     share = config.train.global_batch_size // world
     return [
@@ -159,7 +171,8 @@ def _peak(config: Config, machine: Machine) -> float:
 
 
 def communicated(config: Config, *, world: int, accumulation: int) -> float:
-    """Bytes that a process sends in a training step, ring algorithms: (n - 1) / n of what is reduced or gathered.
+    """Bytes that a process sends in a training step, ring algorithms: (n - 1) / n of what is
+    reduced or gathered.
 
     stage 0, 1   gradients are reduced and come back (or weights do):     2 P
     stage 2      gradients of every micro-batch are reduced, weights gathered:   accumulation P + P

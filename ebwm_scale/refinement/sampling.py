@@ -1,7 +1,7 @@
 """The random numbers of refinement: initial states, step sizes, Langevin noise.
 
-Every number is addressed by (seed, training step, sample, position), see refinement/noise.py, so that
-nothing depends on processes, batches or tiles.
+Every number is addressed by (seed, training step, sample, position), see refinement/noise.py, so
+that nothing depends on processes, batches or tiles.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The clips of a video run as plain values for the report: context, candidates with their energies, the truth, and a continuation."""
+"""The clips of a video run as plain values for the report: context, candidates with their energies,
+the truth, and a continuation.
+"""
 
 from __future__ import annotations
 

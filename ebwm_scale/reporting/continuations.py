@@ -1,4 +1,6 @@
-"""The continuations of a text run as plain values for the report: prompt, continuation, and the candidates of its first positions."""
+"""The continuations of a text run as plain values for the report: prompt, continuation, and the
+candidates of its first positions.
+"""
 
 from __future__ import annotations
 
@@ -91,5 +93,8 @@ def _text(value: Any) -> str:
 
 
 def _more(listed: list, shown: int) -> str:
-    """How many are left out, as text; empty if none is. A list that was cut has at least that many."""
+    """How many are left out, as text; empty if none is.
+
+    A list that was cut has at least that many.
+    """
     return f"{len(listed) - shown:,}" if len(listed) > shown else ""

@@ -1,10 +1,11 @@
-"""The rows of metrics.jsonl, thinned while they are read: what a report shows of a run of any length.
+"""The rows of metrics.jsonl, thinned while they are read: what a report shows of a run of any
+length.
 
     first reading       the step and the split of every line (9 bytes each): which lines count, and where
     second reading      training rows into at most POINTS bins of neighbouring steps, validation rows chosen
 
-A resumed run logs some steps again, and a file may hold its rows in any order: of each step the last row
-counts. So nothing of a row is kept but sums, extremes and, for medians, every n-th value.
+A resumed run logs some steps again, and a file may hold its rows in any order: of each step the
+last row counts. So nothing of a row is kept but sums, extremes and, for medians, every n-th value.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ _TRAINING, _VALIDATION = 1, 2
 
 
 def number(value: Any) -> float:
-    """`value` as a float; NaN for what is no finite number (absent, null, text, infinite, absurdly large)."""
+    """`value` as a float; NaN for what is no finite number (absent, null, text, infinite, absurdly
+    large).
+    """
     if type(value) is not float:  # the common case first: a long run has millions of values
         if not isinstance(value, (int, str)):
             return math.nan
@@ -95,8 +98,9 @@ def is_broken(row: dict) -> bool:
 class Curve:
     """One logged quantity over the training: its rows in bins of neighbouring steps.
 
-    x, mean, low, high: (n,) float64, n at most POINTS, only bins that a row with this quantity falls
-    into; mean, low and high are NaN where none of them is finite. first, last: finite values, or NaN.
+    x, mean, low, high: (n,) float64, n at most POINTS, only bins that a row with this quantity
+    falls into; mean, low and high are NaN where none of them is finite. first, last: finite values,
+    or NaN.
     """
 
     def __init__(self, num_bins: int, stride: int):
@@ -217,7 +221,9 @@ class Validation:
 
 
 def read_metrics(rows: Rows) -> tuple[Training, Validation, int]:
-    """(training, validation, number of unreadable or unusable lines); UserError if the file cannot be read."""
+    """(training, validation, number of unreadable or unusable lines); UserError if the file cannot
+    be read.
+    """
     kinds, steps = bytearray(), array("q")
     unusable = 0
     for row in rows:
@@ -315,7 +321,9 @@ class _Choosing:
 
 
 def thin_by_stride(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every n-th point and the last one: validation points are exact, so they are chosen and not averaged."""
+    """Every n-th point and the last one: validation points are exact, so they are chosen and not
+    averaged.
+    """
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
     return x[keep], y[keep]
 

@@ -1,4 +1,6 @@
-"""evaluation.json as one self-contained page: thinking curves with their intervals, and what the energy says."""
+"""evaluation.json as one self-contained page: thinking curves with their intervals, and what the
+energy says.
+"""
 
 from __future__ import annotations
 
@@ -110,8 +112,10 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             else "changes no more than this many samples show"
         )
         lines.append(
-            f"From the first step to the {result['trained_steps']} that were trained the loss {verdict}: "
-            f"it falls by {with_interval(gain)}. Whether more steps help shows beside a model trained with one."
+            f"From the first step to the {result['trained_steps']} that were trained the loss "
+            f"{verdict}: "
+            f"it falls by {with_interval(gain)}. Whether more steps help shows beside a model "
+            "trained with one."
         )
     correlation = result["energy"]["rank_correlation_with_error"]
     says = (
@@ -124,8 +128,11 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     lines.append(f"The final energy {says}: rank correlation {with_interval(correlation)}.")
     allocation = result["allocation"]
     lines.append(
-        f"Stopping early (tolerance {show(allocation['tolerance'])}) uses {show(allocation['mean_steps'])} of {allocation['max_steps']} steps, {allocation['saved']:.0%} fewer, at a loss of "
-        f"{with_interval(allocation['loss_stopped'])} against {with_interval(allocation['loss_running_on'])}; rank correlation of steps and error "
+        f"Stopping early (tolerance {show(allocation['tolerance'])}) uses "
+        f"{show(allocation['mean_steps'])} of {allocation['max_steps']} steps, "
+        f"{allocation['saved']:.0%} fewer, at a loss of "
+        f"{with_interval(allocation['loss_stopped'])} against "
+        f"{with_interval(allocation['loss_running_on'])}; rank correlation of steps and error "
         f"{with_interval(allocation['rank_correlation_of_steps_with_error'])}."
     )
     if "uncertainty" in result:
@@ -134,7 +141,9 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         )
     if "foreign" in result:
         lines.append(
-            f"Real text has the lower energy than shuffled text in {with_interval(result['foreign']['share_of_pairs_in_which_real_is_lower'])} of pairs (0.5: cannot tell)."
+            "Real text has the lower energy than shuffled text in "
+            f"{with_interval(result['foreign']['share_of_pairs_in_which_real_is_lower'])} of "
+            "pairs (0.5: cannot tell)."
         )
     return lines
 
@@ -157,7 +166,10 @@ def _starts(axes: Axes, points: list[dict], unit: str) -> str:
         axes, [p["num_starts"] for p in points], points, LIGHT["curve3"], "lowest energy", "-"
     )
     axes.set_xlabel("starts"), axes.set_ylabel(unit)
-    return f"Mean energy {show(points[0]['mean_energy'])} with {points[0]['num_starts']}, {show(points[-1]['mean_energy'])} with {points[-1]['num_starts']}."
+    return (
+        f"Mean energy {show(points[0]['mean_energy'])} with {points[0]['num_starts']}, "
+        f"{show(points[-1]['mean_energy'])} with {points[-1]['num_starts']}."
+    )
 
 
 def _deciles(axes: Axes, points: list[dict], by: str, what: str) -> str:
@@ -169,7 +181,10 @@ def _deciles(axes: Axes, points: list[dict], by: str, what: str) -> str:
         markersize=3,
     )
     axes.set_xlabel(f"mean {by} of the tenth"), axes.set_ylabel(what)
-    return f"From {show(points[0]['mean'])} in the lowest tenth to {show(points[-1]['mean'])} in the highest."
+    return (
+        f"From {show(points[0]['mean'])} in the lowest tenth to {show(points[-1]['mean'])} in the "
+        "highest."
+    )
 
 
 def _with_band(

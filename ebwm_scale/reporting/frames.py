@@ -1,4 +1,7 @@
-"""Frames as files for people: a contact sheet, a gif, an mp4. Predicted frames have a coloured border."""
+"""Frames as files for people: a contact sheet, a gif, an mp4.
+
+Predicted frames have a coloured border.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ SUFFIXES = (".png", ".gif", ".mp4")
 def write_continuation(
     path: Path, context: np.ndarray, predicted: np.ndarray, *, interval_s: float
 ) -> None:
-    """context (n, height, width, 3) and predicted (m, height, width, 3) uint8 as .png (both in rows), .gif or .mp4. Raises UserError."""
+    """context (n, height, width, 3) and predicted (m, height, width, 3) uint8 as .png (both in
+    rows), .gif or .mp4. Raises UserError.
+    """
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of file; use {', '.join(SUFFIXES)}")
     frames = [enlarged(frame) for frame in context] + [

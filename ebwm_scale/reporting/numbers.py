@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 
 def show(value: float) -> str:
-    """A number for people: about four significant digits, thousands separated, a true minus, an exponent only where needed."""
+    """A number for people: about four significant digits, thousands separated, a true minus, an
+    exponent only where needed.
+    """
     size = abs(value)
     if value != value:
         return "not a number"

@@ -1,9 +1,11 @@
-"""Self-contained HTML pages in one style: an escaping template, its colours, and plots as inline SVG.
+"""Self-contained HTML pages in one style: an escaping template, its colours, and plots as inline
+SVG.
 
     data -> plain values (reporting/report_page.py, reporting/evaluation_page.py, reporting/scaling_page.py) -> render(template, ...)
 
-Templates are in templates/. Whatever they show is escaped; a value that a template asks for and that is not
-given is an error. Only drawings are put in as they are: matplotlib made them, and it escapes its texts.
+Templates are in templates/. Whatever they show is escaped; a value that a template asks for and
+that is not given is an error. Only drawings are put in as they are: matplotlib made them, and it
+escapes its texts.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from matplotlib.figure import Figure
 
 from ebwm_scale.reporting.plots import NARROW, PALETTE, STYLE, Plot, inline_svg
 
-# The pages' own colours, (light, dark) as in PALETTE. Good and bad are blue-green and vermilion, and always carry a sign and a word.
+# The pages' own colours, (light, dark) as in PALETTE. Good and bad are blue-green and vermilion,
+# and always carry a sign and a word.
 PAGE_COLOURS = {
     "page": ("#f6f7f9", "#12161c"),
     "card": ("#ffffff", "#1b2129"),

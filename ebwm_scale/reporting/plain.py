@@ -1,8 +1,9 @@
-"""What a page shows of values that others wrote: plain, of bounded size (`bounded`), and printable (`printable`).
+"""What a page shows of values that others wrote: plain, of bounded size (`bounded`), and printable
+(`printable`).
 
-Samples, summaries, configurations and results are read from files that anybody may have written. `bounded`
-copies such a value with limits on depth, items, text and the whole, so that neither a list of a million
-items nor a YAML alias that stands for a billion can fill the memory or the page.
+Samples, summaries, configurations and results are read from files that anybody may have written.
+`bounded` copies such a value with limits on depth, items, text and the whole, so that neither a
+list of a million items nor a YAML alias that stands for a billion can fill the memory or the page.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class _Copy:
 
 
 def printable(text: str, limit: int = MAX_TEXT) -> str:
-    """The text cut to a length, with a sign in place of what no page can hold: controls, half surrogates."""
+    """The text cut to a length, with a sign in place of what no page can hold: controls, half
+    surrogates.
+    """
     cut = text if len(text) <= limit else text[:limit] + CUT
     if cut.isprintable():
         return cut

@@ -1,7 +1,9 @@
-"""The plots of a run report: curves of one run (and a comparison run) -> inline SVG that follows the page's colours, and one PNG.
+"""The plots of a run report: curves of one run (and a comparison run) -> inline SVG that follows
+the page's colours, and one PNG.
 
-A drawing function fills one pair of axes and returns the sentence under the plot, with the numbers in it; None means
-that the run did not log what the plot needs. Figures are small on purpose: their text has to stay legible on a phone.
+A drawing function fills one pair of axes and returns the sentence under the plot, with the numbers
+in it; None means that the run did not log what the plot needs. Figures are small on purpose: their
+text has to stay legible on a phone.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from ebwm_scale.reporting.numbers import show, show_change
 MAX_CURVES = 6  # refinement steps drawn in one plot; the first and the last always are
 RECENT = 0.1  # "at the end" means the last tenth of the logged training steps
 
-# role -> (on a light page, on a dark page). The SVG refers to the roles as CSS variables; the PNG has the light colours.
-# Order is carried by lightness and kind by dash pattern, so that no reader depends on telling hues apart.
+# role -> (on a light page, on a dark page). The SVG refers to the roles as CSS variables; the PNG
+# has the light colours. Order is carried by lightness and kind by dash pattern, so that no reader
+# depends on telling hues apart.
 PALETTE: dict[str, tuple[str, str]] = {
     "ink": ("#1c2128", "#e7eaef"),
     "muted": ("#59636f", "#a3adba"),
@@ -291,12 +294,15 @@ def draw_energy(axes: Axes, run: Run, baseline: Run | None) -> str | None:
         "model", "conditioning"
     ) not in (None, "default"):
         return (
-            f"Mean energy of the states before each update; at the end {show(at_end[0])} before the first and "
-            f"{show(at_end[-1])} before the last. Each step has a landscape of its own here, so their levels do not compare."
+            f"Mean energy of the states before each update; at the end {show(at_end[0])} before "
+            "the first and "
+            f"{show(at_end[-1])} before the last. Each step has a landscape of its own here, so "
+            "their levels do not compare."
         )
     verb = "falls" if at_end[-1] < at_end[0] else "does not fall"
     return (
-        f"Mean energy of the states before each update. At the end of training it {verb} along the refinement: "
+        f"Mean energy of the states before each update. At the end of training it {verb} along "
+        "the refinement: "
         f"{show(at_end[0])} before the first step, {show(at_end[-1])} before the last."
     )
 
@@ -309,7 +315,10 @@ def draw_step_size(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     learned = {True: "learned", False: "fixed"}.get(
         run.setting("refinement", "learnable"), "logged"
     )
-    return f"How far one refinement step moves down the energy gradient ({learned}): from {show(curve.first)} to {show(curve.last)}."
+    return (
+        f"How far one refinement step moves down the energy gradient ({learned}): from "
+        f"{show(curve.first)} to {show(curve.last)}."
+    )
 
 
 def draw_gradient_norm(axes: Axes, run: Run, baseline: Run | None) -> str | None:
@@ -371,7 +380,9 @@ def _chosen(count: int) -> list[int]:
 
 
 def _curve_style(index: int, count: int) -> dict[str, Any]:
-    """Of the curve of one refinement step of `count`: darker with the step, the last one drawn thick."""
+    """Of the curve of one refinement step of `count`: darker with the step, the last one drawn
+    thick.
+    """
     shade = 5 if count == 1 else round(5 * index / (count - 1))
     is_last = index == count - 1
     return {
@@ -412,7 +423,9 @@ def _why_empty(name: str, run: Run) -> str:
 
 
 def inline_svg(svg: str, name: str, alt: str) -> str:
-    """An SVG document as part of an HTML page: ids of its own, the page's colours and font, no reference to anything outside."""
+    """An SVG document as part of an HTML page: ids of its own, the page's colours and font, no
+    reference to anything outside.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     view_box = re.search(r'viewBox="[^"]*"', svg).group()
@@ -466,7 +479,9 @@ def _legend(axes: Axes) -> None:
 def _limit(
     axes: Axes, shown: list[np.ndarray], references: list[np.ndarray], *, both: bool = False
 ) -> list[str]:
-    """Keep a few huge values (a first loss of 1e4 is normal with a large step size) from flattening everything else; say so."""
+    """Keep a few huge values (a first loss of 1e4 is normal with a large step size) from flattening
+    everything else; say so.
+    """
     values = np.concatenate(shown) if shown else np.array([])
     values = values[np.isfinite(values)]
     fixed = np.concatenate(references) if references else np.array([])

@@ -1,4 +1,7 @@
-"""A run folder -> Run (reporting/run_data.py). Read leniently: what is missing or damaged is named in the page."""
+"""A run folder -> Run (reporting/run_data.py).
+
+Read leniently: what is missing or damaged is named in the page.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ MAX_NODES = {"config.yaml": 4_000, "samples.json": 200_000, "summary.json": 4_00
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`; UserError when it is no folder or has no metrics, notes for everything else."""
+    """The run in `folder`; UserError when it is no folder or has no metrics, notes for everything
+    else.
+    """
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such run folder; give the folder that train.py wrote (--run-dir)"
@@ -29,17 +34,20 @@ def read_run(folder: Path) -> Run:
     path, notes = folder / "metrics.jsonl", []
     if not path.is_file():
         raise UserError(
-            f"{folder}: has no metrics.jsonl; give a run folder in which training has logged at least one step"
+            f"{folder}: has no metrics.jsonl; give a run folder in which training has logged at "
+            "least one step"
         )
     training, validation, unreadable = read_metrics(Rows(path))
     if not training.num_rows and not validation.num_rows:
         raise UserError(
-            f"{path}: has no complete row ({unreadable} unreadable); let the run log at least one step, then try again"
+            f"{path}: has no complete row ({unreadable} unreadable); let the run log at least one "
+            "step, then try again"
         )
     if unreadable:
         lines = "line" if unreadable == 1 else "lines"
         notes.append(
-            f"metrics.jsonl: {unreadable:,} unreadable {lines} left out (a killed process leaves one)."
+            f"metrics.jsonl: {unreadable:,} unreadable {lines} left out (a killed process leaves "
+            "one)."
         )
     if not validation.num_rows:
         notes.append(
@@ -96,7 +104,8 @@ def _read_mapping(
         size = path.stat().st_size
         if size > MAX_BYTES[path.name]:
             notes.append(
-                f"{path.name} has {size:,} bytes, more than the {MAX_BYTES[path.name]:,} that are read: "
+                f"{path.name} has {size:,} bytes, more than the {MAX_BYTES[path.name]:,} that are "
+                "read: "
                 f"{consequence}."
             )
             return None
@@ -113,12 +122,14 @@ def _read_mapping(
         UserError,
     ) as error:
         notes.append(
-            f"{path.name} cannot be read ({printable(' '.join(str(error)[:400].split()), 160)}): {consequence}."
+            f"{path.name} cannot be read ({printable(' '.join(str(error)[:400].split()), 160)}): "
+            f"{consequence}."
         )
         return None
     if not isinstance(value, dict):
         notes.append(
-            f"{path.name} holds a {type(value).__name__} where a mapping is expected: {consequence}."
+            f"{path.name} holds a {type(value).__name__} where a mapping is expected: "
+            f"{consequence}."
         )
         return None
     return bounded(value, nodes=MAX_NODES[path.name])

@@ -1,7 +1,8 @@
-"""The report of a run as one self-contained page: verdict, curves, continuations or clips, facts, details.
+"""The report of a run as one self-contained page: verdict, curves, continuations or clips, facts,
+details.
 
-reporting/read_run.py reads the run folder, reporting/run_data.py judges, reporting/plots.py draws; here all of it becomes the plain,
-bounded values that templates/report.html.j2 shows.
+reporting/read_run.py reads the run folder, reporting/run_data.py judges, reporting/plots.py draws;
+here all of it becomes the plain, bounded values that templates/report.html.j2 shows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A run folder as an object: metrics, events, configuration; damaged and partial folders are read as far as they go."""
+"""A run folder as an object: metrics, events, configuration; damaged and partial folders are read
+as far as they go.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Events:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds (reporting/read_run.py); `notes` says what is missing or could not be read."""
+    """What a run folder holds (reporting/read_run.py); `notes` says what is missing or could not be
+    read.
+    """
 
     folder: Path
     config: dict
@@ -85,7 +89,9 @@ class Run:
 
     @property
     def reference_loss(self) -> float:
-        """What can be had without any model of the context: token frequencies for text, the last frame for video."""
+        """What can be had without any model of the context: token frequencies for text, the last
+        frame for video.
+        """
         key = "unigram_entropy" if self.is_text else "copy_last_loss"
         return next(
             (v for v in (number(row.get(key)) for row in reversed(self.validation)) if v == v),

@@ -1,4 +1,6 @@
-"""Scaling studies as one self-contained page: loss against size, FLOPs and data per form, fits with intervals, crossovers, equal FLOPs."""
+"""Scaling studies as one self-contained page: loss against size, FLOPs and data per form, fits with
+intervals, crossovers, equal FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ MAX_STUDIES = 50
 
 
 def render(studies: Sequence[dict[str, Any]]) -> str:
-    """The page of several studies, each with "title", "axis", "runs", "command" and analyse()'s result."""
+    """The page of several studies, each with "title", "axis", "runs", "command" and analyse()'s
+    result.
+    """
     return render_page(
         "scaling.html.j2",
         title="Scaling studies",
@@ -121,17 +125,27 @@ def sentences(fit: dict[str, Any], unit: str) -> list[str]:
             else "scales no differently, as far as these runs show, than"
         )
         text = (
-            f"{form} {verdict} {fit['reference']}: exponents differ by {with_interval(difference)}, "
-            f"relative rate {100 * row['relative_rate']['mean']:+.1f} % [{100 * row['relative_rate']['low']:+.1f}, {100 * row['relative_rate']['high']:+.1f}]. "
-            f"At the largest x its fit is {with_interval(row['loss_difference_at_largest'])} {unit} above."
+            f"{form} {verdict} {fit['reference']}: exponents differ by "
+            f"{with_interval(difference)}, "
+            f"relative rate {100 * row['relative_rate']['mean']:+.1f} % "
+            f"[{100 * row['relative_rate']['low']:+.1f}, "
+            f"{100 * row['relative_rate']['high']:+.1f}]. "
+            f"At the largest x its fit is {with_interval(row['loss_difference_at_largest'])} "
+            f"{unit} above."
         )
         crossover = row["crossover"]
         if crossover is None:
             text += " The fits do not cross beyond it."
         elif crossover["share_of_resamples"] < 0.975:
-            text += f" No crossover is established: only {crossover['share_of_resamples']:.0%} of resamples have one."
+            text += (
+                f" No crossover is established: only {crossover['share_of_resamples']:.0%} of "
+                "resamples have one."
+            )
         else:
-            text += f" Extrapolated, the fits cross at {show(crossover['median'])} [{show(crossover['low'])}, {show(crossover['high'])}]."
+            text += (
+                f" Extrapolated, the fits cross at {show(crossover['median'])} "
+                f"[{show(crossover['low'])}, {show(crossover['high'])}]."
+            )
         lines.append(text)
     return lines
 
@@ -182,7 +196,8 @@ def _iso(axes: Axes, result: dict[str, Any], unit: str) -> str:
         )
     _logarithmic(axes, "FLOPs, matrix products and attention", unit)
     said = [
-        f"{form} {row['difference']['mean'][-1]:+.4g} [{row['difference']['lowest'][-1]:+.4g}, {row['difference']['highest'][-1]:+.4g}]"
+        f"{form} {row['difference']['mean'][-1]:+.4g} [{row['difference']['lowest'][-1]:+.4g}, "
+        f"{row['difference']['highest'][-1]:+.4g}]"
         for form, row in result["forms"].items()
         if "difference" in row
     ]

@@ -9,11 +9,11 @@ from ebwm_scale.reporting.curves import number
 from ebwm_scale.reporting.numbers import show, show_change
 from ebwm_scale.reporting.run_data import SKIPPED, Run
 
-LEARNED_NATS = (
-    1.0  # text: a model that learned context is at least this far below the unigram entropy
-)
+# text: a model that learned context is at least this far below the unigram entropy
+LEARNED_NATS = 1.0
 STEP_GAIN = 0.001  # more refinement steps help when they lower the loss by this fraction
-# Differences between two runs, besides the kind of model, that a reader of the comparison must know of.
+# Differences between two runs, besides the kind of model, that a reader of the comparison must know
+# of.
 COMPARED = (
     ("model", "num_layers"),
     ("model", "width"),
@@ -119,8 +119,11 @@ def _against_initial(run: Run) -> Check:
 
 
 def _against_one_step(run: Run, other: Run | None) -> Check:
-    """Whether thinking longer helps. The losses along one run's steps cannot say: where only the last step is
-    scored, nothing asks the first for a prediction, and where each is, the first knows that others follow."""
+    """Whether thinking longer helps.
+
+    The losses along one run's steps cannot say: where only the last step is scored, nothing asks
+    the first for a prediction, and where each is, the first knows that others follow.
+    """
     claim = "Thinking longer helps: more refinement steps beat a run with one"
     if other is not None and _is_one_step_run(other) and not _is_one_step_run(run):
         return _at_the_same_step(
@@ -140,7 +143,8 @@ def _against_one_step(run: Run, other: Run | None) -> Check:
         "unknown",
         claim,
         show_change(change) + " nats" * run.is_text,
-        f"from step 1 ({show(losses[0])}) to step {len(losses)} ({show(losses[-1])}) of this model; "
+        f"from step 1 ({show(losses[0])}) to step {len(losses)} ({show(losses[-1])}) of this "
+        "model; "
         f"{scored}. Whether more steps help shows beside a run of the same data with "
         "refinement.num_steps=1: give it as --baseline",
     )
@@ -159,7 +163,9 @@ def _against_baseline(run: Run, baseline: Run | None) -> Check:
 
 
 def _at_the_same_step(run: Run, baseline: Run, claim: str, other: str, *, least: float) -> Check:
-    """The two validation losses at the last common step; yes if this run's is lower by `least`, relatively."""
+    """The two validation losses at the last common step; yes if this run's is lower by `least`,
+    relatively.
+    """
     mine, theirs = (
         {row["step"]: row["loss"] for row in rows if math.isfinite(row["loss"])}
         for rows in (run.validation, baseline.validation)

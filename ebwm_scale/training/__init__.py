@@ -1,1 +1,3 @@
-"""From a model and data to a trained run: optimizer, schedules, engine, checkpoints, metrics, and the loop that reads like the paper."""
+"""From a model and data to a trained run: optimizer, schedules, engine, checkpoints, metrics, and
+the loop that reads like the paper.
+"""

@@ -1,4 +1,7 @@
-"""Processes: who am I, start the group, and the few things ranks agree on. The same code under python, deepspeed, torchrun and srun."""
+"""Processes: who am I, start the group, and the few things ranks agree on.
+
+The same code under python, deepspeed, torchrun and srun.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,10 @@ def ranks_from_env() -> Place:
         for key in ("MASTER_ADDR", "MASTER_PORT"):
             if not environment.get(key):
                 raise ConfigError(
-                    f"{key} is not set: {place.size} processes need an address to meet at. Start through "
-                    "slurm/pretrain_nlp.sh, or export it in the job script; for one process: srun --ntasks=1 python ..."
+                    f"{key} is not set: {place.size} processes need an address to meet at. Start "
+                    "through "
+                    "slurm/pretrain_nlp.sh, or export it in the job script; for one process: srun "
+                    "--ntasks=1 python ..."
                 )
         number(environment, "MASTER_PORT", 0)
     elif environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -46,7 +51,8 @@ def init_distributed() -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # known, so not searched for with a warning
     import deepspeed
 
-    # On a CPU DeepSpeed would compile a shared-memory transport at this point: minutes, and a lock that outlives a killed job.
+    # On a CPU DeepSpeed would compile a shared-memory transport at this point: minutes, and a lock
+    # that outlives a killed job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if on_gpu:
         if torch.cuda.device_count() == 1:  # the launcher shows each task its own GPU only
@@ -54,7 +60,8 @@ def init_distributed() -> World:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not on_gpu and size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # every rank would otherwise start a thread per core, and threads that wait for each other in turns are many times slower
+        # every rank would otherwise start a thread per core, and threads that wait for each other
+        # in turns are many times slower
         torch.set_num_threads(
             max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
         )
@@ -71,15 +78,20 @@ def init_distributed() -> World:
 
 
 def _leave_world() -> None:
-    """End a gloo group while the interpreter is whole. Left to the interpreter's own end, its threads sometimes abort a process that has
-    finished what it was doing, and its exit code is lost (134 in place of 75)."""
+    """End a gloo group while the interpreter is whole.
+
+    Left to the interpreter's own end, its threads sometimes abort a process that has finished what
+    it was doing, and its exit code is lost (134 in place of 75).
+    """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 
 def _port_in_use(port: str) -> str:
     return (
-        f"port {port}, at which the launcher has this run's processes meet, is in use on {socket.gethostname()}, most often "
-        "by another run. Give the launcher one of its own: deepspeed --master_port 29501 ebwm_scale/train.py ..., "
+        f"port {port}, at which the launcher has this run's processes meet, is in use on "
+        f"{socket.gethostname()}, most often "
+        "by another run. Give the launcher one of its own: deepspeed --master_port 29501 "
+        "ebwm_scale/train.py ..., "
         "torchrun --standalone (finds one by itself), or MASTER_PORT where you set it"
     )

@@ -1,6 +1,8 @@
-"""train.py --dry-run: what would run and what it costs, with the time of a step measured on this machine. Writes nothing.
+"""train.py --dry-run: what would run and what it costs, with the time of a step measured on this
+machine. Writes nothing.
 
-A CPU measures a small part of a step, of at most MEASURED_FLOPS, and scales it by the FLOPs of the whole; a GPU measures a whole micro-batch.
+A CPU measures a small part of a step, of at most MEASURED_FLOPS, and scales it by the FLOPs of the
+whole; a GPU measures a whole micro-batch.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ BYTES_PER_PARAMETER = 12  # weights, gradients, and what a step holds besides
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is measured of a micro-batch: some samples, maybe of fewer positions, and how much more the whole is."""
+    """What is measured of a micro-batch: some samples, maybe of fewer positions, and how much more
+    the whole is.
+    """
 
     config: Config
     samples: int
@@ -34,7 +38,10 @@ class Part:
 
 
 def dry_run(check: RunCheck, summary: dict, say: Callable[[str], None]) -> None:
-    """Print the resolved configuration, the costs, and the time of the run guessed from one step. summary: of the data."""
+    """Print the resolved configuration, the costs, and the time of the run guessed from one step.
+
+    summary: of the data.
+    """
     config = check.config
     with torch.device("meta"):
         model = WorldModel(config)

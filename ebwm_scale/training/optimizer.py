@@ -1,4 +1,6 @@
-"""AdamW's parameter groups: everything with weight decay, and alpha alone, with a learning rate of its own and no decay."""
+"""AdamW's parameter groups: everything with weight decay, and alpha alone, with a learning rate of
+its own and no decay.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from ebwm_scale.config.schema import Config
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
-    """Groups with `rate_scale`, the factor of their learning rate on the model's; norms and embeddings decay, as released."""
+    """Groups with `rate_scale`, the factor of their learning rate on the model's; norms and
+    embeddings decay, as released.
+    """
     alpha = [p for name, p in model.named_parameters() if name == "step_size" and p.requires_grad]
     rest = [p for name, p in model.named_parameters() if name != "step_size" and p.requires_grad]
     groups = [{"params": rest, "weight_decay": config.optimizer.weight_decay, "rate_scale": 1.0}]

@@ -1,8 +1,10 @@
-"""Wanting to stop: a signal or the time limit raises a flag, the loop polls it, all ranks save the same step and leave with code 75.
+"""Wanting to stop: a signal or the time limit raises a flag, the loop polls it, all ranks save the
+same step and leave with code 75.
 
-Signals are noticed by a thread, through the wake-up descriptor that the interpreter's C handler writes to: a second one ends the process
-also while the main thread waits inside a collective, where no Python handler would run. This file imports no torch, so that the flag
-can stand before the imports that take seconds: before that a signal would end one rank alone.
+Signals are noticed by a thread, through the wake-up descriptor that the interpreter's C handler
+writes to: a second one ends the process also while the main thread waits inside a collective, where
+no Python handler would run. This file imports no torch, so that the flag can stand before the
+imports that take seconds: before that a signal would end one rank alone.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ from ebwm_scale.core.errors import EXIT_FAILED
 if TYPE_CHECKING:
     from ebwm_scale.core.world import World
 
-ONE_ENDING_S = 2.0  # where preemption has no grace time Slurm sends SIGTERM and the SIGUSR1 of --signal together; both say the same
+# where preemption has no grace time Slurm sends SIGTERM and the SIGUSR1 of --signal together; both
+# say the same
+ONE_ENDING_S = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
     """Raised by the first signal, or max_minutes after it was made; a second signal leaves at once.
 
-    at_once: what to say where the first signal leaves at once too, with nothing to save (--dry-run).
+    at_once: what to say where the first signal leaves at once too, with nothing to save
+    (--dry-run).
     """
 
     def __init__(self, at_once: str | None = None) -> None:
@@ -47,7 +52,8 @@ class StopFlag:
     def stop_requested(self, world: World, *, time_limit: bool = True) -> str | None:
         """Why to stop, if any rank wants to; every rank must call it at the same place.
 
-        time_limit False: signals only. A process that has not made a step yet does not stop for train.max_minutes, or it never would.
+        time_limit False: signals only. A process that has not made a step yet does not stop for
+        train.max_minutes, or it never would.
         """
         limit = self.max_minutes if time_limit else None
         if self.reason is None and limit is not None and time.monotonic() - self.start > 60 * limit:
@@ -57,7 +63,9 @@ class StopFlag:
         return self.reason or "another rank was signalled"
 
     def ignore(self) -> None:
-        """From here on signals change nothing: the exit code is known, and the interpreter's own end would take its handlers away."""
+        """From here on signals change nothing: the exit code is known, and the interpreter's own
+        end would take its handlers away.
+        """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -1,12 +1,14 @@
-"""What a run is refused for, found before anything is written: the one check of train.py, of its --dry-run and of the doctor.
+"""What a run is refused for, found before anything is written: the one check of train.py, of its
+--dry-run and of the doctor.
 
     check = check_run(config, world_size=8, run_dir=Path("runs/mine"), resume=True)
     check.problems      (subject, one line) for each reason to refuse it; check.refuse() raises them
     check.warnings      the same for what runs, but is hardly meant
     check.config        with the sizes of its data; check.splits, check.saved: opened and verified
 
-Nothing is written, and no process group is started; several processes of a run have joined theirs before, and agree on what
-is found. What can only be known by doing it (memory, a network, a full disk) is not here.
+Nothing is written, and no process group is started; several processes of a run have joined theirs
+before, and agree on what is found. What can only be known by doing it (memory, a network, a full
+disk) is not here.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ SPLITS = ("train", "validation")
 
 @dataclass
 class RunCheck:
-    """What check_run found. config: with the sizes of its data, where they could be read; world_size: processes."""
+    """What check_run found.
+
+    config: with the sizes of its data, where they could be read; world_size: processes.
+    """
 
     config: Config
     world_size: int
@@ -56,7 +61,9 @@ class RunCheck:
     warnings: list[tuple[str, str]] = field(default_factory=list)
 
     def attempt(self, subject: str, function: Callable, *arguments, **options):
-        """The function's result, or None where it raises a UserError, which is added to the problems."""
+        """The function's result, or None where it raises a UserError, which is added to the
+        problems.
+        """
         try:
             return function(*arguments, **options)
         except UserError as error:
@@ -227,7 +234,9 @@ def check_saved(
     accept_new_rate: bool,
     report: Callable[[str], None],
 ) -> None:
-    """Find the checkpoint to go on from, and hold the configuration, the data and the learning rate against it."""
+    """Find the checkpoint to go on from, and hold the configuration, the data and the learning rate
+    against it.
+    """
     saved = check.attempt(
         "checkpoint",
         find_latest,

@@ -197,8 +197,9 @@ class RunFolder:
 def _tracker(run: RunFolder):
     """A W&B run that keeps its id over resumes, or None.
 
-    The x axis is the metric `step`. W&B's own counter only rises, and rows that are logged below it are dropped: those between the
-    checkpoint that a run is resumed from and its last row. Logged without a number of W&B's own, they stand beside the earlier ones.
+    The x axis is the metric `step`. W&B's own counter only rises, and rows that are logged below it
+    are dropped: those between the checkpoint that a run is resumed from and its last row. Logged
+    without a number of W&B's own, they stand beside the earlier ones.
     """
     path, config = run.path, run.config
     settings = config.logging
@@ -208,7 +209,8 @@ def _tracker(run: RunFolder):
         import wandb
     except ImportError:
         raise ConfigError(
-            f"logging.wandb is {settings.wandb}: the package wandb is not installed; pip install wandb, or logging.wandb=off"
+            f"logging.wandb is {settings.wandb}: the package wandb is not installed; pip install "
+            "wandb, or logging.wandb=off"
         ) from None
     identity = path / "wandb_id"
     if not identity.exists():

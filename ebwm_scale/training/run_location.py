@@ -1,4 +1,6 @@
-"""Where a run is written: found out whether that is possible before anything else, and without torch."""
+"""Where a run is written: found out whether that is possible before anything else, and without
+torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ from ebwm_scale.core.errors import ConfigError, cut
 
 
 def check_folder(path: Path, *, resume: bool) -> None:
-    """ConfigError if a run cannot be written to `path`, or would overwrite one. Nothing is left behind: the file tried has no name."""
+    """ConfigError if a run cannot be written to `path`, or would overwrite one.
+
+    Nothing is left behind: the file tried has no name.
+    """
     advice = "name another with --run-dir"
     try:
         existing = path

@@ -1,4 +1,6 @@
-"""What changes over a training: learning rates, and the refinement's step size, number of steps and noise."""
+"""What changes over a training: learning rates, and the refinement's step size, number of steps and
+noise.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from ebwm_scale.refinement.noise import NoiseSource, Purpose
 
 
 def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
-    """Factor on the peak at optimizer step `step` (0-based): linear warm-up, then a cosine to final_ratio."""
+    """Factor on the peak at optimizer step `step` (0-based): linear warm-up, then a cosine to
+    final_ratio.
+    """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     progress = min(
@@ -29,7 +33,9 @@ def learning_rate(config: Config, step: int) -> float:
 
 @dataclass(frozen=True)
 class RateChange:
-    """The learning rate of one step under the configuration of a checkpoint, and under the one that goes on from it."""
+    """The learning rate of one step under the configuration of a checkpoint, and under the one that
+    goes on from it.
+    """
 
     step: int
     before: float
@@ -76,7 +82,9 @@ class RateChange:
 
 
 def describe_schedule_changes(before: Config, now: Config, step: int) -> list[str]:
-    """A line for each schedule of the refinement whose value at `step` is another than it was to be: they run over train.max_steps."""
+    """A line for each schedule of the refinement whose value at `step` is another than it was to
+    be: they run over train.max_steps.
+    """
     lines = []
     for name in ("step_size", "num_steps", "noise"):
         values = []
@@ -112,7 +120,9 @@ def unusual_schedule(config: Config) -> list[str]:
 
 
 def interpolate(points: Points, progress: float, default: float) -> float:
-    """The value at `progress` of straight lines through (progress, value) points; flat outside, `default` without points."""
+    """The value at `progress` of straight lines through (progress, value) points; flat outside,
+    `default` without points.
+    """
     if not points:
         return default
     if progress <= points[0][0]:
@@ -133,7 +143,9 @@ class RefinementPoint:
 
 
 def refinement_point(config: Config, step: int, source: NoiseSource) -> RefinementPoint:
-    """The schedules at optimizer step `step`; a number of steps that is random is drawn once for the whole global batch."""
+    """The schedules at optimizer step `step`; a number of steps that is random is drawn once for
+    the whole global batch.
+    """
     rules, progress = config.refinement, step / max(1, config.train.max_steps)
     most = min(
         rules.num_steps, round(interpolate(rules.schedule.num_steps, progress, rules.num_steps))

@@ -2,8 +2,9 @@
 
     observed stream -> K, V -> refinement of a noisy candidate per position -> loss -> double backward -> AdamW
 
-One optimizer step: draw this step's point of the schedules, take this rank's micro-batches of the global batch, let the model refine and
-score them, step the engine. Everything else (validation, checkpoints, metrics, stopping) happens between steps and changes no loss.
+One optimizer step: draw this step's point of the schedules, take this rank's micro-batches of the
+global batch, let the model refine and score them, step the engine. Everything else (validation,
+checkpoints, metrics, stopping) happens between steps and changes no loss.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class StepResult:
 
     @property
     def applied(self) -> bool:
-        """Whether the weights were updated; a norm that is not finite keeps every rank from it (Engine.step)."""
+        """Whether the weights were updated; a norm that is not finite keeps every rank from it
+        (Engine.step).
+        """
         return math.isfinite(self.gradient_norm)
 
 
@@ -201,19 +204,24 @@ class Trainer:
             )
             return self.shutdown(EXIT_FAILED)
         self.run_folder.say(
-            f"stopped at step {self.step} ({self.stop_reason}); run the same command with --resume to go on"
+            f"stopped at step {self.step} ({self.stop_reason}); run the same command with "
+            "--resume to go on"
         )
         return self.shutdown(EXIT_RUN_AGAIN)
 
     def _stop_wanted(self) -> bool:
-        """Every rank asks at the same places: after a step, before another micro-batch of it, before another batch of an evaluation."""
+        """Every rank asks at the same places: after a step, before another micro-batch of it,
+        before another batch of an evaluation.
+        """
         self.stop_reason = self.stop.stop_requested(
             self.world, time_limit=self.step > self.first_step
         )
         return self.stop_reason is not None
 
     def _evaluated_and_saved(self) -> bool:
-        """Make up for the evaluation of the step a run was resumed at, and for its save if one was due; False if stopped meanwhile."""
+        """Make up for the evaluation of the step a run was resumed at, and for its save if one was
+        due; False if stopped meanwhile.
+        """
         if not self.evaluate():
             return False
         if self._save_is_due():
@@ -233,7 +241,9 @@ class Trainer:
         return code
 
     def train_step(self) -> StepResult | None:
-        """One optimizer step over this rank's micro-batches; None if it was given up between two of them, which leaves nothing behind."""
+        """One optimizer step over this rank's micro-batches; None if it was given up between two of
+        them, which leaves nothing behind.
+        """
         fault = self.faults.at("step", self.step)
         source = NoiseSource(self.config.train.seed, self.step)
         point = refinement_point(self.config, self.step, source)
@@ -280,7 +290,9 @@ class Trainer:
         return result
 
     def record_skipped_step(self, result: StepResult) -> bool:
-        """Record a step that updated nothing, with the samples it held; whether there have been too many in a row."""
+        """Record a step that updated nothing, with the samples it held; whether there have been too
+        many in a row.
+        """
         self.skipped_in_a_row += 1
         limit = self.config.train.max_skipped_steps
         samples = [
@@ -295,7 +307,8 @@ class Trainer:
             samples=samples,
         )
         self._warn(
-            f"step {self.step} was skipped: loss {loss}, gradient norm {result.gradient_norm}; {self.skipped_in_a_row} in a row, "
+            f"step {self.step} was skipped: loss {loss}, gradient norm {result.gradient_norm}; "
+            f"{self.skipped_in_a_row} in a row, "
             f"{limit} end the run; its samples are in events.jsonl"
         )
         if self.skipped_in_a_row < limit:
@@ -306,13 +319,16 @@ class Trainer:
             "not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm)
         )
         self._warn(
-            f"stopped after {limit} steps in a row without finite gradients. The last checkpoint ({saved}) is from before; lower "
+            f"stopped after {limit} steps in a row without finite gradients. The last checkpoint "
+            f"({saved}) is from before; lower "
             "optimizer.learning_rate or refinement.step_size and run again with --resume"
         )
         return True
 
     def sync_quarantine(self) -> bool:
-        """Put what every rank found damaged on the common list, and into the run folder; whether it is more than data.max_quarantined."""
+        """Put what every rank found damaged on the common list, and into the run folder; whether it
+        is more than data.max_quarantined.
+        """
         found = [
             bad
             for part in self.world.all_gather_object(
@@ -332,12 +348,15 @@ class Trainer:
                 offset=bad.offset,
             )
             self._warn(
-                f"{bad.shard}: sample {bad.key or '(all)'}: {bad.reason}; sample {bad.replaced_by} stands in for {bad.sample_id}"
+                f"{bad.shard}: sample {bad.key or '(all)'}: {bad.reason}; sample "
+                f"{bad.replaced_by} stands in for {bad.sample_id}"
             )
         if self.quarantine.exceeded:
             self._warn(
-                f"stopped: {len(self.quarantine.bad)} damaged samples, data.max_quarantined is {self.quarantine.limit}; see {self.quarantine.path}, "
-                "check the dataset with tools/verify_shards.py, copy it again, and go on with --resume"
+                f"stopped: {len(self.quarantine.bad)} damaged samples, data.max_quarantined is "
+                f"{self.quarantine.limit}; see {self.quarantine.path}, "
+                "check the dataset with tools/verify_shards.py, copy it again, and go on with "
+                "--resume"
             )
         return self.quarantine.exceeded
 
@@ -379,7 +398,8 @@ class Trainer:
         self.run_folder.metrics(row)
         steps = " -> ".join(f"{loss:.3f}" for loss in row["loss_per_step"])
         self.run_folder.say(
-            f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss {values[0]:.4f}"
+            f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss "
+            f"{values[0]:.4f}"
             + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "")
             + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
             f"  {per_step / seconds:,.0f} {unit}/s  ETA {format_duration(remaining_s)}"
@@ -546,7 +566,9 @@ class Trainer:
 
 
 class StepTimer:
-    """Wall seconds per step since the last reading; validation and saving are left out by restarting it."""
+    """Wall seconds per step since the last reading; validation and saving are left out by
+    restarting it.
+    """
 
     def __init__(self, step: int):
         self.restart(step)

@@ -1,4 +1,6 @@
-"""Validation: the largest number of steps, the same samples and the same noise each time, no second-order graph."""
+"""Validation: the largest number of steps, the same samples and the same noise each time, no
+second-order graph.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,13 @@ def validate(
     stop_wanted: Callable[[], bool] = lambda: False,
     found: list[BadSample] | None = None,
 ) -> dict[str, Any] | None:
-    """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N], initial_loss, energy_per_step; for text the
-    perplexity and the unigram entropy, for video the same loss of two predictors that learn nothing: copying the last frame
-    (copy_last_loss), and going on in a straight line from the last two (linear_loss).
+    """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N],
+    initial_loss, energy_per_step; for text the perplexity and the unigram entropy, for video the
+    same loss of two predictors that learn nothing: copying the last frame (copy_last_loss), and
+    going on in a straight line from the last two (linear_loss).
 
-    stop_wanted is asked before every batch, by all ranks together; once it says so, nothing more is computed and the result is None.
-    found: damaged samples are added to it.
+    stop_wanted is asked before every batch, by all ranks together; once it says so, nothing more is
+    computed and the result is None. found: damaged samples are added to it.
     """
     source, sums = NoiseSource(config.train.seed, EVALUATION_STEP), None
     batches = list(
@@ -54,7 +57,8 @@ def validate(
             world_size=world.size,
         )
     )
-    # Under ZeRO stage 3 every forward is a collective: all ranks make as many, and what is beyond a rank's own batches does not count.
+    # Under ZeRO stage 3 every forward is a collective: all ranks make as many, and what is beyond a
+    # rank's own batches does not count.
     rounds = int(
         world.all_reduce(
             torch.tensor(len(batches), device=world.device), torch.distributed.ReduceOp.MAX
@@ -135,7 +139,9 @@ def validate(
 
 
 def untrained_losses(observed: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-    """Mean SmoothL1 of o_t, and of 2 o_t - o_(t-1), as predictions of the next state; the first position has only one frame to copy."""
+    """Mean SmoothL1 of o_t, and of 2 o_t - o_(t-1), as predictions of the next state; the first
+    position has only one frame to copy.
+    """
     straight = torch.cat([observed[:, :1], 2 * observed[:, 1:] - observed[:, :-1]], 1)
     return [F.smooth_l1_loss(guess, targets, beta=1.0) for guess in (observed, straight)]
 

@@ -1,8 +1,10 @@
-"""A hung or dead process ends the run within a bound, with the stacks of all threads and the process named: exit code 77.
+"""A hung or dead process ends the run within a bound, with the stacks of all threads and the
+process named: exit code 77.
 
-The loop says where it is (`heartbeat`). A thread of each process watches that; after `limit_s` without a beat, or when a collective fails because
-another process is gone, the process writes how far it has come, looks at what the others wrote, and leaves. The one that has come least
-far is the one the others waited for; one that writes nothing is dead.
+The loop says where it is (`heartbeat`). A thread of each process watches that; after `limit_s`
+without a beat, or when a collective fails because another process is gone, the process writes how
+far it has come, looks at what the others wrote, and leaves. The one that has come least far is the
+one the others waited for; one that writes nothing is dead.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class Watchdog:
         except OSError as error:
             verdict = f"no report could be written: {error}"
         say(
-            f"rank {self.rank}: {reason} at {self.where}. {verdict} Stacks of all threads: {self.folder}/stacks_rank_*.txt. "
+            f"rank {self.rank}: {reason} at {self.where}. {verdict} Stacks of all threads: "
+            f"{self.folder}/stacks_rank_*.txt. "
             "Run again with --resume",
             error=True,
         )
@@ -103,7 +106,10 @@ class Watchdog:
             return f"Dead, or too stuck to say so: rank {', '.join(map(str, silent))}."
         behind = min(reports, key=lambda rank: reports[rank]["count"])
         if self.world_size == 1 or len({report["count"] for report in reports.values()}) == 1:
-            return "All ranks stand at the same place: the collective itself hangs, or this rank is alone."
+            return (
+                "All ranks stand at the same place: the collective itself hangs, or this rank is "
+                "alone."
+            )
         return f"The others waited for rank {behind}, which is at {reports[behind]['where']}."
 
     def _report_path(self, rank: int) -> Path:

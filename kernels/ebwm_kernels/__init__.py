@@ -1,6 +1,7 @@
 """ebwm_kernels: operations that are differentiable twice, each with a plain reference beside it.
 
-Legend used throughout: B batch, H query heads, H_kv key/value heads, S query positions, C context positions, d head dimension.
+Legend used throughout: B batch, H query heads, H_kv key/value heads, S query positions, C context
+positions, d head dimension.
 """
 
 from ebwm_kernels.attention.causal import causal_attention

@@ -5,7 +5,8 @@
         neither weights nor the observed stream, whose gradients the outer backward collects from both levels
     a third derivative raises
 
-`ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The engine knows; `needs_grad` asks it.
+`ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The
+engine knows; `needs_grad` asks it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 
 
 def needs_grad(ctx, position: int) -> bool:
-    """Whether the running backward leads on to the gradient of the position-th tensor argument of the operation whose backward it is."""
+    """Whether the running backward leads on to the gradient of the position-th tensor argument of
+    the operation whose backward it is.
+    """
     node = ctx.next_functions[position][0]
     if node is None:
         return False
@@ -25,35 +28,43 @@ def needs_grad(ctx, position: int) -> bool:
 
 
 def refuse_graph(operation: str, order: str = "third") -> None:
-    """Raise if the running backward was asked for a graph: the derivative it would be for does not exist here.
+    """Raise if the running backward was asked for a graph: the derivative it would be for does not
+    exist here.
 
-    `torch.is_grad_enabled()` inside a backward is true exactly under create_graph=True. `once_differentiable` would not do: autograd drops
-    its error node where that lies on no path to the inputs, and a wrong number comes out.
+    `torch.is_grad_enabled()` inside a backward is true exactly under create_graph=True.
+    `once_differentiable` would not do: autograd drops its error node where that lies on no path to
+    the inputs, and a wrong number comes out.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
-            f"{operation}: its {order} derivative is not defined; call backward or autograd.grad without create_graph=True "
+            f"{operation}: its {order} derivative is not defined; call backward or autograd.grad "
+            "without create_graph=True "
             "for the last differentiation"
         )
 
 
 def is_traced_without_graph() -> bool:
-    """Whether torch.compile is recording the running backward as a last differentiation: nothing compiled will be differentiated again."""
+    """Whether torch.compile is recording the running backward as a last differentiation: nothing
+    compiled will be differentiated again.
+    """
     return torch._guards.TracingContext.try_get() is not None and not torch.is_grad_enabled()
 
 
 def refuse_kept_graph(operation: str) -> None:
-    """Raise if a backward that was compiled as a last differentiation runs where its graph is kept: under create_graph or retain_graph.
+    """Raise if a backward that was compiled as a last differentiation runs where its graph is kept:
+    under create_graph or retain_graph.
 
-    PyTorch (2.11 to 2.13) notices a second differentiation of what it compiled only where a path leads back to it, and otherwise drops
-    gradients without a word.
+    PyTorch (2.11 to 2.13) notices a second differentiation of what it compiled only where a path
+    leads back to it, and otherwise drops gradients without a word.
     """
     if (
         torch._C._current_graph_task_id() != -1
         and torch._C._autograd._get_current_graph_task_keep_graph()
     ):
         raise RuntimeError(
-            f"{operation}: torch.compile made this backward for one differentiation, and it was asked for under create_graph or "
-            "retain_graph; take the inner gradient inside the compiled function (torch._dynamo.config.trace_autograd_ops = True, "
+            f"{operation}: torch.compile made this backward for one differentiation, and it was "
+            "asked for under create_graph or "
+            "retain_graph; take the inner gradient inside the compiled function "
+            "(torch._dynamo.config.trace_autograd_ops = True, "
             "fullgraph=True), or leave the function uncompiled"
         )

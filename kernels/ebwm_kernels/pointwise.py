@@ -1,4 +1,5 @@
-"""RMSNorm and SwiGLU with closed forms of the first and second order: what is kept is the input, not a dozen intermediates.
+"""RMSNorm and SwiGLU with closed forms of the first and second order: what is kept is the input,
+not a dozen intermediates.
 
     RMSNorm   y = w n,  n = r x,  r = (mean x^2 + eps)^-1/2;    h = g w
               dx = r (h - n mean(h n))                                                   dw = sum g n
@@ -9,8 +10,8 @@
         cotangents a of du, b of dv:
               dg = a v silu' + b silu      du = a g v silu'' + b g silu'      dv = a g silu'
 
-Means run over the last dimension, sums over all rows. Half precisions are computed in float32. When gradients of weights exist, and that
-a third derivative raises: autograd_rules.py.
+Means run over the last dimension, sums over all rows. Half precisions are computed in float32. When
+gradients of weights exist, and that a third derivative raises: autograd_rules.py.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
 
 
 def _mean(product: Tensor, weight: Tensor) -> Tensor:
-    """Mean of weight * product over the last dimension (..., 1), without a second tensor of their size."""
+    """Mean of weight * product over the last dimension (..., 1), without a second tensor of their
+    size.
+    """
     return (product @ weight).div_(weight.shape[0]).unsqueeze(-1)
 
 
@@ -91,7 +94,8 @@ class _RMSNorm(torch.autograd.Function):
             return *_rms_norm_gradient(grad, x, weight, ctx.epsilon, with_weight=with_weight), None
         if with_weight:
             raise RuntimeError(
-                "rms_norm: the gradient of its weight cannot be differentiated again; under create_graph=True ask "
+                "rms_norm: the gradient of its weight cannot be differentiated again; under "
+                "create_graph=True ask "
                 "autograd.grad for the gradients of activations only"
             )
         return _RMSNormGradient.apply(grad, x, weight, ctx.epsilon), None, None

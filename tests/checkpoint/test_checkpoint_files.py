@@ -1,4 +1,6 @@
-"""Any damage to any file of a checkpoint is one CheckpointError, and the checkpoint before it is used."""
+"""Any damage to any file of a checkpoint is one CheckpointError, and the checkpoint before it is
+used.
+"""
 
 import json
 import random

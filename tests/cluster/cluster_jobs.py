@@ -1,4 +1,7 @@
-"""A real Slurm on virtual nodes of this machine, and jobs on it as users submit them. Skipped, with the reason, without root or apt."""
+"""A real Slurm on virtual nodes of this machine, and jobs on it as users submit them.
+
+Skipped, with the reason, without root or apt.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ same = training_runs.same
 
 
 def install_slurm() -> str | None:
-    """Why there can be no Slurm here; None when there is one. Installs the packages where root and apt allow it."""
+    """Why there can be no Slurm here; None when there is one.
+
+    Installs the packages where root and apt allow it.
+    """
     if sys.platform != "linux" or os.geteuid() != 0:
         return "a Slurm of its own needs root on Linux"
     with open(Path(tempfile.gettempdir()) / "ebwm_install_slurm.lock", "w") as lock:
@@ -35,7 +41,10 @@ def install_slurm() -> str | None:
         if all(Path("/usr/sbin", name).exists() for name in ("slurmctld", "slurmd", "munged")):
             return None
         if shutil.which("apt-get") is None:
-            return f"a Slurm of its own needs the packages {', '.join(PACKAGES)}, and there is no apt-get"
+            return (
+                f"a Slurm of its own needs the packages {', '.join(PACKAGES)}, and there is no "
+                "apt-get"
+            )
         quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (
             ["apt-get", "update", "-q"],
@@ -46,7 +55,10 @@ def install_slurm() -> str | None:
                     command, env=quiet, check=True, capture_output=True, text=True, timeout=240
                 )
             except (subprocess.SubprocessError, OSError) as error:
-                return f"{' '.join(command)} failed: {(getattr(error, 'stderr', None) or str(error)).strip().splitlines()[-1]}"
+                return (
+                    f"{' '.join(command)} failed: "
+                    f"{(getattr(error, 'stderr', None) or str(error)).strip().splitlines()[-1]}"
+                )
     return None
 
 

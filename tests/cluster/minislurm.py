@@ -1,10 +1,11 @@
-"""A throw-away real Slurm in one folder: munged, slurmctld and several slurmd of virtual nodes, without systemd, /etc or /var.
+"""A throw-away real Slurm in one folder: munged, slurmctld and several slurmd of virtual nodes,
+without systemd, /etc or /var.
 
     python tests/cluster/minislurm.py DIR       starts, prints `export ...` lines, stays until SIGTERM or SIGINT
 
-Needs root and the packages PACKAGES (Debian, Ubuntu). Node names are loopback addresses, so that rendezvous works; GPUs are null devices,
-so that a job is given CUDA_VISIBLE_DEVICES without there being a GPU. Partition `high` preempts `main` with a grace
-time, and `harsh` without.
+Needs root and the packages PACKAGES (Debian, Ubuntu). Node names are loopback addresses, so that
+rendezvous works; GPUs are null devices, so that a job is given CUDA_VISIBLE_DEVICES without there
+being a GPU. Partition `high` preempts `main` with a grace time, and `harsh` without.
 """
 
 from __future__ import annotations
@@ -265,11 +266,13 @@ class MiniSlurm:
         port, *ports = _free_ports(1 + len(self.nodes))
         gpus = f" Gres=gpu:a100:{self.gpus}" if self.gpus else ""
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname=localhost NodeAddr={node} Port={port} CPUs={self.cpus} RealMemory={self.memory_mb}{gpus} "
+            f"NodeName={node} NodeHostname=localhost NodeAddr={node} Port={port} CPUs={self.cpus} "
+            f"RealMemory={self.memory_mb}{gpus} "
             "State=UNKNOWN"
             for node, port in zip(self.nodes, ports)
         )
-        # Jobs of two clusters on one machine must not share an id: ports for the rendezvous follow from it.
+        # Jobs of two clusters on one machine must not share an id: ports for the rendezvous follow
+        # from it.
         self.configuration.write_text(
             CONFIGURATION.format(root=root, port=port, nodes=nodes, first_job=64 * port)
         )
@@ -289,7 +292,9 @@ class MiniSlurm:
         (root / "bin/sacct").chmod(0o755)
 
     def _reap(self) -> None:
-        """End by pid what is left of this Slurm: everything that was started with its configuration."""
+        """End by pid what is left of this Slurm: everything that was started with its
+        configuration.
+        """
         mark = f"SLURM_CONF={self.configuration}".encode()
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit() and int(folder.name) != os.getpid():

@@ -1,4 +1,6 @@
-"""attempts.jsonl, when a job gives up; names and folders of sweeps; runs on a machine without Slurm. No Slurm here."""
+"""attempts.jsonl, when a job gives up; names and folders of sweeps; runs on a machine without
+Slurm. No Slurm here.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,8 @@ def test_a_sweep_is_every_combination_under_readable_names():
 def test_a_sweep_file_names_sets_of_overrides_and_crosses_with_keys(tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(
-        "form:\n  baseline: [model.kind=baseline]\n  energy: [model.kind=energy, 'refinement.schedule.noise=[[0, 1], [1, 0]]']\n"
+        "form:\n  baseline: [model.kind=baseline]\n  energy: [model.kind=energy, "
+        "'refinement.schedule.noise=[[0, 1], [1, 0]]']\n"
     )
     runs = expand(["train.seed=1,2"], str(file))
     assert [run.name for run in runs] == [
@@ -181,8 +184,11 @@ def test_a_sweep_file_names_sets_of_overrides_and_crosses_with_keys(tmp_path):
 def test_combinations_are_no_axis_and_reach_the_runs_that_have_all_their_names_last(tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(
-        "size:\n  w32: [model.width=32, optimizer.learning_rate=1]\n  w64: [model.width=64]\nform:\n  transformer++: [model.kind=baseline]\n  energy: [model.kind=energy]\n"
-        "combinations:\n  form=transformer++ size=w32: [optimizer.learning_rate=2]\n  size=w64: [train.seed=7]\n"
+        "size:\n  w32: [model.width=32, optimizer.learning_rate=1]\n  w64: "
+        "[model.width=64]\nform:\n  transformer++: [model.kind=baseline]\n  energy: "
+        "[model.kind=energy]\n"
+        "combinations:\n  form=transformer++ size=w32: [optimizer.learning_rate=2]\n  size=w64: "
+        "[train.seed=7]\n"
     )
     runs = {run.name: run.overrides for run in expand([], str(file))}
     assert runs == {
@@ -242,7 +248,9 @@ def test_a_sweep_that_means_nothing_is_refused(sweep, message):
 
 
 def test_launch_without_slurm_goes_on_after_a_killed_task_and_status_shows_it(tmp_path, dataset):
-    """Two tasks; rank 1 is killed before the first step, each time, and the run gives up; without the fault it finishes."""
+    """Two tasks; rank 1 is killed before the first step, each time, and the run gives up; without
+    the fault it finishes.
+    """
     pytest.importorskip("submitit", reason="the extra `cluster` is not installed")
     helper = Jobs(None, tmp_path, dataset)
     config = helper.configuration("local")

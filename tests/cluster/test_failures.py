@@ -24,7 +24,9 @@ def unbroken(jobs):
 
 @pytest.fixture(scope="module")
 def sweep(jobs):
-    """Three runs, one of them on data that is not there yet: the launch command's output and the sweep's folder."""
+    """Three runs, one of them on data that is not there yet: the launch command's output and the
+    sweep's folder.
+    """
     folder, later = jobs.folder / "sweep", jobs.folder / "later"
     output = launch(
         jobs,
@@ -73,7 +75,9 @@ def ends_of(jobs, name) -> list[dict]:
 def test_kill_9_of_a_slurmd_ends_the_attempt_and_the_requeued_job_finishes_bitwise_equal(
     jobs, unbroken, sweep, rank
 ):
-    """All ranks hang in step 3, so nothing but Slurm can end the attempt; the second one has no fault. Rank 0's node holds the batch step too."""
+    """All ranks hang in step 3, so nothing but Slurm can end the attempt; the second one has no
+    fault. Rank 0's node holds the batch step too.
+    """
     name, node = f"node_lost_{rank}", ("127.0.0.3", "127.0.0.4")[rank]
     job = jobs.submit(name, "--nodelist=127.0.0.[3-4]", faults="hang@step=3")
     jobs.until_step(name, job, 3)
@@ -130,7 +134,10 @@ def test_a_job_that_makes_no_progress_twice_gives_up_and_says_why(jobs):
     assert jobs.slurm.restarts(job) == 1
     first, second = ends_of(jobs, "loop")
     assert (first["verdict"], second["verdict"]) == ("again", "give up")
-    reason = "gave up: 2 attempts in a row ended without a checkpoint beyond the start; the last one: exit code 137"
+    reason = (
+        "gave up: 2 attempts in a row ended without a checkpoint beyond the start; the last one: "
+        "exit code 137"
+    )
     assert second["reason"].startswith(reason) and reason in jobs.output("loop")
 
 

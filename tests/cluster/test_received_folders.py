@@ -193,7 +193,10 @@ def test_a_site_file_comes_from_the_user_and_not_from_the_folder(here, capsys, m
 
 
 def test_the_scripts_take_no_site_file_by_a_relative_path(here):
-    """`. site.sh` without a slash would look in PATH and in whatever directory the shell stands in."""
+    """`.
+
+    site.sh` without a slash would look in PATH and in whatever directory the shell stands in.
+    """
     (here / "site.sh").write_text(f"touch {here}/PWNED\n")
     done = subprocess.run(
         ["bash", str(ROOT / "slurm" / "pretrain_nlp.sh")],

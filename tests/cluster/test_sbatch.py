@@ -1,4 +1,6 @@
-"""`sbatch slurm/pretrain_nlp.sh` against a real Slurm: it trains what one process trains, and survives limits, preemption and signals."""
+"""`sbatch slurm/pretrain_nlp.sh` against a real Slurm: it trains what one process trains, and
+survives limits, preemption and signals.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def unbroken(jobs):
 
 @pytest.fixture(scope="module")
 def limited(jobs):
-    """Submitted before the others: it mostly sleeps. Slurm looks at limits every 30 s, so the signal comes 20 to 50 s after the start."""
+    """Submitted before the others: it mostly sleeps.
+
+    Slurm looks at limits every 30 s, so the signal comes 20 to 50 s after the start.
+    """
     faults = "; ".join(f"slow@step={step},seconds=6" for step in range(1, 8))
     return jobs.submit("limited", "--time=1", "--signal=USR1@10", faults=faults, nodes=1)
 
@@ -38,7 +43,9 @@ def one(runs):
 
 
 def broken_but_equal(jobs, name, job, rows, state, *, reason):
-    """reason None: an end without a grace time, which may come before the step is saved (None), or reach one task before the other notices (77)."""
+    """reason None: an end without a grace time, which may come before the step is saved (None), or
+    reach one task before the other notices (77).
+    """
     jobs.finished(name, job)
     assert jobs.slurm.restarts(job) >= 1
     ends = [row for row in jobs.attempts(name) if row["event"] == "end"]
@@ -60,7 +67,10 @@ def broken_but_equal(jobs, name, job, rows, state, *, reason):
 def test_two_nodes_with_two_tasks_train_as_one_process_does_and_text_arrives_as_typed(
     jobs, limited, one
 ):
-    """With the shipped slurm/site.sh. The override has spaces, quotes, $(), backquotes and a newline."""
+    """With the shipped slurm/site.sh.
+
+    The override has spaces, quotes, $(), backquotes and a newline.
+    """
     variables = {
         **jobs.variables("four"),
         "EBWM_SITE": str(ROOT / "slurm" / "site.sh"),
@@ -122,8 +132,10 @@ def test_scancel_usr1_saves_requeues_and_finishes_bitwise_equal_under_the_same_t
 def test_preemption_by_a_higher_partition_saves_requeues_and_finishes_bitwise_equal(
     jobs, limited, unbroken, partition, reason
 ):
-    """harsh: no grace time, so SIGTERM comes right behind, and there is KillWait (5 s here) to save in; Slurm requeues by itself then, and may
-    end the batch step before it has written what happened."""
+    """harsh: no grace time, so SIGTERM comes right behind, and there is KillWait (5 s here) to save
+    in; Slurm requeues by itself then, and may end the batch step before it has written what
+    happened.
+    """
     name = f"preempted_{partition}"
     job = jobs.submit(
         name, "--nodelist=127.0.0.[5-6]", f"--partition={partition}", faults=SLOW.replace("4", "2")

@@ -1,4 +1,6 @@
-"""The job scripts: shellcheck, what Slurm says to production flags, what a dry run prints, and how many tasks an allocation gets."""
+"""The job scripts: shellcheck, what Slurm says to production flags, what a dry run prints, and how
+many tasks an allocation gets.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def run(slurm, tmp_path, *command, **variables) -> subprocess.CompletedProcess:
 
 
 def documented_requests() -> list[tuple[str, list[str]]]:
-    """(where, what Slurm is asked with --test-only) of each sbatch and srun line in the documents, and of the scripts' options behind `--`."""
+    """(where, what Slurm is asked with --test-only) of each sbatch and srun line in the documents,
+    and of the scripts' options behind `--`.
+    """
     found = []
     pages = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "reference.md"]
     for page in (ROOT / "README.md", *pages):
@@ -74,7 +78,9 @@ def documented_requests() -> list[tuple[str, list[str]]]:
 
 
 def test_slurm_takes_every_request_of_the_documents(large, tmp_path):
-    """Those of sbatch name a script: an option may be good by itself, and be refused beside the script's own."""
+    """Those of sbatch name a script: an option may be good by itself, and be refused beside the
+    script's own.
+    """
     requests = documented_requests()
     assert len(requests) >= 7, requests
     assert any("--oversubscribe" in request for _, request in requests)

@@ -1,4 +1,6 @@
-"""Configuration: typed, all errors at once, the nearest key named, overrides win, and what is saved reads back the same."""
+"""Configuration: typed, all errors at once, the nearest key named, overrides win, and what is saved
+reads back the same.
+"""
 
 from pathlib import Path
 

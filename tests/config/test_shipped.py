@@ -1,4 +1,6 @@
-"""Configurations come with the package, and are found by name from any folder, in a checkout and installed."""
+"""Configurations come with the package, and are found by name from any folder, in a checkout and
+installed.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"""YAML as people type it: nothing is silently another value than it looks, and whatever cannot be read is one line."""
+"""YAML as people type it: nothing is silently another value than it looks, and whatever cannot be
+read is one line.
+"""
 
 import math
 

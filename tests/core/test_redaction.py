@@ -1,4 +1,6 @@
-"""No password, signature or token of an address or command is written down; what is no secret stays readable."""
+"""No password, signature or token of an address or command is written down; what is no secret stays
+readable.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""A safetensors file is what the format says, or one CheckpointError: nothing is guessed, nothing is allocated."""
+"""A safetensors file is what the format says, or one CheckpointError: nothing is guessed, nothing
+is allocated.
+"""
 
 import json
 import random

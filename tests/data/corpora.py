@@ -1,4 +1,6 @@
-"""A small corpus, tokenizer and dataset, made once; `dataset` gives each test its own copy to damage."""
+"""A small corpus, tokenizer and dataset, made once; `dataset` gives each test its own copy to
+damage.
+"""
 
 import random
 import shutil

@@ -1,4 +1,6 @@
-"""Frozen encoders: local weights only, the same embeddings every time, statistics and way back as promised."""
+"""Frozen encoders: local weights only, the same embeddings every time, statistics and way back as
+promised.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What is stored becomes what a model sees; masked targets give the same sums however a batch is cut."""
+"""What is stored becomes what a model sees; masked targets give the same sums however a batch is
+cut.
+"""
 
 from types import SimpleNamespace
 

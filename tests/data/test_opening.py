@@ -1,4 +1,6 @@
-"""Very many shards: their lists stand in files of their own, rank 0 reads and checks them, and nothing else changes."""
+"""Very many shards: their lists stand in files of their own, rank 0 reads and checks them, and
+nothing else changes.
+"""
 
 import json
 import multiprocessing

@@ -38,7 +38,9 @@ def edit(manifest, change):
 
 
 def edit_index(manifest, change):
-    """An index that was changed together with its hash in the manifest: only its content can give it away."""
+    """An index that was changed together with its hash in the manifest: only its content can give
+    it away.
+    """
     path = manifest.parent / INDEX
     values = json.loads(path.read_text())
     change(values)
@@ -364,7 +366,8 @@ def test_damaged_sample_is_named_with_key_and_offset(dataset):
     split = open_split(dataset, "train", verify="sizes")
     refuses(
         lambda: split.read(25),
-        f"{SHARD}: sample {key} .tokens.npy, offset {offset}, .*checksum is .*: damaged; .*make_text_shards",
+        f"{SHARD}: sample {key} .tokens.npy, offset {offset}, .*checksum is .*: damaged; "
+        ".*make_text_shards",
     )
     os.truncate(
         dataset.parent / SHARD, offset + 140

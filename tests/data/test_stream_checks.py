@@ -32,7 +32,9 @@ def flip(path, bit):
 
 
 def foreign(dataset, folder, *, indexes):
-    """The same shards under names that the manifest does not know, with or without their indexes beside them."""
+    """The same shards under names that the manifest does not know, with or without their indexes
+    beside them.
+    """
     folder.mkdir()
     urls = []
     for number, shard in enumerate(shards_of(dataset)):

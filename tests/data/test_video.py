@@ -1,4 +1,6 @@
-"""Video datasets: what clips hold, how they are split, and that nothing unreadable or killed leaves a half."""
+"""Video datasets: what clips hold, how they are split, and that nothing unreadable or killed leaves
+a half.
+"""
 
 import json
 import os

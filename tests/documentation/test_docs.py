@@ -1,4 +1,6 @@
-"""The documentation says what is there: the reference is built from today's docstrings, links lead somewhere, and commands and their options exist."""
+"""The documentation says what is there: the reference is built from today's docstrings, links lead
+somewhere, and commands and their options exist.
+"""
 
 import json
 import re
@@ -45,7 +47,9 @@ def test_files_that_are_named_exist(page):
 
 
 def commands():
-    """(page, command) of every indented line that runs something of ours, continuation lines joined, comments and prose behind two spaces cut."""
+    """(page, command) of every indented line that runs something of ours, continuation lines
+    joined, comments and prose behind two spaces cut.
+    """
     for page in WRITTEN:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in re.findall(

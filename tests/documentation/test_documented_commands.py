@@ -1,6 +1,8 @@
-"""Every command of the documentation runs: in a folder that looks like a checkout with small data, with sizes that fit a test, in the order of the pages.
+"""Every command of the documentation runs: in a folder that looks like a checkout with small data,
+with sizes that fit a test, in the order of the pages.
 
-Commands that need Slurm run in tests/cluster; those that take minutes have tests of their own, named in ELSEWHERE.
+Commands that need Slurm run in tests/cluster; those that take minutes have tests of their own,
+named in ELSEWHERE.
 """
 
 import json

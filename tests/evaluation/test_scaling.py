@@ -1,4 +1,6 @@
-"""Scaling studies: known laws are found again, intervals say what they know, and runs become a page."""
+"""Scaling studies: known laws are found again, intervals say what they know, and runs become a
+page.
+"""
 
 import json
 import os
@@ -22,7 +24,9 @@ SIZES = (1e3, 4e3, 16e3, 64e3)
 
 
 def rows(laws, noise=0.0, seeds=(1, 2, 3), paired=0.0):
-    """Runs of forms whose loss is a x^-b; noise: per run; paired: a deviation that all forms of a seed share."""
+    """Runs of forms whose loss is a x^-b; noise: per run; paired: a deviation that all forms of a
+    seed share.
+    """
     generator = np.random.Generator(np.random.Philox(0))
     shared = {(x, seed): generator.normal() * paired for x in SIZES for seed in seeds}
     found = []
@@ -226,7 +230,9 @@ def test_results_are_rebuilt_into_a_page_from_data_alone(tmp_path):
 
 
 def test_the_committed_studies_say_what_the_documentation_says(tmp_path):
-    """The page is rebuilt from the repository's data within a minute, and docs/scaling.md quotes its losses and exponents."""
+    """The page is rebuilt from the repository's data within a minute, and docs/scaling.md quotes
+    its losses and exponents.
+    """
     results = sorted((ROOT / "results" / "scaling").glob("*.json"))
     start = time.perf_counter()
     tool("page", *results, "--output", tmp_path / "page.html")
@@ -265,7 +271,9 @@ def test_a_folder_without_a_study_is_refused(tmp_path):
 
 @pytest.mark.soak
 def test_a_study_runs_is_killed_goes_on_and_becomes_a_page(tmp_path, dataset):
-    """Twelve real runs through the launcher; stopped in the middle, started again, none is trained twice."""
+    """Twelve real runs through the launcher; stopped in the middle, started again, none is trained
+    twice.
+    """
     pytest.importorskip("submitit", reason="the extra `cluster` is not installed")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY | {"data": {"manifest": str(dataset)}}))
     study = {

@@ -1,4 +1,6 @@
-"""python -m ebwm_scale.evaluate: the same losses as validation, honest intervals, and every part of the page."""
+"""python -m ebwm_scale.evaluate: the same losses as validation, honest intervals, and every part of
+the page.
+"""
 
 import itertools
 import json
@@ -149,7 +151,9 @@ def test_video_and_a_model_that_starts_from_the_last_frame(video):
 def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(
     text, tmp_path, kind, monkeypatch
 ):
-    """The validation text against itself cannot be told apart and has the validation loss; a text of higher energies and losses always can; files of one name stay two."""
+    """The validation text against itself cannot be told apart and has the validation loss; a text
+    of higher energies and losses always can; files of one name stay two.
+    """
     model, config, split = model_for(text, kind=kind)
     observe = Observation(split.manifest, "cpu")
     own = torch.cat(

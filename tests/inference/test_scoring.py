@@ -1,4 +1,6 @@
-"""Log-likelihoods of continuations, questions from files, and the harness: the same numbers as the refinement loop gives."""
+"""Log-likelihoods of continuations, questions from files, and the harness: the same numbers as the
+refinement loop gives.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Thinking with a cache is thinking without one; what is rejected stays, what stops has arrived, and the observed stream is computed once."""
+"""Thinking with a cache is thinking without one; what is rejected stays, what stops has arrived,
+and the observed stream is computed once.
+"""
 
 import dataclasses
 
@@ -137,7 +139,9 @@ def test_a_cache_that_is_wrong_is_seen():
 
 
 def gradients(model, lengths=(4, 1, 6), candidates=3):
-    """(closed form, plain autograd over the whole uncached network) of dE/d candidates for prompts of different lengths; (prompts, candidates, D)."""
+    """(closed form, plain autograd over the whole uncached network) of dE/d candidates for prompts
+    of different lengths; (prompts, candidates, D).
+    """
     landscape = model.network.num_landscapes - 1
     generator = torch.Generator().manual_seed(5)
     prompts = [prompt_of(model, length, seed=length) for length in lengths]

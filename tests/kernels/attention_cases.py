@@ -1,4 +1,6 @@
-"""What the tests of attention share: cases, inputs, and every number of a first and second derivative."""
+"""What the tests of attention share: cases, inputs, and every number of a first and second
+derivative.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,10 @@ class Case(NamedTuple):
         common_key: float = 0.0,
         device="cpu",
     ) -> list[Tensor]:
-        """q [, k_self, v_self], K, V as leaves. common_key: length of a vector that all keys share."""
+        """q [, k_self, v_self], K, V as leaves.
+
+        common_key: length of a vector that all keys share.
+        """
         generator = torch.Generator().manual_seed(seed)
         sizes = [(self.B, self.H, self.S, self.d)] * (3 if self.own else 1) + [
             (self.B, self.H_kv, self.C, self.d)
@@ -65,7 +70,9 @@ class Case(NamedTuple):
         return causal_attention_definition(*inputs, causal=self.causal, context_offset=self.offset)
 
     def sdpa_math(self, *inputs: Tensor) -> Tensor:
-        """The same through PyTorch's MATH backend: own keys are S more keys, each seen by one query."""
+        """The same through PyTorch's MATH backend: own keys are S more keys, each seen by one
+        query.
+        """
         q, *own, k, v = inputs
         k, v = (u.repeat_interleave(self.H // self.H_kv, 1) for u in (k, v))
         seen = torch.ones(self.S, self.C, dtype=torch.bool, device=q.device)
@@ -78,7 +85,9 @@ class Case(NamedTuple):
 
 
 def derivatives(function, inputs: list[Tensor]) -> list[Tensor]:
-    """Output, inner gradient of q, k*, v* or q, K, V (under create_graph), and the gradients of a loss of both with respect to every input."""
+    """Output, inner gradient of q, k*, v* or q, K, V (under create_graph), and the gradients of a
+    loss of both with respect to every input.
+    """
     out = function(*inputs)
     inner = torch.autograd.grad((out.square() + out.sin()).sum(), inputs[:3], create_graph=True)
     loss = (out * out.detach().cos()).sum() + sum(

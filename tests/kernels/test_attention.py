@@ -1,4 +1,6 @@
-"""energy_attention and causal_attention are their definitions, to second order, for every shape and backend; and they say no where they must."""
+"""energy_attention and causal_attention are their definitions, to second order, for every shape and
+backend; and they say no where they must.
+"""
 
 import pytest
 import torch
@@ -43,7 +45,8 @@ SMALL, SMALL_PLAIN = Case(2, 4, 2, 7, 9, 16, 2), Case(2, 4, 2, 7, 9, 16, 2, Fals
 BOTH = pytest.mark.parametrize("case", [SMALL, SMALL_PLAIN], ids=["energy", "causal"])
 
 
-# The test extra installs Triton on Linux x86-64; tests/conftest.py chooses its interpreter unless there is a GPU, where test_attention_gpu.py takes over.
+# The test extra installs Triton on Linux x86-64; tests/conftest.py chooses its interpreter unless
+# there is a GPU, where test_attention_gpu.py takes over.
 OBSTACLE = why_not_triton(torch.device("cpu"), torch.float64, 64)
 INTERPRETED = pytest.mark.skipif(OBSTACLE is not None, reason=f"Triton's interpreter: {OBSTACLE}")
 
@@ -116,7 +119,9 @@ PARTS = [
     ids=lambda part: "energy" if part is SMALL else "causal" if part is SMALL_PLAIN else str(part),
 )
 def test_second_order_through_any_part_of_the_inner_gradient(case, backend, chosen):
-    """Cotangents that are None are zeros, and a gradient of the context under create_graph is a gradient, not silence."""
+    """Cotangents that are None are zeros, and a gradient of the context under create_graph is a
+    gradient, not silence.
+    """
     results = []
     for function in (lambda *x: case.attention(*x, backend=backend), case.definition):
         inputs = case.inputs()
@@ -130,7 +135,9 @@ def test_second_order_through_any_part_of_the_inner_gradient(case, backend, chos
 
 
 def test_the_inner_gradient_leaves_the_context_alone(backend, monkeypatch):
-    """A refinement step asks for q, k* and v*: no work for the context's keys and values, with or without a graph."""
+    """A refinement step asks for q, k* and v*: no work for the context's keys and values, with or
+    without a graph.
+    """
     asked = []
     implementation = attention_ops._implementation(backend)
     right = implementation.gradient
@@ -181,7 +188,9 @@ def test_results_are_the_same_every_time(case, backend):
 
 @pytest.mark.parametrize("term", ["phi", "centre", "future", "own"])
 def test_the_comparison_notices_a_wrong_double_backward(term, monkeypatch):
-    """Breaks the reference on purpose, one term at a time, and expects the comparison above to see it."""
+    """Breaks the reference on purpose, one term at a time, and expects the comparison above to see
+    it.
+    """
     right = attention_reference.double_backward
     if term == "phi":
         monkeypatch.setattr(
@@ -217,7 +226,9 @@ def test_the_comparison_notices_a_wrong_double_backward(term, monkeypatch):
     ["_tangent", "_second_own", "_second_query", "_second_key", "_gradient_query", "_gradient_key"],
 )
 def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkeypatch):
-    """Each kernel is needed: run over one row, or one key, fewer, it spoils a number that is compared."""
+    """Each kernel is needed: run over one row, or one key, fewer, it spoils a number that is
+    compared.
+    """
     from ebwm_kernels.attention import triton_kernels as attention_triton
 
     right = attention_triton._Launcher._run
@@ -235,7 +246,9 @@ def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkey
 
 @INTERPRETED
 def test_every_tile_of_the_table_computes_the_same(monkeypatch):
-    """The tiles that GPUs get, in the interpreter: sizes that are no multiple of them, heads that share keys."""
+    """The tiles that GPUs get, in the interpreter: sizes that are no multiple of them, heads that
+    share keys.
+    """
     from ebwm_kernels.attention import triton_kernels as attention_triton
 
     for architecture in ("sm_80", "sm_90"):
@@ -260,9 +273,11 @@ def test_every_tile_of_the_table_computes_the_same(monkeypatch):
 def test_low_precision_is_as_near_to_float64_as_pytorch_math_of_the_same_dtype(
     case, backend, dtype
 ):
-    """In every output of every order, over three draws: at most 1.5 times its error (Triton), twice (reference), a twentieth of a rounding aside.
+    """In every output of every order, over three draws: at most 1.5 times its error (Triton), twice
+    (reference), a twentieth of a rounding aside.
 
-    PyTorch computes float16 in float32. The loss whose gradients are compared rounds as well, so equal errors are a ratio of one.
+    PyTorch computes float16 in float32. The loss whose gradients are compared rounds as well, so
+    equal errors are a ratio of one.
     """
     case, allowed = case._replace(S=48, C=50, d=64, B=1), 1.5 if backend == "triton" else 2.0
     totals = 0
@@ -339,7 +354,9 @@ def test_flops_count_the_pairs_that_exist():
 
 @BOTH
 def test_memory_of_the_reference_is_linear_in_the_number_of_positions(case):
-    """Nothing of size S x S is alive at once: 16 blocks' worth of positions, and no tensor holds more than a block of rows."""
+    """Nothing of size S x S is alive at once: 16 blocks' worth of positions, and no tensor holds
+    more than a block of rows.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = []

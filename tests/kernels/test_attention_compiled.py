@@ -1,6 +1,8 @@
-"""Every shipped configuration of the Triton kernels compiles for the GPUs it is meant for: no spills, shared memory that fits, tensor cores.
+"""Every shipped configuration of the Triton kernels compiles for the GPUs it is meant for: no
+spills, shared memory that fits, tensor cores.
 
-In a process of its own: Triton's interpreter, which the other tests use, and its compiler exclude each other.
+In a process of its own: Triton's interpreter, which the other tests use, and its compiler exclude
+each other.
 """
 
 import importlib.util
@@ -92,7 +94,9 @@ def test_head_dimensions_that_are_padded_and_attention_without_a_mask_compile():
 
 @pytest.mark.parametrize("mask", [(), ("--not-causal",)])
 def test_sizes_of_one_compile(mask):
-    """Triton turns integer arguments that are 1 into constants, so a single query is another program."""
+    """Triton turns integer arguments that are 1 into constants, so a single query is another
+    program.
+    """
     assert len(compiled("--architecture", "sm_90", "--head-dimension", "64", "--ones", *mask)) == 12
 
 

@@ -1,4 +1,6 @@
-"""The Triton kernels on the GPU at hand: half precisions and float32 against float64, the same every time, memory linear in the positions."""
+"""The Triton kernels on the GPU at hand: half precisions and float32 against float64, the same
+every time, memory linear in the positions.
+"""
 
 import pytest
 import torch

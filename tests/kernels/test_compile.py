@@ -1,4 +1,6 @@
-"""torch.compile of a refinement step gives eager float64's gradients, or raises: never a wrong number silently."""
+"""torch.compile of a refinement step gives eager float64's gradients, or raises: never a wrong
+number silently.
+"""
 
 import pytest
 import torch
@@ -46,7 +48,9 @@ def energy(p, observed, w, *, attention_only: bool):
 
 
 def refinement_step(delta, start, observed, w, attention_only=True):
-    """One step of refinement and a loss of where it ends; delta is a leaf of zeros, which compile needs in place of requires_grad_()."""
+    """One step of refinement and a loss of where it ends; delta is a leaf of zeros, which compile
+    needs in place of requires_grad_().
+    """
     p = start + delta
     (gradient,) = torch.autograd.grad(
         energy(p, observed, w, attention_only=attention_only), delta, create_graph=True
@@ -99,7 +103,10 @@ def test_a_step_compiled_as_one_graph_gives_the_gradients_of_eager(attention_onl
 def test_a_step_compiled_with_graph_breaks_raises_where_pytorch_would_lose_gradients(
     attention_only,
 ):
-    """What a user may try first. autograd.grad breaks the graph, and the energy is compiled for one differentiation."""
+    """What a user may try first.
+
+    autograd.grad breaks the graph, and the energy is compiled for one differentiation.
+    """
     with pytest.raises(
         RuntimeError, match="torch.compile made this backward for one differentiation"
     ):
@@ -125,7 +132,11 @@ def test_a_compiled_energy_whose_gradient_is_taken_outside_raises():
 
 
 def test_pytorch_alone_does_not_give_the_gradients_there():
-    """Why we raise. torch 2.13 loses the gradient without a word, 2.11 raises. If this fails, PyTorch has learnt to: refuse_kept_graph can go."""
+    """Why we raise.
+
+    torch 2.13 loses the gradient without a word, 2.11 raises. If this fails, PyTorch has learnt to:
+    refuse_kept_graph can go.
+    """
     square = torch.compile(lambda x, w: (x @ w).square().sum(), backend="aot_eager")
     x, w = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     (gradient,) = torch.autograd.grad(square(x, w), x, create_graph=True)

@@ -1,4 +1,6 @@
-"""The observed stream takes flash-attn where it can run, says why where it cannot, and computes causal attention either way."""
+"""The observed stream takes flash-attn where it can run, says why where it cannot, and computes
+causal attention either way.
+"""
 
 import sys
 from types import ModuleType
@@ -29,7 +31,9 @@ def test_it_is_causal_attention_with_shared_heads():
 
 
 def test_flash_attn_is_called_as_its_documentation_says(monkeypatch):
-    """(B, S, H, d), heads shared by itself, causal; a stand-in with flash-attn's signature, since it needs a GPU."""
+    """(B, S, H, d), heads shared by itself, causal; a stand-in with flash-attn's signature, since
+    it needs a GPU.
+    """
 
     def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
         assert q.shape == (2, 7, 4, 16) and k.shape == v.shape == (2, 7, 2, 16)

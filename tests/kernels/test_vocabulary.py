@@ -1,4 +1,6 @@
-"""The chunked vocabulary step equals the materialised one: value and first-order gradients, every update, any number of chunks."""
+"""The chunked vocabulary step equals the materialised one: value and first-order gradients, every
+update, any number of chunks.
+"""
 
 import pytest
 import torch
@@ -123,7 +125,9 @@ def test_a_step_whose_loss_does_not_count_gives_the_gradient_of_the_embedding_al
 
 
 def test_half_precision_weights_keep_the_gradient_of_a_nearly_certain_prediction():
-    """e' and W_y are equal to bfloat16 where p'_y is near 1; their difference, the gradient, must come out all the same."""
+    """e' and W_y are equal to bfloat16 where p'_y is near 1; their difference, the gradient, must
+    come out all the same.
+    """
     x, _, weight, hidden, targets, draw = problem()
     x[torch.arange(ROWS), targets.clamp(min=0)] = 9.0
     p, cotangent, gradients = (

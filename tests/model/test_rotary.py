@@ -1,4 +1,6 @@
-"""The rotation equals its plain formula, forwards and to the second order, in any layout and precision."""
+"""The rotation equals its plain formula, forwards and to the second order, in any layout and
+precision.
+"""
 
 import pytest
 import torch

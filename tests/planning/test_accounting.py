@@ -50,7 +50,9 @@ def configuration(
 
 
 def training_step(config, mode, **options):
-    """One forward and backward of a WorldModel under a dispatch mode; gradients are there already, as under accumulation."""
+    """One forward and backward of a WorldModel under a dispatch mode; gradients are there already,
+    as under accumulation.
+    """
     torch.manual_seed(0)
     model = WorldModel(config).train()
     shape = (config.train.global_batch_size, config.data.context_length + 1)
@@ -75,7 +77,8 @@ def training_step(config, mode, **options):
 
 
 ATTENTION = {
-    operation._qualname: operation._init_fn  # by name: importing diffusers makes PyTorch build the overload objects anew
+    # by name: importing diffusers makes PyTorch build the overload objects anew
+    operation._qualname: operation._init_fn
     for operation in (
         attention_ops._attention,
         attention_ops._gradient,
@@ -97,8 +100,9 @@ class Inside(TorchDispatchMode):
 class Counted(Inside):
     """FLOPs of matrix products and of scaled_dot_product_attention.
 
-    torch.utils.flop_counter does not know addmm_ nor the attention that runs on a CPU; the formulas are its own. A batched product of
-    vectors (a row-wise inner product) is no matrix product, nor is one of a matrix and a vector (mv: the means and sums of RMSNorm).
+    torch.utils.flop_counter does not know addmm_ nor the attention that runs on a CPU; the formulas
+    are its own. A batched product of vectors (a row-wise inner product) is no matrix product, nor
+    is one of a matrix and a vector (mv: the means and sums of RMSNorm).
     """
 
     def __init__(self):
@@ -252,7 +256,8 @@ def test_recomputation_is_a_part_of_its_own():
     assert model_flops(again) == model_flops(plain) == sum(plain.values()) < sum(again.values())
 
 
-# The peak of all parts at once is an upper bound; what is measured leaves out the optimizer, which a step does not touch.
+# The peak of all parts at once is an upper bound; what is measured leaves out the optimizer, which
+# a step does not touch.
 MEMORY_CASES = {
     "text": {"refinement": {"num_steps": 3}},
     "text, step recomputed": {"refinement": {"num_steps": 2, "checkpoint": "step"}},

@@ -1,4 +1,6 @@
-"""The planner: near every measured step, right about what a cluster changes, and clear about what it cannot know."""
+"""The planner: near every measured step, right about what a cluster changes, and clear about what
+it cannot know.
+"""
 
 import dataclasses
 import json
@@ -48,7 +50,9 @@ def test_every_measured_step_time_is_predicted_within_half_and_the_median_within
 
 
 def test_memory_is_predicted_within_15_percent_of_what_processes_took():
-    """Every stage and checkpoint of results/zero_memory.json: resident memory of real runs, DeepSpeed's buffers and the allocator's waste included."""
+    """Every stage and checkpoint of results/zero_memory.json: resident memory of real runs,
+    DeepSpeed's buffers and the allocator's waste included.
+    """
     sys.path.insert(0, str(ROOT / "tools"))
     from check_zero import configuration
 

@@ -1,4 +1,6 @@
-"""A compiled refinement step gives the gradients of the eager one, whose own are held against plain autograd in test_refinement.py."""
+"""A compiled refinement step gives the gradients of the eager one, whose own are held against plain
+autograd in test_refinement.py.
+"""
 
 import pytest
 import torch

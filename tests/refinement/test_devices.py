@@ -1,7 +1,9 @@
-"""A whole training step on the meta device, which has shapes and no numbers: what would make a GPU wait, or mixes devices, raises there.
+"""A whole training step on the meta device, which has shapes and no numbers: what would make a GPU
+wait, or mixes devices, raises there.
 
-Reading a number back (item, tolist, a condition on a tensor, a mask that selects) is an error on meta tensors, and so is an operation between
-one of them and a tensor left on the CPU. Loss and gradients come out with the shapes and dtypes of a real step.
+Reading a number back (item, tolist, a condition on a tensor, a mask that selects) is an error on
+meta tensors, and so is an operation between one of them and a tensor left on the CPU. Loss and
+gradients come out with the shapes and dtypes of a real step.
 """
 
 import pytest
@@ -57,7 +59,9 @@ VIDEO = {
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Numbers that are never looked at, and the operations' Triton side, of which meta tensors see the shapes alone."""
+    """Numbers that are never looked at, and the operations' Triton side, of which meta tensors see
+    the shapes alone.
+    """
 
     def normal(
         self,

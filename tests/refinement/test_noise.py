@@ -110,7 +110,9 @@ def test_normal_numbers_have_the_normal_distribution(dtype, size):
 
 
 def test_halves_of_a_row_are_independent():
-    """Radius and angle come from the two halves of the bits: neither the numbers nor their magnitudes may be related."""
+    """Radius and angle come from the two halves of the bits: neither the numbers nor their
+    magnitudes may be related.
+    """
     first, second = draw(samples=torch.arange(4), num_positions=16, size=4000).double().chunk(2, -1)
     for f in (lambda u: u, torch.abs, torch.square):
         a, b = f(first).flatten(), f(second).flatten()

@@ -1,7 +1,9 @@
-"""Every combination of the refinement's choices is the papers' algorithm, to second order, in float64; evaluation is cheap and leaves no trace.
+"""Every combination of the refinement's choices is the papers' algorithm, to second order, in
+float64; evaluation is cheap and leaves no trace.
 
-The reference below is written for reading: materialised softmax, plain autograd through the state itself, detaching by hand; the network's
-fused operations are replaced by their definitions. (The network's structure is held against the released code's numbers in test_parity.py.)
+The reference below is written for reading: materialised softmax, plain autograd through the state
+itself, detaching by hand; the network's fused operations are replaced by their definitions. (The
+network's structure is held against the released code's numbers in test_parity.py.)
 """
 
 import contextlib
@@ -146,7 +148,9 @@ def gradients(model, loss):
 
 
 def compare(model, observed, targets, *, num_steps=2, whole_gradient=1e-10):
-    """Loss to 1e-13; each parameter's gradient to rounding, and all of them together to `whole_gradient`, relative to their norm."""
+    """Loss to 1e-13; each parameter's gradient to rounding, and all of them together to
+    `whole_gradient`, relative to their norm.
+    """
     sample_ids, source = torch.tensor([4, 9, 2]), NoiseSource(5, 6)
     model.train()
     ours = model(observed, targets, sample_ids=sample_ids, source=source, num_steps=num_steps).loss
@@ -296,7 +300,9 @@ def test_every_option_is_exact(graph, loss, name, options):
     ],
 )
 def test_each_clamp_binds_somewhere_and_not_everywhere(kind, update, change, state):
-    """So that the comparisons above mean something; and no state is beyond its bound, nor moved further than a step may."""
+    """So that the comparisons above mean something; and no state is beyond its bound, nor moved
+    further than a step may.
+    """
     options = {
         "sample_ids": torch.arange(B),
         "source": NoiseSource(1, 2),

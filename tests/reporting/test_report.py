@@ -1,4 +1,6 @@
-"""The run report: it judges from the numbers, survives damaged and partial run folders, and depends on nothing outside itself."""
+"""The run report: it judges from the numbers, survives damaged and partial run folders, and depends
+on nothing outside itself.
+"""
 
 import json
 import math
@@ -764,7 +766,9 @@ DAMAGED = {
 def test_damaged_lines_are_left_out_of_every_reading_and_said_once(
     tmp_path, damage, capsys, without_plots
 ):
-    """The report, a resume, and whoever else reads a .jsonl file of a run go on with the other rows."""
+    """The report, a resume, and whoever else reads a .jsonl file of a run go on with the other
+    rows.
+    """
     folder = run_folder(tmp_path)
     for name in ("metrics.jsonl", "events.jsonl"):
         lines = (folder / name).read_bytes().splitlines(keepends=True)

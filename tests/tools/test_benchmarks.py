@@ -1,4 +1,6 @@
-"""The benchmark tools print what they promise: one JSON line per measurement, and refuse what they cannot measure."""
+"""The benchmark tools print what they promise: one JSON line per measurement, and refuse what they
+cannot measure.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,6 @@
-"""Bad input: one clear line with the value, what is allowed and what to do; exit code 2, nothing started, nothing lost."""
+"""Bad input: one clear line with the value, what is allowed and what to do; exit code 2, nothing
+started, nothing lost.
+"""
 
 import json
 import resource

@@ -1,4 +1,6 @@
-"""Conversions give back what they were given: run -> folder -> run, released layout -> folder -> released layout; and refuse what they should."""
+"""Conversions give back what they were given: run -> folder -> run, released layout -> folder ->
+released layout; and refuse what they should.
+"""
 
 import hashlib
 import io
@@ -122,7 +124,9 @@ def test_a_folder_without_training_state_starts_a_run_from_its_weights(runs, who
 
 
 def received(converted, folder, changes=None, files=None):
-    """A converted folder as somebody else could send it: other settings and files, with fitting hashes."""
+    """A converted folder as somebody else could send it: other settings and files, with fitting
+    hashes.
+    """
     shutil.copytree(converted, folder)
     values = yaml.safe_load((folder / "config.yaml").read_text())
     for name, value in (changes or {}).items():
@@ -418,7 +422,9 @@ VIDEO_BASELINE = {
 
 
 def video_baseline_weights(width=24, hidden=36, dimension=40, layers=2):
-    """A state dict of the released video baseline: frame projection, blocks, D x D output, up-projection."""
+    """A state dict of the released video baseline: frame projection, blocks, D x D output,
+    up-projection.
+    """
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape, scale=1.0):
@@ -445,7 +451,9 @@ def video_baseline_weights(width=24, hidden=36, dimension=40, layers=2):
 
 
 def plain_video_baseline(weights, frames, *, heads=2, layers=2):
-    """The released video baseline written out in plain PyTorch: frames (B, S, dimension) to predictions of the next."""
+    """The released video baseline written out in plain PyTorch: frames (B, S, dimension) to
+    predictions of the next.
+    """
 
     def norm(x, name):
         return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[name]
@@ -829,7 +837,9 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
 def test_memory_does_not_grow_with_the_model(
     tmp_path, layers, width, vocabulary, gigabytes, allowed_gib
 ):
-    """A checkpoint written without a model, converted in a process of its own whose peak is compared with what it had before."""
+    """A checkpoint written without a model, converted in a process of its own whose peak is
+    compared with what it had before.
+    """
     config = config_from_dict(
         {
             "model": {
@@ -871,8 +881,12 @@ def test_memory_does_not_grow_with_the_model(
     }
     (folder / "manifest.json").write_text(json.dumps({"version": 2, "files": entries}))
     script = (
-        "import resource, sys; from pathlib import Path; from ebwm_scale.checkpoint import convert as conversion; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
-        "conversion.FULL_BYTES = 0; before = peak(); print(conversion.export_run(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))); print(peak() - before)"
+        "import resource, sys; from pathlib import Path; from ebwm_scale.checkpoint import "
+        "convert as conversion; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "
+        "/ 2**20\n"
+        "conversion.FULL_BYTES = 0; before = peak(); "
+        "print(conversion.export_run(Path(sys.argv[1]), Path(sys.argv[2]), "
+        "max_shard_bytes=int(sys.argv[3]))); print(peak() - before)"
     )
     done = subprocess.run(
         [

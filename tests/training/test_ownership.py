@@ -239,7 +239,10 @@ def test_a_second_start_is_refused_and_the_first_goes_on(runs, whole):
 
 
 def test_a_checkpoint_rotated_away_while_it_is_loaded_is_followed_by_the_newer_one(runs):
-    """Between reading and loading it, another one takes its place. Nobody owns the folder so far."""
+    """Between reading and loading it, another one takes its place.
+
+    Nobody owns the folder so far.
+    """
     runs.run("rotated", overrides={"evaluation.every_steps": 0})
     checkpoints = runs.folder / "rotated" / "checkpoints"
     newer = checkpoints.parent / "newer"

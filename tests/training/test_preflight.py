@@ -1,4 +1,6 @@
-"""Training, its --dry-run and the doctor refuse the same runs, in the same words, before anything is written."""
+"""Training, its --dry-run and the doctor refuse the same runs, in the same words, before anything
+is written.
+"""
 
 import os
 import re
@@ -270,7 +272,9 @@ class FakeTracker:
 
 
 def test_what_is_logged_again_after_a_resume_reaches_wandb(tmp_path, monkeypatch, capsys):
-    """W&B drops rows whose `step=` is below its last one; the step is a metric of ours, and the x axis."""
+    """W&B drops rows whose `step=` is below its last one; the step is a metric of ours, and the x
+    axis.
+    """
     tracker = FakeTracker()
     wandb = type(sys)("wandb")
     wandb.init = lambda **options: tracker

@@ -68,8 +68,9 @@ def test_an_environment_that_names_processes_nobody_started_is_refused_with_a_wa
 
 
 def test_nothing_else_counts_processes():
-    """Which variables hold a count of processes is known in core/processes.py, and in slurm.py for a
-    job's allocation."""
+    """Which variables hold a count of processes is known in core/processes.py, and in slurm.py for
+    a job's allocation.
+    """
     counting = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     allowed = {"core/processes.py", "slurm.py"}
     found = set()

@@ -1,4 +1,6 @@
-"""No kill loses work, no failed write loses a checkpoint, no bad number enters the weights, no lost process goes unnoticed."""
+"""No kill loses work, no failed write loses a checkpoint, no bad number enters the weights, no lost
+process goes unnoticed.
+"""
 
 import json
 import signal

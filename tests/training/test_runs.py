@@ -1,4 +1,6 @@
-"""Whole runs of train.py: resume is exact, processes do not matter, signals save, every optional part changes no loss."""
+"""Whole runs of train.py: resume is exact, processes do not matter, signals save, every optional
+part changes no loss.
+"""
 
 import json
 import signal
@@ -35,8 +37,8 @@ def test_a_run_prints_what_happens_and_leaves_the_documented_folder(runs, refere
         and "report.html" in reference.splitlines()[-1]
     )
     assert (
-        "attention of the observed stream: sdpa (flash_attn: it needs a GPU), the predicted stream: reference (triton: "
-        in reference
+        "attention of the observed stream: sdpa (flash_attn: it needs a GPU), the predicted "
+        "stream: reference (triton: " in reference
     )
     folder = runs.folder / "reference"
     for name in (

@@ -1,4 +1,6 @@
-"""A checkpoint that is published stays so, whatever fails after its rename; what cannot be removed is in no later save's way."""
+"""A checkpoint that is published stays so, whatever fails after its rename; what cannot be removed
+is in no later save's way.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where a stop is noticed: in start-up, between micro-batches, in an evaluation; a second signal leaves at once, wherever the process is."""
+"""Where a stop is noticed: in start-up, between micro-batches, in an evaluation; a second signal
+leaves at once, wherever the process is.
+"""
 
 import json
 import signal
@@ -14,7 +16,9 @@ def reference(runs):
 
 
 def signalled(runs, name, *, when, numbers=(signal.SIGUSR1,), **options):
-    """Start a run, send signals once `when` says so (a predicate of nothing); (exit code, output, seconds from the last signal to the end)."""
+    """Start a run, send signals once `when` says so (a predicate of nothing); (exit code, output,
+    seconds from the last signal to the end).
+    """
     process, deadline = runs.start(name, **options), time.monotonic() + 120
     try:
         while not when(process) and process.poll() is None and time.monotonic() < deadline:
@@ -60,7 +64,9 @@ def test_a_signal_while_torch_is_imported_stops_before_the_model_is_built(runs, 
 
 
 def test_between_two_micro_batches_the_step_is_given_up_and_done_again(runs, reference):
-    """The signal comes before step 6's first micro-batch, so its second one is not begun: what is saved is step 5."""
+    """The signal comes before step 6's first micro-batch, so its second one is not begun: what is
+    saved is step 5.
+    """
     overrides = {"train.micro_batch_size": 1}
     code, output, _ = signalled(
         runs,
@@ -76,7 +82,10 @@ def test_between_two_micro_batches_the_step_is_given_up_and_done_again(runs, ref
 def test_an_evaluation_is_given_up_its_step_is_saved_and_the_resumed_run_makes_up_for_it(
     runs, reference
 ):
-    """Evaluation 1 belongs to step 4. The row is missing at the stop, and there in the end, once and in its place."""
+    """Evaluation 1 belongs to step 4.
+
+    The row is missing at the stop, and there in the end, once and in its place.
+    """
     overrides = {"train.micro_batch_size": 1}
     code, output, _ = signalled(
         runs,

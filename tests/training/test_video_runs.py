@@ -1,4 +1,6 @@
-"""Training on clips: every recipe, the same promises as for text, and damage that is set aside while it goes on."""
+"""Training on clips: every recipe, the same promises as for text, and damage that is set aside
+while it goes on.
+"""
 
 import json
 import re

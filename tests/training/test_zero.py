@@ -1,4 +1,7 @@
-"""Every ZeRO stage trains what one process in float64 would; a stage that is wrong is seen. The whole table: docs/distributed.md."""
+"""Every ZeRO stage trains what one process in float64 would; a stage that is wrong is seen.
+
+The whole table: docs/distributed.md.
+"""
 
 import json
 import os

@@ -61,7 +61,9 @@ def dataset(tmp_path_factory) -> Path:
 
 
 class Runs:
-    """Start train.py on the tiny configuration; processes get bounded time and are ended with the test."""
+    """Start train.py on the tiny configuration; processes get bounded time and are ended with the
+    test.
+    """
 
     def __init__(self, folder: Path, manifest: Path):
         self.folder, self.manifest = folder, manifest
@@ -138,7 +140,9 @@ class Runs:
     def interrupt(
         self, name: str, number: signal.Signals, *, after: str, timeout: int = 240, **options
     ) -> int:
-        """Run until a line contains `after`, send the signal to the main process (SIGKILL: to all), return the exit code."""
+        """Run until a line contains `after`, send the signal to the main process (SIGKILL: to all),
+        return the exit code.
+        """
         process, deadline = self.start(name, **options), time.monotonic() + timeout
         try:
             for line in process.stdout:
@@ -177,7 +181,9 @@ class Runs:
         }
 
     def state(self, name: str) -> dict:
-        """Weights and optimizer state of the newest checkpoint, by file and tensor, and the replay buffer."""
+        """Weights and optimizer state of the newest checkpoint, by file and tensor, and the replay
+        buffer.
+        """
         checkpoints = self.folder / name / "checkpoints"
         folder = checkpoints / (checkpoints / "latest").read_text().strip()
         return {

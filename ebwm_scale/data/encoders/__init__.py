@@ -7,7 +7,8 @@
     timm            the pooled features of a timm model                                 a local file                        no
     efficientnet    7 x 7 features of EfficientNet-Lite0, averaged over a grid          bundled with its package, offline   no
 
-An encoder holds no statistics: those are the dataset's (data/encoders/space.py). Nothing is ever downloaded here.
+An encoder holds no statistics: those are the dataset's (data/encoders/space.py). Nothing is ever
+downloaded here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from ebwm_scale.core.errors import DataError
 
 
 class FrameEncoder(Protocol):
-    """name and settings say which encoder it is; height, width: the frames it takes; parameters: tensors to be kept with a dataset."""
+    """name and settings say which encoder it is; height, width: the frames it takes; parameters:
+    tensors to be kept with a dataset.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -37,7 +40,9 @@ class FrameEncoder(Protocol):
         """float32 (n, dimension) -> uint8 (n, height, width, 3); None where an encoder cannot."""
 
     def groups(self) -> Tensor:
-        """int64 (dimension,): which numbers of an embedding are of one kind, and are standardised alike: a channel at every place."""
+        """int64 (dimension,): which numbers of an embedding are of one kind, and are standardised
+        alike: a channel at every place.
+        """
 
     def parameters(self) -> dict[str, Tensor]:
         """Fitted tensors, empty where the weights are someone else's files."""
@@ -55,7 +60,10 @@ def build_encoder(
     parameters: dict[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
 ) -> FrameEncoder:
-    """The encoder of these settings. parameters: of a fitted one. Raises DataError for what does not exist or cannot be loaded."""
+    """The encoder of these settings.
+
+    parameters: of a fitted one. Raises DataError for what does not exist or cannot be loaded.
+    """
     if name == "pca":
         from ebwm_scale.data.encoders.pca import PcaEncoder
 
@@ -86,7 +94,8 @@ def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
     )
     if encoder.dimension != content.dimension:
         raise DataError(
-            f"encoder {content.encoder_name} gives embeddings of {encoder.dimension} numbers, the dataset was made with "
+            f"encoder {content.encoder_name} gives embeddings of {encoder.dimension} numbers, the "
+            "dataset was made with "
             f"{content.dimension}: other weights or another version; make the dataset again"
         )
     return encoder
@@ -101,7 +110,8 @@ def _read(path: Path, sha256: str) -> dict[str, Tensor]:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{path}: cannot read the encoder's parameters: {error.strerror}; copy the dataset again"
+            f"{path}: cannot read the encoder's parameters: {error.strerror}; copy the dataset "
+            "again"
         ) from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(

@@ -1,4 +1,5 @@
-"""The encoder that needs no download: principal components of image patches, whitened, fitted on the training frames.
+"""The encoder that needs no download: principal components of image patches, whitened, fitted on
+the training frames.
 
     frame (height, width, 3) in [0, 1]  ->  patches of P x P x 3 numbers  ->  c = (patch - mean) @ basis / scale
     embedding = the C components of every patch, patch after patch
@@ -68,7 +69,9 @@ class PcaEncoder:
 def fit_pca(
     frames: Iterable[Tensor], *, patch: int, components: int, height: int, width: int
 ) -> tuple[PcaEncoder, float]:
-    """(the encoder, its share of the variance) of the frames, uint8 (n, height, width, 3) a batch; two float64 sums, any number of frames."""
+    """(the encoder, its share of the variance) of the frames, uint8 (n, height, width, 3) a batch;
+    two float64 sums, any number of frames.
+    """
     check_patches(patch, components, height, width)
     size = patch * patch * 3
     count, total, products = (
@@ -117,5 +120,6 @@ def check_patches(patch: int, components: int, height: int, width: int) -> None:
         )
     if not 1 <= components <= patch * patch * 3:
         raise DataError(
-            f"pca components is {components}: a patch of {patch} x {patch} x 3 has 1 to {patch * patch * 3}"
+            f"pca components is {components}: a patch of {patch} x {patch} x 3 has 1 to "
+            f"{patch * patch * 3}"
         )

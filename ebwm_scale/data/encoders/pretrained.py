@@ -1,7 +1,10 @@
-"""Encoders whose weights are other people's: loaded from local files, frozen, in eval mode. The packages are imported when asked for.
+"""Encoders whose weights are other people's: loaded from local files, frozen, in eval mode.
 
-Frames come as uint8 (n, height, width, 3). Each encoder normalises them as its weights were trained: SD-VAE to [-1, 1], the others with
-ImageNet's mean and deviation (of the timm model's own data configuration, where that is given).
+The packages are imported when asked for.
+
+Frames come as uint8 (n, height, width, 3). Each encoder normalises them as its weights were
+trained: SD-VAE to [-1, 1], the others with ImageNet's mean and deviation (of the timm model's own
+data configuration, where that is given).
 """
 
 from __future__ import annotations
@@ -49,13 +52,15 @@ class Pretrained:
             self.model = self.load().eval().requires_grad_(False).to(self.device)
         except ImportError as error:
             raise DataError(
-                f"the encoder {self.name} needs the package {error.name}; install it with: python -m pip install {error.name}"
+                f"the encoder {self.name} needs the package {error.name}; install it with: python "
+                f"-m pip install {error.name}"
             ) from None
         found = fingerprint(self.model)
         expected = self.settings.setdefault("weights_sha256", found)
         if found != expected:
             raise DataError(
-                f"the encoder {self.name} has weights {found[:12]}..., the dataset was made with {expected[:12]}...: use the same weights"
+                f"the encoder {self.name} has weights {found[:12]}..., the dataset was made with "
+                f"{expected[:12]}...: use the same weights"
             )
         self.dimension = self.encode(torch.zeros(1, height, width, 3, dtype=torch.uint8)).shape[1]
 
@@ -83,7 +88,9 @@ class Pretrained:
         return None
 
     def groups(self) -> Tensor:
-        """Features are of kinds of their own; maps (channels, height, width) are alike within a channel."""
+        """Features are of kinds of their own; maps (channels, height, width) are alike within a
+        channel.
+        """
         return torch.arange(self.dimension)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -95,13 +102,16 @@ class Pretrained:
         path = Path(str(value))
         if value is None or not path.exists():
             raise DataError(
-                f"the encoder {self.name} needs a local {kind} with its weights, got {value!r}; give --encoder-path"
+                f"the encoder {self.name} needs a local {kind} with its weights, got {value!r}; "
+                "give --encoder-path"
             )
         return path
 
 
 class SdVae(Pretrained):
-    """The latent mean of a Stable Diffusion autoencoder: height/8 x width/8 x 4 numbers, 3136 for 224 x 224 frames."""
+    """The latent mean of a Stable Diffusion autoencoder: height/8 x width/8 x 4 numbers, 3136 for
+    224 x 224 frames.
+    """
 
     name, reconstructs = "sd-vae", True
 
@@ -136,7 +146,9 @@ class SdVae(Pretrained):
 
 
 class TransformersBackbone(Pretrained):
-    """A vision model of `transformers` (DINOv2 and others) from a local folder: its pooled output, or else its first token."""
+    """A vision model of `transformers` (DINOv2 and others) from a local folder: its pooled output,
+    or else its first token.
+    """
 
     name = "transformers"
 
@@ -161,12 +173,14 @@ class TimmBackbone(Pretrained):
     def load(self) -> nn.Module:
         if "model" not in self.settings:
             raise DataError(
-                "the encoder timm needs the name of a model; give --encoder-model, for example vit_small_patch14_dinov2.lvd142m"
+                "the encoder timm needs the name of a model; give --encoder-model, for example "
+                "vit_small_patch14_dinov2.lvd142m"
             )
         # hf-hub:... would download, local-dir:... read a folder that the settings do not name
         if not re.fullmatch(r"\w+(\.\w+)*", str(self.settings["model"])):
             raise DataError(
-                f"the encoder timm: model is {str(self.settings['model'])[:80]!r}: expected the plain name "
+                f"the encoder timm: model is {str(self.settings['model'])[:80]!r}: expected the "
+                "plain name "
                 "of a timm model, for example vit_small_patch14_dinov2.lvd142m"
             )
         try:
@@ -187,7 +201,9 @@ class TimmBackbone(Pretrained):
 
 
 class EfficientNetLite(Pretrained):
-    """EfficientNet-Lite0's last feature map, averaged over a grid x grid of cells: weights come inside its package, so it works offline."""
+    """EfficientNet-Lite0's last feature map, averaged over a grid x grid of cells: weights come
+    inside its package, so it works offline.
+    """
 
     name = "efficientnet"
 

@@ -1,4 +1,5 @@
-"""The space in which a video model lives: an encoder's embeddings, standardised with the statistics of the training frames.
+"""The space in which a video model lives: an encoder's embeddings, standardised with the statistics
+of the training frames.
 
 frames --encode--> embeddings --standardise--> states          training, evaluation, generation: always this way
 states --restore--> embeddings --decode--> frames              for people to look at
@@ -16,7 +17,11 @@ from ebwm_scale.data.format.content import VideoContent
 
 
 class FrameSpace:
-    """Of a video dataset. The encoder is loaded when it is first needed: never, where embeddings are stored and nobody looks at frames."""
+    """Of a video dataset.
+
+    The encoder is loaded when it is first needed: never, where embeddings are stored and nobody
+    looks at frames.
+    """
 
     def __init__(self, content: VideoContent, device: torch.device | str = "cpu"):
         self.content, self.device = content, torch.device(device)
@@ -30,7 +35,9 @@ class FrameSpace:
 
     @torch.no_grad()
     def states(self, sequences: Tensor) -> Tensor:
-        """Stored sequences, embeddings (b, S, dimension) or uint8 frames (b, S, height, width, 3) -> states float32 (b, S, dimension)."""
+        """Stored sequences, embeddings (b, S, dimension) or uint8 frames (b, S, height, width, 3)
+        -> states float32 (b, S, dimension).
+        """
         sequences = sequences.to(self.device)
         if sequences.dtype == torch.uint8:
             embeddings = self.encoder.encode(sequences.flatten(0, 1)).view(*sequences.shape[:2], -1)
@@ -40,6 +47,8 @@ class FrameSpace:
 
     @torch.no_grad()
     def frames(self, states: Tensor) -> Tensor | None:
-        """States (b, S, dimension) -> uint8 frames (b, S, height, width, 3); None where the encoder cannot go back."""
+        """States (b, S, dimension) -> uint8 frames (b, S, height, width, 3); None where the encoder
+        cannot go back.
+        """
         decoded = self.encoder.decode((states * self.std + self.mean).flatten(0, 1).float())
         return None if decoded is None else decoded.view(*states.shape[:2], *decoded.shape[1:])

@@ -1,11 +1,12 @@
-"""What a sample is: the fields of a WebDataset sample -> a sequence of block_length states, checked.
+"""What a sample is: the fields of a WebDataset sample -> a sequence of block_length states,
+checked.
 
     text                tokens.npy                          -> unsigned integers (block_length,)
     video, embedding    frames.npy                          -> float16 or float32 (block_length, dimension), as the encoder gave them
     video, jpeg, webp   000.jpg, 001.jpg, ... or .webp      -> uint8 (block_length, height, width, 3)
 
-Video samples carry a clip.json beside them: which video, and where in it. How raw frames become the standardised embeddings that a model
-sees is the business of ebwm_scale/data/encoders/.
+Video samples carry a clip.json beside them: which video, and where in it. How raw frames become the
+standardised embeddings that a model sees is the business of ebwm_scale/data/encoders/.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ CLIP_FIELD = "clip.json"
 _SUFFIX = {"jpeg": "jpg", "webp": "webp"}
 _IMAGE_FORMATS = ("JPEG", "WEBP", "PNG")
 MAX_IMAGE_PIXELS = 2**24  # of an image whose size is not known beforehand: 48 MiB decoded
-# What numpy writes before a C-ordered array: the header of a sample is compared with this, and never evaluated.
+# What numpy writes before a C-ordered array: the header of a sample is compared with this, and
+# never evaluated.
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_TEXT = re.compile(
     rb"\{'descr': '([<>|=][a-zA-Z]\d{1,4})', 'fortran_order': False, 'shape': \(([0-9, ]{0,60})\), \} *\n"
@@ -136,7 +138,9 @@ class VideoContent:
 def decode_sample(
     content: TextContent | VideoContent, fields: Mapping[str, bytes], block_length: int
 ) -> np.ndarray:
-    """content.decode for bytes that nobody has vouched for: whatever goes wrong in it is a ValueError of one line."""
+    """content.decode for bytes that nobody has vouched for: whatever goes wrong in it is a
+    ValueError of one line.
+    """
     try:
         return content.decode(fields, block_length)
     except DataError:  # a package is missing, which is no fault of the sample
@@ -159,12 +163,14 @@ def field_names(stored: str, block_length: int) -> tuple[str, ...]:
 def decode_image(content: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
     """A jpeg, webp or png as uint8 (height, width, 3).
 
-    size: the (height, width) that it must have; without, at most MAX_IMAGE_PIXELS. Nothing is decoded
-    before that is known. Raises ValueError for anything else, and for an image that is cut off.
+    size: the (height, width) that it must have; without, at most MAX_IMAGE_PIXELS. Nothing is
+    decoded before that is known. Raises ValueError for anything else, and for an image that is cut
+    off.
     """
     image = _pillow()
     try:
-        # Only these: the plug-in for EPS would start another program, others read much and fail late.
+        # Only these: the plug-in for EPS would start another program, others read much and fail
+        # late.
         with image.open(io.BytesIO(content), formats=_IMAGE_FORMATS) as file:
             width, height = file.size
             if size is not None and (height, width) != size:
@@ -191,13 +197,16 @@ def _pillow():
         from PIL import Image
     except ImportError:
         raise DataError(
-            'reading and writing frames needs the package pillow; install it with: python -m pip install "ebwm_scale[video]"'
+            "reading and writing frames needs the package pillow; install it with: python -m pip "
+            'install "ebwm_scale[video]"'
         ) from None
     return Image
 
 
 def _npy(content: bytes, dtypes: tuple[str, ...], shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """The array of a .npy file that has one of the dtypes and this shape; ValueError says what it is instead."""
+    """The array of a .npy file that has one of the dtypes and this shape; ValueError says what it
+    is instead.
+    """
     header = content[: 10 + int.from_bytes(content[8:10], "little")]
     descr, found, size = _npy_header(header)
     if descr not in dtypes or found != shape:
@@ -212,7 +221,9 @@ def _npy(content: bytes, dtypes: tuple[str, ...], shape: tuple[int, ...], kind: 
 
 @functools.lru_cache(maxsize=16)
 def _npy_header(header: bytes) -> tuple[str, tuple[int, ...], int]:
-    """(dtype, shape, bytes of the numbers) of what stands before the numbers; cached, because all samples of a dataset have the same."""
+    """(dtype, shape, bytes of the numbers) of what stands before the numbers; cached, because all
+    samples of a dataset have the same.
+    """
     match = _NPY_TEXT.fullmatch(header[10:])
     if header.startswith(_NPY_MAGIC) and match is not None:
         descr, sizes = match[1].decode(), match[2].decode()

@@ -1,7 +1,8 @@
 """The index of a shard: where each sample lies and its checksum, as arrays.
 
-An index file is JSON: index_version, shard (the file's name), keys, num_targets, and per field the offsets, sizes and
-crc32 of all samples. In memory a field of a sample takes 16 bytes and a key its letters: 100,000 samples take 3.5 MiB.
+An index file is JSON: index_version, shard (the file's name), keys, num_targets, and per field the
+offsets, sizes and crc32 of all samples. In memory a field of a sample takes 16 bytes and a key its
+letters: 100,000 samples take 3.5 MiB.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from ebwm_scale.data.format.tar import MAX_MEMBER_BYTES
 INDEX_VERSION = 2
 MAX_INDEX_BYTES = 256 * 2**20
 _PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("crc32", "<u4")])
-_REMAKE = "copy the dataset again, or make it again with tools/make_text_shards.py or tools/make_video_shards.py"
+_REMAKE = (
+    "copy the dataset again, or make it again with tools/make_text_shards.py or "
+    "tools/make_video_shards.py"
+)
 
 
 @dataclass(frozen=True)
 class Field:
-    """Where one field of every sample of a shard lies: offsets and sizes in bytes, checksums, each (samples,)."""
+    """Where one field of every sample of a shard lies: offsets and sizes in bytes, checksums, each
+    (samples,).
+    """
 
     offsets: np.ndarray
     sizes: np.ndarray
@@ -37,8 +43,8 @@ class Field:
 class ShardIndex:
     """The checked content of an index.
 
-    names: of the fields.  places: offset, size and crc32 of each field of each sample, structured (samples, fields);
-    `places[row].tolist()` gives them as plain numbers.
+    names: of the fields.  places: offset, size and crc32 of each field of each sample, structured
+    (samples, fields); `places[row].tolist()` gives them as plain numbers.
     """
 
     def __init__(self, keys: list[str], names: tuple[str, ...], places: np.ndarray):
@@ -75,7 +81,9 @@ class ShardIndex:
 
 
 def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
-    """Read an index and check it against the manifest; DataError if it is missing, damaged or of another shard."""
+    """Read an index and check it against the manifest; DataError if it is missing, damaged or of
+    another shard.
+    """
     path = manifest.folder / shard.index_path
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
@@ -88,13 +96,15 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
     found = hashlib.sha256(content).hexdigest()
     if found != shard.index_sha256:
         raise DataError(
-            f"{path}: sha256 of the index is {found[:12]}..., the manifest says {shard.index_sha256[:12]}...: damaged or of "
+            f"{path}: sha256 of the index is {found[:12]}..., the manifest says "
+            f"{shard.index_sha256[:12]}...: damaged or of "
             f"another shard; {_REMAKE}"
         )
     index = parse_index(content, str(path), Path(shard.path).name, size=shard.size)
     if len(index) != shard.num_samples:
         raise DataError(
-            f"{path}: does not fit shard {shard.path}: it describes {len(index)} samples, the manifest says "
+            f"{path}: does not fit shard {shard.path}: it describes {len(index)} samples, the "
+            "manifest says "
             f"{shard.num_samples}; {_REMAKE}"
         )
     return index
@@ -112,11 +122,13 @@ def parse_index(content: bytes, where: str, shard: str, *, size: int) -> ShardIn
     version = values.get("index_version") if isinstance(values, dict) else None
     if version != INDEX_VERSION or not is_whole(version):
         raise DataError(
-            f"{where}: index_version is {shown(version)}: this release reads {INDEX_VERSION}; {_REMAKE}"
+            f"{where}: index_version is {shown(version)}: this release reads {INDEX_VERSION}; "
+            f"{_REMAKE}"
         )
     if values.get("shard") != shard:
         raise DataError(
-            f"{where}: does not fit shard {shard}: it describes {shown(values.get('shard'))}; {_REMAKE}"
+            f"{where}: does not fit shard {shard}: it describes {shown(values.get('shard'))}; "
+            f"{_REMAKE}"
         )
     try:
         keys = _keys(values.get("keys"))
@@ -128,7 +140,8 @@ def parse_index(content: bytes, where: str, shard: str, *, size: int) -> ShardIn
     longest = int((spans[:, 1] - spans[:, 0]).max())
     if int(spans[:, 1].max()) > size or longest > MAX_MEMBER_BYTES:
         raise DataError(
-            f"{where}: does not fit shard {shard}: it points to byte {int(spans[:, 1].max())} of {size}, its longest "
+            f"{where}: does not fit shard {shard}: it points to byte {int(spans[:, 1].max())} of "
+            f"{size}, its longest "
             f"sample has {longest} bytes; {_REMAKE}"
         )
     return index
@@ -144,7 +157,9 @@ def _keys(values: Any) -> list[str]:
 
 
 def _places(fields: Any, num_samples: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """(names, places) of the fields; ValueError for what is not three lists of whole numbers in range for each."""
+    """(names, places) of the fields; ValueError for what is not three lists of whole numbers in
+    range for each.
+    """
     if not isinstance(fields, dict) or not fields:
         raise ValueError(f"fields are {shown(fields)}: expected an object")
     places = np.empty((num_samples, len(fields)), _PLACE)

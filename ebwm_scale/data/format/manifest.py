@@ -1,4 +1,5 @@
-"""manifest.json, the root of a dataset folder: what it holds, for whom it was made, and the hashes of every file in it.
+"""manifest.json, the root of a dataset folder: what it holds, for whom it was made, and the hashes
+of every file in it.
 
 dataset/
   manifest.json                this file; the hash of its canonical JSON is the dataset's fingerprint
@@ -44,8 +45,12 @@ _FACTS = {
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split. facts: numbers that only its modality has, for text unigram_entropy (nats per token: entropy of the targets under their own
-    frequencies), num_documents, num_text_bytes and num_dropped_tokens (after the last full block), for video num_videos."""
+    """One split.
+
+    facts: numbers that only its modality has, for text unigram_entropy (nats per token: entropy of
+    the targets under their own frequencies), num_documents, num_text_bytes and num_dropped_tokens
+    (after the last full block), for video num_videos.
+    """
 
     shards: ShardTable
     num_samples: int
@@ -55,8 +60,9 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The checked content of a manifest; `values` is its JSON without the lists of shards, `fingerprint` the sha256 of
-    its canonical JSON with them, wherever they stand."""
+    """The checked content of a manifest; `values` is its JSON without the lists of shards,
+    `fingerprint` the sha256 of its canonical JSON with them, wherever they stand.
+    """
 
     path: Path
     block_length: int  # states (tokens, frames) per sample = context_length + 1
@@ -76,7 +82,10 @@ class Manifest:
 
 
 def load_manifest(path: str | Path) -> Manifest:
-    """Read and check a manifest (or the manifest of a dataset folder). Raises DataError with one line."""
+    """Read and check a manifest (or the manifest of a dataset folder).
+
+    Raises DataError with one line.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / MANIFEST_NAME
@@ -86,7 +95,8 @@ def load_manifest(path: str | Path) -> Manifest:
         values = parse(path.read_bytes())
     except OSError as error:
         raise DataError(
-            f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names the manifest.json "
+            f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names "
+            "the manifest.json "
             "that tools/make_text_shards.py writes"
         ) from None
     except ValueError as error:
@@ -94,7 +104,8 @@ def load_manifest(path: str | Path) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION or not is_whole(version):
         raise DataError(
-            f"{path}: format_version is {shown(version)}: this release reads {FORMAT_VERSION}; {_REMAKE}"
+            f"{path}: format_version is {shown(version)}: this release reads {FORMAT_VERSION}; "
+            f"{_REMAKE}"
         )
     take = _Taker(path)
     modality = take(values, "modality", str)
@@ -127,8 +138,8 @@ def _read_splits(
 ) -> tuple[dict[str, SplitInfo], str]:
     """(the splits, the manifest's fingerprint); takes the lists of shards out of `values`.
 
-    The fingerprint is that of the manifest with all lists in it, hashed piece by piece, so that it does not depend on
-    where they stand and no second copy of them is made.
+    The fingerprint is that of the manifest with all lists in it, hashed piece by piece, so that it
+    does not depend on where they stand and no second copy of them is made.
     """
     splits, lists = take(values, "splits", dict), {}
     mark = secrets.token_hex(16)  # stands in the canonical JSON where a list of shards does
@@ -208,9 +219,11 @@ def _video_content(take: _Taker, values: dict) -> VideoContent:
 
 
 def already_there(output: Path, values: dict[str, Any], *, digest: str) -> bool:
-    """Whether a dataset folder is complete and made of the same things as `values`; DataError if complete and made of other things.
+    """Whether a dataset folder is complete and made of the same things as `values`; DataError if
+    complete and made of other things.
 
-    digest: the key of `source` that says what it was made of; the other values must be equal where they are given.
+    digest: the key of `source` that says what it was made of; the other values must be equal where
+    they are given.
     """
     if not (output / MANIFEST_NAME).exists():
         return False
@@ -233,14 +246,17 @@ def already_there(output: Path, values: dict[str, Any], *, digest: str) -> bool:
         different.append(digest.removesuffix("_sha256"))
     if different:
         raise DataError(
-            f"{output}: already holds a dataset that differs in {', '.join(different)}; name another folder, or delete this "
+            f"{output}: already holds a dataset that differs in {', '.join(different)}; name "
+            "another folder, or delete this "
             "one first"
         )
     return True
 
 
 class _Taker:
-    """Takes typed values out of the manifest; what is absent or of another type is a DataError that names the field."""
+    """Takes typed values out of the manifest; what is absent or of another type is a DataError that
+    names the field.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -271,7 +287,8 @@ class _Taker:
         text = self(values, key, str, prefix)
         if not inside_folder(text):
             raise DataError(
-                f"{self.path}: {prefix}{key} is {shown(text)}: refused, a path must be relative and stay inside the dataset "
+                f"{self.path}: {prefix}{key} is {shown(text)}: refused, a path must be relative "
+                "and stay inside the dataset "
                 f"folder; {_REMAKE}"
             )
         return text
@@ -291,7 +308,10 @@ def _split_info(
     feed: Callable[[bytes], None],
     facts: dict[str, type],
 ) -> SplitInfo:
-    """entries: of its shards, or of the files that list them. feed: is given the canonical JSON of the list of shards."""
+    """entries: of its shards, or of the files that list them.
+
+    feed: is given the canonical JSON of the list of shards.
+    """
     prefix = f"splits.{name}."
     if in_files:
         files = [_part_info(take, entry, f"{prefix}parts[{i}]") for i, entry in enumerate(entries)]
@@ -307,7 +327,8 @@ def _split_info(
     found = sum(shards.num_samples.tolist())
     if num_samples != found or num_samples == 0:
         raise DataError(
-            f"{take.path}: split {shorten(name)} has {num_samples} samples and its {len(shards)} shards "
+            f"{take.path}: split {shorten(name)} has {num_samples} samples and its {len(shards)} "
+            "shards "
             f"{found}: must be equal and above 0 (empty split?); {_REMAKE}"
         )
     return SplitInfo(

@@ -1,10 +1,12 @@
-"""The shards of a split: what the manifest says of each, as columns, a million of them in tens of megabytes.
+"""The shards of a split: what the manifest says of each, as columns, a million of them in tens of
+megabytes.
 
     manifest.json       up to MAX_INLINE shards stand in the manifest itself ("shards")
     train-000000.shards.json, ...   above that, SHARDS_PER_PART of them in each of these files ("parts"), with its sha256
 
-A table keeps the number of samples of every shard. The rest of what is said of a shard is kept by parts: those that
-stand in the manifest for good, those of files as long as they are in use, since they can be read again.
+A table keeps the number of samples of every shard. The rest of what is said of a shard is kept by
+parts: those that stand in the manifest for good, those of files as long as they are in use, since
+they can be read again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard file and its index; paths are relative to the dataset folder, size in bytes, hashes sha256 in hex."""
+    """One shard file and its index; paths are relative to the dataset folder, size in bytes, hashes
+    sha256 in hex.
+    """
 
     path: str
     num_samples: int
@@ -108,9 +112,12 @@ class Part:
 
 
 class ShardTable(Sequence[ShardInfo]):
-    """The shards of a split in the manifest's order. Reading one can raise DataError: its part may be gone by then.
+    """The shards of a split in the manifest's order.
 
-    num_samples: of each shard, int64 (shards,).  held: the parts that stand in the manifest.  files: the parts that do not.
+    Reading one can raise DataError: its part may be gone by then.
+
+    num_samples: of each shard, int64 (shards,).  held: the parts that stand in the manifest.
+    files: the parts that do not.
     """
 
     def __init__(
@@ -131,7 +138,10 @@ class ShardTable(Sequence[ShardInfo]):
     def of_manifest(
         cls, manifest: Path, entries: list, *, where: str, feed: Callable[[bytes], None]
     ) -> ShardTable:
-        """Of entries that stand in the manifest. feed: is given their canonical JSON. ValueError for a wrong one."""
+        """Of entries that stand in the manifest.
+
+        feed: is given their canonical JSON. ValueError for a wrong one.
+        """
         held = []
         feed(b"[")
         for first in range(0, len(entries), SHARDS_PER_PART):
@@ -145,7 +155,10 @@ class ShardTable(Sequence[ShardInfo]):
     def of_files(
         cls, manifest: Path, files: Sequence[PartInfo], *, feed: Callable[[bytes], None]
     ) -> ShardTable:
-        """Of entries in files beside the manifest, each of which is read and checked here. Raises DataError."""
+        """Of entries in files beside the manifest, each of which is read and checked here.
+
+        Raises DataError.
+        """
         counts, first = [], 0
         feed(b"[")
         for info in files:
@@ -173,7 +186,9 @@ class ShardTable(Sequence[ShardInfo]):
                 yield part[row]
 
     def listing(self) -> Iterator[tuple[int, list[str], list[int]]]:
-        """(number of the first shard, paths of shards and indexes in turns, sizes of shards in bytes) of each part."""
+        """(number of the first shard, paths of shards and indexes in turns, sizes of shards in
+        bytes) of each part.
+        """
         for number in range(len(self._starts) - 1):
             part = self._part(number)
             yield int(self._starts[number]), part.paths(), part.numbers[:, 2].tolist()
@@ -202,7 +217,9 @@ class ShardTable(Sequence[ShardInfo]):
 
 
 def read_part(manifest: Path, info: PartInfo, first: int) -> tuple[Part, bytes]:
-    """(the checked entries, the file's bytes) of a part; DataError if it is not what the manifest says."""
+    """(the checked entries, the file's bytes) of a part; DataError if it is not what the manifest
+    says.
+    """
     path = manifest.parent / info.path
     try:
         if path.stat().st_size > MAX_PART_BYTES:
@@ -222,7 +239,8 @@ def read_part(manifest: Path, info: PartInfo, first: int) -> tuple[Part, bytes]:
             raise ValueError(f"its shards do not add up to {sums} samples, targets and bytes")
     except OSError as error:
         raise DataError(
-            f"{path}: cannot read this part of {manifest.name}: {error.strerror or error}; copy the dataset again"
+            f"{path}: cannot read this part of {manifest.name}: {error.strerror or error}; copy "
+            "the dataset again"
         ) from None
     except ValueError as error:
         raise DataError(
@@ -240,7 +258,9 @@ def inside_folder(text: Any) -> bool:
 
 
 def _is_sound(entries: Sequence[dict]) -> bool:
-    """Whether all entries are plainly as our writers make them; column by column, which is ten times faster than one by one."""
+    """Whether all entries are plainly as our writers make them; column by column, which is ten
+    times faster than one by one.
+    """
     try:
         for key in _NUMBERS:
             column = [entry[key] for entry in entries]

@@ -1,11 +1,13 @@
-"""Reading shards: a split as a list of samples, each read by its place in the file and checked against its checksum.
+"""Reading shards: a split as a list of samples, each read by its place in the file and checked
+against its checksum.
 
     split = open_split("data/corpus/manifest.json", "train", verify="hashes")
     split.read(17)          # text: uint16 (block_length,); video: embeddings or frames, see data/format/content.py
 
-The index says where a sample lies, so no tar is streamed: reading the tar in order loses samples silently when a shard
-is cut or a header is damaged, and can neither be resumed nor re-divided exactly. Every problem is a DataError of one
-line with the shard, the sample's key and byte offset, what is wrong and what to do.
+The index says where a sample lies, so no tar is streamed: reading the tar in order loses samples
+silently when a shard is cut or a header is damaged, and can neither be resumed nor re-divided
+exactly. Every problem is a DataError of one line with the shard, the sample's key and byte offset,
+what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -40,10 +42,14 @@ HASH_LIMIT_BYTES = 4 * 2**30  # above this, verify="hashes" checks sizes only
 INDEX_BYTES = (
     64 * 2**20
 )  # of indexes kept by each process, for a dataset or a mixture; at least a window's
-OPEN_FILES = 64  # kept by each process; for a window of more shards as many, up to a quarter of the system's limit
+# kept by each process; for a window of more shards as many, up to a quarter of the system's limit
+OPEN_FILES = 64
 _TRIED = 32  # files asked for one after the other, to see how long an answer takes
 _SLOW_ANSWER_S = 1e-4  # above this, as over a network, many are asked for at a time
-_REMAKE = "copy the dataset again, or make it again with tools/make_text_shards.py or tools/make_video_shards.py"
+_REMAKE = (
+    "copy the dataset again, or make it again with tools/make_text_shards.py or "
+    "tools/make_video_shards.py"
+)
 
 
 class SampleError(DataError):
@@ -60,7 +66,8 @@ class SampleError(DataError):
         size: int = 0,
     ):
         super().__init__(
-            f"{path}: sample {key} ({field + ', ' if field else ''}offset {offset}, {size} bytes): {reason}; {_REMAKE}"
+            f"{path}: sample {key} ({field + ', ' if field else ''}offset {offset}, {size} "
+            f"bytes): {reason}; {_REMAKE}"
         )
         self.path, self.key, self.offset, self.reason, self.sample_id = (
             path,
@@ -86,7 +93,11 @@ class ShardError(DataError):
 
 
 class ShardedSplit:
-    """The samples 0 .. len - 1 of one split, in the manifest's order. Safe to fork and to pickle: files open on first use."""
+    """The samples 0 ..
+
+    len - 1 of one split, in the manifest's order. Safe to fork and to pickle: files open on first
+    use.
+    """
 
     def __init__(self, manifest: Manifest, split: str):
         self.manifest, self.split = manifest, split
@@ -118,7 +129,9 @@ class ShardedSplit:
         return f"{len(self)} samples in {len(self.info.shards)} shards"
 
     def evaluated(self, max_samples: int) -> np.ndarray:
-        """The sample ids that evaluation takes: the first ones of text, whose documents are shuffled; of clips, evenly spaced ones."""
+        """The sample ids that evaluation takes: the first ones of text, whose documents are
+        shuffled; of clips, evenly spaced ones.
+        """
         count = min(max_samples, len(self))
         return (
             np.arange(count, dtype=np.int64)
@@ -134,7 +147,9 @@ class ShardedSplit:
         return shard, sample_id - (self._ends[shard - 1] if shard else 0)
 
     def read(self, sample_id: int) -> np.ndarray:
-        """The states of a sample (block_length, ...) as stored; SampleError if it is damaged, ShardError if its whole shard is out of reach."""
+        """The states of a sample (block_length, ...) as stored; SampleError if it is damaged,
+        ShardError if its whole shard is out of reach.
+        """
         fields = self.read_fields(sample_id)
         try:
             return decode_sample(self.manifest.content, fields, self.manifest.block_length)
@@ -195,7 +210,9 @@ class ShardedSplit:
             raise self._error(sample_id, f"no readable {CLIP_FIELD} ({error})") from None
 
     def keep(self, *, window_shards: int, index_budget: int | None = None) -> None:
-        """How much stays open: the indexes of at least so many shards, and as many more as the budget in bytes holds."""
+        """How much stays open: the indexes of at least so many shards, and as many more as the
+        budget in bytes holds.
+        """
         self.window_shards = window_shards
         if index_budget is not None:
             self.index_budget = index_budget
@@ -288,7 +305,9 @@ def _span(places: list[tuple[int, int, int]]) -> tuple[int, int]:
 
 
 def _cumulative(counts: np.ndarray) -> array.array:
-    """Sums of the counts so far, as 8 bytes each; bisect is twice as fast on this as numpy is on its own arrays."""
+    """Sums of the counts so far, as 8 bytes each; bisect is twice as fast on this as numpy is on
+    its own arrays.
+    """
     return array.array("q", np.cumsum(counts, dtype=np.int64).tobytes())
 
 
@@ -304,21 +323,24 @@ def open_split(
     verify: Literal["sizes", "hashes"],
     report: Callable[[str], None] = print,
 ) -> ShardedSplit:
-    """Open a split after checking its files: their sizes, or also their hashes (unless above 4 GiB; then says so).
+    """Open a split after checking its files: their sizes, or also their hashes (unless above 4 GiB;
+    then says so).
 
-    manifest: its path, or what load_manifest gave for it.
-    Raises DataError for a manifest, an index or a shard that is missing, truncated, damaged or does not fit the others.
+    manifest: its path, or what load_manifest gave for it. Raises DataError for a manifest, an index
+    or a shard that is missing, truncated, damaged or does not fit the others.
     """
     if not isinstance(manifest, Manifest):
         manifest = open_manifest(manifest)
     if split not in manifest.splits:
         raise DataError(
-            f"{manifest.path}: has no split {split!r}; it has {', '.join(sorted(manifest.splits)) or 'none'}"
+            f"{manifest.path}: has no split {split!r}; it has "
+            f"{', '.join(sorted(manifest.splits)) or 'none'}"
         )
     total = manifest.splits[split].shards.size
     if verify == "hashes" and total > HASH_LIMIT_BYTES:
         report(
-            f"{manifest.path}: {split}: {total / 2**30:.1f} GiB is above {HASH_LIMIT_BYTES / 2**30:.0f} GiB: checking sizes only; "
+            f"{manifest.path}: {split}: {total / 2**30:.1f} GiB is above "
+            f"{HASH_LIMIT_BYTES / 2**30:.0f} GiB: checking sizes only; "
             "tools/verify_shards.py checks everything"
         )
         verify = "sizes"
@@ -330,7 +352,9 @@ def open_split(
 
 
 def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]:
-    """One line for each file of a split that is missing, or has another size or (hashes=True) another hash than the manifest says."""
+    """One line for each file of a split that is missing, or has another size or (hashes=True)
+    another hash than the manifest says.
+    """
     problems, sound, table = [], [], manifest.splits[split].shards
     for first, paths, expected in table.listing():
         sizes = _sizes([f"{manifest.folder}/{path}" for path in paths])
@@ -354,7 +378,8 @@ def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]
                 )
             elif found != shard.sha256:
                 problems.append(
-                    f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the manifest says "
+                    f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the "
+                    "manifest says "
                     f"{shard.sha256[:12]}...: damaged{_first_damage(manifest, shard)}; {_REMAKE}"
                 )
         for shard in sound:
@@ -368,12 +393,17 @@ def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]
 def _file_problem(
     manifest: Manifest, shard: ShardInfo, size: int | None, index_size: int | None
 ) -> str | None:
-    """What is wrong with the files of a shard as their sizes show it; None for a size: there is no such file."""
+    """What is wrong with the files of a shard as their sizes show it; None for a size: there is no
+    such file.
+    """
     path = manifest.folder / shard.path
     if size is None:
         return f"{path}: the shard is missing; {_REMAKE}"
     if index_size is None:
-        return f"{manifest.folder / shard.index_path}: the index of shard {shard.path} is missing; {_REMAKE}"
+        return (
+            f"{manifest.folder / shard.index_path}: the index of shard {shard.path} is missing; "
+            f"{_REMAKE}"
+        )
     if size != shard.size:
         what = "truncated" if size < shard.size else "too long"
         return (
@@ -384,7 +414,9 @@ def _file_problem(
 
 
 def _sizes(paths: list[str]) -> list[int | None]:
-    """Bytes of each file, None where there is none; in threads where the file system takes its time to answer."""
+    """Bytes of each file, None where there is none; in threads where the file system takes its time
+    to answer.
+    """
     start = time.perf_counter()
     sizes = _sizes_of(paths[:_TRIED])
     waited_s = (time.perf_counter() - start) / _TRIED
@@ -409,7 +441,9 @@ def _sizes_of(paths: list[str]) -> list[int | None]:
 
 
 def sample_problems(manifest: Manifest, shard: ShardInfo) -> list[str]:
-    """One line for each sample of a shard that is cut off or has another checksum than its index says; DataError for the index."""
+    """One line for each sample of a shard that is cut off or has another checksum than its index
+    says; DataError for the index.
+    """
     index, problems = load_index(manifest, shard), []
     with (manifest.folder / shard.path).open("rb") as file:
         for name, field in index.fields.items():
@@ -420,7 +454,8 @@ def sample_problems(manifest: Manifest, shard: ShardInfo) -> list[str]:
                 if len(content) != size or zlib.crc32(content) != int(field.crc32[row]):
                     what = "cut off" if len(content) != size else "another checksum"
                     problems.append(
-                        f"{manifest.folder / shard.path}: sample {key} ({name}, offset {offset}, {size} bytes): {what}"
+                        f"{manifest.folder / shard.path}: sample {key} ({name}, offset {offset}, "
+                        f"{size} bytes): {what}"
                     )
     return problems
 

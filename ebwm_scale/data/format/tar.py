@@ -1,8 +1,10 @@
-"""Walking a tar archive strictly: every member in order, or one DataError that says where the archive stops being sound.
+"""Walking a tar archive strictly: every member in order, or one DataError that says where the
+archive stops being sound.
 
-Python's tarfile, and what is built on it, ends quietly when an archive is cut between members or a header is damaged; a reader of
-training data must not. Headers are parsed by tarfile; this file only refuses what it would let pass: cuts, missing end marks, links and
-devices, absolute paths and `..`, repeated names, sizes beyond the archive or beyond any sensible sample. Time and memory are
+Python's tarfile, and what is built on it, ends quietly when an archive is cut between members or a
+header is damaged; a reader of training data must not. Headers are parsed by tarfile; this file only
+refuses what it would let pass: cuts, missing end marks, links and devices, absolute paths and `..`,
+repeated names, sizes beyond the archive or beyond any sensible sample. Time and memory are
 proportional to the bytes read, and no more than one sample is held.
 """
 
@@ -36,9 +38,12 @@ class Member:
 
 
 def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
-    """The members of an archive that is read once, front to back. name: for messages. Raises DataError at the first unsoundness.
+    """The members of an archive that is read once, front to back.
 
-    All members yielded before the error are whole; the sample that was being read is not, so a caller drops it (see `samples`).
+    name: for messages. Raises DataError at the first unsoundness.
+
+    All members yielded before the error are whole; the sample that was being read is not, so a
+    caller drops it (see `samples`).
     """
     offset, seen, long_name, long_size = 0, set(), None, None
     while True:
@@ -61,7 +66,8 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
         if not 0 <= size <= allowed:
             what = "an extended header" if extended else "a member"
             raise DataError(
-                f"{name}: offset {at}: member {shown(info.name)} claims {size} bytes; {what} has at most {allowed}"
+                f"{name}: offset {at}: member {shown(info.name)} claims {size} bytes; {what} has "
+                f"at most {allowed}"
             )
         if extended:
             content = _content(stream, size, name, offset, info.name)
@@ -78,7 +84,8 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
             continue
         if info.type not in _REGULAR:
             raise DataError(
-                f"{name}: offset {at}: member {shown(path)} is a link or a device: refused; a shard holds regular files only"
+                f"{name}: offset {at}: member {shown(path)} is a link or a device: refused; a "
+                "shard holds regular files only"
             )
         inside = PurePosixPath(path)
         if inside.is_absolute() or ".." in inside.parts or "\\" in path or "\0" in path:
@@ -92,7 +99,8 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
         path = inside.as_posix()
         if path in seen:
             raise DataError(
-                f"{name}: offset {at}: member {shown(path)} is there twice: which one is meant cannot be said"
+                f"{name}: offset {at}: member {shown(path)} is there twice: which one is meant "
+                "cannot be said"
             )
         seen.add(path)
         folder, _, file = path.rpartition("/")
@@ -109,15 +117,17 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
 def samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, {field: member}) of each whole sample: members of one key that follow each other.
 
-    A sample is handed out when the next one begins or the archive ends as it should; so one that a cut leaves incomplete never is.
-    Raises DataError like walk, and for a key whose members do not stand together.
+    A sample is handed out when the next one begins or the archive ends as it should; so one that a
+    cut leaves incomplete never is. Raises DataError like walk, and for a key whose members do not
+    stand together.
     """
     key, fields, finished, held = None, {}, set(), 0
     for member in walk(stream, name):
         held = len(member.content) + (held if member.key == key else 0)
         if held > MAX_MEMBER_BYTES:
             raise DataError(
-                f"{name}: offset {member.offset}: sample {shown(member.key)} has more than {MAX_MEMBER_BYTES} bytes: refused"
+                f"{name}: offset {member.offset}: sample {shown(member.key)} has more than "
+                f"{MAX_MEMBER_BYTES} bytes: refused"
             )
         if member.key != key:
             if key is not None:
@@ -125,7 +135,8 @@ def samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, dict[str, Member
                 yield key, fields
             if member.key in finished:
                 raise DataError(
-                    f"{name}: offset {member.offset}: sample {shown(member.key)} appears a second time"
+                    f"{name}: offset {member.offset}: sample {shown(member.key)} appears a second "
+                    "time"
                 )
             key, fields = member.key, {}
         fields[member.field] = member
@@ -140,7 +151,8 @@ def _take(stream: BinaryIO, size: int, name: str, offset: int, what: str) -> byt
         piece = stream.read(min(size - got, _READ_BYTES))
         if not piece:
             raise DataError(
-                f"{name}: offset {offset}: the archive ends where {what} should be ({got} of {size} bytes): cut off"
+                f"{name}: offset {offset}: the archive ends where {what} should be ({got} of "
+                f"{size} bytes): cut off"
             )
         pieces.append(piece)
         got += len(piece)

@@ -1,8 +1,9 @@
-"""Writing shards: plain WebDataset tars with an index beside each, inside a folder that appears as a whole or not at all.
+"""Writing shards: plain WebDataset tars with an index beside each, inside a folder that appears as
+a whole or not at all.
 
-The dataset is built in a sibling folder `.NAME.partial`, synced to disk, and renamed into place. The lock on that folder
-lets one process build while others with the same output wait and then find it there; what a killed process leaves is
-cleared by the next one.
+The dataset is built in a sibling folder `.NAME.partial`, synced to disk, and renamed into place.
+The lock on that folder lets one process build while others with the same output wait and then find
+it there; what a killed process leaves is cleared by the next one.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from ebwm_scale.data.format.shard_table import MAX_INLINE, SHARDS_PER_PART, cano
 
 
 class ShardWriter:
-    """Writes the samples of one split into shards `PREFIX-000000.tar` of at most samples_per_shard samples.
+    """Writes the samples of one split into shards `PREFIX-000000.tar` of at most samples_per_shard
+    samples.
 
-    `add(fields, num_targets=)` takes one sample: {"tokens.npy": array, "clip.json": bytes}. `close()` returns the manifest's list of shards.
-    Each finished shard is indexed by reading it back, so the index describes what is on the disk.
+    `add(fields, num_targets=)` takes one sample: {"tokens.npy": array, "clip.json": bytes}.
+    `close()` returns the manifest's list of shards. Each finished shard is indexed by reading it
+    back, so the index describes what is on the disk.
     """
 
     def __init__(self, folder: Path, prefix: str, *, samples_per_shard: int):
@@ -102,9 +105,11 @@ class ShardWriter:
 
 
 def read_tar_index(path: Path) -> dict[str, Any]:
-    """{"keys": [...], "fields": {field: {"offsets", "sizes", "crc32"}}} of a tar, found by walking it.
+    """{"keys": [...], "fields": {field: {"offsets", "sizes", "crc32"}}} of a tar, found by walking
+    it.
 
-    Raises DataError for a tar that is not sound and for samples that do not all have the same fields.
+    Raises DataError for a tar that is not sound and for samples that do not all have the same
+    fields.
     """
     keys: list[str] = []
     columns: dict[str, dict[str, list[int]]] = {}
@@ -112,7 +117,8 @@ def read_tar_index(path: Path) -> dict[str, Any]:
         for key, fields in tar.samples(file, str(path)):
             if keys and fields.keys() != columns.keys():
                 raise DataError(
-                    f"{path}: sample {key} has the fields {', '.join(fields)}, those before it {', '.join(columns)}"
+                    f"{path}: sample {key} has the fields {', '.join(fields)}, those before it "
+                    f"{', '.join(columns)}"
                 )
             keys.append(key)
             for name, member in fields.items():
@@ -127,10 +133,11 @@ def read_tar_index(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A locked, empty sibling folder to build in; renamed to `output` at the end of the block, cleared if the block raises.
+    """A locked, empty sibling folder to build in; renamed to `output` at the end of the block,
+    cleared if the block raises.
 
-    An earlier `output` is replaced only by a finished one. A block that finds nothing to do can remove the folder.
-    Raises DataError if `output` holds files that no dataset writer made.
+    An earlier `output` is replaced only by a finished one. A block that finds nothing to do can
+    remove the folder. Raises DataError if `output` holds files that no dataset writer made.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     staging, previous = (
@@ -160,7 +167,9 @@ def staged_folder(output: Path) -> Iterator[Path]:
 
 
 def refuse_foreign_files(output: Path, *, ours: tuple[str, ...]) -> None:
-    """DataError if an existing output folder has entries that do not match the patterns `ours`: they would be deleted."""
+    """DataError if an existing output folder has entries that do not match the patterns `ours`:
+    they would be deleted.
+    """
     if output.exists() and not output.is_dir():
         raise DataError(f"{output}: is a file; name a folder for the dataset")
     foreign = [
@@ -170,13 +179,15 @@ def refuse_foreign_files(output: Path, *, ours: tuple[str, ...]) -> None:
     ]
     if foreign:
         raise DataError(
-            f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are not part of a dataset; "
+            f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are "
+            "not part of a dataset; "
             "name a new or empty folder"
         )
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
-    """The last file of a dataset folder; of a split with very many shards, their list goes into files beside it.
+    """The last file of a dataset folder; of a split with very many shards, their list goes into
+    files beside it.
 
     The fingerprint is the same wherever the lists stand (data/format/shard_table.py).
     """
@@ -220,7 +231,9 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _lock_folder(folder: Path) -> int:
-    """An open, exclusively locked descriptor of the folder, made if need be; waits while another process builds in it."""
+    """An open, exclusively locked descriptor of the folder, made if need be; waits while another
+    process builds in it.
+    """
     while True:
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -252,6 +265,7 @@ def _webdataset():
         import webdataset
     except ImportError:
         raise DataError(
-            "writing shards needs the package webdataset; install it with: python -m pip install webdataset"
+            "writing shards needs the package webdataset; install it with: python -m pip install "
+            "webdataset"
         ) from None
     return webdataset

@@ -4,9 +4,10 @@
     inside a step       [ rank 0 ][ rank 1 ] ... [ rank R-1 ]                 contiguous slices
     inside a rank       [ micro batch ][ micro batch ] ...                    contiguous slices of micro_batch_size
 
-The main process asks the split's order which samples these are; workers are stateless and only read them. So the same step has
-the same global batch for every world size, accumulation, number of workers and resume. A run's position in the data is
-its step; DataState, and the list of quarantined samples (data/loading/quarantine.py), is all there is to save.
+The main process asks the split's order which samples these are; workers are stateless and only read
+them. So the same step has the same global batch for every world size, accumulation, number of
+workers and resume. A run's position in the data is its step; DataState, and the list of quarantined
+samples (data/loading/quarantine.py), is all there is to save.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 @dataclass(frozen=True)
 class Batch:
     """b samples of S + 1 states as stored: token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
-    (b, S + 1, height, width, 3) uint8."""
+    (b, S + 1, height, width, 3) uint8.
+    """
 
     sequences: torch.Tensor
     sample_ids: torch.Tensor  # (b,) int64, index in the split
@@ -58,7 +60,9 @@ class DataState:
 
     @classmethod
     def load_state_dict(cls, values: dict[str, Any], *, fingerprint: str, seed: int) -> DataState:
-        """The saved state, if it belongs to this data and seed; CheckpointError that names both otherwise."""
+        """The saved state, if it belongs to this data and seed; CheckpointError that names both
+        otherwise.
+        """
         try:
             state = cls(
                 fingerprint=str(values["fingerprint"]),
@@ -68,35 +72,41 @@ class DataState:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume from an earlier "
+                f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); "
+                "resume from an earlier "
                 "checkpoint"
             ) from None
         if state.version != STATE_VERSION:
             raise CheckpointError(
-                f"the checkpoint's data state has version {state.version!r}, this release reads {STATE_VERSION}; "
+                f"the checkpoint's data state has version {state.version!r}, this release reads "
+                f"{STATE_VERSION}; "
                 "resume with the release that wrote it"
             )
         if state.fingerprint != fingerprint:
             raise CheckpointError(
-                f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, data.manifest has "
+                f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, "
+                "data.manifest has "
                 f"{fingerprint}; resume with the same dataset, or start a new run"
             )
         if state.seed != seed:
             raise CheckpointError(
-                f"the checkpoint was trained with train.seed {state.seed}, the configuration says {seed}; resume with "
+                f"the checkpoint was trained with train.seed {state.seed}, the configuration says "
+                f"{seed}; resume with "
                 f"train.seed={state.seed}, or start a new run"
             )
         return state
 
 
 class BatchLoader:
-    """An endless iterator over this rank's micro batches, from the first one of optimizer step `first_step` on.
+    """An endless iterator over this rank's micro batches, from the first one of optimizer step
+    `first_step` on.
 
-    split: as opened by open_sources.  context_length: observed tokens per sample, at most what the shards were packed
-    for.  seed, window_shards: of SampleOrder.  num_workers: reading processes; with any number the batches are the same.
-    known_bad: quarantined samples by id; what is found while reading is added to `found`.
-    Raises DataError at construction if the blocks are too short, and from next() if nothing readable is near a damaged
-    sample; ValueError if global_batch_size does not divide over the ranks and micro batches.
+    split: as opened by open_sources.  context_length: observed tokens per sample, at most what the
+    shards were packed for.  seed, window_shards: of SampleOrder.  num_workers: reading processes;
+    with any number the batches are the same. known_bad: quarantined samples by id; what is found
+    while reading is added to `found`. Raises DataError at construction if the blocks are too short,
+    and from next() if nothing readable is near a damaged sample; ValueError if global_batch_size
+    does not divide over the ranks and micro batches.
     """
 
     def __init__(
@@ -117,7 +127,8 @@ class BatchLoader:
         check_context(split.manifest, context_length)
         if not 0 <= rank < world_size or first_step < 0 or num_workers < 0:
             raise ValueError(
-                f"rank {rank} of {world_size}, first_step {first_step}, num_workers {num_workers}: out of range"
+                f"rank {rank} of {world_size}, first_step {first_step}, num_workers "
+                f"{num_workers}: out of range"
             )
         if (
             global_batch_size < 1
@@ -125,7 +136,8 @@ class BatchLoader:
             or global_batch_size % (world_size * micro_batch_size)
         ):
             raise ValueError(
-                f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x micro_batch_size "
+                f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x "
+                "micro_batch_size "
                 f"{micro_batch_size}"
             )
         self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
@@ -142,14 +154,16 @@ class BatchLoader:
         )
         options: dict[str, Any] = {}
         if num_workers:
-            # fork: no second import of torch per worker, and workers touch neither CUDA nor any thread of the parent
+            # fork: no second import of torch per worker, and workers touch neither CUDA nor any
+            # thread of the parent
             options = {
                 "multiprocessing_context": multiprocessing.get_context("fork"),
                 "persistent_workers": True,
                 "prefetch_factor": 4,
                 "worker_init_fn": _stay_until_the_parent_ends_it,
             }
-        # The loader draws a base seed; without a generator of its own it would take it from the global one.
+        # The loader draws a base seed; without a generator of its own it would take it from the
+        # global one.
         self._loader = DataLoader(
             _Reader(split, context_length, known_bad or {}),
             batch_size=None,
@@ -193,15 +207,17 @@ def validation_batches(
     world_size: int,
     found: list[BadSample] | None = None,
 ) -> Iterator[Batch]:
-    """This rank's part of the samples that evaluation takes, in their order: ranks take contiguous slices of equal size (+-1).
+    """This rank's part of the samples that evaluation takes, in their order: ranks take contiguous
+    slices of equal size (+-1).
 
-    The last batch can be smaller, and a rank can have none when there are fewer samples than ranks. Damaged samples are replaced and
-    added to `found`. Raises DataError.
+    The last batch can be smaller, and a rank can have none when there are fewer samples than ranks.
+    Damaged samples are replaced and added to `found`. Raises DataError.
     """
     check_context(split.manifest, context_length)
     if not 0 <= rank < world_size or batch_size < 1 or max_samples < 1:
         raise ValueError(
-            f"rank {rank} of {world_size}, batch_size {batch_size}, max_samples {max_samples}: out of range"
+            f"rank {rank} of {world_size}, batch_size {batch_size}, max_samples {max_samples}: "
+            "out of range"
         )
     reader, ids = _Reader(split, context_length, {}), split.evaluated(max_samples)
     first, end = len(ids) * rank // world_size, len(ids) * (rank + 1) // world_size
@@ -214,7 +230,9 @@ def validation_batches(
 
 
 class _Requests:
-    """(sample ids, positions) of each micro batch of a rank, without end: what the sampler is to a DataLoader."""
+    """(sample ids, positions) of each micro batch of a rank, without end: what the sampler is to a
+    DataLoader.
+    """
 
     def __init__(
         self,
@@ -246,7 +264,10 @@ class _Requests:
 
 
 class _Reader(Dataset):
-    """Reads requests. Errors come back as values: a raised one would reach the user as a worker's traceback."""
+    """Reads requests.
+
+    Errors come back as values: a raised one would reach the user as a worker's traceback.
+    """
 
     def __init__(
         self, split: ShardedSplit | MixedSplit, context_length: int, known_bad: dict[int, BadSample]
@@ -266,7 +287,8 @@ class _Reader(Dataset):
             problem = self.split.manifest.content.problem(sequences)
             if problem is not None:  # checksums are right, so the dataset was made wrong
                 raise DataError(
-                    f"{self.split.manifest.path}: one of the samples {sample_ids.tolist()} {problem}; find it with tools/verify_shards.py"
+                    f"{self.split.manifest.path}: one of the samples {sample_ids.tolist()} "
+                    f"{problem}; find it with tools/verify_shards.py"
                 )
         except UserError as error:
             sequences = error
@@ -301,7 +323,9 @@ def to_tensor(sequences: np.ndarray) -> torch.Tensor:
 
 
 def _same(item: Sequence) -> Sequence:
-    """No collation: numpy arrays travel through the pipe; tensors would need shared memory, which containers often lack."""
+    """No collation: numpy arrays travel through the pipe; tensors would need shared memory, which
+    containers often lack.
+    """
     return item
 
 
@@ -311,16 +335,18 @@ def check_context(manifest: Manifest, context_length: int) -> None:
     if not 1 <= context_length <= packed:
         tool = f"tools/make_{manifest.modality}_shards.py"
         raise DataError(
-            f"data.context_length is {context_length}: the shards of {manifest.path} were packed for {packed}; use 1 to "
+            f"data.context_length is {context_length}: the shards of {manifest.path} were packed "
+            f"for {packed}; use 1 to "
             f"{packed}, or pack again with {tool} --context-length {context_length}"
         )
 
 
 def _stay_until_the_parent_ends_it(worker: int) -> None:
-    """A scheduler signals every process of a job; the rank saves and leaves on its own, so its workers must outlive the signal.
+    """A scheduler signals every process of a job; the rank saves and leaves on its own, so its
+    workers must outlive the signal.
 
-    Workers start with the job's signals blocked. SIGTERM is still obeyed when it comes from the parent, which ends its
-    workers that way; and a worker whose parent is gone leaves by itself.
+    Workers start with the job's signals blocked. SIGTERM is still obeyed when it comes from the
+    parent, which ends its workers that way; and a worker whose parent is gone leaves by itself.
     """
     parent = os.getppid()
 

@@ -1,11 +1,12 @@
-"""Mixtures: several datasets as one, each with a weight; the order stays a pure function of (seed, position).
+"""Mixtures: several datasets as one, each with a weight; the order stays a pure function of (seed,
+position).
 
     position          0 ............ 1023 | 1024 .......... 2047 | ...        blocks of MIX_LENGTH positions
     source            b a a c a a b a ... | a a b a c ...                     in each, source k stands n_k times, in a permuted order
     place in source   the j-th k of block i is position i n_k + j of source k's own order
 
-So every source has its exact share of each block, walks through its own epochs (every sample once in each), and nothing has to be
-remembered. Sample ids count through the sources.
+So every source has its exact share of each block, walks through its own epochs (every sample once
+in each), and nothing has to be remembered. Sample ids count through the sources.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _KEY = 0x6562776D5F6D6978
 
 
 class MixedOrder:
-    """orders: one per source, in their sample ids; first_ids: of each source; counts: positions of each source in a block."""
+    """orders: one per source, in their sample ids; first_ids: of each source; counts: positions of
+    each source in a block.
+    """
 
     def __init__(
         self,
@@ -79,7 +82,10 @@ class MixedOrder:
 
 
 class MixedSplit:
-    """The samples of several splits, one after the other; the same interface as ShardedSplit. Raises ConfigError if they do not fit."""
+    """The samples of several splits, one after the other; the same interface as ShardedSplit.
+
+    Raises ConfigError if they do not fit.
+    """
 
     def __init__(self, parts: Sequence[ShardedSplit], weights: Sequence[float]):
         self.parts, self.weights = list(parts), list(weights)
@@ -95,8 +101,10 @@ class MixedSplit:
                 different.append("block_length")
             if different:
                 raise ConfigError(
-                    f"data.sources: {other.path} and {first.path} differ in {', '.join(different)}: sources of a mixture need the "
-                    "same tokenizer or encoder and the same block length; make them with the same settings"
+                    f"data.sources: {other.path} and {first.path} differ in "
+                    f"{', '.join(different)}: sources of a mixture need the "
+                    "same tokenizer or encoder and the same block length; make them with the same "
+                    "settings"
                 )
         self.counts = shares(weights)
         self.manifest, self.split = first, parts[0].split
@@ -178,7 +186,9 @@ class MixedSplit:
 
 
 def shares(weights: Sequence[float]) -> list[int]:
-    """Positions of each source in a block of MIX_LENGTH: at least one, in proportion to the weights up to rounding (largest remainder)."""
+    """Positions of each source in a block of MIX_LENGTH: at least one, in proportion to the weights
+    up to rounding (largest remainder).
+    """
     if len(weights) > MIX_LENGTH:
         raise ConfigError(f"data.sources has {len(weights)} entries: at most {MIX_LENGTH}")
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * MIX_LENGTH

@@ -1,4 +1,5 @@
-"""From what is stored to what a model sees: (observed, targets) on its device, for text and for video.
+"""From what is stored to what a model sees: (observed, targets) on its device, for text and for
+video.
 
 text    observed = tokens[:, :-1], targets = tokens[:, 1:]
 video   the same of standardised embeddings (data/encoders/space.py)
@@ -15,7 +16,9 @@ from ebwm_scale.data.format.manifest import Manifest
 
 
 class Observation:
-    """mask_document_starts: the first token of a document is no target, since nothing before it tells of it."""
+    """mask_document_starts: the first token of a document is no target, since nothing before it
+    tells of it.
+    """
 
     def __init__(
         self, manifest: Manifest, device: torch.device | str, *, mask_document_starts: bool = False

@@ -1,8 +1,10 @@
-"""Opening the data of a run once for all its processes: rank 0 reads and checks, the others are told what came of it.
+"""Opening the data of a run once for all its processes: rank 0 reads and checks, the others are
+told what came of it.
 
-A manifest of a million shards is hundreds of megabytes, and checking it asks the file system for two files a shard. Of
-that a process needs the number of samples of each shard (8 bytes), and what is said of the few shards it has open: for
-these it reads the part of the list they stand in (data/format/shard_table.py) when it opens one.
+A manifest of a million shards is hundreds of megabytes, and checking it asks the file system for
+two files a shard. Of that a process needs the number of samples of each shard (8 bytes), and what
+is said of the few shards it has open: for these it reads the part of the list they stand in
+(data/format/shard_table.py) when it opens one.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def open_splits(
     report: Callable[[str], None] = print,
     group: Group | None = None,
 ) -> Splits:
-    """The named splits of a dataset or mixture of (manifest, weight), the same on every rank of the group.
+    """The named splits of a dataset or mixture of (manifest, weight), the same on every rank of the
+    group.
 
     Every rank must call it. Raises on all ranks what rank 0 found wrong: DataError or ConfigError.
     """

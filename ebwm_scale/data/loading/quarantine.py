@@ -1,8 +1,10 @@
-"""Damaged samples while training: set aside, replaced by the same neighbour on every machine, written down, and counted.
+"""Damaged samples while training: set aside, replaced by the same neighbour on every machine,
+written down, and counted.
 
-A sample that cannot be read is replaced by the next one of its shard that can (of the next shards, if the whole shard is gone). So every
-rank keeps equal counts, and what replaces a sample does not depend on which process found it, nor on the number of processes. The list of
-known bad samples is part of a checkpoint: a resumed run replaces the same ones, even if the disk has recovered.
+A sample that cannot be read is replaced by the next one of its shard that can (of the next shards,
+if the whole shard is gone). So every rank keeps equal counts, and what replaces a sample does not
+depend on which process found it, nor on the number of processes. The list of known bad samples is
+part of a checkpoint: a resumed run replaces the same ones, even if the disk has recovered.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ class BadSample:
 
 
 def read_or_replace(split, sample_id: int, known: dict[int, BadSample]) -> np.ndarray:
-    """The sample, or what replaces it; new findings enter `known`. Raises DataError when nothing readable is near."""
+    """The sample, or what replaces it; new findings enter `known`.
+
+    Raises DataError when nothing readable is near.
+    """
     if sample_id in known:
         return read_or_replace(split, known[sample_id].replaced_by, known)
     found: SampleError | ShardError | None = None

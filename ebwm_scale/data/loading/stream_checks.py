@@ -1,4 +1,5 @@
-"""Checksums for streamed samples: from the index that our writers put beside every shard, without a byte of the shard changed.
+"""Checksums for streamed samples: from the index that our writers put beside every shard, without a
+byte of the shard changed.
 
 Which index a streamed shard has, the first that applies:
 
@@ -53,7 +54,8 @@ class Checksums:
             found = zlib.crc32(content)
             if len(content) != size or found != crc32:
                 raise ValueError(
-                    f"checksum of {name} is {found:08x} ({len(content)} bytes), the index says {crc32:08x} ({size}): damaged"
+                    f"checksum of {name} is {found:08x} ({len(content)} bytes), the index says "
+                    f"{crc32:08x} ({size}): damaged"
                 )
 
 
@@ -72,7 +74,10 @@ class StreamIndexes:
         self.listed = listed if wanted == listed.keys() else {}
 
     def of(self, url: str) -> Checksums | None:
-        """The checksums of a shard; None if it has no index. DataError for an index that is damaged, OSError for one that cannot be read."""
+        """The checksums of a shard; None if it has no index.
+
+        DataError for an index that is damaged, OSError for one that cannot be read.
+        """
         name = shard_name(url)
         shard = self.listed.get(name)
         if shard is not None and (self.manifest.folder / shard.index_path).exists():
@@ -85,7 +90,8 @@ class StreamIndexes:
             return None
         if shard is not None and hashlib.sha256(content).hexdigest() != shard.index_sha256:
             raise DataError(
-                f"{redacted(url)}: the index beside it is not the one that {self.manifest.path} names: damaged, or of another dataset"
+                f"{redacted(url)}: the index beside it is not the one that {self.manifest.path} "
+                "names: damaged, or of another dataset"
             )
         where = f"the index beside {redacted(url)}"
         return Checksums(parse_index(content, where, name, size=2**62))
@@ -94,13 +100,16 @@ class StreamIndexes:
         if not self.said:
             self.said = True
             self.report(
-                f"data.stream: {redacted(url)} has no index, neither beside {self.manifest.path} nor beside itself: its samples "
+                f"data.stream: {redacted(url)} has no index, neither beside {self.manifest.path} "
+                "nor beside itself: its samples "
                 "have no checksums, so a flipped bit in their numbers is not noticed"
             )
 
 
 def shard_name(url: str) -> str | None:
-    """The file name of the shard that an address, or the one .tar that a pipe: command names; None where that cannot be said."""
+    """The file name of the shard that an address, or the one .tar that a pipe: command names; None
+    where that cannot be said.
+    """
     if url.startswith("pipe:"):
         names = {posixpath.basename(word) for word in _WORD_WITH_TAR.findall(url)}
         return names.pop() if len(names) == 1 else None
@@ -111,8 +120,8 @@ def shard_name(url: str) -> str | None:
 def _beside(url: str, *, must_answer: bool) -> bytes | None:
     """The content of NAME.index.json beside NAME.tar; None if there is none.
 
-    must_answer: the manifest says that there is one, so any other answer than "no such file" is raised. Of a foreign
-    shard, a server that refuses to say is taken to have none.
+    must_answer: the manifest says that there is one, so any other answer than "no such file" is
+    raised. Of a foreign shard, a server that refuses to say is taken to have none.
     """
     import fsspec
 

@@ -1,10 +1,14 @@
-"""Streaming shards that cannot be read at random: `pipe:` commands, and URLs through fsspec. A weaker promise than the index gives.
+"""Streaming shards that cannot be read at random: `pipe:` commands, and URLs through fsspec.
 
-What holds: within a pass over the list every shard is read once, by one rank, in an order permuted per pass by the seed; damaged samples are
-never given out by half, and what is lost with a damaged shard is written to quarantine.jsonl. A resumed run goes on with shards that
-nobody had begun. Samples are held against the checksums of the shard's index, where there is one (data/loading/stream_checks.py).
-What does not hold: the batches depend on the number of processes; what was left of the shards in progress at a stop is skipped until
-the next pass; a damaged sample has no fixed replacement.
+A weaker promise than the index gives.
+
+What holds: within a pass over the list every shard is read once, by one rank, in an order permuted
+per pass by the seed; damaged samples are never given out by half, and what is lost with a damaged
+shard is written to quarantine.jsonl. A resumed run goes on with shards that nobody had begun.
+Samples are held against the checksums of the shard's index, where there is one
+(data/loading/stream_checks.py). What does not hold: the batches depend on the number of processes;
+what was left of the shards in progress at a stop is skipped until the next pass; a damaged sample
+has no fixed replacement.
 """
 
 from __future__ import annotations
@@ -39,11 +43,11 @@ MAX_EMPTY_SHARDS = 100  # shards in a row without a whole sample before giving u
 class StreamLoader:
     """An endless iterator over this rank's micro batches, with BatchLoader's interface.
 
-    shards: URLs, paths, and `pipe:COMMAND`, which a shell runs and which only allow_pipe lets through;
-    {000..127} stands for a range.  manifest: what the samples are.  buffer: samples shuffled together.
-    first_shard: where in the order of shards to start.  report: is told, once, of shards without checksums.
-    Raises ConfigError for fewer shards than ranks and for commands without allow_pipe, DataError from
-    next() when shard after shard is unreadable.
+    shards: URLs, paths, and `pipe:COMMAND`, which a shell runs and which only allow_pipe lets
+    through; {000..127} stands for a range.  manifest: what the samples are.  buffer: samples
+    shuffled together. first_shard: where in the order of shards to start.  report: is told, once,
+    of shards without checksums. Raises ConfigError for fewer shards than ranks and for commands
+    without allow_pipe, DataError from next() when shard after shard is unreadable.
     """
 
     def __init__(
@@ -79,9 +83,8 @@ class StreamLoader:
             global_batch_size // world_size // micro_batch_size,
         )
         self.global_batch_size, self.step, self.micro = global_batch_size, first_step, 0
-        self.next_shard = (
-            first_shard  # no rank has begun this one, nor any after it, as far as this rank knows
-        )
+        # no rank has begun this one, nor any after it, as far as this rank knows
+        self.next_shard = first_shard
         self.found: list[BadSample] = []
         self._last_reason = "it holds none"
         self._samples = self._shuffled()
@@ -109,7 +112,9 @@ class StreamLoader:
         self._samples.close()
 
     def _shuffled(self) -> Iterator[tuple[int, np.ndarray]]:
-        """A buffer from which a random sample leaves when one enters; what leaves is decided by a counter, not by a generator's history."""
+        """A buffer from which a random sample leaves when one enters; what leaves is decided by a
+        counter, not by a generator's history.
+        """
         buffer: list[tuple[int, np.ndarray]] = []
         generator = np.random.Generator(
             np.random.Philox(
@@ -140,7 +145,8 @@ class StreamLoader:
             empty = 0 if count else empty + 1
             if empty == MAX_EMPTY_SHARDS:
                 raise DataError(
-                    f"{redacted(self.shards[number])}: the {empty}th shard in a row without a whole sample ({self._last_reason}); check the network and the shards"
+                    f"{redacted(self.shards[number])}: the {empty}th shard in a row without a "
+                    f"whole sample ({self._last_reason}); check the network and the shards"
                 )
             position += self.world_size
 
@@ -205,7 +211,9 @@ class StreamLoader:
 
 
 def check_stream(shards: Sequence[str], world_size: int) -> list[str]:
-    """All shards that the patterns of data.stream name; ConfigError if they are too few for the processes."""
+    """All shards that the patterns of data.stream name; ConfigError if they are too few for the
+    processes.
+    """
     urls = [url for pattern in shards for url in expand(pattern)]
     if len(urls) < world_size:
         raise ConfigError(
@@ -230,7 +238,9 @@ def expand(pattern: str) -> list[str]:
 
 @contextlib.contextmanager
 def open_shard(url: str) -> Iterator[BinaryIO]:
-    """The bytes of a shard, to be read once; OSError if it cannot be opened, DataError if its command fails."""
+    """The bytes of a shard, to be read once; OSError if it cannot be opened, DataError if its
+    command fails.
+    """
     if url.startswith(PIPE):  # StreamLoader lets none through that the command line does not allow
         process = subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
         problem: BaseException | None = None

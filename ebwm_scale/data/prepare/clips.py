@@ -69,8 +69,12 @@ class Video:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """How clips are cut. stored: jpeg or webp; quality: of it; crops: windows taken along the longer side; zooms: 1 for windows as large as
-    the frame allows, 2 for half of that, with twice as many windows along each side, and so on."""
+    """How clips are cut.
+
+    stored: jpeg or webp; quality: of it; crops: windows taken along the longer side; zooms: 1 for
+    windows as large as the frame allows, 2 for half of that, with twice as many windows along each
+    side, and so on.
+    """
 
     context_length: int
     interval_s: float
@@ -104,7 +108,10 @@ class Clip:
 
 
 def find_videos(inputs: Sequence[str | Path], *, report: Report = print) -> list[Video]:
-    """All videos in the given files and folders (recursive), one of each content, sorted by it. Raises DataError when there is none."""
+    """All videos in the given files and folders (recursive), one of each content, sorted by it.
+
+    Raises DataError when there is none.
+    """
     found: dict[str, Video] = {}
     others: Counter[str] = Counter()
     for source in map(Path, inputs):
@@ -133,7 +140,8 @@ def find_videos(inputs: Sequence[str | Path], *, report: Report = print) -> list
         report(f"no videos, left out: {others.total()} files ({kinds})")
     if not found:
         raise DataError(
-            f"{', '.join(map(str, inputs)) or 'no input'}: no video found; looked for {', '.join('*' + s for s in VIDEO_SUFFIXES)}"
+            f"{', '.join(map(str, inputs)) or 'no input'}: no video found; looked for "
+            f"{', '.join('*' + s for s in VIDEO_SUFFIXES)}"
         )
     return sorted(found.values(), key=lambda video: video.digest)
 
@@ -237,8 +245,8 @@ def frames_from(
 ) -> np.ndarray:
     """Up to `count` frames (n, height, width, 3) uint8 of one piece, an interval apart.
 
-    start_s: of the first. Each is the middle of the picture, as the first window of a clip is. findings: filled in, as far
-    as the video was read. Raises DataError.
+    start_s: of the first. Each is the middle of the picture, as the first window of a clip is.
+    findings: filled in, as far as the video was read. Raises DataError.
     """
     frames: list[np.ndarray] = []
     piece: int | None = None
@@ -262,8 +270,9 @@ def frames_from(
 def resize_and_crop(
     frame: np.ndarray, height: int, width: int, crops: int, zooms: Sequence[int] = (1,)
 ) -> list[tuple[int, np.ndarray]]:
-    """(zoom, window) for all windows of a frame, scaled to height x width: for each zoom z, z of them along the side that fits and crops * z along the other,
-    evenly spaced."""
+    """(zoom, window) for all windows of a frame, scaled to height x width: for each zoom z, z of
+    them along the side that fits and crops * z along the other, evenly spaced.
+    """
     image = _pillow().fromarray(frame)
     rows, columns = frame.shape[:2]
     results = []
@@ -286,7 +295,9 @@ def resize_and_crop(
 
 
 def _places(room: float, count: int) -> list[float]:
-    """Where `count` windows begin in the room that is left over; one stands in the middle, and where there is no room there is one."""
+    """Where `count` windows begin in the room that is left over; one stands in the middle, and
+    where there is no room there is one.
+    """
     if count == 1 or room < 1:
         return [max(room, 0.0) / 2]
     return [room * i / (count - 1) for i in range(count)]
@@ -300,7 +311,8 @@ def _write_frames(
     moved: Callable[[], None],
 ) -> list[Clip]:
     """Writes every frame that a clip may need, once, and says which clip needs which."""
-    # Clips start every stride; those whose starts differ by whole intervals share frames. So there are few different phases.
+    # Clips start every stride; those whose starts differ by whole intervals share frames. So there
+    # are few different phases.
     phases = sorted(
         {
             round(math.fmod(k * config.stride_s, config.interval_s), 6)
@@ -389,7 +401,8 @@ def _phases(config: ClipConfig) -> int:
         if abs(math.remainder(count * config.stride_s, config.interval_s)) < 1e-6:
             return count
     raise DataError(
-        f"stride {config.stride_s} s and interval {config.interval_s} s have no common multiple below 1000 strides; use a simple fraction"
+        f"stride {config.stride_s} s and interval {config.interval_s} s have no common multiple "
+        "below 1000 strides; use a simple fraction"
     )
 
 

@@ -131,9 +131,8 @@ def _pictures(
 ) -> Iterator[Picture]:
     context = stream.codec_context
     Shape(context.width, context.height, Fraction(1), Orientation()).check()
-    context.thread_count = (
-        1  # a decoder without threads says at once what fails, and survives a fork
-    )
+    # a decoder without threads says at once what fails, and survives a fork
+    context.thread_count = 1
     context.options = {"max_pixels": str(MAX_PIXELS)}
     rate = float(stream.average_rate or stream.guessed_rate or 0) or _DEFAULT_RATE
     timeline = Timeline(1 / rate, findings)
@@ -175,7 +174,9 @@ def _pictures(
 
 
 class _Aspects:
-    """The sample aspect ratio of each frame: what the container declares, until the coded one changes."""
+    """The sample aspect ratio of each frame: what the container declares, until the coded one
+    changes.
+    """
 
     def __init__(self, stream):
         self._context = stream.codec_context

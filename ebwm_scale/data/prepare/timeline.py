@@ -37,8 +37,8 @@ class Timeline:
     def place(self, stamp_s: float | None, *, sound: bool = True) -> tuple[float, bool]:
         """(time of the next picture, whether it continues the one before).
 
-        stamp_s: None if the file has none. sound: False for a picture that is left out because of damage,
-        whose order says nothing.
+        stamp_s: None if the file has none. sound: False for a picture that is left out because of
+        damage, whose order says nothing.
         """
         if self.time_s is None:
             if stamp_s is None:

@@ -26,15 +26,18 @@ def train_tokenizer(
     max_bytes: int = 64 * 2**20,
     report: Report = print,
 ) -> Tokenizer:
-    """Train on the training documents of the inputs and write the model to `output` (replaced as a whole).
+    """Train on the training documents of the inputs and write the model to `output` (replaced as a
+    whole).
 
-    The split is that of tools/make_text_shards.py with the same fraction and seed: validation text is never seen. The
-    documents come in the split's shuffled order until max_bytes of text. The same documents and arguments give the same
-    file, byte for byte. Raises DataError when the corpus cannot fill the vocabulary, naming the largest possible size.
+    The split is that of tools/make_text_shards.py with the same fraction and seed: validation text
+    is never seen. The documents come in the split's shuffled order until max_bytes of text. The
+    same documents and arguments give the same file, byte for byte. Raises DataError when the corpus
+    cannot fill the vocabulary, naming the largest possible size.
     """
     if vocabulary_size < _SMALLEST:
         raise DataError(
-            f"vocabulary size is {vocabulary_size}: must be at least {_SMALLEST} (256 bytes, newline, tab, unknown, end, and "
+            f"vocabulary size is {vocabulary_size}: must be at least {_SMALLEST} (256 bytes, "
+            "newline, tab, unknown, end, and "
             "pieces to learn)"
         )
     documents = split_documents(
@@ -91,13 +94,15 @@ def _why_training_failed(message: str, vocabulary_size: int) -> str:
     too_large = re.search(r"Please set it to a value <= (\d+)", message)
     if too_large:
         return (
-            f"vocabulary size {vocabulary_size} is too large for this corpus: at most {too_large.group(1)} pieces can be made of it; "
+            f"vocabulary size {vocabulary_size} is too large for this corpus: at most "
+            f"{too_large.group(1)} pieces can be made of it; "
             "take that, or give more text"
         )
     too_small = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
     if too_small:
         return (
-            f"vocabulary size {vocabulary_size} is too small for this corpus: its characters and the 256 bytes alone need "
+            f"vocabulary size {vocabulary_size} is too small for this corpus: its characters and "
+            "the 256 bytes alone need "
             f"{too_small.group(1)}; take more"
         )
     return f"the tokenizer cannot be trained on this text: {' '.join(message.split())}"

@@ -2,8 +2,8 @@
 
     videos ==several processes==> one part file each (data/prepare/clips.py) ==> split ==> encoder, statistics of the training frames ==> shards
 
-A video goes to training or validation as a whole; a single long video (or `split time`) is cut in time, with a gap, so that no frame and
-no neighbour of a training frame is in validation.
+A video goes to training or validation as a whole; a single long video (or `split time`) is cut in
+time, with a gap, so that no frame and no neighbour of a training frame is in validation.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ _OURS = (
     "validation-*.shards.json",
 )
 BATCH = 512  # frames in memory as pixels
-MAX_FITTED_FRAMES = 50_000  # training frames that an encoder is fitted to, and statistics are taken of, evenly over the videos
+# training frames that an encoder is fitted to, and statistics are taken of, evenly over the videos
+MAX_FITTED_FRAMES = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +72,17 @@ class VideoDatasetConfig:
 
     context_length: int = 16
     interval_s: float = 0.25
-    stride_s: float | None = (
-        None  # between the starts of clips; default: context_length * interval_s, so that clips share one frame
-    )
+    # between the starts of clips; default: context_length * interval_s, so that clips share one
+    # frame
+    stride_s: float | None = None
     height: int = 224
     width: int = 224
     crops: int = 1  # windows along the longer side
     zooms: tuple[int, ...] = (
         1,
-    )  # 2: windows of half the size, and twice as many along each side; validation has the first zoom only
+        # 2: windows of half the size, and twice as many along each side; validation has the first zoom
+        # only
+    )
     stored: str = "embedding"
     quality: int = 95
     encoder: str = "pca"
@@ -87,9 +90,8 @@ class VideoDatasetConfig:
     split: str = "auto"  # video, time, or auto: by video where there are several
     validation_fraction: float = 0.1
     validation_videos: tuple[str, ...] = ()  # names, instead of a fraction
-    gap_s: float | None = (
-        None  # split time: between training and validation; default: a clip's length
-    )
+    # split time: between training and validation; default: a clip's length
+    gap_s: float | None = None
     seed: int = 0
     samples_per_shard: int = 512
 
@@ -114,7 +116,8 @@ class VideoDatasetConfig:
             raise DataError(f"quality is {self.quality}: must be from 1 to 100")
         if self.stored not in STORED or self.split not in ("auto", "video", "time"):
             raise DataError(
-                f"store is {self.stored!r} and split {self.split!r}: allowed are {', '.join(STORED)}, and auto, video, time"
+                f"store is {self.stored!r} and split {self.split!r}: allowed are "
+                f"{', '.join(STORED)}, and auto, video, time"
             )
 
     @property
@@ -145,9 +148,10 @@ def make_video_dataset(
 ) -> Path:
     """Decode, split, encode and write a dataset folder; returns the path of its manifest.
 
-    like: a video dataset whose encoder, statistics and frame size to use, so that the two can be mixed.  still_s: seconds
-    after which a decoder that does not move is ended.  Videos that cannot be decoded are reported and left out, as is what is damaged in
-    the others.  Finished videos are kept beside the output until it is complete: a killed run goes on.  A complete dataset of the
+    like: a video dataset whose encoder, statistics and frame size to use, so that the two can be
+    mixed.  still_s: seconds after which a decoder that does not move is ended.  Videos that cannot
+    be decoded are reported and left out, as is what is damaged in the others.  Finished videos are
+    kept beside the output until it is complete: a killed run goes on.  A complete dataset of the
     same videos and settings is kept; one of others is refused.  Raises DataError.
     """
     output = Path(output).resolve()
@@ -221,7 +225,9 @@ def _make_parts(
     report: Report,
     progress: bool,
 ) -> list[tuple[Video, Path]]:
-    """The part file of every video of which a clip can be had; says what was left out, per video and in all."""
+    """The part file of every video of which a clip can be had; says what was left out, per video
+    and in all.
+    """
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +278,9 @@ def _report_findings(
 def _split(
     parts: list[tuple[Video, Path]], config: VideoDatasetConfig, report: Report
 ) -> dict[str, Clips]:
-    """The clips of each split; those of validation without the windows that further zooms add to training."""
+    """The clips of each split; those of validation without the windows that further zooms add to
+    training.
+    """
     result = _split_clips(parts, config, report)
     result["validation"] = [
         (video, path, [clip for clip in clips if clip.zoom == config.zooms[0]])
@@ -292,7 +300,8 @@ def _split_clips(
     if by_time:
         gap = config.clips.span_s if config.gap_s is None else config.gap_s
         report(
-            f"split by time: the last {config.validation_fraction:.0%} of each video is validation, {gap:g} s before it are left out"
+            f"split by time: the last {config.validation_fraction:.0%} of each video is "
+            f"validation, {gap:g} s before it are left out"
         )
         result: dict[str, Clips] = {"train": [], "validation": []}
         longest_s = 0.0
@@ -309,8 +318,10 @@ def _split_clips(
         for name, found in result.items():
             if not found:
                 raise DataError(
-                    f"split by time leaves the {name} split without a clip: the longest video is {longest_s:g} s, too short for clips of {config.clips.span_s:g} s, a gap of "
-                    f"{gap:g} s and a validation fraction of {config.validation_fraction}; change one of them, or the stride"
+                    f"split by time leaves the {name} split without a clip: the longest video is "
+                    f"{longest_s:g} s, too short for clips of {config.clips.span_s:g} s, a gap of "
+                    f"{gap:g} s and a validation fraction of {config.validation_fraction}; change "
+                    "one of them, or the stride"
                 )
         return result
     if config.validation_videos:
@@ -318,7 +329,8 @@ def _split_clips(
         held_out = [video for video in videos if video.name in config.validation_videos]
         if unknown or len(held_out) == len(videos):
             raise DataError(
-                f"validation videos {', '.join(config.validation_videos)}: must be some of {', '.join(v.name for v in videos)}, and not all"
+                f"validation videos {', '.join(config.validation_videos)}: must be some of "
+                f"{', '.join(v.name for v in videos)}, and not all"
             )
         chosen = {"train": [v for v in videos if v not in held_out], "validation": held_out}
     else:
@@ -335,7 +347,9 @@ def _split_clips(
 def _encoder(
     other, config: VideoDatasetConfig, train: Clips, report: Report
 ) -> tuple[FrameEncoder, tuple[np.ndarray, np.ndarray]]:
-    """(encoder, (mean, std) of its embeddings over the training frames), or those of another dataset."""
+    """(encoder, (mean, std) of its embeddings over the training frames), or those of another
+    dataset.
+    """
     if other is not None:
         return load_encoder(other.content), (other.content.mean, other.content.std)
     if config.encoder == "pca":
@@ -347,7 +361,8 @@ def _encoder(
             width=config.width,
         )
         report(
-            f"pca: {settings['components']} components of {settings['patch']} x {settings['patch']} patches hold {share:.1%} of the variance of the training frames"
+            f"pca: {settings['components']} components of {settings['patch']} x "
+            f"{settings['patch']} patches hold {share:.1%} of the variance of the training frames"
         )
     else:
         encoder = build_encoder(
@@ -378,7 +393,9 @@ def _encoder(
 
 
 def _training_frames(train: Clips, config: VideoDatasetConfig) -> Iterator[np.ndarray]:
-    """The training frames (n, height, width, 3), in batches, each once; every so many-th where there are more than MAX_FITTED_FRAMES."""
+    """The training frames (n, height, width, 3), in batches, each once; every so many-th where
+    there are more than MAX_FITTED_FRAMES.
+    """
     numbers = [sorted({i for clip in clips for i in clip.frames}) for _, _, clips in train]
     step = max(1, -(-sum(map(len, numbers)) // MAX_FITTED_FRAMES))
     for (_, path, _), wanted in zip(train, numbers):
@@ -399,7 +416,9 @@ def _describe(
     statistics: tuple[np.ndarray, np.ndarray],
     config: VideoDatasetConfig,
 ) -> dict[str, Any]:
-    """The manifest's entries about frames and embeddings; writes the encoder's parameters where it has some."""
+    """The manifest's entries about frames and embeddings; writes the encoder's parameters where it
+    has some.
+    """
     described: dict[str, Any] = {"name": encoder.name, "settings": encoder.settings}
     parameters = encoder.parameters()
     if parameters:
@@ -471,6 +490,7 @@ def _write_split(
 
 def _summary(name: str, split: SplitInfo, config: VideoDatasetConfig) -> str:
     return (
-        f"{name}: {split.facts['num_videos']} videos, {split.num_samples} clips of {config.context_length} + 1 frames, {config.interval_s} s apart, "
+        f"{name}: {split.facts['num_videos']} videos, {split.num_samples} clips of "
+        f"{config.context_length} + 1 frames, {config.interval_s} s apart, "
         f"in {len(split.shards)} shards of {sum(s.size for s in split.shards) / 2**20:.1f} MiB"
     )

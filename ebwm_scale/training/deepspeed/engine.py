@@ -21,8 +21,11 @@ from ebwm_scale.training.schedule import learning_rate
 def deepspeed_config(
     config: Config, *, micro_batch: int, accumulation: int, num_parameters: int
 ) -> dict[str, Any]:
-    """What DeepSpeed is given. Gradient clipping is always set: its default is 1.0, not off. So is the bucket that gradients are reduced in:
-    DeepSpeed allocates all of it, half a billion numbers, also for a model that has fewer.
+    """What DeepSpeed is given.
+
+    Gradient clipping is always set: its default is 1.0, not off. So is the bucket that gradients
+    are reduced in: DeepSpeed allocates all of it, half a billion numbers, also for a model that has
+    fewer.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -53,19 +56,25 @@ def deepspeed_config(
 
 
 def needs_manual_clipping(config: Config) -> bool:
-    """DeepSpeed's fp32 path without ZeRO clips but keeps the norm to itself, so Engine.step does it there."""
+    """DeepSpeed's fp32 path without ZeRO clips but keeps the norm to itself, so Engine.step does it
+    there.
+    """
     return config.deepspeed.zero_stage == 0 and config.train.precision == "fp32"
 
 
 def needs_manual_gathering(config: Config) -> bool:
-    """An energy model asks for its parameters when it needs them (refinement/block_recompute.py): DeepSpeed's module hooks know only one forward and one
+    """An energy model asks for its parameters when it needs them (refinement/block_recompute.py):
+    DeepSpeed's module hooks know only one forward and one
 
-    backward, and under a double backward they would hand out partitions for parameters."""
+    backward, and under a double backward they would hand out partitions for parameters.
+    """
     return config.deepspeed.zero_stage == 3 and config.model.kind == "energy"
 
 
 class Engine:
-    """A thin, typed face of deepspeed.DeepSpeedEngine: forward, backward, step with the norm, learning rates."""
+    """A thin, typed face of deepspeed.DeepSpeedEngine: forward, backward, step with the norm,
+    learning rates.
+    """
 
     def __init__(
         self, config: Config, model: nn.Module, world: World, *, micro_batch: int, accumulation: int
@@ -127,7 +136,8 @@ class Engine:
         if not needs_manual_gathering(self.config):
             self.deepspeed.backward(loss)
             return
-        # All that is left to do is to hand gradients to the hooks that reduce them; autograd wants to see the parameters' shapes meanwhile.
+        # All that is left to do is to hand gradients to the hooks that reduce them; autograd wants
+        # to see the parameters' shapes meanwhile.
         parameters = list(self.module.parameters())
         for p in parameters:
             p.data = p.data.new_empty(1).expand(p.ds_shape)
@@ -136,7 +146,8 @@ class Engine:
             p.data = p.data.new_empty(0)
 
     def step(self) -> torch.Tensor | float | None:
-        """Advance one micro-batch; at the end of an accumulation update the weights and return the gradient norm before clipping.
+        """Advance one micro-batch; at the end of an accumulation update the weights and return the
+        gradient norm before clipping.
 
         If the norm is not finite, on whatever rank the reason was, no rank updates anything.
         """
@@ -154,10 +165,12 @@ class Engine:
 
 
 def undo_optimizer_dry_run(wrapper) -> None:
-    """Undo the optimizer step that DeepSpeed's bf16 wrapper without ZeRO takes at its construction, with zero gradients, to allocate state.
+    """Undo the optimizer step that DeepSpeed's bf16 wrapper without ZeRO takes at its construction,
+    with zero gradients, to allocate state.
 
-    It leaves Adam's step count at 1, so that bias correction shrinks the first updates (by a quarter at the first one), and has decayed
-    the weights once. Without it the first update is the one that stages 1 and 2, and fp32, make.
+    It leaves Adam's step count at 1, so that bias correction shrinks the first updates (by a
+    quarter at the first one), and has decayed the weights once. Without it the first update is the
+    one that stages 1 and 2, and fp32, make.
     """
     wrapper.optimizer.state.clear()
     wrapper.refresh_fp32_params()

@@ -1,13 +1,16 @@
-"""Weights and optimizer state by parameter name, whatever the ZeRO stage: what each process holds, and how any process takes what it needs.
+"""Weights and optimizer state by parameter name, whatever the ZeRO stage: what each process holds,
+and how any process takes what it needs.
 
-A piece is a range of a flattened parameter: its float32 weights (the master copy, where there is one) and AdamW's two moments.
+A piece is a range of a flattened parameter: its float32 weights (the master copy, where there is
+one) and AdamW's two moments.
 
     stage 0     every process holds everything; of the parameters in order, process r writes those with index % world size == r
     stage 1, 2  a process holds a range of all parameters laid end to end: pieces that may start and end inside a parameter
     stage 3     a process holds the r-th part of every parameter
 
-`save` takes the pieces of this process, `load` any set of pieces that cover the parameters: so a checkpoint of any number of processes and
-any stage continues on any other. Values are copied as they are: with nothing changed, the continued run is bitwise the same.
+`save` takes the pieces of this process, `load` any set of pieces that cover the parameters: so a
+checkpoint of any number of processes and any stage continues on any other. Values are copied as
+they are: with nothing changed, the continued run is bitwise the same.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ KINDS = ("weight", *MOMENTS)
 
 
 class ZeroState:
-    """The pieces of a DeepSpeed engine's process. `stage`, `half`: deepspeed.zero_stage, and whether weights are bf16."""
+    """The pieces of a DeepSpeed engine's process.
+
+    `stage`, `half`: deepspeed.zero_stage, and whether weights are bf16.
+    """
 
     def __init__(self, deepspeed_engine, *, stage: int, half: bool, rank: int, world_size: int):
         self.module, self.optimizer = deepspeed_engine.module, deepspeed_engine.optimizer
@@ -55,7 +61,9 @@ class ZeroState:
         return next((float(state["step"]) for state in self.inner.state.values()), 0.0)
 
     def load(self, read: Callable[[str, str], Tensor], step_count: float) -> None:
-        """read(name, kind) -> the whole flattened float32 tensor; called for one parameter after the other."""
+        """read(name, kind) -> the whole flattened float32 tensor; called for one parameter after
+        the other.
+        """
         self._create_moments(step_count)
         with torch.no_grad():
             for name, p in self.module.named_parameters():
@@ -72,7 +80,9 @@ class ZeroState:
                     p.copy_(weight.view_as(p))
 
     def _local(self, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
-        """(start, kind -> flat view) of what this process updates of p; no values where that is nothing."""
+        """(start, kind -> flat view) of what this process updates of p; no values where that is
+        nothing.
+        """
         if self.stage == 3:
             return self._local_partition(p)
         if not p.requires_grad or self.stage == 0:

@@ -1,1 +1,3 @@
-"""Attention of the predicted stream, differentiable twice, with a plain reference beside each kernel."""
+"""Attention of the predicted stream, differentiable twice, with a plain reference beside each
+kernel.
+"""

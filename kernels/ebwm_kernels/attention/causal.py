@@ -1,7 +1,9 @@
-"""Causal and bidirectional attention with a correct double backward, for whoever differentiates twice through a transformer.
+"""Causal and bidirectional attention with a correct double backward, for whoever differentiates
+twice through a transformer.
 
-Gradient penalties, meta-learning, Hessian-vector products and energies of whole sequences need exactly this, and fused attention elsewhere
-has no double backward or a wrong one. The inner gradient covers q, k and v. Formulas: attention/reference.py; levels: attention/ops.py.
+Gradient penalties, meta-learning, Hessian-vector products and energies of whole sequences need
+exactly this, and fused attention elsewhere has no double backward or a wrong one. The inner
+gradient covers q, k and v. Formulas: attention/reference.py; levels: attention/ops.py.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def causal_attention(
     q: (B, H, S, d); k, v: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device. Query t sees keys j <= t + context_offset, or
     all of them with causal=False. scale: default d ** -0.5. backend: as in energy_attention.
 
-    A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that do not fit.
+    A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that
+    do not fit.
     """
     check_tensors("causal_attention", {"q": q, "k": k, "v": v})
     check_keys("causal_attention", q, {"k": k, "v": v}, context_offset)

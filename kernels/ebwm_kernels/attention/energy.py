@@ -1,9 +1,11 @@
-"""Attention of the predicted stream: every query sees a causal context and one key of its own, under a single softmax.
+"""Attention of the predicted stream: every query sees a causal context and one key of its own,
+under a single softmax.
 
     p_t attends to  o_1 .. o_(t + offset)  and to itself:   softmax([q_t k_1, .., q_t k_(t + offset), q_t k*_t]) [v_1, .., v*_t]
 
-The observed stream never enters as a query. The inner gradient of a refinement step runs through q, k* and v* only, and the context's keys
-and values collect their gradients in the outer backward (autograd_rules.py). Formulas: attention/reference.py; levels: attention/ops.py.
+The observed stream never enters as a query. The inner gradient of a refinement step runs through q,
+k* and v* only, and the context's keys and values collect their gradients in the outer backward
+(autograd_rules.py). Formulas: attention/reference.py; levels: attention/ops.py.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ def energy_attention(
     context_offset: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    """Output (B, H, S, d) of the predicted stream's attention, differentiable twice with respect to all five tensors.
+    """Output (B, H, S, d) of the predicted stream's attention, differentiable twice with respect to
+    all five tensors.
 
     q, k_self, v_self: (B, H, S, d); k_context, v_context: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device.
     Query t sees context keys j <= t + context_offset, and its own key. scale: default d ** -0.5.
     backend: "triton", "reference", or "auto": Triton for float16, bfloat16 and float32 on an NVIDIA GPU, else the reference.
 
-    A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that do not fit.
+    A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that
+    do not fit.
     """
     _check(q, k_self, v_self, k_context, v_context, context_offset)
     shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), context_offset, True)
@@ -87,7 +91,8 @@ def _check(
     for name, tensor in (("k_self", k_self), ("v_self", v_self)):
         if tensor.shape != q.shape:
             raise ValueError(
-                f"energy_attention: {name} has shape {tuple(tensor.shape)}, q has {tuple(q.shape)}; they must be equal"
+                f"energy_attention: {name} has shape {tuple(tensor.shape)}, q has "
+                f"{tuple(q.shape)}; they must be equal"
             )
     check_keys("energy_attention", q, {"k_context": k_context, "v_context": v_context}, offset)
 
@@ -103,13 +108,17 @@ def check_tensors(operation: str, tensors: dict[str, Tensor]) -> None:
             )
         if tensor.dtype != q.dtype or tensor.device != q.device or not q.dtype.is_floating_point:
             raise ValueError(
-                f"{operation}: {name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}; "
+                f"{operation}: {name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on "
+                f"{q.device}; "
                 "all must share one floating dtype and one device"
             )
 
 
 def check_keys(operation: str, q: Tensor, context: dict[str, Tensor], offset: int) -> None:
-    """Keys and values (B, H_kv, C, d) that fit the queries, at least one of them. Raises ValueError."""
+    """Keys and values (B, H_kv, C, d) that fit the queries, at least one of them.
+
+    Raises ValueError.
+    """
     (k_name, k), (v_name, v) = context.items()
     B, H, _, d = q.shape
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != d:

@@ -1,6 +1,9 @@
-"""Causal self-attention of the observed stream. It is never differentiated twice, so any first-order kernel serves.
+"""Causal self-attention of the observed stream.
 
-flash-attn where it is installed, on a GPU, in half precision; PyTorch's scaled_dot_product_attention otherwise.
+It is never differentiated twice, so any first-order kernel serves.
+
+flash-attn where it is installed, on a GPU, in half precision; PyTorch's
+scaled_dot_product_attention otherwise.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ MAX_HEAD_DIMENSION = 256
 
 
 def observed_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
-    """Output (B, H, S, d) of causal self-attention: q (B, H, S, d), k and v (B, H_kv, S, d) with H % H_kv == 0. Differentiable once.
+    """Output (B, H, S, d) of causal self-attention: q (B, H, S, d), k and v (B, H_kv, S, d) with H
+    % H_kv == 0. Differentiable once.
 
-    backend: "flash_attn", "sdpa" or "auto". Raises ValueError for one that is unknown or cannot run these tensors.
+    backend: "flash_attn", "sdpa" or "auto". Raises ValueError for one that is unknown or cannot run
+    these tensors.
     """
     if resolve_observed_backend(backend, q.device, q.dtype, q.shape[-1]) == "flash_attn":
         from flash_attn import flash_attn_func
@@ -44,14 +49,18 @@ def resolve_observed_backend(
     obstacle = why_not_flash_attn(device, dtype, head_dimension)
     if obstacle and backend == "flash_attn":
         raise ValueError(
-            f"observed_attention: backend flash_attn cannot run {dtype}, head dimension {head_dimension} on {device}: {obstacle}; "
+            f"observed_attention: backend flash_attn cannot run {dtype}, head dimension "
+            f"{head_dimension} on {device}: {obstacle}; "
             "use backend auto or sdpa"
         )
     return "sdpa" if obstacle else "flash_attn"
 
 
 def why_not_flash_attn(device: torch.device, dtype: torch.dtype, head_dimension: int) -> str | None:
-    """What keeps flash-attn from running such tensors, or None. Source of its limits: flash-attn 2.8, README."""
+    """What keeps flash-attn from running such tensors, or None.
+
+    Source of its limits: flash-attn 2.8, README.
+    """
     if device.type != "cuda":
         return "it needs a GPU"
     if importlib.util.find_spec("flash_attn") is None:

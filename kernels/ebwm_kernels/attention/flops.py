@@ -3,7 +3,8 @@
     import ebwm_kernels.attention.flops
     with torch.utils.flop_counter.FlopCounterMode() as counter: ...
 
-A module of its own because PyTorch's counter imports Triton, 60 MiB that a process on a CPU has no use for.
+A module of its own because PyTorch's counter imports Triton, 60 MiB that a process on a CPU has no
+use for.
 """
 
 from __future__ import annotations

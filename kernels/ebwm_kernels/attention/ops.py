@@ -1,14 +1,16 @@
-"""Attention as three nested operations, each the derivative of the one before, and the choice of who computes them.
+"""Attention as three nested operations, each the derivative of the one before, and the choice of
+who computes them.
 
     ebwm::attention                   q, K, V [, k*, v*]        -> O, L                              backward: the next one
     ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]           backward: the next one
     ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]       no backward: a third derivative raises
 
-O and L enter the second and third as constants: the formulas (attention/reference.py) hold what depends on them. Registered with
-torch.library, since nested autograd.Functions are differentiated wrongly under torch.compile. An operation's result is a tensor, so what
-does not exist is empty.
+O and L enter the second and third as constants: the formulas (attention/reference.py) hold what
+depends on them. Registered with torch.library, since nested autograd.Functions are differentiated
+wrongly under torch.compile. An operation's result is a tensor, so what does not exist is empty.
 
-Backends: "triton" (attention/triton_kernels.py; a GPU, or Triton's interpreter) and "reference" (plain PyTorch).
+Backends: "triton" (attention/triton_kernels.py; a GPU, or Triton's interpreter) and "reference"
+(plain PyTorch).
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ from ebwm_kernels.autograd_rules import (
 )
 
 BACKENDS = ("auto", "triton", "reference")
-# Matrix products of (queries, keys, d) that a backend makes at each level: without and with gradients of K and V; the last without and with
-# cotangents on these. Triton computes the weights again in each pass (design: docs/kernels.md).
+# Matrix products of (queries, keys, d) that a backend makes at each level: without and with
+# gradients of K and V; the last without and with cotangents on these. Triton computes the weights
+# again in each pass (design: docs/kernels.md).
 PRODUCTS = {
     "reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 13)},
     "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)},
@@ -42,7 +45,10 @@ PRODUCTS = {
 def resolve_backend(
     backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int, operation: str
 ) -> str:
-    """ "triton" or "reference" for such tensors. Raises ValueError for a backend that is unknown or cannot run them."""
+    """ "triton" or "reference" for such tensors.
+
+    Raises ValueError for a backend that is unknown or cannot run them.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"{operation}: backend is {backend!r}; allowed: {', '.join(BACKENDS)}")
     if backend == "reference":
@@ -52,7 +58,8 @@ def resolve_backend(
         return "triton" if obstacle is None and device.type == "cuda" else "reference"
     if obstacle:
         raise ValueError(
-            f"{operation}: backend triton cannot run {dtype}, head dimension {head_dimension} on {device}: {obstacle}; "
+            f"{operation}: backend triton cannot run {dtype}, head dimension {head_dimension} on "
+            f"{device}: {obstacle}; "
             "use backend auto or reference"
         )
     return backend
@@ -89,7 +96,9 @@ def attend(
     shape: Shape,
     backend: str,
 ) -> Tensor:
-    """Output (B, H, S, d) of attention in which a query may have a key of its own; backend resolved."""
+    """Output (B, H, S, d) of attention in which a query may have a key of its own; backend
+    resolved.
+    """
     return torch.ops.ebwm.attention(q, k, v, k_self, v_self, *shape, backend)[0]
 
 

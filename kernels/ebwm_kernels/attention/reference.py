@@ -1,12 +1,15 @@
-"""The attention of this package in plain PyTorch, level by level: the definition of what the Triton kernels compute, and the CPU backend.
+"""The attention of this package in plain PyTorch, level by level: the definition of what the Triton
+kernels compute, and the CPU backend.
 
-Every level keeps row statistics and recomputes the weights, so that no S x C tensor outlives a block of query rows:
+Every level keeps row statistics and recomputes the weights, so that no S x C tensor outlives a
+block of query rows:
     forward           O, L = logsumexp of a row's scores
     gradient          dQ, dk*, dv*, dK, dV of a cotangent G on O
     double_backward   the gradients of <A, dQ> + <B, dK> + <C, dV> + <b*, dk*> + <c*, dv*> with respect to G, Q, K, V, k*, v*
 
-With s the scale, P = exp(S - L), D = rowsum(G O), dP = G V', dS = P (dP - D), and * for a query's own key, one more column of its row, where
-there is one (all products without a sign are elementwise):
+With s the scale, P = exp(S - L), D = rowsum(G O), dP = G V', dS = P (dP - D), and * for a query's
+own key, one more column of its row, where there is one (all products without a sign are
+elementwise):
     dQ = s (dS K + ds* k*)      dK = s dS' Q      dV = P' G      dk* = s ds* q      dv* = p* G
     Sdot = s (A K' + Q B')      sd* = s (A.k* + q.b*)            mu = rowsum(P Sdot) + p* sd*
     gG   = (P Sdot) V + P C + p* (sd* v* + c*) - mu O            phi = rowsum(G gG)
@@ -14,9 +17,11 @@ there is one (all products without a sign are elementwise):
     gQ   = s (Z K + dS B + z* k* + ds* b*)                       gk* = s (z* q + ds* A)      gv* = p* (sd* - mu) G
     gK   = s (Z' Q + dS' A)                                      gV  = (P (Sdot - mu))' G
 
-Tensors come as (B, H, S, d) and (B, H_kv, C, d); inside they are (N, group, S, d) and (N, C, d) with N = B H_kv: heads that share keys are
-rows of one product. What is S x C is touched as few times as possible and in place; scales go to what is S x d. Half precisions are computed
-in float32. Source: derived for this project by differentiating the softmax twice; the test is plain autograd in float64.
+Tensors come as (B, H, S, d) and (B, H_kv, C, d); inside they are (N, group, S, d) and (N, C, d)
+with N = B H_kv: heads that share keys are rows of one product. What is S x C is touched as few
+times as possible and in place; scales go to what is S x d. Half precisions are computed in float32.
+Source: derived for this project by differentiating the softmax twice; the test is plain autograd in
+float64.
 """
 
 from __future__ import annotations
@@ -26,7 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 64  # query rows of a block: a block of scores stays in a CPU's cache, and few of its columns are in the future
+# query rows of a block: a block of scores stays in a CPU's cache, and few of its columns are in the
+# future
+ROWS = 64
 
 
 class Shape(NamedTuple):
@@ -38,7 +45,9 @@ class Shape(NamedTuple):
 
 
 class Cotangents(NamedTuple):
-    """On dQ, dK, dV, dk*, dv*, shaped as these; dK and dV, or those of the own key, may both be None (zero)."""
+    """On dQ, dK, dV, dk*, dv*, shaped as these; dK and dV, or those of the own key, may both be
+    None (zero).
+    """
 
     query: Tensor
     key: Tensor | None
@@ -91,7 +100,9 @@ def gradient(
     *,
     with_keys: bool,
 ) -> tuple[Tensor | None, ...]:
-    """(dQ, dK, dV, dk*, dv*): dK and dV None without `with_keys`, dk* and dv* None without an own key."""
+    """(dQ, dK, dV, dk*, dv*): dK and dV None without `with_keys`, dk* and dv* None without an own
+    key.
+    """
     (grad4, q4, ko, vo, out4), (k3, v3) = _by_key_head(k, grad, q, k_self, v_self, out), _flat(k, v)
     scale, log_normalizer = shape.scale, log_normalizer.reshape(*q4.shape[:-1], 1)
     dq = torch.empty_like(q4)
@@ -129,10 +140,12 @@ def double_backward(
     log_normalizer: Tensor,
     shape: Shape,
 ) -> tuple[Tensor | None, ...]:
-    """(gG, gQ, gK, gV, gk*, gv*), the last two None without an own key. Sdot, mu and Z here are those above over s.
+    """(gG, gQ, gK, gV, gk*, gv*), the last two None without an own key.
 
-    Keys enter Sdot and gQ without their mean: Sdot - mu does not see what all keys of a row share, and Z of a row sums to zero. Exact, and
-    it keeps a large common vector out of the rounding.
+    Sdot, mu and Z here are those above over s.
+
+    Keys enter Sdot and gQ without their mean: Sdot - mu does not see what all keys of a row share,
+    and Z of a row sums to zero. Exact, and it keeps a large common vector out of the rounding.
     """
     (a, b_self, c_self, grad4, q4, ko, vo, out4) = _by_key_head(
         k, cotangents.query, cotangents.own_key, cotangents.own_value, grad, q, k_self, v_self, out
@@ -218,7 +231,10 @@ def double_backward(
 
 
 class _Block:
-    """Query rows first .. last - 1 of every head, and the keys the last of them sees; heads of a group share one product."""
+    """Query rows first ..
+
+    last - 1 of every head, and the keys the last of them sees; heads of a group share one product.
+    """
 
     def __init__(self, first: int, last: int, seen: int, shape: Shape, buffers: dict[str, Tensor]):
         self.first, self.last, self.seen, self.shape, self.buffers = (
@@ -248,7 +264,9 @@ class _Block:
         return x[:, : self.seen]
 
     def scratch(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
-        """Memory that the next block uses again: it is still in the cache, and the allocator's holes stay few."""
+        """Memory that the next block uses again: it is still in the cache, and the allocator's
+        holes stay few.
+        """
         buffer, numel = self.buffers.get(name), shape.numel()
         if buffer is None or buffer.numel() < numel:
             buffer = self.buffers[name] = like.new_empty(numel)

@@ -1,7 +1,9 @@
-"""Rows of d numbers inside a Triton kernel, as tuples of tiles that lie beside each other, and the few products attention makes of them.
+"""Rows of d numbers inside a Triton kernel, as tuples of tiles that lie beside each other, and the
+few products attention makes of them.
 
-A row of DP columns is DP / PART tiles of PART: a tile has a power of two of columns, which 96 and 192 are not; and three TF32 passes over 128
-columns at once do not fit the registers. D of the DP columns are in memory, the rest is zero. ACC is the type of sums, PRECISION tl.dot's
+A row of DP columns is DP / PART tiles of PART: a tile has a power of two of columns, which 96 and
+192 are not; and three TF32 passes over 128 columns at once do not fit the registers. D of the DP
+columns are in memory, the rest is zero. ACC is the type of sums, PRECISION tl.dot's
 input_precision.
 """
 
@@ -22,7 +24,9 @@ def _place(
     DP: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """(addresses, mask) of one part of rows from first_row on in a (.., D) tensor: nothing beyond num_rows and D."""
+    """(addresses, mask) of one part of rows from first_row on in a (.., D) tensor: nothing beyond
+    num_rows and D.
+    """
     columns = part * PART + tl.arange(0, PART)
     mask = rows[:, None] < num_rows
     if D != DP:
@@ -34,7 +38,9 @@ def _place(
 def rows_of(
     pointer, first_row, rows, num_rows, D: tl.constexpr, DP: tl.constexpr, PART: tl.constexpr
 ):
-    """Rows of a (.., D) tensor from first_row on, in parts (len(rows), PART); zeros beyond num_rows and D."""
+    """Rows of a (.., D) tensor from first_row on, in parts (len(rows), PART); zeros beyond num_rows
+    and D.
+    """
     parts = ()
     for part in tl.static_range(DP // PART):
         addresses, mask = _place(pointer, first_row, rows, num_rows, part, D, DP, PART)

@@ -1,4 +1,5 @@
-"""The attention of this package as Triton kernels; the formulas and their letters are those of attention/reference.py.
+"""The attention of this package as Triton kernels; the formulas and their letters are those of
+attention/reference.py.
 
     kernel            work of a program                           products per tile (with cotangents B, C on dK, dV)
     _forward          query rows, all their keys                  2
@@ -9,13 +10,15 @@
     _second_query     query rows: gQ                              4 (7)
     _second_key       keys: gK, gV                                6 (8)
 
-A row's phi is G . gG: no second pass over the keys for statistics. No kernel writes where another program writes, so there are no atomics and
-results are the same every time. The online softmax starts with a query's own key, so that no row is ever without a weight.
+A row's phi is G . gG: no second pass over the keys for statistics. No kernel writes where another
+program writes, so there are no atomics and results are the same every time. The online softmax
+starts with a query's own key, so that no row is ever without a weight.
 
-Legend: B batch, H query heads, H_kv key heads, S queries, C keys, d head dimension. Tensors are contiguous: (B H S, d) for what belongs to
-queries, (B H_kv C, d) for keys and values, (B H S) for statistics, which are float32 (float64 in tests: ACC). DP is d padded (padded_for); rows
-are held in DP / PART parts of PART columns (attention/row_tiles.py).
-Scores are multiplied by scale log2(e), so that exp2 serves; L is kept in natural units. PRECISION is tl.dot's input_precision.
+Legend: B batch, H query heads, H_kv key heads, S queries, C keys, d head dimension. Tensors are
+contiguous: (B H S, d) for what belongs to queries, (B H_kv C, d) for keys and values, (B H S) for
+statistics, which are float32 (float64 in tests: ACC). DP is d padded (padded_for); rows are held in
+DP / PART parts of PART columns (attention/row_tiles.py). Scores are multiplied by scale log2(e), so
+that exp2 serves; L is kept in natural units. PRECISION is tl.dot's input_precision.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ def _weights(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P of a tile, exp(score - L) where a pair exists and 0 elsewhere: of (q, k), or its transpose of (k, q)."""
+    """P of a tile, exp(score - L) where a pair exists and 0 elsewhere: of (q, k), or its transpose
+    of (k, q).
+    """
     return tl.where(
         visible, tl.exp2(scores(left, right, ACC, PRECISION) * factor - normalizer), 0.0
     )
@@ -77,7 +82,9 @@ def _weights(
 
 @triton.jit
 def _my_rows(S, BM: tl.constexpr):
-    """(head, first row) of this program; rows that see most keys come first, so that no long program starts last."""
+    """(head, first row) of this program; rows that see most keys come first, so that no long
+    program starts last.
+    """
     num_blocks = tl.cdiv(S, BM)
     program = tl.program_id(0)
     first = (num_blocks - 1 - program % num_blocks) * BM
@@ -185,7 +192,8 @@ def _gradient_query(
 ):
     """dQ = s (dS K + ds* k*), dk* = s ds* q, dv* = p* G, and D for the kernels after it.
 
-    A row of dS sums to zero, as rounded for the product it does not: what is left over takes its share of the mean key away again.
+    A row of dS sums to zero, as rounded for the product it does not: what is left over takes its
+    share of the mean key away again.
     """
     head, first = _my_rows(S, BM)
     own, seen = head * S, head // group * C
@@ -314,7 +322,8 @@ def _tangent(
 ):
     """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG, and D = G . O for the kernels after it.
 
-    Sdot loses s A . mean(K) per row, which is exact for any constant (sum P = 1) and keeps what keys have in common out of the rounding.
+    Sdot loses s A . mean(K) per row, which is exact for any constant (sum P = 1) and keeps what
+    keys have in common out of the rounding.
     """
     head, first = _my_rows(S, BM)
     own, seen = head * S, head // group * C
@@ -828,7 +837,9 @@ def architecture(device: torch.device) -> str:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """float32 is multiplied in three TF32 passes (near float32), or in one where the user allows that for matrix products."""
+    """float32 is multiplied in three TF32 passes (near float32), or in one where the user allows
+    that for matrix products.
+    """
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

@@ -1,8 +1,11 @@
-"""Tile sizes of the Triton attention kernels per architecture. Nothing is timed at import or at a first call: the table is data.
+"""Tile sizes of the Triton attention kernels per architecture.
 
-The rows were chosen by what the compiler makes of them (no registers spilled, shared memory that fits, tensor cores in use), which
-`tools/compile_kernels.py` shows and tests/kernels/test_attention_compiled.py holds them to, not by timing; `tools/bench_kernels.py --tune`
-times alternatives on a GPU and prints rows for this file.
+Nothing is timed at import or at a first call: the table is data.
+
+The rows were chosen by what the compiler makes of them (no registers spilled, shared memory that
+fits, tensor cores in use), which `tools/compile_kernels.py` shows and
+tests/kernels/test_attention_compiled.py holds them to, not by timing; `tools/bench_kernels.py
+--tune` times alternatives on a GPU and prints rows for this file.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ KERNELS = (
 )
 OVER_KEYS = ("_gradient_key", "_second_key")  # a program owns keys; the others own query rows
 
-# Head dimensions that kernels compute in, and the columns of one tile: tiles have powers of two of them, so 96 and 192 are three.
+# Head dimensions that kernels compute in, and the columns of one tile: tiles have powers of two of
+# them, so 96 and 192 are three.
 PADDED = {16: 16, 32: 32, 64: 64, 96: 32, 128: 128, 192: 64, 256: 256}
 
-# Half precision: architecture -> largest padded head dimension -> kernel -> tile, and in KEYS the tile where cotangents on dK and dV are given.
+# Half precision: architecture -> largest padded head dimension -> kernel -> tile, and in KEYS the
+# tile where cotangents on dK and dV are given.
 HALF = {
     "sm_80": {
         64: {
@@ -126,7 +131,8 @@ SMALL_HEADS = {
 }  # head dimensions to 32
 KEYS["sm_86"] = KEYS["sm_80"]
 
-# float32 in three TF32 passes takes twice the shared memory and more registers: small tiles for all architectures, and head dimensions to 128.
+# float32 in three TF32 passes takes twice the shared memory and more registers: small tiles for all
+# architectures, and head dimensions to 128.
 SINGLE = Tile(16, 32, 4, 1)
 SINGLE_EXCEPT = {
     64: {
@@ -169,7 +175,9 @@ def part_for(architecture: str, padded_d: int, dtype: torch.dtype) -> int:
 def tile_for(
     kernel: str, architecture: str, padded_d: int, dtype: torch.dtype, with_keys: bool
 ) -> Tile:
-    """The tile of a kernel: padded_d is a key of PADDED; with_keys where there are cotangents on dK and dV."""
+    """The tile of a kernel: padded_d is a key of PADDED; with_keys where there are cotangents on dK
+    and dV.
+    """
     if architecture == "interpreter":  # small, and rows != keys, so that tests meet many tiles
         return Tile(16, 32, 4, 1) if kernel in OVER_KEYS else Tile(32, 16, 4, 1)
     if dtype == torch.float32:

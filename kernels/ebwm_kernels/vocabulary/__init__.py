@@ -1,1 +1,3 @@
-"""The vocabulary side of a refinement step: api (functions), autograd (their derivatives), formulas, softmax_cross_entropy."""
+"""The vocabulary side of a refinement step: api (functions), autograd (their derivatives),
+formulas, softmax_cross_entropy.
+"""

@@ -25,9 +25,11 @@ from ebwm_kernels.vocabulary.softmax_cross_entropy import (
 def vocabulary_embed(
     x: Tensor, weight: Tensor, *, grad_buffer: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """p = softmax(x) without graph, and p @ weight (rows, D) in weight's dtype: x (rows, V), weight (V, D). No gradient flows into x.
+    """p = softmax(x) without graph, and p @ weight (rows, D) in weight's dtype: x (rows, V), weight
+    (V, D). No gradient flows into x.
 
-    grad_buffer (V, D): receives weight's gradient, by addition, in the backward; autograd gets none. out: memory for p, x itself for example.
+    grad_buffer (V, D): receives weight's gradient, by addition, in the backward; autograd gets
+    none. out: memory for p, x itself for example.
     """
     return _Embed.apply(x, weight, grad_buffer, out)
 
@@ -46,16 +48,18 @@ def vocabulary_descend(
     clamps: Clamps = NO_CLAMPS,
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """One descent step and its loss: (x' (rows, V) without graph or None, cross-entropy, a scalar, or None without targets).
+    """One descent step and its loss: (x' (rows, V) without graph or None, cross-entropy, a scalar,
+    or None without targets).
 
-    weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a row does not count. With `probabilities`
-    p (rows, V) alone, p is what moves; with x alone, x is; with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a
-    model that predicts logits directly.
-    clamps: bounds on the change and on x'. keep_state False: x' is not needs_grad.
-    The loss is a sum over rows divided by `count` (default: the rows that count here: a mean), float32 or float64, with first-order gradients
-    of weight and hidden, which exist once: a second backward through it raises.
-    grad_buffer (V, D): receives weight's gradient of loss_weight * loss now; back-propagate the loss with that weight, for hidden's.
-    out (rows, V): memory for x'; its contents are lost also where x' is not kept.
+    weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a
+    row does not count. With `probabilities` p (rows, V) alone, p is what moves; with x alone, x is;
+    with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a model that
+    predicts logits directly. clamps: bounds on the change and on x'. keep_state False: x' is not
+    needs_grad. The loss is a sum over rows divided by `count` (default: the rows that count here: a
+    mean), float32 or float64, with first-order gradients of weight and hidden, which exist once: a
+    second backward through it raises. grad_buffer (V, D): receives weight's gradient of loss_weight
+    * loss now; back-propagate the loss with that weight, for hidden's. out (rows, V): memory for
+    x'; its contents are lost also where x' is not kept.
     """
     if targets is None:
         with torch.no_grad():
@@ -89,11 +93,14 @@ def vocabulary_step(
     loss_weight: float = 1.0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A step of the probabilities update, entered into the next: (p' (rows, V) without graph, e' = p' @ weight (rows, D), loss or None).
+    """A step of the probabilities update, entered into the next: (p' (rows, V) without graph, e' =
+    p' @ weight (rows, D), loss or None).
 
-    Equal to `vocabulary_descend` followed by `vocabulary_embed`, except for where weight's gradient comes from: the loss has a gradient of
-    hidden alone; weight's gradient of loss_weight * loss comes with that of e', since both are products with p'. So both have to be
-    back-propagated, in any order or apart from each other, and the loss with the weight that was announced. out: memory for p'.
+    Equal to `vocabulary_descend` followed by `vocabulary_embed`, except for where weight's gradient
+    comes from: the loss has a gradient of hidden alone; weight's gradient of loss_weight * loss
+    comes with that of e', since both are products with p'. So both have to be back-propagated, in
+    any order or apart from each other, and the loss with the weight that was announced. out: memory
+    for p'.
     """
     p, embedded, loss, grad_hidden = _StepEmbed.apply(
         probabilities, weight, hidden.detach(), targets, count, grad_buffer, loss_weight, out
@@ -102,7 +109,8 @@ def vocabulary_step(
 
 
 def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D), targets (rows,) int64 -> a scalar.
+    """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D),
+    targets (rows,) int64 -> a scalar.
 
     Logits exist for CHUNK_BYTES at a time, and their gradients are taken while they do.
     """
@@ -294,10 +302,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _take_saved_grads(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
-    """The gradients that a forward prepared, times the loss's: once, since they are scaled in place."""
+    """The gradients that a forward prepared, times the loss's: once, since they are scaled in
+    place.
+    """
     if ctx.spent:
         raise RuntimeError(
-            f"{name}: a second backward through the same loss is not possible: the first one took its gradients; compute the loss again"
+            f"{name}: a second backward through the same loss is not possible: the first one took "
+            "its gradients; compute the loss again"
         )
     ctx.spent = True
     return [tensor.mul_(grad_loss.to(tensor.dtype)) for tensor in ctx.saved_tensors]

@@ -1,4 +1,6 @@
-"""One refinement step of a vocabulary state in each of the three updates, with clamps: see api.py for the formulas."""
+"""One refinement step of a vocabulary state in each of the three updates, with clamps: see api.py
+for the formulas.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from torch import Tensor
 
 
 class Clamps(NamedTuple):
-    """Bounds, above zero, on the absolute change of each number of a state in a step, and on its absolute value after it; None: no bound."""
+    """Bounds, above zero, on the absolute change of each number of a state in a step, and on its
+    absolute value after it; None: no bound.
+    """
 
     change: float | None = None
     state: float | None = None

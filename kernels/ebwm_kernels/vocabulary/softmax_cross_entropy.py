@@ -8,7 +8,9 @@ from torch import Tensor
 IGNORE = -100  # target of a row that does not count
 CHUNK_BYTES = (
     16 * 2**20
-)  # of logits per chunk in vocabulary_cross_entropy: large enough for efficient products, small beside W
+    # of logits per chunk in vocabulary_cross_entropy: large enough for efficient products, small beside
+    # W
+)
 
 
 def _softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -17,7 +19,10 @@ def _softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 class CrossEntropyRows:
-    """The cross-entropy of rows. target: (rows,) with 0 where none is; share: 1 / count, or 0 there."""
+    """The cross-entropy of rows.
+
+    target: (rows,) with 0 where none is; share: 1 / count, or 0 there.
+    """
 
     def __init__(self, targets: Tensor, count: Tensor | float | None, dtype: torch.dtype):
         counted = (targets != IGNORE).to(dtype)
@@ -30,7 +35,9 @@ class CrossEntropyRows:
         self.share = counted / count.clamp(min=1)
 
     def softmax(self, logits: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
-        """(p = softmax(logits), loss): what the loss needs of the logits is read before they are overwritten."""
+        """(p = softmax(logits), loss): what the loss needs of the logits is read before they are
+        overwritten.
+        """
         largest, of_target = logits.amax(-1), logits.gather(-1, self.target[:, None]).squeeze(-1)
         p = _softmax(logits, out=logits if in_place else None)
         log_normalizer = largest - p.amax(-1).log()  # the largest p is 1 / sum exp(x - max)
