@@ -22,7 +22,7 @@ setup(
     # for it
     package_dir={"ebwm_kernels": "kernels/ebwm_kernels", "ebwm_scale.configs": "configs"},
     package_data={
-        "ebwm_scale": ["templates/*.j2"],
+        "ebwm_scale.reporting": ["templates/*.j2"],
         "ebwm_scale.configs": ["*.yaml", "*/*.yaml"],
     },
     install_requires=[

@@ -33,7 +33,7 @@ from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
 from ebwm_scale.core.plain_text import one_line, shown
-from ebwm_scale.training.run_location import check_folder
+from ebwm_scale.core.run_location import check_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

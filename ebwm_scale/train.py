@@ -31,7 +31,7 @@ from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
 from ebwm_scale.core.plain_text import one_line
 from ebwm_scale.core.processes import find_place, is_first
 from ebwm_scale.training.preemption import StopFlag
-from ebwm_scale.training.run_location import check_folder
+from ebwm_scale.core.run_location import check_folder
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError, shown
 from ebwm_scale.core.provenance import provenance
 from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
-from ebwm_scale.training.run_location import check_folder
+from ebwm_scale.core.run_location import check_folder
 
 KEYS = {"title": str, "unit": str, "config": str, "set": list, "axis": str, "sweep": dict}
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = ("weight", *MOMENTS)  # of numbers that a shard has
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ebwm_scale.checkpoint.files import VERSION, check_files
-from ebwm_scale.checkpoint.parameter_shard import TrainingState
+from ebwm_scale.checkpoint.parameter_shard import KINDS, TrainingState
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError, cut

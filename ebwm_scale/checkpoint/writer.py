@@ -229,7 +229,9 @@ class CheckpointWriter:
                 said.append(json.loads(self.store.get(key)))
                 self.store.delete_key(key)
             except dist.DistError as error:
-                raise OSError(f"rank {rank} has not said that its part is written: {error}")
+                raise OSError(
+                    f"rank {rank} has not said that its part is written: {error}"
+                ) from None
         for rank, words in enumerate(said):
             if "problem" in words:
                 where = f"rank {rank}: " if self.world.size > 1 else ""

@@ -32,7 +32,7 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.config.strict_yaml import read_yaml
 from ebwm_scale.core.code_version import code_version, uncommitted
 from ebwm_scale.core.errors import ConfigError, cut, shown
-from ebwm_scale.training.run_location import check_folder
+from ebwm_scale.core.run_location import check_folder
 
 MAX_NAME = 120
 MAX_RUNS = 10_000

@@ -43,7 +43,7 @@ def render(template: str, *, title: str, **values: Any) -> str:
 @lru_cache(maxsize=1)
 def environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("ebwm_scale", "templates"),
+        loader=jinja2.PackageLoader("ebwm_scale.reporting", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -35,7 +35,7 @@ from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.opening import open_splits
 from ebwm_scale.data.loading.streaming import check_stream
 from ebwm_scale.model.blocks import attention_paths
-from ebwm_scale.training.run_location import check_folder
+from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
 
 MANY_EPOCHS = 100

@@ -72,9 +72,9 @@ class RunFolder:
             if problem is not None:
                 self.ownership.release(unsaved=False)
                 remove_if_empty(self.path)  # a refused run leaves no folder behind
-        for problem in self.world.all_gather_object(problem):
-            if problem is not None:
-                raise problem
+        for of_rank in self.world.all_gather_object(problem):
+            if of_rank is not None:
+                raise of_rank
 
     def leave_if_taken_over(self) -> None:
         """End this process if a later one writes here: a node that was taken for dead, and its run

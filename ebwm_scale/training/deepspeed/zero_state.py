@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ebwm_scale.checkpoint.parameter_shard import MOMENTS, ParameterShard
 
-KINDS = ("weight", *MOMENTS)
 
 
 class ZeroState:
