@@ -27,6 +27,9 @@ HIDDEN = {
     "pipe:get --password hunter2 a.tar": "pipe:get --password *** a.tar",
     "pipe:get --token=hunter2 a.tar": "pipe:get --token=*** a.tar",
     "pipe: AWS_SECRET_ACCESS_KEY=hunter2 aws s3 cp s3://b/a -": "pipe: AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b/a -",
+    "pipe:AWS_SECRET_ACCESS_KEY=hunter2 aws s3 cp s3://b/a -": "pipe:AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b/a -",
+    "pipe:cd /d;HF_TOKEN=hunter2 get a.tar": "pipe:cd /d;HF_TOKEN=*** get a.tar",
+    "pipe:(API_KEY=hunter2 get a.tar)|cat": "pipe:(API_KEY=*** get a.tar)|cat",
     "403, url='https://host/a.tar?sig=hunter2': no": "403, url='https://host/a.tar?sig=***': no",
 }
 KEPT = [
