@@ -20,6 +20,7 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
@@ -27,11 +28,14 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.console import leave_quietly
 from ebwm_scale.core.console import say as print_line
-from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
+from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, ConfigError, UserError
 from ebwm_scale.core.plain_text import one_line
 from ebwm_scale.core.processes import find_place, is_first
 from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.training.preemption import StopFlag
+
+if TYPE_CHECKING:
+    from ebwm_scale.core.world import World
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,13 +90,19 @@ def main(arguments: list[str] | None = None) -> int:
     at_once = "the dry run is given up; nothing was started" if options.dry_run else None
     stop = StopFlag(at_once)  # before the imports, which take seconds
     try:
-        config = load_config(options.config, options.overrides)
-        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
-        if options.run_dir is None:
-            options.run_dir = Path("runs") / Path(options.config).stem
-        one_line("the run folder", options.run_dir)
-        check_folder(options.run_dir, resume=options.resume)
-        return run(config, options, stop)
+        several = find_place().size > 1 and not options.dry_run
+    except UserError as error:  # nobody knows which process speaks for all
+        print_line(str(error), error=True)
+        return error.exit_code
+    try:
+        if not several:
+            return run(read_options(options), options, stop)
+        config, problem = None, None
+        try:
+            config = read_options(options)
+        except UserError as error:
+            problem = error
+        return run(config, options, stop, problem=problem)
     except UserError as error:
         if is_first():
             print_line(str(error), error=True)
@@ -101,8 +111,31 @@ def main(arguments: list[str] | None = None) -> int:
         stop.ignore()
 
 
-def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
-    """Everything between the parsed command line and the exit code."""
+def read_options(options: argparse.Namespace) -> Config:
+    """The configuration, and where the run is written; UserError for what is seen before the imports
+    that take seconds.
+    """
+    config = load_config(options.config, options.overrides)
+    refuse_unpermitted(config, allow_pipe=options.allow_pipe)
+    if options.run_dir is None:
+        options.run_dir = Path("runs") / Path(options.config).stem
+    one_line("the run folder", options.run_dir)
+    check_folder(options.run_dir, resume=options.resume)
+    return config
+
+
+def run(
+    config: Config | None,
+    options: argparse.Namespace,
+    stop: StopFlag,
+    *,
+    problem: UserError | None = None,
+) -> int:
+    """Everything between the options and the exit code.
+
+    problem: why this one of several processes has no configuration. Another machine may lack a file
+    or see a full disk; then all of them are refused, and none waits for one that has left.
+    """
     import torch
 
     from ebwm_scale.checkpoint.reader import CheckpointInfo, find_latest
@@ -132,12 +165,13 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     def warn(text: str) -> None:
         say(f"warning: {text}", error=True)
 
-    path = options.run_dir
-    faults = Faults(os.environ.get("EBWM_FAULTS"), place.rank)
-    ownership = Ownership(path, faults)
     world = None
     if place.size > 1 and not options.dry_run:
         world = init_distributed()  # rank 0 reads the data's lists for all
+        refuse_together(problem, config, world)
+    path = options.run_dir
+    faults = Faults(os.environ.get("EBWM_FAULTS"), place.rank)
+    ownership = Ownership(path, faults)
     check = check_run(
         config,
         world_size=place.size,
@@ -248,7 +282,21 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     return code
 
 
-def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
+def refuse_together(problem: UserError | None, config: Config | None, world: World) -> None:
+    """UserError on every rank where one has a problem, or has read another configuration."""
+    found = world.all_gather_object((problem, None if config is None else config.to_dict()))
+    for rank, (of_rank, _) in enumerate(found):
+        if of_rank is not None:
+            raise type(of_rank)(f"rank {rank}: {of_rank}" if rank else str(of_rank))
+    for rank, (_, values) in enumerate(found):
+        if values != found[0][1]:
+            raise ConfigError(
+                f"rank {rank} has read another configuration than rank 0 from the same name: copy "
+                "the file to every machine, or keep it where all of them see it"
+            )
+
+
+def stopped_before_training(stop: StopFlag, world: World, where: str) -> bool:
     """Whether a signal came during start-up, on any rank: there is nothing to save, what is there
     is as it was.
     """

@@ -16,7 +16,7 @@ from ebwm_scale.checkpoint.reader import (
     verify,
 )
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.errors import CheckpointError
+from ebwm_scale.core.errors import CheckpointError, UserError
 from ebwm_scale.world_model import WorldModel
 
 
@@ -47,7 +47,7 @@ def load_checkpoint(
         try:
             config = saved_config(saved.folder)
             model = build(config, CheckpointReader(saved.folder).weights(), where=saved.folder)
-        except (CheckpointError, OSError):
+        except (UserError, OSError):  # whichever of its files was being read
             if saved.folder.exists():
                 raise
             warn(f"{saved.folder} was removed by the run that goes on there; looking again")

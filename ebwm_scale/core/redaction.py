@@ -26,7 +26,7 @@ _RULES = (
     # a header or an option of a command, and a variable before it
     re.compile(r"(?i)(\bauthorization\s*[:=]\s*)[^'\"\n]+"),
     re.compile(r"((?:^|\s)(?:-u|--user|--proxy-user)(?:\s+|=))" + _VALUE),
-    re.compile(rf"(?i)((?:^|[\s'\"]){_NAME}\s*[:=]\s*)" + _VALUE),
+    re.compile(rf"(?i)((?:^|[\s'\"`:;|&(]){_NAME}\s*[:=]\s*)" + _VALUE),
     re.compile(rf"(?i)((?:^|\s)--{_NAME}\s+)" + _VALUE),
 )
 # every value of a query or fragment: any may be a signature

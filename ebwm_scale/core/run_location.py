@@ -9,10 +9,14 @@ import tempfile
 from pathlib import Path
 
 from ebwm_scale.core.errors import ConfigError, cut
+from ebwm_scale.core.faults import Faults
+from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.processes import is_first
 
 
 def check_folder(path: Path, *, resume: bool) -> None:
-    """ConfigError if a run cannot be written to `path`, or would overwrite one.
+    """ConfigError if a run cannot be written to `path`, or would overwrite one; CheckpointError if
+    one is being written there.
 
     Nothing is left behind: the file tried has no name.
     """
@@ -41,6 +45,8 @@ def check_folder(path: Path, *, resume: bool) -> None:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{cut(path, 300)}: cannot be written: {reason}; {advice}") from None
     if (path / "metrics.jsonl").exists() and not resume:
+        # whoever writes there now is the better reason, and --resume would be refused for it
+        Ownership(path, Faults(None, rank=0)).refuse_if_in_use(watch_aloud=is_first())
         raise ConfigError(
             f"{cut(path, 300)} already holds a run: continue it with --resume, "
             "or name another folder with --run-dir"

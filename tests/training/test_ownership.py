@@ -3,6 +3,7 @@ itself once it does not."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from training_runs import end, same
@@ -238,6 +240,21 @@ def test_a_second_start_is_refused_and_the_first_goes_on(runs, whole):
     assert same(runs.state("busy"), runs.state("whole")) == []
 
 
+def listens(pid: int) -> bool:
+    """Whether the process waits for connections, as torch's process group does from its start on."""
+    mine = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            mine.add(os.readlink(descriptor))
+    lines = [
+        line
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    waiting = {line.split()[9] for line in lines if line.split()[3] == "0A"}
+    return any(f"socket:[{inode}]" in mine for inode in waiting)
+
+
 def test_a_checkpoint_rotated_away_while_it_is_loaded_is_followed_by_the_newer_one(runs):
     """Between reading and loading it, another one takes its place.
 
@@ -247,25 +264,15 @@ def test_a_checkpoint_rotated_away_while_it_is_loaded_is_followed_by_the_newer_o
     checkpoints = runs.folder / "rotated" / "checkpoints"
     newer = checkpoints.parent / "newer"
     (checkpoints / "step_000008").rename(newer)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     process = runs.start(
         "rotated",
-        flags=("--resume",),
+        flags=("--resume", "--accept-new-rate"),
         overrides={"evaluation.every_steps": 0, "train.max_steps": 10},
-        variables={
-            "EBWM_FAULTS": "slow@start=1,seconds=4",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        },
+        variables={"EBWM_FAULTS": "slow@start=1,seconds=4"},
     )
     try:
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        while not listens(process.pid) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not (checkpoints.parent / "owner").exists()
         newer.rename(checkpoints / "step_000008")
@@ -280,8 +287,8 @@ def test_a_checkpoint_rotated_away_while_it_is_loaded_is_followed_by_the_newer_o
 
 class FakeWorld:
     is_main = True
-    agree = staticmethod(lambda value: value)
-    gather = staticmethod(lambda value: [value])
+    broadcast_object = staticmethod(lambda value: value)
+    all_gather_object = staticmethod(lambda value: [value])
     any = staticmethod(bool)
 
 
@@ -289,7 +296,7 @@ class FakeTrainer:
     """Loading fails as it does where a checkpoint is removed, or damaged, meanwhile."""
 
     def __init__(self, folder, removed):
-        self.run = type("Run", (), {"path": folder, "checkpoints": folder})
+        self.run_folder = type("Run", (), {"path": folder, "checkpoints": folder})
         self.removed, self.loaded = removed, None
 
     def load(self, saved):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ebwm_scale.core.errors import DataError, UserError
 from ebwm_scale.data.format.shards import ShardedSplit
@@ -22,12 +22,12 @@ Splits = dict[str, ShardedSplit | MixedSplit]
 
 
 class Group(Protocol):
-    """The processes of a run (training/distributed.py: World)."""
+    """The processes of a run (core/world.py: World)."""
 
     @property
     def is_main(self) -> bool: ...
 
-    def agree(self, value: object) -> object:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
 
 
@@ -53,9 +53,11 @@ def open_splits(
         except UserError as error:
             outcome = error
         except Exception:
-            group.agree(DataError("rank 0 could not open the data; its own message says why"))
+            group.broadcast_object(
+                DataError("rank 0 could not open the data; its own message says why")
+            )
             raise
-    outcome = group.agree(outcome)
+    outcome = group.broadcast_object(outcome)
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
