@@ -1,8 +1,11 @@
 """Conversions between run folders, converted folders (checkpoint/model_folder.py) and the released
 EBT layout, each compared with its source before it is said to be done.
 
-    run folder (any ZeRO stage, any number of processes)  --export_run-->  folder  --import_run-->  run folder (any stage, any number)
-    released .ckpt, .pt or .safetensors                   --import_released-->  folder  --export_released-->  .ckpt
+    run folder  --export_run-->  folder  --import_run-->  run folder
+    released    --import_released-->  folder  --export_released-->  released .ckpt
+
+A run folder may be of any ZeRO stage and any number of processes, on either side. What is released
+is read as .ckpt, .pt or .safetensors.
 
 Weights are compared tensor by tensor, one at a time; up to FULL_BYTES of them also energies, loss
 and gradients of both models on a fixed batch.
@@ -87,7 +90,10 @@ def export_run(
     config, state = saved_config(saved.folder), CheckpointReader(saved.folder)
     shapes = {name: tuple(shape) for name, shape in state.shapes.items()}
     refuse_mismatches(expected_shapes(config), shapes, saved.folder)
-    read = lambda name: state.read(name).view(shapes[name])
+
+    def read(name: str) -> Tensor:
+        return state.read(name).view(shapes[name])
+
     rest = Training(state.read, saved.trainer, load_replay(saved)) if training else None
     write_model(
         folder,
@@ -420,10 +426,12 @@ def compare(
     Every weight has to be the source's in the given precision, bit for bit. Of models of up to
     FULL_BYTES also energies, loss and gradients have to be equal.
     """
-    shapes, wrong = expected_shapes(config), []
-    for name in shapes:
-        if not torch.equal(source(name).to(dtype), result(name)):
-            wrong.append(f"{name} differs from its source")
+    shapes = expected_shapes(config)
+    wrong = [
+        f"{name} differs from its source"
+        for name in shapes
+        if not torch.equal(source(name).to(dtype), result(name))
+    ]
     if wrong:
         raise CheckpointError("the result is not its source:\n  " + "\n  ".join(wrong))
     total = sum(torch.Size(shape).numel() for shape in shapes.values())

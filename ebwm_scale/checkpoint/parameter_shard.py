@@ -16,7 +16,10 @@ KINDS = ("weight", *MOMENTS)  # of numbers that a shard has
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """Numbers start .. start + n - 1 of the flattened parameter; values: kind -> (n,), views of what training works on."""
+    """Numbers start .. start + n - 1 of the flattened parameter.
+
+    values: kind -> (n,), views of what training works on.
+    """
 
     name: str
     start: int
@@ -29,11 +32,11 @@ class TrainingState(Protocol):
     module: nn.Module
 
     def pieces(self) -> Iterator[ParameterShard]:
-        """What this process owns: weights and moments; over all processes everything exactly once."""
+        """What this process owns: weights and moments; over all processes each exactly once."""
         ...
 
     def step_count(self) -> float:
-        """Updates the optimizer has made, the same for all parameters; skipped ones do not count."""
+        """Updates the optimizer has made, the same for all parameters; without skipped ones."""
         ...
 
     def load(self, read: Callable[[str, str], Tensor], step_count: float) -> None:

@@ -1,12 +1,17 @@
 """Checkpoints: what one is, and reading them. checkpoint/writer.py writes them.
 
-    checkpoints/step_000100/            there completely, or not at all
-        state-00000-of-00002.safetensors    a rank's pieces of weights and optimizer state (training/deepspeed/zero_state.py)
-        replay_rank_0.pt                replay buffer, where there is one
-        config.yaml, trainer.json       resolved configuration; step, data position, metrics, world size, code version
-        manifest.json                   size and sha256 of each of these files, and its own (checkpoint/files.py)
-    checkpoints/latest                  the name of the newest one, for people and tools; a resume looks at the folders
-    checkpoints/best                    the same for the lowest validation loss
+    checkpoints/step_000100/       there completely, or not at all
+        state-00000-of-00002.safetensors
+                                   a rank's shards of weights and optimizer state
+                                   (training/deepspeed/zero_state.py)
+        replay_rank_0.pt           replay buffer, where there is one
+        config.yaml                resolved configuration
+        trainer.json               step, data position, metrics, world size, code version
+        manifest.json              size and sha256 of each of these files, and its own
+                                   (checkpoint/files.py)
+    checkpoints/latest             the name of the newest one, for people and tools;
+                                   a resume looks at the folders
+    checkpoints/best               the same for the lowest validation loss
 
 Loading verifies sizes and hashes, and takes the newest checkpoint that passes.
 """
@@ -225,7 +230,8 @@ def load_replay(saved: CheckpointInfo) -> dict | None:
         try:
             part = torch.load(path, weights_only=True)
             parts.append((part, part["queues"].items()))
-        except Exception as error:  # torch and pickle raise whatever their parsers run into
+        # torch and pickle raise whatever their parsers run into
+        except Exception as error:  # noqa: BLE001
             reason = shorten(str(error) or type(error).__name__)
             raise CheckpointError(f"{path}: no replay buffer ({reason}): damaged") from None
     if not parts:
@@ -277,6 +283,7 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
         raise CheckpointError(
             "the checkpoint belongs to another configuration: "
             + "; ".join(refused)
-            + ". Resume with the saved one (config.yaml in the run folder), or start another run with --run-dir"
+            + ". Resume with the saved one (config.yaml in the run folder), or start another run "
+            "with --run-dir"
         )
     return allowed

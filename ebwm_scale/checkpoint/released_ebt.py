@@ -2,13 +2,16 @@
 
 alpha ()                                    step_size (1,)
 embeddings.weight (V, D)                    token_embedding.weight
-vocab_to_embed.weight (D, V)                state_map (V, D)   , transposed; absent when tied (vocab_to_embed_uses_prob_dist)
+vocab_to_embed.weight (D, V)                state_map (V, D), transposed; absent when tied
+                                            (vocab_to_embed_uses_prob_dist)
 encoder_down_projection.*                   frame_projection.*
 output.weight                               output.weight               of text
-output.weight (D, D), encoder_up_projection.*    output.hidden.weight, output.up.*    of a video baseline
+output.weight (D, D)                        output.hidden.weight        of a video baseline
+encoder_up_projection.*                     output.up.*                 of a video baseline
 transformer.layers.N.*                      network.layers.N.*
 transformer.layers.N.adaLN_modulation.1.*   network.modulations.N.*
-transformer.final_layer.weight              network.head.weight          (final_layer.linear.weight with adaln)
+transformer.final_layer.weight              network.head.weight
+                                            (final_layer.linear.weight with adaln)
 transformer.final_layer.adaLN_modulation.1  network.final_modulation
 transformer.time_embeddings.weight          network.landscape_embedding.weight
 transformer.norm.weight                     network.norm.weight

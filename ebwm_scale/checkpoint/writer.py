@@ -188,13 +188,15 @@ class CheckpointWriter:
         try:
             entries = self._collect(staging, said)
             folder = self._publish(staging, entries, trainer)
-        except Exception as error:  # whatever it is, the run goes on and says it
+        # whatever it is, the run goes on and says it
+        except Exception as error:  # noqa: BLE001
             begun = dataclasses.replace(begun, problem=str(error) or type(error).__name__)
             self._remove(staging)
         else:
             try:
                 self._tidy(folder, trainer)
-            except Exception as error:  # whatever it is, the checkpoint is published
+            # whatever it is, the checkpoint is published
+            except Exception as error:  # noqa: BLE001
                 self._note("tidy", f"{self.root} could not be tidied up ({error})")
         self.outcome = dataclasses.replace(begun, notes=tuple(self.notes))
 
@@ -216,7 +218,8 @@ class CheckpointWriter:
                 files.append(f"replay_rank_{rank}.pt")
                 self._io(_save_object, replay, staging / files[-1])
             return {"files": {name: self._finish_file(staging / name) for name in files}}
-        except Exception as error:  # whatever it is, the others must hear of it
+        # whatever it is, the others must hear of it
+        except Exception as error:  # noqa: BLE001
             return {"problem": str(error) or type(error).__name__}
 
     def _collect(self, staging: Path, mine: dict[str, Any]) -> dict[str, dict]:
@@ -288,7 +291,7 @@ class CheckpointWriter:
             self._note(kind, f"{path} could not be written ({error})")
 
     def _prune(self, keep: int, *, besides: str | None) -> None:
-        """Remove published checkpoints but the newest `keep`, the best, milestones and `besides`."""
+        """Remove all published ones but the newest `keep`, the best, milestones and `besides`."""
         best, every = self._best(), self.config.checkpoint.milestone_every_steps
         for old in published(self.root)[keep:]:
             is_milestone = every > 0 and int(NAME.fullmatch(old.name)[1]) % every == 0

@@ -207,7 +207,7 @@ def continue_states(
     config: ThinkingConfig = ThinkingConfig(),
     sample_ids: Tensor | None = None,
 ) -> Tensor:
-    """`count` further states (B, count, dimension) of clips, each predicted from those before it."""
+    """`count` further states (B, count, dimension) of clips, each predicted from those before."""
     session, states = Session(model, prompts, config, sample_ids=sample_ids, energies=False), []
     for index in range(count):
         states.append(session.predict().state)

@@ -1,9 +1,9 @@
 """The observed stream as a cache: keys and values of every layer, computed once.
 
-    prefill(observed)                K, V of all observed positions          once per prompt
-    append(observed)                 K, V of one more position               once per token or frame
-    energy(predicted)                E of candidates for the next position   any number of times
-    energy_and_gradient(predicted)   E and dE/d predicted                    once per refinement step
+    prefill(observed)                K, V of all observed positions        once per prompt
+    append(observed)                 K, V of one more position             once per token or frame
+    energy(predicted)                E of candidates for the next one      any number of times
+    energy_and_gradient(predicted)   E and dE/d predicted                  once per refinement step
 
 The same formulas as training, for rows that stand at the end of their own context (see
 closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies behind is masked.

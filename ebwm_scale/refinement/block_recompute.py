@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import ContextManager
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,10 @@ from ebwm_scale.model.rotary import Rotary
 from ebwm_scale.refinement.deferred_backward import leaf_of
 
 
-def gathered(parameters: Iterable[nn.Parameter | Tensor]) -> ContextManager[None]:
-    """Within it the parameters (or their leaves) are whole, also where DeepSpeed partitioned them."""
+def gathered(
+    parameters: Iterable[nn.Parameter | Tensor],
+) -> contextlib.AbstractContextManager[None]:
+    """Within it the parameters (or their leaves) are whole, also where DeepSpeed splits them."""
     parameters = list(parameters)
     if any(hasattr(_parameter_of(p), "ds_id") for p in parameters):
         return _gathered(parameters)
@@ -177,10 +178,10 @@ class _BlockwiseStep:
             top = _leaf(streams[-1])
             energy = self.network.energy_head(top, self.final or None)
             gradients = [torch.autograd.grad(energy.sum(), top)[0]]
-        for layer, p in zip(reversed(self.layers), reversed(streams[:-1])):
+        for layer, stream in zip(reversed(self.layers), reversed(streams[:-1])):
             inputs = tuple(u.detach() for u in layer.inputs)
             with torch.enable_grad(), gathered(layer.block.parameters()):
-                p = _leaf(p)
+                p = _leaf(stream)
                 out = layer.forward_predicted(p, inputs)
                 gradients.append(torch.autograd.grad(out, p, gradients[-1])[0])
         gradients.reverse()
@@ -199,10 +200,10 @@ class _BlockwiseStep:
 
         gamma = gradient_cotangent
         second_order = []  # a_l
-        for layer, own, p, c in zip(self.layers, inputs, streams, gradients[1:]):
+        for layer, own, stream, gradient in zip(self.layers, inputs, streams, gradients[1:]):
             with gathered(layer.block.parameters()):
-                p = _leaf(p)
-                c = _leaf(c)
+                p = _leaf(stream)
+                c = _leaf(gradient)
                 out = layer.forward_predicted(p, tuple(own))
                 (c_before,) = torch.autograd.grad(out, p, c, create_graph=True)
                 c_before.backward(gamma)

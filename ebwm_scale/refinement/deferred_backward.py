@@ -195,6 +195,6 @@ class _SumsAsGradients(torch.autograd.Function):
         gradients = []
         for total in sums:
             if total is not None:
-                total = total.mul_(grad.to(total.dtype))
+                total.mul_(grad.to(total.dtype))
             gradients.append(total)
         return None, None, *gradients

@@ -75,7 +75,7 @@ def memory_bytes() -> int:
 
 
 def part_of(config: Config, micro_batch: int, limit: float) -> Part:
-    """As many of the micro-batch's samples as `limit` FLOPs allow; of one sample as many positions."""
+    """As many samples of the micro-batch as `limit` FLOPs allow; of one, as many positions."""
     whole = _flops(config, micro_batch)
     samples = micro_batch
     if whole > limit:

@@ -26,6 +26,7 @@ from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import ConfigError, UserError, cut
 from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shards import ShardedSplit
@@ -35,7 +36,6 @@ from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.opening import open_splits
 from ebwm_scale.data.loading.streaming import check_stream
 from ebwm_scale.model.blocks import attention_paths
-from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
 
 MANY_EPOCHS = 100
@@ -186,13 +186,11 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     if not sources:
         sources = [(config.data.manifest, 1.0)]
     if sources[0][0] is None:
-        check.problems.append(
-            (
-                "data",
-                "data.manifest is absent: make a dataset with tools/make_text_shards.py or "
-                "make_video_shards.py and name its manifest.json",
-            )
+        problem = (
+            "data.manifest is absent: make a dataset with tools/make_text_shards.py or "
+            "make_video_shards.py and name its manifest.json"
         )
+        check.problems.append(("data", problem))
         return
     splits = check.attempt(
         "data",
@@ -216,14 +214,12 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
         check.attempt("data", check_stream, config.data.stream, check.world_size)
     epochs = config.train.max_steps * config.train.global_batch_size / len(train)
     if epochs > MANY_EPOCHS:
-        check.warnings.append(
-            (
-                "data",
-                f"train.max_steps {config.train.max_steps} x train.global_batch_size "
-                f"{config.train.global_batch_size} are {epochs:,.0f} epochs of "
-                f"{len(train):,} samples: lower train.max_steps, or name a larger dataset",
-            )
+        warning = (
+            f"train.max_steps {config.train.max_steps} x train.global_batch_size "
+            f"{config.train.global_batch_size} are {epochs:,.0f} epochs of "
+            f"{len(train):,} samples: lower train.max_steps, or name a larger dataset"
         )
+        check.warnings.append(("data", warning))
 
 
 def check_saved(

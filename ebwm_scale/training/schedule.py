@@ -105,17 +105,19 @@ def unusual_schedule(config: Config) -> list[str]:
     schedule, steps = config.schedule, config.train.max_steps
     if schedule.warmup_steps >= steps:
         reached = learning_rate_factor(steps - 1, schedule)
-        return [
+        ends_in_warmup = (
             f"schedule.warmup_steps {schedule.warmup_steps} is not below train.max_steps {steps}: "
             f"the run ends in the warm-up, at {100 * reached:.3g} % of the peak learning rate"
-        ]
+        )
+        return [ends_in_warmup]
     if schedule.decay_steps > steps:
         reached = learning_rate_factor(steps - 1, schedule)
         if reached > schedule.final_ratio + 0.01:
-            return [
+            ends_early = (
                 f"schedule.decay_steps {schedule.decay_steps} is above train.max_steps {steps}: "
                 f"the run ends at {100 * reached:.3g} % of the peak learning rate"
-            ]
+            )
+            return [ends_early]
     return []
 
 

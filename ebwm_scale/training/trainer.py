@@ -1,6 +1,7 @@
 """The training loop.
 
-    observed stream -> K, V -> refinement of a noisy candidate per position -> loss -> double backward -> AdamW
+    observed stream -> K, V -> refinement of a noisy candidate per position
+        -> loss -> double backward -> AdamW
 
 One optimizer step: draw this step's point of the schedules, take this rank's micro-batches of the
 global batch, let the model refine and score them, step the engine. Everything else (validation,
@@ -48,7 +49,10 @@ from ebwm_scale.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over this rank's part of a global batch: (1 + N + N,) = loss, loss_per_step, energy_per_step; what the optimizer used."""
+    """Means over this rank's part of a global batch, and what the optimizer used.
+
+    values: (1 + N + N,) = loss, loss_per_step, energy_per_step.
+    """
 
     values: torch.Tensor
     num_steps: int
@@ -431,16 +435,17 @@ class Trainer:
             return False
         self.run_folder.metrics({"step": self.step, "split": "validation", **row})
         self.validated_step, self.validation_loss = self.step, row["loss"]
-        steps = " -> ".join(
-            f"{loss:.4f}"
-            for loss in ([] if row["initial_loss"] is None else [row["initial_loss"]])
-            + row["loss_per_step"]
-        )
-        measure = (
-            f"nats/token (unigram entropy {row['unigram_entropy']:.4f})"
-            if self.observe.space is None
-            else f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, going straight on {row['linear_loss']:.4f})"
-        )
+        losses = list(row["loss_per_step"])
+        if row["initial_loss"] is not None:
+            losses.insert(0, row["initial_loss"])
+        steps = " -> ".join(f"{loss:.4f}" for loss in losses)
+        if self.observe.space is None:
+            measure = f"nats/token (unigram entropy {row['unigram_entropy']:.4f})"
+        else:
+            measure = (
+                f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, "
+                f"going straight on {row['linear_loss']:.4f})"
+            )
         self.run_folder.say(f"validation at step {self.step}: {steps} {measure}")
         return True
 

@@ -1,8 +1,10 @@
 """What every twice-differentiable operation here promises, in one place.
 
-    each gradient that a backward is asked for is right, and requires grad if the backward was asked for a graph (create_graph=True)
-    a gradient that it is not asked for is not computed: the inner gradient of a refinement step, autograd.grad(energy, state), touches
-        neither weights nor the observed stream, whose gradients the outer backward collects from both levels
+    each gradient that a backward is asked for is right, and requires grad if the backward was asked
+        for a graph (create_graph=True)
+    a gradient that it is not asked for is not computed: the inner gradient of a refinement step,
+        autograd.grad(energy, state), touches neither weights nor the observed stream, whose
+        gradients the outer backward collects from both levels
     a third derivative raises
 
 `ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The
@@ -23,7 +25,9 @@ def needs_grad(ctx, position: int) -> bool:
         return False
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf among the inputs of autograd.grad: the engine captures its gradient instead of executing the node
+    except RuntimeError:
+        # a leaf among the inputs of autograd.grad: the engine captures its gradient instead of
+        # executing the node
         return True
 
 

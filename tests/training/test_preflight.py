@@ -15,10 +15,10 @@ from training_runs import ROOT, TINY, end
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.training.dry_run import MEASURED_FLOPS, measure_step, part_of
 from ebwm_scale.training.preflight import check_run
 from ebwm_scale.training.run_folder import RunFolder
-from ebwm_scale.core.run_location import check_folder
 
 SHORT = {"evaluation.every_steps": 0, "evaluation.max_samples": 4, "checkpoint.every_steps": 0}
 

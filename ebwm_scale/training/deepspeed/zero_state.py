@@ -4,8 +4,10 @@ and how any process takes what it needs.
 A piece is a range of a flattened parameter: its float32 weights (the master copy, where there is
 one) and AdamW's two moments.
 
-    stage 0     every process holds everything; of the parameters in order, process r writes those with index % world size == r
-    stage 1, 2  a process holds a range of all parameters laid end to end: pieces that may start and end inside a parameter
+    stage 0     every process holds everything; of the parameters in order, process r writes those
+                with index % world size == r
+    stage 1, 2  a process holds a range of all parameters laid end to end: shards that may start
+                and end inside a parameter
     stage 3     a process holds the r-th part of every parameter
 
 `save` takes the pieces of this process, `load` any set of pieces that cover the parameters: so a
@@ -21,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_scale.checkpoint.parameter_shard import MOMENTS, ParameterShard
-
 
 
 class ZeroState:

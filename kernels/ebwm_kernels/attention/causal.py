@@ -28,8 +28,9 @@ def causal_attention(
 ) -> Tensor:
     """Output (B, H, S, d) of softmax attention, differentiable twice with respect to q, k and v.
 
-    q: (B, H, S, d); k, v: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device. Query t sees keys j <= t + context_offset, or
-    all of them with causal=False. scale: default d ** -0.5. backend: as in energy_attention.
+    q: (B, H, S, d); k, v: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device.
+    Query t sees keys j <= t + context_offset, or all of them with causal=False.
+    scale: default d ** -0.5. backend: as in energy_attention.
 
     A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that
     do not fit.

@@ -1,7 +1,8 @@
 """Attention of the predicted stream: every query sees a causal context and one key of its own,
 under a single softmax.
 
-    p_t attends to  o_1 .. o_(t + offset)  and to itself:   softmax([q_t k_1, .., q_t k_(t + offset), q_t k*_t]) [v_1, .., v*_t]
+    p_t attends to  o_1 .. o_(t + offset)  and to itself:
+        softmax([q_t k_1, .., q_t k_(t + offset), q_t k*_t]) [v_1, .., v*_t]
 
 The observed stream never enters as a query. The inner gradient of a refinement step runs through q,
 k* and v* only, and the context's keys and values collect their gradients in the outer backward
@@ -31,9 +32,10 @@ def energy_attention(
     """Output (B, H, S, d) of the predicted stream's attention, differentiable twice with respect to
     all five tensors.
 
-    q, k_self, v_self: (B, H, S, d); k_context, v_context: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device.
-    Query t sees context keys j <= t + context_offset, and its own key. scale: default d ** -0.5.
-    backend: "triton", "reference", or "auto": Triton for float16, bfloat16 and float32 on an NVIDIA GPU, else the reference.
+    q, k_self, v_self: (B, H, S, d); k_context, v_context: (B, H_kv, C, d) with H % H_kv == 0; one
+    floating dtype and device. Query t sees context keys j <= t + context_offset, and its own key.
+    scale: default d ** -0.5. backend: "triton", "reference", or "auto": Triton for float16,
+    bfloat16 and float32 on an NVIDIA GPU, else the reference.
 
     A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that
     do not fit.

@@ -1,9 +1,11 @@
 """Attention as three nested operations, each the derivative of the one before, and the choice of
 who computes them.
 
-    ebwm::attention                   q, K, V [, k*, v*]        -> O, L                              backward: the next one
-    ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]           backward: the next one
-    ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]       no backward: a third derivative raises
+    ebwm::attention                   q, K, V [, k*, v*]        -> O, L
+    ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]
+    ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]
+
+The backward of each is the next one; the last has none: a third derivative raises.
 
 O and L enter the second and third as constants: the formulas (attention/reference.py) hold what
 depends on them. Registered with torch.library, since nested autograd.Functions are differentiated
@@ -116,7 +118,7 @@ def _empty_for_none(*tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if u is None else u for u in tensors)
 
 
-# ---------------------------------------------------------------------------------------------------------------- forward
+# ------------------------------------------------------------------------------------------ forward
 
 
 @custom_op("ebwm::attention", mutates_args=())
@@ -172,7 +174,7 @@ def _backward_attention(ctx, grad, _):
 register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_attention)
 
 
-# ------------------------------------------------------------------------------------------------------------ its gradient
+# ------------------------------------------------------------------------------------- its gradient
 
 
 @custom_op("ebwm::attention_gradient", mutates_args=())
@@ -259,7 +261,7 @@ def _backward_gradient(ctx, a, b, c, b_self, c_self):
 register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=_setup_gradient)
 
 
-# --------------------------------------------------------------------------------------------------------- double backward
+# ---------------------------------------------------------------------------------- double backward
 
 
 @custom_op("ebwm::attention_double_backward", mutates_args=())
@@ -324,7 +326,7 @@ def _(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- FLOPs
+# -------------------------------------------------------------------------------------------- FLOPs
 
 
 def visible_pairs(num_queries: int, num_keys: int, offset: int = 0, causal: bool = True) -> int:

@@ -5,7 +5,8 @@ Every level keeps row statistics and recomputes the weights, so that no S x C te
 block of query rows:
     forward           O, L = logsumexp of a row's scores
     gradient          dQ, dk*, dv*, dK, dV of a cotangent G on O
-    double_backward   the gradients of <A, dQ> + <B, dK> + <C, dV> + <b*, dk*> + <c*, dv*> with respect to G, Q, K, V, k*, v*
+    double_backward   the gradients of <A, dQ> + <B, dK> + <C, dV> + <b*, dk*> + <c*, dv*>
+                      with respect to G, Q, K, V, k*, v*
 
 With s the scale, P = exp(S - L), D = rowsum(G O), dP = G V', dS = P (dP - D), and * for a query's
 own key, one more column of its row, where there is one (all products without a sign are
@@ -13,9 +14,11 @@ elementwise):
     dQ = s (dS K + ds* k*)      dK = s dS' Q      dV = P' G      dk* = s ds* q      dv* = p* G
     Sdot = s (A K' + Q B')      sd* = s (A.k* + q.b*)            mu = rowsum(P Sdot) + p* sd*
     gG   = (P Sdot) V + P C + p* (sd* v* + c*) - mu O            phi = rowsum(G gG)
-    Z    = P ((Sdot - mu) (dP - D) + G C' - phi)                 z* = p* ((sd* - mu) (dp* - D) + G.c* - phi)
-    gQ   = s (Z K + dS B + z* k* + ds* b*)                       gk* = s (z* q + ds* A)      gv* = p* (sd* - mu) G
+    Z    = P ((Sdot - mu) (dP - D) + G C' - phi)
+    z*   = p* ((sd* - mu) (dp* - D) + G.c* - phi)
+    gQ   = s (Z K + dS B + z* k* + ds* b*)
     gK   = s (Z' Q + dS' A)                                      gV  = (P (Sdot - mu))' G
+    gk*  = s (z* q + ds* A)                                      gv* = p* (sd* - mu) G
 
 Tensors come as (B, H, S, d) and (B, H_kv, C, d); inside they are (N, group, S, d) and (N, C, d)
 with N = B H_kv: heads that share keys are rows of one product. What is S x C is touched as few
@@ -37,7 +40,10 @@ ROWS = 64
 
 
 class Shape(NamedTuple):
-    """What the tensors do not say. scale of the scores; query t sees keys j <= t + offset if causal, all of them otherwise."""
+    """What the tensors do not say.
+
+    scale: of the scores. Query t sees keys j <= t + offset if causal, all of them otherwise.
+    """
 
     scale: float
     offset: int

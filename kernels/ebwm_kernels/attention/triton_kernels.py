@@ -1,7 +1,9 @@
 """The attention of this package as Triton kernels; the formulas and their letters are those of
 attention/reference.py.
 
-    kernel            work of a program                           products per tile (with cotangents B, C on dK, dV)
+The products per tile are in brackets where there are cotangents B, C on dK, dV.
+
+    kernel            work of a program                           products per tile
     _forward          query rows, all their keys                  2
     _gradient_query   query rows: D, dQ, dk*, dv*                 3
     _gradient_key     keys, all the queries that see them: dK, dV 4
@@ -320,7 +322,8 @@ def _tangent(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG, and D = G . O for the kernels after it.
+    """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG, and D = G . O for the
+    kernels after it.
 
     Sdot loses s A . mean(K) per row, which is exact for any constant (sum P = 1) and keeps what
     keys have in common out of the rounding.
@@ -541,7 +544,10 @@ def _second_key(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys; tiles are (keys, rows)."""
+    """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys.
+
+    Tiles are (keys, rows).
+    """
     num_blocks = tl.cdiv(C, BN)
     key_head, first_key = (
         (tl.program_id(0) // num_blocks).to(tl.int64),
@@ -582,7 +588,7 @@ def _second_key(
     put(GV, seen, keys, C, gv, D, DP, PART)
 
 
-# ---------------------------------------------------------------------------------------------------------------- launches
+# ----------------------------------------------------------------------------------------- launches
 
 
 class _Launcher:

@@ -91,7 +91,7 @@ def _step(
 
 
 def _through_softmax_(probabilities: Tensor, u: Tensor) -> Tensor:
-    """The softmax's Jacobian, which is symmetric, times u (rows, V), in u's place: p * (u - p.u)."""
+    """The softmax's Jacobian, which is symmetric, times u (rows, V), in place: p * (u - p.u)."""
     return u.sub_(torch.linalg.vecdot(probabilities, u)[:, None]).mul_(probabilities)
 
 
