@@ -38,6 +38,7 @@ from ebwm_scale.checkpoint.reader import (
     saved_config,
     verify,
 )
+from ebwm_scale.config import resolved
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
@@ -465,11 +466,11 @@ def behaviour(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     model = build(config, weights).train()
     generator, shape = torch.Generator().manual_seed(0), (2, 9)
     if config.state.kind == "vocabulary":
-        states = torch.randint(config.model.vocabulary_size, shape, generator=generator)
+        states = torch.randint(resolved.vocabulary_size(config), shape, generator=generator)
     else:
-        states = torch.randn(*shape, config.state.dimension, generator=generator).to(
-            next(iter(weights.values())).dtype
-        )
+        dtype = next(iter(weights.values())).dtype
+        dimension = resolved.state_dimension(config)
+        states = torch.randn(*shape, dimension, generator=generator).to(dtype)
     output = model(
         states[:, :-1],
         states[:, 1:],
@@ -495,16 +496,16 @@ def dataset_of(config: Config, data: Path | None, say: Say) -> Manifest | None:
     """The manifest whose tokenizer or encoder the folder is to carry; None, with a word, where it
     is not there any more.
     """
-    path = (
-        data
-        or config.data.manifest
-        or (config.data.sources[0].manifest if config.data.sources else None)
-    )
+    path = data or config.data.manifest
+    if path is None and config.data.sources:
+        path = config.data.sources[0].manifest
     try:
+        if path is None:
+            raise DataError("the configuration names no dataset")
         manifest = open_manifest(path)
         refuse_another_tokenizer(config, manifest)
         return manifest
-    except (DataError, TypeError) as error:
+    except DataError as error:
         if data is not None:
             raise
         say(

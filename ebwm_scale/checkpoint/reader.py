@@ -43,6 +43,14 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint folder's name; ValueError for any other name."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is no checkpoint's name")
+    return int(match[1])
+
+
 @dataclass(frozen=True)
 class CheckpointInfo:
     """A verified checkpoint: its folder and trainer.json."""
@@ -57,11 +65,8 @@ class CheckpointInfo:
 
 def published(root: Path) -> list[Path]:
     """Published checkpoints, newest first."""
-    return sorted(
-        (p for p in root.glob("step_*") if NAME.fullmatch(p.name)),
-        key=lambda p: int(NAME.fullmatch(p.name)[1]),
-        reverse=True,
-    )
+    folders = [path for path in root.glob("step_*") if NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: step_of(path.name), reverse=True)
 
 
 def verify(folder: Path) -> CheckpointInfo:
@@ -159,11 +164,11 @@ class CheckpointReader:
             )
         size = torch.Size(self.shapes[name]).numel()
         parts = [
-            (file, held, *ranges[name])
+            (file, held, ranges[name][0], ranges[name][1])
             for file, held, ranges in zip(self.files, self.held, self.ranges)
             if name in ranges and ranges[name][1]
         ]
-        covered = sum(count for *_, count in parts)
+        covered = sum(count for _, _, _, count in parts)
         if covered != size:
             raise CheckpointError(
                 f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is "

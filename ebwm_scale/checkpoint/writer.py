@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 
 from ebwm_scale.checkpoint.files import VERSION, manifest_text
 from ebwm_scale.checkpoint.parameter_shard import TrainingState
-from ebwm_scale.checkpoint.reader import NAME, checkpoint_name, published
+from ebwm_scale.checkpoint.reader import NAME, checkpoint_name, published, step_of
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.disk import replace_text, sync
 from ebwm_scale.core.faults import Faults
@@ -147,7 +147,7 @@ class CheckpointWriter:
         found = published(self.root)
         if not found:
             return "there is no checkpoint yet"
-        return f"newest checkpoint is step {int(NAME.fullmatch(found[0].name)[1])}"
+        return f"newest checkpoint is step {step_of(found[0].name)}"
 
     def make_room(self) -> None:
         """Remove the checkpoints that the one to be written would push out; never the newest."""
@@ -180,6 +180,7 @@ class CheckpointWriter:
     ) -> None:
         said = self._write_part(staging, tensors, ranges, shapes, replay)
         if not self.world.is_main:
+            assert self.store is not None, "several processes have a store"
             try:
                 self.store.set(f"{staging.name}/{self.world.rank}", json.dumps(said))
             except dist.DistError:
@@ -227,6 +228,7 @@ class CheckpointWriter:
         said = [mine]
         for rank in range(1, self.world.size):
             key = f"{staging.name}/{rank}"
+            assert self.store is not None, "several processes have a store"
             try:
                 self.store.wait([key], PATIENCE)
                 said.append(json.loads(self.store.get(key)))
@@ -294,7 +296,7 @@ class CheckpointWriter:
         """Remove all published ones but the newest `keep`, the best, milestones and `besides`."""
         best, every = self._best(), self.config.checkpoint.milestone_every_steps
         for old in published(self.root)[keep:]:
-            is_milestone = every > 0 and int(NAME.fullmatch(old.name)[1]) % every == 0
+            is_milestone = every > 0 and step_of(old.name) % every == 0
             if not is_milestone and old.name not in (best, besides):
                 self._discard(old)
 

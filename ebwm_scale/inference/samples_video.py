@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebwm_scale.config import resolved
 from ebwm_scale.data.encoders.space import FrameSpace
 from ebwm_scale.data.format.content import encode_image
 from ebwm_scale.inference.generation import Session, candidate_energies, continue_states
@@ -35,7 +36,8 @@ def sample_clips(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    space, length = FrameSpace(split.manifest.content, device), model.config.data.context_length
+    space = FrameSpace(split.manifest.content, device)
+    length = resolved.context_length(model.config)
     rules, energy = ThinkingConfig(seed=seed), model.config.model.kind == "energy"
     results = []
     for sample_id in [

@@ -150,8 +150,8 @@ def _think_comparing(
     accepted = torch.zeros(shape, dtype=torch.int64, device=x.device)
     function = energy_function
     trace = []
-    energy = None
-    measured_in = None
+    measured_in = landscapes[0]
+    energy = _energy_of(state_space, function, x, measured_in)
     for i, landscape in enumerate(landscapes):
         before = x.clone()
         if measured_in != landscape:
@@ -208,6 +208,8 @@ def lowest(thought: Thought) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns (state (B, size), energy (B,), which start (B,)).
     """
+    if thought.energy is None:
+        raise ValueError("the thought was made without energies")
     best = thought.energy.argmin(1)
     rows = torch.arange(len(best), device=best.device)
     return thought.state[rows, best], thought.energy[rows, best], best

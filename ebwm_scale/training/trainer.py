@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, load_into, load_replay
 from ebwm_scale.checkpoint.writer import CheckpointWriter, Outcome
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
 from ebwm_scale.core.errors import (
@@ -33,7 +35,7 @@ from ebwm_scale.data.format.shards import ShardedSplit
 from ebwm_scale.data.loading.batches import BatchLoader, DataState
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.observation import Observation
-from ebwm_scale.data.loading.quarantine import Quarantine
+from ebwm_scale.data.loading.quarantine import BadSample, Quarantine
 from ebwm_scale.data.loading.streaming import StreamLoader
 from ebwm_scale.planning.flops import model_flops, step_flops
 from ebwm_scale.planning.hardware import peak_flops_per_s
@@ -69,6 +71,8 @@ class StepResult:
 
 
 class Trainer:
+    loader: BatchLoader | StreamLoader  # of the training split, from run() on
+
     def __init__(
         self,
         config: Config,
@@ -85,23 +89,23 @@ class Trainer:
         allow_pipe: bool = False,
     ):
         self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
-        self.config, self.engine, self.world, self.run_folder, self.stop = (
-            config,
-            engine,
-            world,
-            run,
-            stop,
-        )
-        self.train_split, self.validation_split, self.micro_batch = train, validation, micro_batch
-        self.replay = (
-            ReplayBuffer(
+        self.config = config
+        self.engine = engine
+        self.world = world
+        self.run_folder = run
+        self.stop = stop
+        self.train_split = train
+        self.validation_split = validation
+        self.micro_batch = micro_batch
+        self.context_length = resolved.context_length(config)
+        self.replay: ReplayBuffer | None = None
+        if config.refinement.replay and config.model.kind == "energy":
+            self.replay = ReplayBuffer(
                 capacity=config.refinement.replay_capacity,
                 global_batch_size=config.train.global_batch_size,
             )
-            if config.refinement.replay and config.model.kind == "energy"
-            else None
-        )
-        self.watchdog, self.faults = watchdog, faults
+        self.watchdog = watchdog
+        self.faults = faults
         self.writer = CheckpointWriter(
             run.checkpoints, world, config, faults, still_ours=run.leave_if_taken_over
         )
@@ -113,15 +117,13 @@ class Trainer:
             limit=config.data.max_quarantined,
             write=run.quarantine if world.is_main else None,
         )
-        self.found_in_validation, self.stream_position = [], 0
-        self.step, self.loader, self.saved, self.validated_step, self.validation_loss = (
-            0,
-            None,
-            None,
-            None,
-            None,
-        )
+        self.found_in_validation: list[BadSample] = []
+        self.stream_position = 0
+        self.step = 0
         self.first_step = 0  # of this process
+        self.saved: tuple[int, bool] | None = None  # (step, whether with its validation loss)
+        self.validated_step: int | None = None
+        self.validation_loss: float | None = None
         self.unsaved = False  # whether the last save has failed
         self.skipped_in_a_row = 0
 
@@ -139,7 +141,13 @@ class Trainer:
         self.faults.at("load")
         load_into(saved, self.engine.state)
         if self.replay is not None:
-            self.replay.load_state_dict(load_replay(saved))
+            stored = load_replay(saved)
+            if stored is None:
+                raise CheckpointError(
+                    f"{saved.folder} holds no replay buffer, and refinement.replay is true: start "
+                    "another run with --run-dir"
+                )
+            self.replay.load_state_dict(stored)
         self.step = self.first_step = data.step
         self.saved = (self.step, saved.trainer["validation_loss"] is not None)
         self.writer.newest = self.step
@@ -252,7 +260,11 @@ class Trainer:
         source = NoiseSource(self.config.train.seed, self.step)
         point = refinement_point(self.config, self.step, source)
         rate = self.engine.set_learning_rates(self.step)
-        total, norm, final, samples = 0.0, None, [], []
+        total: torch.Tensor | None = None
+        norm: torch.Tensor | float | None = None
+        final: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        samples: list[int] = []
+        num_steps = 0
         for index in range(self.loader.micro_batches_per_step):
             if index and self._stop_wanted():
                 return None
@@ -278,19 +290,21 @@ class Trainer:
             final.append((sequences, batch.positions, output.state))
             samples += batch.sample_ids.tolist()
             parts = [output.loss.detach()[None], output.loss_per_step]
-            total = (
-                total
-                + torch.cat(
-                    parts if output.energy_per_step is None else [*parts, output.energy_per_step]
-                ).double()
-            )
-        num_steps = len(output.loss_per_step)
-        result = StepResult(
-            total / self.loader.micro_batches_per_step, num_steps, float(norm), rate, samples
-        )
+            if output.energy_per_step is not None:
+                parts.append(output.energy_per_step)
+            values = torch.cat(parts).double()
+            if total is None:
+                total = torch.zeros_like(values)
+            total = total + values
+            num_steps = len(output.loss_per_step)
+        assert total is not None, "a step has at least one micro-batch"
+        assert norm is not None, "the last micro-batch of a step gives the norm"
+        means = total / self.loader.micro_batches_per_step
+        result = StepResult(means, num_steps, float(norm), rate, samples)
         if self.replay is not None and result.applied:
-            for entries in final:
-                self.replay.store(*entries)
+            for sequences, positions, states in final:
+                assert states is not None, "they were asked for"
+                self.replay.store(sequences, positions, states)
         return result
 
     def record_skipped_step(self, result: StepResult) -> bool:
@@ -340,7 +354,8 @@ class Trainer:
             )
             for bad in part
         ]
-        self.loader.found.clear(), self.found_in_validation.clear()
+        self.loader.found.clear()
+        self.found_in_validation.clear()
         for bad in self.quarantine.add(found):
             self.run_folder.event(
                 "quarantine",
@@ -377,10 +392,8 @@ class Trainer:
             / self.world.size
         )
         peak, on_gpu = peak_flops_per_s(config.train.precision), self.world.device.type == "cuda"
-        unit, per_step = (
-            self.observe.content.unit,
-            config.train.global_batch_size * config.data.context_length,
-        )
+        unit = self.observe.content.unit
+        per_step = config.train.global_batch_size * self.context_length
         energy = config.model.kind == "energy"
         remaining_s = seconds * (config.train.max_steps - self.step)
         row = {
@@ -424,7 +437,7 @@ class Trainer:
             self.config,
             self.world,
             self.observe,
-            context_length=self.config.data.context_length,
+            context_length=self.context_length,
             batch_size=self.micro_batch,
             step_size_scale=point.step_size_scale,
             found=self.found_in_validation,
@@ -487,7 +500,7 @@ class Trainer:
         if not self.is_saved():
             self._warn(f"trying once more to save step {self.step} in {PAUSE_S:g} s")
             self.watchdog.heartbeat("the pause before the save is tried again")
-            if outcome.is_short_of_space:
+            if outcome is not None and outcome.is_short_of_space:
                 self.writer.make_room()
             time.sleep(PAUSE_S)
             self.save(goes_on=False)
@@ -539,18 +552,16 @@ class Trainer:
         return self._due(self.config.checkpoint.every_steps)
 
     def _loader(self) -> BatchLoader | StreamLoader:
-        config, common = (
-            self.config,
-            {
-                "context_length": self.config.data.context_length,
-                "global_batch_size": self.config.train.global_batch_size,
-                "micro_batch_size": self.micro_batch,
-                "rank": self.world.rank,
-                "world_size": self.world.size,
-                "seed": self.config.train.seed,
-                "first_step": self.step,
-            },
-        )
+        config = self.config
+        common: dict[str, Any] = {
+            "context_length": self.context_length,
+            "global_batch_size": config.train.global_batch_size,
+            "micro_batch_size": self.micro_batch,
+            "rank": self.world.rank,
+            "world_size": self.world.size,
+            "seed": config.train.seed,
+            "first_step": self.step,
+        }
         if config.data.stream:
             return StreamLoader(
                 config.data.stream,
@@ -576,11 +587,12 @@ class StepTimer:
     """
 
     def __init__(self, step: int):
+        self.last = float("nan")  # the last reading
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        self.step, self.start = step, time.perf_counter()
-        self.last = getattr(self, "last", None)
+        self.step = step
+        self.start = time.perf_counter()
 
     def seconds_per_step(self, step: int) -> float:
         if step > self.step:

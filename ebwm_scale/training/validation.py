@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.shards import ShardedSplit
@@ -162,5 +163,5 @@ def _nothing(
     if config.state.kind == "vocabulary":
         observed = torch.zeros(1, context_length, dtype=torch.int64, device=device)
     else:
-        observed = torch.zeros(1, context_length, config.state.dimension, device=device)
+        observed = torch.zeros(1, context_length, resolved.state_dimension(config), device=device)
     return observed, observed

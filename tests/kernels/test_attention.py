@@ -214,7 +214,7 @@ def test_the_comparison_notices_a_wrong_double_backward(term, monkeypatch):
         monkeypatch.setattr(
             attention_reference,
             "double_backward",
-            lambda c, *rest: right(c._replace(own_value=c.own_value * 1.0001), *rest),
+            lambda c, *rest: right(c._replace(v_self=c.v_self * 1.0001), *rest),
         )
     with pytest.raises(AssertionError):
         check(SMALL, "reference")

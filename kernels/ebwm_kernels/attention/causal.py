@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ebwm_kernels.attention.energy import check_keys, check_tensors
 from ebwm_kernels.attention.ops import attend, resolve_backend
-from ebwm_kernels.attention.reference import Shape
+from ebwm_kernels.attention.reference import Shape, score_scale
 
 
 def causal_attention(
@@ -37,7 +37,7 @@ def causal_attention(
     """
     check_tensors("causal_attention", {"q": q, "k": k, "v": v})
     check_keys("causal_attention", q, {"k": k, "v": v}, context_offset)
-    shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), context_offset, causal)
+    shape = Shape(score_scale(scale, q.shape[-1]), context_offset, causal)
     return attend(
         q,
         k,
@@ -59,7 +59,7 @@ def causal_attention_definition(
     context_offset: int = 0,
 ) -> Tensor:
     """The definition in plain operations, for tests and readers."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[-1])
     keys, values = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))
     scores = scale * q @ keys.transpose(-1, -2)
     if causal:

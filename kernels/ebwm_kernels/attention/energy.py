@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ebwm_kernels.attention.ops import attend, resolve_backend
-from ebwm_kernels.attention.reference import Shape
+from ebwm_kernels.attention.reference import Shape, score_scale
 
 
 def energy_attention(
@@ -41,7 +41,7 @@ def energy_attention(
     do not fit.
     """
     _check(q, k_self, v_self, k_context, v_context, context_offset)
-    shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), context_offset, True)
+    shape = Shape(score_scale(scale, q.shape[-1]), context_offset, True)
     return attend(
         q,
         k_context,
@@ -64,7 +64,7 @@ def energy_attention_definition(
     context_offset: int = 0,
 ) -> Tensor:
     """The definition in plain operations, for tests and readers."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[-1])
     keys, values = (
         u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k_context, v_context)
     )

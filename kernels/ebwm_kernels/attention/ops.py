@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -104,7 +105,50 @@ def attend(
     return torch.ops.ebwm.attention(q, k, v, k_self, v_self, *shape, backend)[0]
 
 
-def _implementation(backend: str):
+class Implementation(Protocol):
+    """What a backend is: the three levels, as attention/reference.py defines them."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gradient(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        out: Tensor,
+        log_normalizer: Tensor,
+        shape: Shape,
+        *,
+        with_keys: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def double_backward(
+        self,
+        cotangents: Cotangents,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        out: Tensor,
+        log_normalizer: Tensor,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+
+def _implementation(backend: str) -> Implementation:
     if backend == "triton":
         from ebwm_kernels.attention import triton_kernels as attention_triton
 
@@ -112,10 +156,9 @@ def _implementation(backend: str):
     return reference
 
 
-def _empty_for_none(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Results of an operation: empty in place of None."""
-    like = next(u for u in tensors if u is not None)
-    return tuple(like.new_empty(0) if u is None else u for u in tensors)
+def _empty_for_none(result: Tensor | None, like: Tensor) -> Tensor:
+    """A result of an operation: empty in place of None."""
+    return like.new_empty(0) if result is None else result
 
 
 # ------------------------------------------------------------------------------------------ forward
@@ -196,19 +239,24 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if compiled:
         refuse_kept_graph("attention")
-    return _empty_for_none(
-        *_implementation(backend).gradient(
-            grad,
-            q,
-            k,
-            v,
-            k_self,
-            v_self,
-            out,
-            log_normalizer,
-            Shape(scale, offset, causal),
-            with_keys=with_keys,
-        )
+    dq, dk, dv, dk_self, dv_self = _implementation(backend).gradient(
+        grad,
+        q,
+        k,
+        v,
+        k_self,
+        v_self,
+        out,
+        log_normalizer,
+        Shape(scale, offset, causal),
+        with_keys=with_keys,
+    )
+    return (
+        dq,
+        _empty_for_none(dk, dq),
+        _empty_for_none(dv, dq),
+        _empty_for_none(dk_self, dq),
+        _empty_for_none(dv_self, dq),
     )
 
 
@@ -229,9 +277,13 @@ def _(
     with_keys,
     compiled,
 ):
-    keys = (k.new_empty(k.shape), v.new_empty(v.shape)) if with_keys else (None, None)
-    own = (None, None) if k_self is None else (q.new_empty(q.shape), q.new_empty(q.shape))
-    return _empty_for_none(q.new_empty(q.shape), *keys, *own)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape if with_keys else 0),
+        v.new_empty(v.shape if with_keys else 0),
+        q.new_empty(0 if k_self is None else q.shape),
+        q.new_empty(0 if k_self is None else q.shape),
+    )
 
 
 def _setup_gradient(ctx, inputs, output):
@@ -251,10 +303,10 @@ def _backward_gradient(ctx, a, b, c, b_self, c_self):
         b, c = (torch.zeros_like(k) if u is None else u for u in (b, c))
     if k_self is not None:
         b_self, c_self = (torch.zeros_like(q) if u is None else u for u in (b_self, c_self))
-    g_grad, g_q, g_k, g_v, g_k_own, g_v_own = torch.ops.ebwm.attention_double_backward(
+    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = torch.ops.ebwm.attention_double_backward(
         a, b, c, b_self, c_self, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend
     )
-    own = (None, None) if k_self is None else (g_k_own, g_v_own)
+    own = (None, None) if k_self is None else (g_k_self, g_v_self)
     return g_grad, g_q, g_k, g_v, *own, *(None,) * 8
 
 
@@ -284,19 +336,25 @@ def _double_backward(
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_for_none(
-        *_implementation(backend).double_backward(
-            Cotangents(a, b, c, b_self, c_self),
-            grad,
-            q,
-            k,
-            v,
-            k_self,
-            v_self,
-            out,
-            log_normalizer,
-            Shape(scale, offset, causal),
-        )
+    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = _implementation(backend).double_backward(
+        Cotangents(a, b, c, b_self, c_self),
+        grad,
+        q,
+        k,
+        v,
+        k_self,
+        v_self,
+        out,
+        log_normalizer,
+        Shape(scale, offset, causal),
+    )
+    return (
+        g_grad,
+        g_q,
+        g_k,
+        g_v,
+        _empty_for_none(g_k_self, g_q),
+        _empty_for_none(g_v_self, g_q),
     )
 
 
@@ -320,9 +378,13 @@ def _(
     causal,
     backend,
 ):
-    own = (None, None) if k_self is None else (q.new_empty(q.shape), q.new_empty(q.shape))
-    return _empty_for_none(
-        q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *own
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(0 if k_self is None else q.shape),
+        q.new_empty(0 if k_self is None else q.shape),
     )
 
 

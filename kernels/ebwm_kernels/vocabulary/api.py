@@ -61,4 +61,7 @@ def vocabulary_descend_reference(
     move = (hidden.to(weight.dtype) @ weight.T).to(state_dtype(weight))
     if x is not None and probabilities is not None:
         move = probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
-    return clamped_step(probabilities if x is None else x, move, clamps)
+    start = probabilities if x is None else x
+    if start is None:
+        raise ValueError("vocabulary_descend: give x, probabilities, or both")
+    return clamped_step(start, move, clamps)
