@@ -210,7 +210,7 @@ def run(config: Config, options: argparse.Namespace, stop: StopFlag) -> int:
     )
     saved = load_newest(trainer, check.saved, newest, world, say)
     folder.take()
-    trainer.forget_later_rows()
+    trainer.truncate_later_metrics()
     if saved is not None:
         folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=check.changes)
         folder.say(

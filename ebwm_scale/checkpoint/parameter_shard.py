@@ -1,4 +1,4 @@
-"""What a checkpoint asks of a running model, and what it gets: parameters in pieces, whatever
+"""What a checkpoint asks of a running model, and what it gets: parameters in shards, whatever
 trains them.
 """
 
@@ -31,7 +31,7 @@ class TrainingState(Protocol):
 
     module: nn.Module
 
-    def pieces(self) -> Iterator[ParameterShard]:
+    def shards(self) -> Iterator[ParameterShard]:
         """What this process owns: weights and moments; over all processes each exactly once."""
         ...
 

@@ -156,7 +156,7 @@ class CheckpointReader:
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
         """Flattened; zeros where a moment does not exist yet.
 
-        CheckpointError where the pieces do not cover the parameter.
+        CheckpointError where the shards do not cover the parameter.
         """
         if name not in self.shapes:
             raise CheckpointError(

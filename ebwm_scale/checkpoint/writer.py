@@ -64,7 +64,7 @@ class Outcome:
 
 
 class CheckpointWriter:
-    """Saves of one run. Every rank has one, and calls save and settle at the same steps.
+    """Saves of one run. Every rank has one, and calls save and wait at the same steps.
 
     still_ours: called before a publication; does not return if another process has taken the run.
     """
@@ -88,12 +88,12 @@ class CheckpointWriter:
         self.noted: set[str] = set()  # kinds of notes that were ever made
 
     def save(self, state: TrainingState, trainer: dict[str, Any], replay: dict | None) -> None:
-        """Begin to save step trainer["step"]. The save before it must be settled."""
+        """Begin to save step trainer["step"]. The save before it must have been waited for."""
         tensors, ranges = {}, {}
-        for piece in state.pieces():
-            ranges[piece.name] = [piece.start, piece.values["weight"].numel()]
-            for kind, values in piece.values.items():
-                tensors[f"{kind}/{piece.name}"] = values.detach().to("cpu", copy=True)
+        for shard in state.shards():
+            ranges[shard.name] = [shard.start, shard.values["weight"].numel()]
+            for kind, values in shard.values.items():
+                tensors[f"{kind}/{shard.name}"] = values.detach().to("cpu", copy=True)
         trainer = {
             "version": VERSION,
             "world_size": self.world.size,
@@ -126,7 +126,7 @@ class CheckpointWriter:
         self.told = True
         return self.outcome
 
-    def settle(self) -> Outcome | None:
+    def wait(self) -> Outcome | None:
         """Wait for the save in progress; on every rank what rank 0 knows of the last one."""
         if self.thread is not None:
             self.thread.join()

@@ -36,7 +36,7 @@ OBSERVED_ADALN_D, PREDICTED_ADALN_D = (
 )  # a modulated norm keeps its input, a gate what it gates; and their cotangents
 # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 OUTSIDE_D = 6
-# score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
+# score blocks alive at once in the double backward: P, tangent, centred, dP, Z, dS
 ATTENTION_BLOCKS = 6
 STATES = {
     "probabilities": 2,

@@ -58,7 +58,7 @@ def _known_leaf(tensor: Tensor) -> Leaf:
 class DeferredBackward:
     """Tensors whose own backward waits until all their readers have been back-propagated.
 
-    enabled False: everything passes through unchanged, where no gradient is wanted.
+    enabled False: everything passes through unchanged, where no gradient is needed.
     """
 
     def __init__(self, *, enabled: bool = True):

@@ -7,7 +7,7 @@
     check.config        with the sizes of its data; check.splits, check.saved: opened and verified
 
 Nothing is written, and no process group is started; several processes of a run have joined theirs
-before, and agree on what is found. What can only be known by doing it (memory, a network, a full
+before, and share what is found. What can only be known by doing it (memory, a network, a full
 disk) is not here.
 """
 

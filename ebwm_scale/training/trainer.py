@@ -155,7 +155,7 @@ class Trainer:
         self.quarantine.load_state_dict(saved.trainer["quarantine"])
         self.stream_position = saved.trainer["stream_position"]
 
-    def forget_later_rows(self) -> None:
+    def truncate_later_metrics(self) -> None:
         """Metric rows beyond the step that was loaded: they will be written again."""
         problem, validated = None, None
         try:
@@ -196,12 +196,12 @@ class Trainer:
                 if not self.evaluate():
                     return self.save_and_exit()
                 timer.restart(self.step)
-            if self.step < self.config.train.max_steps and self._stop_wanted():
+            if self.step < self.config.train.max_steps and self._stop_requested():
                 return self.save_and_exit()
             if self._save_is_due():
                 self.save()
                 timer.restart(self.step)
-            self.tell(self.writer.finished())
+            self.report_save(self.writer.finished())
         if not self.evaluate():
             return self.save_and_exit()
         return self.shutdown(EXIT_FINISHED if self.save_for_good() else EXIT_FAILED)
@@ -221,7 +221,7 @@ class Trainer:
         )
         return self.shutdown(EXIT_RUN_AGAIN)
 
-    def _stop_wanted(self) -> bool:
+    def _stop_requested(self) -> bool:
         """Every rank asks at the same places: after a step, before another micro-batch of it,
         before another batch of an evaluation.
         """
@@ -244,7 +244,7 @@ class Trainer:
         """Wait for what is being written; the code, or EXIT_FAILED in place of a good one where
         rows of the run folder could not be written to the end."""
         self.watchdog.heartbeat("the last save")
-        self.settle(goes_on=False)
+        self.wait_for_save(goes_on=False)
         # nobody leaves, and is missed, before the checkpoint is published
         rows_are_lost = self.world.any(not self.run_folder.rows_are_written())
         self.watchdog.stop()
@@ -266,7 +266,7 @@ class Trainer:
         samples: list[int] = []
         num_steps = 0
         for index in range(self.loader.micro_batches_per_step):
-            if index and self._stop_wanted():
+            if index and self._stop_requested():
                 return None
             batch = next(self.loader)
             sequences, restart = batch.sequences, None
@@ -331,7 +331,7 @@ class Trainer:
         )
         if self.skipped_in_a_row < limit:
             return False
-        self.settle(goes_on=False)
+        self.wait_for_save(goes_on=False)
         saved = "none yet" if self.saved is None else f"step {self.saved[0]}"
         self.run_folder.event(
             "not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm)
@@ -442,7 +442,7 @@ class Trainer:
             step_size_scale=point.step_size_scale,
             found=self.found_in_validation,
             heartbeat=lambda: self.watchdog.heartbeat(f"the evaluation after step {self.step}"),
-            stop_wanted=self._stop_wanted,
+            stop_requested=self._stop_requested,
         )
         if row is None:
             return False
@@ -466,7 +466,7 @@ class Trainer:
         """Begin a checkpoint of this step; it is written while training goes on. Once, and once
         more when its validation loss is known."""
         self.watchdog.heartbeat(f"the save after step {self.step}")
-        self.settle(goes_on=goes_on)
+        self.wait_for_save(goes_on=goes_on)
         validated = self.validated_step == self.step and self.validation_loss is not None
         if self.saved in ((self.step, True), (self.step, validated)):
             return
@@ -496,7 +496,7 @@ class Trainer:
         """Save this step, the last one of this process, and wait; a second try after making room
         and a pause. Whether it is on disk, the same on every rank."""
         self.save(goes_on=False)
-        outcome = self.settle(goes_on=False)
+        outcome = self.wait_for_save(goes_on=False)
         if not self.is_saved():
             self._warn(f"trying once more to save step {self.step} in {PAUSE_S:g} s")
             self.watchdog.heartbeat("the pause before the save is tried again")
@@ -504,23 +504,25 @@ class Trainer:
                 self.writer.make_room()
             time.sleep(PAUSE_S)
             self.save(goes_on=False)
-            self.settle(goes_on=False, last=True)
+            self.wait_for_save(goes_on=False, last=True)
         self.unsaved = not self.is_saved()
         return not self.unsaved
 
     def is_saved(self) -> bool:
-        """Whether this step's state is on disk, as far as settle() has told."""
+        """Whether this step's state is on disk, as far as wait_for_save() has said."""
         return self.saved is not None and self.saved[0] == self.step
 
-    def settle(self, *, goes_on: bool, last: bool = False) -> Outcome | None:
+    def wait_for_save(self, *, goes_on: bool, last: bool = False) -> Outcome | None:
         """Wait for the save in progress and say what became of it; every rank must call it."""
-        outcome = self.writer.settle()
-        self.tell(self.writer.finished(), goes_on=goes_on, last=last)
+        outcome = self.writer.wait()
+        self.report_save(self.writer.finished(), goes_on=goes_on, last=last)
         if outcome is not None and outcome.problem is None:
             self.saved = (outcome.step, outcome.validated)
         return outcome
 
-    def tell(self, outcome: Outcome | None, *, goes_on: bool = True, last: bool = False) -> None:
+    def report_save(
+        self, outcome: Outcome | None, *, goes_on: bool = True, last: bool = False
+    ) -> None:
         """Put what became of a save on record: the event `save` where it is on disk, a warning
         where not. goes_on: steps follow. last: no other try follows."""
         if outcome is None or not self.world.is_main:

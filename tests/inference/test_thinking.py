@@ -325,7 +325,7 @@ def test_early_stopping_saves_steps_and_gives_what_running_on_gives_within_its_t
             )
 
 
-@pytest.mark.parametrize("rules", [{}, {"num_starts": 3}, {"accept_only_if_lower": True}])
+@pytest.mark.parametrize("config", [{}, {"num_starts": 3}, {"accept_only_if_lower": True}])
 def test_leaving_out_the_final_energy_changes_no_state(config):
     model = model_of(TEXT)
     prompts = [prompt_of(model, 5, seed=s) for s in range(4)]

@@ -46,7 +46,7 @@ class ZeroState:
                 for p, master in zip(group, copies)
             }
 
-    def pieces(self) -> Iterator[ParameterShard]:
+    def shards(self) -> Iterator[ParameterShard]:
         for index, (name, p) in enumerate(self.module.named_parameters()):
             start, values = self._local(p)
             owned = (
@@ -129,7 +129,7 @@ class ZeroState:
         )
 
     def _create_moments(self, step_count: float) -> None:
-        """AdamW makes its state in its first update; here it is wanted before."""
+        """AdamW makes its state in its first update; here it is needed before."""
         if self.stage == 3:
             updated = self.optimizer.fp32_partitioned_groups_flat
         else:

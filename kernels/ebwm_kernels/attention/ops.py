@@ -197,7 +197,7 @@ def _backward_attention(ctx, grad, _):
         ctx.saved_tensors
     )  # read once: a checkpoint recomputes for each reading
     with_keys = needs_grad(ctx, 1) or needs_grad(ctx, 2)
-    dq, dk, dv, dk_own, dv_own = torch.ops.ebwm.attention_gradient(
+    dq, dk, dv, dk_self, dv_self = torch.ops.ebwm.attention_gradient(
         grad,
         q,
         k,
@@ -210,7 +210,7 @@ def _backward_attention(ctx, grad, _):
         with_keys,
         is_traced_without_graph(),
     )
-    own = (None, None) if k_self is None else (dk_own, dv_own)
+    own = (None, None) if k_self is None else (dk_self, dv_self)
     return dq, *((dk, dv) if with_keys else (None, None)), *own, None, None, None, None
 
 

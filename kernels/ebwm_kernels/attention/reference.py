@@ -136,7 +136,7 @@ def gradient(
     for block in _blocks(q4, k3, shape):
         Q, G = block.rows(q4), block.rows(grad4)
         P = block.weights(q4, k3, log_normalizer)
-        dS = block.product("slope", G, block.keys(v3).mT).sub_(block.rows(D)).mul_(P)
+        dS = block.product("dP", G, block.keys(v3).mT).sub_(block.rows(D)).mul_(P)
         block.write(dq, block.product("moved", dS, block.keys(k3)), scale)
         if dk is not None and dv is not None:
             block.keys(dk).add_(block.product("keys", dS.mT, Q), alpha=scale)
@@ -145,9 +145,9 @@ def gradient(
     dv_self = None
     if ks is not None and vs is not None:
         own_weight = _dot(q4, ks).mul_(scale).sub_(log_normalizer).exp_()
-        own_slope = _dot(grad4, vs).sub_(D).mul_(own_weight).mul_(scale)
-        dq.addcmul_(ks, own_slope)
-        dk_self = own_slope * q4
+        own_dS = _dot(grad4, vs).sub_(D).mul_(own_weight).mul_(scale)
+        dq.addcmul_(ks, own_dS)
+        dk_self = own_dS * q4
         dv_self = own_weight * grad4
     return (
         _shaped_as(q, dq),
@@ -162,7 +162,7 @@ class _OwnKeys(NamedTuple):
     """What the double backward knows of the queries' own keys before its blocks of rows.
 
     key (without the mean of the others), value, and the cotangents b*, c*: (N, group, S, d).
-    weight p*, tangent sd* / s, slope dp* - D, grad_c G.c*: (N, group, S, 1). centred
+    weight p*, tangent sd* / s, dP_minus_D dp* - D, grad_c G.c*: (N, group, S, 1). centred
     p* (sd* - mu) and Z: the same, filled by the blocks.
     """
 
@@ -172,7 +172,7 @@ class _OwnKeys(NamedTuple):
     c: Tensor
     weight: Tensor
     tangent: Tensor
-    slope: Tensor
+    dP_minus_D: Tensor
     grad_c: Tensor
     centred: Tensor
     Z: Tensor
@@ -231,7 +231,7 @@ def double_backward(
             c=c_self,
             weight=weight,
             tangent=_dot(a, ks_centred).add_(_dot(q4, b_self)),
-            slope=_dot(grad4, vs).sub_(D),
+            dP_minus_D=_dot(grad4, vs).sub_(D),
             grad_c=_dot(grad4, c_self),
             centred=torch.empty_like(log_normalizer),
             Z=torch.empty_like(log_normalizer),
@@ -263,9 +263,9 @@ def double_backward(
             moved.add_(block.product("mixed", P, block.keys(c)))
         phi = _dot(G, moved)
         block.write(g_grad, moved)
-        slope = block.product("slope", G, V.mT).sub_(block.rows(D))  # dP - D
-        dS = torch.mul(slope, P, out=block.scratch("dS", P.shape, P))
-        Z = slope.mul_(centred).addcmul_(P, phi / -scale)
+        dP_minus_D = block.product("dP", G, V.mT).sub_(block.rows(D))
+        dS = torch.mul(dP_minus_D, P, out=block.scratch("dS", P.shape, P))
+        Z = dP_minus_D.mul_(centred).addcmul_(P, phi / -scale)
         if c is not None:
             Z.addcmul_(P, block.product("cross", G, block.keys(c).mT), value=1 / scale)
         block.write(g_q, block.product("moved", Z, K), scale**2)
@@ -273,7 +273,7 @@ def double_backward(
             block.add(g_q, block.product("moved", dS, block.keys(b)), scale)
         if own is not None and own_centred is not None:
             own_Z = (block.rows(own.grad_c) - phi).mul_(block.rows(own.weight))
-            own_Z.add_(own_centred * block.rows(own.slope), alpha=scale)
+            own_Z.add_(own_centred * block.rows(own.dP_minus_D), alpha=scale)
             block.write(own.Z, own_Z)
         block.keys(g_k).add_(block.product("keys", Z.mT, Q), alpha=scale**2).add_(
             block.product("keys", dS.mT, A), alpha=scale
@@ -283,7 +283,7 @@ def double_backward(
     g_v_self = None
     if own is not None:
         own.Z.mul_(scale)
-        own_dS = own.slope.mul_(own.weight).mul_(scale)
+        own_dS = own.dP_minus_D.mul_(own.weight).mul_(scale)
         g_q.addcmul_(own.key, own.Z).addcmul_(own.b, own_dS)
         g_k_self = torch.addcmul(own.Z * q4, a, own_dS)
         g_v_self = own.centred * grad4

@@ -415,11 +415,11 @@ def _second_own(
     sd_own = scale * (
         row_dot(a, k_self, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC)
     )
-    slope = row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - _statistic(
+    dP_minus_D = row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - _statistic(
         DELTA, own, rows, S
     )
-    ds, pd = p_own * slope, p_own * (sd_own - mu)
-    z = pd * slope + p_own * (
+    ds, pd = p_own * dP_minus_D, p_own * (sd_own - mu)
+    z = pd * dP_minus_D + p_own * (
         row_dot(g, rows_of(CO, own, rows, S, D, DP, PART), ACC) - _statistic(PHI, own, rows, S)
     )
     put(GKO, own, rows, S, add_scaled(scaled(q, scale * z, ACC), a, scale * ds, ACC), D, DP, PART)
