@@ -161,14 +161,14 @@ class WorldModel(nn.Module):
     ) -> StepOutput:
         """The loss of a batch.
 
+        In training, gradients of an energy model are computed in here, step by step;
+        `loss.backward()` only hands them out. In eval mode: the largest number of steps, no
+        randomness but x_0, no second-order graph.
+
         observed, targets: (B, S) ids or (B, S, dimension) embeddings. sample_ids: (B,) int64.
         num_steps, noise_scale, step_size_scale: this training step's point of the schedules.
         keep_state: return the final states, in this dtype. restart: (rows, states) from the
         replay buffer.
-
-        In training, gradients of an energy model are computed in here, step by step;
-        `loss.backward()` only hands them out. In eval mode: the largest number of steps, no
-        randomness but x_0, no second-order graph.
         """
         if self.config.model.kind == "baseline":
             loss = self._baseline_loss(self.network(self.embed_observed(observed)), targets)
@@ -186,11 +186,9 @@ class WorldModel(nn.Module):
                     keep_state,
                     restart,
                 )
-        return (
-            self._over_all_positions(output, targets)
-            if self.config.data.mask_document_starts
-            else output
-        )
+        if self.config.data.mask_document_starts:
+            return self._over_all_positions(output, targets)
+        return output
 
     @staticmethod
     def _over_all_positions(output: StepOutput, targets: Tensor) -> StepOutput:
@@ -211,12 +209,13 @@ class WorldModel(nn.Module):
 
         That is all of them, or those outside the blocks (refinement/block_recompute.py).
         """
-        by_block = self.config.refinement.recompute == "block"
-        return [
-            p
-            for name, p in self.named_parameters()
-            if not (by_block and name.startswith("network.layers."))
-        ]
+        if self.config.refinement.recompute != "block":
+            return list(self.parameters())
+        resident = []
+        for name, parameter in self.named_parameters():
+            if not name.startswith("network.layers."):
+                resident.append(parameter)
+        return resident
 
     def _refine(
         self,

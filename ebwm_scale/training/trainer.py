@@ -244,7 +244,7 @@ class Trainer:
         """Wait for what is being written; the code, or EXIT_FAILED in place of a good one where
         rows of the run folder could not be written to the end."""
         self.watchdog.heartbeat("the last save")
-        self.wait_for_save(goes_on=False)
+        self.wait_for_save(continues=False)
         # nobody leaves, and is missed, before the checkpoint is published
         rows_are_lost = self.world.any(not self.run_folder.rows_are_written())
         self.watchdog.stop()
@@ -331,7 +331,7 @@ class Trainer:
         )
         if self.skipped_in_a_row < limit:
             return False
-        self.wait_for_save(goes_on=False)
+        self.wait_for_save(continues=False)
         saved = "none yet" if self.saved is None else f"step {self.saved[0]}"
         self.run_folder.event(
             "not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm)
@@ -462,11 +462,11 @@ class Trainer:
         self.run_folder.say(f"validation at step {self.step}: {steps} {measure}")
         return True
 
-    def save(self, *, goes_on: bool = True) -> None:
+    def save(self, *, continues: bool = True) -> None:
         """Begin a checkpoint of this step; it is written while training goes on. Once, and once
         more when its validation loss is known."""
         self.watchdog.heartbeat(f"the save after step {self.step}")
-        self.wait_for_save(goes_on=goes_on)
+        self.wait_for_save(continues=continues)
         validated = self.validated_step == self.step and self.validation_loss is not None
         if self.saved in ((self.step, True), (self.step, validated)):
             return
@@ -495,16 +495,16 @@ class Trainer:
     def save_for_good(self) -> bool:
         """Save this step, the last one of this process, and wait; a second try after making room
         and a pause. Whether it is on disk, the same on every rank."""
-        self.save(goes_on=False)
-        outcome = self.wait_for_save(goes_on=False)
+        self.save(continues=False)
+        outcome = self.wait_for_save(continues=False)
         if not self.is_saved():
             self._warn(f"trying once more to save step {self.step} in {PAUSE_S:g} s")
             self.watchdog.heartbeat("the pause before the save is tried again")
             if outcome is not None and outcome.is_short_of_space:
                 self.writer.make_room()
             time.sleep(PAUSE_S)
-            self.save(goes_on=False)
-            self.wait_for_save(goes_on=False, last=True)
+            self.save(continues=False)
+            self.wait_for_save(continues=False, last=True)
         self.unsaved = not self.is_saved()
         return not self.unsaved
 
@@ -512,19 +512,19 @@ class Trainer:
         """Whether this step's state is on disk, as far as wait_for_save() has said."""
         return self.saved is not None and self.saved[0] == self.step
 
-    def wait_for_save(self, *, goes_on: bool, last: bool = False) -> Outcome | None:
+    def wait_for_save(self, *, continues: bool, last: bool = False) -> Outcome | None:
         """Wait for the save in progress and say what became of it; every rank must call it."""
         outcome = self.writer.wait()
-        self.report_save(self.writer.finished(), goes_on=goes_on, last=last)
+        self.report_save(self.writer.finished(), continues=continues, last=last)
         if outcome is not None and outcome.problem is None:
             self.saved = (outcome.step, outcome.validated)
         return outcome
 
     def report_save(
-        self, outcome: Outcome | None, *, goes_on: bool = True, last: bool = False
+        self, outcome: Outcome | None, *, continues: bool = True, last: bool = False
     ) -> None:
         """Put what became of a save on record: the event `save` where it is on disk, a warning
-        where not. goes_on: steps follow. last: no other try follows."""
+        where not. continues: steps follow. last: no other try follows."""
         if outcome is None or not self.world.is_main:
             return
         newest = self.writer.newest_on_disk()
@@ -536,7 +536,7 @@ class Trainer:
                 "and run again with --resume"
             )
         else:
-            going_on = "training goes on, " if goes_on else ""
+            going_on = "training goes on, " if continues else ""
             self._warn(
                 f"step {outcome.step}: the checkpoint could not be written ({outcome.problem}); "
                 f"{going_on}{newest}; free some space"
