@@ -1,5 +1,5 @@
-"""Keys that a file may leave out are numbers once a configuration is loaded, and an error that names
-the key before.
+"""Keys that a file may leave out are numbers once a configuration is loaded; before that, reading
+one is an error that names it.
 """
 
 import pytest
