@@ -244,7 +244,7 @@ def run(
     )
     saved = load_newest(trainer, check.saved, newest, world, say)
     folder.take()
-    trainer.forget_later_rows()
+    trainer.truncate_later_metrics()
     if saved is not None:
         folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=check.changes)
         folder.say(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ebwm_kernels.vocabulary.formulas import Clamps
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.model.baseline import (
     BaselineTransformer,
@@ -56,34 +57,33 @@ class WorldModel(nn.Module):
     config: resolved, with model.vocabulary_size (text) or state.dimension (frames) set.
     """
 
+    network: EnergyTransformer | BaselineTransformer
+    token_embedding: nn.Embedding  # of text
+    frame_projection: nn.Linear  # of frames
+    output: Output | TwoLinearOutput  # of a baseline
+    step_size: nn.Parameter  # of an energy model
+    state_map: nn.Parameter  # of an energy model of text that is not tied to token_embedding
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        model, width = config.model, config.model.width
+        model = config.model
+        width = resolved.model_sizes(model).width
+        size = resolved.state_size(config)
         if config.state.kind == "vocabulary":
-            if model.vocabulary_size is None:
-                raise ValueError(
-                    "model.vocabulary_size is absent: set it, or take it from the data's manifest"
-                )
-            self.token_embedding = nn.Embedding(
-                model.vocabulary_size, width
-            )  # N(0, 1), as released
+            self.token_embedding = nn.Embedding(size, width)  # N(0, 1), as released
         else:
-            if config.state.dimension is None:
-                raise ValueError(
-                    "state.dimension is absent: set it, or take it from the data's manifest"
-                )
-            self.frame_projection = nn.Linear(config.state.dimension, width)
+            self.frame_projection = nn.Linear(size, width)
             nn.init.xavier_normal_(self.frame_projection.weight)
             nn.init.zeros_(self.frame_projection.bias)
         if model.kind == "baseline":
             self.network = BaselineTransformer(model)
             if config.state.kind == "vocabulary":
-                self.output = Output(width, model.vocabulary_size, bias=False)
+                self.output = Output(width, size, bias=False)
             elif model.output == "one_linear":
-                self.output = Output(width, config.state.dimension, bias=True)
+                self.output = Output(width, size, bias=True)
             else:
-                self.output = TwoLinearOutput(width, config.state.dimension)
+                self.output = TwoLinearOutput(width, size)
             initialize_output(self.output)
             return
         refinement = config.refinement
@@ -92,15 +92,20 @@ class WorldModel(nn.Module):
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
         )  # (1,): engines want no 0-d ones
         if config.state.kind == "vocabulary" and not config.state.tie_embedding:
-            self.state_map = nn.Parameter(torch.empty(model.vocabulary_size, width))
+            self.state_map = nn.Parameter(torch.empty(size, width))
             nn.init.xavier_normal_(self.state_map)
 
     @property
     def state_size(self) -> int:
         """Numbers of a state: the vocabulary's size, or the dimension of a frame embedding."""
-        if self.config.state.kind == "embedding":
-            return self.config.state.dimension
-        return self.config.model.vocabulary_size
+        return resolved.state_size(self.config)
+
+    @property
+    def energy_network(self) -> EnergyTransformer:
+        """The network of an energy model; TypeError for a baseline."""
+        if not isinstance(self.network, EnergyTransformer):
+            raise TypeError("a baseline has no energies and no landscapes")
+        return self.network
 
     def state_space(self) -> VocabularyState | EmbeddingState:
         """The state space on this model's parameters as they are now; build it once per use.
@@ -138,7 +143,8 @@ class WorldModel(nn.Module):
 
         Steps beyond the trained ones stay in the last landscape.
         """
-        return [min(i, self.network.num_landscapes - 1) for i in range(num_steps)]
+        last = self.energy_network.num_landscapes - 1
+        return [min(i, last) for i in range(num_steps)]
 
     def forward(
         self,
@@ -155,14 +161,14 @@ class WorldModel(nn.Module):
     ) -> StepOutput:
         """The loss of a batch.
 
+        In training, gradients of an energy model are computed in here, step by step;
+        `loss.backward()` only hands them out. In eval mode: the largest number of steps, no
+        randomness but x_0, no second-order graph.
+
         observed, targets: (B, S) ids or (B, S, dimension) embeddings. sample_ids: (B,) int64.
         num_steps, noise_scale, step_size_scale: this training step's point of the schedules.
         keep_state: return the final states, in this dtype. restart: (rows, states) from the
         replay buffer.
-
-        In training, gradients of an energy model are computed in here, step by step;
-        `loss.backward()` only hands them out. In eval mode: the largest number of steps, no
-        randomness but x_0, no second-order graph.
         """
         if self.config.model.kind == "baseline":
             loss = self._baseline_loss(self.network(self.embed_observed(observed)), targets)
@@ -180,11 +186,9 @@ class WorldModel(nn.Module):
                     keep_state,
                     restart,
                 )
-        return (
-            self._over_all_positions(output, targets)
-            if self.config.data.mask_document_starts
-            else output
-        )
+        if self.config.data.mask_document_starts:
+            return self._over_all_positions(output, targets)
+        return output
 
     @staticmethod
     def _over_all_positions(output: StepOutput, targets: Tensor) -> StepOutput:
@@ -205,12 +209,13 @@ class WorldModel(nn.Module):
 
         That is all of them, or those outside the blocks (refinement/block_recompute.py).
         """
-        by_block = self.config.refinement.recompute == "block"
-        return [
-            p
-            for name, p in self.named_parameters()
-            if not (by_block and name.startswith("network.layers."))
-        ]
+        if self.config.refinement.recompute != "block":
+            return list(self.parameters())
+        resident = []
+        for name, parameter in self.named_parameters():
+            if not name.startswith("network.layers."):
+                resident.append(parameter)
+        return resident
 
     def _refine(
         self,
@@ -225,7 +230,7 @@ class WorldModel(nn.Module):
         restart,
     ) -> StepOutput:
         refinement = self.config.refinement
-        weight = self.network.head.weight
+        weight = self.energy_network.head.weight
         noise = TrainingNoise(
             source,
             refinement,
@@ -250,6 +255,7 @@ class WorldModel(nn.Module):
             training=self.training,
             keep_state=keep_state,
         )
+        assert result.loss is not None, "refine was given targets"
         initial_loss = None
         if not self.training:
             initial_loss = self.state_space().loss(noise.initial_state(), targets).detach()

@@ -299,7 +299,7 @@ def check(arguments) -> int:
         ours = [
             {
                 (piece.name, kind): (piece.start, values.double().cpu())
-                for piece in engine.state.pieces()
+                for piece in engine.state.shards()
                 for kind, values in piece.values.items()
             }
         ]

@@ -1,8 +1,11 @@
 """Conversions between run folders, converted folders (checkpoint/model_folder.py) and the released
 EBT layout, each compared with its source before it is said to be done.
 
-    run folder (any ZeRO stage, any number of processes)  --export_run-->  folder  --import_run-->  run folder (any stage, any number)
-    released .ckpt, .pt or .safetensors                   --import_released-->  folder  --export_released-->  .ckpt
+    run folder  --export_run-->  folder  --import_run-->  run folder
+    released    --import_released-->  folder  --export_released-->  released .ckpt
+
+A run folder may be of any ZeRO stage and any number of processes, on either side. What is released
+is read as .ckpt, .pt or .safetensors.
 
 Weights are compared tensor by tensor, one at a time; up to FULL_BYTES of them also energies, loss
 and gradients of both models on a fixed batch.
@@ -35,6 +38,7 @@ from ebwm_scale.checkpoint.reader import (
     saved_config,
     verify,
 )
+from ebwm_scale.config import resolved
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
@@ -87,7 +91,10 @@ def export_run(
     config, state = saved_config(saved.folder), CheckpointReader(saved.folder)
     shapes = {name: tuple(shape) for name, shape in state.shapes.items()}
     refuse_mismatches(expected_shapes(config), shapes, saved.folder)
-    read = lambda name: state.read(name).view(shapes[name])
+
+    def read(name: str) -> Tensor:
+        return state.read(name).view(shapes[name])
+
     rest = Training(state.read, saved.trainer, load_replay(saved)) if training else None
     write_model(
         folder,
@@ -420,10 +427,12 @@ def compare(
     Every weight has to be the source's in the given precision, bit for bit. Of models of up to
     FULL_BYTES also energies, loss and gradients have to be equal.
     """
-    shapes, wrong = expected_shapes(config), []
-    for name in shapes:
-        if not torch.equal(source(name).to(dtype), result(name)):
-            wrong.append(f"{name} differs from its source")
+    shapes = expected_shapes(config)
+    wrong = [
+        f"{name} differs from its source"
+        for name in shapes
+        if not torch.equal(source(name).to(dtype), result(name))
+    ]
     if wrong:
         raise CheckpointError("the result is not its source:\n  " + "\n  ".join(wrong))
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -457,11 +466,11 @@ def behaviour(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     model = build(config, weights).train()
     generator, shape = torch.Generator().manual_seed(0), (2, 9)
     if config.state.kind == "vocabulary":
-        states = torch.randint(config.model.vocabulary_size, shape, generator=generator)
+        states = torch.randint(resolved.vocabulary_size(config), shape, generator=generator)
     else:
-        states = torch.randn(*shape, config.state.dimension, generator=generator).to(
-            next(iter(weights.values())).dtype
-        )
+        dtype = next(iter(weights.values())).dtype
+        dimension = resolved.state_dimension(config)
+        states = torch.randn(*shape, dimension, generator=generator).to(dtype)
     output = model(
         states[:, :-1],
         states[:, 1:],
@@ -487,16 +496,16 @@ def dataset_of(config: Config, data: Path | None, say: Say) -> Manifest | None:
     """The manifest whose tokenizer or encoder the folder is to carry; None, with a word, where it
     is not there any more.
     """
-    path = (
-        data
-        or config.data.manifest
-        or (config.data.sources[0].manifest if config.data.sources else None)
-    )
+    path = data or config.data.manifest
+    if path is None and config.data.sources:
+        path = config.data.sources[0].manifest
     try:
+        if path is None:
+            raise DataError("the configuration names no dataset")
         manifest = open_manifest(path)
         refuse_another_tokenizer(config, manifest)
         return manifest
-    except (DataError, TypeError) as error:
+    except DataError as error:
         if data is not None:
             raise
         say(

@@ -126,7 +126,7 @@ def _refuse_incomplete(path: Path, names: set[str]) -> None:
 
 
 def _refuse_other_files(folder: Path, entries: dict[str, Entry]) -> None:
-    """Files that loading would take for the checkpoint's own, and that the manifest does not list."""
+    """Files that loading would take for the checkpoint's own, and the manifest does not list."""
     for path in sorted(folder.iterdir()):
         loaded = _STATE.fullmatch(path.name) or _REPLAY.fullmatch(path.name)
         if path.name not in entries and (loaded or path.suffix in (".safetensors", ".pt")):

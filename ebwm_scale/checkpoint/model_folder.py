@@ -1,12 +1,16 @@
 """A model in one folder that needs nothing else: weights as safetensors, configuration, and what
 its data's tokenizer or encoder needs.
 
-    model.safetensors               or model-00001-of-00003.safetensors ... with model.safetensors.index.json, as Hugging Face shards them
-    config.yaml                     the resolved configuration
-    config.json                     the same for transformers (integrations/transformers.py)
-    data/manifest.json              the dataset's description without its shards; beside it tokenizer.model or encoder.safetensors
-    training/                       optional, to resume: exp_avg and exp_avg_sq as safetensors, trainer.json, replay.pt
-    conversion.json                 where it came from, sizes and sha256 of every file; written last: without it the folder is not complete
+    model.safetensors     or model-00001-of-00003.safetensors ... with
+                          model.safetensors.index.json, as Hugging Face shards them
+    config.yaml           the resolved configuration
+    config.json           the same for transformers (integrations/transformers.py)
+    data/manifest.json    the dataset's description without its shards; beside it
+                          tokenizer.model or encoder.safetensors
+    training/             optional, to resume: exp_avg and exp_avg_sq as safetensors,
+                          trainer.json, replay.pt
+    conversion.json       where it came from, sizes and sha256 of every file; written last:
+                          without it the folder is not complete
 
 One tensor is in memory at a time, whatever the size of the model.
 """

@@ -1,4 +1,4 @@
-"""What a checkpoint asks of a running model, and what it gets: parameters in pieces, whatever
+"""What a checkpoint asks of a running model, and what it gets: parameters in shards, whatever
 trains them.
 """
 
@@ -16,7 +16,10 @@ KINDS = ("weight", *MOMENTS)  # of numbers that a shard has
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """Numbers start .. start + n - 1 of the flattened parameter; values: kind -> (n,), views of what training works on."""
+    """Numbers start .. start + n - 1 of the flattened parameter.
+
+    values: kind -> (n,), views of what training works on.
+    """
 
     name: str
     start: int
@@ -28,12 +31,12 @@ class TrainingState(Protocol):
 
     module: nn.Module
 
-    def pieces(self) -> Iterator[ParameterShard]:
-        """What this process owns: weights and moments; over all processes everything exactly once."""
+    def shards(self) -> Iterator[ParameterShard]:
+        """What this process owns: weights and moments; over all processes each exactly once."""
         ...
 
     def step_count(self) -> float:
-        """Updates the optimizer has made, the same for all parameters; skipped ones do not count."""
+        """Updates the optimizer has made, the same for all parameters; without skipped ones."""
         ...
 
     def load(self, read: Callable[[str, str], Tensor], step_count: float) -> None:

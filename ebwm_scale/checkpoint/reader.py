@@ -1,12 +1,17 @@
 """Checkpoints: what one is, and reading them. checkpoint/writer.py writes them.
 
-    checkpoints/step_000100/            there completely, or not at all
-        state-00000-of-00002.safetensors    a rank's pieces of weights and optimizer state (training/deepspeed/zero_state.py)
-        replay_rank_0.pt                replay buffer, where there is one
-        config.yaml, trainer.json       resolved configuration; step, data position, metrics, world size, code version
-        manifest.json                   size and sha256 of each of these files, and its own (checkpoint/files.py)
-    checkpoints/latest                  the name of the newest one, for people and tools; a resume looks at the folders
-    checkpoints/best                    the same for the lowest validation loss
+    checkpoints/step_000100/       there completely, or not at all
+        state-00000-of-00002.safetensors
+                                   a rank's shards of weights and optimizer state
+                                   (training/deepspeed/zero_state.py)
+        replay_rank_0.pt           replay buffer, where there is one
+        config.yaml                resolved configuration
+        trainer.json               step, data position, metrics, world size, code version
+        manifest.json              size and sha256 of each of these files, and its own
+                                   (checkpoint/files.py)
+    checkpoints/latest             the name of the newest one, for people and tools;
+                                   a resume looks at the folders
+    checkpoints/best               the same for the lowest validation loss
 
 Loading verifies sizes and hashes, and takes the newest checkpoint that passes.
 """
@@ -38,6 +43,14 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint folder's name; ValueError for any other name."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is no checkpoint's name")
+    return int(match[1])
+
+
 @dataclass(frozen=True)
 class CheckpointInfo:
     """A verified checkpoint: its folder and trainer.json."""
@@ -52,11 +65,8 @@ class CheckpointInfo:
 
 def published(root: Path) -> list[Path]:
     """Published checkpoints, newest first."""
-    return sorted(
-        (p for p in root.glob("step_*") if NAME.fullmatch(p.name)),
-        key=lambda p: int(NAME.fullmatch(p.name)[1]),
-        reverse=True,
-    )
+    folders = [path for path in root.glob("step_*") if NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: step_of(path.name), reverse=True)
 
 
 def verify(folder: Path) -> CheckpointInfo:
@@ -146,7 +156,7 @@ class CheckpointReader:
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
         """Flattened; zeros where a moment does not exist yet.
 
-        CheckpointError where the pieces do not cover the parameter.
+        CheckpointError where the shards do not cover the parameter.
         """
         if name not in self.shapes:
             raise CheckpointError(
@@ -154,11 +164,11 @@ class CheckpointReader:
             )
         size = torch.Size(self.shapes[name]).numel()
         parts = [
-            (file, held, *ranges[name])
+            (file, held, ranges[name][0], ranges[name][1])
             for file, held, ranges in zip(self.files, self.held, self.ranges)
             if name in ranges and ranges[name][1]
         ]
-        covered = sum(count for *_, count in parts)
+        covered = sum(count for _, _, _, count in parts)
         if covered != size:
             raise CheckpointError(
                 f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is "
@@ -225,7 +235,8 @@ def load_replay(saved: CheckpointInfo) -> dict | None:
         try:
             part = torch.load(path, weights_only=True)
             parts.append((part, part["queues"].items()))
-        except Exception as error:  # torch and pickle raise whatever their parsers run into
+        # torch and pickle raise whatever their parsers run into
+        except Exception as error:  # noqa: BLE001
             reason = shorten(str(error) or type(error).__name__)
             raise CheckpointError(f"{path}: no replay buffer ({reason}): damaged") from None
     if not parts:
@@ -277,6 +288,7 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
         raise CheckpointError(
             "the checkpoint belongs to another configuration: "
             + "; ".join(refused)
-            + ". Resume with the saved one (config.yaml in the run folder), or start another run with --run-dir"
+            + ". Resume with the saved one (config.yaml in the run folder), or start another run "
+            "with --run-dir"
         )
     return allowed

@@ -2,13 +2,16 @@
 
 alpha ()                                    step_size (1,)
 embeddings.weight (V, D)                    token_embedding.weight
-vocab_to_embed.weight (D, V)                state_map (V, D)   , transposed; absent when tied (vocab_to_embed_uses_prob_dist)
+vocab_to_embed.weight (D, V)                state_map (V, D), transposed; absent when tied
+                                            (vocab_to_embed_uses_prob_dist)
 encoder_down_projection.*                   frame_projection.*
 output.weight                               output.weight               of text
-output.weight (D, D), encoder_up_projection.*    output.hidden.weight, output.up.*    of a video baseline
+output.weight (D, D)                        output.hidden.weight        of a video baseline
+encoder_up_projection.*                     output.up.*                 of a video baseline
 transformer.layers.N.*                      network.layers.N.*
 transformer.layers.N.adaLN_modulation.1.*   network.modulations.N.*
-transformer.final_layer.weight              network.head.weight          (final_layer.linear.weight with adaln)
+transformer.final_layer.weight              network.head.weight
+                                            (final_layer.linear.weight with adaln)
 transformer.final_layer.adaLN_modulation.1  network.final_modulation
 transformer.time_embeddings.weight          network.landscape_embedding.weight
 transformer.norm.weight                     network.norm.weight
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import ConfigError
 
@@ -143,9 +147,8 @@ def as_released(ours: Mapping[str, Tensor], config: Config) -> tuple[dict[str, T
     if not is_video_baseline or config.model.output == "two_linear":
         return dict(ours), config
     result = {name: ours[name] for name in ours if not name.startswith("output.")}
-    result["output.hidden.weight"] = torch.eye(
-        config.model.width, dtype=ours["output.weight"].dtype
-    )
+    width = model_sizes(config.model).width
+    result["output.hidden.weight"] = torch.eye(width, dtype=ours["output.weight"].dtype)
     result["output.up.weight"] = ours["output.weight"]
     result["output.up.bias"] = ours["output.bias"]
     return result, replace(config, model=replace(config.model, output="two_linear"))
@@ -283,7 +286,7 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
         "num_kv_heads": shapes["transformer.layers.0.attention.wk.weight"][0] // head,
         "feed_forward_width": shapes["transformer.layers.0.feed_forward.w1.weight"][0],
     }
-    state = {"kind": "vocabulary" if text else "embedding", "initial": initial}
+    state: dict[str, Any] = {"kind": "vocabulary" if text else "embedding", "initial": initial}
     if text:
         model["vocabulary_size"] = shapes["embeddings.weight"][0]
         state["tie_embedding"] = energy and hparams["vocab_to_embed_uses_prob_dist"]

@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 
 from ebwm_scale.checkpoint.files import VERSION, manifest_text
 from ebwm_scale.checkpoint.parameter_shard import TrainingState
-from ebwm_scale.checkpoint.reader import NAME, checkpoint_name, published
+from ebwm_scale.checkpoint.reader import NAME, checkpoint_name, published, step_of
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.disk import replace_text, sync
 from ebwm_scale.core.faults import Faults
@@ -64,7 +64,7 @@ class Outcome:
 
 
 class CheckpointWriter:
-    """Saves of one run. Every rank has one, and calls save and settle at the same steps.
+    """Saves of one run. Every rank has one, and calls save and wait at the same steps.
 
     still_ours: called before a publication; does not return if another process has taken the run.
     """
@@ -88,12 +88,12 @@ class CheckpointWriter:
         self.noted: set[str] = set()  # kinds of notes that were ever made
 
     def save(self, state: TrainingState, trainer: dict[str, Any], replay: dict | None) -> None:
-        """Begin to save step trainer["step"]. The save before it must be settled."""
+        """Begin to save step trainer["step"]. The save before it must have been waited for."""
         tensors, ranges = {}, {}
-        for piece in state.pieces():
-            ranges[piece.name] = [piece.start, piece.values["weight"].numel()]
-            for kind, values in piece.values.items():
-                tensors[f"{kind}/{piece.name}"] = values.detach().to("cpu", copy=True)
+        for shard in state.shards():
+            ranges[shard.name] = [shard.start, shard.values["weight"].numel()]
+            for kind, values in shard.values.items():
+                tensors[f"{kind}/{shard.name}"] = values.detach().to("cpu", copy=True)
         trainer = {
             "version": VERSION,
             "world_size": self.world.size,
@@ -126,7 +126,7 @@ class CheckpointWriter:
         self.told = True
         return self.outcome
 
-    def settle(self) -> Outcome | None:
+    def wait(self) -> Outcome | None:
         """Wait for the save in progress; on every rank what rank 0 knows of the last one."""
         if self.thread is not None:
             self.thread.join()
@@ -147,7 +147,7 @@ class CheckpointWriter:
         found = published(self.root)
         if not found:
             return "there is no checkpoint yet"
-        return f"newest checkpoint is step {int(NAME.fullmatch(found[0].name)[1])}"
+        return f"newest checkpoint is step {step_of(found[0].name)}"
 
     def make_room(self) -> None:
         """Remove the checkpoints that the one to be written would push out; never the newest."""
@@ -180,6 +180,7 @@ class CheckpointWriter:
     ) -> None:
         said = self._write_part(staging, tensors, ranges, shapes, replay)
         if not self.world.is_main:
+            assert self.store is not None, "several processes have a store"
             try:
                 self.store.set(f"{staging.name}/{self.world.rank}", json.dumps(said))
             except dist.DistError:
@@ -188,13 +189,15 @@ class CheckpointWriter:
         try:
             entries = self._collect(staging, said)
             folder = self._publish(staging, entries, trainer)
-        except Exception as error:  # whatever it is, the run goes on and says it
+        # whatever it is, the run goes on and says it
+        except Exception as error:  # noqa: BLE001
             begun = dataclasses.replace(begun, problem=str(error) or type(error).__name__)
             self._remove(staging)
         else:
             try:
                 self._tidy(folder, trainer)
-            except Exception as error:  # whatever it is, the checkpoint is published
+            # whatever it is, the checkpoint is published
+            except Exception as error:  # noqa: BLE001
                 self._note("tidy", f"{self.root} could not be tidied up ({error})")
         self.outcome = dataclasses.replace(begun, notes=tuple(self.notes))
 
@@ -216,7 +219,8 @@ class CheckpointWriter:
                 files.append(f"replay_rank_{rank}.pt")
                 self._io(_save_object, replay, staging / files[-1])
             return {"files": {name: self._finish_file(staging / name) for name in files}}
-        except Exception as error:  # whatever it is, the others must hear of it
+        # whatever it is, the others must hear of it
+        except Exception as error:  # noqa: BLE001
             return {"problem": str(error) or type(error).__name__}
 
     def _collect(self, staging: Path, mine: dict[str, Any]) -> dict[str, dict]:
@@ -224,6 +228,7 @@ class CheckpointWriter:
         said = [mine]
         for rank in range(1, self.world.size):
             key = f"{staging.name}/{rank}"
+            assert self.store is not None, "several processes have a store"
             try:
                 self.store.wait([key], PATIENCE)
                 said.append(json.loads(self.store.get(key)))
@@ -288,10 +293,10 @@ class CheckpointWriter:
             self._note(kind, f"{path} could not be written ({error})")
 
     def _prune(self, keep: int, *, besides: str | None) -> None:
-        """Remove published checkpoints but the newest `keep`, the best, milestones and `besides`."""
+        """Remove all published ones but the newest `keep`, the best, milestones and `besides`."""
         best, every = self._best(), self.config.checkpoint.milestone_every_steps
         for old in published(self.root)[keep:]:
-            is_milestone = every > 0 and int(NAME.fullmatch(old.name)[1]) % every == 0
+            is_milestone = every > 0 and step_of(old.name) % every == 0
             if not is_milestone and old.name not in (best, besides):
                 self._discard(old)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from typing import Any
+from typing import Any, TypeGuard
 
 SHOWN = 80  # characters of a value in a message
 
@@ -43,7 +43,7 @@ def shorten(text: str) -> str:
     return line if len(line) <= SHOWN else line[: SHOWN - 3] + "..."
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer that fits into 64 bits with sign; True and 1.0 are none."""
     return type(value) is int and -(2**63) <= value < 2**63
 

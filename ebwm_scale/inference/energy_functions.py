@@ -21,12 +21,15 @@ class EnergyFunction(Protocol):
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
         """Energies (B, K)."""
+        ...
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         """Energies (B, K), and dE/d embedded (B, K, D)."""
+        ...
 
     def select(self, rows: Tensor) -> EnergyFunction:
         """The same for some of the B contexts."""
+        ...
 
 
 class CachedEnergy:
@@ -64,7 +67,7 @@ class SequenceEnergy:
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
         candidates = self.model.predicted_rows(embedded, self.observed)
-        return self.model.network.energy(candidates, self._context(landscape), landscape)
+        return self.model.energy_network.energy(candidates, self._context(landscape), landscape)
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -80,7 +83,7 @@ class SequenceEnergy:
         return part
 
     def _context(self, landscape: int) -> Context:
-        network = self.model.network
+        network = self.model.energy_network
         key = network.context_key(landscape)
         if key not in self.contexts:
             with torch.no_grad():

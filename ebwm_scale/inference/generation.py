@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebwm_scale.config import resolved
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.inference.energy_functions import CachedEnergy
 from ebwm_scale.inference.initial_states import NextPositionSampler
@@ -60,7 +61,7 @@ class Session:
             )
         self.model = model
         self.config = config
-        self.context_length = model.config.data.context_length
+        self.context_length = resolved.context_length(model.config)
         self.with_energy = energies or config.num_starts > 1
         self.is_energy = model.config.model.kind == "energy"
         self.is_text = model.config.state.kind == "vocabulary"
@@ -207,7 +208,7 @@ def continue_states(
     config: ThinkingConfig = ThinkingConfig(),
     sample_ids: Tensor | None = None,
 ) -> Tensor:
-    """`count` further states (B, count, dimension) of clips, each predicted from those before it."""
+    """`count` further states (B, count, dimension) of clips, each predicted from those before."""
     session, states = Session(model, prompts, config, sample_ids=sample_ids, energies=False), []
     for index in range(count):
         states.append(session.predict().state)
@@ -223,7 +224,7 @@ def candidate_energies(model: WorldModel, observed: Tensor, embedded: Tensor) ->
     observed: tokens (S,) or states (S, dimension). embedded: the candidates, (K, D).
     """
     seen = model.embed_observed(observed[None])
-    landscape = model.network.num_landscapes - 1
+    landscape = model.energy_network.num_landscapes - 1
     cache = KVCache(model.network, len(observed), [landscape])
     cache.prefill(seen, torch.tensor([len(observed)], device=seen.device))
     energy_function = CachedEnergy(model, cache, seen[:, -1])

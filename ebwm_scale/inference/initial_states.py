@@ -54,7 +54,7 @@ class InitialStateSampler:
 
     @property
     def _weight(self) -> Tensor:
-        return self.model.network.head.weight
+        return self.model.energy_network.head.weight
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -98,9 +98,10 @@ class NextPositionSampler(InitialStateSampler):
         contexts = []
         for b, position in enumerate(self.positions):
             sample_id = self.sample_ids[b : b + 1]
-            starts = []
-            for start in range(self.num_starts):
-                starts.append(self._rows(sample_id, purpose, start, position, 1))
+            starts = [
+                self._rows(sample_id, purpose, start, position, 1)
+                for start in range(self.num_starts)
+            ]
             contexts.append(torch.cat(starts, 1))
         return torch.cat(contexts)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebwm_scale.config import resolved
 from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.inference.generation import Session, candidate_energies
 from ebwm_scale.inference.thinking import ThinkingConfig
@@ -31,7 +32,8 @@ def sample_continuations(
     was_training = model.training
     model.eval()
     tokenizer = Tokenizer(split.manifest.content.tokenizer_path)
-    length, results = model.config.data.context_length, []
+    length = resolved.context_length(model.config)
+    results = []
     for sample_id in [
         int(i * len(split) / num_samples) for i in range(min(num_samples, len(split)))
     ]:
@@ -86,8 +88,9 @@ def _position(
     """
     top = logits.softmax(-1).topk(num_candidates)
     follows = place < len(block) and torch.equal(tokens, block[:place])
-    truth = block[place : place + 1] if follows else None
-    asked = top.indices if truth is None else torch.cat([top.indices, truth])
+    asked = top.indices
+    if follows:
+        asked = torch.cat([asked, block[place : place + 1]])
     energies = [None] * len(asked)
     if model.config.model.kind == "energy":  # each as a certain prediction
         energies = candidate_energies(
@@ -95,7 +98,7 @@ def _position(
         ).tolist()
     return {
         "context": tokenizer.decode(tokens[-12:].tolist()),
-        "truth": tokenizer.piece(int(truth)) if follows else None,
+        "truth": tokenizer.piece(int(block[place])) if follows else None,
         "truth_energy": energies[-1] if follows else None,
         "candidates": [
             {"token": tokenizer.piece(int(token)), "probability": float(p), "energy": e}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebwm_scale.config import resolved
 from ebwm_scale.data.encoders.space import FrameSpace
 from ebwm_scale.data.format.content import encode_image
 from ebwm_scale.inference.generation import Session, candidate_energies, continue_states
@@ -35,8 +36,10 @@ def sample_clips(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    space, length = FrameSpace(split.manifest.content, device), model.config.data.context_length
-    rules, energy = ThinkingConfig(seed=seed), model.config.model.kind == "energy"
+    space = FrameSpace(split.manifest.content, device)
+    length = resolved.context_length(model.config)
+    config = ThinkingConfig(seed=seed)
+    energy = model.config.model.kind == "energy"
     results = []
     for sample_id in [
         int((i + 0.5) * len(split) / num_samples) for i in range(min(num_samples, len(split)))
@@ -45,7 +48,7 @@ def sample_clips(
         states = space.states(torch.from_numpy(np.array(sequence))[None])[0]
         frames = sequence if sequence.dtype == np.uint8 else decoded(space, states)
         observed, truth = states[:length], states[length]
-        predicted = each_step(model, observed, rules, sample_id)
+        predicted = each_step(model, observed, config, sample_id)
         values = [None] * (len(predicted) + 1)
         if energy:
             values = candidate_energies(
@@ -59,7 +62,7 @@ def sample_clips(
             model,
             [states[:first]],
             length + 1 - first,
-            config=rules,
+            config=config,
             sample_ids=torch.tensor([sample_id]),
         )[0]
         shown = decoded(space, onwards)
@@ -93,7 +96,7 @@ def sample_clips(
 
 
 def each_step(
-    model: WorldModel, observed: Tensor, rules: ThinkingConfig, sample_id: int
+    model: WorldModel, observed: Tensor, config: ThinkingConfig, sample_id: int
 ) -> list[Tensor]:
     """The prediction of the state after observed (S, dimension), after 0, 1, ...
 
@@ -101,16 +104,16 @@ def each_step(
     """
     ids = torch.tensor([sample_id])
     if model.config.model.kind == "baseline":
-        return [Session(model, [observed], rules).predict().state[0]]
+        return [Session(model, [observed], config).predict().state[0]]
     start = (
-        NextPositionSampler(model, rules.seed, ids, torch.tensor([len(observed) - 1]))
+        NextPositionSampler(model, config.seed, ids, torch.tensor([len(observed) - 1]))
         .initial(observed[None, -1:])[0, 0]
         .float()
     )
     return [
         start,
         *(
-            Session(model, [observed], replace(rules, num_steps=i + 1), sample_ids=ids)
+            Session(model, [observed], replace(config, num_steps=i + 1), sample_ids=ids)
             .predict()
             .state[0]
             .float()

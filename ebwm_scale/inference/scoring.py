@@ -18,10 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ebwm_scale.config import resolved
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, think
+from ebwm_scale.model.states import VocabularyState
 from ebwm_scale.world_model import WorldModel
 
 
@@ -72,7 +74,7 @@ class Scorer:
             config,
             batch_size,
         )
-        self.context_length = model.config.data.context_length
+        self.context_length = resolved.context_length(model.config)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[ContinuationScore]:
         """(context, continuation) each; a context may be empty: then a document begins.
@@ -171,16 +173,19 @@ def last_states(model: WorldModel, observed: Tensor, config: ThinkingConfig) -> 
     sample_ids = torch.zeros(len(observed), dtype=torch.int64)
     energy_function = SequenceEnergy(model, embedded)
     state = None
+    lowest = None
     for start in range(config.num_starts):
         noise = SequenceSampler(model, config.seed, sample_ids, observed.shape[1], start)
         thought = think(model, energy_function, noise.initial(frames), config, noise=noise)
-        if state is None:
+        assert thought.energy is not None, "thinking measures where it ended"
+        if state is None or lowest is None:
             state = thought.state
-            best = thought.energy
+            lowest = thought.energy
         else:
-            lower = thought.energy < best
-            state = torch.where(lower[..., None], thought.state, state)
-            best = torch.where(lower, thought.energy, best)
+            is_lower = thought.energy < lowest
+            state = torch.where(is_lower[..., None], thought.state, state)
+            lowest = torch.where(is_lower, thought.energy, lowest)
+    assert state is not None, "there is at least one start"
     return state
 
 
@@ -190,5 +195,8 @@ def energies_of_tokens(model: WorldModel, observed: Tensor, targets: Tensor) -> 
     observed, targets: tokens (B, S).
     """
     energy_function = SequenceEnergy(model, model.embed_observed(observed))
-    one_hot = model.state_space().weight[targets.clamp(min=0)]
-    return energy_function(one_hot, model.network.num_landscapes - 1)
+    state_space = model.state_space()
+    if not isinstance(state_space, VocabularyState):
+        raise TypeError("only a model of text has energies of tokens")
+    one_hot = state_space.weight[targets.clamp(min=0)]
+    return energy_function(one_hot, model.energy_network.num_landscapes - 1)

@@ -143,22 +143,22 @@ def _think_comparing(
     num_contexts, num_candidates, _ = x.shape
     shape = (num_contexts, num_candidates)
     result = x  # of all rows; the tensors below are those of contexts that still move
-    moving = torch.arange(num_contexts, device=x.device)
+    remaining = torch.arange(num_contexts, device=x.device)
     scale = torch.ones(*shape, 1, device=x.device, dtype=x.dtype)
     active = torch.ones(shape, dtype=torch.bool, device=x.device)
     steps = torch.zeros(shape, dtype=torch.int64, device=x.device)
     accepted = torch.zeros(shape, dtype=torch.int64, device=x.device)
     function = energy_function
     trace = []
-    energy = None
-    measured_in = None
+    measured_in = landscapes[0]
+    energy = _energy_of(state_space, function, x, measured_in)
     for i, landscape in enumerate(landscapes):
         before = x.clone()
         if measured_in != landscape:
             energy = _energy_of(state_space, function, x, landscape)
             measured_in = landscape
         if config.noise:
-            x = x + config.noise * noise.langevin(i)[moving]
+            x = x + config.noise * noise.langevin(i)[remaining]
         embedded = state_space.embed(x)
         _, gradient = function.with_gradient(embedded.vectors, landscape)
         step_size = (alpha * scale).to(gradient.dtype)
@@ -167,7 +167,7 @@ def _think_comparing(
             energies = trace[-1].clone()
         else:
             energies = torch.full(shape, float("nan"), device=x.device, dtype=energy.dtype)
-        energies[moving] = energy
+        energies[remaining] = energy
         trace.append(energies)
 
         after = _energy_of(state_space, function, proposal, landscape)
@@ -176,23 +176,23 @@ def _think_comparing(
             taken &= after < energy
             halved = active & ~taken
             scale = torch.where(halved[..., None], scale / 2, scale)
-        steps[moving] += active
-        accepted[moving] += taken
+        steps[remaining] += active
+        accepted[remaining] += taken
         x = torch.where(taken[..., None], proposal, before)
         fallen = torch.where(taken, energy - after, torch.zeros_like(energy))
         energy = torch.where(taken, after, energy)
         if config.tolerance is not None:
             active &= fallen > config.tolerance
-        result[moving] = x
+        result[remaining] = x
 
         context_moves = active.any(1)
         if not context_moves.any():
             break
         # Computing only what still moves costs a copy: worth it where half of the rows rest.
-        if context_moves.sum() * 2 <= len(moving):
+        if context_moves.sum() * 2 <= len(remaining):
             kept = context_moves.nonzero().squeeze(1)
             function = function.select(kept)
-            moving = moving[kept]
+            remaining = remaining[kept]
             x = x[kept]
             scale = scale[kept]
             active = active[kept]
@@ -208,6 +208,8 @@ def lowest(thought: Thought) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns (state (B, size), energy (B,), which start (B,)).
     """
+    if thought.energy is None:
+        raise ValueError("the thought was made without energies")
     best = thought.energy.argmin(1)
     rows = torch.arange(len(best), device=best.device)
     return thought.state[rows, best], thought.energy[rows, best], best

@@ -8,17 +8,20 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ebwm_kernels import vocabulary_cross_entropy
+from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
 from ebwm_scale.model.blocks import Block, RMSNorm, initialize_released
+from ebwm_scale.model.module_list import ModuleList
 from ebwm_scale.model.rotary import RotaryTable
 
 
 class BaselineTransformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.width, config.norm_epsilon)
-        self.rotary = RotaryTable(config.width // config.num_heads, config.rope_theta)
+        sizes = model_sizes(config)
+        self.layers = ModuleList(Block(config) for _ in range(sizes.num_layers))
+        self.norm = RMSNorm(sizes.width, config.norm_epsilon)
+        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta)
         initialize_released(self)
 
     def forward(self, observed: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ebwm_kernels import energy_attention, observed_attention, rms_norm, swiglu
 from ebwm_kernels.attention.first_order import resolve_observed_backend, why_not_flash_attn
 from ebwm_kernels.attention.ops import resolve_backend, why_not_triton
+from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
 from ebwm_scale.model.rotary import Rotary
 
@@ -52,16 +53,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
-        self.head_dimension = config.width // config.num_heads
+        sizes = model_sizes(config)
+        self.num_heads = sizes.num_heads
+        self.num_kv_heads = sizes.num_kv_heads
+        self.head_dimension = sizes.head_dimension
         self.backend = config.attention_backend
         self.observed_backend = config.observed_backend
-        kv_width = self.num_kv_heads * self.head_dimension
-        self.wq = nn.Linear(config.width, config.width, bias=False)
-        self.wk = nn.Linear(config.width, kv_width, bias=False)
-        self.wv = nn.Linear(config.width, kv_width, bias=False)
-        self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.wq = nn.Linear(sizes.width, sizes.width, bias=False)
+        self.wk = nn.Linear(sizes.width, sizes.kv_width, bias=False)
+        self.wv = nn.Linear(sizes.width, sizes.kv_width, bias=False)
+        self.wo = nn.Linear(sizes.width, sizes.width, bias=False)
 
     def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """(K, V), each (B, H_kv, S, d), of rows x (B, S, D)."""
@@ -103,9 +104,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.width, config.feed_forward_width, bias=False)
-        self.w2 = nn.Linear(config.feed_forward_width, config.width, bias=False)
-        self.w3 = nn.Linear(config.width, config.feed_forward_width, bias=False)
+        sizes = model_sizes(config)
+        self.w1 = nn.Linear(sizes.width, sizes.feed_forward_width, bias=False)
+        self.w2 = nn.Linear(sizes.feed_forward_width, sizes.width, bias=False)
+        self.w3 = nn.Linear(sizes.width, sizes.feed_forward_width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(swiglu(self.w1(x), self.w3(x)))
@@ -116,9 +118,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+        width = model_sizes(config).width
+        self.attention_norm = RMSNorm(width, config.norm_epsilon)
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.ffn_norm = RMSNorm(width, config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 
     def keys_values(
@@ -178,7 +181,7 @@ def attention_paths(
 
     Raises ValueError where the configuration forces a backend that cannot run.
     """
-    d = config.width // config.num_heads
+    d = model_sizes(config).head_dimension
     observed = resolve_observed_backend(config.observed_backend, device, dtype, d)
     obstacle = why_not_flash_attn(device, dtype, d)
     if config.observed_backend == "auto" and obstacle:

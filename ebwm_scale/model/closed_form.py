@@ -63,13 +63,13 @@ def block_forward(
     (B, 1, 1, d / 2); mask (B, 1, 1, C): True is not seen.
     """
     q, k, v = project_heads(layer, attention_input(layer, p, modulation), factors)
-    attended, attention = attend(q, keys, values, mask, k, v)
+    attended, q, k_self, v_self, weights = attend_with_self(q, keys, values, mask, k, v)
     change = layer.attention.wo(merge_heads(attended))
     if modulation is not None:
         change = change * modulation.attention_gate
     middle = p + change
     change, u, t = feed_forward(layer, middle, modulation)
-    return middle + change, Kept(p, middle, *attention, u, t)
+    return middle + change, Kept(p, middle, q, k_self, v_self, weights, u, t)
 
 
 def block_backward(
@@ -148,34 +148,49 @@ def _attention_backward(
     return change
 
 
-def attend(
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention (B, H, K, d) of rows q (B, H, K, d) over keys, values (B, H_kv, C, d).
+
+    mask (B, 1, 1, C): True is not seen.
+    """
+    _, scores = _scores(q, keys, mask)
+    return (scores.softmax(-1) @ values).view(q.shape)
+
+
+def attend_with_self(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
     mask: Tensor | None,
-    k_self: Tensor | None = None,
-    v_self: Tensor | None = None,
-) -> tuple[Tensor, tuple]:
-    """Rows q (B, H, K, d) over keys, values (B, H_kv, C, d), and each its own key and value.
+    k_self: Tensor,
+    v_self: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `attend`, where each row also sees its own key and value k_self, v_self (B, H_kv, K, d).
 
-    k_self, v_self (B, H_kv, K, d), or None. mask (B, 1, 1, C): True is not seen.
-    Returns ((B, H, K, d), (q, k_self, v_self, weights) as Kept has them). Grouped heads are folded
-    into the rows, so that keys and values are read in place.
+    Returns ((B, H, K, d), q, k_self, v_self, weights), the last four as Kept has them.
     """
-    B, H, K, d = q.shape
-    groups = H // keys.shape[1]
-    q = (q * d**-0.5).unflatten(1, (-1, groups)).flatten(2, 3)
-    scores = q @ keys.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill_(mask, float("-inf"))
-    if k_self is None:
-        return (scores.softmax(-1) @ values).view(B, H, K, d), ()
+    shape = q.shape
+    groups = shape[1] // keys.shape[1]
+    q, scores = _scores(q, keys, mask)
     if groups > 1:
         k_self = k_self[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
         v_self = v_self[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
     weights = torch.cat([scores, (q * k_self).sum(-1, keepdim=True)], -1).softmax(-1)
     out = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v_self)
-    return out.view(B, H, K, d), (q, k_self, v_self, weights)
+    return out.view(shape), q, k_self, v_self, weights
+
+
+def _scores(q: Tensor, keys: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(scaled q (B, H_kv, groups K, d), scores (B, H_kv, groups K, C)).
+
+    Grouped heads are folded into the rows, so that keys and values are read in place.
+    """
+    groups = q.shape[1] // keys.shape[1]
+    q = (q * q.shape[-1] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
+    scores = q @ keys.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill_(mask, float("-inf"))
+    return q, scores
 
 
 def attention_input(layer: Block, x: Tensor, modulation: Modulation | None) -> Tensor:

@@ -16,15 +16,17 @@ Step conditioning (`model.conditioning`) tells refinement steps apart by a lands
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
 from ebwm_scale.model.blocks import Block, Modulation, RMSNorm, initialize_released, modulate
+from ebwm_scale.model.module_list import ModuleList
 from ebwm_scale.model.rotary import Rotary, RotaryTable
 
 
@@ -61,26 +63,31 @@ class Context:
 class EnergyTransformer(nn.Module):
     """Blocks on two streams, a final norm, and a linear head that gives the energy."""
 
+    landscape_embedding: nn.Embedding | None
+    modulations: ModuleList[nn.Linear] | None
+    final_modulation: nn.Linear | None
+
     def __init__(self, config: ModelConfig, num_landscapes: int):
         super().__init__()
         self.conditioning = config.conditioning
         self.num_landscapes = num_landscapes
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.width, config.norm_epsilon)
-        self.head = nn.Linear(config.width, 1, bias=False)
-        self.rotary = RotaryTable(config.width // config.num_heads, config.rope_theta)
+        sizes = model_sizes(config)
+        width = sizes.width
+        self.layers = ModuleList(Block(config) for _ in range(sizes.num_layers))
+        self.norm = RMSNorm(width, config.norm_epsilon)
+        self.head = nn.Linear(width, 1, bias=False)
+        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta)
         self.landscape_embedding = None
         if self.conditioning != "default":
-            self.landscape_embedding = nn.Embedding(num_landscapes, config.width)
+            self.landscape_embedding = nn.Embedding(num_landscapes, width)
         self.modulations = None
         self.final_modulation = None
         if self.conditioning in ("adaln", "adaln_zero", "predicted_only"):
-            self.modulations = nn.ModuleList(
-                nn.Linear(config.width, 6 * config.width) for _ in self.layers
-            )
-            self.final_modulation = nn.Linear(config.width, 2 * config.width)
+            self.modulations = ModuleList(nn.Linear(width, 6 * width) for _ in self.layers)
+            self.final_modulation = nn.Linear(width, 2 * width)
         initialize_released(self)
         if self.conditioning in ("adaln_zero", "predicted_only"):
+            assert self.modulations is not None and self.final_modulation is not None
             for linear in [*self.modulations, self.final_modulation]:
                 nn.init.zeros_(linear.weight)
         if self.conditioning == "adaln_zero":
@@ -99,6 +106,7 @@ class EnergyTransformer(nn.Module):
         """(observed rows with the landscape's token in front, how many rows that is)."""
         if self.conditioning != "time_embed":
             return observed, 0
+        assert self.landscape_embedding is not None
         token = self.landscape_embedding.weight[landscape].expand(observed.shape[0], 1, -1)
         return torch.cat([token, observed], 1), 1
 
@@ -146,16 +154,18 @@ class EnergyTransformer(nn.Module):
 
     def modulations_of(
         self, landscape: int, *, predicted: bool
-    ) -> tuple[list[Modulation | None], tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Sequence[Modulation | None], tuple[Tensor, Tensor] | None]:
         """(one Modulation or None per layer, (shift, scale) of the final norm) for a stream."""
         unconditioned = self.conditioning == "predicted_only" and not predicted
         if self.modulations is None or unconditioned:
             return [None] * len(self.layers), None
+        assert self.landscape_embedding is not None and self.final_modulation is not None
         signal = F.silu(self.landscape_embedding.weight[landscape])
         modulations = [Modulation(*linear(signal).chunk(6)) for linear in self.modulations]
         if self.conditioning == "predicted_only":
             modulations = [_count_gates_from_one(modulation) for modulation in modulations]
-        return modulations, self.final_modulation(signal).chunk(2)
+        shift, scale = self.final_modulation(signal).chunk(2)
+        return modulations, (shift, scale)
 
 
 def one_context_serves_all(conditioning: str, num_landscapes: int) -> bool:

@@ -1,9 +1,9 @@
 """The observed stream as a cache: keys and values of every layer, computed once.
 
-    prefill(observed)                K, V of all observed positions          once per prompt
-    append(observed)                 K, V of one more position               once per token or frame
-    energy(predicted)                E of candidates for the next position   any number of times
-    energy_and_gradient(predicted)   E and dE/d predicted                    once per refinement step
+    prefill(observed)                K, V of all observed positions        once per prompt
+    append(observed)                 K, V of one more position             once per token or frame
+    energy(predicted)                E of candidates for the next one      any number of times
+    energy_and_gradient(predicted)   E and dE/d predicted                  once per refinement step
 
 The same formulas as training, for rows that stand at the end of their own context (see
 closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies behind is masked.
@@ -11,13 +11,13 @@ closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ebwm_scale.model.baseline import BaselineTransformer
-from ebwm_scale.model.blocks import modulate
+from ebwm_scale.model.blocks import Modulation, modulate
 from ebwm_scale.model.closed_form import (
     attend,
     attention_input,
@@ -93,21 +93,21 @@ class LandscapeKVCache:
         self.network = network
         self.landscape = landscape
         self.is_energy = isinstance(network, EnergyTransformer)
-        # Rows in front of the context: the landscape's token.
-        self.offset = int(self.is_energy and network.conditioning == "time_embed")
-        self.capacity = capacity + self.offset
-        self.modulations = [None] * len(network.layers)
-        if self.is_energy:
+        self.offset = 0  # rows in front of the context: the landscape's token
+        self.modulations: Sequence[Modulation | None] = [None] * len(network.layers)
+        if isinstance(network, EnergyTransformer):
+            self.offset = int(network.conditioning == "time_embed")
             self.modulations, _ = network.modulations_of(landscape, predicted=False)
+        self.capacity = capacity + self.offset
         self.keys: list[Tensor] = []  # per layer (B, H_kv, capacity, d)
         self.values: list[Tensor] = []
-        self.lengths: Tensor | None = None  # (B,) entries of each row, the offset included
+        self.lengths = torch.empty(0, dtype=torch.long)  # (B,) entries of each row, with offset
         self.longest = 0  # the largest of them
 
     @torch.no_grad()
     def prefill(self, observed: Tensor, lengths: Tensor) -> Tensor | None:
         """See KVCache."""
-        if self.is_energy:
+        if isinstance(self.network, EnergyTransformer):
             observed, _ = self.network.prepend_landscape(observed, self.landscape)
         self.lengths = lengths.to(observed.device) + self.offset
         self.longest = int(self.lengths.max())
@@ -143,7 +143,7 @@ class LandscapeKVCache:
             self.keys[index][rows, :, self.lengths] = k[:, :, 0]
             self.values[index][rows, :, self.lengths] = v[:, :, 0]
             if self._reads_output_of(index):
-                attended, _ = attend(q, *self._seen(index), mask)
+                attended = attend(q, *self._seen(index), mask)
                 change = layer.attention.wo(merge_heads(attended))
                 if modulation is not None:
                     change = change * modulation.attention_gate
@@ -162,7 +162,9 @@ class LandscapeKVCache:
     @torch.no_grad()
     def energy_and_gradient(self, predicted: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         """(E (B, K), dE/d predicted (B, K, D)) of K candidates per row (B, K, D)."""
-        return self._refinement_step(predicted, landscape, with_gradient=True)
+        energy, gradient = self._refinement_step(predicted, landscape, with_gradient=True)
+        assert gradient is not None
+        return energy, gradient
 
     def select(self, rows: Tensor) -> LandscapeKVCache:
         """The cache of some rows; it shares nothing with this one."""
@@ -177,6 +179,8 @@ class LandscapeKVCache:
         self, p: Tensor, landscape: int, *, with_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         network = self.network
+        if not isinstance(network, EnergyTransformer):
+            raise TypeError("a baseline has no energy")
         modulations, final = network.modulations_of(landscape, predicted=True)
         factors = self._factors(self.lengths, p)
         mask = self._mask(self.lengths)

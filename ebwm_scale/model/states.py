@@ -39,6 +39,13 @@ class EmbeddedState(NamedTuple):
     state: Tensor | None = None
     scratch: Tensor | None = None
 
+    @property
+    def base(self) -> Tensor:
+        """What the step's change is added to: the state, or else the probabilities."""
+        base = self.probabilities if self.state is None else self.state
+        assert base is not None, "embed gives one of them"
+        return base
+
 
 class StateUpdate(NamedTuple):
     """After a step.
@@ -68,10 +75,14 @@ class Targets(NamedTuple):
 class UpdateChoices(Protocol):
     """What an update reads of a step's plan (refinement/step_plan.py)."""
 
-    is_last: bool
-    keep_graph: bool
-    keep_state: bool
-    loss_weight: float
+    @property
+    def is_last(self) -> bool: ...
+    @property
+    def keep_graph(self) -> bool: ...
+    @property
+    def keep_state(self) -> bool: ...
+    @property
+    def loss_weight(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -128,8 +139,7 @@ class VocabularyState:
 
         energy_grad (B, S, D): dE/d vectors. alpha: scalar or (B, S, 1).
         """
-        moving = embedded.probabilities if embedded.state is None else embedded.state
-        direction = -alpha * energy_grad.to(moving.dtype)
+        direction = -alpha * energy_grad.to(embedded.base.dtype)
         if step.keep_graph:
             return self._update_with_graph(embedded, direction, targets)
         can_embed = self.update_rule == "probabilities" and self.clamps == NO_CLAMPS
@@ -166,7 +176,7 @@ class VocabularyState:
     ) -> StateUpdate:
         """Straight into the next step: two tensors of the state's size take turns."""
         shape = direction.shape[:2]
-        probabilities = _as_rows(embedded.probabilities)
+        probabilities = embedded.base.flatten(0, 1)
         next_probabilities, vectors, loss = vocabulary_step(
             probabilities,
             self.weight,
@@ -254,7 +264,7 @@ class EmbeddingState:
         step: UpdateChoices,
     ) -> StateUpdate:
         """The step along -dE/dx and its loss; energy_grad (B, S, D): dE/d vectors."""
-        x = embedded.state
+        x = embedded.base
         direction = -alpha * self.embedding_vjp(energy_grad).to(x.dtype)
         state = clamped_step(x, direction, self.clamps)
         loss = None

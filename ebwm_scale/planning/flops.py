@@ -43,7 +43,6 @@ class StepSizes:
     graph_steps: int
     contexts: int  # times the observed stream is encoded
     graph_contexts: int  # of them back-propagated
-    attention_weights: int  # D D + 2 D K + D D
     block_weights: int  # the same + 3 D F
     modulation_weights: (
         int  # adaLN of one stream's blocks, D x 6 D each, computed once per call whatever the rows
@@ -73,7 +72,6 @@ class StepSizes:
             graph_steps=graph_steps,
             contexts=1 if shared else steps,
             graph_contexts=1 if shared else graph_steps,
-            attention_weights=attention,
             block_weights=attention + 3 * model.width * model.feed_forward_width,
             modulation_weights=6 * model.width**2 * model.num_layers if adaptive else 0,
             final_modulation=2 * model.width**2 if adaptive else 0,

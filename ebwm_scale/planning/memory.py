@@ -10,6 +10,7 @@ import torch
 
 from ebwm_kernels.attention.reference import ROWS
 from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
+from ebwm_scale.config.reduce_bucket import reduce_bucket_size
 from ebwm_scale.config.schema import Config
 from ebwm_scale.planning.flops import StepSizes
 from ebwm_scale.planning.parameters import count_parameters
@@ -35,9 +36,7 @@ OBSERVED_ADALN_D, PREDICTED_ADALN_D = (
 )  # a modulated norm keeps its input, a gate what it gates; and their cotangents
 # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 OUTSIDE_D = 6
-# numbers of gradients that DeepSpeed sends together at most: its default
-REDUCE_BUCKET = 500_000_000
-# score blocks alive at once in the double backward: P, tangent, centred, slope, Z, dS
+# score blocks alive at once in the double backward: P, tangent, centred, dP, Z, dS
 ATTENTION_BLOCKS = 6
 STATES = {
     "probabilities": 2,
@@ -110,9 +109,8 @@ def memory_estimate(
         )
     if stage == 3:  # whole while they are used; the baseline gathers a block at a time too
         blocks = z.layers * (z.block_weights + 2 * D)
-        workspace += element * min(
-            num_parameters, REDUCE_BUCKET
-        )  # gradients on their way to the others
+        # gradients on their way to the others
+        workspace += element * reduce_bucket_size(num_parameters)
         workspace += element * (
             num_parameters - (blocks * (z.layers - 1) // z.layers if by_block or baseline else 0)
         )

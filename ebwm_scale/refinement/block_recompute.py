@@ -27,20 +27,21 @@ Source: derived for this project; the test is plain double backward in float64.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import ContextManager
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ebwm_scale.model.blocks import Modulation
+from ebwm_scale.model.blocks import Block, Modulation
 from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
 from ebwm_scale.model.rotary import Rotary
 from ebwm_scale.refinement.deferred_backward import leaf_of
 
 
-def gathered(parameters: Iterable[nn.Parameter | Tensor]) -> ContextManager[None]:
-    """Within it the parameters (or their leaves) are whole, also where DeepSpeed partitioned them."""
+def gathered(
+    parameters: Iterable[nn.Parameter | Tensor],
+) -> contextlib.AbstractContextManager[None]:
+    """Within it the parameters (or their leaves) are whole, also where DeepSpeed splits them."""
     parameters = list(parameters)
     if any(hasattr(_parameter_of(p), "ds_id") for p in parameters):
         return _gathered(parameters)
@@ -52,9 +53,12 @@ def _gathered(parameters: list[Tensor]) -> Iterator[None]:
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([_parameter_of(p) for p in parameters]):
-        leaves = [p for p in parameters if _stands_for_parameter(p)]
-        for leaf in leaves:
+        leaves = []
+        for leaf in parameters:
             info = leaf_of(leaf)
+            if info is None or info.parameter is None:
+                continue
+            leaves.append(leaf)
             leaf.data = info.parameter.data
             if info.graph_entry is None:
                 # Autograd has to note the whole shape of what the gradient flows into.
@@ -68,14 +72,12 @@ def _gathered(parameters: list[Tensor]) -> Iterator[None]:
                 leaf.data = leaf.data.new_empty(0)
 
 
-def _stands_for_parameter(tensor: Tensor) -> bool:
-    info = leaf_of(tensor)
-    return info is not None and info.parameter is not None
-
-
 def _parameter_of(tensor: Tensor) -> Tensor:
     """The parameter that a leaf stands for; a parameter itself."""
-    return leaf_of(tensor).parameter if _stands_for_parameter(tensor) else tensor
+    info = leaf_of(tensor)
+    if info is None or info.parameter is None:
+        return tensor
+    return info.parameter
 
 
 def energy_and_gradient(
@@ -125,17 +127,17 @@ class _Layer:
     one, as tensors that may carry gradients.
     """
 
-    def __init__(self, block: nn.Module, inputs: tuple[Tensor, ...], rotary: Rotary, offset: int):
+    def __init__(self, block: Block, inputs: tuple[Tensor, ...], rotary: Rotary, offset: int):
         self.block = block
         self.inputs = inputs
         self.rotary = rotary
         self.offset = offset
 
     def forward_predicted(self, p: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        keys_values, modulation = inputs[:2], inputs[2:]
+        keys, values, *modulation = inputs
         return self.block.forward_predicted(
             p,
-            keys_values,
+            (keys, values),
             self.rotary,
             self.offset,
             Modulation(*modulation) if modulation else None,
@@ -175,12 +177,12 @@ class _BlockwiseStep:
                 streams.append(layer.forward_predicted(streams[-1], layer.inputs))
         with torch.enable_grad():
             top = _leaf(streams[-1])
-            energy = self.network.energy_head(top, self.final or None)
+            energy = self._energy(top, self.final)
             gradients = [torch.autograd.grad(energy.sum(), top)[0]]
-        for layer, p in zip(reversed(self.layers), reversed(streams[:-1])):
+        for layer, stream in zip(reversed(self.layers), reversed(streams[:-1])):
             inputs = tuple(u.detach() for u in layer.inputs)
             with torch.enable_grad(), gathered(layer.block.parameters()):
-                p = _leaf(p)
+                p = _leaf(stream)
                 out = layer.forward_predicted(p, inputs)
                 gradients.append(torch.autograd.grad(out, p, gradients[-1])[0])
         gradients.reverse()
@@ -199,10 +201,10 @@ class _BlockwiseStep:
 
         gamma = gradient_cotangent
         second_order = []  # a_l
-        for layer, own, p, c in zip(self.layers, inputs, streams, gradients[1:]):
+        for layer, own, stream, gradient in zip(self.layers, inputs, streams, gradients[1:]):
             with gathered(layer.block.parameters()):
-                p = _leaf(p)
-                c = _leaf(c)
+                p = _leaf(stream)
+                c = _leaf(gradient)
                 out = layer.forward_predicted(p, tuple(own))
                 (c_before,) = torch.autograd.grad(out, p, c, create_graph=True)
                 c_before.backward(gamma)
@@ -210,7 +212,7 @@ class _BlockwiseStep:
             second_order.append(p.grad)
 
         top = _leaf(streams[-1])
-        energy = self.network.energy_head(top, tuple(final) or None)
+        energy = self._energy(top, final)
         (c_top,) = torch.autograd.grad(energy.sum(), top, create_graph=True)
         if energy_cotangent is None:
             torch.autograd.backward([c_top], [gamma])
@@ -228,6 +230,13 @@ class _BlockwiseStep:
         for own in inputs:
             result += [u.grad for u in own]
         return result + [u.grad for u in final]
+
+    def _energy(self, top: Tensor, final: Sequence[Tensor]) -> Tensor:
+        """The head's energies; final: shift and scale of its norm, or nothing."""
+        if not final:
+            return self.network.energy_head(top, None)
+        shift, scale = final
+        return self.network.energy_head(top, (shift, scale))
 
 
 class _EnergyGradient(torch.autograd.Function):

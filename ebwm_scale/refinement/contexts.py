@@ -20,7 +20,7 @@ class ContextCache:
     """Contexts of observed embeddings (B, S, D), by landscape.
 
     num_reads: how often each landscape's context is read by a differentiated step in one tile.
-    with_backward: gradients are wanted. by_block: encode with block_recompute.
+    with_backward: gradients are needed. by_block: encode with block_recompute.
     """
 
     def __init__(

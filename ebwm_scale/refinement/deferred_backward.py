@@ -48,10 +48,17 @@ def leaf_of(tensor: Tensor) -> Leaf | None:
     return getattr(tensor, "leaf", None)
 
 
+def _known_leaf(tensor: Tensor) -> Leaf:
+    leaf = leaf_of(tensor)
+    if leaf is None:
+        raise ValueError("the tensor is no leaf that DeferredBackward made")
+    return leaf
+
+
 class DeferredBackward:
     """Tensors whose own backward waits until all their readers have been back-propagated.
 
-    enabled False: everything passes through unchanged, where no gradient is wanted.
+    enabled False: everything passes through unchanged, where no gradient is needed.
     """
 
     def __init__(self, *, enabled: bool = True):
@@ -83,7 +90,8 @@ class DeferredBackward:
 
     def _make_leaf(self, tensor: Tensor, parameter: nn.Parameter | None = None) -> Tensor:
         leaf = tensor.detach().requires_grad_()
-        leaf.leaf = Leaf(parameter)
+        # An attribute of ours, which torch's Tensor does not declare.
+        leaf.leaf = Leaf(parameter)  # pyright: ignore[reportAttributeAccessIssue]
         self.sources.append(tensor)
         self.leaves.append(leaf)
         return leaf
@@ -130,7 +138,7 @@ class StepwiseBackward(DeferredBackward):
         sources = []
         sums = []
         for source, leaf in zip(self.sources, self.leaves):
-            graph_entry = leaf_of(leaf).graph_entry
+            graph_entry = _known_leaf(leaf).graph_entry
             sources.append(source if graph_entry is None else graph_entry)
             sums.append(_collected(leaf))
         # Autograd takes a gradient as it is only if nobody else holds it, and the gradient of a
@@ -154,7 +162,7 @@ def fp32_grad_buffer(leaf: Tensor) -> Tensor | None:
         if leaf.grad is None:
             leaf.grad = torch.zeros_like(leaf)
         return leaf.grad
-    info = leaf_of(leaf)
+    info = _known_leaf(leaf)
     if info.grad_buffer is None:
         info.grad_buffer = torch.zeros_like(leaf, dtype=torch.float32)
     return info.grad_buffer
@@ -162,7 +170,7 @@ def fp32_grad_buffer(leaf: Tensor) -> Tensor | None:
 
 def _collected(leaf: Tensor) -> Tensor | None:
     """The sum of all gradients that reached a leaf, in its own precision."""
-    buffer = leaf_of(leaf).grad_buffer
+    buffer = _known_leaf(leaf).grad_buffer
     if buffer is None:
         return leaf.grad
     if leaf.grad is not None:
@@ -195,6 +203,6 @@ class _SumsAsGradients(torch.autograd.Function):
         gradients = []
         for total in sums:
             if total is not None:
-                total = total.mul_(grad.to(total.dtype))
+                total.mul_(grad.to(total.dtype))
             gradients.append(total)
         return None, None, *gradients

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config.schema import RefinementConfig
-from ebwm_scale.model.states import EmbeddingState, VocabularyState
+from ebwm_scale.model.states import EmbeddedState, EmbeddingState, VocabularyState
 from ebwm_scale.refinement.contexts import ContextCache
 from ebwm_scale.refinement.deferred_backward import (
     DeferredBackward,
@@ -136,6 +136,7 @@ def refine(
                     noise.slice(samples, positions),
                 )
                 if keep_state is not None:
+                    assert state is not None, "the plan keeps the last state"
                     states.append(state.detach().flatten(0, 1).to(keep_state))
         loop.shared.backward()
 
@@ -183,8 +184,8 @@ class RefinementLoop:
         self.step_size = self.shared.detach(step_size)
         self.state_space = detach_state_space(world_model.state_space(), self.shared)
         self.targets = None if targets is None else self.state_space.targets(targets)
-        self.losses: list[Tensor] = [0.0] * len(plan)
-        self.energies: list[Tensor] = [0.0] * len(plan)
+        self.losses: list[Tensor] = []  # per step, summed over tiles
+        self.energies: list[Tensor] = []
 
     def refine_tile(
         self,
@@ -197,17 +198,19 @@ class RefinementLoop:
         """The final state (b, s, size) of a tile, if it is kept; observed: (b, s, D)."""
         targets = None if self.targets is None else self.targets.slice(samples, positions)
         step_size_factor = noise.step_size_factor()
-        state = noise.initial_state()
-        embedded = None
+        state: Tensor | None = noise.initial_state()
+        embedded: EmbeddedState | None = None
         pending_backwards: list[tuple[Tensor, int]] = []
         for step in self.plan:
             langevin = noise.langevin(step.index)
             if langevin is not None:
+                assert state is not None, "the plan keeps every state under Langevin noise"
                 state = state + langevin
 
             context = contexts.get(step.landscape)
             with torch.set_grad_enabled(step.needs_graph):
                 if embedded is None:
+                    assert state is not None, "a step gives a state or the next embedded one"
                     embedded = self.state_space.embed(state)
                 state = None  # `embedded` has what is needed: a second reference costs memory
                 candidates = self.world_model.predicted_rows(embedded.vectors, observed)
@@ -227,28 +230,40 @@ class RefinementLoop:
                     embedded, energy_grad, alpha, targets, step
                 )
                 if step.needs_graph and self.with_backward:
+                    assert loss is not None, "a backward is run for targets only"
                     pending_backwards.append((loss * step.loss_weight, step.landscape))
             # With the full graph a step's loss waits for the last step's: one backward for all.
             if step.is_last or not step.keep_graph:
                 back_propagate(pending_backwards, contexts)
             self._add_up(step, energy, loss)
             if self.record is not None:
+                assert state is not None, "the plan keeps every state for a record"
                 self.record(
                     StepRecord(energy.detach(), energy_grad.detach(), state.detach().clone())
                 )
         return state
 
     def _add_up(self, step: StepPlan, energy: Tensor, loss: Tensor | None) -> None:
-        self.energies[step.index] = self.energies[step.index] + energy.detach().sum()
+        _add_at(self.energies, step.index, energy.detach().sum())
         if loss is not None:
-            self.losses[step.index] = self.losses[step.index] + loss.detach()
+            _add_at(self.losses, step.index, loss.detach())
+
+
+def _add_at(sums: list[Tensor], index: int, value: Tensor) -> None:
+    """Add to the sum at `index`; the first tile meets the steps in order and starts the sums."""
+    if index == len(sums):
+        sums.append(0.0 + value)
+    else:
+        sums[index] = sums[index] + value
 
 
 def back_propagate(pending_backwards: list[tuple[Tensor, int]], contexts: ContextCache) -> None:
     """Run one backward through the sum of (loss, landscape) pairs and empty the list."""
     if not pending_backwards:
         return
-    total = sum(loss for loss, _ in pending_backwards)
+    total, _ = pending_backwards[0]
+    for loss, _ in pending_backwards[1:]:
+        total = total + loss
     total.backward()
     for _, landscape in pending_backwards:
         contexts.release(landscape)

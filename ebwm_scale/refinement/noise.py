@@ -101,8 +101,7 @@ class NoiseSource:
         rows = np.empty((len(sample_ids), num_positions, size), number)
         places = []
         for b, sample in enumerate(sample_ids.tolist()):
-            for t in range(num_positions):
-                places.append((b, t, sample))
+            places.extend((b, t, sample) for t in range(num_positions))
 
         def fill(part: list[tuple[int, int, int]]) -> None:
             stream = _Stream(self.seed, self.step)

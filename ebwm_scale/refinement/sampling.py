@@ -25,15 +25,19 @@ class NoiseSampler(Protocol):
 
     def slice(self, samples: slice, positions: slice) -> NoiseSampler:
         """The same numbers for a part of the batch."""
+        ...
 
     def initial_state(self) -> Tensor:
         """x_0 (B, S, size); the caller's to overwrite."""
+        ...
 
     def step_size_factor(self) -> Tensor | float:
         """Factor on alpha: a number or (B, S, 1)."""
+        ...
 
     def langevin(self, step: int) -> Tensor | None:
         """(B, S, size) added to the state before a step, or None."""
+        ...
 
 
 def initial_state(
@@ -51,6 +55,8 @@ def initial_state(
     starts from `last`, the last observed state (B, 1 or S, size). Only the first draws numbers.
     """
     if kind == "most_recent":
+        if last is None:
+            raise ValueError("state.initial most_recent needs the last observed state")
         last = last.to(device=device, dtype=dtype)
         return last.expand(shape).clone()
     if kind == "zeros":

@@ -23,7 +23,7 @@ class StepPlan:
     needs_graph: the step is differentiated, so its inner gradient has a graph.
     next_needs_graph: the step after it is differentiated.
     keep_graph: the next state carries this step's graph (`refinement.graph: full`).
-    keep_state: the next state itself is wanted, not only what enters the next step.
+    keep_state: the next state itself is needed, not only what enters the next step.
     loss_weight: of the step's loss in what is back-propagated; 0 without a graph.
     """
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.planning.dry_run import describe
 from ebwm_scale.planning.flops import step_flops
@@ -75,15 +76,16 @@ def memory_bytes() -> int:
 
 
 def part_of(config: Config, micro_batch: int, limit: float) -> Part:
-    """As many of the micro-batch's samples as `limit` FLOPs allow; of one sample as many positions."""
+    """As many samples of the micro-batch as `limit` FLOPs allow; of one, as many positions."""
     whole = _flops(config, micro_batch)
     samples = micro_batch
     if whole > limit:
         samples = max(1, int(micro_batch * limit / whole))
     small = config
-    while _flops(small, samples) > limit and small.data.context_length > 1:
-        shorter = small.data.replace(context_length=max(1, small.data.context_length // 2))
-        small = small.replace(data=shorter)
+    positions = resolved.context_length(config)
+    while _flops(small, samples) > limit and positions > 1:
+        positions = max(1, positions // 2)
+        small = config.replace(data=config.data.replace(context_length=positions))
     return Part(small, samples, whole / _flops(small, samples))
 
 
@@ -92,7 +94,7 @@ def measure_step(config: Config, micro_batch: int, say: Callable[[str], None]) -
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     part = part_of(config, micro_batch, float("inf") if on_gpu else MEASURED_FLOPS)
-    positions = part.config.data.context_length
+    positions = resolved.context_length(part.config)
     say(
         f"measuring a training step on this {'GPU' if on_gpu else 'CPU'}: {part.samples} of "
         f"{micro_batch} samples, {positions} of {config.data.context_length} positions"
@@ -101,9 +103,10 @@ def measure_step(config: Config, micro_batch: int, say: Callable[[str], None]) -
     model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     shape = (part.samples, positions + 1)
     if config.state.kind == "vocabulary":
-        states = torch.randint(config.model.vocabulary_size, shape, device=device)
+        states = torch.randint(resolved.vocabulary_size(config), shape, device=device)
     else:
-        states = torch.randn(*shape, config.state.dimension, device=device)
+        states = torch.randn(*shape, resolved.state_dimension(config), device=device)
+    seconds = float("inf")
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         output = model(

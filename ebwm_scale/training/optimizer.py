@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 
 
@@ -21,7 +22,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
             {
                 "params": alpha,
                 "weight_decay": 0.0,
-                "rate_scale": config.refinement.learning_rate_multiplier,
+                "rate_scale": resolved.learning_rate_multiplier(config.refinement),
             }
         )
     return groups

@@ -7,7 +7,7 @@
     check.config        with the sizes of its data; check.splits, check.saved: opened and verified
 
 Nothing is written, and no process group is started; several processes of a run have joined theirs
-before, and agree on what is found. What can only be known by doing it (memory, a network, a full
+before, and share what is found. What can only be known by doing it (memory, a network, a full
 disk) is not here.
 """
 
@@ -186,13 +186,11 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     if not sources:
         sources = [(config.data.manifest, 1.0)]
     if sources[0][0] is None:
-        check.problems.append(
-            (
-                "data",
-                "data.manifest is absent: make a dataset with tools/make_text_shards.py or "
-                "make_video_shards.py and name its manifest.json",
-            )
+        problem = (
+            "data.manifest is absent: make a dataset with tools/make_text_shards.py or "
+            "make_video_shards.py and name its manifest.json"
         )
+        check.problems.append(("data", problem))
         return
     splits = check.attempt(
         "data",
@@ -216,14 +214,12 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
         check.attempt("data", check_stream, config.data.stream, check.world_size)
     epochs = config.train.max_steps * config.train.global_batch_size / len(train)
     if epochs > MANY_EPOCHS:
-        check.warnings.append(
-            (
-                "data",
-                f"train.max_steps {config.train.max_steps} x train.global_batch_size "
-                f"{config.train.global_batch_size} are {epochs:,.0f} epochs of "
-                f"{len(train):,} samples: lower train.max_steps, or name a larger dataset",
-            )
+        warning = (
+            f"train.max_steps {config.train.max_steps} x train.global_batch_size "
+            f"{config.train.global_batch_size} are {epochs:,.0f} epochs of "
+            f"{len(train):,} samples: lower train.max_steps, or name a larger dataset"
         )
+        check.warnings.append(("data", warning))
 
 
 def check_saved(

@@ -1,10 +1,11 @@
 """The replay buffer: half of a batch restarts from final states of earlier steps, with the context
 they belong to.
 
-Samples of a global batch come in pairs (2 i, 2 i + 1). The even one is always fresh; the odd one is replaced by an entry of the pair's own
-queue once there is one. After the step both final states enter the queue, and the oldest leave. So what is replayed depends on the
-step's place in the order of data alone: not on the number of processes or micro-batches, as long as a pair stays on one rank. Which entry
-of a queue is drawn is addressed by (seed, step, pair).
+Samples of a global batch come in pairs (2 i, 2 i + 1). The even one is always fresh; the odd one is
+replaced by an entry of the pair's own queue once there is one. After the step both final states
+enter the queue, and the oldest leave. So what is replayed depends on the step's place in the order
+of data alone: not on the number of processes or micro-batches, as long as a pair stays on one rank.
+Which entry of a queue is drawn is addressed by (seed, step, pair).
 
 Memory: `capacity` samples over all ranks, each S x size numbers in bfloat16 (8 bits of mantissa: a
 state restarts within 0.4 % of where it ended) and its sequence.
@@ -33,7 +34,9 @@ class ReplayBuffer:
     def restart(
         self, sequences: Tensor, positions: Tensor, source: NoiseSource
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Put stored samples in the odd places of sequences (b, S + 1); positions (b,) are global stream positions.
+        """Put stored samples in the odd places of sequences (b, S + 1).
+
+        positions (b,) are global stream positions.
 
         Returns the sequences, and (rows (n,) int64, states (n, S, size)) to restart from, or None
         while there is nothing stored.

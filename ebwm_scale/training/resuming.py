@@ -42,17 +42,16 @@ def load_newest(
         first = next((text for text in problems if text is not None), None)
         if first is None:
             return saved
-        if not world.any(
-            problem is not None and not (trainer.run_folder.checkpoints / name).exists()
-        ):
+        is_gone = not (trainer.run_folder.checkpoints / name).exists()
+        if not world.any(problem is not None and is_gone):
             if isinstance(problem, UserError):
                 raise problem
             raise CheckpointError(f"{name} could not be loaded: {first}")
         say(f"{name} was removed while it was read; taking the newest checkpoint there is now")
         saved = newest() if world.is_main else saved
     raise CheckpointError(
-        f"{trainer.run_folder.path}: {MOST_TRIES} checkpoints were removed while they were read: another "
-        "process trains there; end it, or name another folder with --run-dir"
+        f"{trainer.run_folder.path}: {MOST_TRIES} checkpoints were removed while they were read: "
+        "another process trains there; end it, or name another folder with --run-dir"
     )
 
 

@@ -1,7 +1,7 @@
-"""Saves of a run as the loop sees them: begun, settled, and told truthfully.
+"""Saves of a run as the loop sees them: begun, waited for, and reported truthfully.
 
 begin(state, ...)      a checkpoint is written while training goes on (checkpoint/writer.py)
-settle()               wait for it; the event `save`, or a warning with what there is instead
+wait()               wait for it; the event `save`, or a warning with what there is instead
 save_for_good(begin)   the last save of a process: a second try, then the truth
 """
 
@@ -21,7 +21,7 @@ from ebwm_scale.training.watchdog import Watchdog
 
 
 class Saver:
-    """Of one run. Every rank has one, and calls everything but `tell` at the same steps.
+    """Of one run. Every rank has one, and calls everything but `report` at the same steps.
 
     saved: (step, with validation loss) of the newest checkpoint that is known to be on disk.
     unsaved: the last save of this process has failed.
@@ -54,7 +54,7 @@ class Saver:
         self.writer.newest = step
 
     def is_on_disk(self, step: int, *, validated: bool = False) -> bool:
-        """Whether a step's state is saved, as far as settle() has told.
+        """Whether a step's state is saved, as far as wait() has told.
 
         validated: with its validation loss.
         """
@@ -65,16 +65,16 @@ class Saver:
     def begin(
         self, state: TrainingState, values: dict[str, Any], replay: dict[str, Any] | None
     ) -> None:
-        """Begin a checkpoint; the one before it must be settled. values: trainer.json."""
+        """Begin a checkpoint; the one before it must be waited for. values: trainer.json."""
         self.writer.save(state, values, replay)
 
-    def settle(self, step: int, *, goes_on: bool, is_last_try: bool = False) -> Outcome | None:
+    def wait(self, step: int, *, continues: bool, is_last_try: bool = False) -> Outcome | None:
         """Wait for the save in progress and say what became of it.
 
-        step: where training stands. goes_on: steps follow. is_last_try: no other try follows.
+        step: where training stands. continues: steps follow. is_last_try: no other try follows.
         """
-        outcome = self.writer.settle()
-        self.tell(self.writer.finished(), step, goes_on=goes_on, is_last_try=is_last_try)
+        outcome = self.writer.wait()
+        self.report(self.writer.finished(), step, continues=continues, is_last_try=is_last_try)
         if outcome is not None and outcome.problem is None:
             self.saved = (outcome.step, outcome.validated)
         return outcome
@@ -86,30 +86,30 @@ class Saver:
         and a pause. Returns whether the step is on disk, the same on every rank.
         """
         begin()
-        outcome = self.settle(step, goes_on=False)
+        outcome = self.wait(step, continues=False)
         if not self.is_on_disk(step):
             self.run_folder.warn(
                 f"trying once more to save step {step} in {PAUSE_S:g} s", step=step
             )
             self.watchdog.heartbeat("the pause before the save is tried again")
-            if outcome.is_short_of_space:
+            if outcome is not None and outcome.is_short_of_space:
                 self.writer.make_room()
             time.sleep(PAUSE_S)
             begin()
-            self.settle(step, goes_on=False, is_last_try=True)
+            self.wait(step, continues=False, is_last_try=True)
         self.unsaved = not self.is_on_disk(step)
         return not self.unsaved
 
     def poll(self, step: int) -> None:
         """Tell of a save that has ended meanwhile; on rank 0 alone, and without waiting."""
-        self.tell(self.writer.finished(), step)
+        self.report(self.writer.finished(), step)
 
-    def tell(
+    def report(
         self,
         outcome: Outcome | None,
         step: int,
         *,
-        goes_on: bool = True,
+        continues: bool = True,
         is_last_try: bool = False,
     ) -> None:
         """Put what became of a save on record.
@@ -128,7 +128,7 @@ class Saver:
                 step=step,
             )
         else:
-            going_on = "training goes on, " if goes_on else ""
+            going_on = "training goes on, " if continues else ""
             self.run_folder.warn(
                 f"step {outcome.step}: the checkpoint could not be written ({outcome.problem}); "
                 f"{going_on}{newest}; free some space",

@@ -8,6 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config, Points, ScheduleConfig
 from ebwm_scale.refinement.noise import NoiseSource, Purpose
 
@@ -18,9 +19,8 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
     """
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
-    progress = min(
-        1.0, (step - schedule.warmup_steps) / max(1, schedule.decay_steps - schedule.warmup_steps)
-    )
+    decaying_steps = max(1, resolved.decay_steps(schedule) - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / decaying_steps)
     return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (
         1 + math.cos(math.pi * progress)
     )
@@ -28,7 +28,9 @@ def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
 
 def learning_rate(config: Config, step: int) -> float:
     """The model's learning rate at optimizer step `step` (0-based)."""
-    return config.optimizer.learning_rate * learning_rate_factor(step, config.schedule)
+    return resolved.peak_learning_rate(config.optimizer) * learning_rate_factor(
+        step, config.schedule
+    )
 
 
 @dataclass(frozen=True)
@@ -105,17 +107,19 @@ def unusual_schedule(config: Config) -> list[str]:
     schedule, steps = config.schedule, config.train.max_steps
     if schedule.warmup_steps >= steps:
         reached = learning_rate_factor(steps - 1, schedule)
-        return [
+        ends_in_warmup = (
             f"schedule.warmup_steps {schedule.warmup_steps} is not below train.max_steps {steps}: "
             f"the run ends in the warm-up, at {100 * reached:.3g} % of the peak learning rate"
-        ]
-    if schedule.decay_steps > steps:
+        )
+        return [ends_in_warmup]
+    if resolved.decay_steps(schedule) > steps:
         reached = learning_rate_factor(steps - 1, schedule)
         if reached > schedule.final_ratio + 0.01:
-            return [
+            ends_early = (
                 f"schedule.decay_steps {schedule.decay_steps} is above train.max_steps {steps}: "
                 f"the run ends at {100 * reached:.3g} % of the peak learning rate"
-            ]
+            )
+            return [ends_early]
     return []
 
 
@@ -146,13 +150,17 @@ def refinement_point(config: Config, step: int, source: NoiseSource) -> Refineme
     """The schedules at optimizer step `step`; a number of steps that is random is drawn once for
     the whole global batch.
     """
-    rules, progress = config.refinement, step / max(1, config.train.max_steps)
-    most = min(
-        rules.num_steps, round(interpolate(rules.schedule.num_steps, progress, rules.num_steps))
-    )
-    least = min(rules.min_num_steps, most)
+    refinement = config.refinement
+    schedule = refinement.schedule
+    progress = step / max(1, config.train.max_steps)
+    scheduled = round(interpolate(schedule.num_steps, progress, refinement.num_steps))
+    most = min(refinement.num_steps, scheduled)
+    least = min(resolved.min_num_steps(refinement), most)
+    num_steps = most
+    if least < most:
+        num_steps = source.integer(least, most, purpose=Purpose.NUM_STEPS)
     return RefinementPoint(
-        num_steps=most if least == most else source.integer(least, most, purpose=Purpose.NUM_STEPS),
-        step_size_scale=interpolate(rules.schedule.step_size, progress, 1.0),
-        noise_scale=interpolate(rules.schedule.noise, progress, 1.0),
+        num_steps=num_steps,
+        step_size_scale=interpolate(schedule.step_size, progress, 1.0),
+        noise_scale=interpolate(schedule.noise, progress, 1.0),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.world import World
 from ebwm_scale.planning.flops import model_flops, step_flops
@@ -47,7 +48,7 @@ class StepTimer:
     """
 
     def __init__(self, step: int):
-        self.last: float | None = None
+        self.last = float("nan")  # the last reading
         self.restart(step)
 
     def restart(self, step: int) -> None:
@@ -78,7 +79,7 @@ def metrics_row(
     values = (world.all_reduce(result.values) / world.size).tolist()
     num_steps = result.num_steps
     energies = values[1 + num_steps :] if config.model.kind == "energy" else None
-    per_step = config.train.global_batch_size * config.data.context_length
+    per_step = config.train.global_batch_size * resolved.context_length(config)
     flops = step_flops(config, samples=config.train.global_batch_size, num_steps=num_steps)
     flops_per_process = model_flops(flops) / world.size
     peak = peak_flops_per_s(config.train.precision)

@@ -1,7 +1,7 @@
 """The training loop.
 
-    observed stream -> K, V -> refinement of a noisy candidate per position -> loss
-                                                    -> double backward -> AdamW
+    observed stream -> K, V -> refinement of a noisy candidate per position
+        -> loss -> double backward -> AdamW
 
 One optimizer step: draw this step's point of the schedules, take this rank's micro-batches of the
 global batch, let the model refine and score them, step the engine. Everything else (validation,
@@ -10,9 +10,12 @@ checkpoints, metrics, stopping) happens between steps and changes no loss.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, load_into, load_replay
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
 from ebwm_scale.core.errors import (
@@ -51,6 +54,8 @@ from ebwm_scale.training.watchdog import Watchdog
 class Trainer:
     """Trains to train.max_steps, or until it has to stop. Every rank has one."""
 
+    loader: BatchLoader | StreamLoader  # of the training split, from run() on
+
     def __init__(
         self,
         config: Config,
@@ -77,6 +82,7 @@ class Trainer:
         self.watchdog = watchdog
         self.faults = faults
         self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
+        self.context_length = resolved.context_length(config)
         self.replay: ReplayBuffer | None = None
         if config.refinement.replay and config.model.kind == "energy":
             self.replay = ReplayBuffer(
@@ -94,7 +100,6 @@ class Trainer:
         )
         self.found_in_validation: list[BadSample] = []
         self.stream_position = 0
-        self.loader: BatchLoader | StreamLoader | None = None
         self.step = 0
         self.first_step = 0  # of this process
         self.validated_step: int | None = None
@@ -123,7 +128,13 @@ class Trainer:
         self.faults.at("load")
         load_into(saved, self.engine.state)
         if self.replay is not None:
-            self.replay.load_state_dict(load_replay(saved))
+            stored = load_replay(saved)
+            if stored is None:
+                raise CheckpointError(
+                    f"{saved.folder} holds no replay buffer, and refinement.replay is true: start "
+                    "another run with --run-dir"
+                )
+            self.replay.load_state_dict(stored)
         self.step = self.first_step = data.step
         validated = saved.trainer["validation_loss"] is not None
         self.saver.resumed_from(self.step, validated=validated)
@@ -131,7 +142,7 @@ class Trainer:
         self.quarantine.load_state_dict(saved.trainer["quarantine"])
         self.stream_position = saved.trainer["stream_position"]
 
-    def forget_later_rows(self) -> None:
+    def truncate_later_metrics(self) -> None:
         """Metric rows beyond the step that was loaded: they will be written again."""
         problem, validated = None, None
         try:
@@ -170,7 +181,7 @@ class Trainer:
                 if not self.evaluate():
                     return self.save_and_exit()
                 timer.restart(self.step)
-            if self.step < self.config.train.max_steps and self._stop_wanted():
+            if self.step < self.config.train.max_steps and self._stop_requested():
                 return self.save_and_exit()
             if self._save_is_due():
                 self.save()
@@ -195,7 +206,7 @@ class Trainer:
         )
         return self.shutdown(EXIT_RUN_AGAIN)
 
-    def _stop_wanted(self) -> bool:
+    def _stop_requested(self) -> bool:
         """Every rank asks at the same places: after a step, before another micro-batch of it,
         before another batch of an evaluation.
         """
@@ -218,7 +229,7 @@ class Trainer:
         """Wait for what is being written; the code, or EXIT_FAILED in place of a good one where
         rows of the run folder could not be written to the end."""
         self.watchdog.heartbeat("the last save")
-        self.saver.settle(self.step, goes_on=False)
+        self.saver.wait(self.step, continues=False)
         # nobody leaves, and is missed, before the checkpoint is published
         rows_are_lost = self.world.any(not self.run_folder.rows_are_written())
         self.watchdog.stop()
@@ -234,12 +245,13 @@ class Trainer:
         source = NoiseSource(self.config.train.seed, self.step)
         point = refinement_point(self.config, self.step, source)
         rate = self.engine.set_learning_rates(self.step)
-        total = 0.0
-        norm = None
-        final = []
-        samples = []
+        total: torch.Tensor | None = None
+        norm: torch.Tensor | float | None = None
+        final: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        samples: list[int] = []
+        num_steps = 0
         for index in range(self.loader.micro_batches_per_step):
-            if index and self._stop_wanted():
+            if index and self._stop_requested():
                 return None
             batch = next(self.loader)
             sequences = batch.sequences
@@ -266,14 +278,19 @@ class Trainer:
             parts = [output.loss.detach()[None], output.loss_per_step]
             if output.energy_per_step is not None:
                 parts.append(output.energy_per_step)
-            total = total + torch.cat(parts).double()
-        num_steps = len(output.loss_per_step)
-        result = StepResult(
-            total / self.loader.micro_batches_per_step, num_steps, float(norm), rate, samples
-        )
+            values = torch.cat(parts).double()
+            if total is None:
+                total = torch.zeros_like(values)
+            total = total + values
+            num_steps = len(output.loss_per_step)
+        assert total is not None, "a step has at least one micro-batch"
+        assert norm is not None, "the last micro-batch of a step gives the norm"
+        means = total / self.loader.micro_batches_per_step
+        result = StepResult(means, num_steps, float(norm), rate, samples)
         if self.replay is not None and result.applied:
-            for entries in final:
-                self.replay.store(*entries)
+            for sequences, positions, states in final:
+                assert states is not None, "they were asked for"
+                self.replay.store(sequences, positions, states)
         return result
 
     def record_skipped_step(self, result: StepResult) -> bool:
@@ -300,7 +317,7 @@ class Trainer:
         )
         if self.skipped_in_a_row < limit:
             return False
-        self.saver.settle(self.step, goes_on=False)
+        self.saver.wait(self.step, continues=False)
         saved = self.saver.saved
         newest = "none yet" if saved is None else f"step {saved[0]}"
         self.run_folder.event(
@@ -377,12 +394,12 @@ class Trainer:
             self.config,
             self.world,
             self.observe,
-            context_length=self.config.data.context_length,
+            context_length=self.context_length,
             batch_size=self.micro_batch,
             step_size_scale=point.step_size_scale,
             found=self.found_in_validation,
             heartbeat=lambda: self.watchdog.heartbeat(f"the evaluation after step {self.step}"),
-            stop_wanted=self._stop_wanted,
+            stop_requested=self._stop_requested,
         )
         if row is None:
             return False
@@ -391,13 +408,13 @@ class Trainer:
         self.run_folder.say(validation_line(row, self.step))
         return True
 
-    def save(self, *, goes_on: bool = True) -> None:
+    def save(self, *, continues: bool = True) -> None:
         """Begin a checkpoint of this step; it is written while training goes on.
 
-        Once, and once more when its validation loss is known. goes_on: steps follow.
+        Once, and once more when its validation loss is known. continues: steps follow.
         """
         self.watchdog.heartbeat(f"the save after step {self.step}")
-        self.saver.settle(self.step, goes_on=goes_on)
+        self.saver.wait(self.step, continues=continues)
         validated = self.validated_step == self.step and self.validation_loss is not None
         if self.saver.is_on_disk(self.step, validated=validated):
             return
@@ -425,7 +442,7 @@ class Trainer:
 
     def save_for_good(self) -> bool:
         """Save this step, the last one of this process; whether it is on disk."""
-        return self.saver.save_for_good(self.step, lambda: self.save(goes_on=False))
+        return self.saver.save_for_good(self.step, lambda: self.save(continues=False))
 
     def _warn(self, text: str) -> None:
         self.run_folder.warn(text, step=self.step)
@@ -438,8 +455,8 @@ class Trainer:
 
     def _loader(self) -> BatchLoader | StreamLoader:
         config = self.config
-        common = {
-            "context_length": config.data.context_length,
+        common: dict[str, Any] = {
+            "context_length": self.context_length,
             "global_batch_size": config.train.global_batch_size,
             "micro_batch_size": self.micro_batch,
             "rank": self.world.rank,

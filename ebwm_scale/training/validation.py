@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.shards import ShardedSplit
@@ -34,7 +35,7 @@ def validate(
     batch_size: int,
     step_size_scale: float = 1.0,
     heartbeat: Callable[[], None] = lambda: None,
-    stop_wanted: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
     found: list[BadSample] | None = None,
 ) -> dict[str, Any] | None:
     """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N],
@@ -42,8 +43,8 @@ def validate(
     same loss of two predictors that learn nothing: copying the last frame (copy_last_loss), and
     going on in a straight line from the last two (linear_loss).
 
-    stop_wanted is asked before every batch, by all ranks together; once it says so, nothing more is
-    computed and the result is None. found: damaged samples are added to it.
+    stop_requested is asked before every batch, by all ranks together; once it says so, nothing more
+    is computed and the result is None. found: damaged samples are added to it.
     """
     source, sums = NoiseSource(config.train.seed, EVALUATION_STEP), None
     batches = list(
@@ -70,7 +71,7 @@ def validate(
     try:
         for index in range(rounds):
             heartbeat()
-            if stop_wanted():
+            if stop_requested():
                 return None
             if index >= len(batches):
                 if config.deepspeed.zero_stage == 3:
@@ -162,5 +163,5 @@ def _nothing(
     if config.state.kind == "vocabulary":
         observed = torch.zeros(1, context_length, dtype=torch.int64, device=device)
     else:
-        observed = torch.zeros(1, context_length, config.state.dimension, device=device)
+        observed = torch.zeros(1, context_length, resolved.state_dimension(config), device=device)
     return observed, observed

@@ -2,9 +2,9 @@
 process named: exit code 77.
 
 The loop says where it is (`heartbeat`). A thread of each process watches that; after `limit_s`
-without a beat, or when a collective fails because another process is gone, the process writes how
-far it has come, looks at what the others wrote, and leaves. The one that has come least far is the
-one the others waited for; one that writes nothing is dead.
+without a heartbeat, or when a collective fails because another process is gone, the process writes
+how far it has come, looks at what the others wrote, and exits. The one that has come least far is
+the one the others waited for; one that writes nothing is dead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """What every twice-differentiable operation here promises, in one place.
 
-    each gradient that a backward is asked for is right, and requires grad if the backward was asked for a graph (create_graph=True)
-    a gradient that it is not asked for is not computed: the inner gradient of a refinement step, autograd.grad(energy, state), touches
-        neither weights nor the observed stream, whose gradients the outer backward collects from both levels
+    each gradient that a backward is asked for is right, and requires grad if the backward was asked
+        for a graph (create_graph=True)
+    a gradient that it is not asked for is not computed: the inner gradient of a refinement step,
+        autograd.grad(energy, state), touches neither weights nor the observed stream, whose
+        gradients the outer backward collects from both levels
     a third derivative raises
 
 `ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The
@@ -12,6 +14,8 @@ engine knows; `needs_grad` asks it.
 from __future__ import annotations
 
 import torch
+from torch._C._autograd import _get_current_graph_task_keep_graph
+from torch._guards import TracingContext
 
 
 def needs_grad(ctx, position: int) -> bool:
@@ -23,7 +27,9 @@ def needs_grad(ctx, position: int) -> bool:
         return False
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf among the inputs of autograd.grad: the engine captures its gradient instead of executing the node
+    except RuntimeError:
+        # a leaf among the inputs of autograd.grad: the engine captures its gradient instead of
+        # executing the node
         return True
 
 
@@ -47,7 +53,7 @@ def is_traced_without_graph() -> bool:
     """Whether torch.compile is recording the running backward as a last differentiation: nothing
     compiled will be differentiated again.
     """
-    return torch._guards.TracingContext.try_get() is not None and not torch.is_grad_enabled()
+    return TracingContext.try_get() is not None and not torch.is_grad_enabled()
 
 
 def refuse_kept_graph(operation: str) -> None:
@@ -57,10 +63,8 @@ def refuse_kept_graph(operation: str) -> None:
     PyTorch (2.11 to 2.13) notices a second differentiation of what it compiled only where a path
     leads back to it, and otherwise drops gradients without a word.
     """
-    if (
-        torch._C._current_graph_task_id() != -1
-        and torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
+    is_running = torch._C._current_graph_task_id() != -1
+    if is_running and _get_current_graph_task_keep_graph():
         raise RuntimeError(
             f"{operation}: torch.compile made this backward for one differentiation, and it was "
             "asked for under create_graph or "

@@ -2,10 +2,12 @@
 not a dozen intermediates.
 
     RMSNorm   y = w n,  n = r x,  r = (mean x^2 + eps)^-1/2;    h = g w
-              dx = r (h - n mean(h n))                                                   dw = sum g n
+              dx = r (h - n mean(h n))      dw = sum g n
         cotangent a of dx, with t = r (a - n mean(a n)):
-              dg = w t      dw = sum g t      dx = -r^2 (h mean(a n) + a mean(h n) + n (mean(a h) - 3 mean(a n) mean(h n)))
-    SwiGLU    y = silu(u) v,  silu' = s (1 + u (1 - s)),  silu'' = s (1 - s) (2 + u (1 - 2 s)),  s = sigmoid(u)
+              dg = w t      dw = sum g t
+              dx = -r^2 (h mean(a n) + a mean(h n) + n (mean(a h) - 3 mean(a n) mean(h n)))
+    SwiGLU    y = silu(u) v,  s = sigmoid(u)
+              silu' = s (1 + u (1 - s)),  silu'' = s (1 - s) (2 + u (1 - 2 s))
               du = g v silu'      dv = g silu
         cotangents a of du, b of dv:
               dg = a v silu' + b silu      du = a g v silu'' + b g silu'      dv = a g silu'
@@ -24,10 +26,12 @@ from ebwm_kernels.autograd_rules import needs_grad, refuse_graph
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension: x (..., D), weight (D,) -> (..., D); twice differentiable."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # nested autograd.Functions are not traced; the compiler fuses the definition, to any order
+    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, twice differentiable.
+
+    x (..., D), weight (D,) -> (..., D).
+    """
+    # nested autograd.Functions are not traced; the compiler fuses the definition, to any order
+    if torch.compiler.is_compiling():
         return rms_norm_reference(x, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
 

@@ -214,7 +214,7 @@ def test_the_comparison_notices_a_wrong_double_backward(term, monkeypatch):
         monkeypatch.setattr(
             attention_reference,
             "double_backward",
-            lambda c, *rest: right(c._replace(own_value=c.own_value * 1.0001), *rest),
+            lambda c, *rest: right(c._replace(v_self=c.v_self * 1.0001), *rest),
         )
     with pytest.raises(AssertionError):
         check(SMALL, "reference")
@@ -432,7 +432,8 @@ def test_a_backend_that_is_unknown_or_cannot_run_is_refused_with_the_reason(monk
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(
         ValueError,
-        match="backend triton cannot run torch.float64, head dimension 16 on cpu: .*; use backend auto or reference",
+        match="backend triton cannot run torch.float64, head dimension 16 on cpu: .*; "
+        "use backend auto or reference",
     ):
         energy_attention(*inputs, backend="triton")
     wide = Case(1, 1, 1, 2, 2, 300).inputs()

@@ -75,6 +75,7 @@ def test_a_backend_that_is_unknown_or_cannot_run_is_refused():
         observed_attention(*tensors(), backend="fast")
     with pytest.raises(
         ValueError,
-        match="cannot run torch.float64, head dimension 16 on cpu: it needs a GPU; use backend auto or sdpa",
+        match="cannot run torch.float64, head dimension 16 on cpu: it needs a GPU; "
+        "use backend auto or sdpa",
     ):
         observed_attention(*tensors(), backend="flash_attn")

@@ -11,7 +11,10 @@ B, H, S, D, THETA = 2, 3, 5, 8, 1e4
 
 
 def plain(x, first=0):
-    """(a, b) -> (a cos - b sin, a sin + b cos) of adjacent pairs, angle = position * theta^(-2 i / d)."""
+    """(a, b) -> (a cos - b sin, a sin + b cos) of adjacent pairs.
+
+    angle = position * theta^(-2 i / d).
+    """
     position = torch.arange(first, first + S, dtype=torch.float64)[:, None]
     angle = (position * THETA ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)).to(x.dtype)
     a, b = x[..., 0::2], x[..., 1::2]

@@ -65,7 +65,8 @@ def plain_operations():
         mock.patch.object(
             blocks,
             "energy_attention",
-            lambda *a, backend, **o: energy_attention_definition(*a, **o),
+            # the definition knows no backend
+            lambda *a, backend, **o: energy_attention_definition(*a, **o),  # noqa: PLW0108
         ),
         mock.patch.object(blocks, "rms_norm", rms_norm_reference),
         mock.patch.object(blocks, "swiglu", swiglu_reference),
@@ -404,8 +405,8 @@ def test_the_comparison_notices_a_block_that_does_not_bend(monkeypatch):
     monkeypatch.setattr(
         block_recompute._BlockwiseStep,
         "backward",
-        lambda self, streams, slopes, *rest: right(
-            self, streams, [*slopes[:-1], torch.zeros_like(slopes[-1])], *rest
+        lambda self, streams, gradients, *rest: right(
+            self, streams, [*gradients[:-1], torch.zeros_like(gradients[-1])], *rest
         ),
     )
     with pytest.raises(AssertionError):

@@ -26,8 +26,7 @@ ALGORITHM_1 = {"refinement.graph": "full", "refinement.loss": "last"}
 
 @pytest.fixture(scope="module")
 def reference(runs):
-    output = runs.run("reference")
-    return output
+    return runs.run("reference")
 
 
 def test_a_run_prints_what_happens_and_leaves_the_documented_folder(runs, reference):

@@ -50,7 +50,7 @@ class Saves:
     def save(self, step, loss=None):
         """The problem of a save that was waited for."""
         self.writer.save(State(), {"step": step, "validation_loss": loss}, None)
-        outcome = self.writer.settle()
+        outcome = self.writer.wait()
         self.notes += outcome.notes
         assert outcome.problem is not None or find_latest(self.root, print).step == step
         return outcome.problem
@@ -142,7 +142,7 @@ def test_the_one_just_published_is_kept_beside_newer_ones_that_are_damaged(tmp_p
         (tmp_path / f".kept_{step}").rename(tmp_path / f"step_{step:06d}")
         (tmp_path / f"step_{step:06d}" / "trainer.json").write_text("{")
     saves.writer.save(State(), {"step": 4}, None)
-    assert saves.writer.settle().problem is None
+    assert saves.writer.wait().problem is None
     assert find_latest(tmp_path, print).step == 4
     assert saves.writer.newest_on_disk() == "newest checkpoint is step 4"
 
@@ -170,7 +170,7 @@ def test_a_step_saved_again_is_never_gone_whatever_rename_fails(tmp_path, monkey
 
     monkeypatch.setattr(os, "replace", refused)
     saves.writer.save(State(), {"step": 1}, None)
-    assert "Input/output error" in saves.writer.settle().problem
+    assert "Input/output error" in saves.writer.wait().problem
     assert published(tmp_path) == []  # moved aside, and not put back either
     monkeypatch.undo()
     put_back_replaced(tmp_path)

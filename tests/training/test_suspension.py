@@ -151,7 +151,8 @@ import sys, time
 from pathlib import Path
 from ebwm_scale.cluster import tasks
 tasks.GRACE_S = 4
-command = [sys.executable, "-c", "import os, time; time.sleep(0 if os.environ['RANK'] == '0' else 3)"]
+sleep = "import os, time; time.sleep(0 if os.environ['RANK'] == '0' else 3)"
+command = [sys.executable, "-c", sleep]
 started = tasks.LocalTasks(2, command, Path(sys.argv[1]))
 print("started", flush=True)
 print("code", started.wait(), flush=True)

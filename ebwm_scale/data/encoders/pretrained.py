@@ -40,7 +40,6 @@ class Pretrained:
     """Common: freezing, batches, and the check that the weights are those a dataset was made with."""
 
     name = ""
-    reconstructs = False
 
     def __init__(
         self, settings: dict[str, Any], *, height: int, width: int, device: torch.device | str
@@ -113,7 +112,7 @@ class SdVae(Pretrained):
     224 x 224 frames.
     """
 
-    name, reconstructs = "sd-vae", True
+    name = "sd-vae"
 
     def load(self) -> nn.Module:
         from diffusers import AutoencoderKL

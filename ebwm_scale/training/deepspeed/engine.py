@@ -7,15 +7,17 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
+from ebwm_scale.config import resolved
+from ebwm_scale.config.reduce_bucket import reduce_bucket_size
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.world import World
-from ebwm_scale.planning.memory import REDUCE_BUCKET
 from ebwm_scale.planning.parameters import count_parameters
+from ebwm_scale.training.deepspeed.partitioned import partitioned
 from ebwm_scale.training.deepspeed.zero_state import ZeroState
 from ebwm_scale.training.optimizer import parameter_groups
 from ebwm_scale.training.schedule import learning_rate
+from ebwm_scale.world_model import WorldModel
 
 
 def deepspeed_config(
@@ -27,20 +29,21 @@ def deepspeed_config(
     are reduced in: DeepSpeed allocates all of it, half a billion numbers, also for a model that has
     fewer.
     """
+    clipping = config.optimizer.gradient_clipping
+    if needs_manual_clipping(config):
+        clipping = 0.0
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0
-        if needs_manual_clipping(config)
-        else config.optimizer.gradient_clipping,
+        "gradient_clipping": clipping,
         "zero_optimization": {
             "stage": config.deepspeed.zero_stage,
-            "reduce_bucket_size": min(REDUCE_BUCKET, num_parameters),
+            "reduce_bucket_size": reduce_bucket_size(num_parameters),
         },
         "bf16": {
             "enabled": config.train.precision == "bf16",
-            "check_grad_overflow": True,
-        },  # a step that is not finite is skipped
+            "check_grad_overflow": True,  # a step that is not finite is skipped
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
@@ -64,9 +67,8 @@ def needs_manual_clipping(config: Config) -> bool:
 
 def needs_manual_gathering(config: Config) -> bool:
     """An energy model asks for its parameters when it needs them (refinement/block_recompute.py):
-    DeepSpeed's module hooks know only one forward and one
-
-    backward, and under a double backward they would hand out partitions for parameters.
+    DeepSpeed's module hooks know only one forward and one backward, and under a double backward
+    they would hand out partitions for parameters.
     """
     return config.deepspeed.zero_stage == 3 and config.model.kind == "energy"
 
@@ -77,21 +79,32 @@ class Engine:
     """
 
     def __init__(
-        self, config: Config, model: nn.Module, world: World, *, micro_batch: int, accumulation: int
+        self,
+        config: Config,
+        model: WorldModel,
+        world: World,
+        *,
+        micro_batch: int,
+        accumulation: int,
     ):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.config, self.world, self.accumulation = config, world, accumulation
+        self.config = config
+        self.world = world
+        self.accumulation = accumulation
+        self.module = model
         options = config.optimizer
         model.to(world.device)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config),
-            lr=options.learning_rate,
+            lr=resolved.peak_learning_rate(options),
             betas=(options.beta1, options.beta2),
             eps=options.epsilon,
             fused=True,
         )
+        # The optimizer's class depends on stage and precision, and they share no interface.
+        self.optimizer: Any
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
@@ -106,10 +119,6 @@ class Engine:
             undo_optimizer_dry_run(self.optimizer)
         if needs_manual_gathering(config):
             self.optimizer.parameter_offload._remove_module_hooks()
-
-    @property
-    def module(self) -> nn.Module:
-        return self.deepspeed.module
 
     @property
     def state(self) -> ZeroState:
@@ -140,7 +149,7 @@ class Engine:
         # to see the parameters' shapes meanwhile.
         parameters = list(self.module.parameters())
         for p in parameters:
-            p.data = p.data.new_empty(1).expand(p.ds_shape)
+            p.data = p.data.new_empty(1).expand(partitioned(p).ds_shape)
         self.deepspeed.backward(loss)
         for p in parameters:
             p.data = p.data.new_empty(0)
@@ -180,9 +189,8 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """extra over base, section by section."""
     result = dict(base)
     for key, value in extra.items():
-        result[key] = (
-            _merge(result[key], value)
-            if isinstance(value, dict) and isinstance(result.get(key), dict)
-            else value
-        )
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _merge(result[key], value)
+        else:
+            result[key] = value
     return result

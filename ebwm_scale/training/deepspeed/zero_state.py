@@ -1,14 +1,16 @@
 """Weights and optimizer state by parameter name, whatever the ZeRO stage: what each process holds,
 and how any process takes what it needs.
 
-A piece is a range of a flattened parameter: its float32 weights (the master copy, where there is
+A shard is a range of a flattened parameter: its float32 weights (the master copy, where there is
 one) and AdamW's two moments.
 
-    stage 0     every process holds everything; of the parameters in order, process r writes those with index % world size == r
-    stage 1, 2  a process holds a range of all parameters laid end to end: pieces that may start and end inside a parameter
+    stage 0     every process holds everything; of the parameters in order, process r writes those
+                with index % world size == r
+    stage 1, 2  a process holds a range of all parameters laid end to end: shards that may start
+                and end inside a parameter
     stage 3     a process holds the r-th part of every parameter
 
-`save` takes the pieces of this process, `load` any set of pieces that cover the parameters: so a
+`save` takes the shards of this process, `load` any set of shards that cover the parameters: so a
 checkpoint of any number of processes and any stage continues on any other. Values are copied as
 they are: with nothing changed, the continued run is bitwise the same.
 """
@@ -21,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_scale.checkpoint.parameter_shard import MOMENTS, ParameterShard
+from ebwm_scale.training.deepspeed.partitioned import partitioned
 
 
 class ZeroState:
-    """The pieces of a DeepSpeed engine's process.
+    """The shards of a DeepSpeed engine's process.
 
     `stage`, `half`: deepspeed.zero_stage, and whether weights are bf16.
     """
@@ -43,7 +46,7 @@ class ZeroState:
                 for p, master in zip(group, copies)
             }
 
-    def pieces(self) -> Iterator[ParameterShard]:
+    def shards(self) -> Iterator[ParameterShard]:
         for index, (name, p) in enumerate(self.module.named_parameters()):
             start, values = self._local(p)
             owned = (
@@ -71,9 +74,9 @@ class ZeroState:
                     whole = weight if kind == "weight" else read(name, kind)
                     mine.copy_(whole[start : start + mine.numel()])
                 if self.stage == 3:
-                    mine = p.ds_tensor
-                    part = weight[self.rank * mine.numel() :][: mine.numel()]
-                    mine[: part.numel()].copy_(part)
+                    own = partitioned(p).ds_tensor
+                    part = weight[self.rank * own.numel() :][: own.numel()]
+                    own[: part.numel()].copy_(part)
                 if p.numel() == weight.numel():  # what the forward pass sees
                     p.copy_(weight.view_as(p))
 
@@ -105,11 +108,12 @@ class ZeroState:
         }
 
     def _local_partition(self, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
-        size = p.ds_tensor.ds_numel if hasattr(p.ds_tensor, "ds_numel") else p.ds_tensor.numel()
+        own = partitioned(p).ds_tensor
+        size = getattr(own, "ds_numel", own.numel())
         start = self.rank * size
-        count = max(0, min(size, p.ds_numel - start))
+        count = max(0, min(size, partitioned(p).ds_numel - start))
         if not p.requires_grad:
-            return start, {"weight": p.ds_tensor.detach().view(-1)[:count]}
+            return start, {"weight": own.detach().view(-1)[:count]}
         group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(p)]
         flat = self.optimizer.fp32_partitioned_groups_flat[group]
         state = self.inner.state.get(flat, {})
@@ -125,7 +129,7 @@ class ZeroState:
         )
 
     def _create_moments(self, step_count: float) -> None:
-        """AdamW makes its state in its first update; here it is wanted before."""
+        """AdamW makes its state in its first update; here it is needed before."""
         if self.stage == 3:
             updated = self.optimizer.fp32_partitioned_groups_flat
         else:

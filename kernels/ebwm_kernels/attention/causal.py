@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ebwm_kernels.attention.energy import check_keys, check_tensors
 from ebwm_kernels.attention.ops import attend, resolve_backend
-from ebwm_kernels.attention.reference import Shape
+from ebwm_kernels.attention.reference import Shape, score_scale
 
 
 def causal_attention(
@@ -28,15 +28,16 @@ def causal_attention(
 ) -> Tensor:
     """Output (B, H, S, d) of softmax attention, differentiable twice with respect to q, k and v.
 
-    q: (B, H, S, d); k, v: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device. Query t sees keys j <= t + context_offset, or
-    all of them with causal=False. scale: default d ** -0.5. backend: as in energy_attention.
+    q: (B, H, S, d); k, v: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device.
+    Query t sees keys j <= t + context_offset, or all of them with causal=False.
+    scale: default d ** -0.5. backend: as in energy_attention.
 
     A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that
     do not fit.
     """
     check_tensors("causal_attention", {"q": q, "k": k, "v": v})
     check_keys("causal_attention", q, {"k": k, "v": v}, context_offset)
-    shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), context_offset, causal)
+    shape = Shape(score_scale(scale, q.shape[-1]), context_offset, causal)
     return attend(
         q,
         k,
@@ -58,7 +59,7 @@ def causal_attention_definition(
     context_offset: int = 0,
 ) -> Tensor:
     """The definition in plain operations, for tests and readers."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[-1])
     keys, values = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))
     scores = scale * q @ keys.transpose(-1, -2)
     if causal:

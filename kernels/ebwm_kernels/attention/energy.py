@@ -1,7 +1,8 @@
 """Attention of the predicted stream: every query sees a causal context and one key of its own,
 under a single softmax.
 
-    p_t attends to  o_1 .. o_(t + offset)  and to itself:   softmax([q_t k_1, .., q_t k_(t + offset), q_t k*_t]) [v_1, .., v*_t]
+    p_t attends to  o_1 .. o_(t + offset)  and to itself:
+        softmax([q_t k_1, .., q_t k_(t + offset), q_t k*_t]) [v_1, .., v*_t]
 
 The observed stream never enters as a query. The inner gradient of a refinement step runs through q,
 k* and v* only, and the context's keys and values collect their gradients in the outer backward
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ebwm_kernels.attention.ops import attend, resolve_backend
-from ebwm_kernels.attention.reference import Shape
+from ebwm_kernels.attention.reference import Shape, score_scale
 
 
 def energy_attention(
@@ -31,15 +32,16 @@ def energy_attention(
     """Output (B, H, S, d) of the predicted stream's attention, differentiable twice with respect to
     all five tensors.
 
-    q, k_self, v_self: (B, H, S, d); k_context, v_context: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device.
-    Query t sees context keys j <= t + context_offset, and its own key. scale: default d ** -0.5.
-    backend: "triton", "reference", or "auto": Triton for float16, bfloat16 and float32 on an NVIDIA GPU, else the reference.
+    q, k_self, v_self: (B, H, S, d); k_context, v_context: (B, H_kv, C, d) with H % H_kv == 0; one
+    floating dtype and device. Query t sees context keys j <= t + context_offset, and its own key.
+    scale: default d ** -0.5. backend: "triton", "reference", or "auto": Triton for float16,
+    bfloat16 and float32 on an NVIDIA GPU, else the reference.
 
     A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that
     do not fit.
     """
     _check(q, k_self, v_self, k_context, v_context, context_offset)
-    shape = Shape(q.shape[-1] ** -0.5 if scale is None else float(scale), context_offset, True)
+    shape = Shape(score_scale(scale, q.shape[-1]), context_offset, True)
     return attend(
         q,
         k_context,
@@ -62,7 +64,7 @@ def energy_attention_definition(
     context_offset: int = 0,
 ) -> Tensor:
     """The definition in plain operations, for tests and readers."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = score_scale(scale, q.shape[-1])
     keys, values = (
         u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k_context, v_context)
     )

@@ -1,9 +1,11 @@
 """Attention as three nested operations, each the derivative of the one before, and the choice of
 who computes them.
 
-    ebwm::attention                   q, K, V [, k*, v*]        -> O, L                              backward: the next one
-    ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]           backward: the next one
-    ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]       no backward: a third derivative raises
+    ebwm::attention                   q, K, V [, k*, v*]        -> O, L
+    ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]
+    ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]
+
+The backward of each is the next one; the last has none: a third derivative raises.
 
 O and L enter the second and third as constants: the formulas (attention/reference.py) hold what
 depends on them. Registered with torch.library, since nested autograd.Functions are differentiated
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -102,7 +105,50 @@ def attend(
     return torch.ops.ebwm.attention(q, k, v, k_self, v_self, *shape, backend)[0]
 
 
-def _implementation(backend: str):
+class Implementation(Protocol):
+    """What a backend is: the three levels, as attention/reference.py defines them."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gradient(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        out: Tensor,
+        log_normalizer: Tensor,
+        shape: Shape,
+        *,
+        with_keys: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def double_backward(
+        self,
+        cotangents: Cotangents,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        out: Tensor,
+        log_normalizer: Tensor,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+
+def _implementation(backend: str) -> Implementation:
     if backend == "triton":
         from ebwm_kernels.attention import triton_kernels as attention_triton
 
@@ -110,13 +156,12 @@ def _implementation(backend: str):
     return reference
 
 
-def _empty_for_none(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Results of an operation: empty in place of None."""
-    like = next(u for u in tensors if u is not None)
-    return tuple(like.new_empty(0) if u is None else u for u in tensors)
+def _empty_for_none(result: Tensor | None, like: Tensor) -> Tensor:
+    """A result of an operation: empty in place of None."""
+    return like.new_empty(0) if result is None else result
 
 
-# ---------------------------------------------------------------------------------------------------------------- forward
+# ------------------------------------------------------------------------------------------ forward
 
 
 @custom_op("ebwm::attention", mutates_args=())
@@ -152,7 +197,7 @@ def _backward_attention(ctx, grad, _):
         ctx.saved_tensors
     )  # read once: a checkpoint recomputes for each reading
     with_keys = needs_grad(ctx, 1) or needs_grad(ctx, 2)
-    dq, dk, dv, dk_own, dv_own = torch.ops.ebwm.attention_gradient(
+    dq, dk, dv, dk_self, dv_self = torch.ops.ebwm.attention_gradient(
         grad,
         q,
         k,
@@ -165,14 +210,14 @@ def _backward_attention(ctx, grad, _):
         with_keys,
         is_traced_without_graph(),
     )
-    own = (None, None) if k_self is None else (dk_own, dv_own)
+    own = (None, None) if k_self is None else (dk_self, dv_self)
     return dq, *((dk, dv) if with_keys else (None, None)), *own, None, None, None, None
 
 
 register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_attention)
 
 
-# ------------------------------------------------------------------------------------------------------------ its gradient
+# ------------------------------------------------------------------------------------- its gradient
 
 
 @custom_op("ebwm::attention_gradient", mutates_args=())
@@ -194,19 +239,24 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if compiled:
         refuse_kept_graph("attention")
-    return _empty_for_none(
-        *_implementation(backend).gradient(
-            grad,
-            q,
-            k,
-            v,
-            k_self,
-            v_self,
-            out,
-            log_normalizer,
-            Shape(scale, offset, causal),
-            with_keys=with_keys,
-        )
+    dq, dk, dv, dk_self, dv_self = _implementation(backend).gradient(
+        grad,
+        q,
+        k,
+        v,
+        k_self,
+        v_self,
+        out,
+        log_normalizer,
+        Shape(scale, offset, causal),
+        with_keys=with_keys,
+    )
+    return (
+        dq,
+        _empty_for_none(dk, dq),
+        _empty_for_none(dv, dq),
+        _empty_for_none(dk_self, dq),
+        _empty_for_none(dv_self, dq),
     )
 
 
@@ -227,9 +277,13 @@ def _(
     with_keys,
     compiled,
 ):
-    keys = (k.new_empty(k.shape), v.new_empty(v.shape)) if with_keys else (None, None)
-    own = (None, None) if k_self is None else (q.new_empty(q.shape), q.new_empty(q.shape))
-    return _empty_for_none(q.new_empty(q.shape), *keys, *own)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape if with_keys else 0),
+        v.new_empty(v.shape if with_keys else 0),
+        q.new_empty(0 if k_self is None else q.shape),
+        q.new_empty(0 if k_self is None else q.shape),
+    )
 
 
 def _setup_gradient(ctx, inputs, output):
@@ -249,17 +303,17 @@ def _backward_gradient(ctx, a, b, c, b_self, c_self):
         b, c = (torch.zeros_like(k) if u is None else u for u in (b, c))
     if k_self is not None:
         b_self, c_self = (torch.zeros_like(q) if u is None else u for u in (b_self, c_self))
-    g_grad, g_q, g_k, g_v, g_k_own, g_v_own = torch.ops.ebwm.attention_double_backward(
+    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = torch.ops.ebwm.attention_double_backward(
         a, b, c, b_self, c_self, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend
     )
-    own = (None, None) if k_self is None else (g_k_own, g_v_own)
+    own = (None, None) if k_self is None else (g_k_self, g_v_self)
     return g_grad, g_q, g_k, g_v, *own, *(None,) * 8
 
 
 register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=_setup_gradient)
 
 
-# --------------------------------------------------------------------------------------------------------- double backward
+# ---------------------------------------------------------------------------------- double backward
 
 
 @custom_op("ebwm::attention_double_backward", mutates_args=())
@@ -282,19 +336,25 @@ def _double_backward(
     causal: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_for_none(
-        *_implementation(backend).double_backward(
-            Cotangents(a, b, c, b_self, c_self),
-            grad,
-            q,
-            k,
-            v,
-            k_self,
-            v_self,
-            out,
-            log_normalizer,
-            Shape(scale, offset, causal),
-        )
+    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = _implementation(backend).double_backward(
+        Cotangents(a, b, c, b_self, c_self),
+        grad,
+        q,
+        k,
+        v,
+        k_self,
+        v_self,
+        out,
+        log_normalizer,
+        Shape(scale, offset, causal),
+    )
+    return (
+        g_grad,
+        g_q,
+        g_k,
+        g_v,
+        _empty_for_none(g_k_self, g_q),
+        _empty_for_none(g_v_self, g_q),
     )
 
 
@@ -318,13 +378,17 @@ def _(
     causal,
     backend,
 ):
-    own = (None, None) if k_self is None else (q.new_empty(q.shape), q.new_empty(q.shape))
-    return _empty_for_none(
-        q.new_empty(q.shape), q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *own
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(0 if k_self is None else q.shape),
+        q.new_empty(0 if k_self is None else q.shape),
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- FLOPs
+# -------------------------------------------------------------------------------------------- FLOPs
 
 
 def visible_pairs(num_queries: int, num_keys: int, offset: int = 0, causal: bool = True) -> int:

@@ -7,6 +7,11 @@ columns are in memory, the rest is zero. ACC is the type of sums, PRECISION tl.d
 input_precision.
 """
 
+# Triton compiles these functions and Python never runs them: a loop over tl.static_range is
+# unrolled, a call of another kernel returns, and a default becomes a constexpr. Triton's own
+# annotations say otherwise.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
@@ -58,7 +63,7 @@ def put(
     D: tl.constexpr,
     DP: tl.constexpr,
     PART: tl.constexpr,
-    factor: tl.constexpr = 1.0,
+    factor: tl.constexpr = 1.0,  # pyright: ignore[reportArgumentType]
 ):
     """Write factor * parts where rows_of would read them."""
     for part in tl.static_range(DP // PART):

@@ -1,7 +1,9 @@
 """The attention of this package as Triton kernels; the formulas and their letters are those of
 attention/reference.py.
 
-    kernel            work of a program                           products per tile (with cotangents B, C on dK, dV)
+The products per tile are in brackets where there are cotangents B, C on dK, dV.
+
+    kernel            work of a program                           products per tile
     _forward          query rows, all their keys                  2
     _gradient_query   query rows: D, dQ, dk*, dv*                 3
     _gradient_key     keys, all the queries that see them: dK, dV 4
@@ -131,7 +133,7 @@ def _forward(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    head, first = _my_rows(S, BM)
+    head, first = _my_rows(S, BM)  # pyright: ignore[reportGeneralTypeIssues]
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
@@ -195,7 +197,7 @@ def _gradient_query(
     A row of dS sums to zero, as rounded for the product it does not: what is left over takes its
     share of the mean key away again.
     """
-    head, first = _my_rows(S, BM)
+    head, first = _my_rows(S, BM)  # pyright: ignore[reportGeneralTypeIssues]
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
@@ -320,12 +322,13 @@ def _tangent(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG, and D = G . O for the kernels after it.
+    """mu = rowsum(P Sdot), gG = (P Sdot) V + P C - mu O, phi = G . gG, and D = G . O for the
+    kernels after it.
 
     Sdot loses s A . mean(K) per row, which is exact for any constant (sum P = 1) and keeps what
     keys have in common out of the rounding.
     """
-    head, first = _my_rows(S, BM)
+    head, first = _my_rows(S, BM)  # pyright: ignore[reportGeneralTypeIssues]
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
@@ -399,7 +402,7 @@ def _second_own(
     BM: tl.constexpr,
 ):
     """The own key's column: gk* = s (z* q + ds* A), gv* = p* (sd* - mu) G, and z*, ds* for gQ."""
-    head, first = _my_rows(S, BM)
+    head, first = _my_rows(S, BM)  # pyright: ignore[reportGeneralTypeIssues]
     own = head * S
     rows = first + tl.arange(0, BM)
     q, a, g = (
@@ -412,11 +415,11 @@ def _second_own(
     sd_own = scale * (
         row_dot(a, k_self, ACC) + row_dot(q, rows_of(BO, own, rows, S, D, DP, PART), ACC)
     )
-    slope = row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - _statistic(
+    dP_minus_D = row_dot(g, rows_of(VO, own, rows, S, D, DP, PART), ACC) - _statistic(
         DELTA, own, rows, S
     )
-    ds, pd = p_own * slope, p_own * (sd_own - mu)
-    z = pd * slope + p_own * (
+    ds, pd = p_own * dP_minus_D, p_own * (sd_own - mu)
+    z = pd * dP_minus_D + p_own * (
         row_dot(g, rows_of(CO, own, rows, S, D, DP, PART), ACC) - _statistic(PHI, own, rows, S)
     )
     put(GKO, own, rows, S, add_scaled(scaled(q, scale * z, ACC), a, scale * ds, ACC), D, DP, PART)
@@ -461,7 +464,7 @@ def _second_query(
     BN: tl.constexpr,
 ):
     """gQ = s (Z K + dS B + z* k* + ds* b*); Z of a row sums to zero, see _gradient_query."""
-    head, first = _my_rows(S, BM)
+    head, first = _my_rows(S, BM)  # pyright: ignore[reportGeneralTypeIssues]
     own, seen = head * S, head // group * C
     rows = first + tl.arange(0, BM)
     factor: tl.constexpr = scale * LOG2_E
@@ -541,7 +544,10 @@ def _second_key(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys; tiles are (keys, rows)."""
+    """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys.
+
+    Tiles are (keys, rows).
+    """
     num_blocks = tl.cdiv(C, BN)
     key_head, first_key = (
         (tl.program_id(0) // num_blocks).to(tl.int64),
@@ -582,7 +588,7 @@ def _second_key(
     put(GV, seen, keys, C, gv, D, DP, PART)
 
 
-# ---------------------------------------------------------------------------------------------------------------- launches
+# ----------------------------------------------------------------------------------------- launches
 
 
 class _Launcher:
@@ -612,7 +618,7 @@ class _Launcher:
         self._run(
             kernel,
             tile,
-            triton.cdiv(self.num_rows, tile.rows) * self.batch * self.heads,
+            _num_tiles(self.num_rows, tile.rows) * self.batch * self.heads,
             arguments,
             constants,
         )
@@ -623,7 +629,7 @@ class _Launcher:
         self._run(
             kernel,
             tile,
-            triton.cdiv(self.num_keys, tile.keys) * self.batch * self.key_heads,
+            _num_tiles(self.num_keys, tile.keys) * self.batch * self.key_heads,
             arguments,
             constants,
         )
@@ -678,8 +684,9 @@ class _Launcher:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, k_self: Tensor | None, v_self: Tensor | None, shape: Shape
 ) -> tuple[Tensor, Tensor]:
-    """As attention_reference.forward."""
-    q, k, v, k_self, v_self = _contiguous(q, k, v, k_self, v_self)
+    """As reference.forward."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    k_self, v_self = _contiguous(k_self), _contiguous(v_self)
     run = _Launcher(q, k, shape, k_self is not None)
     out, log_normalizer = run.like_rows(), run.statistic()
     run.over_rows(_forward, q, k, v, *_or(q, k_self, v_self), out, log_normalizer, OWN=run.own)
@@ -698,12 +705,14 @@ def gradient(
     shape: Shape,
     *,
     with_keys: bool,
-) -> tuple[Tensor | None, ...]:
-    """As attention_reference.gradient."""
-    grad, q, k, v, k_self, v_self, out = _contiguous(grad, q, k, v, k_self, v_self, out)
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As reference.gradient."""
+    grad, out = grad.contiguous(), out.contiguous()
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    k_self, v_self = _contiguous(k_self), _contiguous(v_self)
     run = _Launcher(q, k, shape, k_self is not None)
     dq, delta = run.like_rows(), run.statistic()
-    dk_own, dv_own = (run.like_rows(), run.like_rows()) if run.own else (None, None)
+    dk_self, dv_self = (run.like_rows(), run.like_rows()) if run.own else (None, None)
     run.over_rows(
         _gradient_query,
         q,
@@ -715,14 +724,14 @@ def gradient(
         grad,
         run.mean(k),
         dq,
-        *_or(q, dk_own, dv_own),
+        *_or(q, dk_self, dv_self),
         delta,
         OWN=run.own,
     )
     dk, dv = (run.like_keys(), run.like_keys()) if with_keys else (None, None)
     if with_keys:
         run.over_keys(_gradient_key, q, k, v, log_normalizer, grad, delta, dk, dv)
-    return dq, dk, dv, dk_own, dv_own
+    return dq, dk, dv, dk_self, dv_self
 
 
 def double_backward(
@@ -736,11 +745,16 @@ def double_backward(
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
-) -> tuple[Tensor | None, ...]:
-    """As attention_reference.double_backward."""
-    a, b, c, b_self, c_self = _contiguous(*cotangents)
-    grad, q, k, v, k_self, v_self, out = _contiguous(grad, q, k, v, k_self, v_self, out)
-    run, keys = _Launcher(q, k, shape, k_self is not None), b is not None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """As reference.double_backward."""
+    a = cotangents.query.contiguous()
+    b, c = _contiguous(cotangents.key), _contiguous(cotangents.value)
+    b_self, c_self = _contiguous(cotangents.k_self), _contiguous(cotangents.v_self)
+    grad, out = grad.contiguous(), out.contiguous()
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    k_self, v_self = _contiguous(k_self), _contiguous(v_self)
+    run = _Launcher(q, k, shape, k_self is not None)
+    keys = b is not None
     g_grad, mu, phi, delta = run.like_rows(), run.statistic(), run.statistic(), run.statistic()
     mean = run.mean(k)
     run.over_rows(
@@ -762,9 +776,14 @@ def double_backward(
         OWN=run.own,
         KEYS=keys,
     )
-    g_k_own = g_v_own = z = ds = None
+    g_k_self = g_v_self = z = ds = None
     if run.own:
-        g_k_own, g_v_own, z, ds = run.like_rows(), run.like_rows(), run.statistic(), run.statistic()
+        g_k_self, g_v_self, z, ds = (
+            run.like_rows(),
+            run.like_rows(),
+            run.statistic(),
+            run.statistic(),
+        )
         run.over_rows(
             _second_own,
             q,
@@ -778,8 +797,8 @@ def double_backward(
             mu,
             phi,
             delta,
-            g_k_own,
-            g_v_own,
+            g_k_self,
+            g_v_self,
             z,
             ds,
         )
@@ -820,7 +839,7 @@ def double_backward(
         g_v,
         KEYS=keys,
     )
-    return g_grad, g_q, g_k, g_v, g_k_own, g_v_own
+    return g_grad, g_q, g_k, g_v, g_k_self, g_v_self
 
 
 @functools.cache
@@ -831,9 +850,14 @@ def architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major in (9, 10):
         return "sm_90"
-    return (
-        "sm_80" if (major, minor) == (8, 0) else "sm_86"
-    )  # 8.6, 8.9 and 12.x have 99 KiB of shared memory per block
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    return "sm_86"  # 8.6, 8.9 and 12.x have 99 KiB of shared memory per block
+
+
+def _num_tiles(count: int, size: int) -> int:
+    """How many tiles of `size` cover `count`."""
+    return -(-count // size)
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -845,8 +869,8 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if u is None else u.contiguous() for u in tensors]
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _or(placeholder: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:

@@ -5,10 +5,12 @@ A vocabulary state x holds V numbers per row. With p = softmax(x), a map W (V, D
 gradient g with respect to the embedded state e = p W, and h = -alpha g, one refinement step and its
 cross-entropy against a target y are
 
-    probabilities:  x' = p + W h                             descends dE/dp = W g: the softmaxed variable is the one that moves
-    logits:         x' = x + p * (W h - p.W h)               descends dE/dx: through the softmax
-    mirror:         x' = x + W h                             p' ~ p exp(-alpha dE/dp): mirror descent on the simplex
-    loss = sum over rows of (logsumexp(x') - x'_y) / n       its gradient on x':  r = (p' - onehot(y)) / n,  p' = softmax(x')
+    probabilities:  x' = p + W h                   descends dE/dp = W g: what was softmaxed moves
+    logits:         x' = x + p * (W h - p.W h)     descends dE/dx: through the softmax
+    mirror:         x' = x + W h                   p' ~ p exp(-alpha dE/dp): mirror descent on the
+                                                   simplex
+    loss = sum over rows of (logsumexp(x') - x'_y) / n
+    its gradient on x':  r = (p' - onehot(y)) / n,  p' = softmax(x')
 
 With clamps, the change x' - x is bounded by Clamps.change and then x' by Clamps.state, number by
 number; r is zero where one of them binds.
@@ -18,11 +20,14 @@ Everything here is for states that carry no gradient (refinement.graph detach an
 differentiates the loss a second time, so its gradient needs no graph:
 
     vocabulary_embed      x -> p, e
-    vocabulary_descend    p, h -> x', loss.   r is turned into the gradients of h and W while x' is at hand: the last step, and the other
-                          updates. Without p it is the loss of a model that predicts logits directly
-    vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities). The loss's gradient on h is
-                          r W = (e' - W_y) / n, known at once, and the two gradients of W, of this loss and of e', are both products with
-                          p': one serves both, which makes three products of size rows * V * D per step, as many as a Transformer++ has
+    vocabulary_descend    p, h -> x', loss. r is turned into the gradients of h and W while x' is
+                          at hand: the last step, and the other updates. Without p it is the loss
+                          of a model that predicts logits directly
+    vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities).
+                          The loss's gradient on h is r W = (e' - W_y) / n, known at once, and the
+                          two gradients of W, of this loss and of e', are both products with p': one
+                          serves both, which makes three products of size rows * V * D per step, as
+                          many as a Transformer++ has
 
 Rows are (batch, position) pairs, independent of each other: a caller takes as many at a time as it
 has memory for (refinement/loop.py), and gives n, the number of rows that count in all, and a
@@ -56,4 +61,7 @@ def vocabulary_descend_reference(
     move = (hidden.to(weight.dtype) @ weight.T).to(state_dtype(weight))
     if x is not None and probabilities is not None:
         move = probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
-    return clamped_step(probabilities if x is None else x, move, clamps)
+    start = probabilities if x is None else x
+    if start is None:
+        raise ValueError("vocabulary_descend: give x, probabilities, or both")
+    return clamped_step(start, move, clamps)

@@ -172,7 +172,7 @@ class _StepEmbed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _, grad_embedded, *__):
-        """dW = p' (grad_embedded + s h) - onehot (s h), with s = loss_weight / n on rows that count."""
+        """dW = p' (grad_embedded + s h) - onehot (s h), s = loss_weight / n on rows that count."""
         refuse_graph("vocabulary_step", "second")
         if grad_embedded is None:
             return (None,) * 8

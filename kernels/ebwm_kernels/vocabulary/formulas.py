@@ -41,25 +41,19 @@ def _move(
     out: Tensor | None,
 ) -> Tensor:
     """x' (rows, V)."""
-    start, hidden, dtype = (
-        probabilities if x is None else x,
-        hidden.to(weight.dtype),
-        state_dtype(weight),
-    )
-    out = (
-        torch.empty(len(hidden), len(weight), dtype=dtype, device=weight.device)
-        if out is None
-        else out
-    )
-    through = x is not None and probabilities is not None
-    if weight.dtype == dtype and not through and start is not None:
+    start = probabilities if x is None else x
+    hidden = hidden.to(weight.dtype)
+    dtype = state_dtype(weight)
+    if out is None:
+        out = torch.empty(len(hidden), len(weight), dtype=dtype, device=weight.device)
+    through_softmax = x is not None and probabilities is not None
+    if weight.dtype == dtype and not through_softmax and start is not None:
         return torch.addmm(start, hidden, weight.T, out=out)
-    move = (
-        torch.mm(hidden, weight.T, out=out)
-        if weight.dtype == dtype
-        else out.copy_(hidden @ weight.T)
-    )
-    if through:
+    if weight.dtype == dtype:
+        move = torch.mm(hidden, weight.T, out=out)
+    else:
+        move = out.copy_(hidden @ weight.T)
+    if x is not None and probabilities is not None:
         _through_softmax_(probabilities, move)
     return move if start is None else move.add_(start)
 
@@ -75,7 +69,9 @@ def _step(
     """(x' (rows, V), where no clamp binds (rows, V) or None for everywhere)."""
     if clamps == NO_CLAMPS:
         return _move(weight, hidden, probabilities, x, out), None
-    start, free = probabilities if x is None else x, None
+    start = probabilities if x is None else x
+    assert start is not None, "a step starts at x or at probabilities"
+    free = None
     move = _move(weight, hidden, None, None, out)
     if x is not None and probabilities is not None:
         _through_softmax_(probabilities, move)
@@ -91,7 +87,7 @@ def _step(
 
 
 def _through_softmax_(probabilities: Tensor, u: Tensor) -> Tensor:
-    """The softmax's Jacobian, which is symmetric, times u (rows, V), in u's place: p * (u - p.u)."""
+    """The softmax's Jacobian, which is symmetric, times u (rows, V), in place: p * (u - p.u)."""
     return u.sub_(torch.linalg.vecdot(probabilities, u)[:, None]).mul_(probabilities)
 
 

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # target of a row that does not count
-CHUNK_BYTES = (
-    16 * 2**20
-    # of logits per chunk in vocabulary_cross_entropy: large enough for efficient products, small beside
-    # W
-)
+# of logits per chunk in vocabulary_cross_entropy: large enough for efficient products, small
+# beside W
+CHUNK_BYTES = 16 * 2**20
 
 
 def _softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
