@@ -1,14 +1,15 @@
 """The process in a job's batch step: one attempt at a run, and what its end means.
 
-    python -m ebwm_scale.cluster.job --config FILE [--set section.key=value ...] [--run-dir DIR]        started by slurm/job.sh
+    python -m ebwm_scale.cluster.job --config FILE [--set section.key=value ...] [--run-dir DIR]
 
-    begin (attempts.jsonl) -> srun: one task per GPU, each ebwm_scale/train.py --resume -> end (attempts.jsonl)
+    begin (attempts.jsonl) -> srun: one task per GPU, each ebwm_scale/train.py --resume
+                           -> end (attempts.jsonl)
         finished    the job ends with 0
         again       scontrol requeue: the same job, the same run folder, later and elsewhere
         give up     the job ends with the run's exit code, and the reason stands in attempts.jsonl
 
-Outside Slurm (--cluster local of ebwm_scale.launch) the tasks are plain processes and `again` is a
-loop. Exit codes are those of train.py.
+slurm/job.sh starts it. Outside Slurm (--cluster local of ebwm_scale.launch) the tasks are plain
+processes and `again` is a loop. Exit codes are those of train.py.
 """
 
 from __future__ import annotations

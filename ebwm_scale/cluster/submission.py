@@ -67,7 +67,7 @@ class SlurmRun:
 
 @dataclass(frozen=True)
 class LocalRuns:
-    """Runs on this machine, one after the other; a failed one does not keep the next from starting."""
+    """Runs on this machine, one after the other; the next one also starts after a failed one."""
 
     run_dirs: tuple[str, ...]
     num_tasks: int

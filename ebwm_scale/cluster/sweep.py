@@ -10,7 +10,7 @@ overrides (--sweep-file):
     size:
       w32: [model.width=32]
       w64: [model.width=64]
-    combinations:                           # no axis: further overrides of the runs that have all of these names
+    combinations:  # no axis: further overrides of the runs that have all of these names
       form=energy size=w64: [optimizer.learning_rate=0.006]
 """
 
@@ -20,7 +20,6 @@ import datetime
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -179,14 +178,27 @@ def _fit(values: Sequence[str]) -> list[str]:
     """For file names: of paths what tells them apart, and nothing that a shell or a terminal would
     read.
     """
-    clean = lambda value: re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")[-60:] or "empty"
     paths = [value.rstrip("/").split("/") for value in values]
-    common = len(os.path.commonprefix([path[:-1] for path in paths]))
+    common = _num_common([path[:-1] for path in paths])
     for shorter in ([path[-1] for path in paths], ["/".join(path[common:]) for path in paths]):
-        names = [clean(name) for name in shorter]
+        names = [_file_name(name) for name in shorter]
         if len(set(names)) == len(names):
             return names
-    return [clean(value) for value in values]
+    return [_file_name(value) for value in values]
+
+
+def _file_name(value: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")[-60:] or "empty"
+
+
+def _num_common(folders: Sequence[Sequence[str]]) -> int:
+    """How many of their first parts all of the paths share."""
+    count = 0
+    for parts in zip(*folders, strict=False):  # as far as the shortest goes
+        if len(set(parts)) > 1:
+            break
+        count += 1
+    return count
 
 
 def check_new(folder: Path) -> None:

@@ -26,7 +26,7 @@ def add_permissions(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_unpermitted(config: Config, *, allow_pipe: bool) -> None:
-    """ConfigError if the configuration would run commands and the command line does not allow it."""
+    """ConfigError if the configuration would run commands that the command line does not allow."""
     refuse_pipes(config.data.stream, allow_pipe=allow_pipe)
 
 

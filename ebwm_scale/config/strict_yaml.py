@@ -203,7 +203,7 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8: lone surrogates, which stand for other bytes, cannot."""
+    """Whether a text can be written as UTF-8: a lone surrogate, which stands for a byte, cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -20,7 +20,7 @@ _MESSAGE_LENGTH = 400
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with these types for float, int and Path, and errors of one line (exit code 2)."""
+    """argparse's, with these types for float, int and Path; an error is one line, exit code 2."""
 
     def __init__(self, *arguments, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)

@@ -77,7 +77,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """All of the line or nothing of it, on a line of its own also behind one that a kill has torn."""
+    """All of the line or nothing of it; on a line of its own, also behind a line torn by a kill."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     size = os.lseek(descriptor, 0, os.SEEK_END)
     try:

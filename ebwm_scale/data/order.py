@@ -2,8 +2,8 @@
 
     stream position   0 ........................ n-1 | n ....................... 2n-1 | 2n ...
                       epoch 0                        | epoch 1                        | ...
-    inside an epoch   [ window 0 ][ window 1 ] ...     the shards, permuted, cut into windows of K shards;
-                                                       the samples of a window permuted among themselves
+    inside an epoch   [ window 0 ][ window 1 ] ...     the shards, permuted, in windows of K;
+                                                       each window's samples permuted
 
 Nothing is drawn from a generator that has a history: each permutation comes from a Philox stream
 whose key and counter are made of (seed, epoch, window). So position 10^9 costs as much as position
@@ -57,7 +57,7 @@ class SampleOrder:
         self._window: tuple[int, int] | None = None  # (epoch, window) of the cached permutation
 
     def sample(self, position: int) -> int:
-        """The sample id at a global stream position (0 or more; epoch = position // num_samples)."""
+        """The sample id at a global stream position >= 0; its epoch is position // num_samples."""
         return int(self.samples(position, 1)[0])
 
     def samples(self, start: int, count: int) -> np.ndarray:

@@ -1,11 +1,15 @@
 """Frozen encoders: frames -> embeddings, and back to frames where that exists.
 
-    name            an embedding is                                                     weights                             back to frames
-    pca             whitened principal components of each patch, patch after patch      fitted on the training frames       yes
-    sd-vae          the latent mean of a Stable Diffusion VAE (diffusers)               a local folder                      yes
-    transformers    the pooled or class token of a vision backbone, DINOv2 for example  a local folder                      no
-    timm            the pooled features of a timm model                                 a local file                        no
-    efficientnet    7 x 7 features of EfficientNet-Lite0, averaged over a grid          bundled with its package, offline   no
+    name          an embedding is                                        weights            frames
+    pca           whitened principal components of each patch            fitted, see below  yes
+    sd-vae        the latent mean of a Stable Diffusion VAE (diffusers)  a local folder     yes
+    transformers  the pooled or class token of a vision backbone         a local folder     no
+    timm          the pooled features of a timm model                    a local file       no
+    efficientnet  7 x 7 features of EfficientNet-Lite0, averaged over    in its package     no
+                  a grid
+
+pca is fitted on the training frames, and its embeddings stand patch after patch. A vision backbone
+is, for example, DINOv2.
 
 An encoder holds no statistics: those are the dataset's (data/encoders/space.py). Nothing is ever
 downloaded here.

@@ -37,7 +37,7 @@ def build_pretrained(
 
 
 class Pretrained:
-    """Common: freezing, batches, and the check that the weights are those a dataset was made with."""
+    """Common: freezing, batches, and the check that the weights are those of the dataset."""
 
     name = ""
     reconstructs = False

@@ -1,9 +1,10 @@
 """What a sample is: the fields of a WebDataset sample -> a sequence of block_length states,
 checked.
 
-    text                tokens.npy                          -> unsigned integers (block_length,)
-    video, embedding    frames.npy                          -> float16 or float32 (block_length, dimension), as the encoder gave them
-    video, jpeg, webp   000.jpg, 001.jpg, ... or .webp      -> uint8 (block_length, height, width, 3)
+    text                tokens.npy                      -> unsigned integers (block_length,)
+    video, embedding    frames.npy                      -> float16 or float32, as the encoder gave
+                                                           them: (block_length, dimension)
+    video, jpeg, webp   000.jpg, 001.jpg, ... or .webp  -> uint8 (block_length, height, width, 3)
 
 Video samples carry a clip.json beside them: which video, and where in it. How raw frames become the
 standardised embeddings that a model sees is the business of ebwm_scale/data/encoders/.
@@ -33,7 +34,8 @@ MAX_IMAGE_PIXELS = 2**24  # of an image whose size is not known beforehand: 48 M
 # never evaluated.
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_TEXT = re.compile(
-    rb"\{'descr': '([<>|=][a-zA-Z]\d{1,4})', 'fortran_order': False, 'shape': \(([0-9, ]{0,60})\), \} *\n"
+    rb"\{'descr': '([<>|=][a-zA-Z]\d{1,4})', 'fortran_order': False, "
+    rb"'shape': \(([0-9, ]{0,60})\), \} *\n"
 )
 _TOKENS = ("|u1", "<u2", "<u4", "<u8")
 _EMBEDDINGS = ("<f2", "<f4", "<f8")
@@ -145,7 +147,7 @@ def decode_sample(
         return content.decode(fields, block_length)
     except DataError:  # a package is missing, which is no fault of the sample
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (bytes from outside make numpy raise whatever it does)
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(" ".join(reason[:1000].split())) from None
 
@@ -180,7 +182,7 @@ def decode_image(content: bytes, size: tuple[int, int] | None = None) -> np.ndar
             return np.asarray(file.convert("RGB"))
     except image.UnidentifiedImageError:
         raise ValueError("no readable image (not a jpeg, webp or png that can be opened)") from None
-    except Exception as error:  # on damaged bytes Pillow's plug-ins raise whatever comes up
+    except Exception as error:  # noqa: BLE001 (Pillow's plug-ins raise whatever comes up)
         what = " ".join((str(error) or type(error).__name__).split())
         raise ValueError(f"no readable image ({what[:120]})") from None
 

@@ -111,9 +111,10 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
 
 
 def parse_index(content: bytes, where: str, shard: str, *, size: int) -> ShardIndex:
-    """The index in a file's bytes.  where: for messages.  shard: the shard's file name.  size: of the shard in bytes.
+    """The index in a file's bytes.
 
-    Raises DataError for what is no index, or not one of this shard.
+    where: for messages. shard: the shard's file name. size: of the shard, in bytes. Raises
+    DataError for what is no index, or not one of this shard.
     """
     try:
         values = parse(content)

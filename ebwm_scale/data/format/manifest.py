@@ -2,9 +2,11 @@
 of every file in it.
 
 dataset/
-  manifest.json                this file; the hash of its canonical JSON is the dataset's fingerprint
-  train-000000.shards.json     above 10,000 shards: the list of some of them (data/format/shard_table.py), as if it stood in the manifest
-  tokenizer.model              text: a copy of the tokenizer.  video: encoder.safetensors, where the encoder was fitted
+  manifest.json                this file; its canonical JSON's hash is the dataset's fingerprint
+  train-000000.shards.json     above 10,000 shards: the list of some of them, as if it stood in the
+                               manifest (data/format/shard_table.py)
+  tokenizer.model              text: a copy of the tokenizer
+  encoder.safetensors          video: the encoder, where it was fitted
   train-000000.tar             plain WebDataset shard
   train-000000.index.json      where each sample of the shard lies, and its checksum
   validation-000000.tar  ...

@@ -2,7 +2,7 @@
 against its checksum.
 
     split = open_split("data/corpus/manifest.json", "train", verify="hashes")
-    split.read(17)          # text: uint16 (block_length,); video: embeddings or frames, see data/format/content.py
+    split.read(17)  # text: uint16 (block_length,); video: embeddings or frames, see content.py
 
 The index says where a sample lies, so no tar is streamed: reading the tar in order loses samples
 silently when a shard is cut or a header is damaged, and can neither be resumed nor re-divided

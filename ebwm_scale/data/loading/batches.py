@@ -1,8 +1,8 @@
 """Batches: what one rank trains on at one step.
 
-    stream position     0 ............ G | G ............ 2G | ...           optimizer step s: positions s G .. (s + 1) G
-    inside a step       [ rank 0 ][ rank 1 ] ... [ rank R-1 ]                 contiguous slices
-    inside a rank       [ micro batch ][ micro batch ] ...                    contiguous slices of micro_batch_size
+    stream position     0 ............ G | G ............ 2G | ...   step s: s G .. (s + 1) G
+    inside a step       [ rank 0 ][ rank 1 ] ... [ rank R-1 ]         contiguous slices
+    inside a rank       [ micro batch ][ micro batch ] ...            slices of micro_batch_size
 
 The main process asks the split's order which samples these are; workers are stateless and only read
 them. So the same step has the same global batch for every world size, accumulation, number of
@@ -37,7 +37,9 @@ _JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 @dataclass(frozen=True)
 class Batch:
-    """b samples of S + 1 states as stored: token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
+    """b samples of S + 1 states as stored.
+
+    These are token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
     (b, S + 1, height, width, 3) uint8.
     """
 

@@ -1,8 +1,9 @@
 """Mixtures: several datasets as one, each with a weight; the order stays a pure function of (seed,
 position).
 
-    position          0 ............ 1023 | 1024 .......... 2047 | ...        blocks of MIX_LENGTH positions
-    source            b a a c a a b a ... | a a b a c ...                     in each, source k stands n_k times, in a permuted order
+    position          0 ............ 1023 | 1024 .......... 2047 | ...   blocks of MIX_LENGTH
+    source            b a a c a a b a ... | a a b a c ...                n_k times source k in each,
+                                                                         permuted
     place in source   the j-th k of block i is position i n_k + j of source k's own order
 
 So every source has its exact share of each block, walks through its own epochs (every sample once

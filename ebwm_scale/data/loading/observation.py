@@ -30,7 +30,10 @@ class Observation:
         )
 
     def __call__(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored sequences (b, S + 1, ...) -> observed and targets, (b, S) int64 or (b, S, dimension) float32."""
+        """Stored sequences (b, S + 1, ...) -> observed and targets.
+
+        Both are (b, S) int64 or (b, S, dimension) float32.
+        """
         states = sequences.to(self.device) if self.space is None else self.space.states(sequences)
         observed, targets = states[:, :-1], states[:, 1:]
         if self.masked_after is not None:

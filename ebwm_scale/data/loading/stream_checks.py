@@ -3,10 +3,13 @@ byte of the shard changed.
 
 Which index a streamed shard has, the first that applies:
 
-    the manifest's       if every shard of the stream has the name of one in the manifest's train split, the stream is that
-                         dataset's: the index file beside the manifest, or the one beside the shard with the same sha256
-    the shard's own      NAME.index.json beside NAME.tar, for paths and addresses (a pipe: command has no place beside it)
-    none                 shards of other tools: a flipped bit in a number is then not noticed; said once per process
+    the manifest's    if every shard of the stream has the name of one in the manifest's train
+                      split, the stream is that dataset's: the index file beside the manifest, or
+                      the one beside the shard with the same sha256
+    the shard's own   NAME.index.json beside NAME.tar, for paths and addresses (a pipe: command has
+                      no place beside it)
+    none              shards of other tools: a flipped bit in a number is then not noticed; said
+                      once per process
 
 An index that is there and is not what it should be is a damaged shard, not a shard without one.
 """

@@ -169,7 +169,7 @@ class StreamLoader:
                     yield sample_id, sequence[: self.context_length + 1]
         except ImportError as error:  # the same for every shard
             raise DataError(f"{redacted(url)}: {_line(error)}; install it with pip") from None
-        except Exception as error:  # a file system of fsspec raises whatever its client does
+        except Exception as error:  # noqa: BLE001 (a file system of fsspec raises what its client does)
             reason = str(error) if isinstance(error, DataError) else _line(error)
             self._bad(url, (number << 32) + row, None, None, reason)
 

@@ -1,6 +1,6 @@
 """Videos -> frames at a chosen interval -> clips, one file per video.
 
-    video     |....|....|....|....||....|....|....|....|  pictures in pieces (data/prepare/decoding.py)
+    video     |....|....|....|....||....|....|....|....|  pictures in pieces (decoding.py)
     frames    a    b    c    d     e    f    g    h       of each piece at t, t + interval, ...: the
                                                           one on screen then, resized and cropped
     clips     [a    b    c    d]                          context_length + 1 frames of one piece,
@@ -362,23 +362,20 @@ def _clips_of_piece(
 ) -> list[Clip]:
     """The clips that begin every stride in a piece, as long as it has their frames."""
     clips: list[Clip] = []
-    for index in itertools.count():
+    index = 0
+    while True:
         start_s = index * config.stride_s
         first = math.floor(start_s / config.interval_s + 1e-6)
         remainder = round(start_s - first * config.interval_s, 6)
-        phase = min(range(len(phases)), key=lambda i: abs(phases[i] - remainder))
+        distances = [abs(phase_s - remainder) for phase_s in phases]
+        in_file = numbers[distances.index(min(distances))]
         wanted = range(first, first + config.context_length + 1)
-        if any(k not in numbers[phase] for k in wanted):
+        if any(k not in in_file for k in wanted):
             return clips
-        clips += [
-            Clip(
-                round(piece_start_s + start_s, 6),
-                zoom,
-                crop,
-                tuple(numbers[phase][k] + crop for k in wanted),
-            )
-            for crop, zoom in enumerate(zooms)
-        ]
+        for crop, zoom in enumerate(zooms):
+            frames = tuple(in_file[k] + crop for k in wanted)
+            clips.append(Clip(round(piece_start_s + start_s, 6), zoom, crop, frames))
+        index += 1
 
 
 def _too_short(

