@@ -29,8 +29,8 @@ import torch
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
+from ebwm_scale.core.plain_text import shown
 from ebwm_scale.data.tokenizer import Tokenizer, check_text
-from ebwm_scale.data.walking import printable
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci
 from ebwm_scale.inference.scoring import ContinuationScore, Scorer
 from ebwm_scale.think import add_thinking_options, manifest_of, rules_of
@@ -165,7 +165,7 @@ def _what_is_wrong(question: Any, kind: str) -> str | None:
         return (
             None
             if isinstance(question.get("answer"), str) and question["answer"]
-            else f"answer is {_cut(question.get('answer'))}: must be a text that is not empty"
+            else f"answer is {shown(question.get('answer'))}: must be a text that is not empty"
         )
     choices, answer = question.get("choices"), question.get("answer")
     if (
@@ -173,9 +173,9 @@ def _what_is_wrong(question: Any, kind: str) -> str | None:
         or len(choices) < 2
         or not all(isinstance(choice, str) and choice for choice in choices)
     ):
-        return f"choices is {_cut(choices)}: must be two or more texts that are not empty"
+        return f"choices is {shown(choices)}: must be two or more texts that are not empty"
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        return f"answer is {_cut(answer)}: must be the index of a choice, 0 to {len(choices) - 1}"
+        return f"answer is {shown(answer)}: must be the index of a choice, 0 to {len(choices) - 1}"
     return None
 
 
@@ -185,10 +185,6 @@ def _texts_of(question: dict[str, Any], kind: str) -> list[tuple[str, str]]:
         return [("context", question["context"]), ("answer", question["answer"])]
     choices = [(f"choice {i}", choice) for i, choice in enumerate(question["choices"])]
     return [("context", question["context"]), *choices]
-
-
-def _cut(value: Any) -> str:
-    return printable(repr(value)[:80])
 
 
 def multiple_choice(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:

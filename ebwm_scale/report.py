@@ -11,12 +11,12 @@ the page.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
 from ebwm_scale.reporting.plots import headline_png
 from ebwm_scale.reporting.read_run import read_run
@@ -36,15 +36,10 @@ def write_report(run_dir: Path, *, baseline_dir: Path | None = None) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> Path:
-    """Write beside and rename: whoever opens `path` sees the old file or the new one, never half of
-    one.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        with replacement(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written: {error.strerror or error}; make the run folder writable"
         ) from None

@@ -28,10 +28,10 @@ from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.console import leave_quietly
 from ebwm_scale.core.console import say as print_line
 from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
-from ebwm_scale.core.plain_text import one_line
+from ebwm_scale.core.plain_text import one_line, shorten
 from ebwm_scale.core.processes import find_place, is_first
-from ebwm_scale.training.preemption import StopFlag
 from ebwm_scale.core.run_location import check_folder
+from ebwm_scale.training.preemption import StopFlag
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -292,7 +292,7 @@ def report_in_words(folder) -> str:
     try:
         return f"; report: {write_report(folder.path)}"
     except Exception as error:  # whatever a page trips over, no trained model is worth less for it
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten(error, 300)
         folder.warn(
             f"the report was not written: {type(error).__name__}: {reason}; "
             f"once that is mended: python -m ebwm_scale.report {folder.path}"

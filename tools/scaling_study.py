@@ -25,10 +25,11 @@ from ebwm_scale.cluster.status import status_of, table
 from ebwm_scale.config.shipped import find_config
 from ebwm_scale.config.strict_yaml import dump_yaml, read_yaml
 from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError, shown
+from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError
+from ebwm_scale.core.plain_text import shown
 from ebwm_scale.core.provenance import provenance
-from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
 from ebwm_scale.core.run_location import check_folder
+from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
 
 KEYS = {"title": str, "unit": str, "config": str, "set": list, "axis": str, "sweep": dict}
 

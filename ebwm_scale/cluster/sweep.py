@@ -30,7 +30,8 @@ from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.config.strict_yaml import read_yaml
 from ebwm_scale.core.code_version import code_version, uncommitted
-from ebwm_scale.core.errors import ConfigError, cut, shown
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import cut, shown
 from ebwm_scale.core.run_location import check_folder
 
 MAX_NAME = 120

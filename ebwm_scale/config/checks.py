@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 from ebwm_scale.config.schema import Config, TrainConfig
-from ebwm_scale.core.errors import ConfigError, shown
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import shown
 
 Require = Callable[[bool, str], None]
 

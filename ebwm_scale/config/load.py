@@ -17,7 +17,8 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.config.shipped import find_config
 from ebwm_scale.config.sizes import resolve
 from ebwm_scale.config.strict_yaml import MAX_DEPTH, is_utf8, parse_yaml, read_yaml
-from ebwm_scale.core.errors import ConfigError, cut
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import cut
 
 MAX_PROBLEMS = 40  # that one message lists
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.errors import cut, shown
+from ebwm_scale.core.plain_text import cut, shown
 
 LARGE = 10**4  # bounds above it keep out mistakes: no model or run comes near them
 

@@ -31,7 +31,8 @@ from yaml.reader import Reader
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
-from ebwm_scale.core.errors import ConfigError, cut, shown
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import cut, shorten, shown
 
 MAX_BYTES = 4 * 2**20
 MAX_DEPTH = 32
@@ -216,7 +217,7 @@ def _reason(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "context", None) or str(error)
     place = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-    return f"{cut(' '.join(problem.split()), 160)}{place}"
+    return f"{shorten(problem, 160)}{place}"
 
 
 for _name, _pattern, _first in _CORE_SCHEMA:

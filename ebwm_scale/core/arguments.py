@@ -13,7 +13,8 @@ import math
 from pathlib import Path
 from typing import NoReturn
 
-from ebwm_scale.core.errors import EXIT_BAD_INPUT, cut
+from ebwm_scale.core.errors import EXIT_BAD_INPUT
+from ebwm_scale.core.plain_text import cut
 
 LARGEST_INT = 2**63 - 1
 _MESSAGE_LENGTH = 400

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import shown
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
         return default
     if not re.fullmatch("[0-9]{1,9}", text):
         raise ConfigError(
-            f"{name} is {text[:80]!r} in the environment: must be a whole number; unset it"
+            f"{name} is {shown(text)} in the environment: must be a whole number; unset it"
         )
     return int(text)
 

@@ -8,7 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from ebwm_scale.core.errors import ConfigError, cut
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import cut
 
 
 def check_folder(path: Path, *, resume: bool) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.walking import printable
+from ebwm_scale.core.plain_text import printable
 
 EOS = "</s>"
 # SentencePiece's mark for a space; a text that holds the character itself needs care

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.plain_text import shorten
 
 STORED = ("embedding", "jpeg", "webp")
 CLIP_FIELD = "clip.json"
@@ -149,7 +150,7 @@ def decode_sample(
         raise
     except Exception as error:  # noqa: BLE001 (bytes from outside make numpy raise whatever it does)
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ValueError(" ".join(reason[:1000].split())) from None
+        raise ValueError(shorten(reason, 1000)) from None
 
 
 def field_names(stored: str, block_length: int) -> tuple[str, ...]:
@@ -183,8 +184,8 @@ def decode_image(content: bytes, size: tuple[int, int] | None = None) -> np.ndar
     except image.UnidentifiedImageError:
         raise ValueError("no readable image (not a jpeg, webp or png that can be opened)") from None
     except Exception as error:  # noqa: BLE001 (Pillow's plug-ins raise whatever comes up)
-        what = " ".join((str(error) or type(error).__name__).split())
-        raise ValueError(f"no readable image ({what[:120]})") from None
+        what = str(error) or type(error).__name__
+        raise ValueError(f"no readable image ({shorten(what, 120)})") from None
 
 
 def encode_image(frame: np.ndarray, stored: str, quality: int) -> bytes:

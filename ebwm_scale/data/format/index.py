@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.strict_json import is_whole, parse, shown
+from ebwm_scale.core.plain_text import shown
+from ebwm_scale.core.strict_json import is_whole, parse
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.tar import MAX_MEMBER_BYTES

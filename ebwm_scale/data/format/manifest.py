@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.strict_json import is_whole, parse, shorten, shown
+from ebwm_scale.core.plain_text import shorten, shown
+from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
 from ebwm_scale.data.format.content import STORED, TextContent, VideoContent
-from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, canonical_json, inside_folder
+from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, inside_folder
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"

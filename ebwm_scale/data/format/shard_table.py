@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.strict_json import is_whole, parse, shown
+from ebwm_scale.core.plain_text import shown
+from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
 
 MAX_INLINE = 10_000
 SHARDS_PER_PART = 1000
@@ -303,10 +303,3 @@ def _problem(entries: Sequence[dict]) -> tuple[int, str, str] | None:
             if not inside_folder(value):
                 return row, key, _REFUSED
     return None
-
-
-def canonical_json(values: Any) -> bytes:
-    """One spelling of a JSON value: sorted keys, no spaces, ASCII."""
-    return json.dumps(
-        values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode("ascii")

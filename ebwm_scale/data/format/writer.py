@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 
+from ebwm_scale.core.disk import sync
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import file_sha256
+from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format import tar
 from ebwm_scale.data.format.index import INDEX_VERSION
 from ebwm_scale.data.format.manifest import MANIFEST_NAME
-from ebwm_scale.data.format.shard_table import MAX_INLINE, SHARDS_PER_PART, canonical_json
+from ebwm_scale.data.format.shard_table import MAX_INLINE, SHARDS_PER_PART
 
 
 class ShardWriter:
@@ -152,13 +154,13 @@ def staged_folder(output: Path) -> Iterator[Path]:
         yield staging
         ours = staging.exists()
         if ours:
-            _sync(staging)
+            _sync_all(staging)
             if output.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 os.rename(output, previous)
             os.rename(staging, output)
             ours = False
-            _sync_entry(output.parent)
+            sync(output.parent)
             shutil.rmtree(previous, ignore_errors=True)
     finally:
         if ours:
@@ -246,18 +248,10 @@ def _lock_folder(folder: Path) -> int:
         os.close(descriptor)
 
 
-def _sync(folder: Path) -> None:
+def _sync_all(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync_entry(path)
-    _sync_entry(folder)
-
-
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
+    sync(folder)
 
 
 def _webdataset():

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format.manifest import Manifest
-from ebwm_scale.data.format.shard_table import canonical_json
 from ebwm_scale.data.format.shards import INDEX_BYTES, SampleError, ShardedSplit, open_split
 from ebwm_scale.data.order import SampleOrder, permutation
 

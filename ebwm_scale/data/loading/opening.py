@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ebwm_scale.core.errors import DataError, UserError
 from ebwm_scale.data.format.shards import ShardedSplit
@@ -22,13 +22,14 @@ Splits = dict[str, ShardedSplit | MixedSplit]
 
 
 class Group(Protocol):
-    """The processes of a run (training/distributed.py: World)."""
+    """The processes of a run (core/world.py: World)."""
 
     @property
     def is_main(self) -> bool: ...
 
-    def agree(self, value: object) -> object:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
+        ...
 
 
 def open_splits(
@@ -53,12 +54,14 @@ def open_splits(
         except UserError as error:
             outcome = error
         except Exception:
-            group.agree(DataError("rank 0 could not open the data; its own message says why"))
+            group.broadcast_object(
+                DataError("rank 0 could not open the data; its own message says why")
+            )
             raise
-    outcome = group.agree(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
+    told: Splits | UserError = group.broadcast_object(outcome)
+    if isinstance(told, UserError):
+        raise told
+    return told
 
 
 def _open(

@@ -24,8 +24,8 @@ import torch
 
 from ebwm_scale.config.permissions import PIPE, refuse_pipes
 from ebwm_scale.core.errors import ConfigError, DataError
+from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.core.redaction import redacted
-from ebwm_scale.core.strict_json import shorten
 from ebwm_scale.data.format import tar
 from ebwm_scale.data.format.content import decode_sample
 from ebwm_scale.data.format.manifest import Manifest

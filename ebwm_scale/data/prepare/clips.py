@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import math
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import file_sha256
 from ebwm_scale.data.format.content import _SUFFIX, _pillow, encode_image
@@ -157,19 +157,17 @@ def make_part(
 
     Raises DataError if nothing of it can be decoded, or no piece is as long as a clip.
     """
-    partial = part.with_name(f".{part.name}.{os.getpid()}")
     findings = Findings()
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            clips = _write_frames(video, config, tar, findings, moved)
-            about = {
-                "clips": [dataclasses.asdict(clip) for clip in clips],
-                "findings": dataclasses.asdict(findings),
-            }
-            _add(tar, "clips.json", json.dumps(about).encode())
-        os.replace(partial, part)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        replacement(part) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        clips = _write_frames(video, config, tar, findings, moved)
+        about = {
+            "clips": [dataclasses.asdict(clip) for clip in clips],
+            "findings": dataclasses.asdict(findings),
+        }
+        _add(tar, "clips.json", json.dumps(about).encode())
 
 
 def read_clips(part: Path) -> list[Clip]:

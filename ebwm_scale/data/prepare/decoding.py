@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.data.prepare.findings import Findings
 from ebwm_scale.data.prepare.soundness import Judged, Soundness
 from ebwm_scale.data.prepare.timeline import Timeline
@@ -276,5 +277,4 @@ def _stamp_s(frame, stream) -> float | None:
 
 
 def _words(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split())[:80]
+    return shorten(getattr(error, "strerror", None) or error)

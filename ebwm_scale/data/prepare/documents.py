@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.walking import Report, printable, walk_files
+from ebwm_scale.core.plain_text import printable
+from ebwm_scale.data.walking import Report, walk_files
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")

@@ -167,9 +167,10 @@ def _write_split(
     samples_per_shard: int,
 ) -> dict[str, Any]:
     packer = Packer(context_length=context_length, vocabulary_size=tokenizer.vocabulary_size)
+    tokens = _TokenStream(documents, tokenizer)
     writer = ShardWriter(folder, name, samples_per_shard=samples_per_shard)
     try:
-        for block in packer.blocks(_token_stream(documents, tokenizer)):
+        for block in packer.blocks(tokens):
             writer.add({"tokens.npy": block}, num_targets=context_length)
         shards = writer.close()
     finally:
@@ -188,34 +189,45 @@ def _write_split(
         "num_samples": writer.num_samples,
         "num_targets": writer.num_samples * context_length,
         "num_dropped_tokens": packer.num_dropped,
-        "num_text_bytes": sum(len(d.read().encode("utf-8")) for d in documents),
+        "num_text_bytes": tokens.num_text_bytes,
         "unigram_entropy": packer.unigram_entropy(),
     }
 
 
-def _token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The tokens of each document, in parts, with the end-of-sequence id after the last one."""
-    batch: list[str] = []
-    ends: list[bool] = []  # whether a document ends with this part
+class _TokenStream:
+    """The tokens of each document, in parts, with the end-of-sequence id after the last one.
 
-    def encoded() -> Iterator[list[int]]:
-        num_threads = os.cpu_count() or 1
-        for ids, is_end in zip(tokenizer.encode_many(batch, num_threads=num_threads), ends):
-            yield ids + [tokenizer.eos_id] if is_end else ids
-        batch.clear()
-        ends.clear()
+    num_text_bytes: UTF-8 bytes of the documents that were read so far.
+    """
 
-    num_characters = 0
-    for document in documents:
-        for part in tokenizer.parts(document.read()):
-            if num_characters >= _BATCH_CHARACTERS:
-                yield from encoded()
-                num_characters = 0
-            batch.append(part)
-            ends.append(False)
-            num_characters += len(part)
-        ends[-1] = True
-    yield from encoded()
+    def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer):
+        self.documents, self.tokenizer = documents, tokenizer
+        self.num_text_bytes = 0
+        self._parts: list[str] = []
+        self._ends: list[bool] = []  # whether a document ends with this part
+
+    def __iter__(self) -> Iterator[list[int]]:
+        num_characters = 0
+        for document in self.documents:
+            text = document.read()
+            self.num_text_bytes += len(text.encode("utf-8"))
+            for part in self.tokenizer.parts(text):
+                if num_characters >= _BATCH_CHARACTERS:
+                    yield from self._encoded()
+                    num_characters = 0
+                self._parts.append(part)
+                self._ends.append(False)
+                num_characters += len(part)
+            self._ends[-1] = True
+        yield from self._encoded()
+
+    def _encoded(self) -> Iterator[list[int]]:
+        """The tokens of the parts that wait."""
+        ids_of_parts = self.tokenizer.encode_many(self._parts, num_threads=os.cpu_count() or 1)
+        for ids, is_end in zip(ids_of_parts, self._ends):
+            yield [*ids, self.tokenizer.eos_id] if is_end else ids
+        self._parts.clear()
+        self._ends.clear()
 
 
 def _summary(name: str, split: SplitInfo, context_length: int) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.prepare.documents import Document, Report, find_documents, split_documents
 from ebwm_scale.data.tokenizer import EOS, Tokenizer, _sentencepiece
@@ -70,9 +70,8 @@ def train_tokenizer(
         raise DataError(_why_training_failed(str(error), vocabulary_size)) from None
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, output)
+    with replacement(output) as temporary:
+        temporary.write_bytes(model.getvalue())
     return Tokenizer(output)
 
 
