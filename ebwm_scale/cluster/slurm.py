@@ -206,22 +206,16 @@ def job_state(job: str) -> JobState | None:
     }
     if not {"JobState", "Restarts"} <= facts.keys():
         return None
-    start, end, limit = (
-        _seconds_of(facts.get("StartTime", "")),
-        _seconds_of(facts.get("EndTime", "")),
-        _limit_s(facts.get("TimeLimit", "")),
-    )
-    return JobState(
-        facts["JobState"],
-        int(facts["Restarts"]),
-        None if start is None or limit is None else start + limit - time.time(),
-        facts["JobState"] == "TIMEOUT"
-        or (
-            None not in (start, end, limit)
-            and end - start >= limit
-            and time.time() >= start + limit
-        ),
-    )
+    start = _seconds_of(facts.get("StartTime", ""))
+    end = _seconds_of(facts.get("EndTime", ""))
+    limit = _limit_s(facts.get("TimeLimit", ""))
+    left_s = None
+    timed_out = facts["JobState"] == "TIMEOUT"
+    if start is not None and limit is not None:
+        left_s = start + limit - time.time()
+        if end is not None and end - start >= limit and left_s <= 0:
+            timed_out = True
+    return JobState(facts["JobState"], int(facts["Restarts"]), left_s, timed_out)
 
 
 def requeue(job: str, restart: int) -> str | None:

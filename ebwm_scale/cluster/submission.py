@@ -138,11 +138,10 @@ def in_the_background(logs: Path):
     """Processes started inside outlive the terminal, and hold neither it nor a pipe: they ignore
     SIGHUP and write to local.log."""
     log = logs / "local.log"
-    sys.stdout.flush(), sys.stderr.flush()
-    kept, hangup = (
-        [os.dup(number) for number in (0, 1, 2)],
-        signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (0, 1, 2)]
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with open(os.devnull, "rb") as nothing, open(log, "ab") as file:
             for source, number in ((nothing, 0), (file, 1), (file, 2)):
@@ -186,15 +185,16 @@ def executor_for(folder: Path, resources: Resources, *, logs: Path):
         executor = submitit.LocalExecutor(folder=logs)
         executor.update_parameters(timeout_min=FOREVER_MIN, gpus_per_node=resources.gpus_per_node)
         return executor
+    options: dict[str, str] = {}
     for option in resources.slurm:
         check_option("--slurm", option)
-    options = dict(option.partition("=")[::2] for option in resources.slurm)
+        name, _, value = option.partition("=")
+        options[name] = value
     setup = setup_lines(folder)
     leave_job()
     apply_site(folder)
-    for key in (
-        options
-    ):  # these variables win over what a script says, and so would win over the command line
+    # These variables win over what a script says, and so would win over the command line.
+    for key in options:
         os.environ.pop(f"SBATCH_{key.upper().replace('-', '_')}", None)
     try:
         executor = submitit.SlurmExecutor(folder=logs)

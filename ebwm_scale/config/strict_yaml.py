@@ -135,7 +135,7 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
         self.depth -= 1
         return node
 
-    def number(self, node: yaml.ScalarNode) -> int:
+    def number(self, node: yaml.Node) -> int:
         text = self.plain(node, "int")
         digits = text.lstrip("+-0oxX")
         # Python refuses to read very long ones at all, and nothing here takes more than 64 bits.
@@ -148,11 +148,16 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
             )
         return value
 
-    def real(self, node: yaml.ScalarNode) -> float:
+    def real(self, node: yaml.Node) -> float:
         text = self.plain(node, "float")
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
+    def boolean(self, node: yaml.Node) -> bool:
+        return self.plain(node, "bool") == "true"
+
     def text(self, node: yaml.Node) -> str:
+        if not isinstance(node, yaml.ScalarNode):
+            raise ConstructorError(None, None, "!!str stands before no text", node.start_mark)
         value = self.construct_scalar(node)
         if "\0" in value or not is_utf8(value):
             raise ConstructorError(
@@ -163,7 +168,7 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
     def nothing(self, node: yaml.Node) -> None:
         self.plain(node, "null")
 
-    def plain(self, node: yaml.ScalarNode, kind: str) -> str:
+    def plain(self, node: yaml.Node, kind: str) -> str:
         """The text of a scalar that its tag says is of this kind; a tag written out may say so of
         any text.
         """
@@ -172,6 +177,11 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
         if not pattern.match(text) and not (kind == "float" and _is_core_int(text)):
             raise ConstructorError(None, None, f"{shown(text)} is no {kind}", node.start_mark)
         return text.lower() if kind in ("bool", "float") else text
+
+    def sequence(self, node: yaml.Node) -> list:
+        if not isinstance(node, yaml.SequenceNode):
+            raise ConstructorError(None, None, "!!seq stands before no list", node.start_mark)
+        return self.construct_sequence(node, deep=True)
 
     def mapping(self, node: yaml.Node) -> dict:
         result: dict = {}
@@ -222,18 +232,16 @@ def _reason(error: yaml.YAMLError) -> str:
 
 for _name, _pattern, _first in _CORE_SCHEMA:
     _StrictLoader.add_implicit_resolver(_TAG + _name, _pattern, _first)
-_StrictLoader.add_constructor(_TAG + "null", _StrictLoader.nothing)
-_StrictLoader.add_constructor(
-    _TAG + "bool", lambda loader, node: loader.plain(node, "bool") == "true"
-)
-_StrictLoader.add_constructor(_TAG + "int", _StrictLoader.number)
-_StrictLoader.add_constructor(_TAG + "float", _StrictLoader.real)
-_StrictLoader.add_constructor(_TAG + "str", _StrictLoader.text)
-_StrictLoader.add_constructor(
-    _TAG + "seq", lambda loader, node: loader.construct_sequence(node, deep=True)
-)
-_StrictLoader.add_constructor(_TAG + "map", _StrictLoader.mapping)
-_StrictLoader.add_constructor(None, _StrictLoader.unknown)
+_StrictLoader.yaml_constructors = {
+    _TAG + "null": _StrictLoader.nothing,
+    _TAG + "bool": _StrictLoader.boolean,
+    _TAG + "int": _StrictLoader.number,
+    _TAG + "float": _StrictLoader.real,
+    _TAG + "str": _StrictLoader.text,
+    _TAG + "seq": _StrictLoader.sequence,
+    _TAG + "map": _StrictLoader.mapping,
+    None: _StrictLoader.unknown,
+}
 
 
 class _Dumper(yaml.SafeDumper):

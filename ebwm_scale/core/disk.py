@@ -1,7 +1,7 @@
 """Writing where the disk may be full: a file whole or not at all, rows now or later.
 
-Every write of a row goes through the fault injector (EBWM_FAULTS, place `write`), so that a full disk can be
-tried without one.
+Every write of a run folder goes through the fault injector (EBWM_FAULTS, place `write`), so that a
+full disk can be tried without one.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class Ownership:
         self.job = os.environ.get("SLURM_JOB_ID", "")
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         self.held = threading.Event()
-        self.over: tuple[str, int | None] | None = None  # the owner that was watched to its end
+        # the owner that was watched to its end, by token and last sign of life
+        self.over: tuple[str | None, int | None] | None = None
 
     def refuse_if_in_use(self, *, watch_aloud: bool = True) -> None:
         """CheckpointError while another process that lives owns the folder. Writes nothing."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 from ebwm_scale.core.plain_text import shorten, shown
 
@@ -36,7 +36,7 @@ def canonical_json(values: Any) -> bytes:
     ).encode("ascii")
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer that fits into 64 bits with sign; True and 1.0 are none."""
     return type(value) is int and -(2**63) <= value < 2**63
 

@@ -101,7 +101,7 @@ class TensorFile:
             with open(self.path, "rb") as file:
                 file.seek(self._start + first)
                 if stop > first:
-                    got = file.readinto(memoryview(tensor.view(torch.uint8).numpy()))
+                    got = file.readinto(tensor.view(torch.uint8).numpy().data)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be read: {error.strerror or error}"
@@ -182,9 +182,8 @@ class TensorWriter:
                 f"{dtype} {shape}"
             )
         self.waiting.pop(0)
-        self.file.write(
-            memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        )
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        self.file.write(flat.view(torch.uint8).numpy().data)
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None:

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 
 _KEY = 0x6562776D5F6F7264  # sets this use of Philox apart from any other with the same seed
-_SHARDS, _SAMPLES = (
-    0,
-    1,
-)  # what a stream permutes: last word of the counter, plus _KINDS for each source before this one
+# What a stream permutes: the last word of the counter, plus _KINDS for each source before this one.
+_SHARDS = 0
+_SAMPLES = 1
 _KINDS = 2
 
 
@@ -37,7 +36,12 @@ class SampleOrder:
     """
 
     def __init__(
-        self, samples_per_shard: Sequence[int], *, seed: int, window_shards: int, source: int = 0
+        self,
+        samples_per_shard: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        window_shards: int,
+        source: int = 0,
     ):
         sizes = np.asarray(samples_per_shard, dtype=np.int64)
         if sizes.ndim != 1 or sizes.sum() <= 0 or (sizes < 0).any():
@@ -107,8 +111,9 @@ class SampleOrder:
         return self._ids
 
     def _permutation(self, count: int, counter: tuple[int, int, int, int]) -> np.ndarray:
-        *words, kind = counter
-        return permutation(count, self.seed, (*words, kind + _KINDS * self.source), key=_KEY)
+        zero, window, epoch, kind = counter
+        own = (zero, window, epoch, kind + _KINDS * self.source)
+        return permutation(count, self.seed, own, key=_KEY)
 
 
 def permutation(

@@ -39,17 +39,21 @@ class FrameEncoder(Protocol):
 
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 (n, height, width, 3) -> float32 (n, dimension), on the frames' device."""
+        ...
 
     def decode(self, embeddings: Tensor) -> Tensor | None:
         """float32 (n, dimension) -> uint8 (n, height, width, 3); None where an encoder cannot."""
+        ...
 
     def groups(self) -> Tensor:
         """int64 (dimension,): which numbers of an embedding are of one kind, and are standardised
         alike: a channel at every place.
         """
+        ...
 
     def parameters(self) -> dict[str, Tensor]:
         """Fitted tensors, empty where the weights are someone else's files."""
+        ...
 
 
 ENCODERS = ("pca", "sd-vae", "transformers", "timm", "efficientnet")
@@ -105,7 +109,7 @@ def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
     return encoder
 
 
-def _read(path: Path, sha256: str) -> dict[str, Tensor]:
+def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
     import hashlib
 
     from safetensors.torch import load

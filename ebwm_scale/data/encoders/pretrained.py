@@ -42,6 +42,7 @@ class Pretrained:
 
     name = ""
     reconstructs = False
+    model: Any  # a Module with the methods of its library
 
     def __init__(
         self, settings: dict[str, Any], *, height: int, width: int, device: torch.device | str

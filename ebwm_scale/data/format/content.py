@@ -78,11 +78,9 @@ class TextContent:
     def problem(self, sequences: np.ndarray) -> str | None:
         """What is wrong with the values of decoded sequences, one or a batch."""
         highest = int(sequences.max())
-        return (
-            None
-            if highest < self.vocabulary_size
-            else f"holds token {highest}: must be below the vocabulary size {self.vocabulary_size}"
-        )
+        if highest < self.vocabulary_size:
+            return None
+        return f"holds token {highest}: must be below the vocabulary size {self.vocabulary_size}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +117,9 @@ class VideoContent:
         }
 
     def files(self) -> dict[Path, str]:
-        return {} if self.encoder_path is None else {self.encoder_path: self.encoder_sha256}
+        if self.encoder_path is None or self.encoder_sha256 is None:
+            return {}
+        return {self.encoder_path: self.encoder_sha256}
 
     def fields(self, block_length: int) -> tuple[str, ...]:
         return field_names(self.stored, block_length)

@@ -265,7 +265,7 @@ class _Taker:
         self.path = path
 
     def __call__(self, values: dict, key: str, kind: type, prefix: str = "") -> Any:
-        value = values.get(key)
+        value: Any = values.get(key)
         number = kind in (int, float) and is_whole(value)
         if kind is float and isinstance(value, float):
             number = True

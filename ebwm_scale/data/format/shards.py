@@ -38,6 +38,7 @@ from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.side_files import open_manifest
 from ebwm_scale.data.order import SampleOrder
 
+Verify = Literal["sizes", "hashes"]
 HASH_LIMIT_BYTES = 4 * 2**30  # above this, verify="hashes" checks sizes only
 INDEX_BYTES = (
     64 * 2**20
@@ -320,7 +321,7 @@ def open_split(
     manifest: str | Path | Manifest,
     split: str,
     *,
-    verify: Literal["sizes", "hashes"],
+    verify: Verify,
     report: Callable[[str], None] = print,
 ) -> ShardedSplit:
     """Open a split after checking its files: their sizes, or also their hashes (unless above 4 GiB;

@@ -46,64 +46,66 @@ class ShardWriter:
         self.num_samples = 0
         self._shards: list[dict[str, Any]] = []
         self._target_counts: list[int] = []
-        self._tar = self._file = None
+        self._open: _OpenShard | None = None
 
     def add(self, fields: Mapping[str, np.ndarray | bytes], *, num_targets: int) -> None:
-        if self._tar is None:
-            self._path = self.folder / f"{self.prefix}-{len(self._shards):06d}.tar"
-            self._file = self._path.open("wb")
-            self._tar = _webdataset().TarWriter(
-                self._file, encoder=False, mtime=0
-            )  # no clock: equal inputs give equal files
-        self._tar.write(
-            {
-                "__key__": f"{self.prefix}-{self.num_samples:09d}",
-                **{
-                    name: value if isinstance(value, bytes) else _npy(value)
-                    for name, value in fields.items()
-                },
-            }
-        )
+        if self._open is None:
+            self._open = _OpenShard(self.folder / f"{self.prefix}-{len(self._shards):06d}.tar")
+        sample: dict[str, str | bytes] = {"__key__": f"{self.prefix}-{self.num_samples:09d}"}
+        for name, value in fields.items():
+            sample[name] = value if isinstance(value, bytes) else _npy(value)
+        self._open.tar.write(sample)
         self._target_counts.append(num_targets)
         self.num_samples += 1
         if len(self._target_counts) == self.samples_per_shard:
-            self._finish_shard()
+            self._finish_shard(self._open)
 
     def close(self) -> list[dict[str, Any]]:
         """Finish the last shard; the manifest's entries of all shards."""
-        if self._tar is not None:
-            self._finish_shard()
+        if self._open is not None:
+            self._finish_shard(self._open)
         return self._shards
 
     def abandon(self) -> None:
         """Close the open file of a shard that will never be finished."""
-        if self._file is not None:
-            self._file.close()
+        if self._open is not None:
+            self._open.file.close()
 
-    def _finish_shard(self) -> None:
-        self._tar.close()
-        self._file.close()
-        self._tar = self._file = None
+    def _finish_shard(self, shard: _OpenShard) -> None:
+        shard.tar.close()
+        shard.file.close()
+        self._open = None
+        path = shard.path
         index = {
             "index_version": INDEX_VERSION,
-            "shard": self._path.name,
+            "shard": path.name,
             "num_targets": self._target_counts,
-            **read_tar_index(self._path),
+            **read_tar_index(path),
         }
-        index_path = self._path.with_suffix(".index.json")
+        index_path = path.with_suffix(".index.json")
         index_path.write_bytes(canonical_json(index))
         self._shards.append(
             {
-                "path": self._path.name,
+                "path": path.name,
                 "num_samples": len(index["keys"]),
                 "num_targets": sum(self._target_counts),
-                "size": self._path.stat().st_size,
-                "sha256": file_sha256(self._path),
+                "size": path.stat().st_size,
+                "sha256": file_sha256(path),
                 "index_path": index_path.name,
                 "index_sha256": file_sha256(index_path),
             }
         )
         self._target_counts = []
+
+
+class _OpenShard:
+    """A shard that is being written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = path.open("wb")
+        # No clock: equal inputs give equal files.
+        self.tar = _webdataset().TarWriter(self.file, encoder=False, mtime=0)
 
 
 def read_tar_index(path: Path) -> dict[str, Any]:
@@ -142,10 +144,8 @@ def staged_folder(output: Path) -> Iterator[Path]:
     remove the folder. Raises DataError if `output` holds files that no dataset writer made.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging, previous = (
-        output.with_name(f".{output.name}.partial"),
-        output.with_name(f".{output.name}.replaced"),
-    )
+    staging = output.with_name(f".{output.name}.partial")
+    previous = output.with_name(f".{output.name}.replaced")
     lock = _lock_folder(staging)
     ours = True  # once renamed or removed, the name may be another process's folder
     try:
@@ -254,7 +254,7 @@ def _sync_all(folder: Path) -> None:
     sync(folder)
 
 
-def _webdataset():
+def _webdataset() -> Any:
     try:
         import webdataset
     except ImportError:

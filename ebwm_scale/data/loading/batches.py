@@ -166,7 +166,7 @@ class BatchLoader:
             }
         # The loader draws a base seed; without a generator of its own it would take it from the
         # global one.
-        self._loader = DataLoader(
+        self._loader: DataLoader | None = DataLoader(
             _Reader(split, context_length, known_bad or {}),
             batch_size=None,
             sampler=requests,
@@ -182,16 +182,20 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            mask = signal.pthread_sigmask(
-                signal.SIG_BLOCK, _JOB_SIGNALS
-            )  # workers inherit it: see _stay_until_the_parent_ends_it
-            try:
-                self._iterator = iter(self._loader)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._iterator = self._started()
         batch, found = _batch(*next(self._iterator))
         self.found += found
         return batch
+
+    def _started(self) -> Iterator:
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
+        # Workers inherit the mask: see _stay_until_the_parent_ends_it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
+        try:
+            return iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def close(self) -> None:
         """Stop the workers; the loader cannot be used afterwards."""

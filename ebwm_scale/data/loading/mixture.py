@@ -21,7 +21,7 @@ import numpy as np
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format.manifest import Manifest
-from ebwm_scale.data.format.shards import INDEX_BYTES, SampleError, ShardedSplit, open_split
+from ebwm_scale.data.format.shards import INDEX_BYTES, SampleError, ShardedSplit, Verify, open_split
 from ebwm_scale.data.order import SampleOrder, permutation
 
 MIX_LENGTH = 1024
@@ -205,7 +205,7 @@ def open_sources(
     sources: Sequence[tuple[str | Path | Manifest, float]],
     split: str,
     *,
-    verify: str,
+    verify: Verify,
     report: Callable[[str], None] = print,
 ) -> ShardedSplit | MixedSplit:
     """One split of one dataset, or of a mixture of (manifest, weight)."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ebwm_scale.core.errors import DataError, UserError
-from ebwm_scale.data.format.shards import ShardedSplit
+from ebwm_scale.data.format.shards import ShardedSplit, Verify
 from ebwm_scale.data.format.side_files import open_manifest
 from ebwm_scale.data.loading.mixture import MixedSplit, open_sources
 
@@ -36,7 +36,7 @@ def open_splits(
     sources: Sequence[tuple[str | Path, float]],
     names: Sequence[str],
     *,
-    verify: str,
+    verify: Verify,
     report: Callable[[str], None] = print,
     group: Group | None = None,
 ) -> Splits:
@@ -67,7 +67,7 @@ def open_splits(
 def _open(
     sources: Sequence[tuple[str | Path, float]],
     names: Sequence[str],
-    verify: str,
+    verify: Verify,
     report: Callable[[str], None],
 ) -> Splits:
     loaded = [(open_manifest(manifest), weight) for manifest, weight in sources]

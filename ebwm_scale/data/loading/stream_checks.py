@@ -21,6 +21,7 @@ import posixpath
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.redaction import redacted
@@ -82,13 +83,13 @@ class StreamIndexes:
         DataError for an index that is damaged, OSError for one that cannot be read.
         """
         name = shard_name(url)
-        shard = self.listed.get(name)
+        shard = None if name is None else self.listed.get(name)
         if shard is not None and (self.manifest.folder / shard.index_path).exists():
             return Checksums(load_index(self.manifest, shard))
         content = None
         if name is not None and not url.startswith("pipe:"):
             content = _beside(url, must_answer=shard is not None)
-        if content is None:
+        if name is None or content is None:
             self._say_once(url)
             return None
         if shard is not None and hashlib.sha256(content).hexdigest() != shard.index_sha256:
@@ -128,11 +129,13 @@ def _beside(url: str, *, must_answer: bool) -> bytes | None:
     """
     import fsspec
 
-    place, mark, query = re.match(r"([^?#]*)([?#]?)(.*)", url, re.DOTALL).groups()
-    if mark and _is_signed(query):
+    place = re.split(r"[?#]", url)[0]
+    query = url[len(place) :]  # with its mark
+    if _is_signed(query[1:]):
         return None  # a signature is for one address alone
     try:
-        with fsspec.open(place.removesuffix(".tar") + ".index.json" + mark + query, "rb") as file:
+        opened: Any = fsspec.open(f"{place.removesuffix('.tar')}.index.json{query}", "rb")
+        with opened as file:
             content = file.read(MAX_INDEX_BYTES + 1)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         return None

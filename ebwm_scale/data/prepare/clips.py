@@ -184,7 +184,10 @@ def read_findings(part: Path) -> Findings:
 
 def _about(part: Path) -> dict[str, Any]:
     with tarfile.open(part, "r:") as tar:
-        return json.load(tar.extractfile("clips.json"))
+        file = tar.extractfile("clips.json")
+        if file is None:
+            raise DataError(f"{part}: clips.json is no file: damaged; delete it")
+        return json.load(file)
 
 
 def read_frames(part: Path) -> list[bytes]:

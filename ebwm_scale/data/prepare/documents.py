@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import printable
@@ -100,9 +101,22 @@ def find_documents(inputs: Sequence[str | Path], *, report: Report = print) -> l
     return sorted(documents, key=lambda d: (d.digest, d.name))
 
 
+class Splittable(Protocol):
+    """What split_documents needs of a document, or of a video."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+AnyDocument = TypeVar("AnyDocument", bound=Splittable)
+
+
 def split_documents(
-    documents: Sequence[Document], *, validation_fraction: float, seed: int
-) -> dict[str, list[Document]]:
+    documents: Sequence[AnyDocument], *, validation_fraction: float, seed: int
+) -> dict[str, list[AnyDocument]]:
     """{"train": [...], "validation": [...]}, each in the shuffled order in which it is packed.
 
     A document is in validation when the hash of (seed, content) falls below validation_fraction; if

@@ -100,9 +100,10 @@ def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
                     )
                 inside = PurePosixPath(*path.parts[1:])
                 is_text = inside.parts[:1] == ("docs",) and inside.suffix == ".txt"
-                if not member.isfile() or not (is_text or str(inside) == "LICENSE"):
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is None or not (is_text or str(inside) == "LICENSE"):
                     continue
-                content = tar.extractfile(member).read()
+                content = file.read()
                 target = folder / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)

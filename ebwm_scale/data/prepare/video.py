@@ -24,7 +24,13 @@ import torch
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.encoders import FrameEncoder, build_encoder, load_encoder
 from ebwm_scale.data.encoders.pca import fit_pca
-from ebwm_scale.data.format.content import CLIP_FIELD, STORED, decode_image, field_names
+from ebwm_scale.data.format.content import (
+    CLIP_FIELD,
+    STORED,
+    VideoContent,
+    decode_image,
+    field_names,
+)
 from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -155,15 +161,16 @@ def make_video_dataset(
     """
     output = Path(output).resolve()
     other = None if like is None else load_manifest(like)
-    if other is not None and other.modality != "video":
-        raise DataError(f"{other.path}: holds {other.modality}; --like takes a video dataset")
     if other is not None:
+        content = other.content
+        if not isinstance(content, VideoContent):
+            raise DataError(f"{other.path}: holds {other.modality}; --like takes a video dataset")
         config = dataclasses.replace(
             config,
-            height=other.content.height,
-            width=other.content.width,
-            interval_s=other.content.interval_s,
-            encoder=other.content.encoder_name,
+            height=content.height,
+            width=content.width,
+            interval_s=content.interval_s,
+            encoder=content.encoder_name,
         )
     videos = find_videos(inputs, report=report)
     refuse_foreign_files(output, ours=_OURS)
