@@ -5,6 +5,7 @@ And the order: what takes longest comes first.
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -30,3 +31,26 @@ def pytest_collection_modifyitems(items):
     items.sort(
         key=lambda item: place.get("/".join(item.path.with_suffix("").parts[-2:]), len(place))
     )
+
+
+@pytest.fixture
+def open_run_folder():
+    """open_run_folder(path, config): the run folder of a run of one process, which owns it."""
+    from ebwm_scale.core.faults import Faults
+    from ebwm_scale.core.ownership import Ownership
+    from ebwm_scale.core.world import World
+    from ebwm_scale.training.run_folder import RunFolder
+
+    opened = []
+
+    def open_it(path, config):
+        faults = Faults(None, 0)
+        world = World(0, 1, 0, torch.device("cpu"))
+        folder = RunFolder(path, config, world, faults, Ownership(path, faults))
+        folder.take()
+        opened.append(folder)
+        return folder
+
+    yield open_it
+    for folder in opened:
+        folder.ownership.release(unsaved=False)

@@ -71,7 +71,7 @@ class RunCheck:
             self.problems.append((subject, str(error)))
             return None
 
-    def broadcast_object(self, group: World | None) -> bool:
+    def share_problems(self, group: World | None) -> bool:
         """Take over the problems of all ranks; whether there are any. Every rank must call it."""
         if group is not None:
             everywhere = []
@@ -109,7 +109,7 @@ def check_run(
     check.attempt("run folder", check_folder, run_dir, resume=resume)
     if ownership is not None and not check.problems:
         check.attempt("run folder", ownership.refuse_if_in_use, watch_aloud=is_main)
-    if check.broadcast_object(group):
+    if check.share_problems(group):
         return check  # said at once: hashing a dataset takes minutes
     if ownership is not None and resume and is_main:
         put_back_replaced(run_dir / "checkpoints")
@@ -126,7 +126,7 @@ def check_run(
     if resume:
         check_saved(check, run_dir, strict=strict, accept_new_rate=accept_new_rate, report=report)
     check.warnings += [("schedule", text) for text in unusual_schedule(config)]
-    check.broadcast_object(group)
+    check.share_problems(group)
     return check
 
 

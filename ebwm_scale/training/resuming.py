@@ -42,14 +42,16 @@ def load_newest(
         first = next((text for text in problems if text is not None), None)
         if first is None:
             return saved
-        if not world.any(problem is not None and not (trainer.run.checkpoints / name).exists()):
+        if not world.any(
+            problem is not None and not (trainer.run_folder.checkpoints / name).exists()
+        ):
             if isinstance(problem, UserError):
                 raise problem
             raise CheckpointError(f"{name} could not be loaded: {first}")
         say(f"{name} was removed while it was read; taking the newest checkpoint there is now")
         saved = newest() if world.is_main else saved
     raise CheckpointError(
-        f"{trainer.run.path}: {MOST_TRIES} checkpoints were removed while they were read: another "
+        f"{trainer.run_folder.path}: {MOST_TRIES} checkpoints were removed while they were read: another "
         "process trains there; end it, or name another folder with --run-dir"
     )
 
@@ -58,4 +60,4 @@ def _the_same(saved: CheckpointInfo | None, name: str, trainer: Trainer) -> Chec
     """Rank 0's checkpoint on this rank, which may have found another one."""
     if saved is not None and saved.folder.name == name:
         return saved
-    return verify(trainer.run.checkpoints / name)
+    return verify(trainer.run_folder.checkpoints / name)

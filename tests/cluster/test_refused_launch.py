@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ebwm_scale.cluster import submission
+from ebwm_scale.cluster.request import RESOURCES
 from ebwm_scale.launch import main
 
 
@@ -37,7 +38,7 @@ def test_a_refused_launch_leaves_no_folder_behind(arguments, tmp_path, monkeypat
 def test_a_launch_without_what_submits_leaves_no_folder_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(submission, "apply_site", lambda: None)
+    monkeypatch.setattr(submission, "apply_site", lambda folder: None)
     assert main(["--config", "quickstart", "--run-dir", "run"]) == 2
     assert "there is no srun" in capsys.readouterr().err and files(tmp_path) == []
 
@@ -45,7 +46,13 @@ def test_a_launch_without_what_submits_leaves_no_folder_behind(tmp_path, monkeyp
 @pytest.mark.parametrize("accept", [True, False, "yes"])
 def test_an_accepted_learning_rate_reaches_train_py(accept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    request = {"directory": str(tmp_path), "accept_new_rate": accept}
+    resources = {"cluster": "local", "slurm": [], **dict.fromkeys(RESOURCES, 1)}
+    request = {
+        "cluster": "local",
+        "directory": str(tmp_path),
+        "resources": resources,
+        "accept_new_rate": accept,
+    }
     (tmp_path / "launch.json").write_text(json.dumps(request))
-    command = submission._command(str(tmp_path))
+    command = submission._command(str(tmp_path), allow_pipe=False)
     assert ("--accept-new-rate" in command) == (accept is True) and command[-1] == "--resume"

@@ -68,20 +68,26 @@ def test_lists_and_objects_are_walked_through():
 ADDRESS = "https://me:hunter2@host/a.tar?X-Amz-Signature=hunter2"
 
 
-def test_events_warnings_the_report_and_the_tracker_hold_no_secret(tmp_path, monkeypatch, capsys):
+def test_events_warnings_the_report_and_the_tracker_hold_no_secret(
+    tmp_path, monkeypatch, capsys, open_run_folder
+):
     import sys
     import types
 
     from ebwm_scale.config.load import config_from_dict
     from ebwm_scale.report import write_report
-    from ebwm_scale.training.run_folder import RunFolder
 
     data = {"manifest": "m.json", "stream": [ADDRESS]}
     config = config_from_dict({"data": data, "logging": {"wandb": "offline"}})
     tracked = {}
-    tracker = types.SimpleNamespace(init=lambda **given: tracked.update(given))
-    monkeypatch.setitem(sys.modules, "wandb", tracker)
-    run = RunFolder(tmp_path, config, is_main=True)
+    quiet = {name: lambda *_, **__: None for name in ("define_metric", "log", "finish")}
+
+    def init(**given):
+        tracked.update(given)
+        return types.SimpleNamespace(**quiet)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    run = open_run_folder(tmp_path, config)
     run.event("start", command=["train.py", "--set", f"data.stream=[{ADDRESS}]"])
     run.warn(f"{ADDRESS}: 403, message='Forbidden', url='{ADDRESS}'", step=1)
     run.metrics({"step": 1, "loss": 1.0, "loss_per_step": [1.0]})

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 from test_streaming import rows, shards_of, stream, take
 
+from ebwm_scale.config.schema import Config
 from ebwm_scale.data.format.content import decode_sample
 from ebwm_scale.data.format.manifest import load_manifest
 from ebwm_scale.data.format.shards import open_split
@@ -133,12 +134,13 @@ def test_a_damaged_index_is_a_damaged_shard_not_one_without_checksums(dataset):
     assert loader.found and all("sha256 of the index" in bad.reason for bad in loader.found)
 
 
-def test_addresses_are_written_down_without_their_secrets(dataset, tmp_path):
+def test_addresses_are_written_down_without_their_secrets(dataset, tmp_path, open_run_folder):
     command = "pipe:false 's3://me:hunter2@bucket/a.tar?sig=hunter2'"
     loader = stream(dataset, [command, *shards_of(dataset)], buffer=1)
     take(loader, len(open_split(dataset, "train", verify="sizes")))
     assert loader.found and "hunter2" not in json.dumps([asdict(bad) for bad in loader.found])
-    Quarantine(tmp_path, limit=9, is_main=True).add(loader.found)
+    folder = open_run_folder(tmp_path, Config())
+    Quarantine(tmp_path, limit=9, write=folder.quarantine).add(loader.found)
     text = (tmp_path / "quarantine.jsonl").read_text()
     assert "hunter2" not in text and "s3://***@bucket/a.tar?sig=***" in text
 

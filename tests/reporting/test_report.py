@@ -30,7 +30,6 @@ from ebwm_scale.reporting.plots import (
 )
 from ebwm_scale.reporting.read_run import read_run
 from ebwm_scale.train import report_in_words
-from ebwm_scale.training.run_folder import RunFolder
 
 UNIGRAM = 6.5
 
@@ -764,7 +763,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED)
 def test_damaged_lines_are_left_out_of_every_reading_and_said_once(
-    tmp_path, damage, capsys, without_plots
+    tmp_path, damage, capsys, without_plots, open_run_folder
 ):
     """The report, a resume, and whoever else reads a .jsonl file of a run go on with the other
     rows.
@@ -777,7 +776,7 @@ def test_damaged_lines_are_left_out_of_every_reading_and_said_once(
     assert answer_of(page) == "Yes"
     if damage != "zeros":
         assert len(re.findall(r"<li>metrics\.jsonl: \d unreadable line", page)) == 1
-    written = RunFolder(tmp_path, Config(), is_main=True)
+    written = open_run_folder(tmp_path, Config())
     assert written.truncate_metrics(20) == 20 and written.truncate_metrics(20) == 20
     said = capsys.readouterr().err.splitlines()
     assert len(said) == (damage not in ("zeros", "no step")), said
@@ -797,8 +796,8 @@ def test_a_line_without_an_end_takes_no_memory(tmp_path):
     assert [row["step"] for row in rows] == [1, 2] and rows.unreadable == 1
 
 
-def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys):
-    run = RunFolder(run_folder(tmp_path), Config(), is_main=True)
+def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capsys, open_run_folder):
+    run = open_run_folder(run_folder(tmp_path), Config())
 
     def broken(folder):
         raise RuntimeError("no font\nfound")

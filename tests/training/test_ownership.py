@@ -280,8 +280,8 @@ def test_a_checkpoint_rotated_away_while_it_is_loaded_is_followed_by_the_newer_o
 
 class FakeWorld:
     is_main = True
-    agree = staticmethod(lambda value: value)
-    gather = staticmethod(lambda value: [value])
+    broadcast_object = staticmethod(lambda value: value)
+    all_gather_object = staticmethod(lambda value: [value])
     any = staticmethod(bool)
 
 
@@ -289,7 +289,7 @@ class FakeTrainer:
     """Loading fails as it does where a checkpoint is removed, or damaged, meanwhile."""
 
     def __init__(self, folder, removed):
-        self.run = type("Run", (), {"path": folder, "checkpoints": folder})
+        self.run_folder = type("Run", (), {"path": folder, "checkpoints": folder})
         self.removed, self.loaded = removed, None
 
     def load(self, saved):

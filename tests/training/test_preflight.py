@@ -15,10 +15,9 @@ from training_runs import ROOT, TINY, end
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.training.dry_run import MEASURED_FLOPS, measure_step, part_of
 from ebwm_scale.training.preflight import check_run
-from ebwm_scale.training.run_folder import RunFolder
-from ebwm_scale.core.run_location import check_folder
 
 SHORT = {"evaluation.every_steps": 0, "evaluation.max_samples": 4, "checkpoint.every_steps": 0}
 
@@ -271,7 +270,9 @@ class FakeTracker:
         pass
 
 
-def test_what_is_logged_again_after_a_resume_reaches_wandb(tmp_path, monkeypatch, capsys):
+def test_what_is_logged_again_after_a_resume_reaches_wandb(
+    tmp_path, monkeypatch, capsys, open_run_folder
+):
     """W&B drops rows whose `step=` is below its last one; the step is a metric of ours, and the x
     axis.
     """
@@ -279,9 +280,7 @@ def test_what_is_logged_again_after_a_resume_reaches_wandb(tmp_path, monkeypatch
     wandb = type(sys)("wandb")
     wandb.init = lambda **options: tracker
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    folder = RunFolder(
-        tmp_path / "run", config_from_dict({"logging": {"wandb": "offline"}}), is_main=True
-    )
+    folder = open_run_folder(tmp_path / "run", config_from_dict({"logging": {"wandb": "offline"}}))
     for step in (1, 2, 1, 2, 3):
         folder.metrics({"step": step, "loss": 1.0})
     folder.close()

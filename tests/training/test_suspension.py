@@ -110,7 +110,7 @@ world = distributed.init_distributed()
 world.leave_hangs_to_the_watchdog()
 print("joined", flush=True)
 time.sleep(3 * world.rank)      # rank 0 waits for rank 1 when both are suspended
-print("values", world.gather(world.rank), flush=True)
+print("values", world.all_gather_object(world.rank), flush=True)
 """
 
 
