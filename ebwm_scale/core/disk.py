@@ -77,7 +77,9 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """All of the line or nothing of it, on a line of its own also behind one that a kill has torn."""
+    """All of the line or nothing of it, on a line of its own also behind one that a kill has
+    torn.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     size = os.lseek(descriptor, 0, os.SEEK_END)
     try:
