@@ -106,6 +106,7 @@ class Ownership:
                 f"{self.folder} was taken over by the process {described(owner)}; this one ends "
                 "and writes nothing more",
                 error=True,
+                every_rank=True,
             )
             os._exit(EXIT_RANK_LOST)
 

@@ -69,6 +69,7 @@ class Watchdog:
             f"{self.folder}/stacks_rank_*.txt. "
             "Run again with --resume",
             error=True,
+            every_rank=True,
         )
         os._exit(EXIT_RANK_LOST)
 
