@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )  # measured in one process, for as many as would run
             place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
             os.execve(command[0], [*command[:-1], "--dry-run"], {**os.environ, **place})
-        return attempt(command, run_dir, given).leave()
+        return attempt(command, run_dir, given).finish()
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -149,7 +149,7 @@ class Ended:
     ):
         self.verdict, self.code, self.given, self.signalled = verdict, code, given, signalled
 
-    def leave(self) -> int:
+    def finish(self) -> int:
         """Requeue if that is the verdict; the exit code of the job."""
         if self.verdict.what == "done":
             return self.code

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from ebwm_scale.core.disk import replace_text
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.plain_text import one_line, shorten, shown
 
@@ -121,6 +122,11 @@ def read_request(folder: Path) -> dict[str, Any]:
         raise _not_ours(path, "rows_before", rows_before, "a whole number")
     _check_resources(path, request)
     return request
+
+
+def save_request(folder: Path, request: dict[str, Any]) -> None:
+    """Write launch.json of a run folder, whole or not at all."""
+    replace_text(folder / "launch.json", json.dumps(request, indent=1, ensure_ascii=False))
 
 
 def read_runs_of_sweep(folder: Path) -> list[str]:

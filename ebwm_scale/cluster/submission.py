@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_scale.cluster.job import ROOT, attempt, attempts_until_the_end, train_command
-from ebwm_scale.cluster.request import check_option, read_request
+from ebwm_scale.cluster.request import check_option, read_request, save_request
 from ebwm_scale.cluster.slurm import allocation, leave_job
 from ebwm_scale.core.errors import ConfigError, UserError
 from ebwm_scale.core.plain_text import one_line, shown
@@ -57,7 +56,7 @@ class SlurmRun:
 
     def __call__(self) -> str:
         ended = attempt(_command(self.run_dir, self.allow_pipe), Path(self.run_dir), allocation())
-        code = ended.leave()
+        code = ended.finish()
         if ended.verdict.what == "again":
             os._exit(code)  # without a result: the next attempt writes it
         if ended.verdict.what == "give up":
@@ -127,9 +126,7 @@ def submit(
     for path, job in zip(run_dirs, jobs):
         request = read_request(path)
         request["jobs"] = [*request.get("jobs", []), job]
-        (path / "launch.json").write_text(
-            json.dumps(request, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        save_request(path, request)
     return jobs
 
 

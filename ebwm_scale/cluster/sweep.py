@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ebwm_scale.cluster.request import save_request
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.config.strict_yaml import read_yaml
@@ -237,6 +237,4 @@ def write_request(folder: Path, config: Config, request: dict[str, Any]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "launch.json").write_text(
-        json.dumps({"time": now, **request}, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
+    save_request(folder, {"time": now, **request})

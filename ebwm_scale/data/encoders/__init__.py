@@ -17,6 +17,7 @@ downloaded here.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,8 +111,6 @@ def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
 
 
 def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
-    import hashlib
-
     from safetensors.torch import load
 
     try:

@@ -31,6 +31,16 @@ from ebwm_scale.data.format.index import INDEX_VERSION
 from ebwm_scale.data.format.manifest import MANIFEST_NAME
 from ebwm_scale.data.format.shard_table import MAX_INLINE, SHARDS_PER_PART
 
+DATASET_FILES = (  # of every dataset folder
+    MANIFEST_NAME,
+    "train-*.tar",
+    "train-*.index.json",
+    "train-*.shards.json",
+    "validation-*.tar",
+    "validation-*.index.json",
+    "validation-*.shards.json",
+)
+
 
 class ShardWriter:
     """Writes the samples of one split into shards `PREFIX-000000.tar` of at most samples_per_shard

@@ -54,7 +54,7 @@ VIDEO_SUFFIXES = (
     ".gif",
 )
 _SHOWN_KINDS = 8
-_PART_FORMAT = 2  # counts changes of what a part file of the same video and rules holds
+_PART_FORMAT = 2  # counts changes of what a part file of the same video and settings holds
 _EPSILON_S = 1e-3  # a frame whose time stamp is rounded to just after t still counts as shown at t
 
 

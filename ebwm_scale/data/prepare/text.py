@@ -31,6 +31,7 @@ from ebwm_scale.data.format.manifest import (
     load_manifest,
 )
 from ebwm_scale.data.format.writer import (
+    DATASET_FILES,
     ShardWriter,
     refuse_foreign_files,
     staged_folder,
@@ -45,16 +46,7 @@ from ebwm_scale.data.prepare.documents import (
 )
 from ebwm_scale.data.tokenizer import Tokenizer
 
-_OURS = (
-    MANIFEST_NAME,
-    "tokenizer.model",
-    "train-*.tar",
-    "train-*.index.json",
-    "train-*.shards.json",
-    "validation-*.tar",
-    "validation-*.index.json",
-    "validation-*.shards.json",
-)
+_OURS = (*DATASET_FILES, "tokenizer.model")
 _BATCH_CHARACTERS = 2**20  # text tokenised at a time
 
 

@@ -39,6 +39,7 @@ from ebwm_scale.data.format.manifest import (
     load_manifest,
 )
 from ebwm_scale.data.format.writer import (
+    DATASET_FILES,
     ShardWriter,
     refuse_foreign_files,
     staged_folder,
@@ -58,16 +59,7 @@ from ebwm_scale.data.prepare.documents import Report, split_documents
 from ebwm_scale.data.prepare.findings import Findings, total
 from ebwm_scale.data.prepare.workers import STILL_S, each_in_a_process
 
-_OURS = (
-    MANIFEST_NAME,
-    "encoder.safetensors",
-    "train-*.tar",
-    "train-*.index.json",
-    "train-*.shards.json",
-    "validation-*.tar",
-    "validation-*.index.json",
-    "validation-*.shards.json",
-)
+_OURS = (*DATASET_FILES, "encoder.safetensors")
 BATCH = 512  # frames in memory as pixels
 # training frames that an encoder is fitted to, and statistics are taken of, evenly over the videos
 MAX_FITTED_FRAMES = 50_000
