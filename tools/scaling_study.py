@@ -160,7 +160,7 @@ def write_result(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def write_page(options: argparse.Namespace, _: list[str]) -> int:
-    from ebwm_scale.reporting.plain import bounded, printable
+    from ebwm_scale.reporting.plain import bounded, page_text
     from ebwm_scale.reporting.scaling_page import analyse, render
 
     studies = []
@@ -180,7 +180,7 @@ def write_page(options: argparse.Namespace, _: list[str]) -> int:
             ArithmeticError,
         ) as error:
             raise UserError(
-                f"{path}: not a result of scaling_study.py collect: {printable(repr(error), 160)}"
+                f"{path}: not a result of scaling_study.py collect: {page_text(repr(error), 160)}"
             ) from None
     options.output.write_text(page, encoding="utf-8", errors="replace")
     print(options.output)
