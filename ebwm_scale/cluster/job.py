@@ -188,8 +188,7 @@ def attempt(
         f"attempt {attempts.number} at {run_dir}"
         + (
             f", job {job}, restart {given.restart}: {given.num_nodes} nodes ({given.node_list}) "
-            "with "
-            f"{given.tasks_per_node} tasks each ({given.why_tasks})"
+            f"with {given.tasks_per_node} tasks each ({given.why_tasks})"
             if given
             else f": {num_tasks} tasks on this machine"
         )

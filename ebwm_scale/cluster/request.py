@@ -158,10 +158,9 @@ def options_for_resubmission(
     for option in kept:
         if option.partition("=")[0].replace("_", "-") not in HARMLESS:
             raise ConfigError(
-                f"{folder / 'launch.json'} asks sbatch for {shown(option)}, which can run "
-                "commands or write files: if you "
-                "trust it, say it again with --resubmit ... --slurm, or say that option with "
-                "another value"
+                f"{folder / 'launch.json'} asks sbatch for {shown(option)}, which can run commands "
+                "or write files: if you trust it, say it again with --resubmit ... --slurm, or say "
+                "that option with another value"
             )
     return (*kept, *given)
 

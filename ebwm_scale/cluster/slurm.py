@@ -85,8 +85,7 @@ def allocation(environment: Mapping[str, str] = os.environ) -> Allocation | None
         if len(asked) != nodes:
             raise ConfigError(
                 f"SLURM_NTASKS_PER_NODE is {shown(own['SLURM_NTASKS_PER_NODE'])}, tasks for "
-                f"{len(asked)} nodes, "
-                f"but the job has {nodes}; ask sbatch for --ntasks-per-node"
+                f"{len(asked)} nodes, but the job has {nodes}; ask sbatch for --ntasks-per-node"
             )
         tasks, why = tuple(asked), "--ntasks-per-node"
     elif total:
@@ -119,9 +118,8 @@ def idle_gpus(tasks_per_node: int, gpus_per_node: int) -> str | None:
         return None
     return (
         f"warning: {tasks_per_node} task{'' if tasks_per_node == 1 else 's'} for {gpus_per_node} "
-        "GPUs on a node: "
-        f"{gpus_per_node - tasks_per_node} stay idle. Ask for as many tasks as GPUs "
-        f"(--ntasks-per-node={gpus_per_node}), or for fewer GPUs"
+        f"GPUs on a node: {gpus_per_node - tasks_per_node} stay idle. Ask for as many tasks as "
+        f"GPUs (--ntasks-per-node={gpus_per_node}), or for fewer GPUs"
     )
 
 

@@ -117,9 +117,8 @@ def submit(
         with executor.batch():
             array = [executor.submit(SlurmRun(path, allow_pipe)) for path in paths]
         jobs = [job.job_id for job in array]
-        for job, path in zip(
-            jobs, run_dirs
-        ):  # squeue then shows the run's name; a Slurm that refuses loses nothing but that
+        # squeue then shows the run's name; a Slurm that refuses loses nothing but that.
+        for job, path in zip(jobs, run_dirs):
             subprocess.run(
                 ["scontrol", "update", f"JobId={job}", f"JobName={path.name}"], capture_output=True
             )
@@ -174,8 +173,7 @@ def executor_for(folder: Path, resources: Resources, *, logs: Path):
     except ImportError:
         raise ConfigError(
             "ebwm_scale.launch needs the package submitit: pip install -c constraints.txt "
-            "'ebwm_scale[cluster]'; "
-            "sbatch slurm/pretrain_nlp.sh works without it"
+            "'ebwm_scale[cluster]'; sbatch slurm/pretrain_nlp.sh works without it"
         ) from None
     one_line("the run folder", logs)
     if resources.cluster == "local":

@@ -148,8 +148,7 @@ def file_axes(
         if unknown:
             raise ConfigError(
                 f"{path}: {COMBINATIONS}: {shown(text)} names {cut(', '.join(unknown))}, which is "
-                "not there; there are "
-                f"{cut(', '.join(known), 400)}"
+                f"not there; there are {cut(', '.join(known), 400)}"
             )
         combinations[frozenset(known[word] for word in str(text).split())] = tuple(overrides)
     return axes, combinations
@@ -163,10 +162,8 @@ def split_values(text: str) -> list[str]:
             continue
         if quote is not None:
             quote = None if character == quote else quote
-        elif character in "\"'" and (
-            values[-1] == "" or depth
-        ):  # an apostrophe inside a word opens nothing
-            quote = character
+        elif character in "\"'" and (values[-1] == "" or depth):
+            quote = character  # an apostrophe inside a word opens nothing
         elif character in "[{":
             depth += 1
         elif character in "]}":

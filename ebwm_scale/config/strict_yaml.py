@@ -83,8 +83,7 @@ def read_yaml(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{cut(path, 300)}: not UTF-8: byte 0x{content[error.start]:02x} at position "
-            f"{error.start}; "
-            "save it as UTF-8"
+            f"{error.start}; save it as UTF-8"
         ) from None
     return parse_yaml(text, str(path))
 

@@ -41,9 +41,9 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     if asked > 1:
         raise ConfigError(
             f"SLURM_NTASKS is {asked}: this shell's allocation is for {asked} tasks, but this "
-            "process is not one that "
-            f"srun started. For one process: SLURM_NTASKS=1 python ebwm_scale/train.py ...; "
-            f"for {asked}: slurm/pretrain_nlp.sh, which also runs inside an allocation"
+            "process is not one that srun started. For one process: SLURM_NTASKS=1 python "
+            f"ebwm_scale/train.py ...; for {asked}: slurm/pretrain_nlp.sh, which also runs inside "
+            "an allocation"
         )
     return Place(0, 1, 0)
 
@@ -85,9 +85,8 @@ def _place_of_launcher(environment: Mapping[str, str]) -> Place:
     if rank >= size or (size > 1 and "RANK" not in environment):
         raise ConfigError(
             f"RANK is {environment.get('RANK', 'absent')} and WORLD_SIZE "
-            f"{environment.get('WORLD_SIZE', 'absent')} in the "
-            "environment: a launcher sets both, RANK from 0 to WORLD_SIZE - 1. For one process "
-            "unset both"
+            f"{environment.get('WORLD_SIZE', 'absent')} in the environment: a launcher sets both, "
+            "RANK from 0 to WORLD_SIZE - 1. For one process unset both"
         )
     local_rank = number(environment, "LOCAL_RANK", number(environment, "SLURM_LOCALID", 0))
     return Place(rank, size, local_rank)

@@ -104,8 +104,8 @@ def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
     if encoder.dimension != content.dimension:
         raise DataError(
             f"encoder {content.encoder_name} gives embeddings of {encoder.dimension} numbers, the "
-            "dataset was made with "
-            f"{content.dimension}: other weights or another version; make the dataset again"
+            f"dataset was made with {content.dimension}: other weights or another version; make "
+            "the dataset again"
         )
     return encoder
 

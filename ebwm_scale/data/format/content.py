@@ -231,9 +231,8 @@ def _npy_header(header: bytes) -> tuple[str, tuple[int, ...], int]:
     if header.startswith(_NPY_MAGIC) and match is not None:
         descr, sizes = match[1].decode(), match[2].decode()
         shape = tuple(int(size) for size in sizes.replace(" ", "").split(",") if size)
-        if (
-            repr(shape) == f"({sizes})"
-        ):  # one spelling: a flipped bit can make 017 of a space and 17
+        # One spelling: a flipped bit can make 017 of a space and 17.
+        if repr(shape) == f"({sizes})":
             return descr, shape, math.prod(shape) * int(re.sub(r"\D", "", descr))
     raise ValueError("not a .npy array (no header of one in C order): damaged")
 

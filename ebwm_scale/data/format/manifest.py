@@ -98,9 +98,8 @@ def load_manifest(path: str | Path) -> Manifest:
         values = parse(path.read_bytes())
     except OSError as error:
         raise DataError(
-            f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names "
-            "the manifest.json "
-            "that tools/make_text_shards.py writes"
+            f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names the "
+            "manifest.json that tools/make_text_shards.py writes"
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: not a manifest: not JSON ({error}); {_REMAKE}") from None
@@ -250,8 +249,7 @@ def already_there(output: Path, values: dict[str, Any], *, digest: str) -> bool:
     if different:
         raise DataError(
             f"{output}: already holds a dataset that differs in {', '.join(different)}; name "
-            "another folder, or delete this "
-            "one first"
+            "another folder, or delete this one first"
         )
     return True
 
@@ -291,8 +289,7 @@ class _Taker:
         if not inside_folder(text):
             raise DataError(
                 f"{self.path}: {prefix}{key} is {shown(text)}: refused, a path must be relative "
-                "and stay inside the dataset "
-                f"folder; {_REMAKE}"
+                f"and stay inside the dataset folder; {_REMAKE}"
             )
         return text
 
@@ -331,8 +328,7 @@ def _split_info(
     if num_samples != found or num_samples == 0:
         raise DataError(
             f"{take.path}: split {shorten(name)} has {num_samples} samples and its {len(shards)} "
-            "shards "
-            f"{found}: must be equal and above 0 (empty split?); {_REMAKE}"
+            f"shards {found}: must be equal and above 0 (empty split?); {_REMAKE}"
         )
     return SplitInfo(
         shards=shards,

@@ -380,8 +380,8 @@ def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]
             elif found != shard.sha256:
                 problems.append(
                     f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the "
-                    "manifest says "
-                    f"{shard.sha256[:12]}...: damaged{_first_damage(manifest, shard)}; {_REMAKE}"
+                    f"manifest says {shard.sha256[:12]}...: "
+                    f"damaged{_first_damage(manifest, shard)}; {_REMAKE}"
                 )
         for shard in sound:
             try:

@@ -191,9 +191,8 @@ def refuse_foreign_files(output: Path, *, ours: tuple[str, ...]) -> None:
     ]
     if foreign:
         raise DataError(
-            f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are "
-            "not part of a dataset; "
-            "name a new or empty folder"
+            f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are not "
+            "part of a dataset; name a new or empty folder"
         )
 
 

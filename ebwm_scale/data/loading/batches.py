@@ -74,27 +74,23 @@ class DataState:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); "
-                "resume from an earlier "
-                "checkpoint"
+                f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume "
+                "from an earlier checkpoint"
             ) from None
         if state.version != STATE_VERSION:
             raise CheckpointError(
                 f"the checkpoint's data state has version {state.version!r}, this release reads "
-                f"{STATE_VERSION}; "
-                "resume with the release that wrote it"
+                f"{STATE_VERSION}; resume with the release that wrote it"
             )
         if state.fingerprint != fingerprint:
             raise CheckpointError(
                 f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, "
-                "data.manifest has "
-                f"{fingerprint}; resume with the same dataset, or start a new run"
+                f"data.manifest has {fingerprint}; resume with the same dataset, or start a new run"
             )
         if state.seed != seed:
             raise CheckpointError(
                 f"the checkpoint was trained with train.seed {state.seed}, the configuration says "
-                f"{seed}; resume with "
-                f"train.seed={state.seed}, or start a new run"
+                f"{seed}; resume with train.seed={state.seed}, or start a new run"
             )
         return state
 
@@ -139,8 +135,7 @@ class BatchLoader:
         ):
             raise ValueError(
                 f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x "
-                "micro_batch_size "
-                f"{micro_batch_size}"
+                f"micro_batch_size {micro_batch_size}"
             )
         self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
         order = split.order(seed=seed, window_shards=window_shards)
@@ -342,8 +337,8 @@ def check_context(manifest: Manifest, context_length: int) -> None:
         tool = f"tools/make_{manifest.modality}_shards.py"
         raise DataError(
             f"data.context_length is {context_length}: the shards of {manifest.path} were packed "
-            f"for {packed}; use 1 to "
-            f"{packed}, or pack again with {tool} --context-length {context_length}"
+            f"for {packed}; use 1 to {packed}, or pack again with {tool} --context-length "
+            f"{context_length}"
         )
 
 

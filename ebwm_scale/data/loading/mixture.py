@@ -103,9 +103,8 @@ class MixedSplit:
             if different:
                 raise ConfigError(
                     f"data.sources: {other.path} and {first.path} differ in "
-                    f"{', '.join(different)}: sources of a mixture need the "
-                    "same tokenizer or encoder and the same block length; make them with the same "
-                    "settings"
+                    f"{', '.join(different)}: sources of a mixture need the same tokenizer or "
+                    "encoder and the same block length; make them with the same settings"
                 )
         self.counts = shares(weights)
         self.manifest, self.split = first, parts[0].split

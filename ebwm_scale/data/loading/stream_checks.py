@@ -105,8 +105,8 @@ class StreamIndexes:
             self.said = True
             self.report(
                 f"data.stream: {redacted(url)} has no index, neither beside {self.manifest.path} "
-                "nor beside itself: its samples "
-                "have no checksums, so a flipped bit in their numbers is not noticed"
+                "nor beside itself: its samples have no checksums, so a flipped bit in their "
+                "numbers is not noticed"
             )
 
 

@@ -234,9 +234,8 @@ def _packets(av, container, stream, soundness: Soundness) -> Iterator:
     while failed_reads < _MAX_FAILED_READS:
         try:
             for packet in container.demux(stream):
-                if (
-                    packet.size
-                ):  # PyAV ends with an empty one, and one on the way would end decoding
+                # PyAV ends with an empty one, and one on the way would end decoding.
+                if packet.size:
                     failed_reads = 0
                     soundness.packet_read(packet)
                     yield packet

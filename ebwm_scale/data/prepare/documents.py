@@ -138,8 +138,8 @@ def split_documents(
     if len(draws) < 2:
         raise DataError(
             f"{len(draws)} different documents: the validation split is made of whole documents, "
-            "so at least 2 are needed; "
-            "cut the text into several files, or into the lines of a .jsonl file"
+            "so at least 2 are needed; cut the text into several files, or into the lines of a "
+            ".jsonl file"
         )
     ranked = sorted(draws, key=lambda digest: (draws[digest][0], digest))
     num_validation = sum(draws[digest][0] < validation_fraction * 2**64 for digest in ranked)

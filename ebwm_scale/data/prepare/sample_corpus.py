@@ -88,8 +88,7 @@ def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
                 if path.is_absolute() or ".." in path.parts or "\\" in member.name:
                     raise DataError(
                         f"{archive}: holds the path {member.name!r}, which leads out of the "
-                        "archive: refused; nothing was "
-                        "extracted"
+                        "archive: refused; nothing was extracted"
                     )
                 inside = PurePosixPath(*path.parts[1:])
                 is_text = inside.parts[:1] == ("docs",) and inside.suffix == ".txt"

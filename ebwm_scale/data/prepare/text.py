@@ -170,10 +170,8 @@ def _write_split(
     if not shards:
         raise DataError(
             f"the {name} split has {packer.num_tokens} tokens in {len(documents)} documents: one "
-            "block of context length "
-            f"{context_length} needs {context_length + 1}; give more text, a shorter context, or "
-            "another validation fraction "
-            "or seed"
+            f"block of context length {context_length} needs {context_length + 1}; give more text, "
+            "a shorter context, or another validation fraction or seed"
         )
     return {
         "shards": shards,
@@ -227,9 +225,8 @@ def _summary(name: str, split: SplitInfo, context_length: int) -> str:
     all_tokens = split.num_targets + facts["num_dropped_tokens"] + 1
     return (
         f"{name}: {facts['num_documents']} documents, {split.num_samples} blocks of "
-        f"{context_length} + 1, {split.num_targets} tokens in "
-        f"{len(split.shards)} shards, {facts['num_dropped_tokens']} dropped "
-        f"({facts['num_dropped_tokens'] / all_tokens:.3%}), "
+        f"{context_length} + 1, {split.num_targets} tokens in {len(split.shards)} shards, "
+        f"{facts['num_dropped_tokens']} dropped ({facts['num_dropped_tokens'] / all_tokens:.3%}), "
         f"{facts['num_text_bytes'] / all_tokens:.3f} bytes/token, unigram entropy "
         f"{facts['unigram_entropy']:.4f} nats"
     )
