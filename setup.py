@@ -25,6 +25,7 @@ setup(
         "ebwm_scale.reporting": ["templates/*.j2"],
         "ebwm_scale.configs": ["*.yaml", "*/*.yaml"],
     },
+    entry_points={"console_scripts": ["ebwm = ebwm_scale.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
@@ -36,10 +37,12 @@ setup(
         "matplotlib>=3.8",
         "fsspec>=2024.2",
         "jinja2>=3.1",
+        "pydantic>=2.7",
+        "rich>=13.7",
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
-        "video": ["av>=18", "pillow>=10", "tqdm>=4"],
+        "video": ["av>=18", "pillow>=10"],
         "encoders": [
             "diffusers>=0.35",
             "transformers>=4.50",

@@ -1,8 +1,9 @@
 """Is this machine, or this job's nodes, ready to train? Checks what a run needs, says what would
 run and what is missing.
 
-    python -m ebwm_scale.doctor [--config FILE] [--set section.key=value ...] [--run-dir DIR]
-    srun python -m ebwm_scale.doctor ...        in an allocation: every task takes part, the collective goes over the real network
+    ebwm doctor [--config FILE] [--set section.key=value ...] [--run-dir DIR]
+    srun python -m ebwm_scale.doctor ...        in an allocation: every task takes part, and the
+                                                collective goes over the real network
 
 One line per check: `ok`, `note` (works, but you may want to know) or `MISSING` (a run of this
 configuration would fail or starve). What train.py would refuse is found by its own check
@@ -28,8 +29,8 @@ from pathlib import Path
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, UserError
+from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED
 from ebwm_scale.core.processes import number, place_in_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,8 @@ NEEDED = (
     "PyYAML",
     "matplotlib",
     "jinja2",
+    "pydantic",
+    "rich",
 )
 OPTIONAL = {
     "triton": "the Triton kernels of a GPU",
@@ -90,26 +93,16 @@ class Report:
         return "\n".join([*lines, f"{count} missing" if count else "nothing is missing"])
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m ebwm_scale.doctor",
-        description=__doc__,
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--config",
         default=None,
         metavar="FILE",
         help="also check its data, memory on disk and what would run",
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="wins over the file",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -122,16 +115,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # a process of check_collective
     add_permissions(parser)
     options = parser.parse_args(arguments)
-    try:
-        if options.collective:
-            print(collective())
-            return EXIT_FINISHED
-        config = load_config(options.config, options.overrides)
-        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
-        of_step = place_in_step()  # among other tasks of this srun
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if options.collective:
+        print(collective())
+        return EXIT_FINISHED
+    config = load_config(options.config, options.overrides)
+    refuse_unpermitted(config, allow_pipe=options.allow_pipe)
+    of_step = place_in_step()  # among other tasks of this srun
     rank = 0 if of_step is None else of_step.rank
     report = Report()
     check_packages(report)
@@ -160,15 +149,15 @@ def finish(report: Report, rank: int) -> int:
 
 def check_packages(report: Report) -> None:
     constraints = ROOT / "constraints.txt"
-    tested = (
-        dict(line.split("==") for line in constraints.read_text().split() if "==" in line)
-        if constraints.exists()
-        else {}
-    )
-    report.ok("python", f"{sys.version.split()[0]}, {sys.executable}") if sys.version_info >= (
-        3,
-        11,
-    ) else report.missing("python", f"{sys.version.split()[0]}: needs 3.11 or newer")
+    tested: dict[str, str] = {}
+    if constraints.exists():
+        pins = [line for line in constraints.read_text().split() if "==" in line]
+        tested = dict(pin.split("==", 1) for pin in pins)
+    python = sys.version.split()[0]
+    if sys.version_info >= (3, 11):  # noqa: UP036  run from a checkout, where no pip has looked
+        report.ok("python", f"{python}, {sys.executable}")
+    else:
+        report.missing("python", f"{python}: needs 3.11 or newer")
     found, absent, other = [], [], []
     for name in NEEDED:
         version = _version(name)
@@ -197,7 +186,7 @@ def check_devices(report: Report) -> bool:
     """False if torch cannot be imported: nothing else can be checked then."""
     try:
         import torch
-    except Exception as error:  # a broken installation raises anything
+    except Exception as error:  # noqa: BLE001  a broken installation raises anything
         report.missing("torch", f"cannot be imported: {error}")
         return False
     visible, wanted = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -232,9 +221,10 @@ def check_devices(report: Report) -> bool:
             f"compute capability {properties.major}.{properties.minor}, "
             f"bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
         )
-        report.ok("GPU", line) if free > 0.9 * total else report.note(
-            "GPU", f"{line}; another process uses it"
-        )
+        if free > 0.9 * total:
+            report.ok("GPU", line)
+        else:
+            report.note("GPU", f"{line}; another process uses it")
     return True
 
 
@@ -242,11 +232,9 @@ def check_collective(report: Report) -> None:
     """One process per GPU (two without), each sums over all: what a run's first step does."""
     import torch
 
-    count = (
-        max(2, torch.cuda.device_count())
-        if not torch.cuda.is_available()
-        else torch.cuda.device_count()
-    )
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        count = max(2, count)
     from ebwm_scale.cluster.tasks import LocalTasks, last_words
 
     with tempfile.TemporaryDirectory() as folder:
@@ -379,9 +367,10 @@ def check_disk(report: Report, config: Config | None, run_dir: Path) -> None:
         )
     else:
         text = f"{free / 2**30:.0f} GiB free in {folder}"
-    report.ok("disk", text) if free > max(2 * needed, 2**30) else report.missing(
-        "disk", f"{text}: too little; see checkpoint.keep_last and --run-dir"
-    )
+    if free > max(2 * needed, 2**30):
+        report.ok("disk", text)
+    else:
+        report.missing("disk", f"{text}: too little; see checkpoint.keep_last and --run-dir")
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             block, start = os.urandom(2**20), time.perf_counter()
@@ -396,11 +385,14 @@ def check_disk(report: Report, config: Config | None, run_dir: Path) -> None:
         )
         return
     text = f"writes {speed:.0f} MiB/s with fsync"
-    report.ok("disk", text) if speed >= SLOW_MIB_PER_S else report.note(
-        "disk",
-        f"{text}: slow; training goes on while a checkpoint is written, but the "
-        "last save before a time limit must fit into --signal's lead",
-    )
+    if speed >= SLOW_MIB_PER_S:
+        report.ok("disk", text)
+    else:
+        report.note(
+            "disk",
+            f"{text}: slow; training goes on while a checkpoint is written, but the "
+            "last save before a time limit must fit into --signal's lead",
+        )
 
 
 def check_tracking(report: Report, config: Config) -> None:

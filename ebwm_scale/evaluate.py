@@ -1,26 +1,32 @@
 """What a trained model knows, and what thinking adds: losses with intervals, thinking curves, and
 how far its energies can be trusted.
 
-    python -m ebwm_scale.evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4] [--foreign FILE ..] [--output DIR]
+    ebwm evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4]
+                      [--foreign FILE ..] [--output DIR]
 
 Writes evaluation.json and evaluation.html into RUN (or DIR). Losses are means per target over the
 validation split (text: nats per token, perplexity is the exponential of the mean; video: SmoothL1),
 with 95 % intervals from a bootstrap over samples. For an energy model:
 
-    curves       loss against the number of refinement steps, and against the number of starts of which the lowest energy is kept
-    energy       rank correlation of final energy and actual error over positions; mean error in tenths of energy
-    allocation   with early stopping: steps used against error, in tenths of it; what the saved steps cost in loss
+    curves       loss against the number of refinement steps, and against the number of starts of
+                 which the lowest energy is kept
+    energy       rank correlation of final energy and actual error over positions; mean error in
+                 tenths of energy
+    allocation   with early stopping: steps used against error, in tenths of it; what the saved
+                 steps cost in loss
     uncertainty  rank correlation of the spread of energy over starts with the error
-    foreign      (text) energies of shuffled tokens against real ones: the share of pairs in which the real text has the lower energy; the same for each file of
-                 --foreign, another language or program code, beside what the loss (of Transformer++ too) would say
+    foreign      (text) energies of shuffled tokens against real ones: the share of pairs in which
+                 the real text has the lower energy; the same for each file of --foreign, another
+                 language or program code, beside what the loss (of Transformer++ too) would say
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +35,10 @@ from torch import Tensor
 
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import progress_on_console, say
 from ebwm_scale.core.errors import EXIT_FINISHED, UserError
+from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.core.provenance import provenance
 from ebwm_scale.data.format.side_files import refuse_another_tokenizer
 from ebwm_scale.data.loading.mixture import open_sources
@@ -41,11 +49,9 @@ from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m ebwm_scale.evaluate",
-        description=__doc__,
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder"
     )
@@ -103,23 +109,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=None, metavar="DIR", help="default: the run folder"
     )
     options = parser.parse_args(arguments)
-    try:
-        if min(options.max_samples, options.batch_size, *options.steps, *options.starts) < 1:
-            raise UserError("--max-samples, --batch-size, --steps and --starts must be at least 1")
-        model, config = load_checkpoint(
-            options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
-        )
-        sources = (
-            [(options.data, 1.0)]
-            if options.data
-            else [(s.manifest, s.weight) for s in config.data.sources]
-            or [(config.data.manifest, 1.0)]
-        )
-        split = open_sources(sources, "validation", verify="sizes")
-        refuse_another_tokenizer(config, split.manifest)
-        texts = foreign_texts(
-            options.foreign, split.manifest, config.data.context_length, options.max_samples
-        )
+    if min(options.max_samples, options.batch_size, *options.steps, *options.starts) < 1:
+        raise UserError("--max-samples, --batch-size, --steps and --starts must be at least 1")
+    model, config = load_checkpoint(
+        options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    sources = sources_of(options.data, config)
+    split = open_sources(sources, "validation", verify="sizes")
+    refuse_another_tokenizer(config, split.manifest)
+    texts = foreign_texts(
+        options.foreign, split.manifest, config.data.context_length, options.max_samples
+    )
+    with progress_on_console() as progress:
         result = evaluate(
             model,
             config,
@@ -130,31 +131,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
             starts=options.starts,
             tolerance=options.tolerance,
             texts=texts,
-            say=lambda text: print(text, flush=True),
+            say=say,
+            progress=progress,
         )
-        folder = options.output or options.checkpoint
-        folder.mkdir(parents=True, exist_ok=True)
-        result = (
-            {
-                "checkpoint": str(options.checkpoint),
-                "data": [str(manifest) for manifest, _ in sources],
-            }
-            | provenance(arguments=list(arguments) if arguments else None)
-            | result
-        )
-        (folder / "evaluation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-        from ebwm_scale.reporting.evaluation_page import render
-
-        (folder / "evaluation.html").write_text(render(result), encoding="utf-8", errors="replace")
-        print(f"{folder / 'evaluation.html'}")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    about = {
+        "checkpoint": str(options.checkpoint),
+        "data": [str(manifest) for manifest, _ in sources],
+    }
+    about |= provenance(arguments=list(arguments) if arguments else None)
+    say(str(write_evaluation(options.output or options.checkpoint, about | result)))
     return EXIT_FINISHED
 
 
+def sources_of(manifest: str | None, config: Config) -> list[tuple[str, float]]:
+    """(manifest, weight) of what is evaluated: the one that is named, or what the run was trained
+    on.
+    """
+    if manifest:
+        return [(manifest, 1.0)]
+    if config.data.sources:
+        return [(source.manifest, source.weight) for source in config.data.sources]
+    return [(config.data.manifest, 1.0)]
+
+
+def write_evaluation(folder: Path, result: dict[str, Any]) -> Path:
+    """evaluation.json and the page beside it, whose path is returned."""
+    from ebwm_scale.reporting.evaluation_page import render
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
+    page = folder / "evaluation.html"
+    page.write_text(render(result), encoding="utf-8", errors="replace")
+    return page
+
+
 def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> dict[str, Tensor]:
-    """{path: token ids (n, length + 1)}, n at most `most` sequences spread over the file. Raises UserError for a file that cannot be read or is too short."""
+    """{path: token ids (n, length + 1)}, n at most `most` sequences spread over the file.
+
+    Raises UserError for a file that cannot be read or is too short.
+    """
     if paths and manifest.modality != "text":
         raise UserError(
             f"--foreign takes texts, and this is a model of {manifest.modality}: leave it out"
@@ -193,9 +208,13 @@ def evaluate(
     starts: Sequence[int],
     tolerance: float | None = None,
     texts: dict[str, Tensor] | None = None,
-    say=lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """The content of evaluation.json. split: a validation split; texts: of another kind, name -> token ids (n, S + 1)."""
+    """The content of evaluation.json.
+
+    split: a validation split; texts: of another kind, name -> token ids (n, S + 1).
+    """
     observe = Observation(split.manifest, next(model.parameters()).device)
     batches = list(_batches(split, observe, config.data.context_length, max_samples, batch_size))
     num_samples = sum(len(ids) for ids, _, _ in batches)
@@ -209,86 +228,66 @@ def evaluate(
         errors = torch.cat(
             [_baseline_errors(model, observed, targets) for _, observed, targets in batches]
         )
-        return (
-            result
-            | {"loss": _estimate(errors, config)}
-            | _foreign_texts(model, batches, texts or {}, batch_size, seed=0)
-        )
+        result["loss"] = _estimate(errors, config)
+        return result | _foreign_texts(model, batches, texts or {}, batch_size, seed=0)
     seed, trained = config.train.seed, config.refinement.num_steps
+
+    def think_all(thinking: ThinkingConfig, what: str) -> tuple[Tensor, Tensor]:
+        """(errors, energies), each (samples, S)."""
+        pairs = [_think(model, batch, thinking) for batch in tracked(batches, what, progress)]
+        errors, energies = zip(*pairs)
+        return torch.cat(errors), torch.cat(energies)
 
     say(f"{num_samples} samples; thinking curves over {', '.join(map(str, steps))} steps")
     result["trained_steps"] = trained
-    result["initial"] = _estimate(
-        torch.cat(
-            [
-                _errors(
-                    model,
-                    SequenceSampler(model, seed, ids, observed.shape[1]).initial(
-                        _frames(model, observed)
-                    ),
-                    targets,
-                )
-                for ids, observed, targets in batches
-            ]
-        ),
-        config,
-    )
-    curve, kept = [], {}
+    result["initial"] = _estimate(_initial_errors(model, batches, seed), config)
+    curve = []
+    errors_as_trained = energies_as_trained = torch.empty(0)
     for n in sorted(set(steps) | {trained}):
-        errors, energies = zip(
-            *[_think(model, batch, ThinkingConfig(num_steps=n, seed=seed)) for batch in batches]
-        )
-        errors = torch.cat(errors)
-        curve.append(
-            {"num_steps": n}
-            | _estimate(errors, config)
-            | {"mean_energy": float(torch.cat(energies).mean())}
-        )
+        errors, energies = think_all(ThinkingConfig(num_steps=n, seed=seed), f"{n} steps")
+        point = {"num_steps": n, **_estimate(errors, config)}
+        curve.append(point | {"mean_energy": float(energies.mean())})
         if n == trained:
-            kept = {"errors": errors, "energies": torch.cat(energies)}
+            errors_as_trained, energies_as_trained = errors, energies
+            result["loss"] = curve[-1]
     result["steps"] = curve
-    result["loss"] = next(point for point in curve if point["num_steps"] == trained)
-    paired = next((point for point in curve if point["num_steps"] == 1), None)
-    if paired is not None and trained > 1:
-        first = torch.cat(
-            [_think(model, batch, ThinkingConfig(num_steps=1, seed=seed))[0] for batch in batches]
-        )
-        result["gain_of_later_steps"] = bootstrap_ci((first - kept["errors"]).mean(1))
-    accepted = [
-        {"num_steps": n}
-        | _estimate(
-            torch.cat(
-                [
-                    _think(
-                        model,
-                        batch,
-                        ThinkingConfig(num_steps=n, seed=seed, accept_only_if_lower=True),
-                    )[0]
-                    for batch in batches
-                ]
-            ),
-            config,
-        )
-        for n in sorted(set(steps))
-    ]
+    if 1 in steps and trained > 1:
+        first, _ = think_all(ThinkingConfig(num_steps=1, seed=seed), "the first step")
+        result["gain_of_later_steps"] = bootstrap_ci((first - errors_as_trained).mean(1))
+    accepted = []
+    for n in sorted(set(steps)):
+        thinking = ThinkingConfig(num_steps=n, seed=seed, accept_only_if_lower=True)
+        errors, _ = think_all(thinking, f"{n} steps, each only if lower")
+        accepted.append({"num_steps": n, **_estimate(errors, config)})
     result["steps_accept_only_if_lower"] = accepted
 
     result["energy"] = {
-        "rank_correlation_with_error": correlation_ci(kept["energies"], kept["errors"]),
-        "tenths": deciles(kept["energies"], kept["errors"]),
+        "rank_correlation_with_error": correlation_ci(energies_as_trained, errors_as_trained),
+        "tenths": deciles(energies_as_trained, errors_as_trained),
     }
     if config.state.initial == "random_noise":
         say(f"starts: {', '.join(map(str, starts))}")
-        result.update(_starts(model, config, batches, starts, seed))
+        result.update(_starts(model, config, batches, starts, seed, progress))
     else:
         result["starts"] = None  # every start is the same: the initial state is not random
 
     say("dynamic allocation")
-    result["allocation"] = _allocation(model, config, batches, 4 * trained, tolerance, seed)
+    result["allocation"] = _allocation(
+        model, config, batches, 4 * trained, tolerance, seed, progress
+    )
     if split.manifest.modality == "text":
         result["foreign"] = _foreign(model, batches, seed)
         result |= _foreign_texts(model, batches, texts or {}, batch_size, seed)
     return result
+
+
+def _initial_errors(model, batches, seed: int) -> Tensor:
+    """(samples, S) loss of the states that thinking starts from."""
+    errors = []
+    for ids, observed, targets in batches:
+        sampler = SequenceSampler(model, seed, ids, observed.shape[1])
+        errors.append(_errors(model, sampler.initial(_frames(model, observed)), targets))
+    return torch.cat(errors)
 
 
 def _batches(
@@ -354,15 +353,18 @@ def _think(model, batch, config: ThinkingConfig, start: int = 0) -> tuple[Tensor
     return _errors(model, thought.state, batch[2]), thought.energy.float().cpu()
 
 
-def _starts(model, config: Config, batches, starts: Sequence[int], seed: int) -> dict[str, Any]:
+def _starts(
+    model, config: Config, batches, starts: Sequence[int], seed: int, progress: Progress
+) -> dict[str, Any]:
     """Best of K starts by energy, and the spread of energy over starts against the error."""
     errors, energies = [], []
     for k in range(max(starts)):
-        pairs = [_think(model, batch, ThinkingConfig(seed=seed), start=k) for batch in batches]
-        (
-            errors.append(torch.cat([e for e, _ in pairs])),
-            energies.append(torch.cat([g for _, g in pairs])),
-        )
+        tracked_batches = tracked(batches, f"start {k + 1}", progress)
+        pairs = [
+            _think(model, batch, ThinkingConfig(seed=seed), start=k) for batch in tracked_batches
+        ]
+        errors.append(torch.cat([error for error, _ in pairs]))
+        energies.append(torch.cat([energy for _, energy in pairs]))
     errors, energies = torch.stack(errors), torch.stack(energies)  # (K, samples, S)
     rows = []
     for k in sorted(set(starts)):
@@ -383,25 +385,32 @@ def _starts(model, config: Config, batches, starts: Sequence[int], seed: int) ->
 
 
 def _allocation(
-    model, config: Config, batches, num_steps: int, tolerance: float | None, seed: int
+    model,
+    config: Config,
+    batches,
+    num_steps: int,
+    tolerance: float | None,
+    seed: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Early stopping: steps used by easy and hard positions, and the loss against that of running
     on.
     """
     rules = ThinkingConfig(num_steps=num_steps, accept_only_if_lower=True, seed=seed, tolerance=0.0)
-    on = [_thought(model, batch, rules) for batch in batches]
+    on = [_thought(model, batch, rules) for batch in tracked(batches, "running on", progress)]
     if tolerance is None:
         falls = torch.cat([(t.trace[0] - t.trace[1]).flatten() for t in on])
         tolerance = 0.01 * max(float(falls.mean()), 1e-12)
-    import dataclasses
-
+    stopping = dataclasses.replace(rules, tolerance=tolerance)
     stopped = [
-        _thought(model, batch, dataclasses.replace(rules, tolerance=tolerance)) for batch in batches
+        _thought(model, batch, stopping) for batch in tracked(batches, "stopping early", progress)
     ]
-    loss_on, loss_stopped = (
-        torch.cat([_errors(model, t.state, b[2]) for t, b in zip(thoughts, batches)])
-        for thoughts in (on, stopped)
-    )
+
+    def losses(thoughts: Sequence[Thought]) -> Tensor:
+        pairs = zip(thoughts, batches)
+        return torch.cat([_errors(model, thought.state, batch[2]) for thought, batch in pairs])
+
+    loss_on, loss_stopped = losses(on), losses(stopped)
     steps = torch.cat([t.steps for t in stopped]).double().cpu()
     return {
         "max_steps": num_steps,

@@ -1,6 +1,7 @@
 """lm-evaluation-harness on a trained model of text (optional: pip install 'ebwm_scale[harness]').
 
-    python -m ebwm_scale.harness run --model ebwm --model_args checkpoint=runs/mine,num_steps=4 --tasks my_task --include_path tasks/
+    ebwm harness run --model ebwm --model_args checkpoint=runs/mine,num_steps=4 --tasks my_task
+                     --include_path tasks/
 
 is the harness's own command line with the model `ebwm` registered. model_args: checkpoint
 (required), data (a manifest, if the dataset has moved), batch_size, device, and the fields of
@@ -10,6 +11,8 @@ ThinkingConfig (num_steps, step_size, noise, num_starts, accept_only_if_lower, t
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +20,8 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from ebwm_scale.checkpoint.load import load_checkpoint
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import command
+from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.inference.generation import Sampling, continue_texts
 from ebwm_scale.inference.scoring import Scorer
@@ -55,18 +59,13 @@ class HarnessModel(LM):
                 f"model_args: {error}; known are checkpoint, data, batch_size, device and "
                 f"{', '.join(ThinkingConfig.__dataclass_fields__)}"
             ) from None
-        self.batch_size = (
-            int(batch_size) if str(batch_size).isdigit() else 8
-        )  # the harness may say "auto"
-        tokenizer = (
-            Tokenizer(
-                manifest_of(
-                    argparse.Namespace(data=data, checkpoint=checkpoint), config
-                ).content.tokenizer_path
-            )
-            if config.state.kind == "vocabulary"
-            else None
-        )
+        self.batch_size = 8  # the harness may say "auto"
+        if str(batch_size).isdigit():
+            self.batch_size = int(batch_size)
+        tokenizer = None
+        if config.state.kind == "vocabulary":
+            manifest = manifest_of(argparse.Namespace(data=data, checkpoint=checkpoint), config)
+            tokenizer = Tokenizer(manifest.content.tokenizer_path)
         self.scorer = Scorer(self.model, tokenizer, self.rules, batch_size=self.batch_size)
 
     @property
@@ -129,7 +128,16 @@ class HarnessModel(LM):
             self.cache_hook.add_partial(kind, request.args, answer)
 
 
-if __name__ == "__main__":
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The harness's own command line, which reads sys.argv."""
     from lm_eval.__main__ import cli_evaluate
 
+    if arguments is not None:
+        sys.argv[1:] = arguments
     cli_evaluate()
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,12 @@
 """Submit runs through submitit: single jobs, jobs of many nodes, sweeps as job arrays; on Slurm, or
 in the background of this machine.
 
-    python -m ebwm_scale.launch --config configs/nlp/anchored.yaml --nodes 4 --gpus-per-node 8
-    python -m ebwm_scale.launch --config configs/nlp/anchored.yaml --sweep train.seed=1,2,3 model.size=xxs,xs --run-dir runs/sizes
-    python -m ebwm_scale.launch --status runs/sizes         one line per run; exit code 1 if any failed or was lost
-    python -m ebwm_scale.launch --resubmit runs/sizes       those again, from their newest checkpoints; --set changes their configuration
+    ebwm launch --config configs/nlp/anchored.yaml --nodes 4 --gpus-per-node 8
+    ebwm launch --config configs/nlp/anchored.yaml --run-dir runs/sizes
+                --sweep train.seed=1,2,3 model.size=xxs,xs
+    ebwm launch --status runs/sizes         one line per run; exit code 1 if any failed or was lost
+    ebwm launch --resubmit runs/sizes       those again, from their newest checkpoints; --set
+                                            changes their configuration
 
 A run's folder holds its resolved configuration and the code version before it is submitted, and the
 run reads that configuration: what is edited later does not reach it. Jobs are preempted, requeued
@@ -30,17 +32,15 @@ from ebwm_scale.cluster.sweep import Run, check_new, expand, prepare, write_requ
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
+from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError
 from ebwm_scale.core.plain_text import one_line, shown
 from ebwm_scale.core.run_location import check_folder
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m ebwm_scale.launch",
-        description=__doc__,
-    )
+    parser = ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--config",
@@ -51,15 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--resubmit", type=Path, metavar="DIR", help="the failed and lost runs of a sweep, or a run"
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="wins over the file",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--sweep",
         action="extend",
@@ -71,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sweep-file",
         metavar="FILE",
-        help="YAML with named sets of overrides, crossed with --sweep; see ebwm_scale/cluster/sweep.py",
+        help="YAML with named sets of overrides, crossed with --sweep; see "
+        "ebwm_scale/cluster/sweep.py",
     )
     parser.add_argument(
         "--run-dir",
@@ -106,12 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="OPTION=VALUE",
-        help="further options of sbatch: partition=gpu qos=high; with --resubmit in place of launch.json's",
+        help="further options of sbatch: partition=gpu qos=high; with --resubmit in place of "
+        "launch.json's",
     )
     parser.add_argument(
         "--here",
         action="store_true",
-        help="with --resubmit: start in the current directory, also if the runs were launched from another",
+        help="with --resubmit: start in the current directory, also if the runs were launched from "
+        "another",
     )
     parser.add_argument(
         "--accept-new-rate",
@@ -125,22 +120,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_permissions(parser)
     options = parser.parse_args(arguments)
-    try:
-        if options.status is not None:
-            return show(options.status)
-        if options.resubmit is not None:
-            return resubmit(
-                options.resubmit,
-                options.overrides,
-                slurm=options.slurm,
-                here=options.here,
-                accept_new_rate=options.accept_new_rate,
-                allow_pipe=options.allow_pipe,
-            )
-        return launch(options)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if options.status is not None:
+        return show(options.status)
+    if options.resubmit is not None:
+        return resubmit(
+            options.resubmit,
+            options.overrides,
+            slurm=options.slurm,
+            here=options.here,
+            accept_new_rate=options.accept_new_rate,
+            allow_pipe=options.allow_pipe,
+        )
+    return launch(options)
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -202,16 +193,9 @@ def launch(options: argparse.Namespace) -> int:
         (folder / "sweep.json").write_text(
             json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8"
         )
-    report(
-        folder,
-        [folder / run.name for run in runs],
-        submit(
-            folder,
-            [folder / run.name for run in runs],
-            resources,
-            allow_pipe=options.allow_pipe,
-        ),
-    )
+    folders = [folder / run.name for run in runs]
+    jobs = submit(folder, folders, resources, allow_pipe=options.allow_pipe)
+    report(folder, folders, jobs)
     return EXIT_FINISHED
 
 
@@ -311,13 +295,11 @@ def resources_of(options: argparse.Namespace) -> Resources:
                     f"{name} is for --cluster slurm: a local run has one node and no time limit "
                     "but train.max_minutes; leave it out"
                 )
-    gpus = (
-        options.gpus_per_node
-        if options.gpus_per_node is not None
-        else len(list(Path("/dev").glob("nvidia[0-9]*")))
-        if local
-        else 8
-    )
+    gpus = 8
+    if options.gpus_per_node is not None:
+        gpus = options.gpus_per_node
+    elif local:
+        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     tasks = options.tasks_per_node or gpus or 1
     for name, value, least in (
         ("--nodes", options.nodes, 1),

@@ -1,8 +1,9 @@
 """Plan a run on a cluster before there is one: memory per GPU at each ZeRO stage, communication,
 time, cost, and what to use.
 
-    python -m ebwm_scale.plan --config configs/nlp/anchored.yaml --machine h100 --nodes 8 --tokens 100e9 [--set model.size=xl ...]
-    python -m ebwm_scale.plan --machines                the table of machines
+    ebwm plan --config configs/nlp/anchored.yaml --machine h100 --nodes 8 --tokens 100e9
+              [--set model.size=xl ...]
+    ebwm plan --machines                the table of machines
 
 Sizes that a dataset would give have to be named where there is none: --set
 model.vocabulary_size=32000 data.context_length=256. Figures are predictions: memory is compared
@@ -18,31 +19,21 @@ from pathlib import Path
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError, UserError
+from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError
 from ebwm_scale.planning.hardware import MACHINES, Machine
 from ebwm_scale.planning.planner import Plan, plan, recommended
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m ebwm_scale.plan",
-        description=__doc__,
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--config",
         metavar="FILE",
         help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="wins over the file",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--machine",
         default="h100",
@@ -62,25 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--machines", action="store_true", help="print the table of machines")
     options = parser.parse_args(arguments)
-    try:
-        if options.machines:
-            print(machines())
-            return EXIT_FINISHED
-        if options.config is None:
-            raise ConfigError("--config is missing: name a configuration, see configs/")
-        if options.nodes < 1 or (options.gpus_per_node or 1) < 1 or (options.tokens or 1) <= 0:
-            raise ConfigError("--nodes, --gpus-per-node and --tokens must be above 0")
-        config = sized(load_config(options.config, options.overrides))
-        machine = MACHINES[options.machine]
-        plans = plan(config, machine, nodes=options.nodes, gpus_per_node=options.gpus_per_node)
-        gpus = options.nodes * (options.gpus_per_node or machine.gpus)
-        print(
-            describe(config, machine, plans, gpus=gpus, nodes=options.nodes, tokens=options.tokens)
-        )
-        return EXIT_FINISHED if recommended(plans) else EXIT_FAILED
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if options.machines:
+        print(machines())
+        return EXIT_FINISHED
+    if options.config is None:
+        raise ConfigError("--config is missing: name a configuration, see configs/")
+    if options.nodes < 1 or (options.gpus_per_node or 1) < 1 or (options.tokens or 1) <= 0:
+        raise ConfigError("--nodes, --gpus-per-node and --tokens must be above 0")
+    config = sized(load_config(options.config, options.overrides))
+    machine = MACHINES[options.machine]
+    plans = plan(config, machine, nodes=options.nodes, gpus_per_node=options.gpus_per_node)
+    gpus = options.nodes * (options.gpus_per_node or machine.gpus)
+    print(describe(config, machine, plans, gpus=gpus, nodes=options.nodes, tokens=options.tokens))
+    return EXIT_FINISHED if recommended(plans) else EXIT_FAILED
 
 
 def sized(config: Config) -> Config:
@@ -142,9 +127,10 @@ def describe(
     unit = "tokens" if config.state.kind == "vocabulary" else "frames"
     per_step = config.train.global_batch_size * config.data.context_length
     budget = tokens or per_step * config.train.max_steps
+    batch = f"{config.train.global_batch_size} samples of {config.data.context_length} {unit}"
     lines = [
         f"{nodes} x {gpus // nodes} {machine.name}: {machine.source}",
-        f"global batch {config.train.global_batch_size} samples of {config.data.context_length} {unit}, {config.train.precision}",
+        f"global batch {batch}, {config.train.precision}",
         "",
     ]
     rows = [

@@ -1,13 +1,15 @@
 """Multiple choice and cloze from files: how often a model of text prefers, or writes, the right
 answer.
 
-    python -m ebwm_scale.questions RUN [--multiple-choice FILE ...] [--cloze FILE ...] [thinking options of python -m ebwm_scale.think]
+    ebwm questions RUN [--multiple-choice FILE ...] [--cloze FILE ...]
+                       [thinking options of ebwm think]
 
 One JSON object per line; other keys are ignored. A text is continued as it stands: a space before
 an answer belongs to the answer.
 
-    multiple choice    {"context": "The capital of France is", "choices": [" Rome", " Paris"], "answer": 1}
-    cloze              {"context": "Two and two are", "answer": " four"}
+    multiple choice {"context": "The capital of France is", "choices": [" Rome", " Paris"],
+                     "answer": 1}
+    cloze           {"context": "Two and two are", "answer": " four"}
 
 Multiple choice: the share of questions whose right choice has the highest log-likelihood
 (`accuracy`), the highest per byte (`accuracy_per_byte`), and, of an energy model, the lowest mean
@@ -27,20 +29,19 @@ from typing import Any
 import torch
 
 from ebwm_scale.checkpoint.load import load_checkpoint
-from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import say
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
+from ebwm_scale.core.plain_text import shown
 from ebwm_scale.data.tokenizer import Tokenizer, check_text
-from ebwm_scale.data.walking import printable
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci
 from ebwm_scale.inference.scoring import ContinuationScore, Scorer
 from ebwm_scale.think import add_thinking_options, manifest_of, rules_of
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m ebwm_scale.questions",
-        description=__doc__,
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder"
     )
@@ -72,56 +73,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_thinking_options(parser)
     options = parser.parse_args(arguments)
-    try:
-        if options.batch_size < 1:
-            raise UserError(f"--batch-size is {options.batch_size}: must be at least 1")
-        if not options.multiple_choice and not options.cloze:
-            raise UserError("nothing to ask: give --multiple-choice FILE or --cloze FILE")
-        asked = [
-            ("multiple_choice", file, read_questions(file, "choices"))
-            for file in options.multiple_choice
-        ]
-        asked += [("cloze", file, read_questions(file, "answer")) for file in options.cloze]
-        model, config = load_checkpoint(
-            options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
-        )
-        rules = rules_of(options, config)
-        tokenizer = (
-            Tokenizer(manifest_of(options, config).content.tokenizer_path)
-            if config.state.kind == "vocabulary"
-            else None
-        )
-        scorer = Scorer(model, tokenizer, rules, batch_size=options.batch_size)
-        result: dict[str, Any] = {
-            "checkpoint": str(options.checkpoint),
-            "kind": config.model.kind,
-            "thinking": vars(rules),
-            "multiple_choice": [],
-            "cloze": [],
-        }
-        for kind, file, questions in asked:
-            row = {"file": str(file), "num_questions": len(questions)} | (
-                multiple_choice if kind == "multiple_choice" else cloze
-            )(scorer, questions)
-            result[kind].append(row)
-            print(
-                f"{file}: "
-                + "; ".join(
-                    f"{name.replace('_', ' ')} {value['mean']:.4g} [{value['low']:.4g}, "
-                    f"{value['high']:.4g}]"
-                    if isinstance(value, dict)
-                    else f"{name.replace('_', ' ')} {value:.4g}"
-                    for name, value in row.items()
-                    if name not in ("file",)
-                )
-            )
-        output = options.output or options.checkpoint / "questions.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size is {options.batch_size}: must be at least 1")
+    if not options.multiple_choice and not options.cloze:
+        raise UserError("nothing to ask: give --multiple-choice FILE or --cloze FILE")
+    asked = [
+        ("multiple_choice", file, read_questions(file, "choices"))
+        for file in options.multiple_choice
+    ]
+    asked += [("cloze", file, read_questions(file, "answer")) for file in options.cloze]
+    model, config = load_checkpoint(
+        options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    rules = rules_of(options, config)
+    tokenizer = None
+    if config.state.kind == "vocabulary":
+        tokenizer = Tokenizer(manifest_of(options, config).content.tokenizer_path)
+    scorer = Scorer(model, tokenizer, rules, batch_size=options.batch_size)
+    result: dict[str, Any] = {
+        "checkpoint": str(options.checkpoint),
+        "kind": config.model.kind,
+        "thinking": vars(rules),
+        "multiple_choice": [],
+        "cloze": [],
+    }
+    ask = {"multiple_choice": multiple_choice, "cloze": cloze}
+    for kind, file, questions in asked:
+        row = {"file": str(file), "num_questions": len(questions)} | ask[kind](scorer, questions)
+        result[kind].append(row)
+        say(f"{file}: {_in_words(row)}")
+    output = options.output or options.checkpoint / "questions.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     return EXIT_FINISHED
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    """The figures of a file of questions, those with an interval with it."""
+    parts = []
+    for name, value in row.items():
+        if name == "file":
+            continue
+        figure = f"{name.replace('_', ' ')} "
+        if isinstance(value, dict):
+            figure += f"{value['mean']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+        else:
+            figure += f"{value:.4g}"
+        parts.append(figure)
+    return "; ".join(parts)
 
 
 def read_questions(file: Path, kind: str) -> list[dict[str, Any]]:
@@ -165,7 +164,7 @@ def _what_is_wrong(question: Any, kind: str) -> str | None:
         return (
             None
             if isinstance(question.get("answer"), str) and question["answer"]
-            else f"answer is {_cut(question.get('answer'))}: must be a text that is not empty"
+            else f"answer is {shown(question.get('answer'))}: must be a text that is not empty"
         )
     choices, answer = question.get("choices"), question.get("answer")
     if (
@@ -173,9 +172,9 @@ def _what_is_wrong(question: Any, kind: str) -> str | None:
         or len(choices) < 2
         or not all(isinstance(choice, str) and choice for choice in choices)
     ):
-        return f"choices is {_cut(choices)}: must be two or more texts that are not empty"
+        return f"choices is {shown(choices)}: must be two or more texts that are not empty"
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        return f"answer is {_cut(answer)}: must be the index of a choice, 0 to {len(choices) - 1}"
+        return f"answer is {shown(answer)}: must be the index of a choice, 0 to {len(choices) - 1}"
     return None
 
 
@@ -185,10 +184,6 @@ def _texts_of(question: dict[str, Any], kind: str) -> list[tuple[str, str]]:
         return [("context", question["context"]), ("answer", question["answer"])]
     choices = [(f"choice {i}", choice) for i, choice in enumerate(question["choices"])]
     return [("context", question["context"]), *choices]
-
-
-def _cut(value: Any) -> str:
-    return printable(repr(value)[:80])
 
 
 def multiple_choice(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:

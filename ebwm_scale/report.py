@@ -1,7 +1,7 @@
 """The report of a run: everything a run folder has -> one self-contained page that first answers
 "did it learn?".
 
-    python -m ebwm_scale.report RUN [--baseline RUN]        writes RUN/report.html and RUN/report_plot.png
+    ebwm report RUN [--baseline RUN]        writes RUN/report.html and RUN/report_plot.png
 
 The page needs no network and no script. What the folder lacks is named in the page instead of
 guessed; every mark is computed from the numbers beside it. reporting/read_run.py reads,
@@ -11,13 +11,14 @@ the page.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import say
+from ebwm_scale.core.disk import replacement
+from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.reporting.plots import headline_png
 from ebwm_scale.reporting.read_run import read_run
 from ebwm_scale.reporting.report_page import render
@@ -36,26 +37,19 @@ def write_report(run_dir: Path, *, baseline_dir: Path | None = None) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> Path:
-    """Write beside and rename: whoever opens `path` sees the old file or the new one, never half of
-    one.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        with replacement(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(
             f"{path}: cannot be written: {error.strerror or error}; make the run folder writable"
         ) from None
     return path
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m ebwm_scale.report",
-        description="Write RUN/report.html and RUN/report_plot.png.",
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py")
     parser.add_argument(
         "--baseline",
@@ -64,11 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="run folder to compare with, usually of model.kind baseline",
     )
     options = parser.parse_args(arguments)
-    try:
-        print(write_report(options.run, baseline_dir=options.baseline))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    say(str(write_report(options.run, baseline_dir=options.baseline)))
     return EXIT_FINISHED
 
 

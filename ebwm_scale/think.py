@@ -1,8 +1,9 @@
 """Continue a text or a clip with a trained model, thinking as long as asked.
 
-    python -m ebwm_scale.think RUN --prompt "The queryset" [--prompt ...] [--max-new 64] [--temperature 0.8 --top-p 0.95]
-    python -m ebwm_scale.think RUN --prompts FILE            one prompt per line
-    python -m ebwm_scale.think RUN --video FILE [--start 0.0] [--max-new 8] --output continuation.gif
+    ebwm think RUN --prompt "The queryset" [--prompt ...] [--max-new 64]
+                   [--temperature 0.8 --top-p 0.95]
+    ebwm think RUN --prompts FILE            one prompt per line
+    ebwm think RUN --video FILE [--start 0.0] [--max-new 8] --output continuation.gif
 
 RUN is a run folder or a checkpoint folder; energy models and the Transformer++ baseline alike.
 Thinking: --num-steps, --step-size, --noise (Langevin),
@@ -25,7 +26,7 @@ import torch
 
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.side_files import open_manifest, refuse_another_tokenizer
@@ -34,30 +35,24 @@ from ebwm_scale.inference.generation import Sampling, Session, continue_texts
 from ebwm_scale.inference.thinking import ThinkingConfig
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    try:
-        model, config = load_checkpoint(
-            options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
-        )
-        rules = rules_of(options, config)
-        manifest = manifest_of(options, config)
-        check_modality(options, config)
-        if config.state.kind == "vocabulary":
-            continue_prompts(model, manifest, options, rules)
-        else:
-            continue_video(model, manifest, options, rules)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    model, config = load_checkpoint(
+        options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    rules = rules_of(options, config)
+    manifest = manifest_of(options, config)
+    check_modality(options, config)
+    if config.state.kind == "vocabulary":
+        continue_prompts(model, manifest, options, rules)
+    else:
+        continue_video(model, manifest, options, rules)
     return EXIT_FINISHED
 
 
 def parser() -> argparse.ArgumentParser:
-    result = ArgumentParser(
-        prog="python -m ebwm_scale.think",
-        description=__doc__,
-    )
+    result = ArgumentParser(description=__doc__)
     result.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint folder")
     prompts = result.add_argument_group("what to continue")
     prompts.add_argument(

@@ -1,11 +1,12 @@
 """Train an energy-based world model or the Transformer++ baseline.
 
-    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...] [--run-dir DIR] [--resume [--strict] [--accept-new-rate]] [--dry-run]
+    deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...]
+        [--run-dir DIR] [--resume [--strict] [--accept-new-rate]] [--dry-run]
 
-The same file runs under python, torchrun and srun. Exit codes: 0 finished; 2 bad configuration or
-data, nothing started; 75 saved after a signal or time limit, run again with --resume; 76 stopped
-because gradients were not finite several steps in a row; 77 a process hung or died; 1 anything
-else. A run may be resumed by any number of processes and at any ZeRO stage.
+The same file runs under python, torchrun and srun, and as `ebwm train`. Exit codes: 0 finished; 2
+bad configuration or data, nothing started; 75 saved after a signal or time limit, run again with
+--resume; 76 stopped because gradients were not finite several steps in a row; 77 a process hung or
+died; 1 anything else. A run may be resumed by any number of processes and at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ if __name__ == "__main__" and not __package__:
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.console import leave_quietly
-from ebwm_scale.core.console import say as print_line
-from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, ConfigError, UserError
-from ebwm_scale.core.plain_text import one_line
-from ebwm_scale.core.processes import find_place, is_first
+from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.console import leave_quietly, say
+from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
+from ebwm_scale.core.plain_text import one_line, shorten
+from ebwm_scale.core.processes import find_place
 from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.training.preemption import StopFlag
 
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from ebwm_scale.core.world import World
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--config",
@@ -46,15 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="wins over the file",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -70,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="with --resume: refuse, if the newest checkpoint is damaged, to take the one before it",
+        help="with --resume: refuse, if the newest checkpoint is damaged, to take the one before "
+        "it",
     )
     parser.add_argument(
         "--accept-new-rate",
@@ -91,22 +86,15 @@ def main(arguments: list[str] | None = None) -> int:
     stop = StopFlag(at_once)  # before the imports, which take seconds
     try:
         several = find_place().size > 1 and not options.dry_run
-    except UserError as error:  # nobody knows which process speaks for all
-        print_line(str(error), error=True)
-        return error.exit_code
-    try:
         if not several:
             return run(read_options(options), options, stop)
-        config, problem = None, None
+        config = None
+        problem = None
         try:
             config = read_options(options)
         except UserError as error:
             problem = error
         return run(config, options, stop, problem=problem)
-    except UserError as error:
-        if is_first():
-            print_line(str(error), error=True)
-        return error.exit_code
     finally:
         stop.ignore()
 
@@ -157,10 +145,6 @@ def run(
 
     flush_denormals()
     place = find_place()
-
-    def say(text: str, *, error: bool = False) -> None:
-        if place.rank == 0:
-            print_line(text, error=error)
 
     def warn(text: str) -> None:
         say(f"warning: {text}", error=True)
@@ -247,14 +231,8 @@ def run(
     trainer.truncate_later_metrics()
     if saved is not None:
         folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=check.changes)
-        folder.say(
-            "\n".join(
-                [
-                    f"resumed at step {trainer.step} of {config.train.max_steps} from {saved.folder}",
-                    *check.changes,
-                ]
-            )
-        )
+        resumed = f"resumed at step {trainer.step} of {config.train.max_steps} from {saved.folder}"
+        folder.say("\n".join([resumed, *check.changes]))
     else:
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
     for _, text in check.warnings:
@@ -302,7 +280,7 @@ def stopped_before_training(stop: StopFlag, world: World, where: str) -> bool:
     """
     reason = stop.stop_requested(world, time_limit=False)
     if reason is not None and world.is_main:
-        print_line(f"stopped {where} ({reason}); run the same command with --resume to go on")
+        say(f"stopped {where} ({reason}); run the same command with --resume to go on")
     return reason is not None
 
 
@@ -339,8 +317,8 @@ def report_in_words(folder) -> str:
 
     try:
         return f"; report: {write_report(folder.path)}"
-    except Exception as error:  # whatever a page trips over, no trained model is worth less for it
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # noqa: BLE001  no trained model is worth less for a page's defect
+        reason = shorten(error, 300)
         folder.warn(
             f"the report was not written: {type(error).__name__}: {reason}; "
             f"once that is mended: python -m ebwm_scale.report {folder.path}"

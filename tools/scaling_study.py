@@ -25,10 +25,11 @@ from ebwm_scale.cluster.status import status_of, table
 from ebwm_scale.config.shipped import find_config
 from ebwm_scale.config.strict_yaml import dump_yaml, read_yaml
 from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError, shown
+from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError
+from ebwm_scale.core.plain_text import shown
 from ebwm_scale.core.provenance import provenance
-from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
 from ebwm_scale.core.run_location import check_folder
+from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
 
 KEYS = {"title": str, "unit": str, "config": str, "set": list, "axis": str, "sweep": dict}
 
@@ -159,7 +160,7 @@ def write_result(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def write_page(options: argparse.Namespace, _: list[str]) -> int:
-    from ebwm_scale.reporting.plain import bounded, printable
+    from ebwm_scale.reporting.plain import bounded, page_text
     from ebwm_scale.reporting.scaling_page import analyse, render
 
     studies = []
@@ -179,7 +180,7 @@ def write_page(options: argparse.Namespace, _: list[str]) -> int:
             ArithmeticError,
         ) as error:
             raise UserError(
-                f"{path}: not a result of scaling_study.py collect: {printable(repr(error), 160)}"
+                f"{path}: not a result of scaling_study.py collect: {page_text(repr(error), 160)}"
             ) from None
     options.output.write_text(page, encoding="utf-8", errors="replace")
     print(options.output)

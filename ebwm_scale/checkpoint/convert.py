@@ -42,6 +42,7 @@ from ebwm_scale.config import resolved
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
+from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import CheckpointError, ConfigError, DataError
 from ebwm_scale.core.files import file_sha256
 from ebwm_scale.core.tensor_files import TensorFile, TensorWriter
@@ -347,12 +348,8 @@ def export_released(folder: Path, target: Path, *, say: Say = print) -> str:
         | {"context_length": config.data.context_length},
         "pytorch-lightning_version": "2.0.0",
     }
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        torch.save(content, partial)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacement(target) as temporary:
+        torch.save(content, temporary)
     again = released.to_ours(read_released(target)[0])
     return _checked(
         target,

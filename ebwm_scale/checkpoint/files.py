@@ -21,8 +21,8 @@ from typing import Any
 
 from ebwm_scale.core.errors import CheckpointError
 from ebwm_scale.core.files import file_sha256
-from ebwm_scale.core.strict_json import is_whole, parse, shown
-from ebwm_scale.data.format.shard_table import canonical_json
+from ebwm_scale.core.plain_text import shown
+from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
 
 VERSION = 2
 MANIFEST = "manifest.json"

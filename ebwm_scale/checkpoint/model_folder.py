@@ -30,7 +30,8 @@ from torch import Tensor
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError
 from ebwm_scale.core.files import file_sha256
-from ebwm_scale.core.strict_json import is_whole, parse, shorten
+from ebwm_scale.core.plain_text import shorten
+from ebwm_scale.core.strict_json import is_whole, parse
 from ebwm_scale.core.tensor_files import TensorFile, TensorWriter
 from ebwm_scale.data.format.manifest import MANIFEST_NAME, Manifest
 

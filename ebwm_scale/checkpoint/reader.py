@@ -31,9 +31,10 @@ from ebwm_scale.checkpoint.files import VERSION, check_files
 from ebwm_scale.checkpoint.parameter_shard import KINDS, TrainingState
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.errors import CheckpointError, cut
+from ebwm_scale.core.errors import CheckpointError
+from ebwm_scale.core.plain_text import cut, shorten, shown
 from ebwm_scale.core.redaction import redacted
-from ebwm_scale.core.strict_json import is_whole, parse, shorten, shown
+from ebwm_scale.core.strict_json import is_whole, parse
 from ebwm_scale.core.tensor_files import TensorFile
 
 NAME = re.compile(r"step_(\d{6,})")

@@ -1,8 +1,12 @@
 """attempts.jsonl of a run folder: when each attempt at the run began and ended, with what, and when
 to give up.
 
-    {"event": "begin", "attempt": 2, "job": "1234", "restart": 1, "host": "node7", "nodes": 2, "tasks": 16, "step": 400, "code": "0.1.0 1a2b3c4"}
-    {"event": "end", "attempt": 2, "exit_code": 75, "outcome": "interrupted", "step": 900, "verdict": "again", "reason": "..."}
+    {"event": "begin", "attempt": 2, "job": "1234", "restart": 1, "host": "node7", "nodes": 2,
+     "tasks": 16, "step": 400, "code": "0.1.0 1a2b3c4"}
+    {"event": "end", "attempt": 2, "exit_code": 75, "outcome": "interrupted", "step": 900,
+     "verdict": "again", "reason": "..."}
+
+Each is one line of the file.
 
 `step` is that of the newest checkpoint. An attempt without an end was lost with its node; the next
 one writes its end. An attempt that published no new checkpoint made no progress. Two of these in a
@@ -81,11 +85,14 @@ class Attempts:
                 ),
                 None,
             )
-            reason = (
-                f"{told} to the job on {before.get('host')}, and its end came before the tasks'"
-                if told
-                else f"lost on {before.get('host')}: the node failed, or the job was killed before it could say why"
-            )
+            host = before.get("host")
+            if told:
+                reason = f"{told} to the job on {host}, and its end came before the tasks'"
+            else:
+                reason = (
+                    f"lost on {host}: the node failed, or the job was killed before it could say "
+                    "why"
+                )
             self._append(
                 {
                     "event": "end",

@@ -1,14 +1,15 @@
 """The process in a job's batch step: one attempt at a run, and what its end means.
 
-    python -m ebwm_scale.cluster.job --config FILE [--set section.key=value ...] [--run-dir DIR]        started by slurm/job.sh
+    python -m ebwm_scale.cluster.job --config FILE [--set section.key=value ...] [--run-dir DIR]
 
-    begin (attempts.jsonl) -> srun: one task per GPU, each ebwm_scale/train.py --resume -> end (attempts.jsonl)
+    begin (attempts.jsonl) -> srun: one task per GPU, each ebwm_scale/train.py --resume
+                           -> end (attempts.jsonl)
         finished    the job ends with 0
         again       scontrol requeue: the same job, the same run folder, later and elsewhere
         give up     the job ends with the run's exit code, and the reason stands in attempts.jsonl
 
-Outside Slurm (--cluster local of ebwm_scale.launch) the tasks are plain processes and `again` is a
-loop. Exit codes are those of train.py.
+slurm/job.sh starts it. Outside Slurm (--cluster local of ebwm_scale.launch) the tasks are plain
+processes and `again` is a loop. Exit codes are those of train.py.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ebwm_scale.cluster.slurm import (
 from ebwm_scale.cluster.tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
-from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
 from ebwm_scale.core.code_version import code_version
 from ebwm_scale.core.errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
 from ebwm_scale.core.plain_text import one_line
@@ -43,6 +44,7 @@ from ebwm_scale.core.plain_text import one_line
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="python -m ebwm_scale.cluster.job",
@@ -54,15 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="wins over the file",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -85,36 +79,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_permissions(parser)
     options = parser.parse_args(arguments)
-    try:
-        one_line("--config", options.config)
-        # a mistake in it ends the job here, not 64 tasks later
-        config = load_config(options.config, options.overrides)
-        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
-        given = allocation()
-        if options.plan:
-            return plan(options, given)
-        run_dir = (
-            options.run_dir
-            or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
-        )
-        one_line("the run folder", run_dir)
-        command = train_command(
-            options.config,
-            options.overrides,
-            run_dir,
-            accept_new_rate=options.accept_new_rate,
-            allow_pipe=options.allow_pipe,
-        )
-        if options.dry_run:
-            size = (
-                given.num_tasks if given else 1
-            )  # measured in one process, for as many as would run
-            place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
-            os.execve(command[0], [*command[:-1], "--dry-run"], {**os.environ, **place})
-        return attempt(command, run_dir, given).leave()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    one_line("--config", options.config)
+    # a mistake in it ends the job here, not 64 tasks later
+    config = load_config(options.config, options.overrides)
+    refuse_unpermitted(config, allow_pipe=options.allow_pipe)
+    given = allocation()
+    if options.plan:
+        return plan(options, given)
+    run_dir = _run_dir(options, given.job if given else "local")
+    one_line("the run folder", run_dir)
+    train = _train_command_of(options, run_dir)
+    if options.dry_run:
+        # measured in one process, for as many as would run
+        size = given.num_tasks if given else 1
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+        os.execve(train[0], [*train[:-1], "--dry-run"], {**os.environ, **place})
+    return attempt(train, run_dir, given).finish()
+
+
+def _run_dir(options: argparse.Namespace, job: str) -> Path:
+    return options.run_dir or Path("runs") / f"{Path(options.config).stem}-{job}"
+
+
+def _train_command_of(options: argparse.Namespace, run_dir: Path) -> list[str]:
+    return train_command(
+        options.config,
+        options.overrides,
+        run_dir,
+        accept_new_rate=options.accept_new_rate,
+        allow_pipe=options.allow_pipe,
+    )
 
 
 def train_command(
@@ -148,7 +142,7 @@ class Ended:
     ):
         self.verdict, self.code, self.given, self.signalled = verdict, code, given, signalled
 
-    def leave(self) -> int:
+    def finish(self) -> int:
         """Requeue if that is the verdict; the exit code of the job."""
         if self.verdict.what == "done":
             return self.code
@@ -187,8 +181,7 @@ def attempt(
         f"attempt {attempts.number} at {run_dir}"
         + (
             f", job {job}, restart {given.restart}: {given.num_nodes} nodes ({given.node_list}) "
-            "with "
-            f"{given.tasks_per_node} tasks each ({given.why_tasks})"
+            f"with {given.tasks_per_node} tasks each ({given.why_tasks})"
             if given
             else f": {num_tasks} tasks on this machine"
         )
@@ -250,17 +243,11 @@ def refuse_if_in_use(run_dir: Path, job: str) -> None:
 
 
 def plan(options: argparse.Namespace, given: Allocation | None) -> int:
-    run_dir = options.run_dir or Path("runs") / f"{Path(options.config).stem}-$SLURM_JOB_ID"
-    command = train_command(
-        options.config,
-        options.overrides,
-        run_dir,
-        accept_new_rate=options.accept_new_rate,
-        allow_pipe=options.allow_pipe,
-    )
+    run_dir = _run_dir(options, "$SLURM_JOB_ID")
+    train = _train_command_of(options, run_dir)
     example = given or Allocation("0", 0, (1,), 1, "", "")
     shape = [] if given else ["# (on the nodes the job gets; here: for one node with one task)"]
-    print("\n".join([*shape, printed([*srun_options(example, run_dir / "logs"), *command])]))
+    print("\n".join([*shape, printed([*srun_options(example, run_dir / "logs"), *train])]))
     return 0
 
 

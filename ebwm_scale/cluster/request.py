@@ -14,10 +14,11 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from ebwm_scale.core.disk import replace_text
 from ebwm_scale.core.errors import ConfigError
-from ebwm_scale.core.plain_text import one_line, shown
+from ebwm_scale.core.plain_text import one_line, shorten, shown
 
 HARMLESS = frozenset(
     [
@@ -100,8 +101,7 @@ def read_request(folder: Path) -> dict[str, Any]:
         request = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{path} cannot be read ({one_line_of(error)}): launch the run anew from its "
-            "config.yaml"
+            f"{path} cannot be read ({_reason(error)}): launch the run anew from its config.yaml"
         ) from None
     if not isinstance(request, dict):
         raise _not_ours(path, "it", request, "a JSON object")
@@ -124,13 +124,18 @@ def read_request(folder: Path) -> dict[str, Any]:
     return request
 
 
+def save_request(folder: Path, request: dict[str, Any]) -> None:
+    """Write launch.json of a run folder, whole or not at all."""
+    replace_text(folder / "launch.json", json.dumps(request, indent=1, ensure_ascii=False))
+
+
 def read_runs_of_sweep(folder: Path) -> list[str]:
     """The names of the runs that sweep.json lists, each a folder directly in the sweep's."""
     path = folder / "sweep.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read ({one_line_of(error)})") from None
+        raise ConfigError(f"{path} cannot be read ({_reason(error)})") from None
     names = content.get("runs") if isinstance(content, dict) else None
     if not _texts(names):
         raise _not_ours(path, "runs", names, "a list of names of folders")
@@ -153,17 +158,11 @@ def options_for_resubmission(
     for option in kept:
         if option.partition("=")[0].replace("_", "-") not in HARMLESS:
             raise ConfigError(
-                f"{folder / 'launch.json'} asks sbatch for {shown(option)}, which can run "
-                "commands or write files: if you "
-                "trust it, say it again with --resubmit ... --slurm, or say that option with "
-                "another value"
+                f"{folder / 'launch.json'} asks sbatch for {shown(option)}, which can run commands "
+                "or write files: if you trust it, say it again with --resubmit ... --slurm, or say "
+                "that option with another value"
             )
     return (*kept, *given)
-
-
-def one_line_of(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
 
 
 def _check_resources(path: Path, request: dict[str, Any]) -> None:
@@ -194,7 +193,11 @@ def check_option(what: str, option: str) -> None:
         )
 
 
-def _texts(value: Any) -> bool:
+def _reason(error: Exception) -> str:
+    return shorten(str(error) or type(error).__name__, 200)
+
+
+def _texts(value: Any) -> TypeGuard[list[str]]:
     return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 

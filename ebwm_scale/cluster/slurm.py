@@ -85,8 +85,7 @@ def allocation(environment: Mapping[str, str] = os.environ) -> Allocation | None
         if len(asked) != nodes:
             raise ConfigError(
                 f"SLURM_NTASKS_PER_NODE is {shown(own['SLURM_NTASKS_PER_NODE'])}, tasks for "
-                f"{len(asked)} nodes, "
-                f"but the job has {nodes}; ask sbatch for --ntasks-per-node"
+                f"{len(asked)} nodes, but the job has {nodes}; ask sbatch for --ntasks-per-node"
             )
         tasks, why = tuple(asked), "--ntasks-per-node"
     elif total:
@@ -119,9 +118,8 @@ def idle_gpus(tasks_per_node: int, gpus_per_node: int) -> str | None:
         return None
     return (
         f"warning: {tasks_per_node} task{'' if tasks_per_node == 1 else 's'} for {gpus_per_node} "
-        "GPUs on a node: "
-        f"{gpus_per_node - tasks_per_node} stay idle. Ask for as many tasks as GPUs "
-        f"(--ntasks-per-node={gpus_per_node}), or for fewer GPUs"
+        f"GPUs on a node: {gpus_per_node - tasks_per_node} stay idle. Ask for as many tasks as "
+        f"GPUs (--ntasks-per-node={gpus_per_node}), or for fewer GPUs"
     )
 
 
@@ -206,22 +204,16 @@ def job_state(job: str) -> JobState | None:
     }
     if not {"JobState", "Restarts"} <= facts.keys():
         return None
-    start, end, limit = (
-        _seconds_of(facts.get("StartTime", "")),
-        _seconds_of(facts.get("EndTime", "")),
-        _limit_s(facts.get("TimeLimit", "")),
-    )
-    return JobState(
-        facts["JobState"],
-        int(facts["Restarts"]),
-        None if start is None or limit is None else start + limit - time.time(),
-        facts["JobState"] == "TIMEOUT"
-        or (
-            None not in (start, end, limit)
-            and end - start >= limit
-            and time.time() >= start + limit
-        ),
-    )
+    start = _seconds_of(facts.get("StartTime", ""))
+    end = _seconds_of(facts.get("EndTime", ""))
+    limit = _limit_s(facts.get("TimeLimit", ""))
+    left_s = None
+    timed_out = facts["JobState"] == "TIMEOUT"
+    if start is not None and limit is not None:
+        left_s = start + limit - time.time()
+        if end is not None and end - start >= limit and left_s <= 0:
+            timed_out = True
+    return JobState(facts["JobState"], int(facts["Restarts"]), left_s, timed_out)
 
 
 def requeue(job: str, restart: int) -> str | None:

@@ -46,20 +46,21 @@ def status_of(folder: Path) -> list[RunStatus]:
     return [_status(run, known) for run in runs_in(folder)]
 
 
+def _row(run: RunStatus) -> tuple[str, ...]:
+    return (
+        printable(run.folder.name),
+        run.state,
+        f"{run.step or 0}/{run.max_steps}",
+        "" if run.loss is None else f"{run.loss:.4f}",
+        str(run.attempts),
+        run.job,
+        printable(run.note),
+    )
+
+
 def table(runs: list[RunStatus]) -> str:
     rows = [("run", "state", "step", "loss", "attempts", "job", "")]
-    for run in runs:
-        rows.append(
-            (
-                printable(run.folder.name),
-                run.state,
-                f"{run.step or 0}/{run.max_steps}",
-                "" if run.loss is None else f"{run.loss:.4f}",
-                str(run.attempts),
-                run.job,
-                printable(run.note),
-            )
-        )
+    rows += [_row(run) for run in runs]
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
     lines = [
         "  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[6]]).rstrip()
@@ -111,14 +112,12 @@ def _state(
             rows
         ) > 1 else ""
     if last is None:
-        return (
-            "lost",
-            f"never began{f': {queued}' if queued else ''}; see the log in {folder.parent}/submitit* or {folder}/submitit*",
-        )
-    return (
-        "lost",
-        f"{last.get('reason') or 'ended without a word'}{f' ({queued})' if queued else ''}; not in the queue any more",
-    )
+        why = f": {queued}" if queued else ""
+        logs = f"{folder.parent}/submitit* or {folder}/submitit*"
+        return "lost", f"never began{why}; see the log in {logs}"
+    why = f" ({queued})" if queued else ""
+    reason = last.get("reason") or "ended without a word"
+    return "lost", f"{reason}{why}; not in the queue any more"
 
 
 def _alive(job: str) -> bool:

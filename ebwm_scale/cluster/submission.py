@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_scale.cluster.job import ROOT, attempt, attempts_until_the_end, train_command
-from ebwm_scale.cluster.request import check_option, read_request
+from ebwm_scale.cluster.request import check_option, read_request, save_request
 from ebwm_scale.cluster.slurm import allocation, leave_job
 from ebwm_scale.core.errors import ConfigError, UserError
 from ebwm_scale.core.plain_text import one_line, shown
@@ -57,7 +56,7 @@ class SlurmRun:
 
     def __call__(self) -> str:
         ended = attempt(_command(self.run_dir, self.allow_pipe), Path(self.run_dir), allocation())
-        code = ended.leave()
+        code = ended.finish()
         if ended.verdict.what == "again":
             os._exit(code)  # without a result: the next attempt writes it
         if ended.verdict.what == "give up":
@@ -67,7 +66,7 @@ class SlurmRun:
 
 @dataclass(frozen=True)
 class LocalRuns:
-    """Runs on this machine, one after the other; a failed one does not keep the next from starting."""
+    """Runs on this machine, one after the other; the next one also starts after a failed one."""
 
     run_dirs: tuple[str, ...]
     num_tasks: int
@@ -118,18 +117,15 @@ def submit(
         with executor.batch():
             array = [executor.submit(SlurmRun(path, allow_pipe)) for path in paths]
         jobs = [job.job_id for job in array]
-        for job, path in zip(
-            jobs, run_dirs
-        ):  # squeue then shows the run's name; a Slurm that refuses loses nothing but that
+        # squeue then shows the run's name; a Slurm that refuses loses nothing but that.
+        for job, path in zip(jobs, run_dirs):
             subprocess.run(
                 ["scontrol", "update", f"JobId={job}", f"JobName={path.name}"], capture_output=True
             )
     for path, job in zip(run_dirs, jobs):
         request = read_request(path)
         request["jobs"] = [*request.get("jobs", []), job]
-        (path / "launch.json").write_text(
-            json.dumps(request, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        save_request(path, request)
     return jobs
 
 
@@ -138,11 +134,10 @@ def in_the_background(logs: Path):
     """Processes started inside outlive the terminal, and hold neither it nor a pipe: they ignore
     SIGHUP and write to local.log."""
     log = logs / "local.log"
-    sys.stdout.flush(), sys.stderr.flush()
-    kept, hangup = (
-        [os.dup(number) for number in (0, 1, 2)],
-        signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (0, 1, 2)]
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with open(os.devnull, "rb") as nothing, open(log, "ab") as file:
             for source, number in ((nothing, 0), (file, 1), (file, 2)):
@@ -178,23 +173,23 @@ def executor_for(folder: Path, resources: Resources, *, logs: Path):
     except ImportError:
         raise ConfigError(
             "ebwm_scale.launch needs the package submitit: pip install -c constraints.txt "
-            "'ebwm_scale[cluster]'; "
-            "sbatch slurm/pretrain_nlp.sh works without it"
+            "'ebwm_scale[cluster]'; sbatch slurm/pretrain_nlp.sh works without it"
         ) from None
     one_line("the run folder", logs)
     if resources.cluster == "local":
         executor = submitit.LocalExecutor(folder=logs)
         executor.update_parameters(timeout_min=FOREVER_MIN, gpus_per_node=resources.gpus_per_node)
         return executor
+    options: dict[str, str] = {}
     for option in resources.slurm:
         check_option("--slurm", option)
-    options = dict(option.partition("=")[::2] for option in resources.slurm)
+        name, _, value = option.partition("=")
+        options[name] = value
     setup = setup_lines(folder)
     leave_job()
     apply_site(folder)
-    for key in (
-        options
-    ):  # these variables win over what a script says, and so would win over the command line
+    # These variables win over what a script says, and so would win over the command line.
+    for key in options:
         os.environ.pop(f"SBATCH_{key.upper().replace('-', '_')}", None)
     try:
         executor = submitit.SlurmExecutor(folder=logs)

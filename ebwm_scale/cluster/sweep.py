@@ -10,7 +10,7 @@ overrides (--sweep-file):
     size:
       w32: [model.width=32]
       w64: [model.width=64]
-    combinations:                           # no axis: further overrides of the runs that have all of these names
+    combinations:  # no axis: further overrides of the runs that have all of these names
       form=energy size=w64: [optimizer.learning_rate=0.006]
 """
 
@@ -18,20 +18,20 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ebwm_scale.cluster.request import save_request
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.config.strict_yaml import read_yaml
 from ebwm_scale.core.code_version import code_version, uncommitted
-from ebwm_scale.core.errors import ConfigError, cut, shown
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import cut, shown
 from ebwm_scale.core.run_location import check_folder
 
 MAX_NAME = 120
@@ -148,8 +148,7 @@ def file_axes(
         if unknown:
             raise ConfigError(
                 f"{path}: {COMBINATIONS}: {shown(text)} names {cut(', '.join(unknown))}, which is "
-                "not there; there are "
-                f"{cut(', '.join(known), 400)}"
+                f"not there; there are {cut(', '.join(known), 400)}"
             )
         combinations[frozenset(known[word] for word in str(text).split())] = tuple(overrides)
     return axes, combinations
@@ -163,10 +162,8 @@ def split_values(text: str) -> list[str]:
             continue
         if quote is not None:
             quote = None if character == quote else quote
-        elif character in "\"'" and (
-            values[-1] == "" or depth
-        ):  # an apostrophe inside a word opens nothing
-            quote = character
+        elif character in "\"'" and (values[-1] == "" or depth):
+            quote = character  # an apostrophe inside a word opens nothing
         elif character in "[{":
             depth += 1
         elif character in "]}":
@@ -179,14 +176,27 @@ def _fit(values: Sequence[str]) -> list[str]:
     """For file names: of paths what tells them apart, and nothing that a shell or a terminal would
     read.
     """
-    clean = lambda value: re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")[-60:] or "empty"
     paths = [value.rstrip("/").split("/") for value in values]
-    common = len(os.path.commonprefix([path[:-1] for path in paths]))
+    common = _num_common([path[:-1] for path in paths])
     for shorter in ([path[-1] for path in paths], ["/".join(path[common:]) for path in paths]):
-        names = [clean(name) for name in shorter]
+        names = [_file_name(name) for name in shorter]
         if len(set(names)) == len(names):
             return names
-    return [clean(value) for value in values]
+    return [_file_name(value) for value in values]
+
+
+def _file_name(value: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")[-60:] or "empty"
+
+
+def _num_common(folders: Sequence[Sequence[str]]) -> int:
+    """How many of their first parts all of the paths share."""
+    count = 0
+    for parts in zip(*folders, strict=False):  # as far as the shortest goes
+        if len(set(parts)) > 1:
+            break
+        count += 1
+    return count
 
 
 def check_new(folder: Path) -> None:
@@ -224,6 +234,4 @@ def write_request(folder: Path, config: Config, request: dict[str, Any]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    (folder / "launch.json").write_text(
-        json.dumps({"time": now, **request}, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
+    save_request(folder, {"time": now, **request})

@@ -2,8 +2,9 @@
 
 Each rank writes logs/rank_0000.log of the run folder.
 
-When the first task has ended, the others get GRACE_S to end too, then they are ended: a task that died takes the attempt with it, while
-those that have saved together also leave together. The exit code is the largest one, 128 + n for a task that signal n ended.
+When the first task has ended, the others get GRACE_S to end too, then they are ended: a task that
+died takes the attempt with it, while those that have saved together also leave together. The exit
+code is the largest one, 128 + n for a task that signal n ended.
 """
 
 from __future__ import annotations

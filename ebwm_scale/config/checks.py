@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ebwm_scale.config.resolved import decay_steps, min_num_steps, model_sizes
 from ebwm_scale.config.schema import Config, TrainConfig
-from ebwm_scale.core.errors import ConfigError, shown
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import shown
 
 Require = Callable[[bool, str], None]
 
@@ -33,16 +35,16 @@ def check(config: Config) -> list[str]:
 
 def _check_model(config: Config, require: Require) -> None:
     model = config.model
-    head_dimension = model.width // model.num_heads
+    sizes = model_sizes(model)
     require(
-        model.width % model.num_heads == 0 and head_dimension % 2 == 0,
-        f"model.width {model.width} over model.num_heads {model.num_heads}: "
+        sizes.width % sizes.num_heads == 0 and sizes.head_dimension % 2 == 0,
+        f"model.width {sizes.width} over model.num_heads {sizes.num_heads}: "
         "a head needs a whole and even number of dimensions",
     )
     require(
-        model.num_heads % model.num_kv_heads == 0,
-        f"model.num_kv_heads is {model.num_kv_heads}: "
-        f"must divide model.num_heads {model.num_heads}",
+        sizes.num_heads % sizes.num_kv_heads == 0,
+        f"model.num_kv_heads is {sizes.num_kv_heads}: "
+        f"must divide model.num_heads {sizes.num_heads}",
     )
     is_frame_baseline = model.kind == "baseline" and config.state.kind == "embedding"
     require(
@@ -84,9 +86,10 @@ def _check_state(config: Config, require: Require) -> None:
 
 def _check_refinement(config: Config, require: Require) -> None:
     refinement = config.refinement
+    lowest = min_num_steps(refinement)
     require(
-        refinement.min_num_steps <= refinement.num_steps,
-        f"refinement.min_num_steps is {refinement.min_num_steps}: "
+        lowest <= refinement.num_steps,
+        f"refinement.min_num_steps is {lowest}: "
         f"must be at most refinement.num_steps {refinement.num_steps}",
     )
     require(
@@ -175,7 +178,7 @@ def _check_training(config: Config, require: Require) -> None:
             f"train.micro_batch_size {train.micro_batch_size}",
         )
     warmup = config.schedule.warmup_steps
-    decay = config.schedule.decay_steps
+    decay = decay_steps(config.schedule)
     require(
         warmup <= decay or warmup >= train.max_steps,
         f"schedule.warmup_steps is {warmup}: must be at most schedule.decay_steps {decay}, "

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from ebwm_scale.config.checks import check
 from ebwm_scale.config.messages import problems_of
 from ebwm_scale.config.renamed import read_old_names
-from ebwm_scale.config.schema import Config
+from ebwm_scale.config.schema import Config, Section
 from ebwm_scale.config.shipped import find_config
 from ebwm_scale.config.sizes import resolve
 from ebwm_scale.config.strict_yaml import MAX_DEPTH, is_utf8, parse_yaml, read_yaml
-from ebwm_scale.core.errors import ConfigError, cut
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import cut
 
 MAX_PROBLEMS = 40  # that one message lists
 
@@ -51,14 +52,13 @@ def config_from_dict(values: dict[str, Any], problems: list[str] | None = None) 
     """
     problems = [] if problems is None else problems
     values = read_old_names(values, problems)
-    config = None
     try:
         config = Config.model_validate(_without_empty_sections(values))
     except ValidationError as error:
-        problems += problems_of(error)
-    if config is not None and not problems:
+        raise ConfigError(_report(problems + problems_of(error))) from None
+    if not problems:
         config = resolve(config)
-        problems += check(config)
+        problems = check(config)
     if problems:
         raise ConfigError(_report(problems))
     return config
@@ -113,10 +113,13 @@ def _apply_override(values: dict, override: str, problems: list[str]) -> None:
 
 def _is_text(keys: list[str]) -> bool:
     """Whether section.key takes any text."""
-    section = Config.model_fields.get(keys[0])
-    if section is None or len(keys) != 2:
+    if len(keys) != 2:
         return False
-    field = section.annotation.model_fields.get(keys[1])
+    section = Config.model_fields.get(keys[0])
+    kind = None if section is None else section.annotation
+    if not (isinstance(kind, type) and issubclass(kind, Section)):
+        return False
+    field = kind.model_fields.get(keys[1])
     if field is None:
         return False
     hint = field.annotation

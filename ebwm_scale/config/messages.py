@@ -8,9 +8,10 @@ import typing
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.errors import cut, shown
+from ebwm_scale.core.plain_text import cut, shown
 
 LARGE = 10**4  # bounds above it keep out mistakes: no model or run comes near them
 
@@ -41,7 +42,7 @@ def problems_of(error: ValidationError) -> list[str]:
     return problems
 
 
-def _sentence(found: dict[str, Any]) -> str:
+def _sentence(found: ErrorDetails) -> str:
     location = [part for part in found["loc"] if part != "nullable"]
     kind = found["type"]
     value = found["input"]
@@ -72,7 +73,7 @@ def _sentence(found: dict[str, Any]) -> str:
     elif listed is not None:
         return f"{listed} is {shown(value)}: expected {_expected_list(listed)}"
     else:
-        expected = EXPECTED.get(kind, found["msg"])
+        expected = EXPECTED.get(kind) or found["msg"]
     if _may_be_null(location):
         expected += ", or null"
     return f"{key} is {shown(value)}: expected {expected}"

@@ -12,6 +12,7 @@ import argparse
 
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import shown
 
 PIPE = "pipe:"
 
@@ -26,7 +27,7 @@ def add_permissions(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_unpermitted(config: Config, *, allow_pipe: bool) -> None:
-    """ConfigError if the configuration would run commands and the command line does not allow it."""
+    """ConfigError if the configuration would run commands that the command line does not allow."""
     refuse_pipes(config.data.stream, allow_pipe=allow_pipe)
 
 
@@ -36,6 +37,6 @@ def refuse_pipes(shards, *, allow_pipe: bool) -> None:
     if commands and not allow_pipe:
         raise ConfigError(
             f"data.stream would run {len(commands)} commands in a shell, the first is "
-            f"{commands[0][:80]!r}: not allowed by a configuration alone; read them, and give "
+            f"{shown(commands[0])}: not allowed by a configuration alone; read them, and give "
             "--allow-pipe if they are yours, or name the shards by paths or URLs"
         )

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ebwm_scale.config.strict_yaml import MAX_DEPTH
-from ebwm_scale.core.errors import shown
+from ebwm_scale.core.plain_text import shown
 
 
 def as_tuples(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ebwm_scale.core.errors import cut
+from ebwm_scale.core.plain_text import cut
 
 logger = logging.getLogger(__name__)
 

@@ -156,7 +156,7 @@ class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_tuples)] = ()
     """Instead of manifest: a mixture, a list of {manifest, weight}."""
     stream: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()
-    """Training shards to stream instead: pipe: commands, URLs; a weaker promise, see docs/data.md."""
+    """Training shards to stream instead (pipe: commands, URLs): a weaker promise, docs/data.md."""
     stream_buffer: Count = 1000
     """Samples that a stream is shuffled in."""
     mask_document_starts: bool = False

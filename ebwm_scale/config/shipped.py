@@ -14,7 +14,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from ebwm_scale.core.errors import ConfigError, cut
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import cut
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 

@@ -31,7 +31,8 @@ from yaml.reader import Reader
 from yaml.resolver import BaseResolver
 from yaml.scanner import Scanner
 
-from ebwm_scale.core.errors import ConfigError, cut, shown
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import cut, shorten, shown
 
 MAX_BYTES = 4 * 2**20
 MAX_DEPTH = 32
@@ -82,8 +83,7 @@ def read_yaml(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{cut(path, 300)}: not UTF-8: byte 0x{content[error.start]:02x} at position "
-            f"{error.start}; "
-            "save it as UTF-8"
+            f"{error.start}; save it as UTF-8"
         ) from None
     return parse_yaml(text, str(path))
 
@@ -134,7 +134,7 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
         self.depth -= 1
         return node
 
-    def number(self, node: yaml.ScalarNode) -> int:
+    def number(self, node: yaml.Node) -> int:
         text = self.plain(node, "int")
         digits = text.lstrip("+-0oxX")
         # Python refuses to read very long ones at all, and nothing here takes more than 64 bits.
@@ -147,11 +147,16 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
             )
         return value
 
-    def real(self, node: yaml.ScalarNode) -> float:
+    def real(self, node: yaml.Node) -> float:
         text = self.plain(node, "float")
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
+    def boolean(self, node: yaml.Node) -> bool:
+        return self.plain(node, "bool") == "true"
+
     def text(self, node: yaml.Node) -> str:
+        if not isinstance(node, yaml.ScalarNode):
+            raise ConstructorError(None, None, "!!str stands before no text", node.start_mark)
         value = self.construct_scalar(node)
         if "\0" in value or not is_utf8(value):
             raise ConstructorError(
@@ -162,7 +167,7 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
     def nothing(self, node: yaml.Node) -> None:
         self.plain(node, "null")
 
-    def plain(self, node: yaml.ScalarNode, kind: str) -> str:
+    def plain(self, node: yaml.Node, kind: str) -> str:
         """The text of a scalar that its tag says is of this kind; a tag written out may say so of
         any text.
         """
@@ -171,6 +176,11 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
         if not pattern.match(text) and not (kind == "float" and _is_core_int(text)):
             raise ConstructorError(None, None, f"{shown(text)} is no {kind}", node.start_mark)
         return text.lower() if kind in ("bool", "float") else text
+
+    def sequence(self, node: yaml.Node) -> list:
+        if not isinstance(node, yaml.SequenceNode):
+            raise ConstructorError(None, None, "!!seq stands before no list", node.start_mark)
+        return self.construct_sequence(node, deep=True)
 
     def mapping(self, node: yaml.Node) -> dict:
         result: dict = {}
@@ -203,7 +213,7 @@ class _StrictLoader(Reader, Scanner, Parser, Composer, BaseConstructor, BaseReso
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8: lone surrogates, which stand for other bytes, cannot."""
+    """Whether a text can be written as UTF-8: a lone surrogate, which stands for a byte, cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -216,23 +226,21 @@ def _reason(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "context", None) or str(error)
     place = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-    return f"{cut(' '.join(problem.split()), 160)}{place}"
+    return f"{shorten(problem, 160)}{place}"
 
 
 for _name, _pattern, _first in _CORE_SCHEMA:
     _StrictLoader.add_implicit_resolver(_TAG + _name, _pattern, _first)
-_StrictLoader.add_constructor(_TAG + "null", _StrictLoader.nothing)
-_StrictLoader.add_constructor(
-    _TAG + "bool", lambda loader, node: loader.plain(node, "bool") == "true"
-)
-_StrictLoader.add_constructor(_TAG + "int", _StrictLoader.number)
-_StrictLoader.add_constructor(_TAG + "float", _StrictLoader.real)
-_StrictLoader.add_constructor(_TAG + "str", _StrictLoader.text)
-_StrictLoader.add_constructor(
-    _TAG + "seq", lambda loader, node: loader.construct_sequence(node, deep=True)
-)
-_StrictLoader.add_constructor(_TAG + "map", _StrictLoader.mapping)
-_StrictLoader.add_constructor(None, _StrictLoader.unknown)
+_StrictLoader.yaml_constructors = {
+    _TAG + "null": _StrictLoader.nothing,
+    _TAG + "bool": _StrictLoader.boolean,
+    _TAG + "int": _StrictLoader.number,
+    _TAG + "float": _StrictLoader.real,
+    _TAG + "str": _StrictLoader.text,
+    _TAG + "seq": _StrictLoader.sequence,
+    _TAG + "map": _StrictLoader.mapping,
+    None: _StrictLoader.unknown,
+}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,14 +1,16 @@
-"""Writing to a run folder whose disk may be full: a text whole or not at all, rows now or later.
+"""Writing where the disk may be full: a file whole or not at all, rows now or later.
 
-Every write goes through the fault injector (EBWM_FAULTS, place `write`), so that a full disk can be
-tried without one.
+Every write of a run folder goes through the fault injector (EBWM_FAULTS, place `write`), so that a
+full disk can be tried without one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,28 @@ class RowLog:
         return None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """The text as the file's content, on disk when this returns; OSError leaves what was there."""
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written in the block; at its end it takes the place of `path`.
+
+    Whoever opens `path` sees the old content or the new, which is on disk when the block has ended.
+    An error leaves what was there, and nothing beside it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         sync(temporary)
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         remove_quietly(temporary)
         raise
     sync(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """The text as the file's content, on disk when this returns; OSError leaves what was there."""
+    with replacement(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
@@ -77,7 +90,7 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """All of the line or nothing of it, on a line of its own also behind one that a kill has torn."""
+    """All of the line or nothing of it; on a line of its own, also behind a line torn by a kill."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     size = os.lseek(descriptor, 0, os.SEEK_END)
     try:
@@ -89,11 +102,11 @@ def _append(path: Path, line: bytes) -> None:
         finally:
             os.close(descriptor)  # where a network file system says that its disk is full
     except OSError:
-        _cut(path, size)
+        _truncate(path, size)
         raise
 
 
-def _cut(path: Path, size: int) -> None:
+def _truncate(path: Path, size: int) -> None:
     try:
         os.truncate(path, size)
     except OSError:

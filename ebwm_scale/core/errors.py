@@ -29,20 +29,6 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another configuration."""
 
 
-def cut(text: object, length: int = 80) -> str:
-    """A text from outside for one line of a message: unprintable characters escaped, and cut to
-    about `length`.
-    """
-    whole = str(text)
-    part = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in whole[: length + 1])
-    return part if len(part) <= length else f"{part[: length - 3]}..."
-
-
-def shown(value: object, length: int = 80) -> str:
-    """A value for one line of a message, as Python writes it; cut to about `length`."""
-    return cut(repr(value), length)
-
-
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = UserError.exit_code

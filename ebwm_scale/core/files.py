@@ -1,4 +1,4 @@
-"""Hashes of files, and JSON whose bytes are a function of its content."""
+"""Hashes of files."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ class Ownership:
         self.job = os.environ.get("SLURM_JOB_ID", "")
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         self.held = threading.Event()
-        self.over: tuple[str, int | None] | None = None  # the owner that was watched to its end
+        # the owner that was watched to its end, by token and last sign of life
+        self.over: tuple[str | None, int | None] | None = None
 
     def refuse_if_in_use(self, *, watch_aloud: bool = True) -> None:
         """CheckpointError while another process that lives owns the folder. Writes nothing."""
@@ -90,7 +91,7 @@ class Ownership:
         remove_quietly(self.folder / UNSAVED)
         self.held.set()
         atexit.register(self.release, unsaved=False)  # also when an error ends this process
-        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        threading.Thread(target=self._heartbeat, daemon=True, name="heartbeat").start()
 
     def leave_if_taken_over(self) -> None:
         """End this process if another one has taken the folder; nothing before take()."""
@@ -105,6 +106,7 @@ class Ownership:
                 f"{self.folder} was taken over by the process {described(owner)}; this one ends "
                 "and writes nothing more",
                 error=True,
+                every_rank=True,
             )
             os._exit(EXIT_RANK_LOST)
 
@@ -122,7 +124,7 @@ class Ownership:
         except OSError:
             pass  # then the attempt counts as any that ended with this code
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         while self.held.is_set():
             self.leave_if_taken_over()
             try:
@@ -150,8 +152,8 @@ class Ownership:
             return True
         if owner.get("machine") == machine():
             return not lives(owner.get("pid"), owner.get("started"))
-        beat = self._last_beat()
-        if self.over == (owner.get("token"), beat):
+        heartbeat = self._last_heartbeat()
+        if self.over == (owner.get("token"), heartbeat):
             return True
         if watch_aloud:
             say(
@@ -160,15 +162,15 @@ class Ownership:
             )
         for _ in range(NUM_LOOKS):  # counted, not timed: both may have been suspended meanwhile
             time.sleep(LEASE_S / NUM_LOOKS)
-            now = self._last_beat()
+            now = self._last_heartbeat()
             if now is None:
                 return True
-            if now != beat:
+            if now != heartbeat:
                 return False
-        self.over = (owner.get("token"), beat)
+        self.over = (owner.get("token"), heartbeat)
         return True
 
-    def _last_beat(self) -> int | None:
+    def _last_heartbeat(self) -> int | None:
         """When the file was touched, by the clock of the disk's machine; opened, since a network
         file system asks its server only then."""
         try:

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.plain_text import shown
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place:
     if asked > 1:
         raise ConfigError(
             f"SLURM_NTASKS is {asked}: this shell's allocation is for {asked} tasks, but this "
-            "process is not one that "
-            f"srun started. For one process: SLURM_NTASKS=1 python ebwm_scale/train.py ...; "
-            f"for {asked}: slurm/pretrain_nlp.sh, which also runs inside an allocation"
+            "process is not one that srun started. For one process: SLURM_NTASKS=1 python "
+            f"ebwm_scale/train.py ...; for {asked}: slurm/pretrain_nlp.sh, which also runs inside "
+            "an allocation"
         )
     return Place(0, 1, 0)
 
@@ -61,7 +62,10 @@ def place_in_step(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process speaks for all; never fails, for use in error handlers."""
-    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) in ("0", "")
+    try:
+        return find_place(environment).rank == 0
+    except ConfigError:
+        return environment.get("RANK", environment.get("SLURM_PROCID", "0")) in ("0", "")
 
 
 def number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -71,7 +75,7 @@ def number(environment: Mapping[str, str], name: str, default: int) -> int:
         return default
     if not re.fullmatch("[0-9]{1,9}", text):
         raise ConfigError(
-            f"{name} is {text[:80]!r} in the environment: must be a whole number; unset it"
+            f"{name} is {shown(text)} in the environment: must be a whole number; unset it"
         )
     return int(text)
 
@@ -81,9 +85,8 @@ def _place_of_launcher(environment: Mapping[str, str]) -> Place:
     if rank >= size or (size > 1 and "RANK" not in environment):
         raise ConfigError(
             f"RANK is {environment.get('RANK', 'absent')} and WORLD_SIZE "
-            f"{environment.get('WORLD_SIZE', 'absent')} in the "
-            "environment: a launcher sets both, RANK from 0 to WORLD_SIZE - 1. For one process "
-            "unset both"
+            f"{environment.get('WORLD_SIZE', 'absent')} in the environment: a launcher sets both, "
+            "RANK from 0 to WORLD_SIZE - 1. For one process unset both"
         )
     local_rank = number(environment, "LOCAL_RANK", number(environment, "SLURM_LOCALID", 0))
     return Place(rank, size, local_rank)

@@ -1,7 +1,9 @@
 """Secrets in addresses and commands, taken out of what is written down or shown.
 
-    s3://KEY:SECRET@bucket/a.tar?X-Amz-Signature=5f...   ->   s3://***@bucket/a.tar?X-Amz-Signature=***
-    pipe:curl -u me:password -H 'Authorization: Bearer x' https://host/a.tar   ->   pipe:curl -u *** -H 'Authorization: ***' ...
+    s3://KEY:SECRET@bucket/a.tar?X-Amz-Signature=5f...
+      -> s3://***@bucket/a.tar?X-Amz-Signature=***
+    pipe:curl -u me:password -H 'Authorization: Bearer x' https://host/a.tar
+      -> pipe:curl -u *** -H 'Authorization: ***' ...
 
 The one function for it: quarantine, events, warnings, the report and W&B all use it. It works on
 any text, also on a library's error message that quotes an address. config.yaml of a run keeps what

@@ -8,9 +8,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from ebwm_scale.core.errors import ConfigError, cut
+from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.plain_text import cut
 from ebwm_scale.core.processes import is_first
 
 

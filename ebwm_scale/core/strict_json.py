@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from typing import Any, TypeGuard
 
-SHOWN = 80  # characters of a value in a message
+from ebwm_scale.core.plain_text import shorten, shown
 
 
 def parse(content: bytes) -> Any:
@@ -27,20 +26,14 @@ def parse(content: bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except ValueError as error:
-        raise ValueError(shorten(str(error))) from None
+        raise ValueError(shorten(error)) from None
 
 
-def shown(value: Any) -> str:
-    """A value as a message shows it: one line, at most 80 characters, whatever its size."""
-    if isinstance(value, (str, bytes)):
-        return shorten(repr(value[:SHOWN]))
-    return shorten(reprlib.repr(value))
-
-
-def shorten(text: str) -> str:
-    """The first 80 characters of a text, on one line."""
-    line = " ".join(text[: 4 * SHOWN].split())
-    return line if len(line) <= SHOWN else line[: SHOWN - 3] + "..."
+def canonical_json(values: Any) -> bytes:
+    """One spelling of a JSON value: sorted keys, no spaces, ASCII."""
+    return json.dumps(
+        values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode("ascii")
 
 
 def is_whole(value: Any) -> TypeGuard[int]:

@@ -9,8 +9,8 @@ header, JSON; the tensors' bytes one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import CheckpointError
-from ebwm_scale.core.strict_json import is_whole, parse, shown
+from ebwm_scale.core.plain_text import shown
+from ebwm_scale.core.strict_json import is_whole, parse
 
 DTYPES = {
     "F64": torch.float64,
@@ -99,7 +101,7 @@ class TensorFile:
             with open(self.path, "rb") as file:
                 file.seek(self._start + first)
                 if stop > first:
-                    got = file.readinto(memoryview(tensor.view(torch.uint8).numpy()))
+                    got = file.readinto(tensor.view(torch.uint8).numpy().data)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be read: {error.strerror or error}"
@@ -148,7 +150,7 @@ class TensorWriter:
         tensors: Mapping[str, tuple[torch.dtype, Iterable[int]]],
         metadata: Mapping[str, str] | None = None,
     ):
-        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self.path = path
         self.expected = {name: (dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()}
         header: dict = {"__metadata__": dict(metadata or {"format": "pt"})}
         offset = 0
@@ -165,8 +167,11 @@ class TensorWriter:
         self.waiting = list(self.expected)
 
     def __enter__(self) -> TensorWriter:
-        self.file = open(self.partial, "wb")
-        self.file.write(len(self.header).to_bytes(8, "little") + self.header)
+        with contextlib.ExitStack() as stack:
+            temporary = stack.enter_context(replacement(self.path))
+            self.file = stack.enter_context(open(temporary, "wb"))
+            self.file.write(len(self.header).to_bytes(8, "little") + self.header)
+            self._open = stack.pop_all()
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -177,20 +182,15 @@ class TensorWriter:
                 f"{dtype} {shape}"
             )
         self.waiting.pop(0)
-        self.file.write(
-            memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        )
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        self.file.write(flat.view(torch.uint8).numpy().data)
 
     def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                if self.waiting:
-                    raise ValueError(
-                        f"{self.path}: {', '.join(self.waiting)} were announced and not written"
-                    )
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                os.replace(self.partial, self.path)
-        finally:
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
+        if kind is not None:
+            self._open.__exit__(kind, error, trace)
+            return
+        with self._open:
+            if self.waiting:
+                raise ValueError(
+                    f"{self.path}: {', '.join(self.waiting)} were announced and not written"
+                )

@@ -2,8 +2,8 @@
 
     stream position   0 ........................ n-1 | n ....................... 2n-1 | 2n ...
                       epoch 0                        | epoch 1                        | ...
-    inside an epoch   [ window 0 ][ window 1 ] ...     the shards, permuted, cut into windows of K shards;
-                                                       the samples of a window permuted among themselves
+    inside an epoch   [ window 0 ][ window 1 ] ...     the shards, permuted, in windows of K;
+                                                       each window's samples permuted
 
 Nothing is drawn from a generator that has a history: each permutation comes from a Philox stream
 whose key and counter are made of (seed, epoch, window). So position 10^9 costs as much as position
@@ -19,10 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 
 _KEY = 0x6562776D5F6F7264  # sets this use of Philox apart from any other with the same seed
-_SHARDS, _SAMPLES = (
-    0,
-    1,
-)  # what a stream permutes: last word of the counter, plus _KINDS for each source before this one
+# What a stream permutes: the last word of the counter, plus _KINDS for each source before this one.
+_SHARDS = 0
+_SAMPLES = 1
 _KINDS = 2
 
 
@@ -37,7 +36,12 @@ class SampleOrder:
     """
 
     def __init__(
-        self, samples_per_shard: Sequence[int], *, seed: int, window_shards: int, source: int = 0
+        self,
+        samples_per_shard: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        window_shards: int,
+        source: int = 0,
     ):
         sizes = np.asarray(samples_per_shard, dtype=np.int64)
         if sizes.ndim != 1 or sizes.sum() <= 0 or (sizes < 0).any():
@@ -57,7 +61,7 @@ class SampleOrder:
         self._window: tuple[int, int] | None = None  # (epoch, window) of the cached permutation
 
     def sample(self, position: int) -> int:
-        """The sample id at a global stream position (0 or more; epoch = position // num_samples)."""
+        """The sample id at a global stream position >= 0; its epoch is position // num_samples."""
         return int(self.samples(position, 1)[0])
 
     def samples(self, start: int, count: int) -> np.ndarray:
@@ -107,8 +111,9 @@ class SampleOrder:
         return self._ids
 
     def _permutation(self, count: int, counter: tuple[int, int, int, int]) -> np.ndarray:
-        *words, kind = counter
-        return permutation(count, self.seed, (*words, kind + _KINDS * self.source), key=_KEY)
+        zero, window, epoch, kind = counter
+        own = (zero, window, epoch, kind + _KINDS * self.source)
+        return permutation(count, self.seed, own, key=_KEY)
 
 
 def permutation(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.walking import printable
+from ebwm_scale.core.plain_text import printable
 
 EOS = "</s>"
 # SentencePiece's mark for a space; a text that holds the character itself needs care
@@ -135,7 +135,7 @@ class Tokenizer:
         return self._has_bytes and unchanged
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; end-of-sequence ids vanish, bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids, without end-of-sequence ids; bytes that are no UTF-8 as U+FFFD."""
         return self._processor.decode([int(i) for i in ids])
 
     def piece(self, token_id: int) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.plain_text import printable
 
 Report = Callable[[str], None]
 _Identity = tuple[int, int]  # device and inode: the same for every path to a folder
@@ -48,13 +49,6 @@ def walk_files(
     folders = _scan(root, hidden, report)
     _refuse_cycles(_identity(root), folders)
     yield from sorted(path for found in folders.values() for path in found.files)
-
-
-def printable(text: str | Path) -> str:
-    """A name or text for one line of a message: what is not printable is escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
-    )
 
 
 def _scan(root: Path, hidden: bool, report: Report) -> dict[_Identity, _Folder]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ebwm_scale.reporting.curves import number
 from ebwm_scale.reporting.numbers import show
-from ebwm_scale.reporting.plain import mappings, printable
+from ebwm_scale.reporting.plain import mappings, page_text
 
 MAX_CLIPS, MAX_FRAMES = 12, 64
 _IMAGE = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=]+")
@@ -22,7 +22,7 @@ def clips_of(samples: dict | None, *, refines: bool) -> list[dict[str, Any]]:
 
 
 def _clip(item: dict, refines: bool) -> dict[str, Any]:
-    title = printable(str(item.get("video", "unnamed")), 200)
+    title = page_text(str(item.get("video", "unnamed")), 200)
     start = number(item.get("start_s"))
     if start == start:
         title += f", from {start:.2f} s"

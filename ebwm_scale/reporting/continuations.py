@@ -9,7 +9,7 @@ from typing import Any
 
 from ebwm_scale.reporting.curves import number
 from ebwm_scale.reporting.numbers import show
-from ebwm_scale.reporting.plain import mappings, printable
+from ebwm_scale.reporting.plain import mappings, page_text
 
 MAX_CONTINUATIONS, MAX_POSITIONS, MAX_CANDIDATES, MAX_TEXT = 24, 16, 10, 6_000
 # How whitespace looks in a token, where a space in front is part of it; other blanks by their code.
@@ -89,7 +89,7 @@ def _visible(character: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else printable(str(value), MAX_TEXT)
+    return "" if value is None else page_text(str(value), MAX_TEXT)
 
 
 def _more(listed: list, shown: int) -> str:

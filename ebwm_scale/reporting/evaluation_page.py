@@ -12,7 +12,7 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
-from ebwm_scale.reporting.plain import bounded, printable
+from ebwm_scale.reporting.plain import bounded, page_text
 from ebwm_scale.reporting.plots import LIGHT
 
 MAX_POINTS = 300  # of a curve or a table
@@ -24,7 +24,7 @@ def render(result: dict[str, Any]) -> str:
         return _render(bounded(result))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DataError(
-            f"not a result of ebwm_scale.evaluate: {printable(repr(error), 160)}; evaluate again"
+            f"not a result of ebwm_scale.evaluate: {page_text(repr(error), 160)}; evaluate again"
         ) from None
 
 
@@ -35,7 +35,7 @@ def _render(result: dict[str, Any]) -> str:
     return render_page(
         "evaluation.html.j2",
         title="Evaluation",
-        checkpoint=printable(str(result.get("checkpoint", "evaluation")), 300),
+        checkpoint=page_text(str(result.get("checkpoint", "evaluation")), 300),
         num_samples=f"{result['num_samples']:,}",
         num_targets=f"{result['num_targets']:,}",
         loss=with_interval(result["loss"]),
@@ -87,7 +87,7 @@ def _foreign_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
         by_energy = with_interval(text[share + "energy"]) if share + "energy" in text else "–"
         rows.append(
             [
-                printable(str(text["name"]), 200),
+                page_text(str(text["name"]), 200),
                 str(text["num_samples"]),
                 by_energy,
                 with_interval(text["mean_loss"]),

@@ -1,5 +1,5 @@
-"""What a page shows of values that others wrote: plain, of bounded size (`bounded`), and printable
-(`printable`).
+"""What a page shows of values that others wrote: plain, of bounded size (`bounded`), and of
+characters that a page can hold (`page_text`).
 
 Samples, summaries, configurations and results are read from files that anybody may have written.
 `bounded` copies such a value with limits on depth, items, text and the whole, so that neither a
@@ -79,7 +79,7 @@ class _Copy:
         return _HALF_SURROGATES.sub("�", cut)
 
 
-def printable(text: str, limit: int = MAX_TEXT) -> str:
+def page_text(text: str, limit: int = MAX_TEXT) -> str:
     """The text cut to a length, with a sign in place of what no page can hold: controls, half
     surrogates.
     """

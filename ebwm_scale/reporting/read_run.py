@@ -14,7 +14,7 @@ from ebwm_scale.config.strict_yaml import parse_yaml
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.core.rows import Rows
 from ebwm_scale.reporting.curves import read_metrics
-from ebwm_scale.reporting.plain import bounded, printable
+from ebwm_scale.reporting.plain import bounded, page_text
 from ebwm_scale.reporting.run_data import Events, Run
 
 MAX_EVENTS = 300  # newest events that are shown
@@ -82,7 +82,7 @@ def read_events(rows: Rows, notes: list[str]) -> Events:
     """The events, counted by name, and the newest of them."""
     events, newest = Events(), deque(maxlen=MAX_EVENTS)
     for row in rows:
-        name = printable(str(row.get("event", "unnamed"))[:200], 40)
+        name = page_text(str(row.get("event", "unnamed"))[:200], 40)
         if name not in events.counts and len(events.counts) >= MAX_EVENT_NAMES:
             name = "other"
         events.counts[name] = events.counts.get(name, 0) + 1
@@ -122,7 +122,7 @@ def _read_mapping(
         UserError,
     ) as error:
         notes.append(
-            f"{path.name} cannot be read ({printable(' '.join(str(error)[:400].split()), 160)}): "
+            f"{path.name} cannot be read ({page_text(' '.join(str(error)[:400].split()), 160)}): "
             f"{consequence}."
         )
         return None

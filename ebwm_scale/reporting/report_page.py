@@ -20,7 +20,7 @@ from ebwm_scale.reporting.curves import number
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import drawing
 from ebwm_scale.reporting.page import render as render_page
-from ebwm_scale.reporting.plain import printable
+from ebwm_scale.reporting.plain import page_text
 from ebwm_scale.reporting.plots import report_plots
 from ebwm_scale.reporting.run_data import Run
 from ebwm_scale.reporting.verdict import judge
@@ -146,7 +146,7 @@ def facts_of(run: Run, baseline: Run | None) -> list[tuple[str, str]]:
         )
     known = [(name, value) for name, value in facts if value not in ("", None)]
     return [
-        (printable(str(name), 120), printable(str(value), 400)) for name, value in known[:MAX_FACTS]
+        (page_text(str(name), 120), page_text(str(value), 400)) for name, value in known[:MAX_FACTS]
     ]
 
 
@@ -208,8 +208,8 @@ def _events(run: Run) -> dict[str, Any]:
             for key, value in event.items()
             if key not in ("time", "event", "step")
         ]
-        cells = [printable(str(event.get(key, "")), 40) for key in ("time", "event", "step")]
-        rows.append([*cells, printable(redacted(", ".join(more)), 400)])
+        cells = [page_text(str(event.get(key, "")), 40) for key in ("time", "event", "step")]
+        rows.append([*cells, page_text(redacted(", ".join(more)), 400)])
     left = events.total - len(events.newest)
     return {
         "title": f"Events ({', '.join(f'{count:,} {name}' for name, count in counted)})",

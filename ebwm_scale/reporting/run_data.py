@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ebwm_scale.reporting.curves import Training, Validation, number
-from ebwm_scale.reporting.plain import printable
+from ebwm_scale.reporting.plain import page_text
 
 SKIPPED = "skipped"  # the trainer's event for a step that updated nothing
 
@@ -43,7 +43,7 @@ class Run:
         values = self.config.get(section)
         value = values.get(key) if isinstance(values, dict) else None
         if isinstance(value, (list, dict, str)):
-            return printable(str(value), 120)
+            return page_text(str(value), 120)
         return value
 
     @property
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return printable(
+        return page_text(
             str(self.setting("logging", "run_name") or self.folder.resolve().name), 120
         )
 

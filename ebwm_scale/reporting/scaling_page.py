@@ -14,7 +14,7 @@ from ebwm_scale.evaluation.scaling_laws import QUANTITIES, compare, iso_flop
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
-from ebwm_scale.reporting.plain import printable
+from ebwm_scale.reporting.plain import page_text
 from ebwm_scale.reporting.plots import LIGHT
 
 COLOURS = ("baseline", "curve3", "initial", "curve0", "unigram", "curve5")
@@ -68,14 +68,14 @@ def _study(study: dict[str, Any]) -> dict[str, Any]:
         "per refinement step, mean over seeds",
     ]
     return {
-        "title": printable(str(study["title"]), 200),
+        "title": page_text(str(study["title"]), 200),
         "num_runs": len(runs),
-        "seeds": printable(", ".join(seeds), 400),
-        "command": printable(str(study["command"]), 1_000),
-        "missing": printable(", ".join(map(str, study["missing"])), 1_000),
-        "sentences": [printable(sentence) for sentence in said],
-        "plots": [plot | {"caption": printable(plot["caption"])} for plot in plots],
-        "heads": [printable(str(head), 120) for head in heads],
+        "seeds": page_text(", ".join(seeds), 400),
+        "command": page_text(str(study["command"]), 1_000),
+        "missing": page_text(", ".join(map(str, study["missing"])), 1_000),
+        "sentences": [page_text(sentence) for sentence in said],
+        "plots": [plot | {"caption": page_text(plot["caption"])} for plot in plots],
+        "heads": [page_text(str(head), 120) for head in heads],
         "rows": _rows(runs),
     }
 
@@ -93,8 +93,8 @@ def _rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
             steps = np.mean([run["loss_per_step"] for run in group], 0)
         rows.append(
             [
-                printable(form, 120),
-                printable(point, 120),
+                page_text(form, 120),
+                page_text(point, 120),
                 f"{group[0]['parameters']:,}",
                 show(group[0]["flops_per_step"]),
                 str(group[0]["curve"][-1][0]),
@@ -166,7 +166,7 @@ def _fit(axes: Axes, fit: dict[str, Any], unit: str) -> str:
             line,
             row["factor"] * line ** -row["exponent"]["mean"],
             color=LIGHT[colour],
-            label=printable(form, 60),
+            label=page_text(form, 60),
         )
     _logarithmic(axes, fit["what"], unit)
     return (
@@ -192,7 +192,7 @@ def _iso(axes: Axes, result: dict[str, Any], unit: str) -> str:
             color=LIGHT[colour],
             marker="o",
             markersize=3,
-            label=printable(form, 60),
+            label=page_text(form, 60),
         )
     _logarithmic(axes, "FLOPs, matrix products and attention", unit)
     said = [
@@ -212,4 +212,4 @@ def _logarithmic(axes: Axes, x: str, y: str) -> None:
     axes.set_xscale("log"), axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}"), axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=6.5)
-    axes.set_xlabel(x), axes.set_ylabel(printable(y, 60)), axes.legend(fontsize=7)
+    axes.set_xlabel(x), axes.set_ylabel(page_text(y, 60)), axes.legend(fontsize=7)

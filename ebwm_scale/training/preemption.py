@@ -92,5 +92,5 @@ class StopFlag:
 
     def _leave(self, text: str) -> None:
         """End the process with one line, whatever the main thread is doing."""
-        say(text, error=True)
+        say(text, error=True, every_rank=True)
         os._exit(EXIT_FAILED)

@@ -24,8 +24,9 @@ from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_la
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.errors import ConfigError, UserError, cut
+from ebwm_scale.core.errors import ConfigError, UserError
 from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.manifest import Manifest
@@ -174,9 +175,7 @@ def check_deepspeed(config: Config, micro_batch: int, accumulation: int) -> None
     try:
         DeepSpeedConfig(settings)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"deepspeed.raw: DeepSpeed refuses it: {cut(' '.join(str(error).split()), 200)}"
-        ) from None
+        raise ConfigError(f"deepspeed.raw: DeepSpeed refuses it: {shorten(error, 200)}") from None
 
 
 def check_data(check: RunCheck, report: Callable[[str], None], group: World | None) -> None:

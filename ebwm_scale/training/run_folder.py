@@ -19,7 +19,7 @@ from typing import Any
 
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.console import say
-from ebwm_scale.core.disk import RowLog, remove_if_empty, remove_quietly, replace_text
+from ebwm_scale.core.disk import RowLog, remove_if_empty, replace_text, replacement
 from ebwm_scale.core.errors import CheckpointError, ConfigError
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.ownership import Ownership
@@ -248,14 +248,8 @@ def _rows_until(rows: Rows, step: int) -> Iterator[tuple[int, bytes, dict[str, A
 
 
 def _keep_rows_until(path: Path, step: int) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(line for _, line, _ in _rows_until(Rows(path), step))
-        os.replace(temporary, path)
-    except OSError:
-        remove_quietly(temporary)
-        raise
+    with replacement(path) as temporary, open(temporary, "wb") as file:
+        file.writelines(line for _, line, _ in _rows_until(Rows(path), step))
 
 
 def _now() -> str:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from ebwm_scale.core.console import say
-from ebwm_scale.core.disk import remove_quietly
+from ebwm_scale.core.disk import remove_quietly, replace_text
 from ebwm_scale.core.errors import EXIT_RANK_LOST
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.running_time import RunningTime
@@ -69,6 +69,7 @@ class Watchdog:
             f"{self.folder}/stacks_rank_*.txt. "
             "Run again with --resume",
             error=True,
+            every_rank=True,
         )
         os._exit(EXIT_RANK_LOST)
 
@@ -77,9 +78,7 @@ class Watchdog:
         with open(self.folder / f"stacks_rank_{self.rank}.txt", "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         mine = {"count": self.count, "where": self.where, "reason": reason}
-        temporary = self._report_path(self.rank).with_suffix(".new")
-        temporary.write_text(json.dumps(mine), encoding="utf-8")
-        os.replace(temporary, self._report_path(self.rank))
+        replace_text(self._report_path(self.rank), json.dumps(mine))
 
     def _watch(self) -> None:
         """Time in which this thread did not run does not count: whoever wakes from a suspension

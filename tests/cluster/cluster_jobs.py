@@ -63,7 +63,7 @@ def install_slurm() -> str | None:
 
 
 class Jobs:
-    """sbatch slurm/pretrain_nlp.sh with the tiny configuration; one folder, one site file per job."""
+    """sbatch slurm/pretrain_nlp.sh with the tiny configuration; a folder, a site file per job."""
 
     def __init__(self, slurm: MiniSlurm, folder: Path, manifest: Path):
         self.slurm, self.folder, self.manifest = slurm, folder, manifest

@@ -1,11 +1,12 @@
 """A throw-away real Slurm in one folder: munged, slurmctld and several slurmd of virtual nodes,
 without systemd, /etc or /var.
 
-    python tests/cluster/minislurm.py DIR       starts, prints `export ...` lines, stays until SIGTERM or SIGINT
+    python tests/cluster/minislurm.py DIR
 
-Needs root and the packages PACKAGES (Debian, Ubuntu). Node names are loopback addresses, so that
-rendezvous works; GPUs are null devices, so that a job is given CUDA_VISIBLE_DEVICES without there
-being a GPU. Partition `high` preempts `main` with a grace time, and `harsh` without.
+starts it, prints `export ...` lines and stays until SIGTERM or SIGINT. Needs root and the packages
+PACKAGES (Debian, Ubuntu). Node names are loopback addresses, so that rendezvous works; GPUs are
+null devices, so that a job is given CUDA_VISIBLE_DEVICES without there being a GPU. Partition
+`high` preempts `main` with a grace time, and `harsh` without.
 """
 
 from __future__ import annotations
@@ -25,9 +26,19 @@ FINAL = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEM
 
 # There is no accounting database: enough of sacct for what submitit asks, from squeue.
 SACCT = r"""#!/bin/bash
-ids=(); while [ $# -gt 0 ]; do case "$1" in -j|--jobs) ids+=("$2"); shift;; -j*) ids+=("${1#-j}");; --jobs=*) ids+=("${1#*=}");; esac; shift; done
+ids=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -j|--jobs) ids+=("$2"); shift;;
+        -j*) ids+=("${1#-j}");;
+        --jobs=*) ids+=("${1#*=}");;
+    esac
+    shift
+done
 echo "JobID|State|NodeList"
-for j in "${ids[@]}"; do squeue --array --states=all --noheader --jobs="$j" --format='%i|%T|%N' 2>/dev/null; done
+for j in "${ids[@]}"; do
+    squeue --array --states=all --noheader --jobs="$j" --format='%i|%T|%N' 2>/dev/null
+done
 exit 0
 """
 

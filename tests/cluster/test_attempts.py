@@ -57,7 +57,7 @@ def play(
         ([(3, 138)], 5000, "again"),
     ],
 )
-def test_two_attempts_in_a_row_without_progress_are_the_limit_and_interruptions_from_outside_do_not_count(
+def test_two_attempts_in_a_row_without_progress_are_the_limit_interruptions_from_outside_count_not(
     tmp_path, history, left, expected
 ):
     assert play(tmp_path, *history, left=left) == expected

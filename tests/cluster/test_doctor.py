@@ -1,4 +1,4 @@
-"""The doctor says what would run and what is missing, and its exit code says whether anything is."""
+"""The doctor says what would run and what is missing, its exit code whether anything is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Against a real Slurm: tasks and nodes that die, jobs that get nowhere, sweeps through submitit."""
+"""A real Slurm: tasks and nodes that die, jobs that get nowhere, sweeps through submitit."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_sweep_shows_the_failed_run_and_resubmission_finishes_it(jobs, sweep):
     assert "no run has failed" in launch(jobs, "--resubmit", str(folder))
 
 
-def test_configuration_and_code_version_are_in_the_run_folders_before_submission_and_scripts_hold_no_text_of_the_user(
+def test_configuration_and_code_version_stand_in_run_folders_and_scripts_hold_no_text_of_the_user(
     jobs, sweep
 ):
     _, folder, _, frozen = sweep

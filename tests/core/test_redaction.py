@@ -19,15 +19,23 @@ HIDDEN = {
     "https://host/a.tar?sv=2020&sig=hunter2%3D": "https://host/a.tar?sv=***&sig=***",
     "https://host/a.tar?hunter2": "https://host/a.tar?***",
     "https://host/a.tar#token=hunter2": "https://host/a.tar#token=***",
-    "pipe:curl -s 'https://host/a.tar?sig=hunter2' | cat": "pipe:curl -s 'https://host/a.tar?sig=***' | cat",
+    "pipe:curl -s 'https://host/a.tar?sig=hunter2' | cat": (
+        "pipe:curl -s 'https://host/a.tar?sig=***' | cat"
+    ),
     "pipe:curl -u me:hunter2 https://host/a.tar": "pipe:curl -u *** https://host/a.tar",
     "pipe:curl --user 'me:hunter2' https://host/a": "pipe:curl --user *** https://host/a",
-    "pipe:curl -H 'Authorization: Bearer hunter2' https://host/a": "pipe:curl -H 'Authorization: ***' https://host/a",
+    "pipe:curl -H 'Authorization: Bearer hunter2' https://host/a": (
+        "pipe:curl -H 'Authorization: ***' https://host/a"
+    ),
     "pipe:curl -H 'X-Api-Key: hunter2' https://host/a": "pipe:curl -H 'X-Api-Key: ***' https://host/a",
     "pipe:get --password hunter2 a.tar": "pipe:get --password *** a.tar",
     "pipe:get --token=hunter2 a.tar": "pipe:get --token=*** a.tar",
-    "pipe: AWS_SECRET_ACCESS_KEY=hunter2 aws s3 cp s3://b/a -": "pipe: AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b/a -",
-    "pipe:AWS_SECRET_ACCESS_KEY=hunter2 aws s3 cp s3://b/a -": "pipe:AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b/a -",
+    "pipe: AWS_SECRET_ACCESS_KEY=hunter2 aws s3 cp s3://b/a -": (
+        "pipe: AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b/a -"
+    ),
+    "pipe:AWS_SECRET_ACCESS_KEY=hunter2 aws s3 cp s3://b/a -": (
+        "pipe:AWS_SECRET_ACCESS_KEY=*** aws s3 cp s3://b/a -"
+    ),
     "pipe:cd /d;HF_TOKEN=hunter2 get a.tar": "pipe:cd /d;HF_TOKEN=*** get a.tar",
     "pipe:(API_KEY=hunter2 get a.tar)|cat": "pipe:(API_KEY=*** get a.tar)|cat",
     "403, url='https://host/a.tar?sig=hunter2': no": "403, url='https://host/a.tar?sig=***': no",

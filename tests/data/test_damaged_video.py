@@ -35,7 +35,7 @@ def moving(count=NUM_FRAMES):
     return [np.roll(pattern() // 2 + noise, (k, 2 * k), (0, 1)) for k in range(count)]
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def intact(request, tmp_path_factory):
     codec, suffix = request.param
     path = tmp_path_factory.mktemp("intact") / f"v.{suffix}"

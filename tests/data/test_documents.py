@@ -51,8 +51,10 @@ def test_a_cycle_of_linked_folders_is_refused(tmp_path):
         ),
         (
             [f"a.k{i:02d}" for i in range(14)],
-            "ignored: 14 files of other kinds (.k00, .k01, .k02, .k03, .k04, .k05, .k06, .k07, "
-            ".k08, .k09, and 4 other kinds)",
+            (
+                "ignored: 14 files of other kinds (.k00, .k01, .k02, .k03, .k04, .k05, .k06, .k07, "
+                ".k08, .k09, and 4 other kinds)"
+            ),
         ),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image", reason="the package pillow is not installed")
 
-from ebwm_scale.data.format.content import (
+from ebwm_scale.data.format.content import (  # noqa: E402 (the whole file needs pillow)
     MAX_IMAGE_PIXELS,
     VideoContent,
     decode_image,

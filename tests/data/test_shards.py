@@ -97,8 +97,7 @@ MANIFEST_DAMAGE = {
     ),
     "wrong type": (
         lambda m: edit(m, lambda v: first_train_shard(v).update(size="big")),
-        r"splits.train.shards\[0\].size is 'big': "
-        "expected a whole number",
+        r"splits.train.shards\[0\].size is 'big': expected a whole number",
     ),
     "negative size": (
         lambda m: edit(m, lambda v: first_train_shard(v).update(size=-1)),
@@ -192,7 +191,10 @@ FILE_DAMAGE = {
     ),
     "truncated shard": (
         lambda m: os.truncate(m.parent / SHARD, payload(m)[1] + 10),
-        f"{SHARD}: the shard has .* truncated, 15 samples, the first is sample train-000000025 .tokens.npy, offset",
+        (
+            f"{SHARD}: the shard has .* truncated, 15 samples, the first is sample "
+            "train-000000025 .tokens.npy, offset"
+        ),
     ),
     "longer shard": (
         lambda m: (m.parent / SHARD).open("ab").write(b"x"),
@@ -206,8 +208,10 @@ FILE_DAMAGE = {
 HASH_DAMAGE = {
     "flipped bit in a sample": (
         lambda m: flip(m.parent / SHARD, payload(m)[1] + 140),
-        f"{SHARD}: sha256 of the shard .*damaged, 1 samples, the first is sample train-000000025 .tokens.npy, "
-        "offset",
+        (
+            f"{SHARD}: sha256 of the shard .*damaged, 1 samples, the first is sample "
+            "train-000000025 .tokens.npy, offset"
+        ),
     ),
     "flipped bit in a header": (
         lambda m: flip(m.parent / SHARD, payload(m)[1] - 512),

@@ -50,7 +50,7 @@ def asked_by_doctor(manifest):
 
 
 OPENERS = {
-    "a dataset": lambda manifest: open_manifest(manifest),
+    "a dataset": open_manifest,
     "training": lambda manifest: open_split(manifest, "train", verify="sizes"),
     "evaluation, mixtures": lambda m: open_sources([(m, 1), (m, 2)], "validation", verify="sizes"),
     "doctor": asked_by_doctor,

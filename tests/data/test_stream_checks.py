@@ -64,10 +64,13 @@ def test_random_headers_are_one_line_and_nothing_else(pristine):
     manifest, draw = load_manifest(pristine), random.Random(0)
     letters = b"{}()[]'\",.:<>|=+-*/ 0123456789ufiOSVMtrueFalsedescrshape\0\n\xff"
     hostile = [b"(" * 117, b"-" * 117, b"[" * 117, b"", b"__import__('os').getcwd()", b"\0" * 110]
-    for dtype in ("|O", "<U0", "|V0", "zzz", ">u2", "<M8[ns]", "<u2" * 30, "u2,u2"):
-        hostile.append(f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': (17,), }}".encode())
-    for shape in ("-1,", f"{2**70},", "True,", "17L,", "0,", "017,", "17", "9" * 60, "-1, -17"):
-        hostile.append(f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({shape}), }}".encode())
+    dtypes = ["|O", "<U0", "|V0", "zzz", ">u2", "<M8[ns]", "<u2" * 30, "u2,u2"]
+    shapes = ["-1,", f"{2**70},", "True,", "17L,", "0,", "017,", "17", "9" * 60, "-1, -17"]
+    described = [(dtype, "17,") for dtype in dtypes] + [("<u2", shape) for shape in shapes]
+    hostile += [
+        f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({shape}), }}".encode()
+        for dtype, shape in described
+    ]
     hostile += [bytes(draw.choices(letters, k=draw.randint(0, 200))) for _ in range(2000)]
     for text in hostile:
         header = text.ljust(117) + b"\n"

@@ -56,7 +56,7 @@ def test_a_sound_archive_gives_its_samples_and_their_offsets():
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_foreign_names_are_read_as_tarfile_reads_them(format):
-    name = "ordner/" + "ä" * 120 + ".npy"
+    name = "folder/" + "ä" * 120 + ".npy"
     info = tarfile.TarInfo(name)
     info.mtime = 1.5  # PAX writes a record for it
     got = list(walk(io.BytesIO(archive([(info, b"x"), ("plain.npy", b"y")], format=format)), "x"))

@@ -11,7 +11,7 @@ from corpora import CONTEXT_LENGTH, write_corpus
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.prepare import text
-from ebwm_scale.data.prepare.documents import find_documents, split_documents
+from ebwm_scale.data.prepare.documents import Document, find_documents, split_documents
 from ebwm_scale.data.prepare.text import Packer, make_text_dataset
 from ebwm_scale.data.tokenizer import Tokenizer
 
@@ -88,6 +88,15 @@ def test_dataset_holds_the_split_documents_in_order_with_an_end_after_each(
         -(p[p > 0] * np.log(p[p > 0])).sum(), rel=1e-12
     )
     assert info.facts["num_text_bytes"] == sum(len(d.read().encode()) for d in documents)
+
+
+def test_each_document_is_read_once_more_after_the_search(
+    corpus, tokenizer_path, tmp_path, monkeypatch
+):
+    read, names = Document.read, []
+    monkeypatch.setattr(Document, "read", lambda self: names.append(self.name) or read(self))
+    build([corpus], tmp_path / "d", tokenizer_path)
+    assert sorted(names) == sorted(document.name for document in find_documents([corpus]))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -385,8 +385,15 @@ def part(v, *rest):
         os.kill(os.getppid(), 9)
     real(v, *rest)
 video.make_part = part
-video.make_video_dataset([sys.argv[1]], sys.argv[2], video.VideoDatasetConfig(context_length=3, height=16, width=16, encoder_settings={"patch": 8, "components": 4},
-                         samples_per_shard=5, validation_fraction=0.3), workers=1)
+config = video.VideoDatasetConfig(
+    context_length=3,
+    height=16,
+    width=16,
+    encoder_settings={"patch": 8, "components": 4},
+    samples_per_shard=5,
+    validation_fraction=0.3,
+)
+video.make_video_dataset([sys.argv[1]], sys.argv[2], config, workers=1)
 """
 
 

@@ -1,11 +1,15 @@
 """Frozen encoders: frames -> embeddings, and back to frames where that exists.
 
-    name            an embedding is                                                     weights                             back to frames
-    pca             whitened principal components of each patch, patch after patch      fitted on the training frames       yes
-    sd-vae          the latent mean of a Stable Diffusion VAE (diffusers)               a local folder                      yes
-    transformers    the pooled or class token of a vision backbone, DINOv2 for example  a local folder                      no
-    timm            the pooled features of a timm model                                 a local file                        no
-    efficientnet    7 x 7 features of EfficientNet-Lite0, averaged over a grid          bundled with its package, offline   no
+    name          an embedding is                                        weights            frames
+    pca           whitened principal components of each patch            fitted, see below  yes
+    sd-vae        the latent mean of a Stable Diffusion VAE (diffusers)  a local folder     yes
+    transformers  the pooled or class token of a vision backbone         a local folder     no
+    timm          the pooled features of a timm model                    a local file       no
+    efficientnet  7 x 7 features of EfficientNet-Lite0, averaged over    in its package     no
+                  a grid
+
+pca is fitted on the training frames, and its embeddings stand patch after patch. A vision backbone
+is, for example, DINOv2.
 
 An encoder holds no statistics: those are the dataset's (data/encoders/space.py). Nothing is ever
 downloaded here.
@@ -13,6 +17,7 @@ downloaded here.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,17 +40,21 @@ class FrameEncoder(Protocol):
 
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 (n, height, width, 3) -> float32 (n, dimension), on the frames' device."""
+        ...
 
     def decode(self, embeddings: Tensor) -> Tensor | None:
         """float32 (n, dimension) -> uint8 (n, height, width, 3); None where an encoder cannot."""
+        ...
 
     def groups(self) -> Tensor:
         """int64 (dimension,): which numbers of an embedding are of one kind, and are standardised
         alike: a channel at every place.
         """
+        ...
 
     def parameters(self) -> dict[str, Tensor]:
         """Fitted tensors, empty where the weights are someone else's files."""
+        ...
 
 
 ENCODERS = ("pca", "sd-vae", "transformers", "timm", "efficientnet")
@@ -95,15 +104,13 @@ def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
     if encoder.dimension != content.dimension:
         raise DataError(
             f"encoder {content.encoder_name} gives embeddings of {encoder.dimension} numbers, the "
-            "dataset was made with "
-            f"{content.dimension}: other weights or another version; make the dataset again"
+            f"dataset was made with {content.dimension}: other weights or another version; make "
+            "the dataset again"
         )
     return encoder
 
 
-def _read(path: Path, sha256: str) -> dict[str, Tensor]:
-    import hashlib
-
+def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     try:

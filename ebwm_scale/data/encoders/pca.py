@@ -1,11 +1,13 @@
 """The encoder that needs no download: principal components of image patches, whitened, fitted on
 the training frames.
 
-    frame (height, width, 3) in [0, 1]  ->  patches of P x P x 3 numbers  ->  c = (patch - mean) @ basis / scale
+    frame (height, width, 3) in [0, 1]  ->  patches of P x P x 3 numbers
+    c = (patch - mean) @ basis / scale
     embedding = the C components of every patch, patch after patch
 
-Components are ordered by variance, and each has variance 1 over the training patches. Back to a frame: mean + (c * scale) @ basis^T, which is
-the best linear reconstruction from C numbers per patch.
+Components are ordered by variance, and each has variance 1 over the training patches. Back to a
+frame: mean + (c * scale) @ basis^T, which is the best linear reconstruction from C numbers per
+patch.
 """
 
 from __future__ import annotations

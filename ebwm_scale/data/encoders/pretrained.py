@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.plain_text import shorten, shown
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64  # frames encoded at a time
@@ -37,9 +38,10 @@ def build_pretrained(
 
 
 class Pretrained:
-    """Common: freezing, batches, and the check that the weights are those a dataset was made with."""
+    """Common: freezing, batches, and the check that the weights are those of the dataset."""
 
     name = ""
+    model: Any  # a Module with the methods of its library
 
     def __init__(
         self, settings: dict[str, Any], *, height: int, width: int, device: torch.device | str
@@ -178,9 +180,8 @@ class TimmBackbone(Pretrained):
         # hf-hub:... would download, local-dir:... read a folder that the settings do not name
         if not re.fullmatch(r"\w+(\.\w+)*", str(self.settings["model"])):
             raise DataError(
-                f"the encoder timm: model is {str(self.settings['model'])[:80]!r}: expected the "
-                "plain name "
-                "of a timm model, for example vit_small_patch14_dinov2.lvd142m"
+                f"the encoder timm: model is {shown(str(self.settings['model']))}: expected the "
+                "plain name of a timm model, for example vit_small_patch14_dinov2.lvd142m"
             )
         try:
             import timm  # a torchvision that does not fit torch fails here, as a RuntimeError
@@ -188,7 +189,7 @@ class TimmBackbone(Pretrained):
             model = timm.create_model(self.settings["model"], pretrained=False, num_classes=0)
             timm.models.load_checkpoint(model, str(self.local("file")), weights_only=True)
         except RuntimeError as error:
-            raise DataError(f"timm: {' '.join(str(error).split())[:300]}") from None
+            raise DataError(f"timm: {shorten(error, 300)}") from None
         self.mean, self.std = (
             model.pretrained_cfg.get("mean", IMAGENET_MEAN),
             model.pretrained_cfg.get("std", IMAGENET_STD),

@@ -1,8 +1,8 @@
 """The space in which a video model lives: an encoder's embeddings, standardised with the statistics
 of the training frames.
 
-frames --encode--> embeddings --standardise--> states          training, evaluation, generation: always this way
-states --restore--> embeddings --decode--> frames              for people to look at
+frames --encode--> embeddings --standardise--> states     in training, evaluation, generation
+states --restore--> embeddings --decode--> frames         for people to look at
 """
 
 from __future__ import annotations

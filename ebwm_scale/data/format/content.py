@@ -1,9 +1,10 @@
 """What a sample is: the fields of a WebDataset sample -> a sequence of block_length states,
 checked.
 
-    text                tokens.npy                          -> unsigned integers (block_length,)
-    video, embedding    frames.npy                          -> float16 or float32 (block_length, dimension), as the encoder gave them
-    video, jpeg, webp   000.jpg, 001.jpg, ... or .webp      -> uint8 (block_length, height, width, 3)
+    text                tokens.npy                      -> unsigned integers (block_length,)
+    video, embedding    frames.npy                      -> float16 or float32, as the encoder gave
+                                                           them: (block_length, dimension)
+    video, jpeg, webp   000.jpg, 001.jpg, ... or .webp  -> uint8 (block_length, height, width, 3)
 
 Video samples carry a clip.json beside them: which video, and where in it. How raw frames become the
 standardised embeddings that a model sees is the business of ebwm_scale/data/encoders/.
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.plain_text import shorten
 
 STORED = ("embedding", "jpeg", "webp")
 CLIP_FIELD = "clip.json"
@@ -33,7 +35,8 @@ MAX_IMAGE_PIXELS = 2**24  # of an image whose size is not known beforehand: 48 M
 # never evaluated.
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_TEXT = re.compile(
-    rb"\{'descr': '([<>|=][a-zA-Z]\d{1,4})', 'fortran_order': False, 'shape': \(([0-9, ]{0,60})\), \} *\n"
+    rb"\{'descr': '([<>|=][a-zA-Z]\d{1,4})', 'fortran_order': False, "
+    rb"'shape': \(([0-9, ]{0,60})\), \} *\n"
 )
 _TOKENS = ("|u1", "<u2", "<u4", "<u8")
 _EMBEDDINGS = ("<f2", "<f4", "<f8")
@@ -75,11 +78,9 @@ class TextContent:
     def problem(self, sequences: np.ndarray) -> str | None:
         """What is wrong with the values of decoded sequences, one or a batch."""
         highest = int(sequences.max())
-        return (
-            None
-            if highest < self.vocabulary_size
-            else f"holds token {highest}: must be below the vocabulary size {self.vocabulary_size}"
-        )
+        if highest < self.vocabulary_size:
+            return None
+        return f"holds token {highest}: must be below the vocabulary size {self.vocabulary_size}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,9 @@ class VideoContent:
         }
 
     def files(self) -> dict[Path, str]:
-        return {} if self.encoder_path is None else {self.encoder_path: self.encoder_sha256}
+        if self.encoder_path is None or self.encoder_sha256 is None:
+            return {}
+        return {self.encoder_path: self.encoder_sha256}
 
     def fields(self, block_length: int) -> tuple[str, ...]:
         return field_names(self.stored, block_length)
@@ -145,9 +148,9 @@ def decode_sample(
         return content.decode(fields, block_length)
     except DataError:  # a package is missing, which is no fault of the sample
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (bytes from outside make numpy raise whatever it does)
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        raise ValueError(" ".join(reason[:1000].split())) from None
+        raise ValueError(shorten(reason, 1000)) from None
 
 
 def field_names(stored: str, block_length: int) -> tuple[str, ...]:
@@ -180,9 +183,9 @@ def decode_image(content: bytes, size: tuple[int, int] | None = None) -> np.ndar
             return np.asarray(file.convert("RGB"))
     except image.UnidentifiedImageError:
         raise ValueError("no readable image (not a jpeg, webp or png that can be opened)") from None
-    except Exception as error:  # on damaged bytes Pillow's plug-ins raise whatever comes up
-        what = " ".join((str(error) or type(error).__name__).split())
-        raise ValueError(f"no readable image ({what[:120]})") from None
+    except Exception as error:  # noqa: BLE001 (Pillow's plug-ins raise whatever comes up)
+        what = str(error) or type(error).__name__
+        raise ValueError(f"no readable image ({shorten(what, 120)})") from None
 
 
 def encode_image(frame: np.ndarray, stored: str, quality: int) -> bytes:
@@ -228,9 +231,8 @@ def _npy_header(header: bytes) -> tuple[str, tuple[int, ...], int]:
     if header.startswith(_NPY_MAGIC) and match is not None:
         descr, sizes = match[1].decode(), match[2].decode()
         shape = tuple(int(size) for size in sizes.replace(" ", "").split(",") if size)
-        if (
-            repr(shape) == f"({sizes})"
-        ):  # one spelling: a flipped bit can make 017 of a space and 17
+        # One spelling: a flipped bit can make 017 of a space and 17.
+        if repr(shape) == f"({sizes})":
             return descr, shape, math.prod(shape) * int(re.sub(r"\D", "", descr))
     raise ValueError("not a .npy array (no header of one in C order): damaged")
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.strict_json import is_whole, parse, shown
+from ebwm_scale.core.plain_text import shown
+from ebwm_scale.core.strict_json import is_whole, parse
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.tar import MAX_MEMBER_BYTES
@@ -97,23 +98,22 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
     if found != shard.index_sha256:
         raise DataError(
             f"{path}: sha256 of the index is {found[:12]}..., the manifest says "
-            f"{shard.index_sha256[:12]}...: damaged or of "
-            f"another shard; {_REMAKE}"
+            f"{shard.index_sha256[:12]}...: damaged or of another shard; {_REMAKE}"
         )
     index = parse_index(content, str(path), Path(shard.path).name, size=shard.size)
     if len(index) != shard.num_samples:
         raise DataError(
             f"{path}: does not fit shard {shard.path}: it describes {len(index)} samples, the "
-            "manifest says "
-            f"{shard.num_samples}; {_REMAKE}"
+            f"manifest says {shard.num_samples}; {_REMAKE}"
         )
     return index
 
 
 def parse_index(content: bytes, where: str, shard: str, *, size: int) -> ShardIndex:
-    """The index in a file's bytes.  where: for messages.  shard: the shard's file name.  size: of the shard in bytes.
+    """The index in a file's bytes.
 
-    Raises DataError for what is no index, or not one of this shard.
+    where: for messages. shard: the shard's file name. size: of the shard, in bytes. Raises
+    DataError for what is no index, or not one of this shard.
     """
     try:
         values = parse(content)
@@ -141,8 +141,7 @@ def parse_index(content: bytes, where: str, shard: str, *, size: int) -> ShardIn
     if int(spans[:, 1].max()) > size or longest > MAX_MEMBER_BYTES:
         raise DataError(
             f"{where}: does not fit shard {shard}: it points to byte {int(spans[:, 1].max())} of "
-            f"{size}, its longest "
-            f"sample has {longest} bytes; {_REMAKE}"
+            f"{size}, its longest sample has {longest} bytes; {_REMAKE}"
         )
     return index
 

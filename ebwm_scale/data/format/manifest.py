@@ -2,9 +2,11 @@
 of every file in it.
 
 dataset/
-  manifest.json                this file; the hash of its canonical JSON is the dataset's fingerprint
-  train-000000.shards.json     above 10,000 shards: the list of some of them (data/format/shard_table.py), as if it stood in the manifest
-  tokenizer.model              text: a copy of the tokenizer.  video: encoder.safetensors, where the encoder was fitted
+  manifest.json                this file; its canonical JSON's hash is the dataset's fingerprint
+  train-000000.shards.json     above 10,000 shards: the list of some of them, as if it stood in the
+                               manifest (data/format/shard_table.py)
+  tokenizer.model              text: a copy of the tokenizer
+  encoder.safetensors          video: the encoder, where it was fitted
   train-000000.tar             plain WebDataset shard
   train-000000.index.json      where each sample of the shard lies, and its checksum
   validation-000000.tar  ...
@@ -22,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.strict_json import is_whole, parse, shorten, shown
+from ebwm_scale.core.plain_text import shorten, shown
+from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
 from ebwm_scale.data.format.content import STORED, TextContent, VideoContent
-from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, canonical_json, inside_folder
+from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, inside_folder
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -95,9 +98,8 @@ def load_manifest(path: str | Path) -> Manifest:
         values = parse(path.read_bytes())
     except OSError as error:
         raise DataError(
-            f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names "
-            "the manifest.json "
-            "that tools/make_text_shards.py writes"
+            f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names the "
+            "manifest.json that tools/make_text_shards.py writes"
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: not a manifest: not JSON ({error}); {_REMAKE}") from None
@@ -247,8 +249,7 @@ def already_there(output: Path, values: dict[str, Any], *, digest: str) -> bool:
     if different:
         raise DataError(
             f"{output}: already holds a dataset that differs in {', '.join(different)}; name "
-            "another folder, or delete this "
-            "one first"
+            "another folder, or delete this one first"
         )
     return True
 
@@ -262,7 +263,7 @@ class _Taker:
         self.path = path
 
     def __call__(self, values: dict, key: str, kind: type, prefix: str = "") -> Any:
-        value = values.get(key)
+        value: Any = values.get(key)
         number = kind in (int, float) and is_whole(value)
         if kind is float and isinstance(value, float):
             number = True
@@ -288,8 +289,7 @@ class _Taker:
         if not inside_folder(text):
             raise DataError(
                 f"{self.path}: {prefix}{key} is {shown(text)}: refused, a path must be relative "
-                "and stay inside the dataset "
-                f"folder; {_REMAKE}"
+                f"and stay inside the dataset folder; {_REMAKE}"
             )
         return text
 
@@ -328,8 +328,7 @@ def _split_info(
     if num_samples != found or num_samples == 0:
         raise DataError(
             f"{take.path}: split {shorten(name)} has {num_samples} samples and its {len(shards)} "
-            "shards "
-            f"{found}: must be equal and above 0 (empty split?); {_REMAKE}"
+            f"shards {found}: must be equal and above 0 (empty split?); {_REMAKE}"
         )
     return SplitInfo(
         shards=shards,

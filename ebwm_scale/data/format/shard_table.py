@@ -1,8 +1,9 @@
 """The shards of a split: what the manifest says of each, as columns, a million of them in tens of
 megabytes.
 
-    manifest.json       up to MAX_INLINE shards stand in the manifest itself ("shards")
-    train-000000.shards.json, ...   above that, SHARDS_PER_PART of them in each of these files ("parts"), with its sha256
+    manifest.json                   up to MAX_INLINE shards stand in the manifest itself ("shards")
+    train-000000.shards.json, ...   above that, SHARDS_PER_PART of them in each of these files
+                                    ("parts"), with its sha256
 
 A table keeps the number of samples of every shard. The rest of what is said of a shard is kept by
 parts: those that stand in the manifest for good, those of files as long as they are in use, since
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.strict_json import is_whole, parse, shown
+from ebwm_scale.core.plain_text import shown
+from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
 
 MAX_INLINE = 10_000
 SHARDS_PER_PART = 1000
@@ -68,7 +69,10 @@ class Part:
     """The checked entries of some shards, as columns: about 120 bytes a shard."""
 
     def __init__(self, entries: Sequence[dict], first: int, where: str):
-        """first: number of the first of them in its split.  where: of the list, for messages. ValueError for a wrong entry."""
+        """first: number of the first of them in its split. where: of the list, for messages.
+
+        Raises ValueError for a wrong entry.
+        """
         problem = _problem(entries)
         if problem is not None:
             row, key, expected = problem
@@ -299,10 +303,3 @@ def _problem(entries: Sequence[dict]) -> tuple[int, str, str] | None:
             if not inside_folder(value):
                 return row, key, _REFUSED
     return None
-
-
-def canonical_json(values: Any) -> bytes:
-    """One spelling of a JSON value: sorted keys, no spaces, ASCII."""
-    return json.dumps(
-        values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode("ascii")

@@ -2,7 +2,7 @@
 against its checksum.
 
     split = open_split("data/corpus/manifest.json", "train", verify="hashes")
-    split.read(17)          # text: uint16 (block_length,); video: embeddings or frames, see data/format/content.py
+    split.read(17)  # text: uint16 (block_length,); video: embeddings or frames, see content.py
 
 The index says where a sample lies, so no tar is streamed: reading the tar in order loses samples
 silently when a shard is cut or a header is damaged, and can neither be resumed nor re-divided
@@ -38,6 +38,7 @@ from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.side_files import open_manifest
 from ebwm_scale.data.order import SampleOrder
 
+Verify = Literal["sizes", "hashes"]
 HASH_LIMIT_BYTES = 4 * 2**30  # above this, verify="hashes" checks sizes only
 INDEX_BYTES = (
     64 * 2**20
@@ -320,7 +321,7 @@ def open_split(
     manifest: str | Path | Manifest,
     split: str,
     *,
-    verify: Literal["sizes", "hashes"],
+    verify: Verify,
     report: Callable[[str], None] = print,
 ) -> ShardedSplit:
     """Open a split after checking its files: their sizes, or also their hashes (unless above 4 GiB;
@@ -379,8 +380,8 @@ def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]
             elif found != shard.sha256:
                 problems.append(
                     f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the "
-                    "manifest says "
-                    f"{shard.sha256[:12]}...: damaged{_first_damage(manifest, shard)}; {_REMAKE}"
+                    f"manifest says {shard.sha256[:12]}...: "
+                    f"damaged{_first_damage(manifest, shard)}; {_REMAKE}"
                 )
         for shard in sound:
             try:

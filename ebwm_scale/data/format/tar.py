@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.strict_json import shorten, shown
+from ebwm_scale.core.plain_text import shorten, shown
 
 BLOCK = 512
 MAX_MEMBER_BYTES = 2**30  # of a member, and of all members of a sample together

@@ -22,12 +22,24 @@ from typing import Any
 
 import numpy as np
 
+from ebwm_scale.core.disk import sync
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import file_sha256
+from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format import tar
 from ebwm_scale.data.format.index import INDEX_VERSION
 from ebwm_scale.data.format.manifest import MANIFEST_NAME
-from ebwm_scale.data.format.shard_table import MAX_INLINE, SHARDS_PER_PART, canonical_json
+from ebwm_scale.data.format.shard_table import MAX_INLINE, SHARDS_PER_PART
+
+DATASET_FILES = (  # of every dataset folder
+    MANIFEST_NAME,
+    "train-*.tar",
+    "train-*.index.json",
+    "train-*.shards.json",
+    "validation-*.tar",
+    "validation-*.index.json",
+    "validation-*.shards.json",
+)
 
 
 class ShardWriter:
@@ -44,64 +56,66 @@ class ShardWriter:
         self.num_samples = 0
         self._shards: list[dict[str, Any]] = []
         self._target_counts: list[int] = []
-        self._tar = self._file = None
+        self._open: _OpenShard | None = None
 
     def add(self, fields: Mapping[str, np.ndarray | bytes], *, num_targets: int) -> None:
-        if self._tar is None:
-            self._path = self.folder / f"{self.prefix}-{len(self._shards):06d}.tar"
-            self._file = self._path.open("wb")
-            self._tar = _webdataset().TarWriter(
-                self._file, encoder=False, mtime=0
-            )  # no clock: equal inputs give equal files
-        self._tar.write(
-            {
-                "__key__": f"{self.prefix}-{self.num_samples:09d}",
-                **{
-                    name: value if isinstance(value, bytes) else _npy(value)
-                    for name, value in fields.items()
-                },
-            }
-        )
+        if self._open is None:
+            self._open = _OpenShard(self.folder / f"{self.prefix}-{len(self._shards):06d}.tar")
+        sample: dict[str, str | bytes] = {"__key__": f"{self.prefix}-{self.num_samples:09d}"}
+        for name, value in fields.items():
+            sample[name] = value if isinstance(value, bytes) else _npy(value)
+        self._open.tar.write(sample)
         self._target_counts.append(num_targets)
         self.num_samples += 1
         if len(self._target_counts) == self.samples_per_shard:
-            self._finish_shard()
+            self._finish_shard(self._open)
 
     def close(self) -> list[dict[str, Any]]:
         """Finish the last shard; the manifest's entries of all shards."""
-        if self._tar is not None:
-            self._finish_shard()
+        if self._open is not None:
+            self._finish_shard(self._open)
         return self._shards
 
     def abandon(self) -> None:
         """Close the open file of a shard that will never be finished."""
-        if self._file is not None:
-            self._file.close()
+        if self._open is not None:
+            self._open.file.close()
 
-    def _finish_shard(self) -> None:
-        self._tar.close()
-        self._file.close()
-        self._tar = self._file = None
+    def _finish_shard(self, shard: _OpenShard) -> None:
+        shard.tar.close()
+        shard.file.close()
+        self._open = None
+        path = shard.path
         index = {
             "index_version": INDEX_VERSION,
-            "shard": self._path.name,
+            "shard": path.name,
             "num_targets": self._target_counts,
-            **read_tar_index(self._path),
+            **read_tar_index(path),
         }
-        index_path = self._path.with_suffix(".index.json")
+        index_path = path.with_suffix(".index.json")
         index_path.write_bytes(canonical_json(index))
         self._shards.append(
             {
-                "path": self._path.name,
+                "path": path.name,
                 "num_samples": len(index["keys"]),
                 "num_targets": sum(self._target_counts),
-                "size": self._path.stat().st_size,
-                "sha256": file_sha256(self._path),
+                "size": path.stat().st_size,
+                "sha256": file_sha256(path),
                 "index_path": index_path.name,
                 "index_sha256": file_sha256(index_path),
             }
         )
         self._target_counts = []
+
+
+class _OpenShard:
+    """A shard that is being written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = path.open("wb")
+        # No clock: equal inputs give equal files.
+        self.tar = _webdataset().TarWriter(self.file, encoder=False, mtime=0)
 
 
 def read_tar_index(path: Path) -> dict[str, Any]:
@@ -140,10 +154,8 @@ def staged_folder(output: Path) -> Iterator[Path]:
     remove the folder. Raises DataError if `output` holds files that no dataset writer made.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging, previous = (
-        output.with_name(f".{output.name}.partial"),
-        output.with_name(f".{output.name}.replaced"),
-    )
+    staging = output.with_name(f".{output.name}.partial")
+    previous = output.with_name(f".{output.name}.replaced")
     lock = _lock_folder(staging)
     ours = True  # once renamed or removed, the name may be another process's folder
     try:
@@ -152,13 +164,13 @@ def staged_folder(output: Path) -> Iterator[Path]:
         yield staging
         ours = staging.exists()
         if ours:
-            _sync(staging)
+            _sync_all(staging)
             if output.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 os.rename(output, previous)
             os.rename(staging, output)
             ours = False
-            _sync_entry(output.parent)
+            sync(output.parent)
             shutil.rmtree(previous, ignore_errors=True)
     finally:
         if ours:
@@ -179,9 +191,8 @@ def refuse_foreign_files(output: Path, *, ours: tuple[str, ...]) -> None:
     ]
     if foreign:
         raise DataError(
-            f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are "
-            "not part of a dataset; "
-            "name a new or empty folder"
+            f"{output}: already holds {foreign[0]} and {len(foreign) - 1} other files that are not "
+            "part of a dataset; name a new or empty folder"
         )
 
 
@@ -246,21 +257,13 @@ def _lock_folder(folder: Path) -> int:
         os.close(descriptor)
 
 
-def _sync(folder: Path) -> None:
+def _sync_all(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync_entry(path)
-    _sync_entry(folder)
+        sync(path)
+    sync(folder)
 
 
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _webdataset():
+def _webdataset() -> Any:
     try:
         import webdataset
     except ImportError:

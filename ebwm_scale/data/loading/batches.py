@@ -1,8 +1,8 @@
 """Batches: what one rank trains on at one step.
 
-    stream position     0 ............ G | G ............ 2G | ...           optimizer step s: positions s G .. (s + 1) G
-    inside a step       [ rank 0 ][ rank 1 ] ... [ rank R-1 ]                 contiguous slices
-    inside a rank       [ micro batch ][ micro batch ] ...                    contiguous slices of micro_batch_size
+    stream position     0 ............ G | G ............ 2G | ...   step s: s G .. (s + 1) G
+    inside a step       [ rank 0 ][ rank 1 ] ... [ rank R-1 ]         contiguous slices
+    inside a rank       [ micro batch ][ micro batch ] ...            slices of micro_batch_size
 
 The main process asks the split's order which samples these are; workers are stateless and only read
 them. So the same step has the same global batch for every world size, accumulation, number of
@@ -37,7 +37,9 @@ _JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 @dataclass(frozen=True)
 class Batch:
-    """b samples of S + 1 states as stored: token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
+    """b samples of S + 1 states as stored.
+
+    These are token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
     (b, S + 1, height, width, 3) uint8.
     """
 
@@ -72,27 +74,23 @@ class DataState:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); "
-                "resume from an earlier "
-                "checkpoint"
+                f"the checkpoint's data state is damaged ({type(error).__name__}: {error}); resume "
+                "from an earlier checkpoint"
             ) from None
         if state.version != STATE_VERSION:
             raise CheckpointError(
                 f"the checkpoint's data state has version {state.version!r}, this release reads "
-                f"{STATE_VERSION}; "
-                "resume with the release that wrote it"
+                f"{STATE_VERSION}; resume with the release that wrote it"
             )
         if state.fingerprint != fingerprint:
             raise CheckpointError(
                 f"the checkpoint was trained on the dataset with fingerprint {state.fingerprint}, "
-                "data.manifest has "
-                f"{fingerprint}; resume with the same dataset, or start a new run"
+                f"data.manifest has {fingerprint}; resume with the same dataset, or start a new run"
             )
         if state.seed != seed:
             raise CheckpointError(
                 f"the checkpoint was trained with train.seed {state.seed}, the configuration says "
-                f"{seed}; resume with "
-                f"train.seed={state.seed}, or start a new run"
+                f"{seed}; resume with train.seed={state.seed}, or start a new run"
             )
         return state
 
@@ -137,8 +135,7 @@ class BatchLoader:
         ):
             raise ValueError(
                 f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x "
-                "micro_batch_size "
-                f"{micro_batch_size}"
+                f"micro_batch_size {micro_batch_size}"
             )
         self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
         order = split.order(seed=seed, window_shards=window_shards)
@@ -164,7 +161,7 @@ class BatchLoader:
             }
         # The loader draws a base seed; without a generator of its own it would take it from the
         # global one.
-        self._loader = DataLoader(
+        self._loader: DataLoader | None = DataLoader(
             _Reader(split, context_length, known_bad or {}),
             batch_size=None,
             sampler=requests,
@@ -180,16 +177,20 @@ class BatchLoader:
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            mask = signal.pthread_sigmask(
-                signal.SIG_BLOCK, _JOB_SIGNALS
-            )  # workers inherit it: see _stay_until_the_parent_ends_it
-            try:
-                self._iterator = iter(self._loader)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._iterator = self._started()
         batch, found = _batch(*next(self._iterator))
         self.found += found
         return batch
+
+    def _started(self) -> Iterator:
+        if self._loader is None:
+            raise RuntimeError("the loader is closed")
+        # Workers inherit the mask: see _stay_until_the_parent_ends_it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
+        try:
+            return iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def close(self) -> None:
         """Stop the workers; the loader cannot be used afterwards."""
@@ -336,8 +337,8 @@ def check_context(manifest: Manifest, context_length: int) -> None:
         tool = f"tools/make_{manifest.modality}_shards.py"
         raise DataError(
             f"data.context_length is {context_length}: the shards of {manifest.path} were packed "
-            f"for {packed}; use 1 to "
-            f"{packed}, or pack again with {tool} --context-length {context_length}"
+            f"for {packed}; use 1 to {packed}, or pack again with {tool} --context-length "
+            f"{context_length}"
         )
 
 

@@ -1,8 +1,9 @@
 """Mixtures: several datasets as one, each with a weight; the order stays a pure function of (seed,
 position).
 
-    position          0 ............ 1023 | 1024 .......... 2047 | ...        blocks of MIX_LENGTH positions
-    source            b a a c a a b a ... | a a b a c ...                     in each, source k stands n_k times, in a permuted order
+    position          0 ............ 1023 | 1024 .......... 2047 | ...   blocks of MIX_LENGTH
+    source            b a a c a a b a ... | a a b a c ...                n_k times source k in each,
+                                                                         permuted
     place in source   the j-th k of block i is position i n_k + j of source k's own order
 
 So every source has its exact share of each block, walks through its own epochs (every sample once
@@ -18,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format.manifest import Manifest
-from ebwm_scale.data.format.shard_table import canonical_json
-from ebwm_scale.data.format.shards import INDEX_BYTES, SampleError, ShardedSplit, open_split
+from ebwm_scale.data.format.shards import INDEX_BYTES, SampleError, ShardedSplit, Verify, open_split
 from ebwm_scale.data.order import SampleOrder, permutation
 
 MIX_LENGTH = 1024
@@ -102,9 +103,8 @@ class MixedSplit:
             if different:
                 raise ConfigError(
                     f"data.sources: {other.path} and {first.path} differ in "
-                    f"{', '.join(different)}: sources of a mixture need the "
-                    "same tokenizer or encoder and the same block length; make them with the same "
-                    "settings"
+                    f"{', '.join(different)}: sources of a mixture need the same tokenizer or "
+                    "encoder and the same block length; make them with the same settings"
                 )
         self.counts = shares(weights)
         self.manifest, self.split = first, parts[0].split
@@ -204,7 +204,7 @@ def open_sources(
     sources: Sequence[tuple[str | Path | Manifest, float]],
     split: str,
     *,
-    verify: str,
+    verify: Verify,
     report: Callable[[str], None] = print,
 ) -> ShardedSplit | MixedSplit:
     """One split of one dataset, or of a mixture of (manifest, weight)."""

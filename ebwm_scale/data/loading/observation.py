@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 from ebwm_scale.data.encoders.space import FrameSpace
+from ebwm_scale.data.format.content import VideoContent
 from ebwm_scale.data.format.manifest import Manifest
 
 
@@ -24,13 +25,18 @@ class Observation:
         self, manifest: Manifest, device: torch.device | str, *, mask_document_starts: bool = False
     ):
         self.content, self.device = manifest.content, torch.device(device)
-        self.space = FrameSpace(manifest.content, device) if manifest.modality == "video" else None
-        self.masked_after = (
-            manifest.content.eos_id if mask_document_starts and self.space is None else None
-        )
+        self.space: FrameSpace | None = None
+        self.masked_after: int | None = None  # the token before a document's first
+        if isinstance(self.content, VideoContent):
+            self.space = FrameSpace(self.content, device)
+        elif mask_document_starts:
+            self.masked_after = self.content.eos_id
 
     def __call__(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored sequences (b, S + 1, ...) -> observed and targets, (b, S) int64 or (b, S, dimension) float32."""
+        """Stored sequences (b, S + 1, ...) -> observed and targets.
+
+        Both are (b, S) int64 or (b, S, dimension) float32.
+        """
         states = sequences.to(self.device) if self.space is None else self.space.states(sequences)
         observed, targets = states[:, :-1], states[:, 1:]
         if self.masked_after is not None:

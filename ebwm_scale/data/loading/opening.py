@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ebwm_scale.core.errors import DataError, UserError
-from ebwm_scale.data.format.shards import ShardedSplit
+from ebwm_scale.data.format.shards import ShardedSplit, Verify
 from ebwm_scale.data.format.side_files import open_manifest
 from ebwm_scale.data.loading.mixture import MixedSplit, open_sources
 
@@ -29,13 +29,14 @@ class Group(Protocol):
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
+        ...
 
 
 def open_splits(
     sources: Sequence[tuple[str | Path, float]],
     names: Sequence[str],
     *,
-    verify: str,
+    verify: Verify,
     report: Callable[[str], None] = print,
     group: Group | None = None,
 ) -> Splits:
@@ -57,16 +58,16 @@ def open_splits(
                 DataError("rank 0 could not open the data; its own message says why")
             )
             raise
-    outcome = group.broadcast_object(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
+    told: Splits | UserError = group.broadcast_object(outcome)
+    if isinstance(told, UserError):
+        raise told
+    return told
 
 
 def _open(
     sources: Sequence[tuple[str | Path, float]],
     names: Sequence[str],
-    verify: str,
+    verify: Verify,
     report: Callable[[str], None],
 ) -> Splits:
     loaded = [(open_manifest(manifest), weight) for manifest, weight in sources]

@@ -3,10 +3,13 @@ byte of the shard changed.
 
 Which index a streamed shard has, the first that applies:
 
-    the manifest's       if every shard of the stream has the name of one in the manifest's train split, the stream is that
-                         dataset's: the index file beside the manifest, or the one beside the shard with the same sha256
-    the shard's own      NAME.index.json beside NAME.tar, for paths and addresses (a pipe: command has no place beside it)
-    none                 shards of other tools: a flipped bit in a number is then not noticed; said once per process
+    the manifest's    if every shard of the stream has the name of one in the manifest's train
+                      split, the stream is that dataset's: the index file beside the manifest, or
+                      the one beside the shard with the same sha256
+    the shard's own   NAME.index.json beside NAME.tar, for paths and addresses (a pipe: command has
+                      no place beside it)
+    none              shards of other tools: a flipped bit in a number is then not noticed; said
+                      once per process
 
 An index that is there and is not what it should be is a damaged shard, not a shard without one.
 """
@@ -18,6 +21,7 @@ import posixpath
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.redaction import redacted
@@ -79,13 +83,13 @@ class StreamIndexes:
         DataError for an index that is damaged, OSError for one that cannot be read.
         """
         name = shard_name(url)
-        shard = self.listed.get(name)
+        shard = None if name is None else self.listed.get(name)
         if shard is not None and (self.manifest.folder / shard.index_path).exists():
             return Checksums(load_index(self.manifest, shard))
         content = None
         if name is not None and not url.startswith("pipe:"):
             content = _beside(url, must_answer=shard is not None)
-        if content is None:
+        if name is None or content is None:
             self._say_once(url)
             return None
         if shard is not None and hashlib.sha256(content).hexdigest() != shard.index_sha256:
@@ -101,8 +105,8 @@ class StreamIndexes:
             self.said = True
             self.report(
                 f"data.stream: {redacted(url)} has no index, neither beside {self.manifest.path} "
-                "nor beside itself: its samples "
-                "have no checksums, so a flipped bit in their numbers is not noticed"
+                "nor beside itself: its samples have no checksums, so a flipped bit in their "
+                "numbers is not noticed"
             )
 
 
@@ -125,11 +129,13 @@ def _beside(url: str, *, must_answer: bool) -> bytes | None:
     """
     import fsspec
 
-    place, mark, query = re.match(r"([^?#]*)([?#]?)(.*)", url, re.DOTALL).groups()
-    if mark and _is_signed(query):
+    place = re.split(r"[?#]", url)[0]
+    query = url[len(place) :]  # with its mark
+    if _is_signed(query[1:]):
         return None  # a signature is for one address alone
     try:
-        with fsspec.open(place.removesuffix(".tar") + ".index.json" + mark + query, "rb") as file:
+        opened: Any = fsspec.open(f"{place.removesuffix('.tar')}.index.json{query}", "rb")
+        with opened as file:
             content = file.read(MAX_INDEX_BYTES + 1)
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         return None

@@ -16,16 +16,16 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 
 from ebwm_scale.config.permissions import PIPE, refuse_pipes
 from ebwm_scale.core.errors import ConfigError, DataError
+from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.core.redaction import redacted
-from ebwm_scale.core.strict_json import shorten
 from ebwm_scale.data.format import tar
 from ebwm_scale.data.format.content import decode_sample
 from ebwm_scale.data.format.manifest import Manifest
@@ -37,6 +37,8 @@ from ebwm_scale.data.order import permutation
 _KEY = 0x6562776D5F737472
 _SHUFFLE = 1
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+# Closing a pipe before its end gives SIGPIPE: the archive's end mark had been read.
+_FINE_CODES = (0, -13, 141)
 MAX_EMPTY_SHARDS = 100  # shards in a row without a whole sample before giving up
 
 
@@ -111,7 +113,7 @@ class StreamLoader:
     def close(self) -> None:
         self._samples.close()
 
-    def _shuffled(self) -> Iterator[tuple[int, np.ndarray]]:
+    def _shuffled(self) -> Generator[tuple[int, np.ndarray], None, None]:
         """A buffer from which a random sample leaves when one enters; what leaves is decided by a
         counter, not by a generator's history.
         """
@@ -169,7 +171,7 @@ class StreamLoader:
                     yield sample_id, sequence[: self.context_length + 1]
         except ImportError as error:  # the same for every shard
             raise DataError(f"{redacted(url)}: {_line(error)}; install it with pip") from None
-        except Exception as error:  # a file system of fsspec raises whatever its client does
+        except Exception as error:  # noqa: BLE001 (a file system of fsspec raises what its client does)
             reason = str(error) if isinstance(error, DataError) else _line(error)
             self._bad(url, (number << 32) + row, None, None, reason)
 
@@ -243,30 +245,28 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
     """
     if url.startswith(PIPE):  # StreamLoader lets none through that the command line does not allow
         process = subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
+        stdout = cast(BinaryIO, process.stdout)  # subprocess.PIPE makes it one
         problem: BaseException | None = None
         try:
-            yield process.stdout
+            yield stdout
         except DataError as error:
             problem = error
         finally:
-            process.stdout.close()
+            stdout.close()
             try:
                 code = process.wait(timeout=5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 code = process.wait() if problem is None else 0
-        if code not in (
-            0,
-            -13,
-            141,
-        ):  # closing before its end gives SIGPIPE: the archive's end mark had been read
+        if code not in _FINE_CODES:
             raise DataError(f"{redacted(url)}: the command ended with exit code {code}")
         if problem is not None:
             raise problem
         return
     import fsspec
 
-    with fsspec.open(url, "rb") as stream:
+    opened: Any = fsspec.open(url, "rb")
+    with opened as stream:
         yield stream
 
 

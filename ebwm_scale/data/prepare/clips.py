@@ -1,6 +1,6 @@
 """Videos -> frames at a chosen interval -> clips, one file per video.
 
-    video     |....|....|....|....||....|....|....|....|  pictures in pieces (data/prepare/decoding.py)
+    video     |....|....|....|....||....|....|....|....|  pictures in pieces (decoding.py)
     frames    a    b    c    d     e    f    g    h       of each piece at t, t + interval, ...: the
                                                           one on screen then, resized and cropped
     clips     [a    b    c    d]                          context_length + 1 frames of one piece,
@@ -19,7 +19,6 @@ import io
 import itertools
 import json
 import math
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import file_sha256
 from ebwm_scale.data.format.content import _SUFFIX, _pillow, encode_image
@@ -54,7 +54,7 @@ VIDEO_SUFFIXES = (
     ".gif",
 )
 _SHOWN_KINDS = 8
-_PART_FORMAT = 2  # counts changes of what a part file of the same video and rules holds
+_PART_FORMAT = 2  # counts changes of what a part file of the same video and settings holds
 _EPSILON_S = 1e-3  # a frame whose time stamp is rounded to just after t still counts as shown at t
 
 
@@ -157,19 +157,17 @@ def make_part(
 
     Raises DataError if nothing of it can be decoded, or no piece is as long as a clip.
     """
-    partial = part.with_name(f".{part.name}.{os.getpid()}")
     findings = Findings()
-    try:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            clips = _write_frames(video, config, tar, findings, moved)
-            about = {
-                "clips": [dataclasses.asdict(clip) for clip in clips],
-                "findings": dataclasses.asdict(findings),
-            }
-            _add(tar, "clips.json", json.dumps(about).encode())
-        os.replace(partial, part)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        replacement(part) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        clips = _write_frames(video, config, tar, findings, moved)
+        about = {
+            "clips": [dataclasses.asdict(clip) for clip in clips],
+            "findings": dataclasses.asdict(findings),
+        }
+        _add(tar, "clips.json", json.dumps(about).encode())
 
 
 def read_clips(part: Path) -> list[Clip]:
@@ -186,7 +184,10 @@ def read_findings(part: Path) -> Findings:
 
 def _about(part: Path) -> dict[str, Any]:
     with tarfile.open(part, "r:") as tar:
-        return json.load(tar.extractfile("clips.json"))
+        file = tar.extractfile("clips.json")
+        if file is None:
+            raise DataError(f"{part}: clips.json is no file: damaged; delete it")
+        return json.load(file)
 
 
 def read_frames(part: Path) -> list[bytes]:
@@ -362,23 +363,20 @@ def _clips_of_piece(
 ) -> list[Clip]:
     """The clips that begin every stride in a piece, as long as it has their frames."""
     clips: list[Clip] = []
-    for index in itertools.count():
+    index = 0
+    while True:
         start_s = index * config.stride_s
         first = math.floor(start_s / config.interval_s + 1e-6)
         remainder = round(start_s - first * config.interval_s, 6)
-        phase = min(range(len(phases)), key=lambda i: abs(phases[i] - remainder))
+        distances = [abs(phase_s - remainder) for phase_s in phases]
+        in_file = numbers[distances.index(min(distances))]
         wanted = range(first, first + config.context_length + 1)
-        if any(k not in numbers[phase] for k in wanted):
+        if any(k not in in_file for k in wanted):
             return clips
-        clips += [
-            Clip(
-                round(piece_start_s + start_s, 6),
-                zoom,
-                crop,
-                tuple(numbers[phase][k] + crop for k in wanted),
-            )
-            for crop, zoom in enumerate(zooms)
-        ]
+        for crop, zoom in enumerate(zooms):
+            frames = tuple(in_file[k] + crop for k in wanted)
+            clips.append(Clip(round(piece_start_s + start_s, 6), zoom, crop, frames))
+        index += 1
 
 
 def _too_short(

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.data.prepare.findings import Findings
 from ebwm_scale.data.prepare.soundness import Judged, Soundness
 from ebwm_scale.data.prepare.timeline import Timeline
@@ -233,9 +234,8 @@ def _packets(av, container, stream, soundness: Soundness) -> Iterator:
     while failed_reads < _MAX_FAILED_READS:
         try:
             for packet in container.demux(stream):
-                if (
-                    packet.size
-                ):  # PyAV ends with an empty one, and one on the way would end decoding
+                # PyAV ends with an empty one, and one on the way would end decoding.
+                if packet.size:
                     failed_reads = 0
                     soundness.packet_read(packet)
                     yield packet
@@ -276,5 +276,4 @@ def _stamp_s(frame, stream) -> float | None:
 
 
 def _words(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split())[:80]
+    return shorten(getattr(error, "strerror", None) or error)

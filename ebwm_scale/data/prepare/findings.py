@@ -42,13 +42,17 @@ class Findings:
             ),
             (
                 self.left_out_pictures,
-                f"{_count(self.left_out_pictures, 'picture')} left out because of damage, "
-                f"{self.faulty_pictures} of them with errors that the decoder concealed{at}",
+                (
+                    f"{_count(self.left_out_pictures, 'picture')} left out because of damage, "
+                    f"{self.faulty_pictures} of them with errors that the decoder concealed{at}"
+                ),
             ),
             (
                 self.doubtful_pictures,
-                f"{_count(self.doubtful_pictures, 'picture')} kept that may show remains of "
-                "damage, because no key frame follows",
+                (
+                    f"{_count(self.doubtful_pictures, 'picture')} kept that may show remains of "
+                    "damage, because no key frame follows"
+                ),
             ),
             (self.unreadable, f"{_count(self.unreadable, 'place')} where the file is unreadable"),
             (

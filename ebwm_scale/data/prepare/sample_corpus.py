@@ -8,21 +8,27 @@ docs/**/*.txt and the licence (BSD-3-Clause) are copied out of it. Nothing in it
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import tarfile
-import tempfile
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.format.writer import refuse_foreign_files, staged_folder
-from ebwm_scale.data.prepare.documents import Report
-from ebwm_scale.data.prepare.fetching import package_file
+from ebwm_scale.data.prepare.fetching import Package, folder_from_package
+from ebwm_scale.data.walking import Report
 
-NAME, VERSION = "django", "5.2.8"
-ARCHIVE_NAME = f"{NAME}-{VERSION}.tar.gz"
+VERSION = "5.2.8"
+ARCHIVE_NAME = f"django-{VERSION}.tar.gz"
 ARCHIVE_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
-MARKER = ".complete.json"
-_INSTEAD = "skip this corpus: tools/make_text_shards.py takes any folder of text"
+PACKAGE = Package(
+    name="django",
+    version=VERSION,
+    file_name=ARCHIVE_NAME,
+    sha256=ARCHIVE_SHA256,
+    size="10.8 MB",
+    is_source=True,
+    instead="skip this corpus: tools/make_text_shards.py takes any folder of text",
+)
 
 
 def fetch_sample_corpus(
@@ -39,44 +45,31 @@ def fetch_sample_corpus(
     another hash or holds unsafe paths.
     """
     output = Path(output).resolve()
-    refuse_foreign_files(output, ours=(MARKER, "docs", "LICENSE"))
-    with staged_folder(output) as staging:
-        if _complete(output, archive_sha256):
-            staging.rmdir()
-            report(f"already there: {output}")
-            return output
-        with tempfile.TemporaryDirectory() as scratch:
-            path = package_file(
-                archive,
-                Path(scratch),
-                name=NAME,
-                version=VERSION,
-                file_name=ARCHIVE_NAME,
-                sha256=archive_sha256,
-                size="10.8 MB",
-                is_source=True,
-                instead=_INSTEAD,
-                report=report,
-            )
-            num_files, num_bytes = extract_documents(path, staging)
-        (staging / MARKER).write_text(
-            json.dumps(
-                {
-                    "archive": ARCHIVE_NAME,
-                    "archive_sha256": archive_sha256,
-                    "num_files": num_files,
-                    "num_bytes": num_bytes,
-                    "licence": "BSD-3-Clause, see LICENSE",
-                }
-            )
-            + "\n",
-            encoding="utf-8",
-        )
-    report(
-        f"{output}: {num_files} documents, {num_bytes / 1e6:.2f} MB of text from {ARCHIVE_NAME} "
-        "(BSD-3-Clause)"
+    facts = folder_from_package(
+        output,
+        dataclasses.replace(PACKAGE, sha256=archive_sha256),
+        archive=archive,
+        ours=("docs", "LICENSE"),
+        extract=_extract,
+        is_whole=_is_whole,
+        report=report,
     )
+    if facts is not None:
+        report(
+            f"{output}: {facts['num_files']} documents, {facts['num_bytes'] / 1e6:.2f} MB of text "
+            f"from {ARCHIVE_NAME} (BSD-3-Clause)"
+        )
     return output
+
+
+def _extract(archive: Path, folder: Path) -> dict[str, Any]:
+    num_files, num_bytes = extract_documents(archive, folder)
+    licence = "BSD-3-Clause, see LICENSE"
+    return {"num_files": num_files, "num_bytes": num_bytes, "licence": licence}
+
+
+def _is_whole(folder: Path, marker: dict[str, Any]) -> bool:
+    return len(list((folder / "docs").rglob("*.txt"))) == marker["num_files"]
 
 
 def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
@@ -95,14 +88,14 @@ def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
                 if path.is_absolute() or ".." in path.parts or "\\" in member.name:
                     raise DataError(
                         f"{archive}: holds the path {member.name!r}, which leads out of the "
-                        "archive: refused; nothing was "
-                        "extracted"
+                        "archive: refused; nothing was extracted"
                     )
                 inside = PurePosixPath(*path.parts[1:])
                 is_text = inside.parts[:1] == ("docs",) and inside.suffix == ".txt"
-                if not member.isfile() or not (is_text or str(inside) == "LICENSE"):
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is None or not (is_text or str(inside) == "LICENSE"):
                     continue
-                content = tar.extractfile(member).read()
+                content = file.read()
                 target = folder / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
@@ -117,14 +110,3 @@ def extract_documents(archive: Path, folder: Path) -> tuple[int, int]:
             f"{archive}: no docs/**/*.txt inside; expected the source archive {ARCHIVE_NAME}"
         )
     return num_files, num_bytes
-
-
-def _complete(output: Path, archive_sha256: str) -> bool:
-    try:
-        marker = json.loads((output / MARKER).read_text(encoding="utf-8"))
-        return (
-            marker["archive_sha256"] == archive_sha256
-            and len(list((output / "docs").rglob("*.txt"))) == marker["num_files"]
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

@@ -125,10 +125,13 @@ class Soundness:
         elif frame.key_frame and (number is None or number > self._last_damage):
             self._first_damage = None
             self._doubtful = False
-        elif self._first_damage is not None and self._doubtful_from_s is not None:
-            if now_s >= self._doubtful_from_s:
-                self._first_damage = None
-                self._doubtful = True
+        elif (
+            self._first_damage is not None
+            and self._doubtful_from_s is not None
+            and now_s >= self._doubtful_from_s
+        ):
+            self._first_damage = None
+            self._doubtful = True
         sound = not frame.is_corrupt
         if self._first_damage is None:
             self._in_damage = False

@@ -1,11 +1,14 @@
 """Documents -> blocks of tokens -> a dataset folder.
 
-documents of a split      [ a a a ] [ b b ] [ c c c c c ] ...            in the split's shuffled order
-stream                      a a a E   b b E   c c c c c E ...            E: end of sequence, a target like any other
+documents of a split      [ a a a ] [ b b ] [ c c c c c ] ...   in the split's shuffled order
+stream                      a a a E   b b E   c c c c c E ...   E: end of sequence
 blocks, context L = 4      [a a a E b]
-                                   [b b E c c]                           one token shared: block i = stream[i L : i L + L + 1]
-                                           [c c c c E] ...               so each token is a target exactly once
-the tokens after the last full block are dropped and counted
+                                   [b b E c c]
+                                           [c c c c E] ...
+
+E is a target like any other. Neighbouring blocks share one token, block i = stream[i L : i L + L +
+1], so each token is a target exactly once. The tokens after the last full block are dropped and
+counted.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from ebwm_scale.data.format.manifest import (
     load_manifest,
 )
 from ebwm_scale.data.format.writer import (
+    DATASET_FILES,
     ShardWriter,
     refuse_foreign_files,
     staged_folder,
@@ -42,21 +46,12 @@ from ebwm_scale.data.prepare.documents import (
 )
 from ebwm_scale.data.tokenizer import Tokenizer
 
-_OURS = (
-    MANIFEST_NAME,
-    "tokenizer.model",
-    "train-*.tar",
-    "train-*.index.json",
-    "train-*.shards.json",
-    "validation-*.tar",
-    "validation-*.index.json",
-    "validation-*.shards.json",
-)
+_OURS = (*DATASET_FILES, "tokenizer.model")
 _BATCH_CHARACTERS = 2**20  # text tokenised at a time
 
 
 class Packer:
-    """Cuts a stream of tokens into overlapping blocks of context_length + 1, and counts its targets."""
+    """Cuts a stream of tokens into overlapping blocks of context_length + 1, and counts targets."""
 
     def __init__(self, *, context_length: int, vocabulary_size: int):
         self.context_length = context_length
@@ -66,7 +61,7 @@ class Packer:
         self._rest = np.empty(0, dtype=self.dtype)
 
     def blocks(self, pieces: Iterable[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Blocks (context_length + 1,) of the pieces' concatenation; what does not fill a block is left over."""
+        """Blocks (context_length + 1,) of the pieces' concatenation; the rest is left over."""
         length = self.context_length
         for piece in pieces:
             self.num_tokens += len(piece)
@@ -164,9 +159,10 @@ def _write_split(
     samples_per_shard: int,
 ) -> dict[str, Any]:
     packer = Packer(context_length=context_length, vocabulary_size=tokenizer.vocabulary_size)
+    tokens = _TokenStream(documents, tokenizer)
     writer = ShardWriter(folder, name, samples_per_shard=samples_per_shard)
     try:
-        for block in packer.blocks(_token_stream(documents, tokenizer)):
+        for block in packer.blocks(tokens):
             writer.add({"tokens.npy": block}, num_targets=context_length)
         shards = writer.close()
     finally:
@@ -174,10 +170,8 @@ def _write_split(
     if not shards:
         raise DataError(
             f"the {name} split has {packer.num_tokens} tokens in {len(documents)} documents: one "
-            "block of context length "
-            f"{context_length} needs {context_length + 1}; give more text, a shorter context, or "
-            "another validation fraction "
-            "or seed"
+            f"block of context length {context_length} needs {context_length + 1}; give more text, "
+            "a shorter context, or another validation fraction or seed"
         )
     return {
         "shards": shards,
@@ -185,34 +179,45 @@ def _write_split(
         "num_samples": writer.num_samples,
         "num_targets": writer.num_samples * context_length,
         "num_dropped_tokens": packer.num_dropped,
-        "num_text_bytes": sum(len(d.read().encode("utf-8")) for d in documents),
+        "num_text_bytes": tokens.num_text_bytes,
         "unigram_entropy": packer.unigram_entropy(),
     }
 
 
-def _token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The tokens of each document, in parts, with the end-of-sequence id after the last one."""
-    batch: list[str] = []
-    ends: list[bool] = []  # whether a document ends with this part
+class _TokenStream:
+    """The tokens of each document, in parts, with the end-of-sequence id after the last one.
 
-    def encoded() -> Iterator[list[int]]:
-        num_threads = os.cpu_count() or 1
-        for ids, is_end in zip(tokenizer.encode_many(batch, num_threads=num_threads), ends):
-            yield ids + [tokenizer.eos_id] if is_end else ids
-        batch.clear()
-        ends.clear()
+    num_text_bytes: UTF-8 bytes of the documents that were read so far.
+    """
 
-    num_characters = 0
-    for document in documents:
-        for part in tokenizer.parts(document.read()):
-            if num_characters >= _BATCH_CHARACTERS:
-                yield from encoded()
-                num_characters = 0
-            batch.append(part)
-            ends.append(False)
-            num_characters += len(part)
-        ends[-1] = True
-    yield from encoded()
+    def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer):
+        self.documents, self.tokenizer = documents, tokenizer
+        self.num_text_bytes = 0
+        self._parts: list[str] = []
+        self._ends: list[bool] = []  # whether a document ends with this part
+
+    def __iter__(self) -> Iterator[list[int]]:
+        num_characters = 0
+        for document in self.documents:
+            text = document.read()
+            self.num_text_bytes += len(text.encode("utf-8"))
+            for part in self.tokenizer.parts(text):
+                if num_characters >= _BATCH_CHARACTERS:
+                    yield from self._encoded()
+                    num_characters = 0
+                self._parts.append(part)
+                self._ends.append(False)
+                num_characters += len(part)
+            self._ends[-1] = True
+        yield from self._encoded()
+
+    def _encoded(self) -> Iterator[list[int]]:
+        """The tokens of the parts that wait."""
+        ids_of_parts = self.tokenizer.encode_many(self._parts, num_threads=os.cpu_count() or 1)
+        for ids, is_end in zip(ids_of_parts, self._ends):
+            yield [*ids, self.tokenizer.eos_id] if is_end else ids
+        self._parts.clear()
+        self._ends.clear()
 
 
 def _summary(name: str, split: SplitInfo, context_length: int) -> str:
@@ -220,9 +225,8 @@ def _summary(name: str, split: SplitInfo, context_length: int) -> str:
     all_tokens = split.num_targets + facts["num_dropped_tokens"] + 1
     return (
         f"{name}: {facts['num_documents']} documents, {split.num_samples} blocks of "
-        f"{context_length} + 1, {split.num_targets} tokens in "
-        f"{len(split.shards)} shards, {facts['num_dropped_tokens']} dropped "
-        f"({facts['num_dropped_tokens'] / all_tokens:.3%}), "
+        f"{context_length} + 1, {split.num_targets} tokens in {len(split.shards)} shards, "
+        f"{facts['num_dropped_tokens']} dropped ({facts['num_dropped_tokens'] / all_tokens:.3%}), "
         f"{facts['num_text_bytes'] / all_tokens:.3f} bytes/token, unigram entropy "
         f"{facts['unigram_entropy']:.4f} nats"
     )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.prepare.documents import Document, Report, find_documents, split_documents
 from ebwm_scale.data.tokenizer import EOS, Tokenizer, _sentencepiece
@@ -37,8 +37,7 @@ def train_tokenizer(
     if vocabulary_size < _SMALLEST:
         raise DataError(
             f"vocabulary size is {vocabulary_size}: must be at least {_SMALLEST} (256 bytes, "
-            "newline, tab, unknown, end, and "
-            "pieces to learn)"
+            "newline, tab, unknown, end, and pieces to learn)"
         )
     documents = split_documents(
         find_documents(inputs, report=report), validation_fraction=validation_fraction, seed=seed
@@ -70,9 +69,8 @@ def train_tokenizer(
         raise DataError(_why_training_failed(str(error), vocabulary_size)) from None
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, output)
+    with replacement(output) as temporary:
+        temporary.write_bytes(model.getvalue())
     return Tokenizer(output)
 
 
@@ -95,14 +93,12 @@ def _why_training_failed(message: str, vocabulary_size: int) -> str:
     if too_large:
         return (
             f"vocabulary size {vocabulary_size} is too large for this corpus: at most "
-            f"{too_large.group(1)} pieces can be made of it; "
-            "take that, or give more text"
+            f"{too_large.group(1)} pieces can be made of it; take that, or give more text"
         )
     too_small = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
     if too_small:
         return (
             f"vocabulary size {vocabulary_size} is too small for this corpus: its characters and "
-            "the 256 bytes alone need "
-            f"{too_small.group(1)}; take more"
+            f"the 256 bytes alone need {too_small.group(1)}; take more"
         )
     return f"the tokenizer cannot be trained on this text: {' '.join(message.split())}"

@@ -1,6 +1,7 @@
 """Videos -> a dataset folder of clips, as frames or as a frozen encoder's embeddings.
 
-    videos ==several processes==> one part file each (data/prepare/clips.py) ==> split ==> encoder, statistics of the training frames ==> shards
+    videos ==several processes==> one part file each (data/prepare/clips.py)
+           ==> split ==> encoder, statistics of the training frames ==> shards
 
 A video goes to training or validation as a whole; a single long video (or `split time`) is cut in
 time, with a gap, so that no frame and no neighbour of a training frame is in validation.
@@ -23,7 +24,13 @@ import torch
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.encoders import FrameEncoder, build_encoder, load_encoder
 from ebwm_scale.data.encoders.pca import fit_pca
-from ebwm_scale.data.format.content import CLIP_FIELD, STORED, decode_image, field_names
+from ebwm_scale.data.format.content import (
+    CLIP_FIELD,
+    STORED,
+    VideoContent,
+    decode_image,
+    field_names,
+)
 from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -32,6 +39,7 @@ from ebwm_scale.data.format.manifest import (
     load_manifest,
 )
 from ebwm_scale.data.format.writer import (
+    DATASET_FILES,
     ShardWriter,
     refuse_foreign_files,
     staged_folder,
@@ -51,16 +59,7 @@ from ebwm_scale.data.prepare.documents import Report, split_documents
 from ebwm_scale.data.prepare.findings import Findings, total
 from ebwm_scale.data.prepare.workers import STILL_S, each_in_a_process
 
-_OURS = (
-    MANIFEST_NAME,
-    "encoder.safetensors",
-    "train-*.tar",
-    "train-*.index.json",
-    "train-*.shards.json",
-    "validation-*.tar",
-    "validation-*.index.json",
-    "validation-*.shards.json",
-)
+_OURS = (*DATASET_FILES, "encoder.safetensors")
 BATCH = 512  # frames in memory as pixels
 # training frames that an encoder is fitted to, and statistics are taken of, evenly over the videos
 MAX_FITTED_FRAMES = 50_000
@@ -78,11 +77,9 @@ class VideoDatasetConfig:
     height: int = 224
     width: int = 224
     crops: int = 1  # windows along the longer side
-    zooms: tuple[int, ...] = (
-        1,
-        # 2: windows of half the size, and twice as many along each side; validation has the first zoom
-        # only
-    )
+    # 2: windows of half the size, and twice as many along each side; validation has the first zoom
+    # only
+    zooms: tuple[int, ...] = (1,)
     stored: str = "embedding"
     quality: int = 95
     encoder: str = "pca"
@@ -156,15 +153,16 @@ def make_video_dataset(
     """
     output = Path(output).resolve()
     other = None if like is None else load_manifest(like)
-    if other is not None and other.modality != "video":
-        raise DataError(f"{other.path}: holds {other.modality}; --like takes a video dataset")
     if other is not None:
+        content = other.content
+        if not isinstance(content, VideoContent):
+            raise DataError(f"{other.path}: holds {other.modality}; --like takes a video dataset")
         config = dataclasses.replace(
             config,
-            height=other.content.height,
-            width=other.content.width,
-            interval_s=other.content.interval_s,
-            encoder=other.content.encoder_name,
+            height=content.height,
+            width=content.width,
+            interval_s=content.interval_s,
+            encoder=content.encoder_name,
         )
     videos = find_videos(inputs, report=report)
     refuse_foreign_files(output, ours=_OURS)
