@@ -1,10 +1,13 @@
 """Convert checkpoints: a run into one folder and back, the released EBT layout into it and out of
 it. Every result is compared with its source.
 
-    python tools/convert_checkpoint.py export runs/mine converted/ [--dtype bfloat16] [--max-shard-gb 5] [--training]
-    python tools/convert_checkpoint.py to-run converted/ runs/again --set data.manifest=data/mine/manifest.json [--zero-stage 2] [--world-size 8]
+    python tools/convert_checkpoint.py export runs/mine converted/ [--dtype bfloat16]
+        [--max-shard-gb 5] [--training]
+    python tools/convert_checkpoint.py to-run converted/ runs/again
+        --set data.manifest=data/mine/manifest.json [--zero-stage 2] [--world-size 8]
         then: train.py --config runs/again/config.yaml --run-dir runs/again --resume
-    python tools/convert_checkpoint.py import-released released.ckpt converted/ [--hparams hparams.json] [--data data/mine/manifest.json]
+    python tools/convert_checkpoint.py import-released released.ckpt converted/
+        [--hparams hparams.json] [--data data/mine/manifest.json]
     python tools/convert_checkpoint.py export-released converted/ released.ckpt
 
 `converted/` holds safetensors, config.yaml, config.json and the tokenizer or encoder;
@@ -78,7 +81,8 @@ def main() -> int:
         default=[],
         metavar="SECTION.KEY=VALUE",
         dest="overrides",
-        help="your own settings in place of those that are dropped: data.manifest=.../manifest.json",
+        help="your own settings in place of those that are dropped: "
+        "data.manifest=.../manifest.json",
     )
     command("import-released", "FILE", "FOLDER", writes_model=True).add_argument(
         "--hparams", type=Path, default=None, metavar="JSON", help="of a bare state dict"

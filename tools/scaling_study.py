@@ -1,10 +1,14 @@
 """Scaling studies: energy models beside Transformer++ at several sizes (or durations, batches,
 depths, widths) and seeds, and what follows from them.
 
-    python tools/scaling_study.py start configs/studies/scaling_text.yaml --run-dir runs/scaling_text --set data.manifest=...   launch what is missing; repeat to go on
+    python tools/scaling_study.py start configs/studies/scaling_text.yaml
+        --run-dir runs/scaling_text --set data.manifest=...
+        launches what is missing; repeat to go on
     python tools/scaling_study.py status runs/scaling_text
-    python tools/scaling_study.py collect configs/studies/scaling_text.yaml runs/scaling_text --output results/scaling/text.json
-    python tools/scaling_study.py page results/scaling/*.json --output scaling.html                                             from data alone, in seconds
+    python tools/scaling_study.py collect configs/studies/scaling_text.yaml runs/scaling_text
+        --output results/scaling/text.json
+    python tools/scaling_study.py page results/scaling/*.json --output scaling.html
+        from data alone, in seconds
 
 A study is a file: title, unit (of the loss), config, set (overrides of every run), axis (what
 varies: size, data, batch, depth or width) and sweep, the axes as in
@@ -27,8 +31,8 @@ from ebwm_scale.config.strict_yaml import dump_yaml, read_yaml
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError, shown
 from ebwm_scale.core.provenance import provenance
-from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
 from ebwm_scale.core.run_location import check_folder
+from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
 
 KEYS = {"title": str, "unit": str, "config": str, "set": list, "axis": str, "sweep": dict}
 

@@ -1,8 +1,10 @@
 """Scaling laws from runs: loss = a x^-b per form of model, with intervals, the point where two
 forms cross, and losses at equal FLOPs.
 
-    study = collect("runs/scaling_text", axis="size")       one row per run: labels, parameters, FLOPs, losses
-    compare(study["runs"], x="parameters")                  exponents, their difference to the reference form, crossover
+    study = collect("runs/scaling_text", axis="size")
+        one row per run: labels, parameters, FLOPs, losses
+    compare(study["runs"], x="parameters")
+        exponents, their difference to the reference form, crossover
 
 Intervals are 95 % percentile bootstraps over seeds: at each x, seeds are drawn with replacement,
 the same ones for every form, because runs of one seed share their data order. Three seeds are few:
@@ -179,18 +181,22 @@ def compare(
             continue
         fit, drawn = fits[form], resampled[form]
         rate = drawn[:, 1] / base_draws[:, 1] - 1
-        at = lambda values, place: values[..., 0] - values[..., 1] * np.log(place)
         largest = max(table[form]) if x == "flops" else end
-        behind = np.exp(at(drawn, largest)) - np.exp(at(base_draws, largest))
+        behind = _power_law(drawn, largest) - _power_law(base_draws, largest)
         result["against_reference"][form] = {
             "exponent_difference": _interval(drawn[:, 1] - base_draws[:, 1], fit[1] - base[1]),
             "relative_rate": _interval(rate, fit[1] / base[1] - 1),
             "loss_difference_at_largest": _interval(
-                behind, float(np.exp(at(fit, largest)) - np.exp(at(base, largest)))
+                behind, float(_power_law(fit, largest) - _power_law(base, largest))
             ),
             "crossover": _crossover(drawn, base_draws, behind),
         }
     return result
+
+
+def _power_law(fit: np.ndarray, place: float) -> np.ndarray:
+    """a x^-b at one x, of every row (ln a, b) of `fit`."""
+    return np.exp(fit[..., 0] - fit[..., 1] * np.log(place))
 
 
 def _resampled_means(points: dict[float, dict[str, float]]) -> np.ndarray:

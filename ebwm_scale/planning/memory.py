@@ -104,15 +104,12 @@ def memory_estimate(
     if not baseline and (
         stage >= 2 or (stage == 0 and config.train.global_batch_size > world_size * micro_batch)
     ):
-        workspace += (
-            element * num_parameters
-            # a micro-batch's gradients are summed on their own, beside those accumulated or partitioned
-        )
+        # A micro-batch's gradients are summed on their own, beside accumulated or partitioned ones.
+        workspace += element * num_parameters
     if stage == 3:  # whole while they are used; the baseline gathers a block at a time too
         blocks = z.layers * (z.block_weights + 2 * D)
-        workspace += element * min(
-            num_parameters, REDUCE_BUCKET
-        )  # gradients on their way to the others
+        # gradients on their way to the others
+        workspace += element * min(num_parameters, REDUCE_BUCKET)
         workspace += element * (
             num_parameters - (blocks * (z.layers - 1) // z.layers if by_block or baseline else 0)
         )

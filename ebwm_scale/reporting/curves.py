@@ -1,8 +1,10 @@
 """The rows of metrics.jsonl, thinned while they are read: what a report shows of a run of any
 length.
 
-    first reading       the step and the split of every line (9 bytes each): which lines count, and where
-    second reading      training rows into at most POINTS bins of neighbouring steps, validation rows chosen
+    first reading       the step and the split of every line (9 bytes each): which lines count,
+                        and where
+    second reading      training rows into at most POINTS bins of neighbouring steps, validation
+                        rows chosen
 
 A resumed run logs some steps again, and a file may hold its rows in any order: of each step the
 last row counts. So nothing of a row is kept but sums, extremes and, for medians, every n-th value.
@@ -212,7 +214,10 @@ class Training:
 
 @dataclass
 class Validation:
-    """The validation rows, the chosen ones whole: steps rising, the first and the last among them."""
+    """The validation rows, the chosen ones whole.
+
+    Steps rise; the first and the last row are among them.
+    """
 
     rows: list[dict] = field(default_factory=list)
     num_rows: int = 0

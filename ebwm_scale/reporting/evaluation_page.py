@@ -136,8 +136,10 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         f"{with_interval(allocation['rank_correlation_of_steps_with_error'])}."
     )
     if "uncertainty" in result:
+        spread = result["uncertainty"]["rank_correlation_of_energy_spread_with_error"]
         lines.append(
-            f"Spread of energy over starts against the error: rank correlation {with_interval(result['uncertainty']['rank_correlation_of_energy_spread_with_error'])}."
+            "Spread of energy over starts against the error: rank correlation "
+            f"{with_interval(spread)}."
         )
     if "foreign" in result:
         lines.append(

@@ -1,7 +1,8 @@
 """Self-contained HTML pages in one style: an escaping template, its colours, and plots as inline
 SVG.
 
-    data -> plain values (reporting/report_page.py, reporting/evaluation_page.py, reporting/scaling_page.py) -> render(template, ...)
+    data -> plain values (report_page.py, evaluation_page.py, scaling_page.py beside this file)
+         -> render(template, ...)
 
 Templates are in templates/. Whatever they show is escaped; a value that a template asks for and
 that is not given is an error. Only drawings are put in as they are: matplotlib made them, and it

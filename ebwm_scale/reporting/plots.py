@@ -176,13 +176,11 @@ def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     _label_axes(axes, run.loss_unit)
     _legend(axes)
     first, last = run.validation[0]["loss"], run.validation[-1]["loss"]
-    return " ".join(
-        [
-            f"Loss on held-out data in {run.loss_unit}; lower is better. "
-            f"It was {show(first)} at step {steps[0]:,} and is {show(last)} at step {steps[-1]:,}.",
-            *notes,
-        ]
+    sentence = (
+        f"Loss on held-out data in {run.loss_unit}; lower is better. "
+        f"It was {show(first)} at step {steps[0]:,} and is {show(last)} at step {steps[-1]:,}."
     )
+    return " ".join([sentence, *notes])
 
 
 def draw_profile(axes: Axes, run: Run, baseline: Run | None) -> str | None:

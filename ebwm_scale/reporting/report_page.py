@@ -37,9 +37,9 @@ def render(run: Run, baseline: Run | None) -> str:
     answer, sentence, checks = judge(run, baseline)
     headline, plots = report_plots(run, baseline)
     notes = list(run.notes)
-    for note in baseline.notes if baseline else ():
-        if note.startswith(("metrics", "config")):
-            notes.append(f"Comparison run: {note}")
+    if baseline:
+        about_numbers = [note for note in baseline.notes if note.startswith(("metrics", "config"))]
+        notes += [f"Comparison run: {note}" for note in about_numbers]
     return render_page(
         "report.html.j2",
         title=f"{answer} – {run.name}",

@@ -33,7 +33,7 @@ class Run:
     config: dict
     training: Training
     validated: Validation
-    events: Events = field(default_factory=lambda: Events())
+    events: Events = field(default_factory=Events)
     samples: dict | None = None
     summary: dict | None = None
     notes: tuple[str, ...] = ()

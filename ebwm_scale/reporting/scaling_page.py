@@ -86,8 +86,8 @@ def _rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     for run in runs:
         cells.setdefault((str(run["form"]), str(run["point"])), []).append(run)
     rows = []
-    for (form, point), group in cells.items():
-        group = sorted(group, key=lambda run: str(run["seed"]))
+    for (form, point), runs_of_cell in cells.items():
+        group = sorted(runs_of_cell, key=lambda run: str(run["seed"]))
         steps = []
         if all(run["loss_per_step"] for run in group):
             steps = np.mean([run["loss_per_step"] for run in group], 0)

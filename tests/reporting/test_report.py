@@ -164,7 +164,10 @@ def answer_of(page):
 
 def checks_of(page):
     """{first words of the claim: (mark, figure, detail)} as a reader sees them."""
-    line = r'<li class="(\w+)">.*?class="claim">(.*?)</span><span class="figure">(.*?)</span><span class="detail">(.*?)</span>'
+    line = (
+        r'<li class="(\w+)">.*?class="claim">(.*?)</span>'
+        r'<span class="figure">(.*?)</span><span class="detail">(.*?)</span>'
+    )
     return {claim: (mark, figure, detail) for mark, claim, figure, detail in re.findall(line, page)}
 
 
