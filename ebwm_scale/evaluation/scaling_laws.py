@@ -23,6 +23,7 @@ import numpy as np
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.renamed_keys import with_new_names
 from ebwm_scale.core.rows import Rows
 from ebwm_scale.planning.flops import model_flops, step_flops
 
@@ -85,7 +86,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
             validation.append(row)
         elif isinstance(row.get("step_time_s"), float):
             step_times.append(row["step_time_s"])
-    last = validation[-1]
+    last = with_new_names(validation[-1])
     flops = model_flops(step_flops(config, samples=config.train.global_batch_size))
     tokens = config.train.global_batch_size * config.data.context_length
     parts = summary["parameters"]
@@ -102,7 +103,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "loss": last["loss"],
         "loss_per_step": last.get("loss_per_step"),
         "initial_loss": last.get("initial_loss"),
-        "copy_last_loss": last.get("copy_last_loss"),
+        "persistence_loss": last.get("persistence_loss"),
         "curve": [[row["step"], row["loss"]] for row in validation],
         "step_time_s": float(np.median(step_times)) if step_times else None,
     }

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ebwm_scale.core.renamed_keys import with_new_names
 from ebwm_scale.core.rows import Rows
 
 POINTS = 300  # bins per curve: what a screen can show
@@ -43,8 +44,8 @@ VALIDATION = (  # what is kept of a validation row, beside its step and losses
     "initial_loss",
     "perplexity",
     "unigram_entropy",
-    "copy_last_loss",
-    "linear_loss",
+    "persistence_loss",
+    "linear_extrapolation_loss",
     "num_tokens",
     "num_frames",
 )
@@ -311,6 +312,7 @@ class _Choosing:
         self.num_broken, self.best = 0, None
 
     def add(self, rank: int, row: dict) -> None:
+        row = with_new_names(row)
         slim = {"step": row["step"], "loss": final_loss(row), "loss_per_step": losses_of(row)}
         slim |= {key: number(row[key]) for key in VALIDATION if row.get(key) is not None}
         self.num_broken += is_broken(row)

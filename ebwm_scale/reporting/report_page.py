@@ -180,7 +180,10 @@ def _validations(run: Run) -> dict[str, Any] | None:
     if run.is_text:
         more = {"perplexity": "perplexity"}
     else:
-        more = {"copy_last_loss": "copying the last frame", "linear_loss": "going straight on"}
+        more = {
+            "persistence_loss": "persistence",
+            "linear_extrapolation_loss": "linear extrapolation",
+        }
     body = []
     for row in shown:
         losses = row["loss_per_step"]

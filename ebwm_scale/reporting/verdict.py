@@ -90,7 +90,7 @@ def _against_reference(run: Run) -> Check:
     if reference != reference:
         return _unknown(
             claim,
-            f"validation rows carry no {'unigram_entropy' if run.is_text else 'copy_last_loss'}",
+            f"validation rows carry no {'unigram_entropy' if run.is_text else 'persistence_loss'}",
         )
     ok = reference - loss >= LEARNED_NATS if run.is_text else loss < reference
     return Check(

@@ -377,11 +377,11 @@ def test_report_of_a_baseline_run_makes_no_claims_about_refinement(tmp_path):
     assert "there is nothing to refine" in page
 
 
-def test_video_runs_are_held_against_copying_the_last_frame(tmp_path, without_plots):
+@pytest.mark.parametrize("key", ["persistence_loss", "copy_last_loss"])
+def test_video_runs_are_held_against_persistence(tmp_path, without_plots, key):
+    """Under today's name of the key, and under the one of before."""
     for loss, answer in ((0.2, "Yes"), (0.4, "No")):
-        row = validation_row(
-            20, [0.5, loss], unigram_entropy=None, copy_last_loss=0.3, perplexity=None
-        )
+        row = validation_row(20, [0.5, loss], unigram_entropy=None, perplexity=None, **{key: 0.3})
         run_folder(tmp_path, [training_row(10, [0.5, 0.4]), row])
         settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
         (tmp_path / "config.yaml").write_text(
@@ -579,12 +579,12 @@ SAMPLES = {
             "candidates": [{"step": 1, "loss": 0.5, "energy": -1.0, "image": IMAGE}],
             "truth": IMAGE,
             "truth_energy": -2.0,
-            "copy_last_loss": 0.3,
+            "persistence_loss": 0.3,
             "first": 2,
             "continuation": [IMAGE],
             "continuation_truth": [IMAGE],
             "continuation_loss": [0.1],
-            "continuation_copy_loss": [0.2],
+            "continuation_persistence_loss": [0.2],
         }
     ],
 }
