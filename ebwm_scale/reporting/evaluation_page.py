@@ -14,7 +14,7 @@ from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, printable
-from ebwm_scale.reporting.plots import LIGHT
+from ebwm_scale.reporting.style import LIGHT
 
 MAX_POINTS = 300  # of a curve or a table
 
@@ -157,7 +157,9 @@ def _curves(axes: Axes, result: dict[str, Any], unit: str) -> str:
     ):
         _with_band(axes, [p["num_steps"] for p in points], points, colour, label, style)
     axes.axvline(result["trained_steps"], color=LIGHT["muted"], linewidth=0.7, linestyle=":")
-    axes.set_xlabel("refinement steps"), axes.set_ylabel(unit), axes.legend(fontsize=7)
+    axes.set_xlabel("refinement steps")
+    axes.set_ylabel(unit)
+    axes.legend(fontsize=7)
     return (
         f"Trained with {result['trained_steps']}; initial state {show(result['initial']['mean'])}."
     )
@@ -167,7 +169,8 @@ def _starts(axes: Axes, points: list[dict], unit: str) -> str:
     _with_band(
         axes, [p["num_starts"] for p in points], points, LIGHT["curve3"], "lowest energy", "-"
     )
-    axes.set_xlabel("starts"), axes.set_ylabel(unit)
+    axes.set_xlabel("starts")
+    axes.set_ylabel(unit)
     return (
         f"Mean energy {show(points[0]['mean_energy'])} with {points[0]['num_starts']}, "
         f"{show(points[-1]['mean_energy'])} with {points[-1]['num_starts']}."
@@ -182,7 +185,8 @@ def _deciles(axes: Axes, points: list[dict], by: str, what: str) -> str:
         marker="o",
         markersize=3,
     )
-    axes.set_xlabel(f"mean {by} of the decile"), axes.set_ylabel(what)
+    axes.set_xlabel(f"mean {by} of the decile")
+    axes.set_ylabel(what)
     return (
         f"From {show(points[0]['mean'])} in the lowest decile to {show(points[-1]['mean'])} in the "
         "highest."

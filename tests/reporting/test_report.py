@@ -22,13 +22,13 @@ from ebwm_scale.report import main, write_report
 from ebwm_scale.reporting import report_page
 from ebwm_scale.reporting.curves import POINTS, read_metrics
 from ebwm_scale.reporting.plots import (
-    PALETTE,
     Plot,
     draw_profile,
     draw_training_loss,
     draw_validation,
 )
 from ebwm_scale.reporting.read_run import read_run
+from ebwm_scale.reporting.style import PALETTE
 from ebwm_scale.train import report_in_words
 from ebwm_scale.training.run_folder import RunFolder
 
@@ -541,6 +541,16 @@ def test_thinking_helps_where_a_run_with_one_step_is_beaten(
     set_config(other, "refinement", num_steps=1)
     found = check(page_of(tmp_path / "run", other), "Thinking longer")
     assert found[0] == "unknown" and "different validation data" in found[2]
+
+
+def test_data_that_may_differ_is_no_comparison(tmp_path, without_plots):
+    """Without a reference loss nobody knows that both runs were validated on the same data."""
+    row = validation_row(20, [5.0])
+    del row["unigram_entropy"]
+    other = run_folder(tmp_path / "one", [row])
+    set_config(other, "refinement", num_steps=1)
+    found = check(page_of(run_folder(tmp_path / "run"), other), "Thinking longer")
+    assert found[:2] == ("unknown", "–") and "same is not known: no unigram entropy" in found[2]
 
 
 def set_config(folder, section, **values):
