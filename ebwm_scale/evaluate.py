@@ -2,7 +2,7 @@
 how far its energies can be trusted.
 
     ebwm evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4]
-                      [--foreign FILE ..] [--output DIR]
+                      [--out-of-distribution FILE ..] [--output DIR]
 
 Writes evaluation.json and evaluation.html into RUN (or DIR). Losses are means per target over the
 validation split (text: nats per token, perplexity is the exponential of the mean; video: SmoothL1),
@@ -11,13 +11,14 @@ with 95 % intervals from a bootstrap over samples. For an energy model:
     curves       loss against the number of refinement steps, and against the number of starts of
                  which the lowest energy is kept
     energy       rank correlation of final energy and actual error over positions; mean error in
-                 tenths of energy
-    allocation   with early stopping: steps used against error, in tenths of it; what the saved
+                 deciles of energy
+    allocation   with early stopping: steps used against error, in deciles of it; what the saved
                  steps cost in loss
     uncertainty  rank correlation of the spread of energy over starts with the error
-    foreign      (text) energies of shuffled tokens against real ones: the share of pairs in which
-                 the real text has the lower energy; the same for each file of --foreign, another
-                 language or program code, beside what the loss (of Transformer++ too) would say
+    distribution (text) energies of shuffled tokens against real ones, as AUROC: the share of pairs
+                 in which the real text has the lower energy; the same for each file of
+                 --out-of-distribution, another language or program code, beside what the loss (of
+                 Transformer++ too) would say
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.arguments import ArgumentParser, OldOption, command
 from ebwm_scale.core.console import progress_on_console, say
 from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.core.progress import Progress, no_progress, tracked
@@ -98,12 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of early stopping (default: a hundredth of the mean fall of the first step)",
     )
     parser.add_argument(
-        "--foreign",
+        "--out-of-distribution",
         type=Path,
         nargs="+",
         default=[],
         metavar="FILE",
         help="texts (UTF-8) of another kind, to be told from the validation split",
+    )
+    parser.add_argument(
+        "--foreign",
+        action=OldOption,
+        const="--out-of-distribution",
+        dest="out_of_distribution",
+        type=Path,
+        nargs="+",
     )
     parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="default: the run folder"
@@ -117,8 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sources = sources_of(options.data, config)
     split = open_sources(sources, "validation", verify="sizes")
     refuse_another_tokenizer(config, split.manifest)
-    texts = foreign_texts(
-        options.foreign, split.manifest, config.data.context_length, options.max_samples
+    texts = out_of_distribution_texts(
+        options.out_of_distribution,
+        split.manifest,
+        config.data.context_length,
+        options.max_samples,
     )
     with progress_on_console() as progress:
         result = evaluate(
@@ -165,14 +177,16 @@ def write_evaluation(folder: Path, result: dict[str, Any]) -> Path:
     return page
 
 
-def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> dict[str, Tensor]:
+def out_of_distribution_texts(
+    paths: Sequence[Path], manifest, length: int, most: int
+) -> dict[str, Tensor]:
     """{path: token ids (n, length + 1)}, n at most `most` sequences spread over the file.
 
     Raises UserError for a file that cannot be read or is too short.
     """
     if paths and manifest.modality != "text":
         raise UserError(
-            f"--foreign takes texts, and this is a model of {manifest.modality}: leave it out"
+            f"--out-of-distribution takes texts, and this is a model of {manifest.modality}: leave it out"
         )
     from ebwm_scale.data.tokenizer import Tokenizer
 
@@ -183,10 +197,12 @@ def foreign_texts(paths: Sequence[Path], manifest, length: int, most: int) -> di
                 Tokenizer(manifest.content.tokenizer_path).encode(path.read_text(encoding="utf-8"))
             )
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--foreign {path}: cannot be read as UTF-8 text: {error}") from None
+            raise UserError(
+                f"--out-of-distribution {path}: cannot be read as UTF-8 text: {error}"
+            ) from None
         if len(ids) <= length:
             raise UserError(
-                f"--foreign {path}: {len(ids)} tokens, and one sequence of this model takes "
+                f"--out-of-distribution {path}: {len(ids)} tokens, and one sequence of this model takes "
                 f"{length + 1}: give a longer text"
             )
         sequences = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
@@ -229,7 +245,7 @@ def evaluate(
             [_baseline_errors(model, observed, targets) for _, observed, targets in batches]
         )
         result["loss"] = _estimate(errors, config)
-        return result | _foreign_texts(model, batches, texts or {}, batch_size, seed=0)
+        return result | _other_texts(model, batches, texts or {}, batch_size, seed=0)
     seed, trained = config.train.seed, config.refinement.num_steps
 
     def think_all(thinking: ThinkingConfig, what: str) -> tuple[Tensor, Tensor]:
@@ -263,7 +279,7 @@ def evaluate(
 
     result["energy"] = {
         "rank_correlation_with_error": correlation_ci(energies_as_trained, errors_as_trained),
-        "tenths": deciles(energies_as_trained, errors_as_trained),
+        "deciles": deciles(energies_as_trained, errors_as_trained),
     }
     if config.state.initial == "random_noise":
         say(f"starts: {', '.join(map(str, starts))}")
@@ -276,8 +292,8 @@ def evaluate(
         model, config, batches, 4 * trained, tolerance, seed, progress
     )
     if split.manifest.modality == "text":
-        result["foreign"] = _foreign(model, batches, seed)
-        result |= _foreign_texts(model, batches, texts or {}, batch_size, seed)
+        result["out_of_distribution"] = _shuffled(model, batches, seed)
+        result |= _other_texts(model, batches, texts or {}, batch_size, seed)
     return result
 
 
@@ -420,11 +436,11 @@ def _allocation(
         "loss_running_on": _estimate(loss_on, config),
         "loss_stopped": _estimate(loss_stopped, config),
         "rank_correlation_of_steps_with_error": correlation_ci(steps, loss_stopped),
-        "tenths_of_error": deciles(loss_stopped, steps),
+        "deciles_of_error": deciles(loss_stopped, steps),
     }
 
 
-def _foreign(model, batches, seed: int) -> dict[str, Any]:
+def _shuffled(model, batches, seed: int) -> dict[str, Any]:
     """Real sequences against the same tokens shuffled."""
     real, shuffled = [], []
     generator = torch.Generator().manual_seed(seed)
@@ -440,11 +456,11 @@ def _foreign(model, batches, seed: int) -> dict[str, Any]:
     return {
         "mean_energy_real": bootstrap_ci(real),
         "mean_energy_shuffled": bootstrap_ci(shuffled),
-        "share_of_pairs_in_which_real_is_lower": _share_lower(real, shuffled),
+        "auroc": _auroc(real, shuffled),
     }
 
 
-def _foreign_texts(
+def _other_texts(
     model, batches, texts: dict[str, Tensor], batch_size: int, seed: int
 ) -> dict[str, Any]:
     """Validation sequences against those of other texts, by energy and by loss."""
@@ -475,12 +491,9 @@ def _foreign_texts(
         rows.append(
             {"name": name, "num_samples": len(tokens)}
             | {f"mean_{what}": bootstrap_ci(value) for what, value in other.items()}
-            | {
-                f"share_of_pairs_in_which_real_has_lower_{what}": _share_lower(real[what], value)
-                for what, value in other.items()
-            }
+            | {f"auroc_of_{what}": _auroc(real[what], value) for what, value in other.items()}
         )
-    return {"foreign_texts": rows}
+    return {"out_of_distribution_texts": rows}
 
 
 def _energies(model, observed: Tensor, targets: Tensor) -> Tensor:
@@ -496,7 +509,7 @@ def _energies(model, observed: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-def _share_lower(real: Tensor, other: Tensor) -> dict[str, float]:
+def _auroc(real: Tensor, other: Tensor) -> dict[str, float]:
     """Of all pairs, those in which the real sequence has the lower value; equal ones count half."""
     return bootstrap_ci(
         ((real[:, None] < other[None]).double() + 0.5 * (real[:, None] == other[None])).mean(1)

@@ -29,7 +29,7 @@ from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
 from ebwm_scale.core.console import leave_quietly, say
-from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
+from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, ConfigError, UserError
 from ebwm_scale.core.plain_text import one_line, shorten
 from ebwm_scale.core.processes import find_place
 from ebwm_scale.core.run_location import check_folder

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from kinds import ProcessGuard, kind_of
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,7 +27,15 @@ LONGEST = (
 )
 
 
+guard = ProcessGuard()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marks
 def pytest_collection_modifyitems(items):
+    for item in items:
+        kind = kind_of(item)
+        if kind is not None:
+            item.add_marker(kind)
     place = {name: index for index, name in enumerate(LONGEST)}
     items.sort(
         key=lambda item: place.get("/".join(item.path.with_suffix("").parts[-2:]), len(place))
@@ -54,3 +63,23 @@ def open_run_folder():
     yield open_it
     for folder in opened:
         folder.ownership.release(unsaved=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A unit test, its fixtures included, starts no process."""
+    guard.started.clear()
+    guard.watching = item.get_closest_marker("unit") is not None
+    try:
+        return (yield)
+    finally:
+        guard.watching = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    if item.get_closest_marker("unit") and guard.started:
+        pytest.fail(
+            f"a unit test started {guard.started[0]}; mark it with pytest.mark.multiprocess",
+            pytrace=False,
+        )

@@ -1,8 +1,10 @@
 """Samples and megabytes per second of reading shards: by the index, and by plain webdataset
 streaming of the same files, in the same run.
 
-    python tools/bench_data.py data/text/manifest.json data/frames/manifest.json data/embeddings/manifest.json [--seconds 3] [--repeats 3]
-    python tools/bench_data.py --synthetic DIR          makes text blocks, jpeg frames and embeddings first
+    python tools/bench_data.py data/text/manifest.json data/frames/manifest.json
+        data/embeddings/manifest.json [--seconds 3] [--repeats 3]
+    python tools/bench_data.py --synthetic DIR
+        makes text blocks, jpeg frames and embeddings first
 
 One JSON line per dataset. Both readers give decoded samples as NumPy arrays; ours also checks every
 sample's CRC-32. Readings alternate, files are in the page cache (each is read once before), and
@@ -161,7 +163,9 @@ def webdataset_reader(split, content, length: int):
 
 
 def synthetic(folder: Path) -> list[Path]:
-    """Text blocks of 256 + 1 tokens, 16 + 1 jpeg frames of 224 x 224, and 16 + 1 embeddings of 3136 numbers."""
+    """Three datasets: text blocks of 256 + 1 tokens, 16 + 1 jpeg frames of 224 x 224, and 16 + 1
+    embeddings of 3136 numbers.
+    """
     from ebwm_scale.data.format.content import encode_image, field_names
 
     generator, paths = np.random.default_rng(0), []

@@ -1,7 +1,8 @@
 """Tokens per second of generation: with the cache, recomputing the prefix for every token, and
 Transformer++ of the same size.
 
-    python tools/bench_generation.py [--size xs] [--tokens 256] [--vocabulary 32000] [--num-steps 2] [--output FILE]
+    python tools/bench_generation.py [--size xs] [--tokens 256] [--vocabulary 32000]
+        [--num-steps 2] [--output FILE]
 
 One prompt of one token is continued to --tokens; weights are random, greedy choice. "recomputed"
 refines every position of the prefix with training's own loop and reads the last; it is timed at

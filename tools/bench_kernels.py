@@ -2,16 +2,21 @@
 """Time the attention kernels, level by level, against what else there is, and hold them against
 float64.
 
-    python tools/bench_kernels.py --output results/bench_kernels_h100.json          on a GPU: S 256 to 16384, d 64 and 128, bfloat16
-    python tools/bench_kernels.py --device cpu --sizes 256 512 --head-dimension 64 --dtype float32 --hidden 256 --tokens 512
-    python tools/bench_kernels.py --tune --sizes 4096                               on a GPU: best tiles, as rows for kernels/ebwm_kernels/attention/tuning.py
+    python tools/bench_kernels.py --output results/bench_kernels_h100.json
+        on a GPU: S 256 to 16384, d 64 and 128, bfloat16
+    python tools/bench_kernels.py --device cpu --sizes 256 512 --head-dimension 64 --dtype float32
+        --hidden 256 --tokens 512
+    python tools/bench_kernels.py --tune --sizes 4096
+        on a GPU: best tiles, as rows for kernels/ebwm_kernels/attention/tuning.py
 
 Levels: forward; inner_gradient (q, k*, v* or q, K, V); backward (first order, all inputs);
 double_backward. Implementations:
     energy     energy_attention (own key per query; what a refinement step uses)
     causal     causal_attention (cotangents on dK and dV as well)
-    math       the energy attention through PyTorch's scaled_dot_product_attention, MATH backend, under create_graph
-    flex       FlexAttention, compiled, causal: forward and first-order backward, the yardstick for Triton (GPU)
+    math       the energy attention through PyTorch's scaled_dot_product_attention, MATH backend,
+               under create_graph
+    flex       FlexAttention, compiled, causal: forward and first-order backward, the yardstick
+               for Triton (GPU)
     flash      flash-attn, causal: forward and first-order backward, where it is installed (GPU)
 One row each: median milliseconds, TFLOP/s by the matrix products the implementation makes
 (attention_ops.PRODUCTS; 2 and 5 for flex and flash; none for math), peak memory, largest relative
@@ -298,6 +303,8 @@ def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
     """Time every candidate tile of every kernel inside its level, the other kernels' tiles as in
     the table.
     """
+    from triton.errors import TritonError
+
     from ebwm_kernels.attention import triton_kernels as attention_triton
 
     for own in (True, False):
@@ -311,7 +318,7 @@ def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
                 )
                 try:
                     times[tile] = timer(problem.ours(own)[LEVEL_OF[kernel]][0])[0]
-                except Exception as error:  # a tile that needs more shared memory than there is
+                except (TritonError, RuntimeError) as error:  # a tile too large for the GPU
                     times[tile] = float("inf")
                     print(f"    {kernel} {tuple(tile)}: {type(error).__name__}", file=sys.stderr)
             attention_triton.tile_for = tile_for

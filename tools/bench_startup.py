@@ -1,7 +1,8 @@
 """Start-up of a run on a dataset of very many shards: seconds and megabytes of rank 0, and of every
 other rank.
 
-    python tools/bench_startup.py --shards 1000000 --ranks 1024 --output results/startup.json [--before CHECKOUT]
+    python tools/bench_startup.py --shards 1000000 --ranks 1024 --output results/startup.json
+        [--before CHECKOUT]
 
 Makes a dataset folder of that many shards (hard links to one file: only their names and sizes are
 asked for), opens it as rank 0 does, and hands what rank 0 sends to one process after the other,
@@ -41,7 +42,8 @@ start = time.monotonic()
 split = open_split(Path(sys.argv[1]), "train", verify="sizes")
 seconds = time.monotonic() - start
 more = peak_kib() - before
-print(json.dumps({"seconds": round(seconds, 2), "peak_mib": round(more / 1024, 1), "samples": len(split)}))
+peak_mib = round(more / 1024, 1)
+print(json.dumps({"seconds": round(seconds, 2), "peak_mib": peak_mib, "samples": len(split)}))
 """
 INDEX = """
 import gc, json, sys, time, tracemalloc

@@ -1,6 +1,6 @@
 """Time and memory of one training step (forward, backward, AdamW), on random tokens.
 
-    python tools/bench_step.py --model energy --size xxs --sequence 256 --vocabulary 32000 --batch 4 \
+    python tools/bench_step.py --model energy --size xxs --sequence 256 --vocabulary 32000 --batch 4
         --num-refinement-steps 2 --conditioning default --steps 3 [--compare baseline]
 
 Prints one JSON line: median wall and CPU seconds per step, tokens/s, peak memory over the process's

@@ -1,7 +1,9 @@
 """docs/reference.md from the docstrings: every public module, class and function that has one, with
 its signature. Nothing is imported.
 
-python tools/build_reference.py [--check]           --check: exit code 1 if the file is not what the docstrings say
+    python tools/build_reference.py [--check]
+
+--check: exit code 1 if the file is not what the docstrings say.
 """
 
 from __future__ import annotations
@@ -43,7 +45,11 @@ def reference() -> str:
     """The page as Markdown."""
     parts = [
         "# Reference",
-        "Built from the docstrings by `tools/build_reference.py`. Private names, what has no docstring, and pages and jobs, which nobody imports, are left out; `python -m module --help` explains commands.",
+        (
+            "Built from the docstrings by `tools/build_reference.py`. Private names, what has no "
+            "docstring, and pages and jobs, which nobody imports, are left out; "
+            "`python -m module --help` explains commands."
+        ),
     ]
     contents, bodies = [], []
     for package, folder in PACKAGES.items():

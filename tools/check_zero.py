@@ -1,8 +1,9 @@
 """Whether every ZeRO stage trains the model that one process in float64 would: differences after 5
 steps, for the table in docs/distributed.md.
 
-    python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json] [--stages 0 1 2 3] [--checkpoint none step block]
-        [--precision fp32 bf16] [--recipe S1 S2 algorithm_1 baseline] [--accumulation 2] [--break partition]
+    python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json]
+        [--stages 0 1 2 3] [--checkpoint none step block] [--precision fp32 bf16]
+        [--recipe S1 S2 algorithm_1 baseline] [--accumulation 2] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
 Prints a JSON line per combination: the largest difference of any parameter and of any first moment

@@ -2,7 +2,8 @@
 """Compile the Triton attention kernels for NVIDIA architectures on a machine without a GPU, and
 report what the compiler made of them.
 
-    python tools/compile_kernels.py --architecture sm_90 --head-dimension 64 128 [--kernel _second_key ...] [--tile ROWS,KEYS,WARPS,STAGES ...]
+    python tools/compile_kernels.py --architecture sm_90 --head-dimension 64 128
+        [--kernel _second_key ...] [--tile ROWS,KEYS,WARPS,STAGES ...]
 
 One JSON line per kernel and tile: registers, bytes spilled, shared memory, tensor-core
 instructions, seconds. Shared memory is held against the architecture's limit here, since the

@@ -2,7 +2,7 @@
 MB, BSD-3-Clause).
 
     python tools/fetch_sample_corpus.py --output corpus
-    python tools/fetch_sample_corpus.py --output corpus --archive ~/downloads      # without a network
+    python tools/fetch_sample_corpus.py --output corpus --archive ~/downloads   # without a network
 
 Downloads with the running interpreter's pip, checks a pinned hash, executes nothing of the archive,
 and does nothing if the corpus is already there. Any other folder of text serves as well: see

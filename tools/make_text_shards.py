@@ -1,7 +1,8 @@
 """Pack text files and folders into a dataset: WebDataset shards with an index, and a manifest.json
 for data.manifest.
 
-    python tools/make_text_shards.py corpus --output data/corpus --tokenizer tokenizer.model --context-length 256
+    python tools/make_text_shards.py corpus --output data/corpus --tokenizer tokenizer.model
+        --context-length 256
 
 Linked folders are followed; files of other kinds are listed and left out. Documents go to training
 or validation as a whole. The dataset folder appears when it is complete; running the same

@@ -1,9 +1,12 @@
 """Cut videos into clips of frames and pack them into a dataset: WebDataset shards with an index,
 and a manifest.json for data.manifest.
 
-    python tools/make_video_shards.py my_videos --output data/videos                                    pca embeddings, fitted on the training frames
-    python tools/make_video_shards.py my_videos --output data/videos --encoder sd-vae --encoder-path ~/sd-vae-ft-ema
-    python tools/make_video_shards.py my_videos --output data/videos --store jpeg --encoder transformers --encoder-path ~/dinov2-base
+    python tools/make_video_shards.py my_videos --output data/videos
+        pca embeddings, fitted on the training frames
+    python tools/make_video_shards.py my_videos --output data/videos --encoder sd-vae
+        --encoder-path ~/sd-vae-ft-ema
+    python tools/make_video_shards.py my_videos --output data/videos --store jpeg
+        --encoder transformers --encoder-path ~/dinov2-base
 
 What a player shows is stored: turned, mirrored, with square pixels. Videos are decoded in parallel;
 a killed run goes on with those that are not done. A video that cannot be decoded is reported and

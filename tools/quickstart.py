@@ -1,7 +1,8 @@
 """The quick start: real data, shards, Transformer++ and an energy-based world model trained on
 them, and a report. For text or for video.
 
-    python tools/quickstart.py [text|video] [--runs runs] [--data data] [--input DIR] [--hold-out VIDEO]
+    python tools/quickstart.py [text|video] [--runs runs] [--data data] [--input DIR]
+        [--hold-out VIDEO]
 
 Every stage is kept when it is done, and a killed run goes on where it was: repeat the command.
 --input: a folder of your own text or videos instead of the samples (the documentation of Django
@@ -47,7 +48,8 @@ def main() -> int:
         "--hold-out",
         default=None,
         metavar="VIDEO",
-        help="video: validate on this one (default: bikes.mp4 of the samples, a tenth of one's own)",
+        help="video: validate on this one (default: bikes.mp4 of the samples, a tenth of one's "
+        "own)",
     )
     arguments = parser.parse_args()
     start = time.monotonic()

@@ -1,10 +1,14 @@
 """Scaling studies: energy models beside Transformer++ at several sizes (or durations, batches,
 depths, widths) and seeds, and what follows from them.
 
-    python tools/scaling_study.py start configs/studies/scaling_text.yaml --run-dir runs/scaling_text --set data.manifest=...   launch what is missing; repeat to go on
+    python tools/scaling_study.py start configs/studies/scaling_text.yaml
+        --run-dir runs/scaling_text --set data.manifest=...
+        launches what is missing; repeat to go on
     python tools/scaling_study.py status runs/scaling_text
-    python tools/scaling_study.py collect configs/studies/scaling_text.yaml runs/scaling_text --output results/scaling/text.json
-    python tools/scaling_study.py page results/scaling/*.json --output scaling.html                                             from data alone, in seconds
+    python tools/scaling_study.py collect configs/studies/scaling_text.yaml runs/scaling_text
+        --output results/scaling/text.json
+    python tools/scaling_study.py page results/scaling/*.json --output scaling.html
+        from data alone, in seconds
 
 A study is a file: title, unit (of the loss), config, set (overrides of every run), axis (what
 varies: size, data, batch, depth or width) and sweep, the axes as in

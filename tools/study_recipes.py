@@ -1,7 +1,8 @@
 """What each refinement step is worth in every run of a sweep over recipes: held-out losses after
 each step, with paired intervals.
 
-    python tools/study_recipes.py runs/recipes [--max-samples 256] [--steps 8] [--against one-step] --output results/recipes.json
+    python tools/study_recipes.py runs/recipes [--max-samples 256] [--steps 8]
+        [--against one-step] --output results/recipes.json
 
 Per run: the loss after 0, 1, .. steps (beyond the trained number: thinking on, in the last
 landscape), the gain of each step over the one before, and of the last trained step over the run

@@ -3,16 +3,20 @@ exactly, of text and of states.
 
     python tools/study_uncertainty.py [--steps 600] [--starts 8] [--output results/uncertainty.json]
 
-text     a Markov chain over 96 tokens: token t is followed by one of 2^(t mod 6) tokens, all equally likely. True entropy: (t mod 6) ln 2 nats.
-states   a point on a circle that moves on by a fixed angle plus Gaussian noise of deviation 0, 0.3, 1 or 3 radians; which one is announced in the state, in turn.
+text     a Markov chain over 96 tokens: token t is followed by one of 2^(t mod 6) tokens, all
+         equally likely. True entropy: (t mod 6) ln 2 nats.
+states   a point on a circle that moves on by a fixed angle plus Gaussian noise of deviation 0, 0.3,
+         1 or 3 radians; which one is announced in the state, in turn.
 
 A small energy model learns each (in memory, no engine), of two forms: as released (one candidate
 from noise) and anchored. Then, on sequences it has not seen, every position is predicted
-from several initial states, and what the model offers as uncertainty is compared with the truth by rank correlation, with bootstrap intervals over sequences:
+from several initial states, and what the model offers as uncertainty is compared with the truth by
+rank correlation, with bootstrap intervals over sequences:
 
     energy           of the final state, of the first start
     energy spread    its standard deviation over starts
-    state spread     how far apart the final states are: of text, the deviation of the predicted probabilities over starts; of states, of the coordinates
+    state spread     how far apart the final states are: of text, the deviation of the predicted
+                     probabilities over starts; of states, of the coordinates
     entropy          text only: of the predicted distribution (what Transformer++ offers too)
 """
 

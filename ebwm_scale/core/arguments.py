@@ -25,7 +25,7 @@ import argparse
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, ParamSpec
@@ -134,6 +134,21 @@ def whole_number(text: str) -> int:
     if abs(value) > LARGEST_INT:
         raise argparse.ArgumentTypeError(f"{cut(text)} is beyond 64 bits")
     return value
+
+
+class OldOption(argparse.Action):
+    """An option under its old name: still taken, said to be old, not in --help.
+
+    const: the new name; dest: where the new one is kept.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: str, **options):
+        options |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        super().__init__(option_strings, dest, const=const, **options)
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        print(f"{option_string} is the old name of {self.const}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def some_path(text: str) -> Path:

@@ -1,1 +1,1 @@
-"""What a trained model is worth: bootstrap intervals, scaling laws, parity with the released code."""
+"""What a model is worth: bootstrap intervals, scaling laws, parity with the released code."""

@@ -1,4 +1,4 @@
-"""Intervals of what is measured on samples: percentile bootstrap, rank correlation, tenths."""
+"""Intervals of what is measured on samples: percentile bootstrap, rank correlation, deciles."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def correlation_ci(a: Tensor, b: Tensor) -> dict[str, float]:
 
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 0, equal values sharing the mean of theirs."""
-    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return ((ends - counts + ends - 1) / 2)[inverse]
 

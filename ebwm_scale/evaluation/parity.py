@@ -31,7 +31,10 @@ class RecordedNoise:
     ):
         self.noise, self.factor = noise, 1.0
         r = config.refinement.step_size_random_factor
-        by_kind = lambda kind: [draws[i] for i in sorted(draws) if kinds.get(i) == kind]
+
+        def by_kind(kind: str) -> list[Tensor]:
+            return [draws[i] for i in sorted(draws) if kinds.get(i) == kind]
+
         if by_kind("rand_like"):
             self.factor = 1 / r + by_kind("rand_like")[0] * (r - 1 / r)
         self.repeats = [int(count) for count in by_kind("randint")]
@@ -109,7 +112,10 @@ def check_case(path: str | Path) -> dict[str, float]:
 
 
 def relative_error(ours: Tensor, golden: Tensor) -> float:
-    """Largest difference over the largest golden magnitude; NaN where shapes or finiteness differ."""
+    """Largest difference over the largest golden magnitude.
+
+    NaN where shapes or finiteness differ.
+    """
     if ours.shape != golden.shape:
         return float("nan")
     difference, scale = (ours.detach() - golden).abs().max().item(), golden.abs().max().item()

@@ -1,8 +1,10 @@
 """Scaling laws from runs: loss = a x^-b per form of model, with intervals, the point where two
 forms cross, and losses at equal FLOPs.
 
-    study = collect("runs/scaling_text", axis="size")       one row per run: labels, parameters, FLOPs, losses
-    compare(study["runs"], x="parameters")                  exponents, their difference to the reference form, crossover
+    study = collect("runs/scaling_text", axis="size")
+        one row per run: labels, parameters, FLOPs, losses
+    compare(study["runs"], x="parameters")
+        exponents, their difference to the reference form, crossover
 
 Intervals are 95 % percentile bootstraps over seeds: at each x, seeds are drawn with replacement,
 the same ones for every form, because runs of one seed share their data order. Three seeds are few:
@@ -21,6 +23,7 @@ import numpy as np
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.renamed_keys import with_new_names
 from ebwm_scale.core.rows import Rows
 from ebwm_scale.planning.flops import model_flops, step_flops
 
@@ -83,7 +86,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
             validation.append(row)
         elif isinstance(row.get("step_time_s"), float):
             step_times.append(row["step_time_s"])
-    last = validation[-1]
+    last = with_new_names(validation[-1])
     flops = model_flops(step_flops(config, samples=config.train.global_batch_size))
     tokens = config.train.global_batch_size * config.data.context_length
     parts = summary["parameters"]
@@ -100,7 +103,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "loss": last["loss"],
         "loss_per_step": last.get("loss_per_step"),
         "initial_loss": last.get("initial_loss"),
-        "copy_last_loss": last.get("copy_last_loss"),
+        "persistence_loss": last.get("persistence_loss"),
         "curve": [[row["step"], row["loss"]] for row in validation],
         "step_time_s": float(np.median(step_times)) if step_times else None,
     }
@@ -179,18 +182,22 @@ def compare(
             continue
         fit, drawn = fits[form], resampled[form]
         rate = drawn[:, 1] / base_draws[:, 1] - 1
-        at = lambda values, place: values[..., 0] - values[..., 1] * np.log(place)
         largest = max(table[form]) if x == "flops" else end
-        behind = np.exp(at(drawn, largest)) - np.exp(at(base_draws, largest))
+        behind = _power_law(drawn, largest) - _power_law(base_draws, largest)
         result["against_reference"][form] = {
             "exponent_difference": _interval(drawn[:, 1] - base_draws[:, 1], fit[1] - base[1]),
             "relative_rate": _interval(rate, fit[1] / base[1] - 1),
             "loss_difference_at_largest": _interval(
-                behind, float(np.exp(at(fit, largest)) - np.exp(at(base, largest)))
+                behind, float(_power_law(fit, largest) - _power_law(base, largest))
             ),
             "crossover": _crossover(drawn, base_draws, behind),
         }
     return result
+
+
+def _power_law(fit: np.ndarray, place: float) -> np.ndarray:
+    """a x^-b at one x, of every row (ln a, b) of `fit`."""
+    return np.exp(fit[..., 0] - fit[..., 1] * np.log(place))
 
 
 def _resampled_means(points: dict[float, dict[str, float]]) -> np.ndarray:

@@ -30,7 +30,7 @@ def sample_clips(
     Images are data URIs, or None where the encoder cannot go back to frames.
 
     Each: video, start_s; context [images], truth, candidates [{"step", "image", "loss" (SmoothL1 to
-    the truth), "energy"}] for x_0, x_1, ...; copy_last_loss; truth_energy; continuation and
+    the truth), "energy"}] for x_0, x_1, ...; persistence_loss; truth_energy; continuation and
     continuation_truth [images], from half of the context on, and their losses per frame.
     """
     was_training = model.training
@@ -82,13 +82,15 @@ def sample_clips(
                         zip(predicted, pictures(images, len(predicted)), values)
                     )
                 ],
-                "copy_last_loss": smooth_l1(observed[-1], truth),
+                "persistence_loss": smooth_l1(observed[-1], truth),
                 "truth_energy": values[-1],
                 "first": first,
                 "continuation": pictures(shown, len(onwards)),
                 "continuation_truth": pictures(frames, length + 1)[first:],
                 "continuation_loss": [smooth_l1(a, b) for a, b in zip(onwards, states[first:])],
-                "continuation_copy_loss": [smooth_l1(states[first - 1], b) for b in states[first:]],
+                "continuation_persistence_loss": [
+                    smooth_l1(states[first - 1], b) for b in states[first:]
+                ],
             }
         )
     model.train(was_training)

@@ -1,8 +1,11 @@
 """A converted folder as a transformers model (optional: pip install transformers).
 
     from ebwm_scale.integrations.transformers import EbwmModel
-    model = EbwmModel.from_pretrained("converted/")                     or AutoModel.from_pretrained, once this module is imported
-    logits = model(input_ids=torch.tensor([[5, 7, 9]])).logits          of video: inputs_embeds=states, .predictions
+    model = EbwmModel.from_pretrained("converted/")
+    logits = model(input_ids=torch.tensor([[5, 7, 9]])).logits
+
+Once this module is imported, AutoModel.from_pretrained does the same. Of a video model:
+model(inputs_embeds=states).predictions.
 
 The prediction after each position, refined with as many steps as were trained, or num_steps.
 Training goes through ebwm_scale/train.py.

@@ -51,7 +51,10 @@ def describe(
             (
                 "global batch",
                 f"{train.global_batch_size:>15,} samples",
-                f"= {world_size} processes x {micro_batch} samples x {accumulation} accumulation steps",
+                (
+                    f"= {world_size} processes x {micro_batch} samples x "
+                    f"{accumulation} accumulation steps"
+                ),
             ),
             ("sample", f"{positions:>15,} {unit}", ""),
             (

@@ -174,14 +174,11 @@ def _state_products(config: Config, z: StepSizes) -> int:
         # through the latter; full: through both.
         return 2 * N + 3 * G + (G - 1 if refinement.graph == "full" else 0)
     if refinement.update == "probabilities" and refinement.noise == 0:
-        return (
-            2 * N + 2 + G
-            # a step's loss and the next step's entry share one W gradient; only the last loss needs two
-            # of its own
-        )
-    scored = min(
-        G + 1, N
-    )  # losses computed with their two gradients: those with a graph, and the one before, unread
+        # A step's loss and the next step's entry share one gradient of W; only the last loss needs
+        # two of its own.
+        return 2 * N + 2 + G
+    # Losses computed with their two gradients: those with a graph, and the one before, unread.
+    scored = min(G + 1, N)
     return 2 * N + G + 2 * scored
 
 

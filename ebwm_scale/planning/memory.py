@@ -103,10 +103,8 @@ def memory_estimate(
     if not baseline and (
         stage >= 2 or (stage == 0 and config.train.global_batch_size > world_size * micro_batch)
     ):
-        workspace += (
-            element * num_parameters
-            # a micro-batch's gradients are summed on their own, beside those accumulated or partitioned
-        )
+        # A micro-batch's gradients are summed on their own, beside accumulated or partitioned ones.
+        workspace += element * num_parameters
     if stage == 3:  # whole while they are used; the baseline gathers a block at a time too
         blocks = z.layers * (z.block_weights + 2 * D)
         # gradients on their way to the others

@@ -1,7 +1,8 @@
 """What a configuration would take on a cluster: memory, communication, time, cost; which ZeRO stage
 and micro-batch to use. Nothing is allocated.
 
-    python -m ebwm_scale.plan --config configs/nlp/anchored.yaml --machine h100 --nodes 8 --tokens 100e9
+    python -m ebwm_scale.plan --config configs/nlp/anchored.yaml --machine h100 --nodes 8
+        --tokens 100e9
 
 Memory and FLOPs are planning/flops.py's. Time is the sum of
     computation      FLOPs of each part over (vendor's peak x utilisation of that part)
@@ -176,8 +177,10 @@ def communicated(config: Config, *, world: int, accumulation: int) -> float:
 
     stage 0, 1   gradients are reduced and come back (or weights do):     2 P
     stage 2      gradients of every micro-batch are reduced, weights gathered:   accumulation P + P
-    stage 3      gradients as stage 2; weights gathered whenever a block is computed: per micro-batch, twice for the baseline and for the observed stream, and
-                 GRADIENT_PASSES times for every refinement step (refinement/block_recompute.py); what lies outside the blocks once
+    stage 3      gradients as stage 2; weights are gathered whenever a block is computed: per
+                 micro-batch, twice for the baseline and for the observed stream, and
+                 GRADIENT_PASSES times for every refinement step (refinement/block_recompute.py);
+                 what lies outside the blocks once
     """
     import torch
 

@@ -33,7 +33,7 @@ def _clip(item: dict, refines: bool) -> dict[str, Any]:
         "first": first if isinstance(first, int) else "?",
         "own": _continuation(item, "continuation", "continuation_loss", "+{}", ""),
         "real": _continuation(
-            item, "continuation_truth", "continuation_copy_loss", "truth", "copying "
+            item, "continuation_truth", "continuation_persistence_loss", "truth", "copying "
         ),
     }
 
@@ -42,7 +42,7 @@ def _context(item: dict) -> list[dict]:
     images = _list(item.get("context"))
     frames = [_frame(image, f"context {i + 1 - len(images)}") for i, image in enumerate(images)]
     if images:
-        frames[-1] = _frame(images[-1], "last seen", _loss(item.get("copy_last_loss")))
+        frames[-1] = _frame(images[-1], "last seen", _loss(item.get("persistence_loss")))
     return frames
 
 

@@ -1,8 +1,10 @@
 """The rows of metrics.jsonl, thinned while they are read: what a report shows of a run of any
 length.
 
-    first reading       the step and the split of every line (9 bytes each): which lines count, and where
-    second reading      training rows into at most POINTS bins of neighbouring steps, validation rows chosen
+    first reading       the step and the split of every line (9 bytes each): which lines count,
+                        and where
+    second reading      training rows into at most POINTS bins of neighbouring steps, validation
+                        rows chosen
 
 A resumed run logs some steps again, and a file may hold its rows in any order: of each step the
 last row counts. So nothing of a row is kept but sums, extremes and, for medians, every n-th value.
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ebwm_scale.core.renamed_keys import with_new_names
 from ebwm_scale.core.rows import Rows
 
 POINTS = 300  # bins per curve: what a screen can show
@@ -41,8 +44,8 @@ VALIDATION = (  # what is kept of a validation row, beside its step and losses
     "initial_loss",
     "perplexity",
     "unigram_entropy",
-    "copy_last_loss",
-    "linear_loss",
+    "persistence_loss",
+    "linear_extrapolation_loss",
     "num_tokens",
     "num_frames",
 )
@@ -212,7 +215,10 @@ class Training:
 
 @dataclass
 class Validation:
-    """The validation rows, the chosen ones whole: steps rising, the first and the last among them."""
+    """The validation rows, the chosen ones whole.
+
+    Steps rise; the first and the last row are among them.
+    """
 
     rows: list[dict] = field(default_factory=list)
     num_rows: int = 0
@@ -306,6 +312,7 @@ class _Choosing:
         self.num_broken, self.best = 0, None
 
     def add(self, rank: int, row: dict) -> None:
+        row = with_new_names(row)
         slim = {"step": row["step"], "loss": final_loss(row), "loss_per_step": losses_of(row)}
         slim |= {key: number(row[key]) for key in VALIDATION if row.get(key) is not None}
         self.num_broken += is_broken(row)

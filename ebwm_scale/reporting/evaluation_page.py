@@ -9,11 +9,12 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.renamed_keys import with_new_names
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
-from ebwm_scale.reporting.plots import LIGHT
+from ebwm_scale.reporting.style import LIGHT
 
 MAX_POINTS = 300  # of a curve or a table
 
@@ -21,7 +22,7 @@ MAX_POINTS = 300  # of a curve or a table
 def render(result: dict[str, Any]) -> str:
     """The page as HTML text. Raises DataError for what is no result of ebwm_scale.evaluate."""
     try:
-        return _render(bounded(result))
+        return _render(with_new_names(bounded(result)))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DataError(
             f"not a result of ebwm_scale.evaluate: {page_text(repr(error), 160)}; evaluate again"
@@ -44,7 +45,7 @@ def _render(result: dict[str, Any]) -> str:
         sentences=_sentences(result) if is_energy else [],
         plots=_plots(result, unit) if is_energy else [],
         steps=_steps_table(result, unit) if is_energy else None,
-        foreign=_foreign_table(result, unit) if result.get("foreign_texts") else None,
+        other_texts=_texts_table(result, unit) if result.get("out_of_distribution_texts") else None,
     )
 
 
@@ -57,14 +58,14 @@ def _plots(result: dict[str, Any], unit: str) -> list[dict[str, Any]]:
                 "Loss against starts, lowest energy kept", lambda axes: _starts(axes, starts, unit)
             )
         )
-    deciles = result["energy"]["tenths"]
-    of_error = result["allocation"]["tenths_of_error"]
+    deciles = result["energy"]["deciles"]
+    of_error = result["allocation"]["deciles_of_error"]
     plots += [
         card(
-            "Error by tenth of final energy", lambda axes: _deciles(axes, deciles, "energy", unit)
+            "Error by decile of final energy", lambda axes: _deciles(axes, deciles, "energy", unit)
         ),
         card(
-            "Steps used by tenth of error", lambda axes: _deciles(axes, of_error, "error", "steps")
+            "Steps used by decile of error", lambda axes: _deciles(axes, of_error, "error", "steps")
         ),
     ]
     return plots
@@ -80,22 +81,21 @@ def _steps_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
     return {"heads": ["steps", f"loss, {unit}", "mean energy"], "rows": rows}
 
 
-def _foreign_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
-    share = "share_of_pairs_in_which_real_has_lower_"
+def _texts_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
     rows = []
-    for text in result["foreign_texts"][:MAX_POINTS]:
-        by_energy = with_interval(text[share + "energy"]) if share + "energy" in text else "–"
+    for text in result["out_of_distribution_texts"][:MAX_POINTS]:
+        by_energy = with_interval(text["auroc_of_energy"]) if "auroc_of_energy" in text else "–"
         rows.append(
             [
                 page_text(str(text["name"]), 200),
                 str(text["num_samples"]),
                 by_energy,
                 with_interval(text["mean_loss"]),
-                with_interval(text[share + "loss"]),
+                with_interval(text["auroc_of_loss"]),
             ]
         )
     return {
-        "heads": ["text", "sequences", "by energy", f"its loss, {unit}", "by loss"],
+        "heads": ["text", "sequences", "AUROC by energy", f"its loss, {unit}", "AUROC by loss"],
         "rows": rows,
     }
 
@@ -136,14 +136,16 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         f"{with_interval(allocation['rank_correlation_of_steps_with_error'])}."
     )
     if "uncertainty" in result:
+        spread = result["uncertainty"]["rank_correlation_of_energy_spread_with_error"]
         lines.append(
-            f"Spread of energy over starts against the error: rank correlation {with_interval(result['uncertainty']['rank_correlation_of_energy_spread_with_error'])}."
+            "Spread of energy over starts against the error: rank correlation "
+            f"{with_interval(spread)}."
         )
-    if "foreign" in result:
+    if "out_of_distribution" in result:
         lines.append(
-            "Real text has the lower energy than shuffled text in "
-            f"{with_interval(result['foreign']['share_of_pairs_in_which_real_is_lower'])} of "
-            "pairs (0.5: cannot tell)."
+            "Real text is told from shuffled text by its energy with an AUROC of "
+            f"{with_interval(result['out_of_distribution']['auroc'])}: the share of pairs in which "
+            "the real one has the lower energy (0.5: cannot tell)."
         )
     return lines
 
@@ -155,7 +157,9 @@ def _curves(axes: Axes, result: dict[str, Any], unit: str) -> str:
     ):
         _with_band(axes, [p["num_steps"] for p in points], points, colour, label, style)
     axes.axvline(result["trained_steps"], color=LIGHT["muted"], linewidth=0.7, linestyle=":")
-    axes.set_xlabel("refinement steps"), axes.set_ylabel(unit), axes.legend(fontsize=7)
+    axes.set_xlabel("refinement steps")
+    axes.set_ylabel(unit)
+    axes.legend(fontsize=7)
     return (
         f"Trained with {result['trained_steps']}; initial state {show(result['initial']['mean'])}."
     )
@@ -165,7 +169,8 @@ def _starts(axes: Axes, points: list[dict], unit: str) -> str:
     _with_band(
         axes, [p["num_starts"] for p in points], points, LIGHT["curve3"], "lowest energy", "-"
     )
-    axes.set_xlabel("starts"), axes.set_ylabel(unit)
+    axes.set_xlabel("starts")
+    axes.set_ylabel(unit)
     return (
         f"Mean energy {show(points[0]['mean_energy'])} with {points[0]['num_starts']}, "
         f"{show(points[-1]['mean_energy'])} with {points[-1]['num_starts']}."
@@ -180,9 +185,10 @@ def _deciles(axes: Axes, points: list[dict], by: str, what: str) -> str:
         marker="o",
         markersize=3,
     )
-    axes.set_xlabel(f"mean {by} of the tenth"), axes.set_ylabel(what)
+    axes.set_xlabel(f"mean {by} of the decile")
+    axes.set_ylabel(what)
     return (
-        f"From {show(points[0]['mean'])} in the lowest tenth to {show(points[-1]['mean'])} in the "
+        f"From {show(points[0]['mean'])} in the lowest decile to {show(points[-1]['mean'])} in the "
         "highest."
     )
 

@@ -1,7 +1,8 @@
 """Self-contained HTML pages in one style: an escaping template, its colours, and plots as inline
 SVG.
 
-    data -> plain values (reporting/report_page.py, reporting/evaluation_page.py, reporting/scaling_page.py) -> render(template, ...)
+    data -> plain values (report_page.py, evaluation_page.py, scaling_page.py beside this file)
+         -> render(template, ...)
 
 Templates are in templates/. Whatever they show is escaped; a value that a template asks for and
 that is not given is an error. Only drawings are put in as they are: matplotlib made them, and it
@@ -10,18 +11,18 @@ escapes its texts.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import jinja2
 import matplotlib
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ebwm_scale.reporting.plots import NARROW, PALETTE, STYLE, Plot, inline_svg
+from ebwm_scale.reporting.plots import Plot
+from ebwm_scale.reporting.style import NARROW, PALETTE, STYLE
+from ebwm_scale.reporting.svg import figure_as_svg
 
 # The pages' own colours, (light, dark) as in PALETTE. Good and bad are blue-green and vermilion,
 # and always carry a sign and a word.
@@ -56,8 +57,8 @@ def drawing(plot: Plot) -> dict[str, Any]:
     return {
         "title": plot.title,
         "caption": plot.caption,
-        "svg": plot.svg and Markup(plot.svg),
-        "narrow_svg": plot.narrow_svg and Markup(plot.narrow_svg),
+        "svg": plot.svg,
+        "narrow_svg": plot.narrow_svg,
     }
 
 
@@ -66,10 +67,9 @@ def card(title: str, draw: Callable[[Axes], str]) -> dict[str, Any]:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=NARROW, layout="constrained")
         caption = draw(figure.add_subplot())
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg")
-    name = "".join(c for c in title if c.isascii() and c.isalpha())
-    return drawing(Plot(title, caption, inline_svg(stream.getvalue(), name, title)))
+        name = "".join(c for c in title if c.isascii() and c.isalpha())
+        svg = figure_as_svg(figure, name, title)
+    return drawing(Plot(title, caption, svg))
 
 
 def with_interval(value: dict[str, float]) -> str:

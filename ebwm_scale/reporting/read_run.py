@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ebwm_scale.config.strict_yaml import parse_yaml
 from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.renamed_keys import with_new_names
 from ebwm_scale.core.rows import Rows
 from ebwm_scale.reporting.curves import read_metrics
 from ebwm_scale.reporting.plain import bounded, page_text
@@ -68,7 +69,7 @@ def read_run(folder: Path) -> Run:
     )
     samples = _read_mapping(
         folder / "samples.json",
-        json.loads,
+        lambda text: with_new_names(json.loads(text)),
         notes,
         "no continuations to show; the evaluation writes them",
     )

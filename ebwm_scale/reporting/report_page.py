@@ -17,6 +17,7 @@ from ebwm_scale.core.redaction import redacted
 from ebwm_scale.reporting.clips import clips_of
 from ebwm_scale.reporting.continuations import continuations_of
 from ebwm_scale.reporting.curves import number
+from ebwm_scale.reporting.facts import facts_of, parameters_of
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import drawing
 from ebwm_scale.reporting.page import render as render_page
@@ -27,7 +28,6 @@ from ebwm_scale.reporting.verdict import judge
 
 MAX_VALIDATIONS = 60  # rows of the table
 MAX_TABLE_STEPS = 16  # refinement steps in it
-MAX_FACTS = 60
 SIGNS = {"yes": "✓", "no": "✗", "unknown": "?"}
 TONES = {"Yes": "yes", "No": "no", "Not enough yet": "no"}
 
@@ -35,11 +35,14 @@ TONES = {"Yes": "yes", "No": "no", "Not enough yet": "no"}
 def render(run: Run, baseline: Run | None) -> str:
     """The page as HTML text."""
     answer, sentence, checks = judge(run, baseline)
+    configuration = ""
+    if run.config:
+        configuration = redacted(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
     headline, plots = report_plots(run, baseline)
     notes = list(run.notes)
-    for note in baseline.notes if baseline else ():
-        if note.startswith(("metrics", "config")):
-            notes.append(f"Comparison run: {note}")
+    if baseline:
+        about_numbers = [note for note in baseline.notes if note.startswith(("metrics", "config"))]
+        notes += [f"Comparison run: {note}" for note in about_numbers]
     return render_page(
         "report.html.j2",
         title=f"{answer} – {run.name}",
@@ -58,9 +61,7 @@ def render(run: Run, baseline: Run | None) -> str:
         clips=clips_of(run.samples, refines=run.refines),
         facts=facts_of(run, baseline),
         validations=_validations(run),
-        configuration=redacted(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
-        if run.config
-        else "",
+        configuration=configuration,
         events=_events(run),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
     )
@@ -68,100 +69,12 @@ def render(run: Run, baseline: Run | None) -> str:
 
 def _subtitle(run: Run) -> str:
     kind = "Energy-based world model" if run.refines else "Transformer++ (baseline)"
-    total = _parameters(run).get("total")
-    pieces = [kind, f"{total:,} parameters" if total else None, f"{run.last_step:,} training steps"]
-    return " · ".join(piece for piece in pieces if piece)
-
-
-def facts_of(run: Run, baseline: Run | None) -> list[tuple[str, str]]:
-    """(name, value) of what is known, as text."""
-    get = run.setting
-
-    def listed(section: str, keys: str) -> str:
-        return " · ".join(
-            f"{key.replace('_', ' ')} {get(section, key)}"
-            for key in keys.split()
-            if get(section, key) is not None
-        )
-
-    facts: list[tuple[str, Any]] = [
-        ("Model", listed("model", "size num_layers width num_heads conditioning predicted_input"))
-    ]
-    facts += [
-        (f"Parameters, {name.replace('_', ' ')}", f"{count:,}")
-        for name, count in _parameters(run).items()
-    ]
-    facts += [
-        (
-            "Refinement",
-            listed("refinement", "num_steps graph loss update landscapes") if run.refines else "",
-        )
-    ]
-    data = (run.summary or {}).get("data")
-    facts += [
-        (f"Data, {str(key).replace('_', ' ')}", f"{value:,}" if isinstance(value, int) else value)
-        for key, value in (data.items() if isinstance(data, dict) else ())
-    ]
-    facts += [
-        ("Training", listed("train", "global_batch_size max_steps precision seed")),
-        ("Context", listed("data", "context_length")),
-    ]
-    if run.training.num_rows:
-        for unit in ("tokens", "frames"):
-            seen = run.training.curves.get(f"{unit}_seen")
-            if seen is not None and seen.num_finite:
-                facts.append(("Seen in training", f"{int(seen.last):,} {unit}"))
-        for name, key, unit in (
-            ("Median step time", "step_time_s", "s"),
-            ("Median throughput", "tokens_per_s", "tokens per second"),
-            ("Median throughput", "frames_per_s", "frames per second"),
-            ("Model compute", "model_tflops", "TFLOP/s"),
-        ):
-            value = run.training.median(key)
-            facts.append((name, f"{show(value)} {unit}" if value == value else ""))
-        mfu = run.training.median("mfu")
-        facts.append(
-            (
-                "Model FLOPs utilisation",
-                f"{mfu:.1%}"
-                if mfu == mfu
-                else "not measured (no accelerator, or its peak is not known)",
-            )
-        )
-        peak = run.training.curves.get("peak_memory_gib")
-        if peak is not None and peak.num_finite:
-            facts.append(("Peak memory", f"{show(peak.highest)} GiB"))
-    if run.validation:
-        best = run.validated.best
-        if best is not None:
-            facts.append(
-                ("Lowest validation loss", f"{show(best['loss'])} at step {best['step']:,}")
-            )
-        for unit in ("tokens", "frames"):
-            count = number(run.validation[-1].get(f"num_{unit}"))
-            facts.append(("Validation", f"{int(count):,} {unit}" if math.isfinite(count) else ""))
-    if baseline:
-        facts.append(
-            ("Compared with", f"{baseline.name} ({baseline.label}, {baseline.last_step:,} steps)")
-        )
-    known = [(name, value) for name, value in facts if value not in ("", None)]
-    return [
-        (page_text(str(name), 120), page_text(str(value), 400)) for name, value in known[:MAX_FACTS]
-    ]
-
-
-def _parameters(run: Run) -> dict[str, int]:
-    """Parameters by part with their total last; empty when they are not known."""
-    parts = (run.summary or {}).get("parameters")
-    if not isinstance(parts, dict):
-        return {}
-    counts = {
-        name: count
-        for name, count in list(parts.items())[:20]
-        if isinstance(count, int) and not isinstance(count, bool)
-    }
-    total = counts.pop("total", sum(counts.values()))
-    return {**counts, "total": total} if counts or total else {}
+    total = parameters_of(run).get("total")
+    pieces = [kind]
+    if total:
+        pieces.append(f"{total:,} parameters")
+    pieces.append(f"{run.last_step:,} training steps")
+    return " · ".join(pieces)
 
 
 def _validations(run: Run) -> dict[str, Any] | None:
@@ -180,7 +93,10 @@ def _validations(run: Run) -> dict[str, Any] | None:
     if run.is_text:
         more = {"perplexity": "perplexity"}
     else:
-        more = {"copy_last_loss": "copying the last frame", "linear_loss": "going straight on"}
+        more = {
+            "persistence_loss": "persistence",
+            "linear_extrapolation_loss": "linear extrapolation",
+        }
     body = []
     for row in shown:
         losses = row["loss_per_step"]

@@ -33,7 +33,7 @@ class Run:
     config: dict
     training: Training
     validated: Validation
-    events: Events = field(default_factory=lambda: Events())
+    events: Events = field(default_factory=Events)
     samples: dict | None = None
     summary: dict | None = None
     notes: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Run:
         return (
             kind != "embedding"
             if kind
-            else not any(row.get("copy_last_loss") is not None for row in self.validation)
+            else not any(row.get("persistence_loss") is not None for row in self.validation)
         )
 
     @property
@@ -92,7 +92,7 @@ class Run:
         """What can be had without any model of the context: token frequencies for text, the last
         frame for video.
         """
-        key = "unigram_entropy" if self.is_text else "copy_last_loss"
+        key = "unigram_entropy" if self.is_text else "persistence_loss"
         return next(
             (v for v in (number(row.get(key)) for row in reversed(self.validation)) if v == v),
             math.nan,

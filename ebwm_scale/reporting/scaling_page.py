@@ -15,7 +15,7 @@ from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import page_text
-from ebwm_scale.reporting.plots import LIGHT
+from ebwm_scale.reporting.style import LIGHT
 
 COLOURS = ("baseline", "curve3", "initial", "curve0", "unigram", "curve5")
 
@@ -86,8 +86,8 @@ def _rows(runs: Sequence[dict[str, Any]]) -> list[list[str]]:
     for run in runs:
         cells.setdefault((str(run["form"]), str(run["point"])), []).append(run)
     rows = []
-    for (form, point), group in cells.items():
-        group = sorted(group, key=lambda run: str(run["seed"]))
+    for (form, point), runs_of_cell in cells.items():
+        group = sorted(runs_of_cell, key=lambda run: str(run["seed"]))
         steps = []
         if all(run["loss_per_step"] for run in group):
             steps = np.mean([run["loss_per_step"] for run in group], 0)
@@ -209,7 +209,11 @@ def _iso(axes: Axes, result: dict[str, Any], unit: str) -> str:
 
 
 def _logarithmic(axes: Axes, x: str, y: str) -> None:
-    axes.set_xscale("log"), axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}"), axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=6.5)
-    axes.set_xlabel(x), axes.set_ylabel(page_text(y, 60)), axes.legend(fontsize=7)
+    axes.set_xlabel(x)
+    axes.set_ylabel(page_text(y, 60))
+    axes.legend(fontsize=7)

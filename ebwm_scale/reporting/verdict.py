@@ -25,6 +25,15 @@ COMPARED = (
     ("train", "seed"),
 )
 
+# state.initial, in words
+INITIAL_STATES = {"most_recent": "the last frame", "zeros": "zeros"}
+# refinement.loss: why the losses along one run's steps do not say whether more of them help
+SCORED = {
+    "last": "only the last step is scored, so the first is not trained to predict",
+    "every": "each step is scored, the first in a model that takes more",
+}
+SAME_REFERENCE = 1e-3  # reference losses of the same validation data differ by rounding at most
+
 
 @dataclass(frozen=True)
 class Check:
@@ -90,7 +99,7 @@ def _against_reference(run: Run) -> Check:
     if reference != reference:
         return _unknown(
             claim,
-            f"validation rows carry no {'unigram_entropy' if run.is_text else 'copy_last_loss'}",
+            f"validation rows carry no {'unigram_entropy' if run.is_text else 'persistence_loss'}",
         )
     ok = reference - loss >= LEARNED_NATS if run.is_text else loss < reference
     return Check(
@@ -102,9 +111,7 @@ def _against_reference(run: Run) -> Check:
 
 
 def _against_initial(run: Run) -> Check:
-    start = {"most_recent": "the last frame", "zeros": "zeros"}.get(
-        run.setting("state", "initial"), "noise"
-    )
+    start = INITIAL_STATES.get(str(run.setting("state", "initial")), "noise")
     claim = f"Refinement turns {start} into a prediction"
     row = run.validation[-1] if run.validation else {}
     loss, initial = number(row.get("loss")), number(row.get("initial_loss"))
@@ -135,10 +142,7 @@ def _against_one_step(run: Run, other: Run | None) -> Check:
     if not losses or not math.isfinite(losses[0]) or not math.isfinite(losses[-1]):
         return _unknown(claim, "no validation row with finite losses per step yet")
     change = losses[-1] - losses[0]
-    scored = {
-        "last": "only the last step is scored, so the first is not trained to predict",
-        "every": "each step is scored, the first in a model that takes more",
-    }.get(run.setting("refinement", "loss"), "what is scored is not known")
+    scored = SCORED.get(str(run.setting("refinement", "loss")), "what is scored is not known")
     return Check(
         "unknown",
         claim,
@@ -173,17 +177,16 @@ def _at_the_same_step(run: Run, baseline: Run, claim: str, other: str, *, least:
     common = mine.keys() & theirs.keys()
     if not common:
         return _unknown(claim, "the two runs have no validation at the same step")
-    if run.is_text != baseline.is_text or abs(run.reference_loss - baseline.reference_loss) > 1e-3:
-        return _unknown(
-            claim,
-            f"different validation data: {run.reference_name} {show(run.reference_loss)} here, "
-            f"{baseline.reference_name} {show(baseline.reference_loss)} there",
-        )
+    problem = _not_the_same_data(run, baseline)
+    if problem:
+        return _unknown(claim, problem)
     step = max(common)
     gap = (mine[step] - theirs[step]) / abs(theirs[step]) if theirs[step] else math.nan
     if gap != gap:
         return _unknown(claim, f"the loss of {other} at step {step:,} is 0")
-    detail = f"at step {step:,}: {show(mine[step])} here, {show(theirs[step])} there"
+    detail = (
+        f"validation loss at step {step:,}: {show(mine[step])} here, {show(theirs[step])} there"
+    )
     if step < max(mine):
         detail += f" (the last common step; this run goes on to {max(mine):,})"
     ratio = run.training.median("step_time_s") / (
@@ -201,6 +204,23 @@ def _at_the_same_step(run: Run, baseline: Run, claim: str, other: str, *, least:
     if differing:
         detail += f"; settings that differ (here / there): {', '.join(differing)}"
     return Check("yes" if gap <= -least else "no", claim, f"{gap:+.1%}".replace("-", "−"), detail)
+
+
+def _not_the_same_data(run: Run, other: Run) -> str:
+    """Why the losses of two runs do not compare; empty if they do.
+
+    Both were held against the same reference: the token frequencies or the last frames of the
+    same validation data. A run that logged none cannot be compared.
+    """
+    here, there = run.reference_loss, other.reference_loss
+    if run.is_text == other.is_text and abs(here - there) <= SAME_REFERENCE:
+        return ""
+    if here != here or there != there:
+        return f"whether the validation data is the same is not known: no {run.reference_name}"
+    return (
+        f"different validation data: {run.reference_name} {show(here)} here, "
+        f"{other.reference_name} {show(there)} there"
+    )
 
 
 def _ran_to_the_end(run: Run) -> Check:

@@ -123,8 +123,8 @@ def validation_line(row: dict[str, Any], step: int) -> str:
         measure = f"nats/token (unigram entropy {row['unigram_entropy']:.4f})"
     else:
         measure = (
-            f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, "
-            f"going straight on {row['linear_loss']:.4f})"
+            f"SmoothL1 (persistence {row['persistence_loss']:.4f}, "
+            f"linear extrapolation {row['linear_extrapolation_loss']:.4f})"
         )
     return f"validation at step {step}: {steps} {measure}"
 

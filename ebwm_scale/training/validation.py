@@ -40,8 +40,8 @@ def validate(
 ) -> dict[str, Any] | None:
     """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N],
     initial_loss, energy_per_step; for text the perplexity and the unigram entropy, for video the
-    same loss of two predictors that learn nothing: copying the last frame (copy_last_loss), and
-    going on in a straight line from the last two (linear_loss).
+    same loss of two predictors that learn nothing: copying the last frame (persistence_loss), and
+    going on in a straight line from the last two (linear_extrapolation_loss).
 
     stop_requested is asked before every batch, by all ranks together; once it says so, nothing more
     is computed and the result is None. found: damaged samples are added to it.
@@ -136,7 +136,11 @@ def validate(
             "num_tokens": int(counted),
             "unigram_entropy": unigram_entropy(split),
         }
-    return row | {"copy_last_loss": means[-2], "linear_loss": means[-1], "num_frames": int(counted)}
+    return row | {
+        "persistence_loss": means[-2],
+        "linear_extrapolation_loss": means[-1],
+        "num_frames": int(counted),
+    }
 
 
 def untrained_losses(observed: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:

@@ -2,11 +2,13 @@
 page.
 """
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -249,12 +251,12 @@ def test_the_committed_studies_say_what_the_documentation_says(tmp_path):
             and len(points) >= 4
             and len(seeds) >= 3
         )
-        for point in points:
-            for form in forms:
-                assert (
-                    f"{np.mean([run['loss'] for run in study['runs'] if (run['form'], run['point']) == (form, point)]):.3f}"
-                    in document
-                ), (path.name, form, point)
+        losses = defaultdict(list)
+        for run in study["runs"]:
+            losses[run["form"], run["point"]].append(run["loss"])
+        assert losses.keys() == set(itertools.product(forms, points))
+        for cell, values in losses.items():
+            assert f"{np.mean(values):.3f}" in document, (path.name, *cell)
         for fit in analyse(study)["fits"]:
             for form in ("transformer++", "anchored"):
                 exponent = fit["forms"][form]["exponent"]

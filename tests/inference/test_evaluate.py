@@ -90,16 +90,16 @@ def test_every_part_is_there_and_the_page_says_it(text):
     ] == [1, 3]
     assert result["starts"][1]["mean_energy"] <= result["starts"][0]["mean_energy"]
     assert (
-        len(result["energy"]["tenths"]) == 10
+        len(result["energy"]["deciles"]) == 10
         and 0 <= result["allocation"]["saved"] < 1
-        and 0 <= result["foreign"]["share_of_pairs_in_which_real_is_lower"]["mean"] <= 1
+        and 0 <= result["out_of_distribution"]["auroc"]["mean"] <= 1
     )
     page = render(json.loads(json.dumps(result, allow_nan=False)))
     for words in (
         "Loss against refinement steps",
         "lowest energy kept",
-        "Error by tenth of final energy",
-        "Steps used by tenth of error",
+        "Error by decile of final energy",
+        "Steps used by decile of error",
         "perplexity",
         "rank correlation",
         "shuffled",
@@ -118,18 +118,20 @@ def test_the_page_shows_names_as_text_and_refuses_what_is_no_result():
         "num_samples": 2,
         "num_targets": 8,
         "loss": bootstrap_ci | {"perplexity": 3.0},
-        "foreign_texts": [
+        "out_of_distribution_texts": [
             {
                 "name": hostile,
                 "num_samples": 2,
                 "mean_loss": bootstrap_ci,
-                "share_of_pairs_in_which_real_has_lower_loss": bootstrap_ci,
+                "auroc_of_loss": bootstrap_ci,
             }
         ],
     }
     page = render(result)
     assert "<script" not in page and page.count("&lt;script") == 2 and "perplexity 3" in page
-    many = render(result | {"foreign_texts": result["foreign_texts"] * 10**5})
+    many = render(
+        result | {"out_of_distribution_texts": result["out_of_distribution_texts"] * 10**5}
+    )
     assert len(many) < 300_000
     for junk in ({}, result | {"loss": [1]}, result | {"num_samples": "x"}, {"modality": 1}):
         with pytest.raises(DataError, match="not a result of ebwm_scale.evaluate"):
@@ -142,7 +144,7 @@ def test_video_and_a_model_that_starts_from_the_last_frame(video):
     result = run(model, config, split)
     assert (
         "perplexity" not in result["loss"]
-        and "foreign" not in result
+        and "out_of_distribution" not in result
         and "SmoothL1" in render(result)
     )
 
@@ -164,22 +166,20 @@ def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(
     )
     kinds = ("loss", "energy") if kind == "energy" else ("loss",)
     result = run(model, config, split, texts={"own": own})
-    (row,) = result["foreign_texts"]
+    (row,) = result["out_of_distribution_texts"]
     if (
         kind == "baseline" or config.state.initial == "zeros"
     ):  # a random initial state depends on the sample's number
         assert row["mean_loss"]["mean"] == pytest.approx(result["loss"]["mean"], rel=1e-5)
-    assert {key for key in row if key.startswith("share")} == {
-        f"share_of_pairs_in_which_real_has_lower_{what}" for what in kinds
-    }
-    assert row[f"share_of_pairs_in_which_real_has_lower_{kinds[-1]}"]["mean"] == pytest.approx(0.5)
+    assert {key for key in row if key.startswith("auroc")} == {f"auroc_of_{what}" for what in kinds}
+    assert row[f"auroc_of_{kinds[-1]}"]["mean"] == pytest.approx(0.5)
     assert "own" in render(json.loads(json.dumps(result)))
 
     paths = [tmp_path / folder / "code.c" for folder in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
         path.write_text("int f(int x) { return x << 2; }\n" * 60)
-    texts = evaluation.foreign_texts(paths, split.manifest, LENGTH, 12)
+    texts = evaluation.out_of_distribution_texts(paths, split.manifest, LENGTH, 12)
     assert list(texts) == [str(path) for path in paths] and all(
         tokens.shape[1] == LENGTH + 1 and 1 <= len(tokens) <= 12 for tokens in texts.values()
     )
@@ -190,9 +190,9 @@ def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(
             lambda model, observed, targets: (targets == targets[:, :1]).all(1).float(),
         )
         constant = run(model, config, split, texts={"constant": torch.full((3, LENGTH + 1), 5)})[
-            "foreign_texts"
+            "out_of_distribution_texts"
         ][0]
-        assert constant["share_of_pairs_in_which_real_has_lower_energy"]["mean"] == 1
+        assert constant["auroc_of_energy"]["mean"] == 1
 
 
 def test_a_foreign_text_that_cannot_be_used_is_refused_in_one_line(text, video, tmp_path):
@@ -204,7 +204,7 @@ def test_a_foreign_text_that_cannot_be_used_is_refused_in_one_line(text, video, 
         (open_split(video[1], "validation", verify="sizes").manifest, short, "leave it out"),
     ):
         with pytest.raises(UserError, match=words):
-            evaluation.foreign_texts([path], manifest, LENGTH, 12)
+            evaluation.out_of_distribution_texts([path], manifest, LENGTH, 12)
 
 
 def test_results_do_not_depend_on_the_batch_size(text):
@@ -224,7 +224,7 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
     assert 0.88 <= np.mean(inside) <= 0.99
 
 
-def test_rank_correlation_and_tenths():
+def test_rank_correlation_and_deciles():
     x = torch.randn(20, 15, generator=torch.Generator().manual_seed(0))
     assert correlation_ci(x, x**3)["mean"] == pytest.approx(1) and correlation_ci(x, -x)[
         "mean"

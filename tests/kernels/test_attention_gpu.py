@@ -9,9 +9,12 @@ from attention_cases import Case, derivatives, relative_error
 from ebwm_kernels.attention.ops import resolve_backend
 from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU (tools/gpu_session.sh runs this there)"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU (tools/gpu_session.sh runs this there)"
+    ),
+]
 DEVICE = "cuda"
 CASES = [
     Case(1, 1, 1, 1, 1, 64),

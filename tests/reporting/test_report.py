@@ -22,13 +22,13 @@ from ebwm_scale.report import main, write_report
 from ebwm_scale.reporting import report_page
 from ebwm_scale.reporting.curves import POINTS, read_metrics
 from ebwm_scale.reporting.plots import (
-    PALETTE,
     Plot,
     draw_profile,
     draw_training_loss,
     draw_validation,
 )
 from ebwm_scale.reporting.read_run import read_run
+from ebwm_scale.reporting.style import PALETTE
 from ebwm_scale.train import report_in_words
 
 UNIGRAM = 6.5
@@ -163,7 +163,10 @@ def answer_of(page):
 
 def checks_of(page):
     """{first words of the claim: (mark, figure, detail)} as a reader sees them."""
-    line = r'<li class="(\w+)">.*?class="claim">(.*?)</span><span class="figure">(.*?)</span><span class="detail">(.*?)</span>'
+    line = (
+        r'<li class="(\w+)">.*?class="claim">(.*?)</span>'
+        r'<span class="figure">(.*?)</span><span class="detail">(.*?)</span>'
+    )
     return {claim: (mark, figure, detail) for mark, claim, figure, detail in re.findall(line, page)}
 
 
@@ -373,11 +376,11 @@ def test_report_of_a_baseline_run_makes_no_claims_about_refinement(tmp_path):
     assert "there is nothing to refine" in page
 
 
-def test_video_runs_are_held_against_copying_the_last_frame(tmp_path, without_plots):
+@pytest.mark.parametrize("key", ["persistence_loss", "copy_last_loss"])
+def test_video_runs_are_held_against_persistence(tmp_path, without_plots, key):
+    """Under today's name of the key, and under the one of before."""
     for loss, answer in ((0.2, "Yes"), (0.4, "No")):
-        row = validation_row(
-            20, [0.5, loss], unigram_entropy=None, copy_last_loss=0.3, perplexity=None
-        )
+        row = validation_row(20, [0.5, loss], unigram_entropy=None, perplexity=None, **{key: 0.3})
         run_folder(tmp_path, [training_row(10, [0.5, 0.4]), row])
         settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
         (tmp_path / "config.yaml").write_text(
@@ -539,6 +542,16 @@ def test_thinking_helps_where_a_run_with_one_step_is_beaten(
     assert found[0] == "unknown" and "different validation data" in found[2]
 
 
+def test_data_that_may_differ_is_no_comparison(tmp_path, without_plots):
+    """Without a reference loss nobody knows that both runs were validated on the same data."""
+    row = validation_row(20, [5.0])
+    del row["unigram_entropy"]
+    other = run_folder(tmp_path / "one", [row])
+    set_config(other, "refinement", num_steps=1)
+    found = check(page_of(run_folder(tmp_path / "run"), other), "Thinking longer")
+    assert found[:2] == ("unknown", "–") and "same is not known: no unigram entropy" in found[2]
+
+
 def set_config(folder, section, **values):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config.setdefault(section, {}).update(values)
@@ -575,12 +588,12 @@ SAMPLES = {
             "candidates": [{"step": 1, "loss": 0.5, "energy": -1.0, "image": IMAGE}],
             "truth": IMAGE,
             "truth_energy": -2.0,
-            "copy_last_loss": 0.3,
+            "persistence_loss": 0.3,
             "first": 2,
             "continuation": [IMAGE],
             "continuation_truth": [IMAGE],
             "continuation_loss": [0.1],
-            "continuation_copy_loss": [0.2],
+            "continuation_persistence_loss": [0.2],
         }
     ],
 }

@@ -18,7 +18,6 @@ from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.training.dry_run import MEASURED_FLOPS, measure_step, part_of
 from ebwm_scale.training.preflight import check_run
-from ebwm_scale.training.run_folder import RunFolder
 
 SHORT = {"evaluation.every_steps": 0, "evaluation.max_samples": 4, "checkpoint.every_steps": 0}
 

@@ -135,20 +135,20 @@ def test_rows_and_report_hold_the_baselines_and_the_pictures(runs):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row.get("split") == "validation"][-1]
     assert {
-        "copy_last_loss",
-        "linear_loss",
+        "persistence_loss",
+        "linear_extrapolation_loss",
         "num_frames",
         "loss_per_step",
         "initial_loss",
     } <= last.keys() and "perplexity" not in last
     assert last["initial_loss"] == pytest.approx(
-        last["copy_last_loss"], rel=1e-5
+        last["persistence_loss"], rel=1e-5
     )  # it starts from the last frame
     assert {"frames_seen", "frames_per_s"} <= rows[0].keys()
     clip = json.loads((folder / "samples.json").read_text())["clips"][0]
     assert [c["step"] for c in clip["candidates"]] == [0, 1, 2] and clip["candidates"][0][
         "loss"
-    ] == pytest.approx(clip["copy_last_loss"], rel=1e-5)
+    ] == pytest.approx(clip["persistence_loss"], rel=1e-5)
     assert all(np.isfinite(c["energy"]) for c in clip["candidates"]) and np.isfinite(
         clip["truth_energy"]
     )
