@@ -20,6 +20,7 @@ import numpy as np
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import file_sha256
+from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -100,6 +101,7 @@ def make_text_dataset(
     seed: int = 0,
     samples_per_shard: int = 4096,
     report: Report = print,
+    progress: Progress = no_progress,
 ) -> Path:
     """Split, tokenise, pack and write a dataset folder; returns the path of its manifest.
 
@@ -144,7 +146,7 @@ def make_text_dataset(
             shutil.copyfile(model.path, staging / "tokenizer.model")
             values["splits"] = {
                 name: _write_split(
-                    staging, name, splits[name], model, context_length, samples_per_shard
+                    staging, name, splits[name], model, context_length, samples_per_shard, progress
                 )
                 for name in splits
             }
@@ -162,11 +164,13 @@ def _write_split(
     tokenizer: Tokenizer,
     context_length: int,
     samples_per_shard: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     packer = Packer(context_length=context_length, vocabulary_size=tokenizer.vocabulary_size)
     writer = ShardWriter(folder, name, samples_per_shard=samples_per_shard)
     try:
-        for block in packer.blocks(_token_stream(documents, tokenizer)):
+        read = tracked(documents, f"{name}: documents", progress)
+        for block in packer.blocks(_token_stream(read, tokenizer)):
             writer.add({"tokens.npy": block}, num_targets=context_length)
         shards = writer.close()
     finally:
@@ -190,7 +194,7 @@ def _write_split(
     }
 
 
-def _token_stream(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _token_stream(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """The tokens of each document, in parts, with the end-of-sequence id after the last one."""
     batch: list[str] = []
     ends: list[bool] = []  # whether a document ends with this part
