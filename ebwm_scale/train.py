@@ -242,7 +242,7 @@ def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
 def finish(config: Config, folder, model, splits, world) -> None:
     """After the last step: samples to read, the summary, and the report."""
     from ebwm_scale.checkpoint.load import load_checkpoint
-    from ebwm_scale.inference.generation import samples_to_look_at
+    from ebwm_scale.inference.samples import samples_to_look_at
     from ebwm_scale.planning.parameters import count_parameters
 
     if world.is_main:

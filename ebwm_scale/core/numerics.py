@@ -14,6 +14,6 @@ def flush_denormals() -> None:
     NumPy looks for the smallest denormal when it is first asked about a type and warns if there is
     none: it is asked before.
     """
-    for dtype in (np.float32, np.float64):
-        np.finfo(dtype)
+    np.finfo(np.float32)
+    np.finfo(np.float64)
     torch.set_flush_denormal(True)

@@ -18,7 +18,7 @@ def provenance(*packages: str, arguments: list[str] | None = None) -> dict:
 
     arguments: of the command, where they are not those of the process.
     """
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in ("torch", *packages):
         try:
             versions[package] = version(package)
