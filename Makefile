@@ -2,6 +2,7 @@
 #   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
 #   make quickstart-video    the same for video, on three short real clips
 #   make lint         environment and every check that reads code: format, lint, types, import rule, spelling
+#   make docs         the documentation and its reference, as pages in site/
 #   make test         environment and every test that this machine can run, in WORKERS processes of one thread each
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +11,7 @@ RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 2
 
-.PHONY: quickstart quickstart-video lint test soak clean
+.PHONY: quickstart quickstart-video lint docs test soak clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -25,6 +26,10 @@ lint: $(VENV)/.installed-lint
 	@$(BIN)/lint-imports
 	@$(BIN)/codespell
 	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site/index.html"
 
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
@@ -47,9 +52,13 @@ $(VENV)/.installed-lint: $(VENV)/.installed-test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[lint]"
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[docs]"
+	@touch $@
+
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking,video,cluster]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -1,4 +1,4 @@
-"""Sentences of the documents have at most 30 words: tables, lists, headings and code are left out."""
+"""Sentences of the documents have at most 30 words: prose only, no tables, lists or code."""
 
 import re
 from pathlib import Path
@@ -66,5 +66,7 @@ def test_what_is_prose_and_what_is_not():
     assert len(long_sentences(f"{long}.")) == 1
     assert len(long_sentences(f"A start. {long}\nand more")) == 1
     assert long_sentences(" ".join(["word"] * 30) + ". Next sentence.") == []
-    assert long_sentences(f"```\n{long}\n```\n\n    {long}\n\n* {long}\n  {long}\n\n| {long} |") == []
+    assert (
+        long_sentences(f"```\n{long}\n```\n\n    {long}\n\n* {long}\n  {long}\n\n| {long} |") == []
+    )
     assert long_sentences(f"`{long}` is [one thing]({'x' * 9}).") == []
