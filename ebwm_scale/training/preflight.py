@@ -26,6 +26,7 @@ from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import ConfigError, UserError, cut
 from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shards import ShardedSplit
@@ -35,7 +36,6 @@ from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.opening import open_splits
 from ebwm_scale.data.loading.streaming import check_stream
 from ebwm_scale.model.blocks import attention_paths
-from ebwm_scale.core.run_location import check_folder
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
 
 MANY_EPOCHS = 100
