@@ -39,11 +39,22 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / name).exists(), name
 
 
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("ebwm_scale/*/__init__.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_modules_that_are_named_by_their_package_exist(page):
+    text = page.read_text(encoding="utf-8")
+    names = re.findall(rf"(?<![\w/.-])((?:{'|'.join(PACKAGES)})/[\w/]+\.(?:py|j2))", text)
+    for name in set(names):
+        assert (ROOT / "ebwm_scale" / name).exists(), name
+
+
 def test_every_package_is_in_the_reference():
     shown = set()
     for page in (ROOT / "docs" / "reference").glob("*.md"):
         shown |= set(re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M))
-    packages = {f"ebwm_scale.{path.parent.name}" for path in ROOT.glob("ebwm_scale/*/__init__.py")}
+    packages = {f"ebwm_scale.{name}" for name in PACKAGES}
     assert packages and packages <= shown, packages - shown
     assert "ebwm_kernels" in shown
     for name in shown:
