@@ -3,6 +3,7 @@
 #   make quickstart-video    the same for video, on three short real clips
 #   make lint         environment and every check that reads code: format, lint, types, import rule, spelling
 #   make lock         requirements/test.lock, the versions of a whole test environment
+#   make docs         the documentation and its reference, as pages in site/
 #   make test         environment and every test that this machine can run, in WORKERS processes of one thread each
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +12,7 @@ RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 2
 
-.PHONY: quickstart quickstart-video lint test soak lock clean
+.PHONY: quickstart quickstart-video lint docs test soak lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -26,6 +27,10 @@ lint: $(VENV)/.installed-lint
 	@$(BIN)/lint-imports
 	@$(BIN)/codespell
 	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.installed-docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "site/index.html"
 
 test: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
@@ -57,9 +62,13 @@ $(VENV)/.installed-lint: $(VENV)/.installed-test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[lint]"
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[docs]"
+	@touch $@
+
 $(VENV)/.installed-test: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking,video,cluster]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -53,6 +53,7 @@ setup(
         "tracking": ["wandb>=0.20"],
         "cluster": ["submitit>=1.5"],
         "harness": ["lm_eval>=0.4.9"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "lint": [
             "ruff>=0.12",
             "pyright[nodejs]>=1.1.400",

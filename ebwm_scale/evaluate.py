@@ -194,7 +194,8 @@ def out_of_distribution_texts(
     """
     if paths and manifest.modality != "text":
         raise UserError(
-            f"--out-of-distribution takes texts, and this is a model of {manifest.modality}: leave it out"
+            f"--out-of-distribution takes texts, and this is a model of {manifest.modality}: "
+            "leave it out"
         )
     from ebwm_scale.data.tokenizer import Tokenizer
 
@@ -210,8 +211,8 @@ def out_of_distribution_texts(
             ) from None
         if len(ids) <= length:
             raise UserError(
-                f"--out-of-distribution {path}: {len(ids)} tokens, and one sequence of this model takes "
-                f"{length + 1}: give a longer text"
+                f"--out-of-distribution {path}: {len(ids)} tokens, and one sequence of this model "
+                f"takes {length + 1}: give a longer text"
             )
         sequences = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
         texts[str(path)] = sequences[

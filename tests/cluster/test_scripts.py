@@ -57,7 +57,7 @@ def documented_requests() -> list[tuple[str, list[str]]]:
     and of the scripts' options behind `--`.
     """
     found = []
-    pages = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "reference.md"]
+    pages = sorted((ROOT / "docs").glob("*.md"))
     for page in (ROOT / "README.md", *pages):
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         spans = re.findall(r"^ {4,}(\S.*)$", text, re.MULTILINE) + re.findall("`([^`\n]+)`", text)

@@ -1,5 +1,5 @@
-"""The documentation says what is there: the reference is built from today's docstrings, links lead
-somewhere, and commands and their options exist.
+"""The documentation says what is there: links lead somewhere, commands and their options exist,
+figures are those of the result files, and the pages build.
 """
 
 import json
@@ -12,21 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-WRITTEN = [page for page in PAGES if page.name != "reference.md"]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "kernels" / "README.md"])
 
 
-def test_the_reference_is_what_the_docstrings_say():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "build_reference.py"), "--check"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stdout
+def page_id(page):
+    return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
@@ -34,7 +27,7 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_files_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
     for name in set(
@@ -46,11 +39,57 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / name).exists(), name
 
 
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("ebwm_scale/*/__init__.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_modules_that_are_named_by_their_package_exist(page):
+    text = page.read_text(encoding="utf-8")
+    names = re.findall(rf"(?<![\w/.-])((?:{'|'.join(PACKAGES)})/[\w/]+\.(?:py|j2))", text)
+    for name in set(names):
+        assert (ROOT / "ebwm_scale" / name).exists(), name
+
+
+def test_every_package_is_in_the_reference():
+    shown = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        shown |= set(re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M))
+    packages = {f"ebwm_scale.{name}" for name in PACKAGES}
+    assert packages and packages <= shown, packages - shown
+    assert "ebwm_kernels" in shown
+    for name in shown:
+        path = (
+            ROOT / ("kernels" if name.startswith("ebwm_kernels") else "") / name.replace(".", "/")
+        )
+        assert path.is_dir() or path.with_suffix(".py").is_file(), name
+
+
+def test_the_pages_build(tmp_path):
+    pytest.importorskip(
+        "mkdocstrings", reason="the extra docs is not installed: `make docs` builds"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "site" / "reference" / "refinement.html").read_text(encoding="utf-8")
+    assert 'id="ebwm_scale.refinement.loop.refine"' in page
+    for built in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"(https?:[^\"]+)", built.read_text("utf-8")
+        )
+        assert not loaded, (built.name, loaded)
+
+
 def commands():
     """(page, command) of every indented line that runs something of ours, continuation lines
     joined, comments and prose behind two spaces cut.
     """
-    for page in WRITTEN:
+    for page in PAGES:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in re.findall(
             r"^ {4,}((?:python|deepspeed|torchrun|sbatch|srun|slurm/)[^\n]*)", text, re.M
@@ -153,3 +192,63 @@ def test_the_page_on_thinking_quotes_its_result_files():
     for row in json.loads((folder / "uncertainty.json").read_text())["rows"]:
         for value in row["rank_correlation_with_truth"].values():
             assert quoted(value, 2) in text, (row["world"], row["form"], value)
+
+
+def rows_of(name):
+    lines = (ROOT / "results" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def readme_row(start):
+    """The two figures of a row of the README's table."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    _, _, baseline, energy, _, _ = row.split("|")
+    return baseline.strip(), energy.strip()
+
+
+def test_the_table_of_the_readme_quotes_its_result_files():
+    folder = ROOT / "results"
+    seeds = {}
+    for row in rows_of("quickstart_seeds.jsonl")[1:]:
+        if row["learning_rate"] == 0.006:
+            loss = row["validation_loss_per_step"][-1]
+            seeds[row["model"], row["seed"]] = f"{loss:.3f}"
+    expected = [", ".join(seeds[model, s] for s in (33, 1, 2)) for model in ("baseline", "energy")]
+    assert list(readme_row("text, quick start")) == expected
+
+    long = json.loads((folder / "evaluation/long/evaluation.json").read_text())
+    (trained,) = [p for p in long["steps"] if p["num_steps"] == long["trained_steps"]]
+    baseline = json.loads((folder / "evaluation/long_baseline/evaluation.json").read_text())
+    assert readme_row("text, five") == (f"{baseline['loss']['mean']:.3f}", f"{trained['mean']:.3f}")
+
+    video = {}
+    for row in json.loads((folder / "quickstart_video/held_out.json").read_text())["rows"]:
+        if row["held_out"] == "bikes.mp4":
+            video[row["configuration"]] = f"{row['loss_per_step'][-1]:.3f}"
+            assert f"last frame: {row['copy_last_loss']:.3f}" in (ROOT / "README.md").read_text()
+    assert readme_row("video, one") == (
+        video["quickstart_video_baseline"],
+        video["quickstart_video"],
+    )
+
+    right = {}
+    for row in json.loads((folder / "hops.json").read_text())["rows"]:
+        if row["hops"] == [1, 2] and row["steps"] == 2000:
+            after = row["after"][max(0, row["trained_steps"] - 1)]
+            share = after["by_hops"]["2"]["accuracy"]
+            right[row["form"], row["seed"]] = f"{share:.2f}"
+    forms = ("transformer++, 2 layers", "1 step")
+    expected = [", ".join(right[form, seed] for seed in (33, 1, 2)) for form in forms]
+    assert list(readme_row("two look-ups")) == expected
+
+    runs = json.loads((folder / "bench_step_xxs.json").read_text())["runs"]
+    plain = "python tools/bench_step.py --compare baseline --threads 2 --steps 7"
+    (step,) = [run["result"] for run in runs if run["command"] == plain]
+    assert readme_row("CPU time") == ("1", f"{step['cpu_ratio']:.2f}")
+
+    (generation,) = json.loads((folder / "bench_generation.json").read_text())["rows"]
+    assert readme_row("tokens per second") == (
+        f"{generation['baseline']['cached_tokens_per_s']:.1f}",
+        f"{generation['energy']['cached_tokens_per_s']:.2f}",
+    )

@@ -24,9 +24,9 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "slurm/": "cluster/test_scripts.py",
     "ebwm_scale.launch": "cluster/test_attempts.py",
     "check_zero.py": "training/test_zero.py",
-    "check_parity.py": "test_parity.py",
-    "ebwm_scale.harness": "thinking/test_scoring.py",
-    "scaling_study.py": "test_scaling.py",
+    "check_parity.py": "evaluation/test_parity.py",
+    "ebwm_scale.harness": "inference/test_scoring.py",
+    "scaling_study.py": "evaluation/test_scaling.py",
 }
 SMALL = [
     "model.num_layers=1",
@@ -137,6 +137,8 @@ class Checkout:
                 *SMALL,
                 *([] if "video" in command or "clips" in command else ["data.context_length=16"]),
             ]
+        elif "ebwm_scale.doctor" in words:
+            words += ["--set", "data.context_length=16"]  # as the shards here were packed
         elif "ebwm_scale.evaluate" in words:
             words += ["--max-samples", "4", "--steps", "1", "2", "--starts", "1"]
         environment = {
@@ -191,6 +193,7 @@ def test_every_command_runs_somewhere():
         command
         for page in (
             "README.md",
+            "tutorial.md",
             "thinking.md",
             "performance.md",
             "training.md",
@@ -207,11 +210,25 @@ def test_every_command_runs_somewhere():
         assert (ROOT / "tests" / where).exists(), where
 
 
-def test_the_commands_of_the_readme_on_text(checkout):
+def python_of(page: str) -> str:
+    """The Python of a page, on the run and the data that its commands make in a test."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
+    assert "runs/quickstart" in code and "data/sample-64/" in code
+    return code.replace("runs/quickstart", "runs/mine").replace("data/sample-64/", "data/mine/")
+
+
+def test_the_commands_and_the_python_of_the_readme_and_the_tutorial_on_text(checkout):
     commands = of("README.md", video=False)
     assert len(commands) >= 10
     for command in commands:
         checkout.run(command)
+    further = [command for command in of("tutorial.md", video=False) if command not in commands]
+    assert further
+    for command in further:
+        checkout.run(command, **{"runs/quickstart": "runs/mine"})
+    for page in ("README.md", "docs/tutorial.md"):
+        (checkout.folder / "snippet.py").write_text(python_of(page), encoding="utf-8")
+        checkout.run("python snippet.py")
 
 
 @pytest.mark.soak

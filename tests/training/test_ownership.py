@@ -241,7 +241,7 @@ def test_a_second_start_is_refused_and_the_first_goes_on(runs, whole):
 
 
 def listens(pid: int) -> bool:
-    """Whether the process waits for connections, as torch's process group does from its start on."""
+    """Whether the process waits for connections, as torch's process group does from its start."""
     mine = set()
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
