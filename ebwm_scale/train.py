@@ -112,8 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_options(options: argparse.Namespace) -> Config:
-    """The configuration, and where the run is written; UserError for what is seen before the imports
-    that take seconds.
+    """The configuration; fills in options.run_dir.
+
+    UserError for what is seen before the imports that take seconds.
     """
     config = load_config(options.config, options.overrides)
     refuse_unpermitted(config, allow_pipe=options.allow_pipe)

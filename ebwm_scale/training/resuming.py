@@ -51,8 +51,8 @@ def load_newest(
         say(f"{name} was removed while it was read; taking the newest checkpoint there is now")
         saved = newest() if world.is_main else saved
     raise CheckpointError(
-        f"{trainer.run_folder.path}: {MOST_TRIES} checkpoints were removed while they were read: another "
-        "process trains there; end it, or name another folder with --run-dir"
+        f"{trainer.run_folder.path}: {MOST_TRIES} checkpoints were removed while they were read: "
+        "another process trains there; end it, or name another folder with --run-dir"
     )
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ebwm_scale.checkpoint.parameter_shard import MOMENTS, ParameterShard
 
 
-
 class ZeroState:
     """The pieces of a DeepSpeed engine's process.
 
