@@ -19,6 +19,7 @@ Loading verifies sizes and hashes, and takes the newest checkpoint that passes.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ def find_latest(
         try:
             return verify(folder)
         except CheckpointError as error:
-            if not folder.exists():  # rotated away meanwhile: a newer one has been published
+            # rotated away meanwhile: a newer one has been published; a link to nothing stays
+            if not os.path.lexists(folder):
                 return find_latest(root, warn, strict=strict)
             if strict:
                 raise CheckpointError(

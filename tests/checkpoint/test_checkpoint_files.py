@@ -232,3 +232,13 @@ def test_a_replay_file_with_other_content_is_one_line(tmp_path):
         with pytest.raises(CheckpointError, match="no replay buffer") as error:
             load_replay(verify(folder))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["archive/step_000002", "step_000002"])
+def test_a_checkpoint_that_is_a_link_to_nothing_or_itself_is_passed_over(tmp_path, target):
+    """Moved to an archive and linked to, and the archive is not there."""
+    write_checkpoint(tmp_path, 1)
+    (tmp_path / "step_000002").symlink_to(target)
+    said = []
+    assert find_latest(tmp_path, said.append).step == 1
+    assert len(said) == 1 and "step_000002" in said[0]

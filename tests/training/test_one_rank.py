@@ -63,7 +63,7 @@ def ended(processes, timeout=150):
 
 @pytest.mark.parametrize("kind", ["no file", "unwritable", "another configuration"])
 def test_what_one_rank_is_refused_for_refuses_all(runs, tmp_path, kind):
-    """A file that the second machine lacks, a disk that it cannot write to, an older copy."""
+    """A file the second machine lacks, a disk it cannot write to, an older copy of the file."""
     runs.command("single")
     mine = {"--config": runs.folder / "single.yaml", "--run-dir": tmp_path / "run"}
     (tmp_path / "file").write_text("")
