@@ -30,8 +30,8 @@ from ebwm_scale.core.console import say as print_line
 from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, UserError
 from ebwm_scale.core.plain_text import one_line
 from ebwm_scale.core.processes import find_place, is_first
-from ebwm_scale.training.preemption import StopFlag
 from ebwm_scale.core.run_location import check_folder
+from ebwm_scale.training.preemption import StopFlag
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -261,7 +261,7 @@ def stopped_before_training(stop: StopFlag, world, where: str) -> bool:
 def finish(config: Config, folder, model, splits, world) -> None:
     """After the last step: samples to read, the summary, and the report."""
     from ebwm_scale.checkpoint.load import load_checkpoint
-    from ebwm_scale.inference.generation import samples_to_look_at
+    from ebwm_scale.inference.samples import samples_to_look_at
     from ebwm_scale.planning.parameters import count_parameters
 
     if world.is_main:

@@ -1,7 +1,7 @@
 """The training loop.
 
-    observed stream -> K, V -> refinement of a noisy candidate per position
-        -> loss -> double backward -> AdamW
+    observed stream -> K, V -> refinement of a noisy candidate per position -> loss
+                                                    -> double backward -> AdamW
 
 One optimizer step: draw this step's point of the schedules, take this rank's micro-batches of the
 global batch, let the model refine and score them, step the engine. Everything else (validation,
@@ -10,15 +10,11 @@ checkpoints, metrics, stopping) happens between steps and changes no loss.
 
 from __future__ import annotations
 
-import math
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, load_into, load_replay
-from ebwm_scale.checkpoint.writer import CheckpointWriter, Outcome
 from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
@@ -37,40 +33,27 @@ from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.loading.quarantine import BadSample, Quarantine
 from ebwm_scale.data.loading.streaming import StreamLoader
-from ebwm_scale.planning.flops import model_flops, step_flops
-from ebwm_scale.planning.hardware import peak_flops_per_s
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.training.deepspeed.engine import Engine
 from ebwm_scale.training.preemption import StopFlag
 from ebwm_scale.training.replay import ReplayBuffer
-from ebwm_scale.training.run_folder import PAUSE_S, RunFolder
+from ebwm_scale.training.run_folder import RunFolder
+from ebwm_scale.training.saving import Saver
 from ebwm_scale.training.schedule import refinement_point
+from ebwm_scale.training.step_log import (
+    StepResult,
+    StepTimer,
+    metrics_row,
+    step_line,
+    validation_line,
+)
 from ebwm_scale.training.validation import validate
 from ebwm_scale.training.watchdog import Watchdog
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Means over this rank's part of a global batch, and what the optimizer used.
-
-    values: (1 + N + N,) = loss, loss_per_step, energy_per_step.
-    """
-
-    values: torch.Tensor
-    num_steps: int
-    gradient_norm: float
-    learning_rate: float
-    samples: list[int]  # ids, of this rank's part
-
-    @property
-    def applied(self) -> bool:
-        """Whether the weights were updated; a norm that is not finite keeps every rank from it
-        (Engine.step).
-        """
-        return math.isfinite(self.gradient_norm)
-
-
 class Trainer:
+    """Trains to train.max_steps, or until it has to stop. Every rank has one."""
+
     loader: BatchLoader | StreamLoader  # of the training split, from run() on
 
     def __init__(
@@ -78,7 +61,7 @@ class Trainer:
         config: Config,
         engine: Engine,
         world: World,
-        run: RunFolder,
+        run_folder: RunFolder,
         stop: StopFlag,
         train: ShardedSplit | MixedSplit,
         validation: ShardedSplit | MixedSplit,
@@ -88,48 +71,52 @@ class Trainer:
         faults: Faults,
         allow_pipe: bool = False,
     ):
-        self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
         self.config = config
         self.engine = engine
         self.world = world
-        self.run_folder = run
+        self.run_folder = run_folder
         self.stop = stop
         self.train_split = train
         self.validation_split = validation
         self.micro_batch = micro_batch
         self.context_length = resolved.context_length(config)
+        self.watchdog = watchdog
+        self.faults = faults
+        self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
         self.replay: ReplayBuffer | None = None
         if config.refinement.replay and config.model.kind == "energy":
             self.replay = ReplayBuffer(
                 capacity=config.refinement.replay_capacity,
                 global_batch_size=config.train.global_batch_size,
             )
-        self.watchdog = watchdog
-        self.faults = faults
-        self.writer = CheckpointWriter(
-            run.checkpoints, world, config, faults, still_ours=run.leave_if_taken_over
-        )
+        self.saver = Saver(config, world, run_folder, watchdog, faults)
         self.observe = Observation(
             train.manifest, world.device, mask_document_starts=config.data.mask_document_starts
         )
         self.quarantine = Quarantine(
-            run.path,
+            run_folder.path,
             limit=config.data.max_quarantined,
-            write=run.quarantine if world.is_main else None,
+            write=run_folder.quarantine if world.is_main else None,
         )
         self.found_in_validation: list[BadSample] = []
         self.stream_position = 0
         self.step = 0
         self.first_step = 0  # of this process
-        self.saved: tuple[int, bool] | None = None  # (step, whether with its validation loss)
         self.validated_step: int | None = None
         self.validation_loss: float | None = None
-        self.unsaved = False  # whether the last save has failed
         self.skipped_in_a_row = 0
+        self.stop_reason: str | None = None
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether the last save of this process has failed."""
+        return self.saver.unsaved
 
     def load(self, saved: CheckpointInfo) -> None:
-        """Take over a checkpoint: weights, optimizer, replay buffer and the place in the data; or
-        its weights alone, where it holds nothing else. Writes nothing; may be called again."""
+        """Take over a checkpoint: weights, optimizer, replay buffer and the place in the data.
+
+        Or its weights alone, where it holds nothing else. Writes nothing; may be called again.
+        """
         if "data" not in saved.trainer:  # conversion.import_run, of a folder without training state
             load_into(saved, self.engine.state)
             return
@@ -149,8 +136,8 @@ class Trainer:
                 )
             self.replay.load_state_dict(stored)
         self.step = self.first_step = data.step
-        self.saved = (self.step, saved.trainer["validation_loss"] is not None)
-        self.writer.newest = self.step
+        validated = saved.trainer["validation_loss"] is not None
+        self.saver.resumed_from(self.step, validated=validated)
         self.skipped_in_a_row = saved.trainer["skipped_in_a_row"]
         self.quarantine.load_state_dict(saved.trainer["quarantine"])
         self.stream_position = saved.trainer["stream_position"]
@@ -174,12 +161,10 @@ class Trainer:
     def run(self) -> int:
         """Train to train.max_steps; returns the exit code."""
         self.loader = self._loader()
-        if (
-            self.step
-            and self._due(self.config.evaluation.every_steps)
-            and not self._evaluated_and_saved()
-        ):
-            return self.save_and_exit()  # the evaluation that a stopped run did not finish
+        # A stopped run may have left the evaluation of its last step open.
+        left_open = self.step > 0 and self._due(self.config.evaluation.every_steps)
+        if left_open and not self._evaluated_and_saved():
+            return self.save_and_exit()
         timer = StepTimer(self.step)
         while self.step < self.config.train.max_steps:
             result = self.train_step()
@@ -201,7 +186,7 @@ class Trainer:
             if self._save_is_due():
                 self.save()
                 timer.restart(self.step)
-            self.report_save(self.writer.finished())
+            self.saver.poll(self.step)
         if not self.evaluate():
             return self.save_and_exit()
         return self.shutdown(EXIT_FINISHED if self.save_for_good() else EXIT_FAILED)
@@ -244,7 +229,7 @@ class Trainer:
         """Wait for what is being written; the code, or EXIT_FAILED in place of a good one where
         rows of the run folder could not be written to the end."""
         self.watchdog.heartbeat("the last save")
-        self.wait_for_save(continues=False)
+        self.saver.wait(self.step, goes_on=False)
         # nobody leaves, and is missed, before the checkpoint is published
         rows_are_lost = self.world.any(not self.run_folder.rows_are_written())
         self.watchdog.stop()
@@ -269,7 +254,8 @@ class Trainer:
             if index and self._stop_requested():
                 return None
             batch = next(self.loader)
-            sequences, restart = batch.sequences, None
+            sequences = batch.sequences
+            restart = None
             if self.replay is not None:
                 sequences, restart = self.replay.restart(sequences, batch.positions, source)
             observed, targets = self.observe(sequences)
@@ -313,9 +299,9 @@ class Trainer:
         """
         self.skipped_in_a_row += 1
         limit = self.config.train.max_skipped_steps
-        samples = [
-            sample for part in self.world.all_gather_object(result.samples) for sample in part
-        ]
+        samples = []
+        for of_rank in self.world.all_gather_object(result.samples):
+            samples += of_rank
         loss = (self.world.all_reduce(result.values.clone()) / self.world.size)[0].item()
         self.run_folder.event(
             "skipped",
@@ -331,15 +317,16 @@ class Trainer:
         )
         if self.skipped_in_a_row < limit:
             return False
-        self.wait_for_save(continues=False)
-        saved = "none yet" if self.saved is None else f"step {self.saved[0]}"
+        self.saver.wait(self.step, goes_on=False)
+        saved = self.saver.saved
+        newest = "none yet" if saved is None else f"step {saved[0]}"
         self.run_folder.event(
             "not_finite", step=self.step, loss=str(loss), grad_norm=str(result.gradient_norm)
         )
         self._warn(
             f"stopped after {limit} steps in a row without finite gradients. The last checkpoint "
-            f"({saved}) is from before; lower "
-            "optimizer.learning_rate or refinement.step_size and run again with --resume"
+            f"({newest}) is from before; lower optimizer.learning_rate or refinement.step_size "
+            "and run again with --resume"
         )
         return True
 
@@ -347,13 +334,10 @@ class Trainer:
         """Put what every rank found damaged on the common list, and into the run folder; whether it
         is more than data.max_quarantined.
         """
-        found = [
-            bad
-            for part in self.world.all_gather_object(
-                [*self.loader.found, *self.found_in_validation]
-            )
-            for bad in part
-        ]
+        mine = [*self.loader.found, *self.found_in_validation]
+        found = []
+        for of_rank in self.world.all_gather_object(mine):
+            found += of_rank
         self.loader.found.clear()
         self.found_in_validation.clear()
         for bad in self.quarantine.add(found):
@@ -381,46 +365,19 @@ class Trainer:
 
     def log(self, result: StepResult, timer: StepTimer) -> None:
         """Write the step's metrics."""
-        values = (self.world.all_reduce(result.values) / self.world.size).tolist()
-        norm = result.gradient_norm
-        config, num_steps = self.config, result.num_steps
-        seconds = timer.seconds_per_step(self.step)
-        flops = (
-            model_flops(
-                step_flops(config, samples=config.train.global_batch_size, num_steps=num_steps)
-            )
-            / self.world.size
-        )
-        peak, on_gpu = peak_flops_per_s(config.train.precision), self.world.device.type == "cuda"
+        is_energy = self.config.model.kind == "energy"
         unit = self.observe.content.unit
-        per_step = config.train.global_batch_size * self.context_length
-        energy = config.model.kind == "energy"
-        remaining_s = seconds * (config.train.max_steps - self.step)
-        row = {
-            "step": self.step,
-            f"{unit}_seen": self.step * per_step,
-            "loss": values[0],
-            "loss_per_step": values[1 : 1 + num_steps],
-            "energy_per_step": values[1 + num_steps :] if energy else None,
-            "grad_norm": norm,
-            "learning_rate": result.learning_rate,
-            "step_size": self.engine.module.step_size.item() if energy else None,
-            "step_time_s": seconds,
-            f"{unit}_per_s": per_step / seconds,
-            "model_tflops": flops / seconds / 1e12,
-            "mfu": flops / seconds / peak if peak else None,
-            "peak_memory_gib": _peak_memory_gib(on_gpu),
-            "eta_s": remaining_s,
-        }
-        self.run_folder.metrics(row)
-        steps = " -> ".join(f"{loss:.3f}" for loss in row["loss_per_step"])
-        self.run_folder.say(
-            f"step {self.step:>{len(str(config.train.max_steps))}}/{config.train.max_steps}  loss "
-            f"{values[0]:.4f}"
-            + (f" ({steps})  alpha {row['step_size']:.4g}" if energy else "")
-            + f"  grad {norm:.3g}  lr {result.learning_rate:.2e}"
-            f"  {per_step / seconds:,.0f} {unit}/s  ETA {format_duration(remaining_s)}"
+        row = metrics_row(
+            self.config,
+            self.world,
+            result,
+            step=self.step,
+            unit=unit,
+            step_size=self.engine.module.step_size.item() if is_energy else None,
+            seconds=timer.seconds_per_step(self.step),
         )
+        self.run_folder.metrics(row)
+        self.run_folder.say(step_line(row, max_steps=self.config.train.max_steps, unit=unit))
 
     def evaluate(self) -> bool:
         """Validate this step, once; False if it was given up for a stop."""
@@ -448,27 +405,18 @@ class Trainer:
             return False
         self.run_folder.metrics({"step": self.step, "split": "validation", **row})
         self.validated_step, self.validation_loss = self.step, row["loss"]
-        losses = list(row["loss_per_step"])
-        if row["initial_loss"] is not None:
-            losses.insert(0, row["initial_loss"])
-        steps = " -> ".join(f"{loss:.4f}" for loss in losses)
-        if self.observe.space is None:
-            measure = f"nats/token (unigram entropy {row['unigram_entropy']:.4f})"
-        else:
-            measure = (
-                f"SmoothL1 (copying the last frame {row['copy_last_loss']:.4f}, "
-                f"going straight on {row['linear_loss']:.4f})"
-            )
-        self.run_folder.say(f"validation at step {self.step}: {steps} {measure}")
+        self.run_folder.say(validation_line(row, self.step))
         return True
 
-    def save(self, *, continues: bool = True) -> None:
-        """Begin a checkpoint of this step; it is written while training goes on. Once, and once
-        more when its validation loss is known."""
+    def save(self, *, goes_on: bool = True) -> None:
+        """Begin a checkpoint of this step; it is written while training goes on.
+
+        Once, and once more when its validation loss is known. goes_on: steps follow.
+        """
         self.watchdog.heartbeat(f"the save after step {self.step}")
-        self.wait_for_save(continues=continues)
+        self.saver.wait(self.step, goes_on=goes_on)
         validated = self.validated_step == self.step and self.validation_loss is not None
-        if self.saved in ((self.step, True), (self.step, validated)):
+        if self.saver.is_on_disk(self.step, validated=validated):
             return
         self.run_folder.leave_if_taken_over()
         self.sync_quarantine()
@@ -478,7 +426,7 @@ class Trainer:
         state = DataState(
             self.train_split.fingerprint, self.config.train.seed, self.step
         ).state_dict()
-        self.writer.save(
+        self.saver.begin(
             self.engine.state,
             {
                 "step": self.step,
@@ -493,56 +441,8 @@ class Trainer:
         )
 
     def save_for_good(self) -> bool:
-        """Save this step, the last one of this process, and wait; a second try after making room
-        and a pause. Whether it is on disk, the same on every rank."""
-        self.save(continues=False)
-        outcome = self.wait_for_save(continues=False)
-        if not self.is_saved():
-            self._warn(f"trying once more to save step {self.step} in {PAUSE_S:g} s")
-            self.watchdog.heartbeat("the pause before the save is tried again")
-            if outcome is not None and outcome.is_short_of_space:
-                self.writer.make_room()
-            time.sleep(PAUSE_S)
-            self.save(continues=False)
-            self.wait_for_save(continues=False, last=True)
-        self.unsaved = not self.is_saved()
-        return not self.unsaved
-
-    def is_saved(self) -> bool:
-        """Whether this step's state is on disk, as far as wait_for_save() has said."""
-        return self.saved is not None and self.saved[0] == self.step
-
-    def wait_for_save(self, *, continues: bool, last: bool = False) -> Outcome | None:
-        """Wait for the save in progress and say what became of it; every rank must call it."""
-        outcome = self.writer.wait()
-        self.report_save(self.writer.finished(), continues=continues, last=last)
-        if outcome is not None and outcome.problem is None:
-            self.saved = (outcome.step, outcome.validated)
-        return outcome
-
-    def report_save(
-        self, outcome: Outcome | None, *, continues: bool = True, last: bool = False
-    ) -> None:
-        """Put what became of a save on record: the event `save` where it is on disk, a warning
-        where not. continues: steps follow. last: no other try follows."""
-        if outcome is None or not self.world.is_main:
-            return
-        newest = self.writer.newest_on_disk()
-        if outcome.problem is None:
-            self.run_folder.event("save", step=outcome.step)
-        elif last:
-            self._warn(
-                f"step {outcome.step} is NOT saved, {newest} ({outcome.problem}); free some space, "
-                "and run again with --resume"
-            )
-        else:
-            going_on = "training goes on, " if continues else ""
-            self._warn(
-                f"step {outcome.step}: the checkpoint could not be written ({outcome.problem}); "
-                f"{going_on}{newest}; free some space"
-            )
-        for note in outcome.notes:
-            self._warn(note)
+        """Save this step, the last one of this process; whether it is on disk."""
+        return self.saver.save_for_good(self.step, lambda: self.save(goes_on=False))
 
     def _warn(self, text: str) -> None:
         self.run_folder.warn(text, step=self.step)
@@ -581,40 +481,3 @@ class Trainer:
             known_bad=self.quarantine.known("train"),
             **common,
         )
-
-
-class StepTimer:
-    """Wall seconds per step since the last reading; validation and saving are left out by
-    restarting it.
-    """
-
-    def __init__(self, step: int):
-        self.last = float("nan")  # the last reading
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self.step = step
-        self.start = time.perf_counter()
-
-    def seconds_per_step(self, step: int) -> float:
-        if step > self.step:
-            self.last = (time.perf_counter() - self.start) / (step - self.step)
-        self.restart(step)
-        return self.last
-
-
-def format_duration(seconds: float) -> str:
-    """3:07 or 2:03:07."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _peak_memory_gib(on_gpu: bool) -> float:
-    if on_gpu:
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (peak if sys.platform == "darwin" else peak * 1024) / 2**30

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ebwm_scale.config import renamed
 from ebwm_scale.config.checks import batch_arithmetic
-from ebwm_scale.config.load import config_from_dict, load_config, renamed
+from ebwm_scale.config.load import config_from_dict, load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.config.sizes import SIZES
 from ebwm_scale.core.errors import ConfigError

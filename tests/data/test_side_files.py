@@ -21,7 +21,7 @@ from ebwm_scale.data.prepare.text import make_text_dataset
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.think import manifest_of
-from ebwm_scale.train import fill_from_data
+from ebwm_scale.training.preflight import fill_from_data
 
 
 @pytest.fixture(scope="module")
