@@ -7,7 +7,7 @@ import torch
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError
-from ebwm_scale.refinement.inner_gradient import inner_gradient
+from ebwm_scale.refinement import inner_gradient
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.world_model import WorldModel
 
