@@ -54,7 +54,7 @@ class Saver:
         self.writer.newest = step
 
     def is_on_disk(self, step: int, *, validated: bool = False) -> bool:
-        """Whether a step's state is saved, as far as wait() has told.
+        """Whether a step's state is saved, as far as wait() has said.
 
         validated: with its validation loss.
         """

@@ -79,6 +79,7 @@ class Trainer:
         self.train_split = train
         self.validation_split = validation
         self.micro_batch = micro_batch
+        self.context_length = resolved.context_length(config)
         self.watchdog = watchdog
         self.faults = faults
         self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
