@@ -181,7 +181,7 @@ def test_a_converted_folder_with_malformed_facts_is_one_line(tmp_path, facts):
     ],
 )
 def test_a_converted_folder_with_a_malformed_list_of_weights_is_one_line(tmp_path, index):
-    (tmp_path / "conversion.json").write_text('{"files": {}}')
+    (tmp_path / "conversion.json").write_text('{"files": {}, "dtype": "float32"}')
     (tmp_path / "model.safetensors.index.json").write_bytes(index)
     with pytest.raises(CheckpointError, match="no list of weight files") as error:
         ModelFolder(tmp_path)

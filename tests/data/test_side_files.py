@@ -43,7 +43,7 @@ def config_of(manifest):
 
 def asked_by_doctor(manifest):
     report = doctor.Report()
-    doctor.check_data(report, config_of(manifest))
+    doctor.check_training(report, config_of(manifest), manifest.parent / "run")
     missing = [text for verdict, _, text in report.lines if verdict == "MISSING"]
     if missing:
         raise DataError(missing[0])
