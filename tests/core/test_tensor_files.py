@@ -2,6 +2,7 @@
 is allocated.
 """
 
+import hashlib
 import json
 import random
 import resource
@@ -181,8 +182,11 @@ def test_a_converted_folder_with_malformed_facts_is_one_line(tmp_path, facts):
     ],
 )
 def test_a_converted_folder_with_a_malformed_list_of_weights_is_one_line(tmp_path, index):
-    (tmp_path / "conversion.json").write_text('{"files": {}}')
-    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    name = "model.safetensors.index.json"
+    (tmp_path / name).write_bytes(index)
+    listed = {name: {"size": len(index), "sha256": hashlib.sha256(index).hexdigest()}}
+    facts = {"files": listed, "dtype": "float32"}
+    (tmp_path / "conversion.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="no list of weight files") as error:
         ModelFolder(tmp_path)
     assert "\n" not in str(error.value)

@@ -883,7 +883,7 @@ def test_failed_report_leaves_the_old_page(tmp_path, monkeypatch, without_plots)
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(UserError, match="No space left"):
         write_report(folder)
     assert (folder / "report.html").read_text(encoding="utf-8") == before and not list(
