@@ -1,0 +1,104 @@
+"""Keys that may be absent from a file, read as the values they have in a run.
+
+Two kinds of keys have no default of their own. Those that follow from other keys are filled by
+`load_config` (sizes.py), those that follow from the data by training.preflight.fill_from_data. What
+builds or trains a model reads them here and gets a number, or one ConfigError that names the key:
+
+    sizes = model_sizes(config.model)
+    nn.Linear(sizes.width, sizes.feed_forward_width)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ebwm_scale.config.schema import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    RefinementConfig,
+    ScheduleConfig,
+)
+from ebwm_scale.core.errors import ConfigError
+
+T = TypeVar("T")
+
+BY_LOADING = "read the configuration with load_config, which fills it"
+BY_DATA = "set it, or take it from the data's manifest"
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of layers and heads, and widths, of a model's blocks."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    feed_forward_width: int
+
+    @property
+    def head_dimension(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Of the keys, and of the values, of all heads together."""
+        return self.num_kv_heads * self.head_dimension
+
+
+def model_sizes(model: ModelConfig) -> ModelSizes:
+    return ModelSizes(
+        num_layers=_known(model.num_layers, "model.num_layers", BY_LOADING),
+        width=_known(model.width, "model.width", BY_LOADING),
+        num_heads=_known(model.num_heads, "model.num_heads", BY_LOADING),
+        num_kv_heads=_known(model.num_kv_heads, "model.num_kv_heads", BY_LOADING),
+        feed_forward_width=_known(model.feed_forward_width, "model.feed_forward_width", BY_LOADING),
+    )
+
+
+def min_num_steps(refinement: RefinementConfig) -> int:
+    return _known(refinement.min_num_steps, "refinement.min_num_steps", BY_LOADING)
+
+
+def learning_rate_multiplier(refinement: RefinementConfig) -> float:
+    """alpha's learning rate over the model's."""
+    key = "refinement.learning_rate_multiplier"
+    return _known(refinement.learning_rate_multiplier, key, BY_LOADING)
+
+
+def peak_learning_rate(optimizer: OptimizerConfig) -> float:
+    return _known(optimizer.learning_rate, "optimizer.learning_rate", BY_LOADING)
+
+
+def decay_steps(schedule: ScheduleConfig) -> int:
+    return _known(schedule.decay_steps, "schedule.decay_steps", BY_LOADING)
+
+
+def vocabulary_size(config: Config) -> int:
+    """Number of tokens, of a vocabulary state."""
+    return _known(config.model.vocabulary_size, "model.vocabulary_size", BY_DATA)
+
+
+def state_dimension(config: Config) -> int:
+    """Size of a frame embedding, of an embedding state."""
+    return _known(config.state.dimension, "state.dimension", BY_DATA)
+
+
+def state_size(config: Config) -> int:
+    """Numbers in the state of one position: the vocabulary, or the dimension of an embedding."""
+    if config.state.kind == "embedding":
+        return state_dimension(config)
+    return vocabulary_size(config)
+
+
+def context_length(config: Config) -> int:
+    """Observed positions per sample."""
+    return _known(config.data.context_length, "data.context_length", BY_DATA)
+
+
+def _known(value: T | None, key: str, remedy: str) -> T:
+    if value is None:
+        raise ConfigError(f"{key} is absent: {remedy}")
+    return value
