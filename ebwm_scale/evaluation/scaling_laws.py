@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.config.load import load_config
+from ebwm_scale.config.resolved import context_length
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.core.renamed_keys import with_new_names
 from ebwm_scale.core.rows import Rows
@@ -76,10 +77,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """What a finished run says about scaling; None if it has not finished."""
     if not (folder / "summary.json").exists():
         return None
-    summary, config = (
-        json.loads((folder / "summary.json").read_text(encoding="utf-8")),
-        load_config(folder / "config.yaml"),
-    )
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    config = load_config(folder / "config.yaml")
     validation, step_times = [], []
     for row in Rows(folder / "metrics.jsonl"):
         if row.get("split") == "validation":
@@ -88,7 +87,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
             step_times.append(row["step_time_s"])
     last = with_new_names(validation[-1])
     flops = model_flops(step_flops(config, samples=config.train.global_batch_size))
-    tokens = config.train.global_batch_size * config.data.context_length
+    tokens = config.train.global_batch_size * context_length(config)
     parts = summary["parameters"]
     return {
         "parameters": parts["total"] - sum(parts.get(part, 0) for part in NOT_COUNTED),

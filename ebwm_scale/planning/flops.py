@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ebwm_kernels.attention.ops import PRODUCTS, visible_pairs
+from ebwm_scale.config.resolved import context_length, model_sizes, state_size
 from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all
 from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes
@@ -44,9 +45,8 @@ class StepSizes:
     contexts: int  # times the observed stream is encoded
     graph_contexts: int  # of them back-propagated
     block_weights: int  # the same + 3 D F
-    modulation_weights: (
-        int  # adaLN of one stream's blocks, D x 6 D each, computed once per call whatever the rows
-    )
+    # adaLN of one stream's blocks, D x 6 D each, computed once per call whatever the rows
+    modulation_weights: int
     final_modulation: int  # D x 2 D
 
     @classmethod
@@ -55,26 +55,25 @@ class StepSizes:
         steps = num_steps or refinement.num_steps
         graph_steps = num_graph_steps(refinement, steps)
         shared = one_context_serves_all(model.conditioning, num_landscapes(refinement))
-        keys = model.width // model.num_heads * model.num_kv_heads
-        attention = 2 * model.width**2 + 2 * model.width * keys
+        sizes = model_sizes(model)
+        width, keys = sizes.width, sizes.kv_width
+        attention = 2 * width**2 + 2 * width * keys
         adaptive = model.conditioning in ("adaln", "adaln_zero", "predicted_only")
         return cls(
-            width=model.width,
+            width=width,
             keys=keys,
-            feed_forward=model.feed_forward_width,
-            layers=model.num_layers,
-            state=model.vocabulary_size
-            if config.state.kind == "vocabulary"
-            else config.state.dimension,
-            positions=config.data.context_length,
+            feed_forward=sizes.feed_forward_width,
+            layers=sizes.num_layers,
+            state=state_size(config),
+            positions=context_length(config),
             offset=int(model.conditioning == "time_embed"),
             steps=steps,
             graph_steps=graph_steps,
             contexts=1 if shared else steps,
             graph_contexts=1 if shared else graph_steps,
-            block_weights=attention + 3 * model.width * model.feed_forward_width,
-            modulation_weights=6 * model.width**2 * model.num_layers if adaptive else 0,
-            final_modulation=2 * model.width**2 if adaptive else 0,
+            block_weights=attention + 3 * width * sizes.feed_forward_width,
+            modulation_weights=6 * width**2 * sizes.num_layers if adaptive else 0,
+            final_modulation=2 * width**2 if adaptive else 0,
         )
 
     def causal_pairs(self) -> int:
@@ -98,9 +97,9 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     rows = samples * z.positions
     blocks, state_product = z.layers * z.block_weights, 2.0 * rows * z.state * z.width
     square = 2.0 * samples * z.width * (z.positions + z.offset) ** 2
-    frames = (
-        {} if config.state.kind == "vocabulary" else {"state_projection": 2 * state_product}
-    )  # observed: forward, dW
+    frames = {}
+    if config.state.kind == "embedding":
+        frames = {"state_projection": 2 * state_product}  # observed: forward, dW
     if config.model.kind == "baseline":
         two = config.model.output == "two_linear"
         hidden_product = 2.0 * rows * z.width**2 if two else 0.0
@@ -115,14 +114,11 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     N, G = z.steps, z.graph_steps
     # Of the last block only keys and values of the observed stream exist; adaLN of its final norm
     # is computed but not used.
-    observed_rows, observed_blocks = (
-        samples * (z.positions + z.offset),
-        blocks - z.block_weights + 2 * z.width * z.keys,
-    )
-    observed_modulation = (
-        0 if config.model.conditioning == "predicted_only" else z.modulation_weights
-    )
-    observed_final = 0 if config.model.conditioning == "predicted_only" else z.final_modulation
+    observed_rows = samples * (z.positions + z.offset)
+    observed_blocks = blocks - z.block_weights + 2 * z.width * z.keys
+    observed_modulation, observed_final = z.modulation_weights, z.final_modulation
+    if config.model.conditioning == "predicted_only":
+        observed_modulation, observed_final = 0, 0
     modulation, head = z.modulation_weights + z.final_modulation, z.width
     attention = 2.0 * samples * z.width * z.causal_pairs() * z.layers
     parts = {
@@ -148,14 +144,11 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
             + G * (ATTENTION_SECOND_ORDER + ATTENTION_FIRST_ORDER)
         ),
     }
-    parts |= (
-        {
-            "state_projection": frames["state_projection"]
-            + state_product * _state_products(config, z)
-        }
-        if frames
-        else {"vocabulary": state_product * _state_products(config, z)}
-    )
+    of_states = state_product * _state_products(config, z)
+    if frames:
+        parts["state_projection"] = frames["state_projection"] + of_states
+    else:
+        parts["vocabulary"] = of_states
     return {part: value for part, value in parts.items() if value}
 
 

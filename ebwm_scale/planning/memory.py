@@ -11,44 +11,34 @@ import torch
 from ebwm_kernels.attention.reference import ROWS
 from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
 from ebwm_scale.config.reduce_bucket import reduce_bucket_size
+from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import Config
 from ebwm_scale.planning.flops import StepSizes
 from ebwm_scale.planning.parameters import count_parameters
+from ebwm_scale.refinement.step_plan import plan_steps
 
 GIB = 2.0**30
 
 
 # What autograd keeps per row and block, read off the operations and tested against the live tensors
 # of a step.
-OBSERVED_D, OBSERVED_F = (
-    7,
-    3,
-)  # norm inputs 2, normed 3 (the first one for K, V and again for q), q, attended; w1, w3, SwiGLU
+OBSERVED_D = 7  # norm inputs 2, normed 3 (the first one for K, V and again for q), q, attended
+OBSERVED_F = 3  # w1, w3, SwiGLU
 LAST_OBSERVED_D = 2  # norm input, normed; then only K and V
-PREDICTED_D, PREDICTED_F = (
-    16,
-    6,
-)  # norm inputs 2, normed 2, q, k*, v*, attended; w1, w3, SwiGLU; and as many cotangents
-STREAMS_D = 3  # checkpoint block, per block: p_l, c_l, and a_l in the backward
-OBSERVED_ADALN_D, PREDICTED_ADALN_D = (
-    5,
-    8,
-)  # a modulated norm keeps its input, a gate what it gates; and their cotangents
+PREDICTED_D = 16  # norm inputs 2, normed 2, q, k*, v*, attended; and as many cotangents
+PREDICTED_F = 6  # w1, w3, SwiGLU; and as many cotangents
+STREAMS_D = 3  # recompute block, per block: p_l, c_l, and a_l in the backward
+# a modulated norm keeps its input, a gate what it gates; and their cotangents
+OBSERVED_ADALN_D, PREDICTED_ADALN_D = 5, 8
 # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 OUTSIDE_D = 6
 # score blocks alive at once in the double backward: P, tangent, centred, dP, Z, dS
 ATTENTION_BLOCKS = 6
-STATES = {
-    "probabilities": 2,
-    "mirror": 3,
-    "logits": 3,
-}  # (rows, V) tensors of a tile in kernels/ebwm_kernels/vocabulary/api.py
-FULL_STATES = {
-    "probabilities": 1,
-    "mirror": 1,
-    "logits": 3,
-}  # (R, V) tensors of plain autograd (graph full): per step,
-FULL_TRANSIENT = 2  # and once
+# (rows, V) tensors of a tile in kernels/ebwm_kernels/vocabulary/api.py
+STATES = {"probabilities": 2, "mirror": 3, "logits": 3}
+# (R, V) tensors of plain autograd (graph full): per step, and once
+FULL_STATES = {"probabilities": 1, "mirror": 1, "logits": 3}
+FULL_TRANSIENT = 2
 FRAME_STATES = 4  # per step: state, slope, alpha * slope, difference to the target
 
 
@@ -72,21 +62,17 @@ def memory_estimate(
     """
     from ebwm_scale.world_model import WorldModel
 
-    with torch.device(
-        "meta"
-    ):  # no memory: the model says how large it is, so there is no second formula
+    # No memory: the model says how large it is, so there is no second formula.
+    with torch.device("meta"):
         num_parameters = count_parameters(WorldModel(config))["total"]
-    z, half, stage = (
-        StepSizes.of(config),
-        config.train.precision == "bf16",
-        config.deepspeed.zero_stage,
-    )
-    element, shards = 2 if half else 4, world_size if stage else 1
-    baseline, full, update = (
-        config.model.kind == "baseline",
-        config.refinement.graph == "full",
-        config.refinement.update,
-    )
+    z = StepSizes.of(config)
+    half, stage = config.train.precision == "bf16", config.deepspeed.zero_stage
+    element = 2 if half else 4
+    shards = world_size if stage else 1
+    baseline = config.model.kind == "baseline"
+    plan = plan_steps(config.refinement, range(z.steps), training=True)
+    full = plan[0].keep_graph  # all steps' graphs live at once
+    update = config.refinement.update
     offloaded = config.deepspeed.offload != "none"
     by_block = config.refinement.recompute == "block" and not baseline
     D, F, K, V = z.width, z.feed_forward, z.keys, z.state
@@ -109,15 +95,14 @@ def memory_estimate(
         blocks = z.layers * (z.block_weights + 2 * D)
         # gradients on their way to the others
         workspace += element * reduce_bucket_size(num_parameters)
-        workspace += element * (
-            num_parameters - (blocks * (z.layers - 1) // z.layers if by_block or baseline else 0)
-        )
+        elsewhere = blocks * (z.layers - 1) // z.layers if by_block or baseline else 0
+        workspace += element * (num_parameters - elsewhere)
     if config.deepspeed.offload == "parameters":
         parts["weights"] = 0
-    observed_block = (
-        OBSERVED_D
-        + (OBSERVED_ADALN_D if config.model.conditioning in ("adaln", "adaln_zero") else 0)
-    ) * D + OBSERVED_F * F
+    observed_width = OBSERVED_D
+    if config.model.conditioning in ("adaln", "adaln_zero"):
+        observed_width += OBSERVED_ADALN_D
+    observed_block = observed_width * D + OBSERVED_F * F
     if baseline:
         rows = micro_batch * z.positions
         parts["activations_observed"] = (
@@ -138,7 +123,10 @@ def memory_estimate(
         kept, recomputed = _predicted_kept(config, z, z.steps if full else 1)
         parts["activations_predicted"] = element * rows * kept
         scores = (
-            samples * config.model.num_heads * min(ROWS, z.positions) * (z.positions + z.offset)
+            samples
+            * model_sizes(config.model).num_heads
+            * min(ROWS, z.positions)
+            * (z.positions + z.offset)
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
     if config.state.kind == "embedding":
@@ -150,7 +138,8 @@ def memory_estimate(
             min(4.0 * rows * V, CHUNK_BYTES) * (1.5 if half else 1) + (4 + element) * V * D * half,
         )
     else:
-        state, scores = 4.0 * rows * V, z.steps if config.refinement.loss == "every" else 1
+        state = 4.0 * rows * V
+        scores = sum(step.loss_weight > 0 for step in plan)
         clamps = (config.refinement.change_clamp is not None) + (
             config.refinement.state_clamp is not None
         )
@@ -173,8 +162,10 @@ def _tile(
     """
     from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tiles = list(tiles_of(micro_batch, z.positions, tile_rows(config.refinement, z.state, device)))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = tile_rows(config.refinement, z.state, torch.device(device))
+    tiles = list(tiles_of(micro_batch, z.positions, rows))
     samples = max(group.stop - group.start for group, _ in tiles)
     positions = max(part.stop - part.start for part in tiles[0][1])
     return samples * positions, samples, len(tiles[0][1])

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ebwm_scale.config.checks import batch_arithmetic
+from ebwm_scale.config.resolved import context_length
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.planning.flops import model_flops, step_flops
@@ -25,12 +26,9 @@ from ebwm_scale.planning.memory import memory_estimate
 from ebwm_scale.planning.parameters import count_parameters
 from ebwm_scale.refinement.step_plan import num_graph_steps
 
-GRADIENT_PASSES = {
-    "graph": 4,
-    "plain": 2,
-    # times a block's parameters are gathered per refinement step at stage 3:
-    # refinement/block_recompute.py
-}
+# Times a block's parameters are gathered per refinement step at stage 3
+# (refinement/block_recompute.py): of a step that is differentiated, and of one that is not.
+GRADIENT_PASSES = {"graph": 4, "plain": 2}
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,8 @@ def plan(
         raise ConfigError(
             f"train.precision is bf16, which {machine.name} is not planned for; use fp32"
         )
-    candidates = (
-        [config.train.micro_batch_size or micro_batch]
-        if config.train.micro_batch_size or micro_batch
-        else _divisors(config, world)
-    )
+    size = config.train.micro_batch_size or micro_batch
+    candidates = [size] if size else _divisors(config, world)
     plans = []
     for stage in (0, 1, 2, 3):
         staged = config.replace(deepspeed=config.deepspeed.replace(zero_stage=stage))
@@ -129,42 +124,42 @@ def _plan(config: Config, machine: Machine, nodes: int, gpus: int, candidates: l
     accumulation = -(-share // size)
     compute = compute_seconds(config, machine, samples=share)
     gigabytes = communicated(config, world=world, accumulation=accumulation) / 1e9
-    communication = (
-        gigabytes / (machine.within if nodes == 1 else machine.between) if world > 1 else 0.0
-    )
+    communication = 0.0
+    if world > 1:
+        communication = gigabytes / (machine.within if nodes == 1 else machine.between)
     useful = model_flops(step_flops(config, samples=share))
     peak = _peak(config, machine)
     step = compute + communication
+    tokens = config.train.global_batch_size * context_length(config)
     return Plan(
-        config.deepspeed.zero_stage,
-        chosen,
-        accumulation if chosen else None,
-        memory,
-        gigabytes,
-        compute,
-        communication,
-        useful / step / peak,
-        86400 / step * config.train.global_batch_size * config.data.context_length,
+        stage=config.deepspeed.zero_stage,
+        micro_batch=chosen,
+        accumulation=accumulation if chosen else None,
+        memory=memory,
+        gigabytes=gigabytes,
+        compute_s=compute,
+        communication_s=communication,
+        mfu=useful / step / peak,
+        tokens_per_day=86400 / step * tokens,
     )
 
 
 def compute_seconds(config: Config, machine: Machine, *, samples: int) -> float:
     """Of one training step of `samples` samples on one GPU (or on a CPU of the table)."""
     rates, peak = machine.rates or UTILISATION, _peak(config, machine)
-    return sum(
-        value
-        / (
-            peak
-            * rates[
-                "attention"
-                if part.startswith("attention")
-                else "vocabulary"
-                if part in ("vocabulary", "output", "state_projection")
-                else "blocks"
-            ]
-        )
-        for part, value in step_flops(config, samples=samples).items()
-    )
+    seconds = 0.0
+    for part, value in step_flops(config, samples=samples).items():
+        seconds += value / (peak * rates[_kind_of_work(part)])
+    return seconds
+
+
+def _kind_of_work(part: str) -> str:
+    """Which utilisation a part of step_flops runs at."""
+    if part.startswith("attention"):
+        return "attention"
+    if part in ("vocabulary", "output", "state_projection"):
+        return "vocabulary"
+    return "blocks"
 
 
 def _peak(config: Config, machine: Machine) -> float:

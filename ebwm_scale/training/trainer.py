@@ -83,7 +83,6 @@ class Trainer:
         self.watchdog = watchdog
         self.faults = faults
         self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
-        self.context_length = resolved.context_length(config)
         self.replay: ReplayBuffer | None = None
         if config.refinement.replay and config.model.kind == "energy":
             self.replay = ReplayBuffer(
