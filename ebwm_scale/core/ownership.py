@@ -51,7 +51,9 @@ class Ownership:
         self.job = os.environ.get("SLURM_JOB_ID", "")
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         self.held = threading.Event()
-        self.over: tuple[str, int | None] | None = None  # the owner that was watched to its end
+        self.over: tuple[str | None, int | None] | None = (
+            None  # the owner that was watched to its end
+        )
 
     def refuse_if_in_use(self, *, watch_aloud: bool = True) -> None:
         """CheckpointError while another process that lives owns the folder. Writes nothing."""

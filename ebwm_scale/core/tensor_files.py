@@ -99,7 +99,7 @@ class TensorFile:
             with open(self.path, "rb") as file:
                 file.seek(self._start + first)
                 if stop > first:
-                    got = file.readinto(memoryview(tensor.view(torch.uint8).numpy()))
+                    got = file.readinto(tensor.view(torch.uint8).numpy().data)
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be read: {error.strerror or error}"
@@ -177,9 +177,7 @@ class TensorWriter:
                 f"{dtype} {shape}"
             )
         self.waiting.pop(0)
-        self.file.write(
-            memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        )
+        self.file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def __exit__(self, kind, error, trace) -> None:
         try:

@@ -72,7 +72,8 @@ class World:
         from a thread; None where there is no other."""
         if self.size == 1:
             return None
-        return dist.PrefixStore("ebwm", dist.distributed_c10d._get_default_store().clone())
+        store: Any = dist.distributed_c10d._get_default_store()  # its stub lacks clone()
+        return dist.PrefixStore("ebwm", store.clone())
 
 
 def is_connection_error(error: RuntimeError) -> bool:
