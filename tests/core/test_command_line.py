@@ -340,3 +340,13 @@ def test_the_lock_names_versions_alone():
 def test_descriptions_keep_what_is_not_the_own_command():
     parser = ArgumentParser(prog="python -m ebwm_scale.think", description="ebwm think, ebwm plan")
     assert parser.description == "python -m ebwm_scale.think, ebwm plan"
+
+
+def test_the_dockerfile_copies_what_there_is_and_runs_the_quick_start():
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    for name in copied:
+        assert (ROOT / name).exists(), name
+    assert {"setup.py", "constraints.txt", "ebwm_scale", "kernels", "configs"} <= set(copied)
+    assert lines[-1].startswith("CMD") and "tools/quickstart.py" in lines[-1]
+    assert any(line.startswith("ARG BASE=") for line in lines) and "FROM ${BASE}" in lines
