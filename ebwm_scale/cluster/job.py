@@ -35,7 +35,7 @@ from ebwm_scale.cluster.slurm import (
 from ebwm_scale.cluster.tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
-from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
 from ebwm_scale.core.code_version import code_version
 from ebwm_scale.core.errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
 from ebwm_scale.core.plain_text import one_line
@@ -43,26 +43,16 @@ from ebwm_scale.core.plain_text import one_line
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m ebwm_scale.cluster.job",
-        description=__doc__,
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--config",
         required=True,
         metavar="FILE",
         help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
     )
-    parser.add_argument(
-        "--set",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        dest="overrides",
-        help="wins over the file",
-    )
+    add_overrides(parser)
     parser.add_argument(
         "--run-dir",
         type=Path,
@@ -85,36 +75,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_permissions(parser)
     options = parser.parse_args(arguments)
-    try:
-        one_line("--config", options.config)
-        # a mistake in it ends the job here, not 64 tasks later
-        config = load_config(options.config, options.overrides)
-        refuse_unpermitted(config, allow_pipe=options.allow_pipe)
-        given = allocation()
-        if options.plan:
-            return plan(options, given)
-        run_dir = (
-            options.run_dir
-            or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
-        )
-        one_line("the run folder", run_dir)
-        command = train_command(
-            options.config,
-            options.overrides,
-            run_dir,
-            accept_new_rate=options.accept_new_rate,
-            allow_pipe=options.allow_pipe,
-        )
-        if options.dry_run:
-            size = (
-                given.num_tasks if given else 1
-            )  # measured in one process, for as many as would run
-            place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
-            os.execve(command[0], [*command[:-1], "--dry-run"], {**os.environ, **place})
-        return attempt(command, run_dir, given).leave()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    one_line("--config", options.config)
+    # a mistake in it ends the job here, not 64 tasks later
+    config = load_config(options.config, options.overrides)
+    refuse_unpermitted(config, allow_pipe=options.allow_pipe)
+    given = allocation()
+    if options.plan:
+        return plan(options, given)
+    run_dir = (
+        options.run_dir
+        or Path("runs") / f"{Path(options.config).stem}-{given.job if given else 'local'}"
+    )
+    one_line("the run folder", run_dir)
+    train = train_command(
+        options.config,
+        options.overrides,
+        run_dir,
+        accept_new_rate=options.accept_new_rate,
+        allow_pipe=options.allow_pipe,
+    )
+    if options.dry_run:
+        size = given.num_tasks if given else 1  # measured in one process, for as many as would run
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(size)}
+        os.execve(train[0], [*train[:-1], "--dry-run"], {**os.environ, **place})
+    return attempt(train, run_dir, given).leave()
 
 
 def train_command(
