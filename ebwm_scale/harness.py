@@ -72,10 +72,8 @@ class HarnessModel(LM):
         return str(self.scorer.tokenizer.path)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        scores = [
-            (score.log_likelihood, score.is_greedy)
-            for score in self.scorer.score([request.args for request in requests])
-        ]
+        pairs = [(str(request.args[0]), str(request.args[1])) for request in requests]
+        scores = [(score.log_likelihood, score.is_greedy) for score in self.scorer.score(pairs)]
         self._remember("loglikelihood", requests, scores)
         return scores
 

@@ -200,9 +200,9 @@ def test_a_user_error_is_its_text_on_stderr_and_its_exit_code(capsys):
 
 
 def test_no_command_or_tool_handles_user_errors_by_itself():
-    files = [*(ROOT / "ebwm_scale").glob("*.py"), *(ROOT / "tools").glob("*.py")]
+    files = [*(ROOT / "ebwm_scale").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
     own = [path.name for path in files if "return error.exit_code" in path.read_text()]
-    assert own == []
+    assert own == ["arguments.py"]
 
 
 @pytest.mark.parametrize(
@@ -340,3 +340,13 @@ def test_the_lock_names_versions_alone():
 def test_descriptions_keep_what_is_not_the_own_command():
     parser = ArgumentParser(prog="python -m ebwm_scale.think", description="ebwm think, ebwm plan")
     assert parser.description == "python -m ebwm_scale.think, ebwm plan"
+
+
+def test_the_dockerfile_copies_what_there_is_and_runs_the_quick_start():
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[1:-1]]
+    for name in copied:
+        assert (ROOT / name).exists(), name
+    assert {"setup.py", "constraints.txt", "ebwm_scale", "kernels", "configs"} <= set(copied)
+    assert lines[-1].startswith("CMD") and "tools/quickstart.py" in lines[-1]
+    assert any(line.startswith("ARG BASE=") for line in lines) and "FROM ${BASE}" in lines
