@@ -170,6 +170,7 @@ def run(
     if place.size > 1 and not options.dry_run:
         world = init_distributed()  # rank 0 reads the data's lists for all
         refuse_together(problem, config, world)
+    assert config is not None  # or refuse_together has raised
     path = options.run_dir
     faults = Faults(os.environ.get("EBWM_FAULTS"), place.rank)
     ownership = Ownership(path, faults)
