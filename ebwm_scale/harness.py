@@ -72,7 +72,10 @@ class HarnessModel(LM):
         return str(self.scorer.tokenizer.path)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        pairs = [(str(request.args[0]), str(request.args[1])) for request in requests]
+        pairs = []
+        for request in requests:
+            context, continuation = request.args
+            pairs.append((str(context), str(continuation)))
         scores = [(score.log_likelihood, score.is_greedy) for score in self.scorer.score(pairs)]
         self._remember("loglikelihood", requests, scores)
         return scores
