@@ -74,7 +74,7 @@ class HarnessModel(LM):
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
         pairs = []
         for request in requests:
-            context, continuation = request.args
+            context, continuation = list(request.args)
             pairs.append((str(context), str(continuation)))
         scores = [(score.log_likelihood, score.is_greedy) for score in self.scorer.score(pairs)]
         self._remember("loglikelihood", requests, scores)
