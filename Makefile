@@ -2,6 +2,7 @@
 #   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
 #   make quickstart-video    the same for video, on three short real clips
 #   make lint         environment and every check that reads code: format, lint, types, import rule, spelling
+#   make lock         requirements/test.lock, the versions of a whole test environment
 #   make test         environment and every test that this machine can run, in WORKERS processes of one thread each
 PYTHON ?= python3
 VENV   ?= .venv
@@ -10,7 +11,7 @@ RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 2
 
-.PHONY: quickstart quickstart-video lint test soak clean
+.PHONY: quickstart quickstart-video lint test soak lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -31,6 +32,15 @@ test: $(VENV)/.installed-test
 
 soak: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "soak or not soak"
+
+# The versions of a whole test environment, made anew: requirements/test.lock
+lock:
+	@rm -rf $(VENV).lock
+	@$(MAKE) --no-print-directory VENV=$(VENV).lock $(VENV).lock/.installed-test
+	@sed -n '/^#/p' requirements/test.lock > requirements/.test.lock
+	@$(VENV).lock/bin/python -m pip freeze --exclude-editable | sed -e '/^#/d' -e 's/+cpu$$//' >> requirements/.test.lock
+	@mv requirements/.test.lock requirements/test.lock
+	@rm -rf $(VENV).lock
 
 $(VENV)/.installed: setup.py constraints.txt
 	@echo "ebwm_scale: installing PyTorch, DeepSpeed and the rest into $(VENV) (1 to 3 minutes)"

@@ -2,9 +2,11 @@
 it. Every result is compared with its source.
 
     ebwm convert export runs/mine converted/ [--dtype bfloat16] [--max-shard-gb 5] [--training]
-    ebwm convert to-run converted/ runs/again --set data.manifest=data/mine/manifest.json [--zero-stage 2] [--world-size 8]
+    ebwm convert to-run converted/ runs/again --set data.manifest=data/mine/manifest.json
+                 [--zero-stage 2] [--world-size 8]
         then: train.py --config runs/again/config.yaml --run-dir runs/again --resume
-    ebwm convert import-released released.ckpt converted/ [--hparams hparams.json] [--data data/mine/manifest.json]
+    ebwm convert import-released released.ckpt converted/ [--hparams hparams.json]
+                 [--data data/mine/manifest.json]
     ebwm convert export-released converted/ released.ckpt
 
 `converted/` holds safetensors, config.yaml, config.json and the tokenizer or encoder;
@@ -113,6 +115,7 @@ def to_run(options: argparse.Namespace, progress: Progress) -> str:
         world_size=options.world_size,
         overrides=options.overrides,
         say=say,
+        progress=progress,
     )
 
 

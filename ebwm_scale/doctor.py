@@ -310,7 +310,11 @@ def collective() -> str:
     if total != [expected, expected]:
         raise RuntimeError(f"the sum over {world.size} ranks is {total}, expected {expected}")
     backend = torch.distributed.get_backend()
-    version = f" {'.'.join(map(str, torch.cuda.nccl.version()))}" if backend == "nccl" else ""
+    version = ""
+    if backend == "nccl":
+        from torch.cuda import nccl
+
+        version = f" {'.'.join(map(str, nccl.version()))}"
     return (
         f"{backend}{version}: {world.size} processes summed {COLLECTIVE_MIB} MiB in "
         f"{1000 * seconds:.1f} ms"

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = open_sources(sources, "validation", verify="sizes")
     refuse_another_tokenizer(config, split.manifest)
     texts = foreign_texts(
-        options.foreign, split.manifest, config.data.context_length, options.max_samples
+        options.foreign, split.manifest, context_length_of(config), options.max_samples
     )
     with progress_on_console() as progress:
         result = evaluate(
@@ -143,6 +143,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_FINISHED
 
 
+def context_length_of(config: Config) -> int:
+    """Of a trained model, which always has one."""
+    assert config.data.context_length is not None
+    return config.data.context_length
+
+
 def sources_of(manifest: str | None, config: Config) -> list[tuple[str, float]]:
     """(manifest, weight) of what is evaluated: the one that is named, or what the run was trained
     on.
@@ -151,6 +157,8 @@ def sources_of(manifest: str | None, config: Config) -> list[tuple[str, float]]:
         return [(manifest, 1.0)]
     if config.data.sources:
         return [(source.manifest, source.weight) for source in config.data.sources]
+    if config.data.manifest is None:
+        raise UserError("the run names no dataset: name one with --data")
     return [(config.data.manifest, 1.0)]
 
 
@@ -215,14 +223,15 @@ def evaluate(
 
     split: a validation split; texts: of another kind, name -> token ids (n, S + 1).
     """
+    length = context_length_of(config)
     observe = Observation(split.manifest, next(model.parameters()).device)
-    batches = list(_batches(split, observe, config.data.context_length, max_samples, batch_size))
+    batches = list(_batches(split, observe, length, max_samples, batch_size))
     num_samples = sum(len(ids) for ids, _, _ in batches)
     result: dict[str, Any] = {
         "modality": split.manifest.modality,
         "kind": config.model.kind,
         "num_samples": num_samples,
-        "num_targets": num_samples * config.data.context_length,
+        "num_targets": num_samples * length,
     }
     if config.model.kind == "baseline":
         errors = torch.cat(
@@ -350,6 +359,7 @@ def _thought(model, batch, config: ThinkingConfig, start: int = 0) -> Thought:
 def _think(model, batch, config: ThinkingConfig, start: int = 0) -> tuple[Tensor, Tensor]:
     """(errors, energies), each (B, S), of every position after thinking."""
     thought = _thought(model, batch, config, start)
+    assert thought.energy is not None  # only a baseline has none
     return _errors(model, thought.state, batch[2]), thought.energy.float().cpu()
 
 

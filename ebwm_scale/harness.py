@@ -22,11 +22,10 @@ from lm_eval.api.registry import register_model
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.core.arguments import command
 from ebwm_scale.core.errors import EXIT_FINISHED, UserError
-from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.inference.generation import Sampling, continue_texts
 from ebwm_scale.inference.scoring import Scorer
 from ebwm_scale.inference.thinking import ThinkingConfig
-from ebwm_scale.think import manifest_of
+from ebwm_scale.think import manifest_of, tokenizer_of
 
 MAX_NEW = 256  # tokens, where a task does not say
 
@@ -53,7 +52,7 @@ class HarnessModel(LM):
                 "model_args, or take an energy model"
             )
         try:
-            self.rules = ThinkingConfig(**{"seed": config.train.seed} | thinking)
+            self.rules = ThinkingConfig(**{"seed": config.train.seed, **thinking})
         except TypeError as error:
             raise UserError(
                 f"model_args: {error}; known are checkpoint, data, batch_size, device and "
@@ -65,7 +64,7 @@ class HarnessModel(LM):
         tokenizer = None
         if config.state.kind == "vocabulary":
             manifest = manifest_of(argparse.Namespace(data=data, checkpoint=checkpoint), config)
-            tokenizer = Tokenizer(manifest.content.tokenizer_path)
+            tokenizer = tokenizer_of(manifest)
         self.scorer = Scorer(self.model, tokenizer, self.rules, batch_size=self.batch_size)
 
     @property
@@ -73,10 +72,8 @@ class HarnessModel(LM):
         return str(self.scorer.tokenizer.path)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        scores = [
-            (score.log_likelihood, score.is_greedy)
-            for score in self.scorer.score([request.args for request in requests])
-        ]
+        pairs = [(str(request.args[0]), str(request.args[1])) for request in requests]
+        scores = [(score.log_likelihood, score.is_greedy) for score in self.scorer.score(pairs)]
         self._remember("loglikelihood", requests, scores)
         return scores
 

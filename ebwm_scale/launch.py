@@ -167,9 +167,8 @@ def launch(options: argparse.Namespace) -> int:
         )
     for run in runs:
         check_new(folder / run.name)
-    executor_for(
-        folder, resources, logs=folder.resolve() / "submitit"
-    )  # refuses what it cannot submit
+    # refuses what it cannot submit
+    executor_for(folder, resources, logs=folder.resolve() / "submitit")
     request = {
         "cluster": resources.cluster,
         "directory": str(Path.cwd()),

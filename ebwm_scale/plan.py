@@ -93,6 +93,12 @@ def sized(config: Config) -> Config:
     return config
 
 
+def positions_per_step(config: Config) -> int:
+    """Observed positions of one step; the configuration is sized()."""
+    assert config.data.context_length is not None
+    return config.train.global_batch_size * config.data.context_length
+
+
 def machines() -> str:
     rows = [("machine", "GPUs", "GiB", "bf16", "fp32", "within", "between", "")]
     rows += [
@@ -125,7 +131,7 @@ def describe(
 ) -> str:
     """The plans as text."""
     unit = "tokens" if config.state.kind == "vocabulary" else "frames"
-    per_step = config.train.global_batch_size * config.data.context_length
+    per_step = positions_per_step(config)
     budget = tokens or per_step * config.train.max_steps
     batch = f"{config.train.global_batch_size} samples of {config.data.context_length} {unit}"
     lines = [
@@ -159,7 +165,7 @@ def describe(
                 f"{p.compute_s:.3f}",
                 f"{p.communication_s:.3f}",
                 f"{p.step_s:.3f}",
-                f"{100 * p.mfu:.1f} %",
+                "" if p.mfu is None else f"{100 * p.mfu:.1f} %",
                 f"{p.tokens_per_day:.3g}",
                 f"{days:.2f}",
                 f"{24 * days * gpus:,.0f}",

@@ -33,10 +33,10 @@ from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import say
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
 from ebwm_scale.core.plain_text import shown
-from ebwm_scale.data.tokenizer import Tokenizer, check_text
+from ebwm_scale.data.tokenizer import check_text
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci
 from ebwm_scale.inference.scoring import ContinuationScore, Scorer
-from ebwm_scale.think import add_thinking_options, manifest_of, rules_of
+from ebwm_scale.think import add_thinking_options, manifest_of, rules_of, tokenizer_of
 
 
 @command
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rules = rules_of(options, config)
     tokenizer = None
     if config.state.kind == "vocabulary":
-        tokenizer = Tokenizer(manifest_of(options, config).content.tokenizer_path)
+        tokenizer = tokenizer_of(manifest_of(options, config))
     scorer = Scorer(model, tokenizer, rules, batch_size=options.batch_size)
     result: dict[str, Any] = {
         "checkpoint": str(options.checkpoint),

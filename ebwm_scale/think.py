@@ -28,6 +28,7 @@ from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
+from ebwm_scale.data.format.content import TextContent, VideoContent
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.side_files import open_manifest, refuse_another_tokenizer
 from ebwm_scale.data.tokenizer import Tokenizer, check_text
@@ -219,6 +220,13 @@ def manifest_of(options: argparse.Namespace, config: Config) -> Manifest:
     return manifest
 
 
+def tokenizer_of(manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a dataset of text; DataError for another dataset."""
+    if not isinstance(manifest.content, TextContent):
+        raise DataError(f"{manifest.path}: holds {manifest.modality}, and this model reads text")
+    return Tokenizer(manifest.content.tokenizer_path)
+
+
 def check_modality(options: argparse.Namespace, config: Config) -> None:
     if config.state.kind == "vocabulary" and options.video is not None:
         raise UserError("--video: this is a model of text; give --prompt or --prompts")
@@ -231,7 +239,7 @@ def check_modality(options: argparse.Namespace, config: Config) -> None:
 def continue_prompts(
     model, manifest: Manifest, options: argparse.Namespace, config: ThinkingConfig
 ) -> None:
-    tokenizer = Tokenizer(manifest.content.tokenizer_path)
+    tokenizer = tokenizer_of(manifest)
     texts = texts_to_continue(options)
     prompts = [torch.tensor(tokenizer.encode(text) or [tokenizer.eos_id]) for text in texts]
     length = model.config.data.context_length
@@ -313,7 +321,10 @@ def continue_video(
         raise UserError(f"{options.video}: no such file; give a video")
     output = options.output or Path("continuation.png")
     device = next(model.parameters()).device
-    space, content = FrameSpace(manifest.content, device), manifest.content
+    content = manifest.content
+    if not isinstance(content, VideoContent):
+        raise DataError(f"{manifest.path}: holds {manifest.modality}, and this model sees video")
+    space = FrameSpace(content, device)
     frames = context_frames(options.video, content, options.start, model.config.data.context_length)
     states = space.states(torch.from_numpy(frames)[None])[0]
     session, new, energies, start = Session(model, [states], config), [], [], time.perf_counter()

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.files import file_sha256
 from ebwm_scale.core.provenance import provenance
 from ebwm_scale.data.format.manifest import load_manifest
@@ -31,6 +30,7 @@ from ebwm_scale.data.format.writer import ShardWriter, write_manifest
 from ebwm_scale.data.loading.batches import BatchLoader
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("manifests", nargs="*", type=Path, metavar="MANIFEST")
@@ -47,16 +47,12 @@ def main() -> int:
         "--output", type=Path, default=None, metavar="FILE", help="also write a result file"
     )
     arguments = parser.parse_args()
-    try:
-        manifests = arguments.manifests + (
-            synthetic(arguments.synthetic) if arguments.synthetic else []
-        )
-        if not manifests:
-            parser.error("give manifests, or --synthetic DIR")
-        rows = [measure(manifest, arguments.seconds, arguments.repeats) for manifest in manifests]
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    manifests = arguments.manifests + (
+        synthetic(arguments.synthetic) if arguments.synthetic else []
+    )
+    if not manifests:
+        parser.error("give manifests, or --synthetic DIR")
+    rows = [measure(manifest, arguments.seconds, arguments.repeats) for manifest in manifests]
     for row in rows:
         print(json.dumps(row), flush=True)
     if arguments.output:

@@ -22,11 +22,12 @@ import subprocess
 import sys
 import time
 
-from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser, command
 
 SWEEPABLE = ("vocabulary", "sequence", "batch", "num-refinement-steps")
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=["energy", "baseline"], default="energy")
@@ -67,7 +68,6 @@ def main() -> int:
     import torch
 
     from ebwm_scale.config.load import load_config
-    from ebwm_scale.core.errors import UserError
     from ebwm_scale.core.numerics import flush_denormals
     from ebwm_scale.planning.flops import model_flops, step_flops
     from ebwm_scale.planning.hardware import peak_flops_per_s
@@ -92,15 +92,11 @@ def main() -> int:
             ],
         )
 
-    try:
-        config = configuration(arguments.model)
-        runs = [(config, Stepper(config, arguments))]
-        if arguments.compare:
-            baseline = configuration(arguments.compare)
-            runs.append((baseline, Stepper(baseline, arguments)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    config = configuration(arguments.model)
+    runs = [(config, Stepper(config, arguments))]
+    if arguments.compare:
+        baseline = configuration(arguments.compare)
+        runs.append((baseline, Stepper(baseline, arguments)))
     for _, stepper in runs:
         stepper.step()
     times: list[list[tuple[float, float]]] = [[] for _ in runs]

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import sys
 
-from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.evaluation.parity import check_case
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="+", metavar="CASE.safetensors")
@@ -32,8 +33,7 @@ def main() -> int:
         try:
             errors = check_case(path)
         except UserError as error:
-            print(f"{path}: {error}", file=sys.stderr)
-            return error.exit_code
+            raise UserError(f"{path}: {error}") from None
         passed = max(errors.values()) <= arguments.tolerance  # NaN compares false, so it fails
         print(json.dumps({"case": path, "passed": passed, **errors}))
         status = status if passed else 1

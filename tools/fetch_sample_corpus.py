@@ -11,11 +11,12 @@ docs/data.md.
 
 import sys
 
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import progress_on_console
 from ebwm_scale.data.prepare.sample_corpus import fetch_sample_corpus
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -27,11 +28,9 @@ def main() -> int:
         help="a copy of django-5.2.8.tar.gz, or the folder it is in; default: download it",
     )
     arguments = parser.parse_args()
-    try:
+    with progress_on_console() as progress:
+        progress("fetching", 0, None)
         fetch_sample_corpus(arguments.output, archive=arguments.archive)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     return 0
 
 

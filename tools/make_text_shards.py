@@ -11,11 +11,12 @@ command again keeps it. The formats are described in docs/data.md.
 import sys
 import time
 
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import progress_on_console
 from ebwm_scale.data.prepare.text import make_text_dataset
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -58,7 +59,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     start = time.monotonic()
-    try:
+    with progress_on_console() as progress:
         manifest = make_text_dataset(
             arguments.inputs,
             arguments.output,
@@ -67,10 +68,8 @@ def main() -> int:
             validation_fraction=arguments.validation_fraction,
             seed=arguments.seed,
             samples_per_shard=arguments.samples_per_shard,
+            progress=progress,
         )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     print(f"{manifest}: {time.monotonic() - start:.1f} s")
     return 0
 

@@ -14,13 +14,14 @@ single one is cut in time, with a gap. The formats are described in docs/data.md
 import sys
 import time
 
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import progress_on_console
 from ebwm_scale.data.encoders import ENCODERS
 from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
 from ebwm_scale.data.prepare.workers import STILL_S
 
 
+@command
 def main() -> int:
     default = VideoDatasetConfig()
     parser = ArgumentParser(description=__doc__)
@@ -188,26 +189,26 @@ def main() -> int:
         "components": arguments.pca_components,
     }
     start = time.monotonic()
-    try:
-        config = VideoDatasetConfig(
-            context_length=arguments.context_length,
-            interval_s=arguments.interval,
-            stride_s=arguments.stride,
-            height=arguments.size[0],
-            width=arguments.size[-1],
-            crops=arguments.crops,
-            zooms=tuple(arguments.zooms),
-            stored=arguments.store,
-            quality=arguments.quality,
-            encoder=arguments.encoder,
-            encoder_settings={key: value for key, value in settings.items() if value is not None},
-            split=arguments.split,
-            validation_fraction=arguments.validation_fraction,
-            validation_videos=tuple(arguments.validation_videos),
-            gap_s=arguments.gap,
-            seed=arguments.seed,
-            samples_per_shard=arguments.samples_per_shard,
-        )
+    config = VideoDatasetConfig(
+        context_length=arguments.context_length,
+        interval_s=arguments.interval,
+        stride_s=arguments.stride,
+        height=arguments.size[0],
+        width=arguments.size[-1],
+        crops=arguments.crops,
+        zooms=tuple(arguments.zooms),
+        stored=arguments.store,
+        quality=arguments.quality,
+        encoder=arguments.encoder,
+        encoder_settings={key: value for key, value in settings.items() if value is not None},
+        split=arguments.split,
+        validation_fraction=arguments.validation_fraction,
+        validation_videos=tuple(arguments.validation_videos),
+        gap_s=arguments.gap,
+        seed=arguments.seed,
+        samples_per_shard=arguments.samples_per_shard,
+    )
+    with progress_on_console() as progress:
         manifest = make_video_dataset(
             arguments.inputs,
             arguments.output,
@@ -215,11 +216,8 @@ def main() -> int:
             like=arguments.like,
             workers=arguments.workers,
             still_s=arguments.stall_limit,
-            progress=sys.stderr.isatty(),
+            progress=progress,
         )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     print(f"{manifest}: {time.monotonic() - start:.1f} s")
     return 0
 

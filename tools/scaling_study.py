@@ -24,7 +24,7 @@ from ebwm_scale import launch
 from ebwm_scale.cluster.status import status_of, table
 from ebwm_scale.config.shipped import find_config
 from ebwm_scale.config.strict_yaml import dump_yaml, read_yaml
-from ebwm_scale.core.arguments import ArgumentParser
+from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FINISHED, ConfigError, UserError
 from ebwm_scale.core.plain_text import shown
 from ebwm_scale.core.provenance import provenance
@@ -34,6 +34,7 @@ from ebwm_scale.evaluation.scaling_laws import QUANTITIES, collect
 KEYS = {"title": str, "unit": str, "config": str, "set": list, "axis": str, "sweep": dict}
 
 
+@command
 def main() -> int:
     arguments, passed_on = sys.argv[1:], []
     if "--" in arguments:
@@ -66,13 +67,9 @@ def main() -> int:
     page.add_argument("results", type=Path, nargs="+")
     page.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    try:
-        return {"start": begin, "status": show, "collect": write_result, "page": write_page}[
-            options.command
-        ](options, passed_on)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    return {"start": begin, "status": show, "collect": write_result, "page": write_page}[
+        options.command
+    ](options, passed_on)
 
 
 def read_study(path: Path) -> dict:

@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 
 from ebwm_scale.checkpoint.load import load_checkpoint
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.numerics import flush_denormals
 from ebwm_scale.core.provenance import provenance
 from ebwm_scale.data.format.shards import open_split
@@ -36,6 +35,7 @@ from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("sweep", type=Path)
@@ -59,11 +59,7 @@ def main() -> int:
         if run is None:
             missing.append(name)
             continue
-        try:
-            row, per_sample = measure(options.sweep / name, options)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            return error.exit_code
+        row, per_sample = measure(options.sweep / name, options)
         key = labels["recipe"] + (f", seed {labels['seed']}" if "seed" in labels else "")
         errors[key] = per_sample
         rows.append(

@@ -9,11 +9,12 @@ make_text_shards.py (both have the same defaults).
 import sys
 import time
 
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import progress_on_console
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -42,17 +43,15 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     start = time.monotonic()
-    try:
+    with progress_on_console() as progress:
         tokenizer = train_tokenizer(
             arguments.inputs,
             arguments.output,
             arguments.vocabulary_size,
             validation_fraction=arguments.validation_fraction,
             seed=arguments.seed,
+            progress=progress,
         )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
     print(
         f"{arguments.output}: {tokenizer.vocabulary_size} pieces, end of sequence "
         f"{tokenizer.eos_id}, {time.monotonic() - start:.1f} s"

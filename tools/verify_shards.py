@@ -8,11 +8,12 @@ python tools/verify_shards.py data/corpus/manifest.json
 import sys
 import time
 
-from ebwm_scale.core.arguments import ArgumentParser
-from ebwm_scale.core.errors import UserError
+from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.console import progress_on_console
 from ebwm_scale.data.format.verify import verify_dataset
 
 
+@command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -20,11 +21,8 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     start = time.monotonic()
-    try:
-        problems, num_samples = verify_dataset(arguments.manifest)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    with progress_on_console() as progress:
+        problems, num_samples = verify_dataset(arguments.manifest, progress=progress)
     for problem in problems:
         print(problem)
     print(

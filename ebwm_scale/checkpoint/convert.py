@@ -41,6 +41,7 @@ from ebwm_scale.core.code_version import code_version
 from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import CheckpointError, ConfigError, DataError
 from ebwm_scale.core.files import file_sha256
+from ebwm_scale.core.progress import Progress, counted, no_progress
 from ebwm_scale.core.tensor_files import TensorFile, TensorWriter
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.side_files import open_manifest, refuse_another_tokenizer
@@ -66,6 +67,7 @@ def export_run(
     training: bool = False,
     data: Path | None = None,
     say: Say = print,
+    progress: Progress = no_progress,
 ) -> str:
     """A run's newest good checkpoint (or a checkpoint folder) as a converted folder.
 
@@ -88,7 +90,10 @@ def export_run(
     config, state = saved_config(saved.folder), CheckpointReader(saved.folder)
     shapes = {name: tuple(shape) for name, shape in state.shapes.items()}
     refuse_mismatches(expected_shapes(config), shapes, saved.folder)
-    read = lambda name: state.read(name).view(shapes[name])
+    # each is read twice: to be written, and to be compared
+    read = counted(
+        lambda name: state.read(name).view(shapes[name]), "tensors", 2 * len(shapes), progress
+    )
     rest = Training(state.read, saved.trainer, load_replay(saved)) if training else None
     write_model(
         folder,
@@ -117,6 +122,7 @@ def import_run(
     world_size: int | None = None,
     overrides: Sequence[str] = (),
     say: Say = print,
+    progress: Progress = no_progress,
 ) -> str:
     """A run folder that resumes where the exported one stood (`training`), or starts from its
     weights.
@@ -134,6 +140,7 @@ def import_run(
     if source.facts["dtype"] not in ("float32",):
         say(f"weights are {source.facts['dtype']}: the run starts from them as float32")
     shapes, moments = source.shapes(), {}
+    read = counted(source.read, "tensors", 2 * len(shapes), progress)  # written, and compared
     refuse_mismatches(expected_shapes(config), shapes, folder)
     trainer: dict[str, Any]
     if (folder / TRAINING).is_dir():
@@ -173,9 +180,7 @@ def import_run(
         ) as file:
             for name in held:
                 kind, _, parameter = name.partition("/")
-                tensor = (
-                    source.read(parameter) if kind == "weight" else moments[name][0].read(parameter)
-                )
+                tensor = read(parameter) if kind == "weight" else moments[name][0].read(parameter)
                 file.write(name, tensor.float().view(-1))
         if (folder / TRAINING / "replay.pt").exists():
             replay = inside(folder, f"{TRAINING}/replay.pt")
@@ -198,7 +203,7 @@ def import_run(
         run,
         lambda: compare(
             config,
-            source.read,
+            read,
             lambda name: state.read(name).view(shapes[name]),
             dtype=torch.float32,
         ),
@@ -259,6 +264,7 @@ def import_released(
     max_shard_bytes: int = 5 * 10**9,
     data: Path | None = None,
     say: Say = print,
+    progress: Progress = no_progress,
 ) -> str:
     """A released Lightning .ckpt, or a bare state dict (.pt, .safetensors) with its
     hyper-parameters as JSON, as a converted folder.
@@ -302,11 +308,12 @@ def import_released(
         source,
     )
     shapes = expected_shapes(config)
+    read = counted(ours.__getitem__, "tensors", 2 * len(shapes), progress)  # written, and compared
     write_model(
         folder,
         config,
         shapes,
-        ours.__getitem__,
+        read,
         dtype=DTYPES[dtype],
         source={
             "released": str(source),
@@ -318,9 +325,7 @@ def import_released(
     )
     return _checked(
         folder,
-        lambda: compare(
-            config, ours.__getitem__, ModelFolder(folder, verify=False).read, dtype=DTYPES[dtype]
-        ),
+        lambda: compare(config, read, ModelFolder(folder, verify=False).read, dtype=DTYPES[dtype]),
         shutil.rmtree,
     )
 

@@ -46,10 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="python -m ebwm_scale.cluster.job",
-        description=__doc__,
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--config",
         required=True,

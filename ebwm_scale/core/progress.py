@@ -14,6 +14,8 @@ from typing import TypeVar
 
 Progress = Callable[[str, int, int | None], None]  # (what is done, how many are done, of how many)
 Item = TypeVar("Item")
+Name = TypeVar("Name")
+Result = TypeVar("Result")
 
 
 def no_progress(what: str, done: int, total: int | None) -> None:
@@ -32,3 +34,19 @@ def tracked(
     for number, item in enumerate(items, start=1):
         yield item
         progress(what, number, total)
+
+
+def counted(
+    function: Callable[[Name], Result], what: str, total: int, progress: Progress
+) -> Callable[[Name], Result]:
+    """The function; each time it has been called `progress` hears how often it was."""
+    done = 0
+
+    def call(name: Name) -> Result:
+        nonlocal done
+        result = function(name)
+        done += 1
+        progress(what, done, total)
+        return result
+
+    return call

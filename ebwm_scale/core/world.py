@@ -72,7 +72,7 @@ class World:
         from a thread; None where there is no other."""
         if self.size == 1:
             return None
-        store: Any = dist.distributed_c10d._get_default_store()  # torch's stubs know no clone()
+        store: Any = dist.distributed_c10d._get_default_store()  # its stub lacks clone()
         return dist.PrefixStore("ebwm", store.clone())
 
 

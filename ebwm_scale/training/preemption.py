@@ -38,7 +38,8 @@ class StopFlag:
         self.at_once = at_once
         self.reason: str | None = None
         self.signalled = 0.0  # when the first signal came
-        self.start, self.max_minutes = time.monotonic(), None
+        self.start = time.monotonic()
+        self.max_minutes: float | None = None
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -12,6 +12,7 @@ import posixpath
 from pathlib import Path
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.format.content import TextContent
 from ebwm_scale.data.format.manifest import Manifest, load_manifest
 from ebwm_scale.data.format.shard_table import ShardInfo
@@ -28,7 +29,9 @@ from ebwm_scale.data.format.writer import read_tar_index
 from ebwm_scale.data.tokenizer import Tokenizer
 
 
-def verify_dataset(manifest_path: str | Path) -> tuple[list[str], int]:
+def verify_dataset(
+    manifest_path: str | Path, *, progress: Progress = no_progress
+) -> tuple[list[str], int]:
     """(problems, samples checked): a line per problem. Raises DataError for the manifest itself."""
     manifest = load_manifest(manifest_path)
     problems = side_file_problems(manifest)
@@ -39,7 +42,7 @@ def verify_dataset(manifest_path: str | Path) -> tuple[list[str], int]:
         problems += split_problems(manifest, name, hashes=True)
         reader = ShardedSplit(manifest, name)
         first_id = 0
-        for number, shard in enumerate(split.shards):
+        for number, shard in enumerate(tracked(split.shards, f"{name}: shards", progress)):
             problems += places.problems(name, number, shard)
             problems += _shard_problems(manifest, shard, reader, first_id)
             first_id += shard.num_samples

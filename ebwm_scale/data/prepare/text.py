@@ -23,6 +23,7 @@ import numpy as np
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import file_sha256
+from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -95,6 +96,7 @@ def make_text_dataset(
     seed: int = 0,
     samples_per_shard: int = 4096,
     report: Report = print,
+    progress: Progress = no_progress,
 ) -> Path:
     """Split, tokenise, pack and write a dataset folder; returns the path of its manifest.
 
@@ -139,7 +141,7 @@ def make_text_dataset(
             shutil.copyfile(model.path, staging / "tokenizer.model")
             values["splits"] = {
                 name: _write_split(
-                    staging, name, splits[name], model, context_length, samples_per_shard
+                    staging, name, splits[name], model, context_length, samples_per_shard, progress
                 )
                 for name in splits
             }
@@ -157,9 +159,11 @@ def _write_split(
     tokenizer: Tokenizer,
     context_length: int,
     samples_per_shard: int,
+    progress: Progress,
 ) -> dict[str, Any]:
     packer = Packer(context_length=context_length, vocabulary_size=tokenizer.vocabulary_size)
-    tokens = _TokenStream(documents, tokenizer)
+    read = tracked(documents, f"{name}: documents", progress)
+    tokens = _TokenStream(read, tokenizer)
     writer = ShardWriter(folder, name, samples_per_shard=samples_per_shard)
     try:
         for block in packer.blocks(tokens):
@@ -190,7 +194,7 @@ class _TokenStream:
     num_text_bytes: UTF-8 bytes of the documents that were read so far.
     """
 
-    def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer):
+    def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer):
         self.documents, self.tokenizer = documents, tokenizer
         self.num_text_bytes = 0
         self._parts: list[str] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.progress import Progress, no_progress
 from ebwm_scale.data.prepare.documents import Document, Report, find_documents, split_documents
 from ebwm_scale.data.tokenizer import EOS, Tokenizer, _sentencepiece
 
@@ -25,6 +26,7 @@ def train_tokenizer(
     seed: int = 0,
     max_bytes: int = 64 * 2**20,
     report: Report = print,
+    progress: Progress = no_progress,
 ) -> Tokenizer:
     """Train on the training documents of the inputs and write the model to `output` (replaced as a
     whole).
@@ -45,7 +47,7 @@ def train_tokenizer(
     model = io.BytesIO()
     try:
         _sentencepiece().SentencePieceTrainer.train(
-            sentence_iterator=_training_text(documents, max_bytes),
+            sentence_iterator=_training_text(documents, max_bytes, progress),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocabulary_size,
@@ -74,9 +76,14 @@ def train_tokenizer(
     return Tokenizer(output)
 
 
-def _training_text(documents: Sequence[Document], max_bytes: int) -> Iterator[str]:
+def _training_text(
+    documents: Sequence[Document], max_bytes: int, progress: Progress
+) -> Iterator[str]:
+    """Pieces of the documents until max_bytes. What SentencePiece does then takes longer than to
+    read them, and it says nothing of itself.
+    """
     num_bytes = 0
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
         for line in document.read().splitlines(keepends=True):
             for start in range(0, len(line), _PIECE_BYTES // 4):
                 piece = line[start : start + _PIECE_BYTES // 4].replace(
@@ -84,8 +91,10 @@ def _training_text(documents: Sequence[Document], max_bytes: int) -> Iterator[st
                 )  # SentencePiece ends a sentence at NUL
                 num_bytes += len(piece.encode("utf-8"))
                 yield piece
+        progress("documents read", number, len(documents))
         if num_bytes >= max_bytes:
-            return
+            break
+    progress("merging pieces", 0, None)
 
 
 def _why_training_failed(message: str, vocabulary_size: int) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.encoders import FrameEncoder, build_encoder, load_encoder
 from ebwm_scale.data.encoders.pca import fit_pca
 from ebwm_scale.data.format.content import (
@@ -141,7 +142,7 @@ def make_video_dataset(
     workers: int | None = None,
     still_s: float = STILL_S,
     report: Report = print,
-    progress: bool = False,
+    progress: Progress = no_progress,
 ) -> Path:
     """Decode, split, encode and write a dataset folder; returns the path of its manifest.
 
@@ -200,7 +201,8 @@ def make_video_dataset(
             encoder, statistics = _encoder(other, config, splits["train"], report)
             values.update(_describe(staging, encoder, statistics, config))
             values["splits"] = {
-                name: _write_split(staging, name, splits[name], encoder, config) for name in splits
+                name: _write_split(staging, name, splits[name], encoder, config, progress)
+                for name in splits
             }
             write_manifest(staging, values)
     shutil.rmtree(output.with_name(f".{output.name}.parts"), ignore_errors=True)
@@ -221,13 +223,11 @@ def _make_parts(
     workers: int,
     still_s: float,
     report: Report,
-    progress: bool,
+    progress: Progress,
 ) -> list[tuple[Video, Path]]:
     """The part file of every video of which a clip can be had; says what was left out, per video
     and in all.
     """
-    from tqdm import tqdm
-
     folder.mkdir(parents=True, exist_ok=True)
     paths = {video: folder / f"{video.digest}-{config.identity}.tar" for video in videos}
     waiting = [video for video in videos if not paths[video].exists()]
@@ -239,15 +239,12 @@ def _make_parts(
     def decode(video: Video, moved: Callable[[], None]) -> None:
         make_part(video, paths[video], config, moved)
 
-    with tqdm(
-        total=len(videos), initial=len(videos) - len(waiting), unit="video", disable=not progress
-    ) as bar:
-        for outcome in each_in_a_process(waiting, decode, workers=workers, still_s=still_s):
-            if outcome.problem is not None:
-                path = outcome.task.path
-                why = outcome.problem.removeprefix(f"{path}: ")
-                report(f"warning: {path}: skipped: {why}")
-            bar.update()
+    outcomes = each_in_a_process(waiting, decode, workers=workers, still_s=still_s)
+    for outcome in tracked(outcomes, "videos", progress, total=len(waiting)):
+        if outcome.problem is not None:
+            path = outcome.task.path
+            why = outcome.problem.removeprefix(f"{path}: ")
+            report(f"warning: {path}: skipped: {why}")
     done = [(video, paths[video]) for video in videos if paths[video].exists()]
     if not done:
         raise DataError(f"none of {len(videos)} videos could be used; the warnings above say why")
@@ -442,11 +439,16 @@ def _describe(
 
 
 def _write_split(
-    folder: Path, name: str, clips_of: Clips, encoder: FrameEncoder, config: VideoDatasetConfig
+    folder: Path,
+    name: str,
+    clips_of: Clips,
+    encoder: FrameEncoder,
+    config: VideoDatasetConfig,
+    progress: Progress,
 ) -> dict[str, Any]:
     writer = ShardWriter(folder, name, samples_per_shard=config.samples_per_shard)
     try:
-        for video, path, clips in clips_of:
+        for video, path, clips in tracked(clips_of, f"{name}: videos encoded", progress):
             frames, embeddings = read_frames(path), None
             if config.stored == "embedding":
                 embeddings = np.concatenate(

@@ -1,0 +1,46 @@
+# The environment, and in it the quick start: sample text, two models trained on it, a report.
+#
+#   docker build -t ebwm_scale .                                                         for CPUs
+#   docker build -t ebwm_scale --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04 .   for GPUs
+#   docker run --rm -v "$PWD/out:/work" ebwm_scale             the quick start; report in out/
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" ebwm_scale \
+#       ebwm train --config configs/nlp/anchored.yaml --set data.manifest=/work/data/manifest.json
+#
+# BASE: an image with apt and python3 of 3.11 or later. GPU images need the CUDA toolkit (-devel):
+# DeepSpeed and Triton compile. TORCH_INDEX: a page of PyTorch builds, if not the one that pip takes
+# by itself.
+ARG BASE=python:3.11-slim-bookworm
+FROM ${BASE}
+
+ARG TORCH_INDEX=
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PYTHONUNBUFFERED=1 PATH=/opt/venv/bin:$PATH
+
+# A Python image brings its own python3; the CUDA images get the distribution's. g++ and make are
+# what DeepSpeed and Triton build with, git says which code a run was.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends build-essential ca-certificates git \
+    && if ! command -v python3 > /dev/null; then \
+         apt-get install --yes --no-install-recommends python3 python3-dev python3-venv; \
+       fi \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/venv
+
+WORKDIR /opt/ebwm_scale
+# What is installed first changes least: a change of the code does not install PyTorch again.
+COPY constraints.txt ./
+RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c constraints.txt torch \
+    && pip install -c constraints.txt setuptools wheel numpy ninja deepspeed
+COPY setup.py pyproject.toml README.md LICENSE ./
+COPY ebwm_scale ebwm_scale
+COPY kernels kernels
+COPY configs configs
+COPY tools tools
+COPY slurm slurm
+RUN pip install -c constraints.txt --editable ".[video,cluster]" && ebwm version
+
+WORKDIR /work
+CMD ["python", "/opt/ebwm_scale/tools/quickstart.py", "text", \
+     "--runs", "/work/runs", "--data", "/work/data"]
