@@ -41,7 +41,6 @@ class Pretrained:
     """Common: freezing, batches, and the check that the weights are those of the dataset."""
 
     name = ""
-    reconstructs = False
     model: Any  # a Module with the methods of its library
 
     def __init__(
@@ -115,7 +114,7 @@ class SdVae(Pretrained):
     224 x 224 frames.
     """
 
-    name, reconstructs = "sd-vae", True
+    name = "sd-vae"
 
     def load(self) -> nn.Module:
         from diffusers import AutoencoderKL
