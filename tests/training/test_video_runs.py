@@ -90,7 +90,7 @@ def runs(tmp_path_factory, clips):
 def test_every_recipe_trains_and_resumes_bitwise_after_a_kill(runs, recipe):
     overrides = VIDEO | RECIPES[recipe]
     output = runs.run(recipe, overrides=overrides)
-    assert "SmoothL1 (copying the last frame" in output and "frames/s" in output
+    assert "SmoothL1 (persistence" in output and "frames/s" in output
     if recipe in ("anchored", "S2"):
         assert (
             runs.interrupt(
