@@ -161,7 +161,7 @@ def test_rows_and_report_hold_the_baselines_and_the_pictures(runs):
         page.count('<img src="data:image/jpeg;base64,') == 3 * (4 + 3 + 1 + 6)
         and "It predicts better than copying the last frame" in page
     )
-    assert re.search(r"going straight on", page)
+    assert re.search(r"linear extrapolation", page)
 
 
 def test_samples_damaged_while_training_are_set_aside_and_too_many_end_the_run(
