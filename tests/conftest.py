@@ -69,7 +69,9 @@ def open_run_folder():
 def pytest_runtest_protocol(item):
     """A unit test, its fixtures included, starts no process."""
     guard.started.clear()
-    guard.watching = item.get_closest_marker("unit") is not None
+    # Only where units are asked for (-m unit): elsewhere the mark selects nothing.
+    is_asked_for = item.config.option.markexpr.strip() == "unit"
+    guard.watching = is_asked_for and item.get_closest_marker("unit") is not None
     try:
         return (yield)
     finally:

@@ -2,8 +2,8 @@
 
 A test is `multiprocess` if it, a fixture it uses, or a helper of the tests that one of them calls
 uses subprocess or multiprocessing. What starts processes inside the library is not seen that way:
-such a test says `pytest.mark.multiprocess` itself. All other tests are `unit`, and a unit test that
-starts a process fails (`ProcessGuard`), so the marks stay true.
+such a test says `pytest.mark.multiprocess` itself. All other tests are `unit`. Under `-m unit` one
+that starts a process fails (`ProcessGuard`), so the marks can be held true.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def test_combinations_are_no_axis_and_reach_the_runs_that_have_all_their_names_l
         ("form: {a: [b.c=1]}\ncombinations: [a]", "must map names"),
         ("form: {a: model.kind=baseline}", "must be a list"),
         ("form: []", "must map names"),
-        ("form: [", "cannot be read as YAML"),
+        ("form: [", "not valid YAML"),
     ],
 )
 def test_a_sweep_file_that_means_nothing_is_refused(tmp_path, content, message):
