@@ -223,7 +223,7 @@ def resubmit(
         if request["directory"] != str(Path.cwd()) and not here:
             raise ConfigError(
                 f"{run / 'launch.json'} says that the run starts in "
-                f"{shown(request['directory'])}, and this is "
+                f"{shown(request['directory'], 300)}, and this is "
                 f"{Path.cwd()}: say --resubmit there, or with --here to start it here; relative "
                 "paths count from there"
             )

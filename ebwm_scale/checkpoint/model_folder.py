@@ -30,7 +30,7 @@ from torch import Tensor
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError
 from ebwm_scale.core.files import file_sha256
-from ebwm_scale.core.plain_text import shorten
+from ebwm_scale.core.plain_text import shorten, shown
 from ebwm_scale.core.strict_json import is_whole, parse
 from ebwm_scale.core.tensor_files import TensorFile, TensorWriter
 from ebwm_scale.data.format.manifest import MANIFEST_NAME, Manifest
@@ -90,6 +90,8 @@ def _weight_files(folder: Path) -> list[Path]:
     try:
         mapped = parse((folder / INDEX).read_bytes())["weight_map"]
         names = sorted(set(mapped.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"its files are {shown(names)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / INDEX}: no list of weight files ({shorten(str(error))}): damaged"

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,7 +150,7 @@ def as_released(ours: Mapping[str, Tensor], config: Config) -> tuple[dict[str, T
     result["output.hidden.weight"] = torch.eye(width, dtype=ours["output.weight"].dtype)
     result["output.up.weight"] = ours["output.weight"]
     result["output.up.bias"] = ours["output.bias"]
-    return result, replace(config, model=replace(config.model, output="two_linear"))
+    return result, config.replace(model=config.model.replace(output="two_linear"))
 
 
 def to_released(ours: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ class OldOption(argparse.Action):
         super().__init__(option_strings, dest, const=const, **options)
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        print(f"{option_string} is the old name of {self.const}", file=sys.stderr)
+        say(f"{option_string} is the old name of {self.const}", error=True)
         setattr(namespace, self.dest, values)
 
 

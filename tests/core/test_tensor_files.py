@@ -172,21 +172,21 @@ def test_a_converted_folder_with_malformed_facts_is_one_line(tmp_path, facts):
 
 
 @pytest.mark.parametrize(
-    "index",
+    "index, said",
     [
-        b"[]",
-        b"{",
-        b'{"weight_map": [1]}',
-        b'{"weight_map": {"a": 3}}',
-        b'{"weight_map": {"a": "/x"}}',
+        (b"[]", "no list of weight files"),
+        (b"{", "no list of weight files"),
+        (b'{"weight_map": [1]}', "no list of weight files"),
+        (b'{"weight_map": {"a": 3}}', "no list of weight files"),
+        (b'{"weight_map": {"a": "/x"}}', "names a file outside of it"),
     ],
 )
-def test_a_converted_folder_with_a_malformed_list_of_weights_is_one_line(tmp_path, index):
+def test_a_converted_folder_with_a_malformed_list_of_weights_is_one_line(tmp_path, index, said):
     name = "model.safetensors.index.json"
     (tmp_path / name).write_bytes(index)
     listed = {name: {"size": len(index), "sha256": hashlib.sha256(index).hexdigest()}}
     facts = {"files": listed, "dtype": "float32"}
     (tmp_path / "conversion.json").write_text(json.dumps(facts))
-    with pytest.raises(CheckpointError, match="no list of weight files") as error:
+    with pytest.raises(CheckpointError, match=said) as error:
         ModelFolder(tmp_path)
     assert "\n" not in str(error.value)

@@ -131,7 +131,7 @@ DAMAGES = {
         r"again: the same sample keys; the validation split holds",
     ),
     "end of sequence beyond the vocabulary": (eos(320), r"eos_id is 320: must be below .*320"),
-    "far beyond": (eos(10**30), r"eos_id is 10{30}: must be below"),
+    "far beyond": (eos(10**12), r"eos_id is 10{12}: must be below"),
     "another end of sequence": (eos(5), r"eos_id is 5, its tokenizer tokenizer.model has 1"),
     "another vocabulary": (
         lambda manifest: edit(manifest, lambda values: values.update(vocabulary_size=400)),
@@ -175,6 +175,13 @@ def test_each_is_a_problem_and_the_exit_code_is_1(dataset, name):
     done = subprocess.run([sys.executable, TOOL, dataset], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == ""
     assert f" {len(problems)} problems" in done.stdout.splitlines()[-1]
+
+
+def test_a_number_that_no_manifest_can_hold_is_one_line_and_exit_code_2(dataset):
+    eos(10**30)(dataset)
+    done = subprocess.run([sys.executable, TOOL, dataset], capture_output=True, text=True)
+    assert done.returncode == 2 and "eos_id is 10" in done.stderr
+    assert "\n" not in done.stderr.strip()
 
 
 @pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.index.json"])

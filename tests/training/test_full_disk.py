@@ -14,6 +14,7 @@ import pytest
 import torch
 from training_runs import end, same
 
+from ebwm_scale.config.schema import Config
 from ebwm_scale.core.disk import RowLog, replace_text
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.ownership import Ownership
@@ -162,8 +163,9 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     [
         ([1, 2, 3], 3, [1, 2, 3], None, 0),
         ([1, 2, "v2", 3, "v3"], 2, [1, 2, "v2"], 2, 1),
-        ([1, 2, "torn"], 2, [1, 2], None, 1),
-        ([1, "torn", 2, 3], 2, [1, 2], None, 1),
+        # an unreadable line is said: one more write, the event
+        ([1, 2, "torn"], 2, [1, 2], None, 2),
+        ([1, "torn", 2, 3], 2, [1, 2], None, 2),
         ([1, 2], 0, [], None, 1),
     ],
 )
@@ -185,7 +187,7 @@ def test_rows_beyond_a_resumed_step_are_cut_off_in_place(
     same_file = path.stat().st_ino
     faults = Faults("nan@write=1", 0)  # counts
     world = World(0, 1, 0, torch.device("cpu"))
-    run = RunFolder(tmp_path, None, world, faults, Ownership(tmp_path, faults))
+    run = RunFolder(tmp_path, Config(), world, faults, Ownership(tmp_path, faults))
     assert run.truncate_metrics(step) == validated
     assert path.read_text() == "".join(map(text, kept))
     assert faults.visits["write"] == writes

@@ -22,6 +22,7 @@ from ebwm_scale.checkpoint import load as loading
 from ebwm_scale.checkpoint import reader as checkpoint
 from ebwm_scale.checkpoint.reader import find_latest
 from ebwm_scale.core import ownership
+from ebwm_scale.core.disk import replace_text
 from ebwm_scale.core.errors import CheckpointError
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.ownership import Ownership, machine, started
@@ -53,7 +54,8 @@ def owned_by(folder, **changes):
         "since": "2026-01-31T12:00:00+00:00",
         "token": "another",
     }
-    (folder / "owner").write_text(json.dumps({**record, **changes}))
+    # Whole or not at all, as an owner writes it: a heartbeat may read in between.
+    replace_text(folder / "owner", json.dumps({**record, **changes}))
 
 
 def newcomer(folder):

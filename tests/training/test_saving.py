@@ -28,7 +28,7 @@ class State:
     def __init__(self):
         self.module = torch.nn.Linear(3, 2)
 
-    def pieces(self):
+    def shards(self):
         for name, p in self.module.named_parameters():
             yield ParameterShard(name, 0, {"weight": p.detach().view(-1)})
 
