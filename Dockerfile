@@ -2,9 +2,9 @@
 #
 #   docker build -t ebwm_scale .                                                         for CPUs
 #   docker build -t ebwm_scale --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04 .   for GPUs
-#   docker run --rm -v "$PWD/out:/work" ebwm_scale             the quick start; report in out/
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" ebwm_scale \
-#       ebwm train --config configs/nlp/anchored.yaml --set data.manifest=/work/data/manifest.json
+#   docker run --rm -v "$PWD/out:/workspace" ebwm_scale             the quick start; report in out/
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/workspace" ebwm_scale \
+#       ebwm train --config configs/nlp/anchored.yaml --set data.manifest=/workspace/data/manifest.json
 #
 # BASE: an image with apt and python3 of 3.11 or later. GPU images need the CUDA toolkit (-devel):
 # DeepSpeed and Triton compile. TORCH_INDEX: a page of PyTorch builds, if not the one that pip takes
@@ -41,6 +41,6 @@ COPY tools tools
 COPY slurm slurm
 RUN pip install -c constraints.txt --editable ".[video,cluster]" && ebwm version
 
-WORKDIR /work
+WORKDIR /workspace
 CMD ["python", "/opt/ebwm_scale/tools/quickstart.py", "text", \
-     "--runs", "/work/runs", "--data", "/work/data"]
+     "--runs", "/workspace/runs", "--data", "/workspace/data"]

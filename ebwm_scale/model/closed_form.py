@@ -4,7 +4,7 @@ The same formulas as training (blocks.py), for rows (B, K, D): K candidates for 
 of each of B contexts. First order only, so a step needs no graph: a block's forward keeps what its
 backward reads, and no operation is left that a single row would not need. That is where the time
 goes when one token is generated; what it saves over autograd on the same keys and values is
-measured in results/closed_form.json.
+in results/closed_form.json (1.6 to 1.7 times on two CPU cores).
 
     block       n = norm(p);  q, k, v = rotated heads of n;  s = [q K, q k];  P = softmax(s)
                 a = Wo (P [V, v]);  p' = p + a
