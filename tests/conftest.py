@@ -24,6 +24,13 @@ LONGEST = (
     "cluster/test_failures",
     "training/test_bad_input",
     "training/test_stop",
+    "training/test_preflight",
+    "training/test_ownership",
+    "training/test_full_disk",
+    "training/test_conversion",
+    "training/test_one_rank",
+    "training/test_suspension",
+    "documentation/test_documented_commands",
 )
 
 
