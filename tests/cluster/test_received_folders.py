@@ -72,6 +72,7 @@ def resubmit(capsys, folder: Path, *arguments: str) -> tuple[int, str]:
     return code, said.err
 
 
+@pytest.mark.multiprocess
 def test_what_says_where_and_when_is_taken_from_it(here, capsys):
     options = ["partition=gpu", "time=30", "nodelist=n[1-2]", "mem=16G", "oversubscribe"]
     folder = received(here, resources={"slurm": options, "nodes": 3})
@@ -102,6 +103,7 @@ def test_what_says_where_and_when_is_taken_from_it(here, capsys):
         "unheard-of",
     ],
 )
+@pytest.mark.multiprocess
 def test_what_can_run_or_write_something_counts_only_when_said_again(here, capsys, option):
     folder = received(here, resources={"slurm": [option, "partition=gpu"]})
     before = (folder / "launch.json").read_bytes()
@@ -138,6 +140,7 @@ def test_what_can_run_or_write_something_counts_only_when_said_again(here, capsy
         ({"rows_before": -1}, "must be a whole number"),
     ],
 )
+@pytest.mark.multiprocess
 def test_what_launch_does_not_write_is_refused_in_one_line(here, capsys, changes, message):
     folder = received(here, **changes)
     for arguments in (["--resubmit", str(folder)], ["--status", str(folder)]):
@@ -156,6 +159,7 @@ def test_what_is_no_json_is_refused_in_one_line(here, content):
     assert "launch the run anew" in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.multiprocess
 def test_it_starts_elsewhere_only_where_the_user_is(here, capsys, monkeypatch):
     elsewhere = here / "elsewhere"
     elsewhere.mkdir()
@@ -166,6 +170,7 @@ def test_it_starts_elsewhere_only_where_the_user_is(here, capsys, monkeypatch):
     assert json.loads((folder / "launch.json").read_text())["directory"] == str(here)
 
 
+@pytest.mark.multiprocess
 def test_a_sweep_has_its_runs_beside_its_list(here, capsys):
     (here / "sweep").mkdir()
     for name in ("../received", "/tmp", "..", "", "a/b", "a\nb", 7):
@@ -175,6 +180,7 @@ def test_a_sweep_has_its_runs_beside_its_list(here, capsys):
         assert "sweep.json" in said and len(said.strip().splitlines()) == 1, said
 
 
+@pytest.mark.multiprocess
 def test_a_site_file_comes_from_the_user_and_not_from_the_folder(here, capsys, monkeypatch):
     folder = received(here)
     (folder / "site.sh").write_text(f"touch {here}/PWNED\n")

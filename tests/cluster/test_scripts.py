@@ -293,6 +293,7 @@ def test_tasks_that_do_not_divide_over_nodes_are_refused():
         allocation({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "5", "SLURM_JOB_NUM_NODES": "2"})
 
 
+@pytest.mark.multiprocess
 def test_the_port_changes_with_job_and_attempt_and_moves_on_when_taken():
     first = next(allocation({"SLURM_JOB_ID": "7"}).ports())
     again = allocation({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}).ports()

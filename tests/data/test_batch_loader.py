@@ -118,6 +118,7 @@ def test_thirty_two_ranks_take_the_batches_of_one(split):
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])
+@pytest.mark.multiprocess
 def test_workers_never_change_a_batch(split, reference, num_workers):
     assert all(
         torch.equal(a, b)
@@ -127,6 +128,7 @@ def test_workers_never_change_a_batch(split, reference, num_workers):
 
 @pytest.mark.parametrize("first_step", [1, 13, 28])
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.multiprocess
 def test_resume_from_any_step_gives_the_same_batches(split, reference, first_step, num_workers):
     resumed = steps_of(
         split,
@@ -140,6 +142,7 @@ def test_resume_from_any_step_gives_the_same_batches(split, reference, first_ste
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.multiprocess
 def test_loading_does_not_touch_any_global_generator(split, num_workers):
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
@@ -156,6 +159,7 @@ def test_loading_does_not_touch_any_global_generator(split, num_workers):
     assert np.array_equal(before[1], np.random.get_state()[1])
 
 
+@pytest.mark.multiprocess
 def test_signals_to_the_whole_job_do_not_end_the_workers(split):
     batches = loader(split, num_workers=2)
     next(batches)

@@ -62,6 +62,7 @@ def an_epoch(dataset, **options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.multiprocess
 def test_a_flipped_bit_is_written_down_and_the_next_sample_stands_in(
     dataset, num_workers, tmp_path
 ):

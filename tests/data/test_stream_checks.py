@@ -93,6 +93,7 @@ def test_a_decoder_that_fails_in_any_way_is_a_bad_sample(pristine):
 
 
 @pytest.mark.parametrize("kind", ["listed", "listed, by a command", "an index beside it"])
+@pytest.mark.multiprocess
 def test_no_flipped_bit_of_a_sample_is_trained_on_where_there_is_an_index(dataset, tmp_path, kind):
     split, draw = open_split(dataset, "train", verify="sizes"), random.Random(0)
     sound = {tuple(split.read(i).tolist()) for i in range(len(split))}
@@ -134,6 +135,7 @@ def test_a_damaged_index_is_a_damaged_shard_not_one_without_checksums(dataset):
     assert loader.found and all("sha256 of the index" in bad.reason for bad in loader.found)
 
 
+@pytest.mark.multiprocess
 def test_addresses_are_written_down_without_their_secrets(dataset, tmp_path, open_run_folder):
     command = "pipe:false 's3://me:hunter2@bucket/a.tar?sig=hunter2'"
     loader = stream(dataset, [command, *shards_of(dataset)], buffer=1)

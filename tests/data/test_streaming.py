@@ -54,6 +54,7 @@ def rows(batches):
 
 
 @pytest.mark.parametrize("kind", ["path", "pipe", "url"])
+@pytest.mark.multiprocess
 def test_a_stream_gives_the_samples_of_the_index(dataset, kind):
     split = open_split(dataset, "train", verify="sizes")
     shards = [
@@ -121,6 +122,7 @@ def test_a_cut_shard_gives_whole_samples_and_one_record(dataset, where):
     )
 
 
+@pytest.mark.multiprocess
 def test_a_failing_command_is_recorded_and_the_rest_goes_on(dataset):
     shards = [f"pipe:cat {s}" for s in shards_of(dataset)]
     shards[1] = "pipe:false"
@@ -139,6 +141,7 @@ def test_commands_run_only_with_permission(dataset, tmp_path, shards):
     assert list(tmp_path.glob("made*")) == []
 
 
+@pytest.mark.multiprocess
 def test_nothing_readable_is_an_error_not_a_silent_wait(dataset):
     loader = stream(dataset, ["pipe:true", "/nowhere/a.tar"], buffer=1)
     with pytest.raises(DataError, match="shard in a row without a whole sample"):

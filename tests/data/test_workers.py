@@ -17,6 +17,7 @@ def run(function, tasks=(1, 2, 3), **options):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.multiprocess
 def test_every_task_has_its_result_however_large(count):
     outcomes = run(lambda task, moved: bytes(task * 10**6), workers=count)
     assert {task: len(o.result) for task, o in outcomes.items()} == {
@@ -37,6 +38,7 @@ def fails(task, moved):
     return task
 
 
+@pytest.mark.multiprocess
 def test_what_becomes_of_a_task_that_fails_is_said_in_one_line():
     outcomes = run(fails, tasks=(1, 2, 3, 4), workers=2)
     assert outcomes[1].problem == "line one line two"
@@ -58,6 +60,7 @@ def stuck(task, moved):
     time.sleep(600)
 
 
+@pytest.mark.multiprocess
 def test_a_worker_that_does_not_move_is_named_and_ended_and_a_slow_one_is_not():
     start = time.monotonic()
     outcomes = run(lambda t, m: (stuck if t == 2 else slow_but_moving)(t, m), workers=3, still_s=1)
@@ -69,6 +72,7 @@ def test_a_worker_that_does_not_move_is_named_and_ended_and_a_slow_one_is_not():
         os.kill(pid, 0)
 
 
+@pytest.mark.multiprocess
 def test_time_in_which_the_parent_itself_was_stopped_does_not_count(monkeypatch):
     class Clock:
         """Jumps by an hour at the third look, as after a suspension."""
@@ -90,6 +94,7 @@ def test_time_in_which_the_parent_itself_was_stopped_does_not_count(monkeypatch)
     assert clock.looks >= 3 and outcomes[1].result == "done"
 
 
+@pytest.mark.multiprocess
 def test_leaving_early_ends_the_workers():
     outcomes = each_in_a_process((1, 2), lambda t, m: t if t == 1 else time.sleep(600), workers=2)
     assert next(outcomes).task == 1
@@ -109,6 +114,7 @@ class Lingers:
             time.sleep(600)
 
 
+@pytest.mark.multiprocess
 def test_what_the_parent_left_behind_is_not_freed_in_a_worker():
     gc.disable()
     try:

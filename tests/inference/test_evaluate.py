@@ -138,6 +138,7 @@ def test_the_page_shows_names_as_text_and_refuses_what_is_no_result():
             render(junk)
 
 
+@pytest.mark.multiprocess
 def test_video_and_a_model_that_starts_from_the_last_frame(video):
     path, manifest = video
     model, config, split = model_for(manifest)

@@ -327,6 +327,7 @@ def harness(text, monkeypatch):
     return adapter, Scorer(model, tokenizer, ThinkingConfig(seed=SEED))
 
 
+@pytest.mark.multiprocess
 def test_the_harness_runs_a_local_task_and_agrees_with_our_own_count(harness, files, tmp_path):
     adapter, scorer = harness
     (tmp_path / "task").mkdir()

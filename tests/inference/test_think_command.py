@@ -174,6 +174,7 @@ def test_thinking_options_reach_the_model(text, use, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["c.png", "c.gif", "c.mp4"])
+@pytest.mark.multiprocess
 def test_video_is_continued_to_a_file_that_can_be_opened(video, use, capsys, tmp_path, name):
     path, manifest = video
     use({"state": {"kind": "embedding", "dimension": 16}, "length": 4}, manifest)
@@ -218,6 +219,7 @@ def test_video_is_continued_to_a_file_that_can_be_opened(video, use, capsys, tmp
         ("video file", ("--output", "x.webm"), "unknown kind of file"),
     ],
 )
+@pytest.mark.multiprocess
 def test_what_cannot_be_done_is_one_clear_line(
     text, video, use, capsys, tmp_path, sections, arguments, expected
 ):
@@ -251,6 +253,7 @@ def test_what_is_no_checkpoint_is_one_clear_line(capsys, tmp_path):
     assert code == 2 and "neither a run folder" in capsys.readouterr().err
 
 
+@pytest.mark.multiprocess
 def test_the_context_of_a_video_is_what_a_player_shows_and_damage_is_said(video, tmp_path, capsys):
     import sys
     from pathlib import Path

@@ -50,6 +50,7 @@ def gradients(compiled: bool, options: dict):
     ],  # compiles for four shapes
     ids=["detach", "full", "adaln_in_tiles"],
 )
+@pytest.mark.multiprocess
 def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):
     torch._dynamo.reset()
     (loss, ours), (eager_loss, eager) = gradients(True, options), gradients(False, options)

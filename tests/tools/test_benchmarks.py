@@ -103,6 +103,7 @@ def test_kernels_are_measured_against_pytorch_math_and_float64(tmp_path):
     )
 
 
+@pytest.mark.multiprocess
 def test_reading_is_measured_against_plain_webdataset_on_the_same_shards(tmp_path, monkeypatch):
     sys.path.insert(0, str(TOOLS))
     import bench_data
