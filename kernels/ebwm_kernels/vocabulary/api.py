@@ -57,11 +57,12 @@ def vocabulary_descend_reference(
     x: Tensor | None = None,
     clamps: Clamps = NO_CLAMPS,
 ) -> Tensor:
-    """x' of `vocabulary_descend` in plain differentiable operations."""
+    """x' of `vocabulary_descend` in plain differentiable operations.
+
+    With neither x nor probabilities the step starts at zero.
+    """
     move = (hidden.to(weight.dtype) @ weight.T).to(state_dtype(weight))
     if x is not None and probabilities is not None:
         move = probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
     start = probabilities if x is None else x
-    if start is None:
-        raise ValueError("vocabulary_descend: give x, probabilities, or both")
     return clamped_step(start, move, clamps)

@@ -53,13 +53,13 @@ def vocabulary_descend(
 
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a
     row does not count. With `probabilities` p (rows, V) alone, p is what moves; with x alone, x is;
-    with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a model that
-    predicts logits directly. clamps: bounds on the change and on x'. keep_state False: x' is not
-    needs_grad. The loss is a sum over rows divided by `count` (default: the rows that count here: a
-    mean), float32 or float64, with first-order gradients of weight and hidden, which exist once: a
-    second backward through it raises. grad_buffer (V, D): receives weight's gradient of loss_weight
-    * loss now; back-propagate the loss with that weight, for hidden's. out (rows, V): memory for
-    x'; its contents are lost also where x' is not kept.
+    with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a step from zeros,
+    or a model that predicts logits directly. clamps: bounds on the change and on x'. keep_state
+    False: x' is not needed. The loss is a sum over rows divided by `count` (default: the rows that
+    count here: a mean), float32 or float64, with first-order gradients of weight and hidden, which
+    exist once: a second backward through it raises. grad_buffer (V, D): receives weight's gradient
+    of loss_weight * loss now; back-propagate the loss with that weight, for hidden's. out (rows,
+    V): memory for x'; its contents are lost also where x' is not kept.
     """
     if targets is None:
         with torch.no_grad():
