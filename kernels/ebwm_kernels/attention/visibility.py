@@ -47,6 +47,13 @@ def last_visible(rows: Tensor, num_keys: int, shape: Shape) -> Tensor:
     return ((groups + 1) * shape.context_group + shape.offset).clamp(max=num_keys)
 
 
+def last_visible_of(row: int, num_keys: int, shape: Shape) -> int:
+    """last_visible of one row."""
+    if not shape.causal:
+        return num_keys
+    return min(num_keys, (row // shape.group_size + 1) * shape.context_group + shape.offset)
+
+
 def visible_keys(
     num_rows: int, num_keys: int, first_visible: Tensor | None, shape: Shape, device: torch.device
 ) -> Tensor:
