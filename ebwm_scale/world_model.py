@@ -70,6 +70,8 @@ class WorldModel(nn.Module):
         model = config.model
         width = resolved.model_sizes(model).width
         size = resolved.state_size(config)
+        group_size = resolved.group_size(config)
+        grid = resolved.grid(config)
         if config.state.kind == "vocabulary":
             self.token_embedding = nn.Embedding(size, width)  # N(0, 1), as released
         else:
@@ -77,7 +79,7 @@ class WorldModel(nn.Module):
             nn.init.xavier_normal_(self.frame_projection.weight)
             nn.init.zeros_(self.frame_projection.bias)
         if model.kind == "baseline":
-            self.network = BaselineTransformer(model)
+            self.network = BaselineTransformer(model, group_size, grid)
             if config.state.kind == "vocabulary":
                 self.output = Output(width, size, bias=False)
             elif model.output == "one_linear":
@@ -88,7 +90,9 @@ class WorldModel(nn.Module):
             return
         refinement = config.refinement
         content_scale = 1 / (refinement.step_size * config.state.map_scale)  # energy_head.py
-        self.network = EnergyTransformer(model, num_landscapes(refinement), content_scale)
+        self.network = EnergyTransformer(
+            model, num_landscapes(refinement), content_scale, group_size, grid
+        )
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
         )  # (1,): engines want no 0-d ones

@@ -9,6 +9,10 @@ predicted one enters: the embedding of o_t, or, in front of a later block, its s
 Both have seen o_1 .. o_t only. `model.energy_head` says what the energy is made of behind the
 last block (energy_head.py).
 
+In a sequence of groups of P positions, row t is cell t % P of the candidate for the next group. It
+sees the observed groups up to its own whole, and all P candidates of its group. So a row's energy
+depends on its whole group, and only the sum over a group's rows has a meaning of its own.
+
 Step conditioning (`model.conditioning`) tells refinement steps apart by a landscape index:
     default         not at all
     time_embed      a learned token per landscape stands in front of the context, at position 0
@@ -84,6 +88,8 @@ class EnergyTransformer(nn.Module):
     """Blocks on two streams, a final norm, and a head that gives the energy.
 
     content_scale: a constant on the head's terms in the candidate (energy_head.py).
+    group_size, grid: how the positions are grouped, see RotaryTable.
+    Raises ValueError for groups under time_embed, whose token would stand in front of the first.
     """
 
     head: nn.Linear | None  # of the linear term
@@ -92,15 +98,29 @@ class EnergyTransformer(nn.Module):
     modulations: ModuleList[nn.Linear] | None
     final_modulation: nn.Linear | None
 
-    def __init__(self, config: ModelConfig, num_landscapes: int, content_scale: float = 1.0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_landscapes: int,
+        content_scale: float = 1.0,
+        group_size: int = 1,
+        grid: tuple[int, int] | None = None,
+    ):
         super().__init__()
+        if group_size > 1 and config.conditioning == "time_embed":
+            raise ValueError(
+                f"model.conditioning is time_embed with groups of {group_size}: its token stands "
+                "in front of the first group and belongs to none; "
+                "use default, adaln, adaln_zero or predicted_only"
+            )
+        self.group_size = group_size
         self.conditioning = config.conditioning
         self.num_landscapes = num_landscapes
         sizes = model_sizes(config)
         width = sizes.width
         self.is_anchored = config.predicted_input == "anchored"
         self.first_predicted = sizes.num_layers - sizes.predicted_layers
-        self.layers = ModuleList(Block(config) for _ in range(sizes.num_layers))
+        self.layers = ModuleList(Block(config, group_size) for _ in range(sizes.num_layers))
         self.norm = RMSNorm(width, config.norm_epsilon)
         self.head = None
         self.content = None
@@ -110,7 +130,7 @@ class EnergyTransformer(nn.Module):
             self.content = ContentTerms(
                 width, config.energy_head, config.norm_epsilon, content_scale
             )
-        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta)
+        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta, group_size, grid)
         self.landscape_embedding = None
         if self.conditioning != "default":
             self.landscape_embedding = nn.Embedding(num_landscapes, width)
@@ -203,7 +223,8 @@ class EnergyTransformer(nn.Module):
     def energy(self, embedded: Tensor, context: Context, landscape: int = 0) -> Tensor:
         """Energies (B, S) of embedded candidates (B, S, D).
 
-        Row t is a candidate for position t + 1, given observed positions 0 .. t.
+        Row t is a candidate for position t + 1, given observed positions 0 .. t; with groups for
+        position t + P, given the groups up to that of t, and beside the candidates of its group.
         """
         modulations, final = self.modulations_of(landscape, predicted=True)
         rotary = self.predicted_rotary(embedded, context)
@@ -217,8 +238,8 @@ class EnergyTransformer(nn.Module):
         return self.energy_head(predicted, final, embedded, context.readout)
 
     def predicted_rotary(self, predicted: Tensor, context: Context) -> Rotary:
-        """p_t stands where the real o_(t+1) would."""
-        first = context.offset + 1
+        """p_t stands where the real o_(t+1) would, with groups o_(t+P)."""
+        first = context.offset + self.group_size
         return self.rotary(first + predicted.shape[1], predicted).slice(first, predicted.shape[1])
 
     def energy_head(

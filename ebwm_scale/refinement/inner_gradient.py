@@ -2,6 +2,7 @@
 
     E (B, s)     energies of candidates (B, s, D); rows do not see each other's candidates,
     g (B, s, D)  so g = d(sum E) / d candidates holds every row's own gradient
+                 (with groups: every group's own gradient, rows of a group see each other's)
 
 Under needs_graph both are differentiable once more with respect to everything.
 """
