@@ -48,12 +48,15 @@ class Context:
     keys_values: (K, V) per block of the predicted stream, each (B, H_kv, C, d). offset: keys in
     front of the first row's own observed position. anchor (B, S, D): added to the candidates;
     None where they stand alone. readout (B, S, D): of the head's context term, where there is one.
+    first_visible (B, S) int32: the first key that each row sees, the start of its document; None:
+    all see key 0.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     offset: int
     anchor: Tensor | None = None
     readout: Tensor | None = None
+    first_visible: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Context:
         """The same with every tensor that carries gradients replaced by the function's result."""
@@ -66,7 +69,10 @@ class Context:
 
     def select(self, rows: Tensor | slice) -> Context:
         """The context of some samples."""
-        return self.map(lambda tensor: tensor[rows])
+        part = self.map(lambda tensor: tensor[rows])
+        if self.first_visible is None:
+            return part
+        return replace(part, first_visible=self.first_visible[rows])
 
     def visible_to(self, positions: slice) -> Context:
         """What the candidates of some positions see.
@@ -75,12 +81,16 @@ class Context:
         """
         last = self.offset + positions.stop
         pairs = [(keys[:, :, :last], values[:, :, :last]) for keys, values in self.keys_values]
+        first_visible = None
+        if self.first_visible is not None:
+            first_visible = self.first_visible[:, positions]
         return replace(
             self,
             keys_values=pairs,
             offset=self.offset + positions.start,
             anchor=None if self.anchor is None else self.anchor[:, positions],
             readout=None if self.readout is None else self.readout[:, positions],
+            first_visible=first_visible,
         )
 
 
@@ -180,8 +190,10 @@ class EnergyTransformer(nn.Module):
         token = self.landscape_embedding.weight[landscape].expand(observed.shape[0], 1, -1)
         return torch.cat([token, observed], 1), 1
 
-    def encode_context(self, observed: Tensor, landscape: int = 0) -> Context:
-        """What the predicted stream reads of the observed one (B, S, D)."""
+    def encode_context(
+        self, observed: Tensor, landscape: int = 0, first_visible: Tensor | None = None
+    ) -> Context:
+        """What the predicted stream reads of the observed one (B, S, D); first_visible: Context."""
         observed, offset = self.prepend_landscape(observed, landscape)
         modulations, _ = self.modulations_of(landscape, predicted=False)
         rotary = self.rotary(observed.shape[1], observed)
@@ -196,8 +208,11 @@ class EnergyTransformer(nn.Module):
                 keys_values.append((keys, values))
             # Of the last block only the keys and values are read, unless the head reads more.
             if index < last or self.reads_output:
-                observed = layer.forward_observed(observed, keys, values, rotary, modulation)
-        return self.make_context(keys_values, offset, entry, observed)
+                observed = layer.forward_observed(
+                    observed, keys, values, rotary, modulation, first_visible
+                )
+        context = self.make_context(keys_values, offset, entry, observed)
+        return replace(context, first_visible=first_visible)
 
     def make_context(
         self,
@@ -233,7 +248,7 @@ class EnergyTransformer(nn.Module):
             self.predicted_blocks, context.keys_values, modulations
         ):
             predicted = layer.forward_predicted(
-                predicted, keys_values, rotary, context.offset, modulation
+                predicted, keys_values, rotary, context.offset, modulation, context.first_visible
             )
         return self.energy_head(predicted, final, embedded, context.readout)
 

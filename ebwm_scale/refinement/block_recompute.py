@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def energy_and_gradient(
     layers = []
     for layer, pair, modulation in zip(network.predicted_blocks, context.keys_values, modulations):
         inputs = (*pair, *(modulation or ()))
-        layers.append(_Layer(layer, inputs, rotary, context.offset))
+        layers.append(_Layer(layer, inputs, rotary, context.offset, context.first_visible))
     step = _BlockwiseStep(network, layers, final, context.readout)
     entering = candidates if context.anchor is None else candidates + context.anchor
     if not needs_graph:
@@ -108,7 +109,12 @@ def energy_and_gradient(
     return _EnergyGradient.apply(step, candidates, entering, *step.inputs())
 
 
-def encode_context(network: EnergyTransformer, observed: Tensor, landscape: int) -> Context:
+def encode_context(
+    network: EnergyTransformer,
+    observed: Tensor,
+    landscape: int,
+    first_visible: Tensor | None = None,
+) -> Context:
     """`network.encode_context` one block at a time; with a graph where gradients are enabled."""
     observed, offset = network.prepend_landscape(observed, landscape)
     modulations, _ = network.modulations_of(landscape, predicted=False)
@@ -116,13 +122,14 @@ def encode_context(network: EnergyTransformer, observed: Tensor, landscape: int)
     layers = []
     inputs = []
     for layer, modulation in zip(network.layers, modulations):
-        layers.append(_Layer(layer, tuple(modulation or ()), rotary, 0))
+        layers.append(_Layer(layer, tuple(modulation or ()), rotary, 0, first_visible))
         inputs += layers[-1].inputs
     first = network.first_predicted
     entry, output, *flat = _Encode.apply(layers, first, network.reads_output, observed, *inputs)
     if first == 0:
         entry = observed
-    return network.make_context(list(zip(flat[::2], flat[1::2])), offset, entry, output)
+    context = network.make_context(list(zip(flat[::2], flat[1::2])), offset, entry, output)
+    return replace(context, first_visible=first_visible)
 
 
 class _Layer:
@@ -132,11 +139,19 @@ class _Layer:
     one, as tensors that may carry gradients.
     """
 
-    def __init__(self, block: Block, inputs: tuple[Tensor, ...], rotary: Rotary, offset: int):
+    def __init__(
+        self,
+        block: Block,
+        inputs: tuple[Tensor, ...],
+        rotary: Rotary,
+        offset: int,
+        first_visible: Tensor | None,
+    ):
         self.block = block
         self.inputs = inputs
         self.rotary = rotary
         self.offset = offset
+        self.first_visible = first_visible
 
     def forward_predicted(self, p: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         keys, values, *modulation = inputs
@@ -146,6 +161,7 @@ class _Layer:
             self.rotary,
             self.offset,
             Modulation(*modulation) if modulation else None,
+            self.first_visible,
         )
 
     def forward_observed(
@@ -156,7 +172,9 @@ class _Layer:
         keys, values = self.block.keys_values(o, self.rotary, modulation)
         if not goes_on:
             return keys, values
-        behind = self.block.forward_observed(o, keys, values, self.rotary, modulation)
+        behind = self.block.forward_observed(
+            o, keys, values, self.rotary, modulation, self.first_visible
+        )
         return keys, values, behind
 
 

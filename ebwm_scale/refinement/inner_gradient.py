@@ -84,6 +84,7 @@ def _run_compiled(
             context.offset,
             context.anchor,
             context.readout,
+            context.first_visible,
             *keys_values,
         )
 
@@ -103,6 +104,7 @@ def _gradient_inside(
     offset: int,
     anchor: Tensor | None,
     readout: Tensor | None,
+    first_visible: Tensor | None,
     *keys_values: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The inner gradient is taken inside the compiled function.
@@ -110,7 +112,7 @@ def _gradient_inside(
     So what is compiled is differentiated once, which is all that torch.compile supports.
     """
     pairs = list(zip(keys_values[::2], keys_values[1::2]))
-    context = Context(pairs, offset, anchor, readout)
+    context = Context(pairs, offset, anchor, readout, first_visible)
     energy = network.energy(candidates, context.visible_to(slice(start, stop)), landscape)
     (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=True)
     return energy, gradient
