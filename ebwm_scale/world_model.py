@@ -30,6 +30,7 @@ from ebwm_scale.model.baseline import (
 )
 from ebwm_scale.model.documents import document_starts, last_document
 from ebwm_scale.model.energy_transformer import EnergyTransformer
+from ebwm_scale.model.groups import regroup
 from ebwm_scale.model.states import EmbeddingState, VocabularyState
 from ebwm_scale.refinement.block_recompute import gathered
 from ebwm_scale.refinement.loop import refine
@@ -113,6 +114,15 @@ class WorldModel(nn.Module):
         if not isinstance(self.network, EnergyTransformer):
             raise TypeError("a baseline has no energies and no landscapes")
         return self.network
+
+    def regroup(self, group_size: int, grid: tuple[int, int] | None) -> None:
+        """Read sequences of other groups from now on, for example larger mazes than trained on.
+
+        No parameter depends on them. Raises ValueError as RotaryTable does.
+        """
+        regroup(self.network, group_size, grid)
+        data = self.config.data.replace(group_size=group_size, grid=grid)
+        self.config = self.config.replace(data=data)
 
     def state_space(self) -> VocabularyState | EmbeddingState:
         """The state space on this model's parameters as they are now; build it once per use.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ebwm_kernels.attention.ops import PRODUCTS
 from ebwm_kernels.attention.visibility import visible_pairs
-from ebwm_scale.config.resolved import context_length, model_sizes, state_size
+from ebwm_scale.config.resolved import context_length, group_size, model_sizes, state_size
 from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all
 from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes, plan_steps
@@ -42,6 +42,7 @@ class StepSizes:
     state: int  # V: vocabulary size, or dimension of a frame embedding
     positions: int
     offset: int  # rows in front of the observed ones
+    group: int  # positions that are predicted together
     steps: int
     graph_steps: int
     contexts: int  # times the observed stream is encoded
@@ -74,6 +75,7 @@ class StepSizes:
             state=state_size(config),
             positions=context_length(config),
             offset=int(model.conditioning == "time_embed"),
+            group=group_size(config),
             steps=steps,
             graph_steps=graph_steps,
             contexts=1 if shared else steps,
@@ -93,8 +95,23 @@ class StepSizes:
         )
 
     def causal_pairs(self) -> int:
-        """(query, key) pairs of one head of the predicted stream, own keys aside."""
-        return visible_pairs(self.positions, self.positions + self.offset, self.offset)
+        """(query, key) pairs of one head of the predicted stream that need a product.
+
+        Those with the context, and in groups those with the own keys; a single own key needs none.
+        """
+        pairs = visible_pairs(
+            self.positions,
+            self.positions + self.offset,
+            self.offset,
+            group_size=self.group,
+            context_group=self.group,
+        )
+        return pairs + self.positions * self.own_keys
+
+    @property
+    def own_keys(self) -> int:
+        """Columns of a row's scores beside its context's."""
+        return self.group if self.group > 1 else 0
 
 
 def step_flops(config: Config, *, samples: int, num_steps: int | None = None) -> dict[str, float]:
