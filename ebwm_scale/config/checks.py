@@ -42,8 +42,6 @@ def group_problems(config: Config) -> list[str]:
     problems: list[str] = []
     size = group_size(config)
     if size == 1:
-        if config.data.grid is not None:
-            problems.append("data.grid is given without data.group_size: leave both to the dataset")
         return problems
 
     def require(holds: bool, message: str) -> None:
