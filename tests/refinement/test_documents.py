@@ -2,6 +2,7 @@
 it would have alone, in float64.
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -177,10 +178,9 @@ def test_the_comparison_notices_a_stream_that_sees_another_document(stream, monk
         monkeypatch.setattr(
             inner_gradient.Context,
             "visible_to",
-            lambda self, positions: inner_gradient.Context(
-                right(self, positions).keys_values,
-                right(self, positions).offset,
-                self.first_visible[:, : positions.stop - positions.start],
+            lambda self, positions: dataclasses.replace(
+                right(self, positions),
+                first_visible=self.first_visible[:, : positions.stop - positions.start],
             ),
         )
     loss, _ = packed(model)
