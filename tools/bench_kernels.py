@@ -125,7 +125,7 @@ class Problem:
             self.c_self,
         ) = (draw() for _ in range(11))
         self.backend = resolve_backend("auto", device, dtype, d, "bench_kernels")
-        self.rest = (d**-0.5, 0, True, self.backend)
+        self.rest = (d**-0.5, 0, True, 1, 1, self.backend)
 
     def flops(self, products: int) -> float:
         return 2.0 * products * self.B * self.H * visible_pairs(self.S, self.S) * self.d
@@ -134,7 +134,7 @@ class Problem:
         """level -> (callable, products)."""
         ops, made = torch.ops.ebwm, PRODUCTS[self.backend]
         own_kv = (self.k_self, self.v_self) if own else (None, None)
-        tensors = (self.q, self.k, self.v, *own_kv)
+        tensors = (self.q, self.k, self.v, *own_kv, None)  # None: first_visible
         out, normalizer = ops.attention(*tensors, *self.rest)
         cotangents = (
             (self.a, None, None, self.b_self, self.c_self)

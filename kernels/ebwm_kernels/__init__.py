@@ -4,7 +4,7 @@ Legend used throughout: B batch, H query heads, H_kv key/value heads, S query po
 positions, d head dimension.
 """
 
-from ebwm_kernels.attention.causal import causal_attention
+from ebwm_kernels.attention.causal import causal_attention, cross_attention
 from ebwm_kernels.attention.energy import energy_attention
 from ebwm_kernels.attention.first_order import observed_attention
 from ebwm_kernels.pointwise import rms_norm, swiglu
@@ -17,6 +17,7 @@ from ebwm_kernels.vocabulary.autograd import (
 
 __all__ = [
     "causal_attention",
+    "cross_attention",
     "energy_attention",
     "observed_attention",
     "rms_norm",

@@ -314,16 +314,16 @@ def test_the_operations_are_well_formed_for_dispatch_fake_tensors_and_aot(case):
     """torch.library's own checks: schema, fake tensors, autograd registration."""
     q, *own, k, v = case.inputs()
     own = own or [None, None]
-    rest = (0.25, case.offset, case.causal, "reference")
+    rest = (0.25, case.offset, case.causal, 1, 1, "reference")
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
-        torch.ops.ebwm.attention.default, (q, k, v, *own, *rest), test_utils=tests
+        torch.ops.ebwm.attention.default, (q, k, v, *own, None, *rest), test_utils=tests
     )
-    out, normalizer = (u.detach() for u in torch.ops.ebwm.attention(q, k, v, *own, *rest))
+    out, normalizer = (u.detach() for u in torch.ops.ebwm.attention(q, k, v, *own, None, *rest))
     for with_keys in (False, True):
         torch.library.opcheck(
             torch.ops.ebwm.attention_gradient.default,
-            (torch.ones_like(q), q, k, v, *own, out, normalizer, *rest, with_keys, False),
+            (torch.ones_like(q), q, k, v, *own, None, out, normalizer, *rest, with_keys, False),
             test_utils=tests,
         )
     cotangents = (q, None, None, *own) if case.own else (q, k, v, None, None)
@@ -331,6 +331,7 @@ def test_the_operations_are_well_formed_for_dispatch_fake_tensors_and_aot(case):
         torch.ops.ebwm.attention_double_backward.default,
         (
             *(None if u is None else u.detach() for u in (*cotangents, q, q, k, v, *own)),
+            None,
             out,
             normalizer,
             *rest,
@@ -401,7 +402,7 @@ BAD = [
         lambda t: [t[0].to("meta"), *t[1:]],
         r"k_self is torch.float64 on cpu, q is torch.float64 on meta",
     ),
-    (lambda t: [*t[:4], t[4][..., :2]], r"k_context has shape .* and v_context"),
+    (lambda t: [*t[:4], t[4][..., :2]], r"v_self has shape .* it must be \(2, 4, 7, 2\)"),
     (lambda t: [*t[:3], t[3][:1], t[4][:1]], r"needs both to be \(2, H_kv, C, 16\)"),
     (lambda t: [*t[:3], t[3][:, :, :0], t[4][:, :, :0]], r"at least one key"),
     (lambda t: [t[0][0], *t[1:]], r"q has shape .*expected 4 dimensions"),

@@ -1,19 +1,25 @@
-"""Causal and bidirectional attention with a correct double backward, for whoever differentiates
-twice through a transformer.
+"""Causal, block-causal, bidirectional and cross-attention with a correct double backward, for
+whoever differentiates twice through a transformer.
 
 Gradient penalties, meta-learning, Hessian-vector products and energies of whole sequences need
 exactly this, and fused attention elsewhere has no double backward or a wrong one. The inner
-gradient covers q, k and v. Formulas: attention/reference.py; levels: attention/ops.py.
+gradient covers q, k and v. Who sees what: attention/visibility.py; formulas:
+attention/reference.py; levels: attention/ops.py.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ebwm_kernels.attention.energy import check_keys, check_tensors
 from ebwm_kernels.attention.ops import attend, resolve_backend
-from ebwm_kernels.attention.reference import Shape, score_scale
+from ebwm_kernels.attention.visibility import (
+    Shape,
+    check_groups,
+    first_visible_keys,
+    score_scale,
+    visible_keys,
+)
 
 
 def causal_attention(
@@ -24,29 +30,66 @@ def causal_attention(
     causal: bool = True,
     scale: float | None = None,
     context_offset: int = 0,
+    group_size: int = 1,
+    context_group: int | None = None,
+    first_visible: Tensor | None = None,
+    window: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Output (B, H, S, d) of softmax attention, differentiable twice with respect to q, k and v.
+    """Output (B, H, S, d_v) of softmax attention, differentiable twice with respect to q, k and v.
 
-    q: (B, H, S, d); k, v: (B, H_kv, C, d) with H % H_kv == 0; one floating dtype and device.
-    Query t sees keys j <= t + context_offset, or all of them with causal=False.
-    scale: default d ** -0.5. backend: as in energy_attention.
+    q: (B, H, S, d); k: (B, H_kv, C, d); v: (B, H_kv, C, d_v) with H % H_kv == 0; one floating dtype
+    and device. scale: default d ** -0.5. backend: as in energy_attention.
+
+    Query t, of group g = t // group_size, sees the keys j with first_visible[b, t] <= j <
+    (g + 1) context_group + context_offset: causal attention with groups of 1 (j <= t +
+    context_offset), block-causal with larger ones, bidirectional inside a group. With causal=False
+    it sees all keys from first_visible on.
+    group_size divides S; context_group (default group_size): keys per group. first_visible: (B, S)
+    integers that do not decrease along S (None: all 0). window: at most so many keys, the last that
+    the row sees. Every row must see a key; this is checked on a CPU only, and elsewhere a row
+    without keys gets zeros.
+
+    A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes, groups, first keys
+    or a backend that do not fit.
+    """
+    group = group_size if context_group is None else context_group
+    shape = Shape(score_scale(scale, q.shape[-1]), context_offset, causal, group_size, group)
+    return _attention("causal_attention", q, k, v, first_visible, window, shape, backend)
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """Output (B, H, S, d_v) of attention in which every query sees every key, differentiable twice
+    with respect to q, k and v.
+
+    q: (B, H, S, d); k: (B, H_kv, C, d); v: (B, H_kv, C, d_v) with H % H_kv == 0; C may differ from
+    S; one floating dtype and device. scale: default d ** -0.5. backend: as in energy_attention.
 
     A third derivative raises RuntimeError. Raises ValueError for shapes, dtypes or a backend that
     do not fit.
     """
-    check_tensors("causal_attention", {"q": q, "k": k, "v": v})
-    check_keys("causal_attention", q, {"k": k, "v": v}, context_offset)
-    shape = Shape(score_scale(scale, q.shape[-1]), context_offset, causal)
-    return attend(
-        q,
-        k,
-        v,
-        None,
-        None,
-        shape,
-        resolve_backend(backend, q.device, q.dtype, q.shape[-1], "causal_attention"),
-    )
+    shape = Shape(score_scale(scale, q.shape[-1]), 0, False)
+    return _attention("cross_attention", q, k, v, None, None, shape, backend)
+
+
+def _attention(
+    operation: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_visible: Tensor | None,
+    window: int | None,
+    shape: Shape,
+    backend: str,
+) -> Tensor:
+    check_tensors(operation, {"q": q, "k": k, "v": v})
+    check_keys(operation, q, {"k": k, "v": v})
+    check_groups(operation, q.shape[2], shape.offset, shape.group_size, shape.context_group)
+    first = first_visible_keys(operation, q, k.shape[2], first_visible, window, shape, own=False)
+    backend = resolve_backend(backend, q.device, q.dtype, q.shape[-1], operation)
+    return attend(q, k, v, None, None, first, shape, backend)
 
 
 def causal_attention_definition(
@@ -57,16 +100,20 @@ def causal_attention_definition(
     causal: bool = True,
     scale: float | None = None,
     context_offset: int = 0,
+    group_size: int = 1,
+    context_group: int | None = None,
+    first_visible: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """The definition in plain operations, for tests and readers."""
-    scale = score_scale(scale, q.shape[-1])
-    keys, values = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))
-    scores = scale * q @ keys.transpose(-1, -2)
-    if causal:
-        scores = scores.masked_fill(
-            torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(
-                context_offset + 1
-            ),
-            float("-inf"),
-        )
-    return scores.softmax(-1) @ values
+    group = group_size if context_group is None else context_group
+    shape = Shape(score_scale(scale, q.shape[-1]), context_offset, causal, group_size, group)
+    first = first_visible_keys("definition", q, k.shape[2], first_visible, window, shape, own=False)
+    share = q.shape[1] // k.shape[1]
+    keys = k.repeat_interleave(share, 1)
+    values = v.repeat_interleave(share, 1)
+    visible = visible_keys(q.shape[2], k.shape[2], first, shape, q.device)
+    if first is not None:
+        visible = visible[:, None]  # the same for all heads
+    scores = shape.scale * q @ keys.mT
+    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values

@@ -18,13 +18,24 @@ OBSERVED_BACKENDS = ("auto", "flash_attn", "sdpa")
 MAX_HEAD_DIMENSION = 256
 
 
-def observed_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
+def observed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_size: int = 1,
+    first_visible: Tensor | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Output (B, H, S, d) of causal self-attention: q (B, H, S, d), k and v (B, H_kv, S, d) with H
     % H_kv == 0. Differentiable once.
 
     backend: "flash_attn", "sdpa" or "auto". Raises ValueError for one that is unknown or cannot run
     these tensors.
     """
+    if group_size != 1 or first_visible is not None or window is not None:
+        raise NotImplementedError
     if resolve_observed_backend(backend, q.device, q.dtype, q.shape[-1]) == "flash_attn":
         from flash_attn import flash_attn_func
 

@@ -21,7 +21,22 @@ def _flops(products: int, q_shape, k_shape, offset: int, causal: bool) -> int:
 
 
 @register_flop_formula(torch.ops.ebwm.attention)
-def _(q, k, v, k_self, v_self, scale, offset, causal, backend, *, out_shape=None):
+def _(
+    q,
+    k,
+    v,
+    k_self,
+    v_self,
+    first_visible,
+    scale,
+    offset,
+    causal,
+    group_size,
+    context_group,
+    backend,
+    *,
+    out_shape=None,
+):
     return _flops(PRODUCTS[backend]["forward"], q, k, offset, causal)
 
 
@@ -33,11 +48,14 @@ def _(
     v,
     k_self,
     v_self,
+    first_visible,
     out,
     log_normalizer,
     scale,
     offset,
     causal,
+    group_size,
+    context_group,
     backend,
     with_keys,
     compiled,
@@ -60,11 +78,14 @@ def _(
     v,
     k_self,
     v_self,
+    first_visible,
     out,
     log_normalizer,
     scale,
     offset,
     causal,
+    group_size,
+    context_group,
     backend,
     *,
     out_shape=None,

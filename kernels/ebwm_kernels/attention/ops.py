@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 
 from ebwm_kernels.attention import reference
-from ebwm_kernels.attention.reference import Cotangents, Shape
+from ebwm_kernels.attention.reference import Cotangents
 from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
+from ebwm_kernels.attention.visibility import Shape
 from ebwm_kernels.autograd_rules import (
     is_traced_without_graph,
     needs_grad,
@@ -96,17 +97,18 @@ def attend(
     v: Tensor,
     k_self: Tensor | None,
     v_self: Tensor | None,
+    first_visible: Tensor | None,
     shape: Shape,
     backend: str,
 ) -> Tensor:
-    """Output (B, H, S, d) of attention in which a query may have a key of its own; backend
+    """Output (B, H, S, d of values) of attention in which a query may see keys of its own; backend
     resolved.
     """
-    return torch.ops.ebwm.attention(q, k, v, k_self, v_self, *shape, backend)[0]
+    return torch.ops.ebwm.attention(q, k, v, k_self, v_self, first_visible, *shape, backend)[0]
 
 
 class Implementation(Protocol):
-    """What a backend is: the three levels, as attention/reference.py defines them."""
+    """What a backend is: three levels and the tangent, as attention/reference.py defines them."""
 
     def forward(
         self,
@@ -115,6 +117,7 @@ class Implementation(Protocol):
         v: Tensor,
         k_self: Tensor | None,
         v_self: Tensor | None,
+        first_visible: Tensor | None,
         shape: Shape,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -126,6 +129,7 @@ class Implementation(Protocol):
         v: Tensor,
         k_self: Tensor | None,
         v_self: Tensor | None,
+        first_visible: Tensor | None,
         out: Tensor,
         log_normalizer: Tensor,
         shape: Shape,
@@ -142,10 +146,25 @@ class Implementation(Protocol):
         v: Tensor,
         k_self: Tensor | None,
         v_self: Tensor | None,
+        first_visible: Tensor | None,
         out: Tensor,
         log_normalizer: Tensor,
         shape: Shape,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+
+    def tangent(
+        self,
+        tangents: Cotangents,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        first_visible: Tensor | None,
+        out: Tensor,
+        log_normalizer: Tensor,
+        shape: Shape,
+    ) -> Tensor: ...
 
 
 def _implementation(backend: str) -> Implementation:
@@ -171,29 +190,47 @@ def _attention(
     v: Tensor,
     k_self: Tensor | None,
     v_self: Tensor | None,
+    first_visible: Tensor | None,
     scale: float,
     offset: int,
     causal: bool,
+    group_size: int,
+    context_group: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(backend).forward(q, k, v, k_self, v_self, Shape(scale, offset, causal))
+    shape = Shape(scale, offset, causal, group_size, context_group)
+    return _implementation(backend).forward(q, k, v, k_self, v_self, first_visible, shape)
 
 
 @_attention.register_fake
-def _(q, k, v, k_self, v_self, scale, offset, causal, backend):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=reference.wide_dtype(q.dtype))
+def _(
+    q,
+    k,
+    v,
+    k_self,
+    v_self,
+    first_visible,
+    scale,
+    offset,
+    causal,
+    group_size,
+    context_group,
+    backend,
+):
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(q.shape[:-1], dtype=reference.wide_dtype(q.dtype))
 
 
 def _setup_attention(ctx, inputs, output):
-    q, k, v, k_self, v_self, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, k_self, v_self, *output)
+    q, k, v, k_self, v_self, first_visible, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, k_self, v_self, first_visible, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward_attention(ctx, grad, _):
     if grad is None:
-        return (None,) * 9
-    q, k, v, k_self, v_self, out, log_normalizer = (
+        return (None,) * 12
+    q, k, v, k_self, v_self, first_visible, out, log_normalizer = (
         ctx.saved_tensors
     )  # read once: a checkpoint recomputes for each reading
     with_keys = needs_grad(ctx, 1) or needs_grad(ctx, 2)
@@ -204,6 +241,7 @@ def _backward_attention(ctx, grad, _):
         v,
         k_self,
         v_self,
+        first_visible,
         out.detach(),
         log_normalizer.detach(),
         *ctx.rest,
@@ -211,7 +249,7 @@ def _backward_attention(ctx, grad, _):
         is_traced_without_graph(),
     )
     own = (None, None) if k_self is None else (dk_self, dv_self)
-    return dq, *((dk, dv) if with_keys else (None, None)), *own, None, None, None, None
+    return dq, *((dk, dv) if with_keys else (None, None)), *own, *(None,) * 7
 
 
 register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_attention)
@@ -228,11 +266,14 @@ def _gradient(
     v: Tensor,
     k_self: Tensor | None,
     v_self: Tensor | None,
+    first_visible: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     scale: float,
     offset: int,
     causal: bool,
+    group_size: int,
+    context_group: int,
     backend: str,
     with_keys: bool,
     compiled: bool,
@@ -246,9 +287,10 @@ def _gradient(
         v,
         k_self,
         v_self,
+        first_visible,
         out,
         log_normalizer,
-        Shape(scale, offset, causal),
+        Shape(scale, offset, causal, group_size, context_group),
         with_keys=with_keys,
     )
     return (
@@ -268,11 +310,14 @@ def _(
     v,
     k_self,
     v_self,
+    first_visible,
     out,
     log_normalizer,
     scale,
     offset,
     causal,
+    group_size,
+    context_group,
     backend,
     with_keys,
     compiled,
@@ -281,33 +326,40 @@ def _(
         q.new_empty(q.shape),
         k.new_empty(k.shape if with_keys else 0),
         v.new_empty(v.shape if with_keys else 0),
-        q.new_empty(0 if k_self is None else q.shape),
-        q.new_empty(0 if k_self is None else q.shape),
+        q.new_empty(0 if k_self is None else k_self.shape),
+        q.new_empty(0 if v_self is None else v_self.shape),
     )
 
 
 def _setup_gradient(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.offset, ctx.causal, ctx.backend, _, _ = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors_and_numbers, _with_keys, _compiled = inputs
+    ctx.save_for_backward(*tensors_and_numbers[:9])
+    ctx.rest = tensors_and_numbers[9:]
     ctx.set_materialize_grads(False)
 
 
 def _backward_gradient(ctx, a, b, c, b_self, c_self):
     refuse_graph("attention")
     if all(u is None for u in (a, b, c, b_self, c_self)):
-        return (None,) * 14
+        return (None,) * 17
     saved = ctx.saved_tensors
-    q, k, k_self = saved[1], saved[2], saved[4]
-    a = torch.zeros_like(q) if a is None else a
+    q, k, v, k_self, v_self = saved[1:6]
+    a = _or_zeros(a, q)
     if b is not None or c is not None:
-        b, c = (torch.zeros_like(k) if u is None else u for u in (b, c))
+        b = _or_zeros(b, k)
+        c = _or_zeros(c, v)
     if k_self is not None:
-        b_self, c_self = (torch.zeros_like(q) if u is None else u for u in (b_self, c_self))
+        b_self = _or_zeros(b_self, k_self)
+        c_self = _or_zeros(c_self, v_self)
     g_grad, g_q, g_k, g_v, g_k_self, g_v_self = torch.ops.ebwm.attention_double_backward(
-        a, b, c, b_self, c_self, *saved, ctx.scale, ctx.offset, ctx.causal, ctx.backend
+        a, b, c, b_self, c_self, *saved, *ctx.rest
     )
     own = (None, None) if k_self is None else (g_k_self, g_v_self)
-    return g_grad, g_q, g_k, g_v, *own, *(None,) * 8
+    return g_grad, g_q, g_k, g_v, *own, *(None,) * 11
+
+
+def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if cotangent is None else cotangent
 
 
 register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=_setup_gradient)
@@ -329,11 +381,14 @@ def _double_backward(
     v: Tensor,
     k_self: Tensor | None,
     v_self: Tensor | None,
+    first_visible: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     scale: float,
     offset: int,
     causal: bool,
+    group_size: int,
+    context_group: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     g_grad, g_q, g_k, g_v, g_k_self, g_v_self = _implementation(backend).double_backward(
@@ -344,9 +399,10 @@ def _double_backward(
         v,
         k_self,
         v_self,
+        first_visible,
         out,
         log_normalizer,
-        Shape(scale, offset, causal),
+        Shape(scale, offset, causal, group_size, context_group),
     )
     return (
         g_grad,
@@ -371,20 +427,23 @@ def _(
     v,
     k_self,
     v_self,
+    first_visible,
     out,
     log_normalizer,
     scale,
     offset,
     causal,
+    group_size,
+    context_group,
     backend,
 ):
     return (
-        q.new_empty(q.shape),
+        grad.new_empty(grad.shape),
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        q.new_empty(0 if k_self is None else q.shape),
-        q.new_empty(0 if k_self is None else q.shape),
+        q.new_empty(0 if k_self is None else k_self.shape),
+        q.new_empty(0 if v_self is None else v_self.shape),
     )
 
 

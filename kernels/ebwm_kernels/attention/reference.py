@@ -35,25 +35,11 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
+from ebwm_kernels.attention.visibility import Shape
+
 # query rows of a block: a block of scores stays in a CPU's cache, and few of its columns are in the
 # future
 ROWS = 64
-
-
-class Shape(NamedTuple):
-    """What the tensors do not say.
-
-    scale: of the scores. Query t sees keys j <= t + offset if causal, all of them otherwise.
-    """
-
-    scale: float
-    offset: int
-    causal: bool
-
-
-def score_scale(scale: float | None, head_dimension: int) -> float:
-    """The factor on scores that a caller gave, or 1 / sqrt(d)."""
-    return float(head_dimension**-0.5) if scale is None else float(scale)
 
 
 class Cotangents(NamedTuple):
@@ -69,9 +55,16 @@ class Cotangents(NamedTuple):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, k_self: Tensor | None, v_self: Tensor | None, shape: Shape
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
+    first_visible: Tensor | None,
+    shape: Shape,
 ) -> tuple[Tensor, Tensor]:
     """(O (B, H, S, d), L (B, H, S) in the precision of statistics)."""
+    _not_yet(first_visible, shape)
     q4 = _by_key_head(q, k)
     ks = _by_key_head(k_self, k)
     vs = _by_key_head(v_self, k)
@@ -111,6 +104,7 @@ def gradient(
     v: Tensor,
     k_self: Tensor | None,
     v_self: Tensor | None,
+    first_visible: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
@@ -120,6 +114,7 @@ def gradient(
     """(dQ, dK, dV, dk*, dv*): dK and dV None without `with_keys`, dk* and dv* None without an own
     key.
     """
+    _not_yet(first_visible, shape)
     grad4 = _by_key_head(grad, k)
     q4 = _by_key_head(q, k)
     ks = _by_key_head(k_self, k)
@@ -186,6 +181,7 @@ def double_backward(
     v: Tensor,
     k_self: Tensor | None,
     v_self: Tensor | None,
+    first_visible: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
@@ -197,6 +193,7 @@ def double_backward(
     Keys enter Sdot and gQ without their mean: Sdot - mu does not see what all keys of a row share,
     and Z of a row sums to zero. Exact, and it keeps a large common vector out of the rounding.
     """
+    _not_yet(first_visible, shape)
     a = _by_key_head(cotangents.query, k)
     b_self = _by_key_head(cotangents.k_self, k)
     c_self = _by_key_head(cotangents.v_self, k)
@@ -295,6 +292,29 @@ def double_backward(
         _shaped_as(q, g_k_self),
         _shaped_as(q, g_v_self),
     )
+
+
+def tangent(
+    tangents: Cotangents,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
+    first_visible: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    shape: Shape,
+) -> Tensor:
+    """Tangent of O for tangents of Q, K, V, k*, v*: gG of the formulas with these as A, B, C, b*,
+    c*.
+    """
+    raise NotImplementedError
+
+
+def _not_yet(first_visible: Tensor | None, shape: Shape) -> None:
+    if first_visible is not None or shape.group_size > 1 or shape.context_group > 1:
+        raise NotImplementedError
 
 
 class _Block:

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ebwm_kernels.attention.reference import Cotangents, Shape, wide_dtype
+from ebwm_kernels.attention.reference import Cotangents, wide_dtype
 from ebwm_kernels.attention.row_tiles import (
     add_mix,
     add_scaled,
@@ -47,6 +47,7 @@ from ebwm_kernels.attention.row_tiles import (
     zeros,
 )
 from ebwm_kernels.attention.tuning import Tile, padded_for, part_for, tile_for
+from ebwm_kernels.attention.visibility import Shape
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -681,10 +682,32 @@ class _Launcher:
         )
 
 
+def _refuse_what_is_not_built(v: Tensor, k: Tensor, first_visible: Tensor | None, shape: Shape):
+    if shape.group_size > 1 or shape.context_group > 1:
+        raise ValueError(
+            f"backend triton: group_size is {shape.group_size}, context_group "
+            f"{shape.context_group}; it takes groups of 1: use backend reference"
+        )
+    if first_visible is not None:
+        raise ValueError("backend triton: it takes no first_visible: use backend reference")
+    if v.shape != k.shape:
+        raise ValueError(
+            f"backend triton: values of head dimension {v.shape[-1]} for keys of {k.shape[-1]}; "
+            "it takes equal ones: use backend reference"
+        )
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, k_self: Tensor | None, v_self: Tensor | None, shape: Shape
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
+    first_visible: Tensor | None,
+    shape: Shape,
 ) -> tuple[Tensor, Tensor]:
     """As reference.forward."""
+    _refuse_what_is_not_built(v, k, first_visible, shape)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     k_self, v_self = _contiguous(k_self), _contiguous(v_self)
     run = _Launcher(q, k, shape, k_self is not None)
@@ -700,6 +723,7 @@ def gradient(
     v: Tensor,
     k_self: Tensor | None,
     v_self: Tensor | None,
+    first_visible: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
@@ -742,6 +766,7 @@ def double_backward(
     v: Tensor,
     k_self: Tensor | None,
     v_self: Tensor | None,
+    first_visible: Tensor | None,
     out: Tensor,
     log_normalizer: Tensor,
     shape: Shape,
@@ -840,6 +865,22 @@ def double_backward(
         KEYS=keys,
     )
     return g_grad, g_q, g_k, g_v, g_k_self, g_v_self
+
+
+def tangent(
+    tangents: Cotangents,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
+    first_visible: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    shape: Shape,
+) -> Tensor:
+    """As reference.tangent."""
+    raise ValueError("backend triton: forward mode is not built: use backend reference")
 
 
 @functools.cache
