@@ -113,7 +113,7 @@ def _device_types(args: tuple, kwargs: dict) -> set[str]:
 def without_autocast(
     function: Callable[Parameters, Result],
 ) -> Callable[Parameters, Result]:
-    """The function with autocast off on the devices of its tensors: it chooses its own precision."""
+    """The function with autocast off where its tensors are: it chooses its own precision."""
 
     @functools.wraps(function)
     def in_own_precision(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:

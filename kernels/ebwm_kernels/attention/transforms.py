@@ -31,12 +31,58 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.library import custom_op
 
-from ebwm_kernels.attention.reference import Shape
+from ebwm_kernels.attention.ops import _implementation
+from ebwm_kernels.attention.reference import Cotangents
+from ebwm_kernels.attention.visibility import Shape
+from ebwm_kernels.autograd_rules import without_autocast
 
 # q, k, v, k_self, v_self, first_visible: what every level is given, and None where it is absent
 NUM_TENSORS = 6
 NUM_DIFFERENTIABLE = 5
+
+
+@custom_op("ebwm::attention_tangent", mutates_args=())
+@without_autocast
+def _tangent(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    b_self: Tensor | None,
+    c_self: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
+    first_visible: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    scale: float,
+    offset: int,
+    causal: bool,
+    group_size: int,
+    context_group: int,
+    backend: str,
+) -> Tensor:
+    return _implementation(backend).tangent(
+        Cotangents(a, b, c, b_self, c_self),
+        q,
+        k,
+        v,
+        k_self,
+        v_self,
+        first_visible,
+        out,
+        log_normalizer,
+        Shape(scale, offset, causal, group_size, context_group),
+    )
+
+
+@_tangent.register_fake
+def _(a, b, c, b_self, c_self, q, k, v, k_self, v_self, first_visible, out, *rest):
+    return out.new_empty(out.shape)
 
 
 def attend_under_transforms(
@@ -46,18 +92,17 @@ def attend_under_transforms(
     k_self: Tensor | None,
     v_self: Tensor | None,
     first_visible: Tensor | None,
-    shape: Shape,
-    backend: str,
+    rest: tuple,
 ) -> Tensor:
-    """Output (B, H, S, d), as `ops.attend`."""
-    return Attention.apply(q, k, v, k_self, v_self, first_visible, (shape, backend))[0]
+    """Output (B, H, S, d), as `ops.attend`; rest: the numbers of Shape, and the backend."""
+    return Attention.apply(q, k, v, k_self, v_self, first_visible, rest)[0]
 
 
 class Attention(Function):
     @staticmethod
     def forward(*inputs):
-        *tensors, (shape, backend) = inputs
-        return torch.ops.ebwm.attention(*tensors, *shape, backend)
+        *tensors, rest = inputs
+        return torch.ops.ebwm.attention(*tensors, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -91,8 +136,8 @@ class Gradient(Function):
 
     @staticmethod
     def forward(*inputs):
-        grad, *saved, (shape, backend, with_keys) = inputs
-        return torch.ops.ebwm.attention_gradient(grad, *saved, *shape, backend, with_keys, False)
+        grad, *saved, (*rest, with_keys) = inputs
+        return torch.ops.ebwm.attention_gradient(grad, *saved, *rest, with_keys, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -106,22 +151,22 @@ class Gradient(Function):
         grad, *saved = ctx.saved_tensors
         if all(u is None for u in cotangents):
             return (None,) * (len(saved) + 2)
-        shape, backend, with_keys = ctx.rest
+        *rest, with_keys = ctx.rest
         if not with_keys:
             cotangents = (cotangents[0], None, None, *cotangents[3:])
         cotangents = _zeros_for_none(cotangents, saved, keys=with_keys)
-        g_grad, *rest = DoubleBackward.apply(*cotangents, grad, *saved, (shape, backend))
+        g_grad, *rest = DoubleBackward.apply(*cotangents, grad, *saved, rest)
         return g_grad, *_without_absent(rest, saved[3]), None, None, None, None
 
     @staticmethod
     def jvp(ctx, grad_tangent, *tangents):
         grad, *saved = ctx.saved_tensors
-        shape, backend, with_keys = ctx.rest
+        *rest, with_keys = ctx.rest
         result = None
         given = tangents[:NUM_DIFFERENTIABLE]
         if any(u is not None for u in given):
             directions = _zeros_for_none(given, saved)
-            moved = DoubleBackward.apply(*directions, grad, *saved, (shape, backend))[1:]
+            moved = DoubleBackward.apply(*directions, grad, *saved, rest)[1:]
             result = [moved[0], *moved[1:3], *moved[3:]]
             if not with_keys:
                 result[1:3] = (moved[0].new_zeros(0), moved[0].new_zeros(0))
@@ -138,8 +183,8 @@ class Gradient(Function):
 class DoubleBackward(Function):
     @staticmethod
     def forward(*inputs):
-        *tensors, (shape, backend) = inputs
-        return torch.ops.ebwm.attention_double_backward(*tensors, *shape, backend)
+        *tensors, rest = inputs
+        return torch.ops.ebwm.attention_double_backward(*tensors, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -167,8 +212,8 @@ class DoubleBackward(Function):
 class Tangent(Function):
     @staticmethod
     def forward(*inputs):
-        *tensors, (shape, backend) = inputs
-        return torch.ops.ebwm.attention_tangent(*tensors, *shape, backend)
+        *tensors, rest = inputs
+        return torch.ops.ebwm.attention_tangent(*tensors, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
