@@ -41,8 +41,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ebwm_kernels.attention import tuning as attention_tuning
 from ebwm_kernels.attention.energy import energy_attention_definition
-from ebwm_kernels.attention.ops import PRODUCTS, resolve_backend, visible_pairs
+from ebwm_kernels.attention.ops import PRODUCTS, resolve_backend
 from ebwm_kernels.attention.tuning import KERNELS, Tile, padded_for, tile_for
+from ebwm_kernels.attention.visibility import visible_pairs
 from ebwm_scale.core.arguments import ArgumentParser
 
 LARGEST_EXACT = 2048  # S up to which the float64 result is computed

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebwm_kernels.attention.ops import PRODUCTS, visible_pairs
+from ebwm_kernels.attention.ops import PRODUCTS
+from ebwm_kernels.attention.visibility import visible_pairs
 from ebwm_scale.config.resolved import context_length, model_sizes, state_size
 from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all

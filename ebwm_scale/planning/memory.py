@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ebwm_kernels.attention.reference import ROWS
+from ebwm_kernels.attention.row_blocks import ROWS
 from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
 from ebwm_scale.config.reduce_bucket import reduce_bucket_size
 from ebwm_scale.config.resolved import model_sizes

@@ -12,8 +12,9 @@ from ebwm_kernels import causal_attention, energy_attention
 from ebwm_kernels.attention import ops as attention_ops
 from ebwm_kernels.attention import reference as attention_reference
 from ebwm_kernels.attention import tuning as attention_tuning
-from ebwm_kernels.attention.ops import visible_pairs, why_not_triton
-from ebwm_kernels.attention.reference import ROWS
+from ebwm_kernels.attention.ops import why_not_triton
+from ebwm_kernels.attention.row_blocks import ROWS
+from ebwm_kernels.attention.visibility import visible_pairs
 
 CASES = [  # B, H, H_kv, S, C, d, offset, own, causal
     Case(1, 1, 1, 1, 1, 16),

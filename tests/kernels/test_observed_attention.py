@@ -71,7 +71,9 @@ def test_limits_of_flash_attn(monkeypatch):
 
 
 def test_a_backend_that_is_unknown_or_cannot_run_is_refused():
-    with pytest.raises(ValueError, match="backend is 'fast'; allowed: auto, flash_attn, sdpa"):
+    with pytest.raises(
+        ValueError, match="backend is 'fast'; allowed: auto, flash_attn, flex, sdpa"
+    ):
         observed_attention(*tensors(), backend="fast")
     with pytest.raises(
         ValueError,
@@ -79,3 +81,70 @@ def test_a_backend_that_is_unknown_or_cannot_run_is_refused():
         "use backend auto or sdpa",
     ):
         observed_attention(*tensors(), backend="flash_attn")
+
+
+def documents() -> torch.Tensor:
+    return torch.tensor([[0, 0, 0, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 6]], dtype=torch.int32)
+
+
+MASKS = [
+    {"group_size": 7},
+    {"first_visible": documents()},
+    {"window": 2},
+    {"first_visible": documents(), "window": 3},
+]
+
+
+@pytest.mark.parametrize("options", MASKS, ids=["group", "documents", "window", "both"])
+def test_groups_documents_and_windows_are_those_of_the_definition(options):
+    expected = causal_attention_definition(*tensors(), **options)
+    torch.testing.assert_close(observed_attention(*tensors(), **options), expected)
+    assert not torch.allclose(observed_attention(*tensors()), expected)
+
+
+@pytest.mark.parametrize("options", MASKS, ids=["group", "documents", "window", "both"])
+def test_the_mask_given_to_flex_attention_is_the_same(options, monkeypatch):
+    """Uncompiled, on a CPU: the launch itself was never run."""
+    from torch.nn.attention import flex_attention
+
+    eager = (flex_attention.flex_attention, flex_attention.create_block_mask)
+    monkeypatch.setattr(module, "_compiled_flex", lambda: eager)
+    monkeypatch.setattr(module, "why_not_flex", lambda *_: None)
+    inputs = [u.float() for u in tensors()]
+    torch.testing.assert_close(
+        observed_attention(*inputs, **options, backend="flex"),
+        observed_attention(*inputs, **options, backend="sdpa"),
+    )
+
+
+def test_flash_attn_gets_a_window_and_is_refused_documents(monkeypatch):
+    asked = []
+
+    def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
+        asked.append((causal, window_size))
+        return q
+
+    stand_in = ModuleType("flash_attn")
+    stand_in.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    monkeypatch.setattr(module, "why_not_flash_attn", lambda *_: None)
+    observed_attention(*tensors(), window=3)
+    assert asked == [(True, (2, 0))]
+    with pytest.raises(ValueError, match="flash_attn cannot run .* neither groups nor documents"):
+        observed_attention(*tensors(), first_visible=documents(), backend="flash_attn")
+
+
+def test_a_gpu_without_flash_attn_takes_flex_for_what_is_masked(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    where = ("auto", torch.device("cuda"), torch.bfloat16, 64)
+    assert module.resolve_observed_backend(*where) == "sdpa"
+    assert module.resolve_observed_backend(*where, is_masked=True) == "flex"
+    assert module.resolve_observed_backend(*where, is_windowed=True) == "flex"
+    assert (
+        module.resolve_observed_backend("auto", torch.device("cuda"), torch.float64, 64) == "sdpa"
+    )
+
+
+def test_groups_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="7 queries in groups of group_size 2"):
+        observed_attention(*tensors(), group_size=2)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ebwm_kernels.attention import ops as attention_ops
-from ebwm_kernels.attention import reference as attention_reference
+from ebwm_kernels.attention import row_blocks as attention_blocks
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.planning.dry_run import describe
@@ -219,7 +219,7 @@ FLOP_CASES = {
 @pytest.mark.parametrize("case", FLOP_CASES)
 def test_flops_are_what_a_real_step_computes(case, monkeypatch):
     monkeypatch.setattr(
-        attention_reference, "ROWS", 1
+        attention_blocks, "ROWS", 1
     )  # blocks of one query compute the pairs that exist and no others
     config = configuration(**FLOP_CASES[case])
     counted = training_step(config, Counted()).flops
@@ -240,7 +240,7 @@ def test_flops_are_what_a_real_step_computes(case, monkeypatch):
 
 
 def test_flops_follow_the_number_of_steps_of_a_training_step(monkeypatch):
-    monkeypatch.setattr(attention_reference, "ROWS", 1)
+    monkeypatch.setattr(attention_blocks, "ROWS", 1)
     config = configuration(refinement={"num_steps": 3}, model={"conditioning": "time_embed"})
     counted = training_step(config, Counted(), num_steps=2).flops
     assert sum(step_flops(config, samples=SAMPLES, num_steps=2).values()) == sum(counted.values())

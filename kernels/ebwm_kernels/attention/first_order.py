@@ -1,20 +1,32 @@
-"""Causal self-attention of the observed stream.
+"""Causal self-attention of the observed stream, block-causal with groups.
 
-It is never differentiated twice, so any first-order kernel serves.
+It is never differentiated twice, so any first-order kernel serves:
 
-flash-attn where it is installed, on a GPU, in half precision; PyTorch's
-scaled_dot_product_attention otherwise.
+    flash_attn  where it is installed, on a GPU, in half precision: causal, or a window
+    flex        PyTorch's FlexAttention, compiled, on a GPU: groups, documents and windows, with
+                whole blocks skipped
+    sdpa        PyTorch's scaled_dot_product_attention: causal, or with one boolean mask
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-OBSERVED_BACKENDS = ("auto", "flash_attn", "sdpa")
+from ebwm_kernels.attention.visibility import (
+    Shape,
+    check_groups,
+    first_visible_keys,
+    last_visible,
+    score_scale,
+    visible_keys,
+)
+
+OBSERVED_BACKENDS = ("auto", "flash_attn", "flex", "sdpa")
 MAX_HEAD_DIMENSION = 256
 
 
@@ -31,40 +43,109 @@ def observed_attention(
     """Output (B, H, S, d) of causal self-attention: q (B, H, S, d), k and v (B, H_kv, S, d) with H
     % H_kv == 0. Differentiable once.
 
-    backend: "flash_attn", "sdpa" or "auto". Raises ValueError for one that is unknown or cannot run
-    these tensors.
-    """
-    if group_size != 1 or first_visible is not None or window is not None:
-        raise NotImplementedError
-    if resolve_observed_backend(backend, q.device, q.dtype, q.shape[-1]) == "flash_attn":
-        from flash_attn import flash_attn_func
+    group_size: a row sees its own group of so many rows and all earlier ones (a frame's tokens; 1:
+    causal). first_visible: (B, S) integers that do not decrease along S: the first row that a row
+    sees, the start of its document. window: at most so many rows, the last that it sees.
 
-        return flash_attn_func(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True
-        ).transpose(1, 2)
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    backend: "flash_attn" (no groups, no first_visible), "flex", "sdpa", or "auto": flash_attn where
+    it can run; for groups, first_visible or a window flex on a GPU; else sdpa. The flex path was
+    never run on a GPU: its mask is tested on a CPU, uncompiled. With a mask, sdpa holds (B, S, S)
+    booleans. Raises ValueError for groups, first keys or a window that do not fit, and for a
+    backend that is unknown or cannot run these tensors.
+    """
+    operation = "observed_attention"
+    num_rows, d = q.shape[2:]
+    check_groups(operation, num_rows, 0, group_size, group_size)
+    shape = Shape(score_scale(None, d), 0, True, group_size, group_size)
+    is_masked = group_size > 1 or first_visible is not None
+    chosen = resolve_observed_backend(
+        backend, q.device, q.dtype, d, is_masked=is_masked, is_windowed=window is not None
     )
+    first = first_visible_keys(operation, q, num_rows, first_visible, window, shape, own=False)
+    shares_heads = q.shape[1] != k.shape[1]
+    if chosen == "flash_attn":
+        return _flash_attn(q, k, v, window)
+    if chosen == "flex" and (group_size > 1 or first is not None):
+        return _flex(q, k, v, first, shape)
+    if group_size == 1 and first is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shares_heads)
+    mask = visible_keys(num_rows, num_rows, first, shape, q.device)
+    if first is not None:
+        mask = mask[:, None]  # the same for all heads
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shares_heads)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    options = {}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)  # keys to the left of the row's own
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    return flash_attn_func(q, k, v, causal=True, **options).transpose(1, 2)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, shape: Shape) -> Tensor:
+    """FlexAttention with the rows' bounds as its mask."""
+    num_rows = q.shape[2]
+    rows = torch.arange(num_rows, device=q.device)
+    last = last_visible(rows, num_rows, shape)
+
+    def sees(batch, head, row, key):
+        visible = key < last[row]
+        if first is not None:
+            visible = visible & (key >= first[batch, row])
+        return visible
+
+    batch = None if first is None else q.shape[0]
+    flex_attention, create_block_mask = _compiled_flex()
+    mask = create_block_mask(sees, batch, None, num_rows, num_rows, device=q.device)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def _compiled_flex():
+    """Uncompiled, FlexAttention holds every score."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
 
 
 def resolve_observed_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dimension: int,
+    *,
+    is_masked: bool = False,
+    is_windowed: bool = False,
 ) -> str:
-    """ "flash_attn" or "sdpa"."""
+    """ "flash_attn", "flex" or "sdpa". is_masked: whether there are groups or first visible rows.
+
+    Raises ValueError for a backend that is unknown or cannot run them.
+    """
     if backend not in OBSERVED_BACKENDS:
         raise ValueError(
             f"observed_attention: backend is {backend!r}; allowed: {', '.join(OBSERVED_BACKENDS)}"
         )
-    if backend == "sdpa":
-        return backend
-    obstacle = why_not_flash_attn(device, dtype, head_dimension)
-    if obstacle and backend == "flash_attn":
+    no_flash = why_not_flash_attn(device, dtype, head_dimension)
+    if is_masked and no_flash is None:
+        no_flash = "it knows neither groups nor documents (first_visible)"
+    no_flex = why_not_flex(device, dtype, head_dimension)
+    obstacles = {"flash_attn": no_flash, "flex": no_flex, "sdpa": None}
+    if backend != "auto":
+        if obstacles[backend] is None:
+            return backend
         raise ValueError(
-            f"observed_attention: backend flash_attn cannot run {dtype}, head dimension "
-            f"{head_dimension} on {device}: {obstacle}; "
+            f"observed_attention: backend {backend} cannot run {dtype}, head dimension "
+            f"{head_dimension} on {device}: {obstacles[backend]}; "
             "use backend auto or sdpa"
         )
-    return "sdpa" if obstacle else "flash_attn"
+    if no_flash is None:
+        return "flash_attn"
+    if (is_masked or is_windowed) and no_flex is None:
+        return "flex"
+    return "sdpa"
 
 
 def why_not_flash_attn(device: torch.device, dtype: torch.dtype, head_dimension: int) -> str | None:
@@ -80,4 +161,15 @@ def why_not_flash_attn(device: torch.device, dtype: torch.dtype, head_dimension:
         return "it takes float16 and bfloat16"
     if head_dimension > MAX_HEAD_DIMENSION or head_dimension % 8:
         return f"head dimensions that are multiples of 8 up to {MAX_HEAD_DIMENSION} are supported"
+    return None
+
+
+def why_not_flex(device: torch.device, dtype: torch.dtype, head_dimension: int) -> str | None:
+    """What keeps FlexAttention from running such tensors, or None."""
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return "it takes float16, bfloat16 and float32"
+    if head_dimension < 16 or head_dimension > MAX_HEAD_DIMENSION:
+        return f"head dimensions from 16 to {MAX_HEAD_DIMENSION} are supported"
     return None

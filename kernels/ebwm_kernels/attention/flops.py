@@ -3,6 +3,10 @@
     import ebwm_kernels.attention.flops
     with torch.utils.flop_counter.FlopCounterMode() as counter: ...
 
+Counted are the products of the (query, key) pairs that exist: what groups, windows and documents
+hide is not. On the meta device and for fake tensors the values of first_visible are unknown, and
+nothing is hidden by it. Own keys count with groups only: one per row needs no product.
+
 A module of its own because PyTorch's counter imports Triton, 60 MiB that a process on a CPU has no
 use for.
 """
@@ -10,17 +14,47 @@ use for.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ebwm_kernels.attention.ops import PRODUCTS, visible_pairs
+from ebwm_kernels.attention.ops import PRODUCTS
+from ebwm_kernels.attention.visibility import Shape, hidden_pairs, visible_pairs
+
+# Of ops.PRODUCTS, those whose inner or outer dimension is that of values; the others have that of
+# keys.
+VALUE_PRODUCTS = {
+    "reference": {"forward": 1, "gradient": (1, 2), "double_backward": (3, 5)},
+    "triton": {"forward": 1, "gradient": (1, 3), "double_backward": (4, 7)},
+}
 
 
-def _flops(products: int, q_shape, k_shape, offset: int, causal: bool) -> int:
-    batch, heads, queries, d = q_shape
-    return 2 * products * batch * heads * visible_pairs(queries, k_shape[2], offset, causal) * d
+def _flops(
+    products: int,
+    value_products: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor | None,
+    first_visible: Tensor | None,
+    shape: Shape,
+) -> int:
+    batch, heads, num_queries, d = q.shape
+    num_keys = k.shape[2]
+    pairs = batch * visible_pairs(num_queries, num_keys, *shape[1:])
+    if first_visible is not None and not _is_unknown(first_visible):
+        pairs -= hidden_pairs(first_visible, num_keys, shape)
+    if k_self is not None and shape.group_size > 1:
+        pairs += batch * num_queries * shape.group_size
+    numbers = (products - value_products) * d + value_products * v.shape[-1]
+    return 2 * heads * pairs * numbers
 
 
-@register_flop_formula(torch.ops.ebwm.attention)
+def _is_unknown(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+@register_flop_formula(torch.ops.ebwm.attention, get_raw=True)
 def _(
     q,
     k,
@@ -35,12 +69,15 @@ def _(
     context_group,
     backend,
     *,
-    out_shape=None,
+    out_val=None,
 ):
-    return _flops(PRODUCTS[backend]["forward"], q, k, offset, causal)
+    shape = Shape(scale, offset, causal, group_size, context_group)
+    products = PRODUCTS[backend]["forward"]
+    value_products = VALUE_PRODUCTS[backend]["forward"]
+    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
 
 
-@register_flop_formula(torch.ops.ebwm.attention_gradient)
+@register_flop_formula(torch.ops.ebwm.attention_gradient, get_raw=True)
 def _(
     grad,
     q,
@@ -60,12 +97,15 @@ def _(
     with_keys,
     compiled,
     *,
-    out_shape=None,
+    out_val=None,
 ):
-    return _flops(PRODUCTS[backend]["gradient"][with_keys], q, k, offset, causal)
+    shape = Shape(scale, offset, causal, group_size, context_group)
+    products = PRODUCTS[backend]["gradient"][with_keys]
+    value_products = VALUE_PRODUCTS[backend]["gradient"][with_keys]
+    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
 
 
-@register_flop_formula(torch.ops.ebwm.attention_double_backward)
+@register_flop_formula(torch.ops.ebwm.attention_double_backward, get_raw=True)
 def _(
     a,
     b,
@@ -88,6 +128,9 @@ def _(
     context_group,
     backend,
     *,
-    out_shape=None,
+    out_val=None,
 ):
-    return _flops(PRODUCTS[backend]["double_backward"][b is not None], q, k, offset, causal)
+    shape = Shape(scale, offset, causal, group_size, context_group)
+    products = PRODUCTS[backend]["double_backward"][b is not None]
+    value_products = VALUE_PRODUCTS[backend]["double_backward"][b is not None]
+    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)

@@ -43,7 +43,7 @@ BACKENDS = ("auto", "triton", "reference")
 # gradients of K and V; the last without and with cotangents on these. Triton computes the weights
 # again in each pass (design: docs/kernels.md).
 PRODUCTS = {
-    "reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 13)},
+    "reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 12)},
     "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)},
 }
 
@@ -471,16 +471,3 @@ def _(
         q.new_empty(0 if k_self is None else k_self.shape),
         q.new_empty(0 if v_self is None else v_self.shape),
     )
-
-
-# -------------------------------------------------------------------------------------------- FLOPs
-
-
-def visible_pairs(num_queries: int, num_keys: int, offset: int = 0, causal: bool = True) -> int:
-    """(query, key) pairs of one head that are not in the future, own keys aside."""
-    if not causal:
-        return num_queries * num_keys
-    below = max(
-        0, min(num_queries, num_keys - offset)
-    )  # queries that do not see every key yet: 1 + offset, 2 + offset, ..
-    return below * offset + below * (below + 1) // 2 + (num_queries - below) * num_keys

@@ -47,6 +47,13 @@ def last_visible(rows: Tensor, num_keys: int, shape: Shape) -> Tensor:
     return ((groups + 1) * shape.context_group + shape.offset).clamp(max=num_keys)
 
 
+def last_visible_of(row: int, num_keys: int, shape: Shape) -> int:
+    """last_visible of one row."""
+    if not shape.causal:
+        return num_keys
+    return min(num_keys, (row // shape.group_size + 1) * shape.context_group + shape.offset)
+
+
 def visible_keys(
     num_rows: int, num_keys: int, first_visible: Tensor | None, shape: Shape, device: torch.device
 ) -> Tensor:
@@ -65,7 +72,32 @@ def same_group(num_rows: int, group_size: int, device: torch.device) -> Tensor:
     return groups[:, None] == groups[None, :]
 
 
-def check_groups(operation: str, num_rows: int, offset: int, group_size: int, context_group: int):
+def visible_pairs(
+    num_queries: int,
+    num_keys: int,
+    offset: int = 0,
+    causal: bool = True,
+    group_size: int = 1,
+    context_group: int = 1,
+) -> int:
+    """(query, key) pairs of one head that are not in the future, own keys aside."""
+    if not causal:
+        return num_queries * num_keys
+    # Groups that see context_group + offset keys, 2 context_group + offset, ..; all others see all.
+    growing = max(0, min(num_queries // group_size, (num_keys - offset) // context_group))
+    per_row = growing * offset + context_group * growing * (growing + 1) // 2
+    return group_size * per_row + (num_queries - growing * group_size) * num_keys
+
+
+def hidden_pairs(first_visible: Tensor, num_keys: int, shape: Shape) -> int:
+    """Pairs of one head, over all samples, that first_visible (B, S) takes from visible_pairs."""
+    rows = torch.arange(first_visible.shape[1], device=first_visible.device)
+    return int(torch.minimum(first_visible, last_visible(rows, num_keys, shape)).sum())
+
+
+def check_groups(
+    operation: str, num_rows: int, offset: int, group_size: int, context_group: int
+) -> None:
     """Raises ValueError for groups that do not divide the rows."""
     for name, size in (("group_size", group_size), ("context_group", context_group)):
         if size < 1:
