@@ -88,11 +88,14 @@ def refuse_kept_graph(operation: str) -> None:
         )
 
 
+@torch.compiler.assume_constant_result
 def transforms_active() -> bool:
     """Whether a transform of torch.func (grad, vjp, jvp, vmap, ..) or forward mode surrounds the
     running code.
 
     A custom operator knows neither: PyTorch drops a tangent that reaches one, without a word.
+    torch.compile enters transforms while it traces, and compiles again where others surround the
+    call: so the answer is a constant to it.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

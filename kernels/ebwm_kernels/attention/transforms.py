@@ -85,6 +85,7 @@ def _(a, b, c, b_self, c_self, q, k, v, k_self, v_self, first_visible, out, *res
     return out.new_empty(out.shape)
 
 
+@torch.compiler.disable  # nested Functions are differentiated wrongly there
 def attend_under_transforms(
     q: Tensor,
     k: Tensor,
