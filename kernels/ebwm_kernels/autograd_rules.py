@@ -100,9 +100,21 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def refuse_transforms(operation: str, instead: str) -> None:
-    """Raise if a transform of torch.func or forward mode surrounds an operation without them."""
-    if transforms_active():
+def is_mapped(tensor: Tensor | None) -> bool:
+    """Whether vmap (torch.func's, or the one of autograd.grad's is_grads_batched) hides a dimension
+    of the tensor.
+    """
+    if tensor is None:
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def refuse_transforms(operation: str, instead: str, *gradients: Tensor | None) -> None:
+    """Raise if a transform of torch.func or forward mode surrounds an operation without them, or
+    vmap its backward of these gradients.
+    """
+    if transforms_active() or any(is_mapped(u) for u in gradients):
         raise RuntimeError(
             f"{operation}: torch.func transforms and forward-mode derivatives are not defined; "
             f"use {instead}"

@@ -21,11 +21,14 @@ operations: they are right to any order in every mode, and keep their intermedia
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ebwm_kernels.autograd_rules import (
+    is_mapped,
     needs_grad,
     refuse_graph,
     transforms_active,
@@ -87,6 +90,23 @@ def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
 
 
+def _is_transformed(*cotangents: Tensor) -> bool:
+    """Whether a backward is mapped or differentiated forwards, of an operation that was not."""
+    return transforms_active() or any(is_mapped(u) for u in cotangents)
+
+
+def _pull_back(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """Gradients of the inputs for cotangents of a function in plain operations, last ones."""
+    leaves = [u.detach().requires_grad_() for u in inputs]
+    with torch.enable_grad():
+        outputs = function(*leaves)
+    return torch.autograd.grad(outputs, leaves, cotangents)
+
+
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
     """r (..., 1)."""
     return (
@@ -121,17 +141,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        if transforms_active():  # of the gradient alone: is_grads_batched, a dual cotangent
-            return *_rms_norm_gradient_reference(grad, x, weight, ctx.epsilon), None
         with_weight = needs_grad(ctx, 1)
-        if not torch.is_grad_enabled():
+        with_graph = torch.is_grad_enabled()
+        # The closed form has no graph of the weight's gradient, and no batched or dual cotangent.
+        if (with_graph and with_weight) or _is_transformed(grad):
+            return *_rms_norm_gradient_reference(grad, x, weight, ctx.epsilon), None
+        if not with_graph:
             return *_rms_norm_gradient(grad, x, weight, ctx.epsilon, with_weight=with_weight), None
-        if with_weight:
-            raise RuntimeError(
-                "rms_norm: the gradient of its weight cannot be differentiated again; under "
-                "create_graph=True ask "
-                "autograd.grad for the gradients of activations only"
-            )
         return _RMSNormGradient.apply(grad, x, weight, ctx.epsilon), None, None
 
 
@@ -146,11 +162,12 @@ class _RMSNormGradient(torch.autograd.Function):
     def backward(ctx, a):
         refuse_graph("rms_norm")
         grad, x, weight = ctx.saved_tensors
-        if transforms_active():
-            _, pull_back = torch.func.vjp(
-                lambda *u: _rms_norm_gradient_reference(*u, ctx.epsilon)[0], grad, x, weight
-            )
-            return *pull_back(a), None
+        if _is_transformed(a):
+
+            def definition(*tensors: Tensor) -> tuple[Tensor]:
+                return (_rms_norm_gradient_reference(*tensors, ctx.epsilon)[0],)
+
+            return *_pull_back(definition, (grad, x, weight), (a,)), None
         return *_rms_norm_second(a, grad, x, weight, ctx.epsilon, ctx.needs_input_grad[2]), None
 
 
@@ -196,7 +213,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         u, v = ctx.saved_tensors
-        if transforms_active():
+        if _is_transformed(grad):
             return _swiglu_gradient_reference(grad, u, v)
         return (_SwiGLUGradient.apply if torch.is_grad_enabled() else _swiglu_gradient)(grad, u, v)
 
@@ -211,9 +228,8 @@ class _SwiGLUGradient(torch.autograd.Function):
     def backward(ctx, a, b):
         refuse_graph("swiglu")
         grad, u, v = ctx.saved_tensors
-        if transforms_active():
-            _, pull_back = torch.func.vjp(_swiglu_gradient_reference, grad, u, v)
-            return pull_back((a, b))
+        if _is_transformed(a, b):
+            return _pull_back(_swiglu_gradient_reference, (grad, u, v), (a, b))
         g, u, v, a, b = _wide(grad, u, v, a, b)
         a_first = torch.ops.aten.silu_backward(a, u)  # a silu'
         grad_g = F.silu(u).mul_(b).addcmul_(a_first, v)

@@ -137,7 +137,8 @@ def check_tensors(operation: str, tensors: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{operation}: {name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on "
                 f"{q.device}; "
-                "all must share one floating dtype and one device"
+                "all must share one floating dtype and one device (torch.autocast casts nothing "
+                "here: cast them yourself, q.to(v.dtype) for example)"
             )
 
 

@@ -5,6 +5,7 @@ who computes them.
     ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]
     ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]
 
+ebwm::attention_tangent and the way through torch.func's transforms are in transforms.py.
 The backward of each is the next one; the last has none: a third derivative raises.
 
 O and L enter the second and third as constants: the formulas (attention/reference.py) hold what
@@ -44,8 +45,18 @@ BACKENDS = ("auto", "triton", "reference")
 # gradients of K and V; the last without and with cotangents on these. Triton computes the weights
 # again in each pass (design: docs/kernels.md).
 PRODUCTS = {
-    "reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 12)},
-    "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)},
+    "reference": {
+        "forward": 2,
+        "gradient": (3, 5),
+        "double_backward": (8, 12),
+        "tangent": (3, 5),
+    },
+    "triton": {
+        "forward": 2,
+        "gradient": (3, 7),
+        "double_backward": (13, 20),
+        "tangent": (3, 5),
+    },
 }
 
 

@@ -147,7 +147,7 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx, _, grad):
-        _refuse_second_derivative("vocabulary_embed")
+        _refuse_second_derivative("vocabulary_embed", grad)
         (p,) = ctx.saved_tensors
         return (
             None,
@@ -191,7 +191,7 @@ class _StepEmbed(torch.autograd.Function):
     @without_autocast
     def backward(ctx, _, grad_embedded, *__):
         """dW = p' (grad_embedded + s h) - onehot (s h), s = loss_weight / n on rows that count."""
-        _refuse_second_derivative("vocabulary_step")
+        _refuse_second_derivative("vocabulary_step", grad_embedded)
         if grad_embedded is None:
             return (None,) * 8
         p, hidden, targets = ctx.saved_tensors
@@ -230,7 +230,7 @@ class _GivenGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _refuse_second_derivative("vocabulary_step")
+        _refuse_second_derivative("vocabulary_step", grad)
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
 
@@ -278,7 +278,7 @@ class _DescendAndScore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        _refuse_second_derivative("vocabulary_descend")
+        _refuse_second_derivative("vocabulary_descend", grad_loss)
         grad_hidden, *grad_weight = _take_saved_grads(ctx, grad_loss, "vocabulary_descend")
         return grad_weight[0] if grad_weight else None, grad_hidden, *(None,) * 10
 
@@ -314,14 +314,14 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        _refuse_second_derivative("vocabulary_cross_entropy")
+        _refuse_second_derivative("vocabulary_cross_entropy", grad_loss)
         grad_hidden, grad_weight = _take_saved_grads(ctx, grad_loss, "vocabulary_cross_entropy")
         return grad_weight, grad_hidden, None, None
 
 
-def _refuse_second_derivative(operation: str) -> None:
+def _refuse_second_derivative(operation: str, *gradients: Tensor | None) -> None:
     refuse_graph(operation, "second")
-    refuse_transforms(operation, PLAIN[operation])
+    refuse_transforms(operation, PLAIN[operation], *gradients)
 
 
 def _take_saved_grads(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
