@@ -5,6 +5,7 @@ who computes them.
     ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]
     ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]
 
+ebwm::attention_tangent and the way through torch.func's transforms are in transforms.py.
 The backward of each is the next one; the last has none: a third derivative raises.
 
 O and L enter the second and third as constants: the formulas (attention/reference.py) hold what
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 
 from ebwm_kernels.attention import reference
+from ebwm_kernels.attention.definition import attention_definition
 from ebwm_kernels.attention.reference import Cotangents
 from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
 from ebwm_kernels.attention.visibility import Shape
@@ -34,6 +36,8 @@ from ebwm_kernels.autograd_rules import (
     needs_grad,
     refuse_graph,
     refuse_kept_graph,
+    transforms_active,
+    without_autocast,
 )
 
 BACKENDS = ("auto", "triton", "reference")
@@ -41,8 +45,18 @@ BACKENDS = ("auto", "triton", "reference")
 # gradients of K and V; the last without and with cotangents on these. Triton computes the weights
 # again in each pass (design: docs/kernels.md).
 PRODUCTS = {
-    "reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 12)},
-    "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)},
+    "reference": {
+        "forward": 2,
+        "gradient": (3, 5),
+        "double_backward": (8, 12),
+        "tangent": (3, 5),
+    },
+    "triton": {
+        "forward": 2,
+        "gradient": (3, 7),
+        "double_backward": (13, 20),
+        "tangent": (3, 5),
+    },
 }
 
 
@@ -104,7 +118,19 @@ def attend(
     """Output (B, H, S, d of values) of attention in which a query may see keys of its own; backend
     resolved.
     """
-    return torch.ops.ebwm.attention(q, k, v, k_self, v_self, first_visible, *shape, backend)[0]
+    tensors = (q, k, v, k_self, v_self, first_visible)
+    if transforms_active():
+        if torch.compiler.is_compiling():  # which differentiates nested Functions wrongly
+            return attention_definition(*tensors, shape)
+        from ebwm_kernels.attention.transforms import attend_under_transforms
+
+        return attend_under_transforms(*tensors, (*shape, backend))
+    return torch.ops.ebwm.attention(*tensors, *shape, backend)[0]
+
+
+def _is_transformed() -> bool:
+    """Whether transforms.py takes over: the operators below would drop tangents without a word."""
+    return not torch.compiler.is_compiling() and transforms_active()
 
 
 class Implementation(Protocol):
@@ -184,6 +210,7 @@ def _empty_for_none(result: Tensor | None, like: Tensor) -> Tensor:
 
 
 @custom_op("ebwm::attention", mutates_args=())
+@without_autocast
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -234,7 +261,7 @@ def _backward_attention(ctx, grad, _):
         ctx.saved_tensors
     )  # read once: a checkpoint recomputes for each reading
     with_keys = needs_grad(ctx, 1) or needs_grad(ctx, 2)
-    dq, dk, dv, dk_self, dv_self = torch.ops.ebwm.attention_gradient(
+    tensors = (
         grad,
         q,
         k,
@@ -244,10 +271,16 @@ def _backward_attention(ctx, grad, _):
         first_visible,
         out.detach(),
         log_normalizer.detach(),
-        *ctx.rest,
-        with_keys,
-        is_traced_without_graph(),
     )
+    if _is_transformed():
+        from ebwm_kernels.attention.transforms import Gradient
+
+        result = Gradient.apply(*tensors, (*ctx.rest, with_keys))
+    else:
+        result = torch.ops.ebwm.attention_gradient(
+            *tensors, *ctx.rest, with_keys, is_traced_without_graph()
+        )
+    dq, dk, dv, dk_self, dv_self = result
     own = (None, None) if k_self is None else (dk_self, dv_self)
     return dq, *((dk, dv) if with_keys else (None, None)), *own, *(None,) * 7
 
@@ -259,6 +292,7 @@ register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_a
 
 
 @custom_op("ebwm::attention_gradient", mutates_args=())
+@without_autocast
 def _gradient(
     grad: Tensor,
     q: Tensor,
@@ -351,9 +385,14 @@ def _backward_gradient(ctx, a, b, c, b_self, c_self):
     if k_self is not None:
         b_self = _or_zeros(b_self, k_self)
         c_self = _or_zeros(c_self, v_self)
-    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = torch.ops.ebwm.attention_double_backward(
-        a, b, c, b_self, c_self, *saved, *ctx.rest
-    )
+    tensors = (a, b, c, b_self, c_self, *saved)
+    if _is_transformed():
+        from ebwm_kernels.attention.transforms import DoubleBackward
+
+        result = DoubleBackward.apply(*tensors, tuple(ctx.rest))
+    else:
+        result = torch.ops.ebwm.attention_double_backward(*tensors, *ctx.rest)
+    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = result
     own = (None, None) if k_self is None else (g_k_self, g_v_self)
     return g_grad, g_q, g_k, g_v, *own, *(None,) * 11
 
@@ -369,6 +408,7 @@ register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=
 
 
 @custom_op("ebwm::attention_double_backward", mutates_args=())
+@without_autocast
 def _double_backward(
     a: Tensor,
     b: Tensor | None,
