@@ -89,7 +89,8 @@ class WorldModel(nn.Module):
             initialize_output(self.output)
             return
         refinement = config.refinement
-        self.network = EnergyTransformer(model, num_landscapes(refinement))
+        content_scale = 1 / (refinement.step_size * config.state.map_scale)  # energy_head.py
+        self.network = EnergyTransformer(model, num_landscapes(refinement), content_scale)
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
         )  # (1,): engines want no 0-d ones
@@ -157,15 +158,6 @@ class WorldModel(nn.Module):
                 "dataset; without one, give the id of the token between documents"
             )
         return eos_id
-
-    def predicted_rows(self, embedded: Tensor, observed: Tensor) -> Tensor:
-        """What enters the predicted stream (B, S, D): the embedded state.
-
-        `anchored` adds the last observed embedding; position t's is o_t.
-        """
-        if self.config.model.predicted_input == "anchored":
-            return embedded + observed
-        return embedded
 
     def landscapes(self, num_steps: int) -> list[int]:
         """The landscape of each of num_steps steps.
@@ -260,7 +252,7 @@ class WorldModel(nn.Module):
         restart,
     ) -> StepOutput:
         refinement = self.config.refinement
-        weight = self.energy_network.head.weight
+        weight = self.energy_network.norm.weight
         noise = TrainingNoise(
             source,
             refinement,

@@ -185,6 +185,8 @@ def hparams_of(config: Config) -> dict[str, Any]:
     beyond = []
     for name, value, allowed in (
         ("model.predicted_input", model.predicted_input, ("state",)),
+        ("model.predicted_layers", model.predicted_layers, (None, model.num_layers)),
+        ("model.energy_head", list(model.energy_head), (["linear"],)),
         (
             "model.conditioning",
             model.conditioning,
@@ -192,6 +194,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ),
         ("state.map_scale", state.map_scale, (1.0,)),
         ("refinement.update", refinement.update, ("probabilities",)),
+        ("refinement.loss_weights", refinement.loss_weights, (None,)),
         (
             "refinement.change_clamp with a random step size",
             refinement.change_clamp is not None and refinement.step_size_random_factor > 1,

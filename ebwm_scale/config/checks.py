@@ -46,6 +46,22 @@ def _check_model(config: Config, require: Require) -> None:
         f"model.num_kv_heads is {sizes.num_kv_heads}: "
         f"must divide model.num_heads {sizes.num_heads}",
     )
+    require(
+        sizes.predicted_layers <= sizes.num_layers,
+        f"model.predicted_layers is {sizes.predicted_layers}: "
+        f"must be at most model.num_layers {sizes.num_layers}",
+    )
+    terms = list(model.energy_head)
+    require(
+        0 < len(terms) == len(set(terms)),
+        f"model.energy_head is {shown(terms)}: "
+        "give one term or more of linear, quadratic, bilinear, context, each once",
+    )
+    require(
+        terms != ["context"],
+        "model.energy_head is [context]: nothing reads the predicted stream; "
+        "add linear, quadratic or bilinear",
+    )
     is_frame_baseline = model.kind == "baseline" and config.state.kind == "embedding"
     require(
         model.output == "one_linear" or is_frame_baseline,
@@ -97,6 +113,7 @@ def _check_refinement(config: Config, require: Require) -> None:
         f"refinement.compile is true with refinement.recompute {refinement.recompute}: "
         "a compiled step decides itself what it keeps; use none",
     )
+    _check_loss_weights(config, require)
     for name in ("step_size", "num_steps", "noise"):
         points = getattr(refinement.schedule, name)
         listed = shown([list(point) for point in points])
@@ -110,6 +127,32 @@ def _check_refinement(config: Config, require: Require) -> None:
             all(value >= low for _, value in points),
             f"refinement.schedule.{name} is {listed}: values must be {low} or more",
         )
+
+
+def _check_loss_weights(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    weights = refinement.loss_weights
+    if weights is None:
+        return
+    require(
+        refinement.loss == "every",
+        f"refinement.loss_weights is given with refinement.loss {refinement.loss}: "
+        "only the losses of every step are weighted, use every or leave the weights out",
+    )
+    if weights == "rising":
+        return
+    listed = shown(list(weights))
+    require(
+        len(weights) == refinement.num_steps,
+        f"refinement.loss_weights is {listed}: "
+        f"give one weight for each of refinement.num_steps {refinement.num_steps} "
+        "(a training step of fewer steps takes the last of them)",
+    )
+    require(
+        len(weights) > 0 and weights[-1] > 0,
+        f"refinement.loss_weights is {listed}: "
+        "the last weight must be above 0, since the last step gives the prediction",
+    )
 
 
 def _check_replay(config: Config, require: Require) -> None:

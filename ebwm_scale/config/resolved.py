@@ -30,13 +30,17 @@ BY_DATA = "set it, or take it from the data's manifest"
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers of layers and heads, and widths, of a model's blocks."""
+    """Numbers of layers and heads, and widths, of a model's blocks.
+
+    predicted_layers: how many of the blocks, the last ones, the predicted stream passes.
+    """
 
     num_layers: int
     width: int
     num_heads: int
     num_kv_heads: int
     feed_forward_width: int
+    predicted_layers: int
 
     @property
     def head_dimension(self) -> int:
@@ -55,6 +59,7 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
         num_heads=_known(model.num_heads, "model.num_heads", BY_LOADING),
         num_kv_heads=_known(model.num_kv_heads, "model.num_kv_heads", BY_LOADING),
         feed_forward_width=_known(model.feed_forward_width, "model.feed_forward_width", BY_LOADING),
+        predicted_layers=_known(model.predicted_layers, "model.predicted_layers", BY_LOADING),
     )
 
 

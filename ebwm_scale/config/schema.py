@@ -28,6 +28,9 @@ Points = Annotated[tuple[tuple[float, float], ...], BeforeValidator(as_tuples)]
 SizeName = Literal["4xs", "3xs", "xxs", "xs", "small", "medium", "large", "xl"]
 
 
+HeadTerm = Literal["linear", "quadratic", "bilinear", "context"]
+
+
 class Section(BaseModel):
     """Frozen, strict, without unknown keys; documented by the text under each key."""
 
@@ -65,7 +68,11 @@ class ModelConfig(Section):
     )
     """How refinement steps are told apart, see model/energy_transformer.py."""
     predicted_input: Literal["state", "anchored"] = "state"
-    """anchored: the embedding of the last observed token or frame is added."""
+    """anchored: what the observed stream has where the predicted one enters is added."""
+    predicted_layers: Annotated[int, Field(gt=0, le=10**4)] | None = None
+    """The predicted stream passes the last so many blocks; default: all."""
+    energy_head: Annotated[tuple[HeadTerm, ...], BeforeValidator(as_tuples)] = ("linear",)
+    """Terms of the energy behind the last block, see model/energy_head.py; released: linear."""
     vocabulary_size: Annotated[int, Field(gt=0, le=10**8)] | None = None
     """Default: the data's."""
     output: Literal["one_linear", "two_linear"] = "one_linear"
@@ -121,6 +128,10 @@ class RefinementConfig(Section):
     """detach: each step on its own; truncate: only the last step; full: through all steps."""
     loss: Literal["every", "last"] = "every"
     """The mean over the steps' losses, or the last one's."""
+    loss_weights: (
+        Literal["rising"] | Annotated[tuple[NotNegative, ...], BeforeValidator(as_tuples)] | None
+    ) = None
+    """With loss every: rising (1, 4, 9, ..) or one weight per step; they are made to sum to 1."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
     """vocabulary states only, see ebwm_kernels.vocabulary.api."""
     change_clamp: Positive | None = None

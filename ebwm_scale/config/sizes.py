@@ -39,6 +39,7 @@ def resolve(config: Config) -> Config:
     model = model.replace(
         num_kv_heads=_or(model.num_kv_heads, model.num_heads),
         feed_forward_width=_or(model.feed_forward_width, model.width),
+        predicted_layers=_or(model.predicted_layers, model.num_layers),
     )
     refinement = config.refinement
     refinement = refinement.replace(

@@ -53,6 +53,9 @@ class RecordedNoise:
     def initial_state(self) -> Tensor:
         return self.noise.clone()
 
+    def starts_at_zero(self) -> bool:
+        return False
+
     def step_size_factor(self) -> Tensor | float:
         return self.factor
 

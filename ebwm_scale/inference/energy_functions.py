@@ -33,28 +33,19 @@ class EnergyFunction(Protocol):
 
 
 class CachedEnergy:
-    """K candidates for the next position of each prompt.
+    """K candidates for the next position of each prompt; cache: of all prompts."""
 
-    cache: of all prompts. last_observed: the last observed embedding of each (B, D).
-    """
-
-    def __init__(self, model: WorldModel, cache: KVCache, last_observed: Tensor):
-        self.model = model
+    def __init__(self, cache: KVCache):
         self.cache = cache
-        self.last_observed = last_observed
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
-        return self.cache.get(landscape).energy(self._candidates(embedded), landscape)
+        return self.cache.get(landscape).energy(embedded, landscape)
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
-        context = self.cache.get(landscape)
-        return context.energy_and_gradient(self._candidates(embedded), landscape)
+        return self.cache.get(landscape).energy_and_gradient(embedded, landscape)
 
     def select(self, rows: Tensor) -> CachedEnergy:
-        return CachedEnergy(self.model, self.cache.select(rows), self.last_observed[rows])
-
-    def _candidates(self, embedded: Tensor) -> Tensor:
-        return self.model.predicted_rows(embedded, self.last_observed[:, None])
+        return CachedEnergy(self.cache.select(rows))
 
 
 class SequenceEnergy:
@@ -70,8 +61,7 @@ class SequenceEnergy:
         self.contexts: dict[int, Context] = {}
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
-        candidates = self.model.predicted_rows(embedded, self.observed)
-        return self.model.energy_network.energy(candidates, self._context(landscape), landscape)
+        return self.model.energy_network.energy(embedded, self._context(landscape), landscape)
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

@@ -93,7 +93,7 @@ class Session:
             last_states = torch.stack([row[-1] for row in self.rows])[:, None]
         thought = think(
             self.model,
-            CachedEnergy(self.model, self.cache, self.last),
+            CachedEnergy(self.cache),
             noise.initial(last_states),
             self.config,
             noise=noise,
@@ -117,8 +117,7 @@ class Session:
             self._prefill()
             return
         newest = torch.stack([row[-1] for row in rows])[:, None]
-        self.last = self.model.embed_observed(newest)[:, 0]
-        self.hidden = self.cache.append(self.last)
+        self.hidden = self.cache.append(self.model.embed_observed(newest)[:, 0])
         self.positions_computed += len(rows)
 
     def _later_half(self, row: Tensor) -> Tensor:
@@ -132,7 +131,6 @@ class Session:
         lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
         embedded = self.model.embed_observed(padded)
-        self.last = embedded[torch.arange(len(self.rows)), lengths - 1]
         self.cache = KVCache(self.model.network, self.context_length, self.landscapes)
         self.hidden = self.cache.prefill(embedded, lengths)
         self.positions_computed += int(lengths.sum())
@@ -233,5 +231,5 @@ def candidate_energies(model: WorldModel, observed: Tensor, embedded: Tensor) ->
     landscape = model.energy_network.num_landscapes - 1
     cache = KVCache(model.network, len(observed), [landscape])
     cache.prefill(seen, torch.tensor([len(observed)], device=seen.device))
-    energy_function = CachedEnergy(model, cache, seen[:, -1])
+    energy_function = CachedEnergy(cache)
     return energy_function(embedded[None], landscape)[0].float()

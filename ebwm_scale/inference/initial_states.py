@@ -54,7 +54,7 @@ class InitialStateSampler:
 
     @property
     def _weight(self) -> Tensor:
-        return self.model.energy_network.head.weight
+        return self.model.energy_network.norm.weight
 
     @property
     def _dtype(self) -> torch.dtype:

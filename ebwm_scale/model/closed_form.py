@@ -15,6 +15,8 @@ in results/closed_form.json (1.6 to 1.7 times on two CPU cores).
                 dq = ds [K, k];  dk = ds_self q;  dv = P_self o
                 G'' = G' + norm^T(Wq^T dq + Wk^T dk + Wv^T dv)
     adaLN       shifts, scales and gates at their places
+    head        dE/dn = w - (A + A^T) n / 2 - s M^T e;  dE/de directly: -s (M n + C h)
+                (energy_head.py)
 
 Legend: B contexts, K candidates, D width, H heads, H_kv key/value heads, d head dimension,
 C entries of a context.
@@ -29,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebwm_scale.model.blocks import Block, Modulation, RMSNorm, modulate
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 
 
 class Kept(NamedTuple):
@@ -86,6 +89,46 @@ def block_backward(
     gradient = gradient + norm_backward(change, kept.middle, layer.ffn_norm)
     change = _attention_backward(layer, gradient, kept, factors, keys, values, modulation)
     return gradient + norm_backward(change, kept.p, layer.attention_norm)
+
+
+def head_forward(
+    network: EnergyTransformer,
+    p: Tensor,
+    final: tuple[Tensor, Tensor] | None,
+    embedded: Tensor,
+    readout: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(energies (B, K), n (B, K, D)) of p (B, K, D) behind the blocks.
+
+    final, embedded, readout: as `network.energy_head` takes them.
+    """
+    normed = norm(network.norm, p)
+    if final is not None:
+        normed = modulate(normed, *final)
+    return network.energy_of_normed(normed, embedded, readout), normed
+
+
+def head_backward(
+    network: EnergyTransformer,
+    p: Tensor,
+    normed: Tensor,
+    final: tuple[Tensor, Tensor] | None,
+    embedded: Tensor,
+    readout: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(dE/dp, dE/d embedded directly or None), (B, K, D) each; normed: n of head_forward."""
+    gradient = None
+    direct = None
+    if network.content is not None:
+        gradient, direct = network.content.gradients(normed, embedded, readout)
+    if network.head is not None:
+        weight = network.head.weight[0]
+        gradient = weight if gradient is None else gradient + weight
+    assert gradient is not None, "a term reads the predicted stream"
+    if final is not None:
+        _, scale = final
+        gradient = gradient * (1 + scale)
+    return norm_backward(gradient.expand_as(p), p, network.norm), direct
 
 
 def _feed_forward_backward(

@@ -1,7 +1,13 @@
 """The energy transformer: E(context, candidate next state), one number per position.
 
-    context = network.encode_context(observed)      once per landscape: K and V of every layer
-    energy  = network.energy(candidates, context)   any number of times
+    context = network.encode_context(observed)      once per landscape: K and V, anchor, readout
+    energy  = network.energy(embedded, context)     any number of times
+
+The observed stream passes all blocks, the predicted stream the last `model.predicted_layers` of
+them. `model.predicted_input: anchored` adds to a candidate what the observed stream has where the
+predicted one enters: the embedding of o_t, or, in front of a later block, its state at position t.
+Both have seen o_1 .. o_t only. `model.energy_head` says what the energy is made of behind the
+last block (energy_head.py).
 
 Step conditioning (`model.conditioning`) tells refinement steps apart by a landscape index:
     default         not at all
@@ -26,6 +32,7 @@ from torch.nn import functional as F
 from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
 from ebwm_scale.model.blocks import Block, Modulation, RMSNorm, initialize_released, modulate
+from ebwm_scale.model.energy_head import ContentTerms
 from ebwm_scale.model.module_list import ModuleList
 from ebwm_scale.model.rotary import Rotary, RotaryTable
 
@@ -34,19 +41,27 @@ from ebwm_scale.model.rotary import Rotary, RotaryTable
 class Context:
     """The observed stream as the predicted one sees it.
 
-    keys_values: (K, V) per layer, each (B, H_kv, C, d). offset: keys in front of the first row's
-    own observed position. first_visible (B, S) int32: the first key that each row sees, the start
-    of its document; None: all see key 0.
+    keys_values: (K, V) per block of the predicted stream, each (B, H_kv, C, d). offset: keys in
+    front of the first row's own observed position. first_visible (B, S) int32: the first key that
+    each row sees, the start of its document; None: all see key 0. anchor (B, S, D): added to the
+    candidates; None where they stand alone. readout (B, S, D): of the head's context term, where
+    there is one.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     offset: int
     first_visible: Tensor | None = None
+    anchor: Tensor | None = None
+    readout: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Context:
-        """The same with every key and value tensor replaced by the function's result."""
-        pairs = [(function(keys), function(values)) for keys, values in self.keys_values]
-        return replace(self, keys_values=pairs)
+        """The same with every tensor that carries gradients replaced by the function's result."""
+        return replace(
+            self,
+            keys_values=[(function(keys), function(values)) for keys, values in self.keys_values],
+            anchor=None if self.anchor is None else function(self.anchor),
+            readout=None if self.readout is None else function(self.readout),
+        )
 
     def select(self, rows: Tensor | slice) -> Context:
         """The context of some samples."""
@@ -70,25 +85,41 @@ class Context:
             keys_values=pairs,
             offset=self.offset + positions.start,
             first_visible=first_visible,
+            anchor=None if self.anchor is None else self.anchor[:, positions],
+            readout=None if self.readout is None else self.readout[:, positions],
         )
 
 
 class EnergyTransformer(nn.Module):
-    """Blocks on two streams, a final norm, and a linear head that gives the energy."""
+    """Blocks on two streams, a final norm, and a head that gives the energy.
 
+    content_scale: a constant on the head's terms in the candidate (energy_head.py).
+    """
+
+    head: nn.Linear | None  # of the linear term
+    content: ContentTerms | None  # the other terms
     landscape_embedding: nn.Embedding | None
     modulations: ModuleList[nn.Linear] | None
     final_modulation: nn.Linear | None
 
-    def __init__(self, config: ModelConfig, num_landscapes: int):
+    def __init__(self, config: ModelConfig, num_landscapes: int, content_scale: float = 1.0):
         super().__init__()
         self.conditioning = config.conditioning
         self.num_landscapes = num_landscapes
         sizes = model_sizes(config)
         width = sizes.width
+        self.is_anchored = config.predicted_input == "anchored"
+        self.first_predicted = sizes.num_layers - sizes.predicted_layers
         self.layers = ModuleList(Block(config) for _ in range(sizes.num_layers))
         self.norm = RMSNorm(width, config.norm_epsilon)
-        self.head = nn.Linear(width, 1, bias=False)
+        self.head = None
+        self.content = None
+        if "linear" in config.energy_head:
+            self.head = nn.Linear(width, 1, bias=False)
+        if config.energy_head != ("linear",):
+            self.content = ContentTerms(
+                width, config.energy_head, config.norm_epsilon, content_scale
+            )
         self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta)
         self.landscape_embedding = None
         if self.conditioning != "default":
@@ -96,20 +127,36 @@ class EnergyTransformer(nn.Module):
         self.modulations = None
         self.final_modulation = None
         if self.conditioning in ("adaln", "adaln_zero", "predicted_only"):
-            self.modulations = ModuleList(nn.Linear(width, 6 * width) for _ in self.layers)
+            # Of predicted_only the observed stream has none, so blocks in front need none.
+            first = self.first_predicted if self.conditioning == "predicted_only" else 0
+            self.modulations = ModuleList(
+                nn.Linear(width, 6 * width) for _ in range(first, sizes.num_layers)
+            )
             self.final_modulation = nn.Linear(width, 2 * width)
         initialize_released(self)
+        if self.content is not None:
+            self.content.initialize(zero=self.conditioning == "adaln_zero")
         if self.conditioning in ("adaln_zero", "predicted_only"):
             assert self.modulations is not None and self.final_modulation is not None
             for linear in [*self.modulations, self.final_modulation]:
                 nn.init.zeros_(linear.weight)
-        if self.conditioning == "adaln_zero":
+        if self.conditioning == "adaln_zero" and self.head is not None:
             nn.init.zeros_(self.head.weight)
 
     @property
     def shares_context(self) -> bool:
         """Whether one encoded context serves every landscape."""
         return one_context_serves_all(self.conditioning, self.num_landscapes)
+
+    @property
+    def predicted_blocks(self) -> list[Block]:
+        """The blocks that the predicted stream passes."""
+        return list(self.layers)[self.first_predicted :]
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the head reads the observed stream's last output: its context term does."""
+        return self.content is not None and self.content.context is not None
 
     def context_key(self, landscape: int) -> int:
         """Which encoded context a landscape reads: equal keys, equal contexts."""
@@ -126,59 +173,121 @@ class EnergyTransformer(nn.Module):
     def encode_context(
         self, observed: Tensor, landscape: int = 0, first_visible: Tensor | None = None
     ) -> Context:
-        """Keys and values of the observed stream (B, S, D); first_visible: see Context."""
+        """What the predicted stream reads of the observed one (B, S, D).
+
+        first_visible: see Context.
+        """
         observed, offset = self.prepend_landscape(observed, landscape)
         modulations, _ = self.modulations_of(landscape, predicted=False)
         rotary = self.rotary(observed.shape[1], observed)
         last = len(self.layers) - 1
         keys_values = []
+        entry = observed
         for index, (layer, modulation) in enumerate(zip(self.layers, modulations)):
+            if index == self.first_predicted:
+                entry = observed
             keys, values = layer.keys_values(observed, rotary, modulation)
-            keys_values.append((keys, values))
-            if index < last:  # of the last block only the keys and values are ever read
+            if index >= self.first_predicted:
+                keys_values.append((keys, values))
+            # Of the last block only the keys and values are read, unless the head reads more.
+            if index < last or self.reads_output:
                 observed = layer.forward_observed(
                     observed, keys, values, rotary, modulation, first_visible
                 )
-        return Context(keys_values, offset, first_visible)
+        return self.make_context(keys_values, offset, entry, observed, first_visible)
 
-    def energy(self, predicted: Tensor, context: Context, landscape: int = 0) -> Tensor:
-        """Energies (B, S) of candidates (B, S, D).
+    def make_context(
+        self,
+        keys_values: list[tuple[Tensor, Tensor]],
+        offset: int,
+        entry: Tensor,
+        output: Tensor,
+        first_visible: Tensor | None = None,
+    ) -> Context:
+        """A Context of the keys and values of the predicted stream's blocks.
+
+        entry: the observed stream in front of the first of them. output: behind the last block,
+        where the head reads it. Both (B, offset + S, D).
+        """
+        anchor = None
+        if self.is_anchored:
+            anchor = entry[:, offset:]
+        readout = None
+        if self.reads_output:
+            assert self.content is not None
+            readout = self.content.readout(output[:, offset:])
+        return Context(keys_values, offset, first_visible, anchor, readout)
+
+    def energy(self, embedded: Tensor, context: Context, landscape: int = 0) -> Tensor:
+        """Energies (B, S) of embedded candidates (B, S, D).
 
         Row t is a candidate for position t + 1, given observed positions 0 .. t.
         """
         modulations, final = self.modulations_of(landscape, predicted=True)
-        rotary = self.predicted_rotary(predicted, context)
-        for layer, keys_values, modulation in zip(self.layers, context.keys_values, modulations):
+        rotary = self.predicted_rotary(embedded, context)
+        predicted = embedded if context.anchor is None else embedded + context.anchor
+        for layer, keys_values, modulation in zip(
+            self.predicted_blocks, context.keys_values, modulations
+        ):
             predicted = layer.forward_predicted(
                 predicted, keys_values, rotary, context.offset, modulation, context.first_visible
             )
-        return self.energy_head(predicted, final)
+        return self.energy_head(predicted, final, embedded, context.readout)
 
     def predicted_rotary(self, predicted: Tensor, context: Context) -> Rotary:
         """p_t stands where the real o_(t+1) would."""
         first = context.offset + 1
         return self.rotary(first + predicted.shape[1], predicted).slice(first, predicted.shape[1])
 
-    def energy_head(self, predicted: Tensor, final: tuple[Tensor, Tensor] | None) -> Tensor:
+    def energy_head(
+        self,
+        predicted: Tensor,
+        final: tuple[Tensor, Tensor] | None,
+        embedded: Tensor,
+        readout: Tensor | None,
+    ) -> Tensor:
         """Energies (B, S) of the predicted stream (B, S, D) behind the last block.
 
-        final: (shift, scale) of its norm, where there are any.
+        final: (shift, scale) of its norm, where there are any. embedded (B, S, D): the candidates
+        that entered. readout: that of the context.
         """
-        predicted = self.norm(predicted)
+        return self.energy_of_normed(self.normed_output(predicted, final), embedded, readout)
+
+    def energy_of_normed(self, normed: Tensor, embedded: Tensor, readout: Tensor | None) -> Tensor:
+        """`energy_head` from its normed input (B, S, D) on."""
+        if self.content is None:
+            assert self.head is not None, "a head has a term"
+            return self.head(normed).squeeze(-1)
+        energy = self.content.energy(normed, embedded, readout)
+        assert energy is not None, "a head has a term"
+        if self.head is not None:
+            energy = energy + self.head(normed).squeeze(-1)
+        return energy
+
+    def normed_output(self, predicted: Tensor, final: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What the head reads of the predicted stream (B, S, D)."""
+        normed = self.norm(predicted)
         if final is not None:
-            predicted = modulate(predicted, *final)
-        return self.head(predicted).squeeze(-1)
+            normed = modulate(normed, *final)
+        return normed
 
     def modulations_of(
         self, landscape: int, *, predicted: bool
     ) -> tuple[Sequence[Modulation | None], tuple[Tensor, Tensor] | None]:
-        """(one Modulation or None per layer, (shift, scale) of the final norm) for a stream."""
+        """(one Modulation or None per block, (shift, scale) of the final norm) for a stream.
+
+        One per block that the stream passes.
+        """
+        first = self.first_predicted if predicted else 0
         unconditioned = self.conditioning == "predicted_only" and not predicted
         if self.modulations is None or unconditioned:
-            return [None] * len(self.layers), None
+            return [None] * (len(self.layers) - first), None
         assert self.landscape_embedding is not None and self.final_modulation is not None
         signal = F.silu(self.landscape_embedding.weight[landscape])
-        modulations = [Modulation(*linear(signal).chunk(6)) for linear in self.modulations]
+        linears = list(self.modulations)
+        if self.conditioning != "predicted_only":
+            linears = linears[first:]
+        modulations = [Modulation(*linear(signal).chunk(6)) for linear in linears]
         if self.conditioning == "predicted_only":
             modulations = [_count_gates_from_one(modulation) for modulation in modulations]
         shift, scale = self.final_modulation(signal).chunk(2)

@@ -2,11 +2,13 @@
 
     prefill(observed)                K, V of all observed positions        once per prompt
     append(observed)                 K, V of one more position             once per token or frame
-    energy(predicted)                E of candidates for the next one      any number of times
-    energy_and_gradient(predicted)   E and dE/d predicted                  once per refinement step
+    energy(embedded)                 E of candidates for the next one      any number of times
+    energy_and_gradient(embedded)    E and dE/d embedded                   once per refinement step
 
 The same formulas as training, for rows that stand at the end of their own context (see
 closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies behind is masked.
+All blocks' keys and values are kept, also where the predicted stream passes the last ones only:
+a further observed position reads them.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.model.baseline import BaselineTransformer
-from ebwm_scale.model.blocks import Modulation, modulate
+from ebwm_scale.model.blocks import Modulation
 from ebwm_scale.model.closed_form import (
     attend,
     attention_input,
     block_backward,
     block_forward,
     feed_forward,
+    head_backward,
+    head_forward,
     merge_heads,
     norm,
-    norm_backward,
     project_heads,
 )
 from ebwm_scale.model.energy_transformer import EnergyTransformer
@@ -103,27 +106,33 @@ class LandscapeKVCache:
         self.values: list[Tensor] = []
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) entries of each row, with offset
         self.longest = 0  # the largest of them
+        # Of each row's last position, (B, D): see energy_transformer.Context.
+        self.anchor: Tensor | None = None
+        self.readout: Tensor | None = None
 
     @torch.no_grad()
     def prefill(self, observed: Tensor, lengths: Tensor) -> Tensor | None:
         """See KVCache."""
         if isinstance(self.network, EnergyTransformer):
             observed, _ = self.network.prepend_landscape(observed, self.landscape)
+        rows = torch.arange(len(observed))
         self.lengths = lengths.to(observed.device) + self.offset
         self.longest = int(self.lengths.max())
         self.keys = []
         self.values = []
         rotary = self.network.rotary(observed.shape[1], observed)
         for index, (layer, modulation) in enumerate(zip(self.network.layers, self.modulations)):
+            self._keep_anchor(index, observed[rows, self.lengths - 1])
             keys, values = layer.keys_values(observed, rotary, modulation)
             self.keys.append(_with_capacity(keys, self.capacity))
             self.values.append(_with_capacity(values, self.capacity))
             if self._reads_output_of(index):
                 observed = layer.forward_observed(observed, keys, values, rotary, modulation)
+        last = observed[rows, self.lengths - 1]
         if self.is_energy:
+            self._keep_readout(last)
             return None
-        rows = torch.arange(len(observed))
-        return self.network.norm(observed[rows, self.lengths - 1])
+        return self.network.norm(last)
 
     @torch.no_grad()
     def append(self, observed: Tensor) -> Tensor | None:
@@ -139,6 +148,7 @@ class LandscapeKVCache:
         self.longest += 1
         mask = self._mask(self.lengths + 1)
         for index, (layer, modulation) in enumerate(zip(self.network.layers, self.modulations)):
+            self._keep_anchor(index, x[:, 0])
             q, k, v = project_heads(layer, attention_input(layer, x, modulation), factors)
             self.keys[index][rows, :, self.lengths] = k[:, :, 0]
             self.values[index][rows, :, self.lengths] = v[:, :, 0]
@@ -151,18 +161,19 @@ class LandscapeKVCache:
                 x = x + feed_forward(layer, x, modulation)[0]
         self.lengths = self.lengths + 1
         if self.is_energy:
+            self._keep_readout(x[:, 0])
             return None
         return norm(self.network.norm, x[:, 0])
 
     @torch.no_grad()
-    def energy(self, predicted: Tensor, landscape: int) -> Tensor:
+    def energy(self, embedded: Tensor, landscape: int) -> Tensor:
         """Energies (B, K) of K candidates per row (B, K, D) for the position after its last."""
-        return self._refinement_step(predicted, landscape, with_gradient=False)[0]
+        return self._refinement_step(embedded, landscape, with_gradient=False)[0]
 
     @torch.no_grad()
-    def energy_and_gradient(self, predicted: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
-        """(E (B, K), dE/d predicted (B, K, D)) of K candidates per row (B, K, D)."""
-        energy, gradient = self._refinement_step(predicted, landscape, with_gradient=True)
+    def energy_and_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
+        """(E (B, K), dE/d embedded (B, K, D)) of K candidates per row (B, K, D)."""
+        energy, gradient = self._refinement_step(embedded, landscape, with_gradient=True)
         assert gradient is not None
         return energy, gradient
 
@@ -173,47 +184,67 @@ class LandscapeKVCache:
         part.values = [values[rows] for values in self.values]
         part.lengths = self.lengths[rows]
         part.longest = int(part.lengths.max())
+        part.anchor = None if self.anchor is None else self.anchor[rows]
+        part.readout = None if self.readout is None else self.readout[rows]
         return part
 
     def _refinement_step(
-        self, p: Tensor, landscape: int, *, with_gradient: bool
+        self, embedded: Tensor, landscape: int, *, with_gradient: bool
     ) -> tuple[Tensor, Tensor | None]:
         network = self.network
         if not isinstance(network, EnergyTransformer):
             raise TypeError("a baseline has no energy")
         modulations, final = network.modulations_of(landscape, predicted=True)
-        factors = self._factors(self.lengths, p)
+        factors = self._factors(self.lengths, embedded)
         mask = self._mask(self.lengths)
+        first = network.first_predicted
+        readout = None if self.readout is None else self.readout[:, None]
+        p = embedded if self.anchor is None else embedded + self.anchor[:, None]
         kept = []
-        for index, (layer, modulation) in enumerate(zip(network.layers, modulations)):
-            p, block = block_forward(layer, p, factors, *self._seen(index), mask, modulation)
+        for index, modulation in enumerate(modulations):
+            seen = self._seen(first + index)
+            p, block = block_forward(
+                network.layers[first + index], p, factors, *seen, mask, modulation
+            )
             kept.append(block)
-        normed = norm(network.norm, p)
-        if final is not None:
-            normed = modulate(normed, *final)
-        energy = network.head(normed).squeeze(-1)
+        energy, normed = head_forward(network, p, final, embedded, readout)
         if not with_gradient:
             return energy, None
 
-        gradient = network.head.weight[0]
-        if final is not None:
-            _, scale = final
-            gradient = gradient * (1 + scale)
-        gradient = norm_backward(gradient.expand_as(p), p, network.norm)
+        gradient, direct = head_backward(network, p, normed, final, embedded, readout)
         for index in reversed(range(len(kept))):
             gradient = block_backward(
-                network.layers[index],
+                network.layers[first + index],
                 gradient,
                 kept.pop(),
                 factors,
-                *self._seen(index),
+                *self._seen(first + index),
                 modulations[index],
             )
+        if direct is not None:
+            gradient = gradient + direct
         return energy, gradient
 
+    def _keep_anchor(self, index: int, last: Tensor) -> None:
+        """last (B, D): each row's last position in front of block `index`."""
+        network = self.network
+        if not isinstance(network, EnergyTransformer) or not network.is_anchored:
+            return
+        if index == network.first_predicted:
+            self.anchor = last
+
+    def _keep_readout(self, last: Tensor) -> None:
+        """last (B, D): each row's last position behind the last block."""
+        network = self.network
+        if isinstance(network, EnergyTransformer) and network.reads_output:
+            assert network.content is not None
+            self.readout = network.content.readout(last)
+
     def _reads_output_of(self, index: int) -> bool:
-        """Of an energy model's last block only the keys and values are ever read."""
-        return not self.is_energy or index + 1 < len(self.network.layers)
+        """Of the last block only the keys and values are read, unless a head reads its output."""
+        if not isinstance(self.network, EnergyTransformer) or self.network.reads_output:
+            return True
+        return index + 1 < len(self.network.layers)
 
     def _seen(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as far as any row has them."""

@@ -16,12 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebwm_kernels.vocabulary.api import vocabulary_descend_reference, vocabulary_embed_reference
 from ebwm_kernels.vocabulary.autograd import vocabulary_descend, vocabulary_embed, vocabulary_step
-from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps, clamped_step
+from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps, clamped_step, state_dtype
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 
 
@@ -30,21 +31,16 @@ class EmbeddedState(NamedTuple):
 
     vectors (B, S, D) enter the network. The rest is what the update reads: probabilities
     (B, S, V) alone where they are what moves, state (B, S, size) alone where it moves directly,
-    both where the state moves through the softmax.
+    both where the state moves through the softmax; neither for a state of zeros that moves
+    directly. moved (B, S, D): the state is moved @ W.T, after steps of a kind that started there.
     scratch: memory of a state's size whose contents nobody needs any more.
     """
 
     vectors: Tensor
     probabilities: Tensor | None = None
     state: Tensor | None = None
+    moved: Tensor | None = None
     scratch: Tensor | None = None
-
-    @property
-    def base(self) -> Tensor:
-        """What the step's change is added to: the state, or else the probabilities."""
-        base = self.probabilities if self.state is None else self.state
-        assert base is not None, "embed gives one of them"
-        return base
 
 
 class StateUpdate(NamedTuple):
@@ -78,6 +74,10 @@ class UpdateChoices(Protocol):
     @property
     def is_last(self) -> bool: ...
     @property
+    def needs_graph(self) -> bool: ...
+    @property
+    def next_needs_graph(self) -> bool: ...
+    @property
     def keep_graph(self) -> bool: ...
     @property
     def keep_state(self) -> bool: ...
@@ -101,6 +101,11 @@ class VocabularyState:
     @property
     def size(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the states."""
+        return state_dtype(self.weight)
 
     def targets(self, values: Tensor) -> Targets:
         """Token ids (B, S); IGNORE where a position does not count."""
@@ -127,6 +132,21 @@ class VocabularyState:
             return EmbeddedState(vectors, state=x)
         return EmbeddedState(vectors, probabilities=probabilities, state=x)
 
+    def embed_zeros(self, shape: tuple[int, int]) -> EmbeddedState:
+        """`embed` of a state of zeros for (B, S) positions, whose softmax is uniform.
+
+        All rows have the same vector, the map's mean row: no product over the vocabulary. What is
+        of the state's size is one number, seen V times for every row; nobody may write there.
+        """
+        vectors = self.weight.mean(0).expand(*shape, -1)
+        if self.update_rule == "mirror":
+            return EmbeddedState(vectors)
+        numbers = self.weight.detach().new_tensor([1 / self.size, 0], dtype=self._dtype)
+        probabilities, state = (number.expand(*shape, self.size) for number in numbers)
+        if self.update_rule == "probabilities":
+            return EmbeddedState(vectors, probabilities=probabilities)
+        return EmbeddedState(vectors, probabilities=probabilities, state=state)
+
     def update(
         self,
         embedded: EmbeddedState,
@@ -139,10 +159,15 @@ class VocabularyState:
 
         energy_grad (B, S, D): dE/d vectors. alpha: scalar or (B, S, 1).
         """
-        direction = -alpha * energy_grad.to(embedded.base.dtype)
+        direction = -alpha * energy_grad.to(self._dtype)
         if step.keep_graph:
             return self._update_with_graph(embedded, direction, targets)
-        can_embed = self.update_rule == "probabilities" and self.clamps == NO_CLAMPS
+        # Mirror steps from zeros add up in front of the map: nothing of the state's size is kept.
+        adds_up = self.update_rule == "mirror" and embedded.state is None
+        can_embed = self.update_rule == "probabilities" or adds_up
+        can_embed = can_embed and self.clamps == NO_CLAMPS
+        # The map's gradient of this loss comes with that of the next embedded state.
+        can_embed = can_embed and (step.loss_weight == 0 or step.next_needs_graph)
         if can_embed and not step.is_last and not step.keep_state:
             return self._update_and_embed(embedded, direction, targets, step)
         return self._update_and_score(embedded, direction, targets, step)
@@ -176,9 +201,10 @@ class VocabularyState:
     ) -> StateUpdate:
         """Straight into the next step: two tensors of the state's size take turns."""
         shape = direction.shape[:2]
-        probabilities = embedded.base.flatten(0, 1)
+        probabilities_move = self.update_rule == "probabilities"
+        start = _as_rows(embedded.probabilities) if probabilities_move else None
         next_probabilities, vectors, loss = vocabulary_step(
-            probabilities,
+            start,
             self.weight,
             direction.flatten(0, 1),
             None if targets is None else targets.values.flatten(),
@@ -186,11 +212,19 @@ class VocabularyState:
             grad_buffer=self.grad_buffer,
             loss_weight=step.loss_weight,
             out=embedded.scratch,
+            moved=_as_rows(embedded.moved),
         )
-        next_embedded = EmbeddedState(
-            vectors.unflatten(0, shape),
+        next_embedded = EmbeddedState(vectors.unflatten(0, shape))
+        if not probabilities_move:
+            moved = direction.detach()
+            if embedded.moved is not None:
+                moved = moved + embedded.moved
+            return StateUpdate(None, next_embedded._replace(moved=moved), loss)
+        # The uniform start is one number, seen many times.
+        is_memory = start is not None and start.stride(-1) == 1
+        next_embedded = next_embedded._replace(
             probabilities=next_probabilities.unflatten(0, shape),
-            scratch=probabilities,
+            scratch=start if is_memory else None,
         )
         return StateUpdate(None, next_embedded, loss)
 
@@ -202,19 +236,22 @@ class VocabularyState:
         step: UpdateChoices,
     ) -> StateUpdate:
         """The next state without a graph, and its loss with one."""
-        state, loss = vocabulary_descend(
-            self.weight,
-            direction.flatten(0, 1),
-            None if targets is None else targets.values.flatten(),
-            probabilities=_as_rows(embedded.probabilities),
-            x=_as_rows(embedded.state),
-            keep_state=step.keep_state or not step.is_last,
-            count=None if targets is None else targets.count,
-            grad_buffer=self.grad_buffer,
-            loss_weight=step.loss_weight,
-            clamps=self.clamps,
-            out=embedded.scratch,
-        )
+        # Where only the next step has a graph, nobody reads the gradients of this one's loss.
+        with torch.set_grad_enabled(step.needs_graph):
+            state, loss = vocabulary_descend(
+                self.weight,
+                direction.flatten(0, 1),
+                None if targets is None else targets.values.flatten(),
+                probabilities=_as_rows(embedded.probabilities),
+                x=_as_rows(embedded.state),
+                keep_state=step.keep_state or not step.is_last,
+                count=None if targets is None else targets.count,
+                grad_buffer=self.grad_buffer,
+                loss_weight=step.loss_weight,
+                clamps=self.clamps,
+                out=embedded.scratch,
+                moved=_as_rows(embedded.moved),
+            )
         if state is not None:
             state = state.unflatten(0, direction.shape[:2])
         return StateUpdate(state, None, loss)
@@ -255,6 +292,12 @@ class EmbeddingState:
         """x (B, S, size)."""
         return EmbeddedState(self.projection(x.to(self.projection.weight.dtype)), state=x)
 
+    def embed_zeros(self, shape: tuple[int, int]) -> EmbeddedState:
+        """`embed` of a state of zeros for (B, S) positions."""
+        weight = self.projection.weight
+        state = torch.zeros(*shape, self.size, dtype=state_dtype(weight), device=weight.device)
+        return self.embed(state)
+
     def update(
         self,
         embedded: EmbeddedState,
@@ -264,7 +307,8 @@ class EmbeddingState:
         step: UpdateChoices,
     ) -> StateUpdate:
         """The step along -dE/dx and its loss; energy_grad (B, S, D): dE/d vectors."""
-        x = embedded.base
+        x = embedded.state
+        assert x is not None, "a frame moves directly"
         direction = -alpha * self.embedding_vjp(energy_grad).to(x.dtype)
         state = clamped_step(x, direction, self.clamps)
         loss = None

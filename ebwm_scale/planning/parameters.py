@@ -15,6 +15,7 @@ PARAMETER_PARTS = {
     "network.final_modulation": "conditioning",
     "network.norm": "norm_and_head",
     "network.head": "norm_and_head",
+    "network.content": "norm_and_head",
     "output": "output",
     "step_size": "step_size",
 }

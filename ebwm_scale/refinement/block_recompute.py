@@ -1,17 +1,18 @@
 """A refinement step one block at a time: exact to second order, with one block's graph at hand.
 
 A block maps p_(l+1) = f_l(p_l). The energy is the head of p_L, and with J_l = df_l/dp_l the inner
-gradient g = c_0 follows from
+gradient g = c_0 + d follows, with d = dE/de where the head reads the candidates e itself, from
 
-    forward:    p_0 = candidates;  p_(l+1) = f_l(p_l)
-    inner:      c_L = dE/dp_L;     c_l = J_l' c_(l+1)
+    forward:    p_0 = e (+ anchor);  p_(l+1) = f_l(p_l)
+    inner:      c_L = dE/dp_L;       c_l = J_l' c_(l+1)
                                         kept: p_l and c_l, two tensors of the stream's size a block
-Given the loss's gradient gamma_0 on g, its gradients are those of s = <gamma_0, c_0>, taken along
-both chains:
+Given the loss's gradient gamma_0 on g, its gradients are those of s = <gamma_0, c_0 + d>, taken
+along both chains:
 
     up:         <gamma_l, J_l' c_(l+1)>  gives  gamma_(l+1) on c_(l+1),  a_l on p_l,
                 and the block's parameters, keys and values
-    head:       <gamma_L, c_L> (+ the loss's gradient on E)  gives  delta_L on p_L
+    head:       <gamma_L, c_L> + <gamma_0, d> (+ the loss's gradient on E)
+                gives  delta_L on p_L, and what e, the head and its readout get directly
     down:       delta_l = J_l' delta_(l+1) + a_l,
                 and the block's parameters, keys and values once more
 
@@ -95,15 +96,16 @@ def energy_and_gradient(
     modulations, final = network.modulations_of(landscape, predicted=True)
     rotary = network.predicted_rotary(candidates, context)
     layers = []
-    for layer, pair, modulation in zip(network.layers, context.keys_values, modulations):
+    for layer, pair, modulation in zip(network.predicted_blocks, context.keys_values, modulations):
         inputs = (*pair, *(modulation or ()))
         layers.append(_Layer(layer, inputs, rotary, context.offset, context.first_visible))
-    step = _BlockwiseStep(network, layers, final or ())
+    step = _BlockwiseStep(network, layers, final, context.readout)
+    entering = candidates if context.anchor is None else candidates + context.anchor
     if not needs_graph:
         with torch.no_grad():
-            energy, gradient, _, _ = step.forward(candidates.detach())
+            energy, gradient, _, _ = step.forward(candidates.detach(), entering.detach())
         return energy, gradient
-    return _EnergyGradient.apply(step, candidates, *step.inputs())
+    return _EnergyGradient.apply(step, candidates, entering, *step.inputs())
 
 
 def encode_context(
@@ -121,8 +123,12 @@ def encode_context(
     for layer, modulation in zip(network.layers, modulations):
         layers.append(_Layer(layer, tuple(modulation or ()), rotary, 0, first_visible))
         inputs += layers[-1].inputs
-    flat = _Encode.apply(layers, observed, *inputs)
-    return Context(list(zip(flat[::2], flat[1::2])), offset, first_visible)
+    first = network.first_predicted
+    entry, output, *flat = _Encode.apply(layers, first, network.reads_output, observed, *inputs)
+    if first == 0:
+        entry = observed
+    pairs = list(zip(flat[::2], flat[1::2]))
+    return network.make_context(pairs, offset, entry, output, first_visible)
 
 
 class _Layer:
@@ -158,12 +164,12 @@ class _Layer:
         )
 
     def forward_observed(
-        self, o: Tensor, inputs: tuple[Tensor, ...], *, is_last: bool
+        self, o: Tensor, inputs: tuple[Tensor, ...], *, goes_on: bool
     ) -> tuple[Tensor, ...]:
-        """(K, V) and, but for the last block, the stream behind it."""
+        """(K, V) and, where the stream goes on, the stream behind it."""
         modulation = Modulation(*inputs) if inputs else None
         keys, values = self.block.keys_values(o, self.rotary, modulation)
-        if is_last:
+        if not goes_on:
             return keys, values
         behind = self.block.forward_observed(
             o, keys, values, self.rotary, modulation, self.first_visible
@@ -174,27 +180,43 @@ class _Layer:
 class _BlockwiseStep:
     """The forward and the backward of one refinement step, a block at a time."""
 
-    def __init__(self, network: EnergyTransformer, layers: list[_Layer], final: tuple[Tensor, ...]):
+    def __init__(
+        self,
+        network: EnergyTransformer,
+        layers: list[_Layer],
+        final: tuple[Tensor, Tensor] | None,
+        readout: Tensor | None,
+    ):
         self.network = network
         self.layers = layers
-        self.final = tuple(final)
+        self.modulated = final is not None
+        # What the head reads beside the stream and the candidates: shift and scale, readout.
+        self.head_inputs = [*(final or ())]
+        if readout is not None:
+            self.head_inputs.append(readout)
 
     def inputs(self) -> list[Tensor]:
         inputs = []
         for layer in self.layers:
             inputs += layer.inputs
-        return inputs + list(self.final)
+        return inputs + self.head_inputs
 
-    def forward(self, p: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """(E, g, p_0 .. p_L, c_0 .. c_L) without graph."""
-        streams = [p]
+    def forward(
+        self, candidates: Tensor, entering: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """(E, g, p_0 .. p_L, c_0 .. c_L) without graph; entering: p_0."""
+        streams = [entering]
         for layer in self.layers:
             with gathered(layer.block.parameters()):
                 streams.append(layer.forward_predicted(streams[-1], layer.inputs))
         with torch.enable_grad():
             top = _leaf(streams[-1])
-            energy = self._energy(top, self.final)
-            gradients = [torch.autograd.grad(energy.sum(), top)[0]]
+            e = _leaf(candidates)
+            energy = self._energy(top, e, [u.detach() for u in self.head_inputs])
+            c_top, direct = torch.autograd.grad(
+                energy.sum(), (top, e), allow_unused=True, materialize_grads=True
+            )
+            gradients = [c_top]
         for layer, stream in zip(reversed(self.layers), reversed(streams[:-1])):
             inputs = tuple(u.detach() for u in layer.inputs)
             with torch.enable_grad(), gathered(layer.block.parameters()):
@@ -202,18 +224,22 @@ class _BlockwiseStep:
                 out = layer.forward_predicted(p, inputs)
                 gradients.append(torch.autograd.grad(out, p, gradients[-1])[0])
         gradients.reverse()
-        return energy.detach(), gradients[0], streams, gradients
+        return energy.detach(), gradients[0] + direct, streams, gradients
 
     def backward(
         self,
+        candidates: Tensor,
         streams: list[Tensor],
         gradients: list[Tensor],
         energy_cotangent: Tensor | None,
         gradient_cotangent: Tensor,
     ) -> list[Tensor | None]:
-        """Gradients of candidates and of inputs(); those of parameters are added to them."""
+        """Gradients of candidates and p_0, each on its own, and of inputs().
+
+        Those of parameters are added to them.
+        """
         inputs = [[_leaf(u, u.requires_grad) for u in layer.inputs] for layer in self.layers]
-        final = [_leaf(u, u.requires_grad) for u in self.final]
+        of_head = [_leaf(u, u.requires_grad) for u in self.head_inputs]
 
         gamma = gradient_cotangent
         second_order = []  # a_l
@@ -228,12 +254,13 @@ class _BlockwiseStep:
             second_order.append(p.grad)
 
         top = _leaf(streams[-1])
-        energy = self._energy(top, final)
-        (c_top,) = torch.autograd.grad(energy.sum(), top, create_graph=True)
-        if energy_cotangent is None:
-            torch.autograd.backward([c_top], [gamma])
-        else:
-            torch.autograd.backward([c_top, energy], [gamma, energy_cotangent])
+        e = _leaf(candidates)
+        energy = self._energy(top, e, of_head)
+        c_top, direct = torch.autograd.grad(
+            energy.sum(), (top, e), create_graph=True, allow_unused=True
+        )
+        outputs = (c_top, direct, energy)
+        _backward_where_given(outputs, (gamma, gradient_cotangent, energy_cotangent))
 
         delta = top.grad
         for index in reversed(range(len(self.layers))):
@@ -242,27 +269,29 @@ class _BlockwiseStep:
                 p = _leaf(streams[index])
                 layer.forward_predicted(p, tuple(inputs[index])).backward(delta)
             delta = p.grad + second_order[index]
-        result = [delta]
+        result = [e.grad, delta]
         for own in inputs:
             result += [u.grad for u in own]
-        return result + [u.grad for u in final]
+        return result + [u.grad for u in of_head]
 
-    def _energy(self, top: Tensor, final: Sequence[Tensor]) -> Tensor:
-        """The head's energies; final: shift and scale of its norm, or nothing."""
-        if not final:
-            return self.network.energy_head(top, None)
-        shift, scale = final
-        return self.network.energy_head(top, (shift, scale))
+    def _energy(self, top: Tensor, candidates: Tensor, of_head: Sequence[Tensor]) -> Tensor:
+        """The head's energies; of_head: as in head_inputs."""
+        rest = list(of_head)
+        final = None
+        if self.modulated:
+            final = (rest.pop(0), rest.pop(0))
+        readout = rest.pop() if rest else None
+        return self.network.energy_head(top, final, candidates, readout)
 
 
 class _EnergyGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, step, candidates, *inputs):
+    def forward(ctx, step, candidates, entering, *inputs):
         ctx.set_materialize_grads(False)
-        energy, gradient, streams, gradients = step.forward(candidates)
+        energy, gradient, streams, gradients = step.forward(candidates, entering)
         ctx.step = step
         ctx.num_streams = len(streams)
-        ctx.save_for_backward(*streams, *gradients)
+        ctx.save_for_backward(candidates, *streams, *gradients)
         return energy, gradient
 
     @staticmethod
@@ -272,19 +301,27 @@ class _EnergyGradient(torch.autograd.Function):
                 "refinement.recompute block: the step's third derivative is not defined; "
                 "call backward without create_graph=True"
             )
-        streams = ctx.saved_tensors[: ctx.num_streams]
-        gradients = ctx.saved_tensors[ctx.num_streams :]
+        candidates, *kept = ctx.saved_tensors
+        streams = kept[: ctx.num_streams]
+        gradients = kept[ctx.num_streams :]
         if gradient_cotangent is None:
             gradient_cotangent = torch.zeros_like(gradients[0])
         with torch.enable_grad():
             return None, *ctx.step.backward(
-                streams, gradients, energy_cotangent, gradient_cotangent
+                candidates, streams, gradients, energy_cotangent, gradient_cotangent
             )
 
 
 class _Encode(torch.autograd.Function):
+    """The observed stream (B, S, D) through its layers.
+
+    Returns the stream in front of layer `first`, the stream behind the last layer, and keys and
+    values of the layers from `first` on. The former is empty for first 0, where it is the input,
+    the latter without reads_output.
+    """
+
     @staticmethod
-    def forward(ctx, layers, observed, *inputs):
+    def forward(ctx, layers, first, reads_output, observed, *inputs):
         ctx.set_materialize_grads(False)
         streams = [observed]
         keys_values = []
@@ -292,22 +329,27 @@ class _Encode(torch.autograd.Function):
         for index, layer in enumerate(layers):
             with gathered(layer.block.parameters()):
                 keys, values, *behind = layer.forward_observed(
-                    streams[-1], layer.inputs, is_last=index == last
+                    streams[-1], layer.inputs, goes_on=reads_output or index < last
                 )
-            keys_values += [keys, values]
+            if index >= first:
+                keys_values += [keys, values]
             streams += behind
         ctx.layers = layers
-        ctx.save_for_backward(*streams)
-        return tuple(keys_values)
+        ctx.first = first
+        ctx.reads_output = reads_output
+        ctx.save_for_backward(*streams[: len(layers)])
+        entry = streams[first] if first > 0 else observed.new_empty(0)
+        output = streams[-1] if reads_output else observed.new_empty(0)
+        return entry, output, *keys_values
 
     @staticmethod
-    def backward(ctx, *cotangents):
+    def backward(ctx, of_entry, of_output, *of_keys_values):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "refinement.recompute block: the observed stream has no second derivative; "
                 "call backward without create_graph=True"
             )
-        delta = None
+        delta = of_output if ctx.reads_output else None
         input_gradients = []
         last = len(ctx.layers) - 1
         with torch.enable_grad():
@@ -315,19 +357,30 @@ class _Encode(torch.autograd.Function):
                 layer = ctx.layers[index]
                 o = _leaf(ctx.saved_tensors[index])
                 own = [_leaf(u, u.requires_grad) for u in layer.inputs]
+                of_pair = (None, None)
+                if index >= ctx.first:
+                    place = 2 * (index - ctx.first)
+                    of_pair = of_keys_values[place : place + 2]
                 with gathered(layer.block.parameters()):
-                    outputs = layer.forward_observed(o, tuple(own), is_last=index == last)
-                    _backward_where_given(outputs, (*cotangents[2 * index : 2 * index + 2], delta))
+                    outputs = layer.forward_observed(
+                        o, tuple(own), goes_on=ctx.reads_output or index < last
+                    )
+                    _backward_where_given(outputs, (*of_pair, delta))
                 delta = o.grad
+                if index == ctx.first and index > 0 and of_entry is not None:
+                    delta = of_entry if delta is None else delta + of_entry
                 input_gradients = [u.grad for u in own] + input_gradients
-        return None, delta, *input_gradients
+        return None, None, None, delta, *input_gradients
 
 
 def _backward_where_given(
-    outputs: tuple[Tensor, ...], cotangents: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...]
 ) -> None:
-    """Back-propagate through the outputs that have a cotangent."""
-    given = [(u, g) for u, g in zip(outputs, cotangents) if g is not None]
+    """Back-propagate through the outputs that have a graph and a cotangent."""
+    given = []
+    for output, cotangent in zip(outputs, cotangents):
+        if output is not None and output.requires_grad and cotangent is not None:
+            given.append((output, cotangent))
     if given:
         torch.autograd.backward([u for u, _ in given], [g for _, g in given])
 

@@ -72,6 +72,7 @@ def _run_compiled(
     keys_values = []
     for keys, values in context.keys_values:
         keys_values += [keys, values]
+    # The function is given tensors: what is compiled has to see each of them as an input.
     with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=64):
         return _compiled()(
             network,
@@ -81,6 +82,8 @@ def _run_compiled(
             landscape,
             context.offset,
             context.first_visible,
+            context.anchor,
+            context.readout,
             *keys_values,
         )
 
@@ -99,13 +102,16 @@ def _gradient_inside(
     landscape: int,
     offset: int,
     first_visible: Tensor | None,
+    anchor: Tensor | None,
+    readout: Tensor | None,
     *keys_values: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The inner gradient is taken inside the compiled function.
 
     So what is compiled is differentiated once, which is all that torch.compile supports.
     """
-    context = Context(list(zip(keys_values[::2], keys_values[1::2])), offset, first_visible)
+    pairs = list(zip(keys_values[::2], keys_values[1::2]))
+    context = Context(pairs, offset, first_visible, anchor, readout)
     energy = network.energy(candidates, context.visible_to(slice(start, stop)), landscape)
     (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=True)
     return energy, gradient

@@ -39,7 +39,7 @@ from ebwm_scale.refinement.deferred_backward import (
 )
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.sampling import NoiseSampler
-from ebwm_scale.refinement.step_plan import StepPlan, count_reads, plan_steps
+from ebwm_scale.refinement.step_plan import StepPlan, count_reads, loss_weight, plan_steps
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
 MIN_STEP_SIZE = 1e-4
@@ -132,11 +132,7 @@ def refine(
             )
             for positions in parts:
                 state = loop.refine_tile(
-                    observed[samples, positions],
-                    contexts,
-                    samples,
-                    positions,
-                    noise.slice(samples, positions),
+                    contexts, samples, positions, noise.slice(samples, positions)
                 )
                 if keep_state is not None:
                     assert state is not None, "the plan keeps the last state"
@@ -157,7 +153,13 @@ def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
     """The training loss of the steps' losses."""
     if config.loss == "last":
         return losses[-1]
-    return torch.stack(losses).mean()
+    if config.loss_weights is None:
+        return torch.stack(losses).mean()
+    weights = [loss_weight(config, i, len(losses)) for i in range(len(losses))]
+    total = weights[0] * losses[0]
+    for weight, loss in zip(weights[1:], losses[1:]):
+        total = total + weight * loss
+    return total
 
 
 class RefinementLoop:
@@ -192,34 +194,38 @@ class RefinementLoop:
 
     def refine_tile(
         self,
-        observed: Tensor,
         contexts: ContextCache,
         samples: slice,
         positions: slice,
         noise: NoiseSampler,
     ) -> Tensor | None:
-        """The final state (b, s, size) of a tile, if it is kept; observed: (b, s, D)."""
+        """The final state (b, s, size) of a tile, if it is kept."""
         targets = None if self.targets is None else self.targets.slice(samples, positions)
         step_size_factor = noise.step_size_factor()
-        state: Tensor | None = noise.initial_state()
+        state: Tensor | None = None
         embedded: EmbeddedState | None = None
+        shape = (samples.stop - samples.start, positions.stop - positions.start)
         pending_backwards: list[tuple[Tensor, int]] = []
         for step in self.plan:
             langevin = noise.langevin(step.index)
+            starts_at_zero = step.index == 0 and langevin is None and noise.starts_at_zero()
+            if step.index == 0 and not starts_at_zero:
+                state = noise.initial_state()
             if langevin is not None:
                 assert state is not None, "the plan keeps every state under Langevin noise"
                 state = state + langevin
 
             context = contexts.get(step.landscape)
             with torch.set_grad_enabled(step.needs_graph):
-                if embedded is None:
+                if starts_at_zero:
+                    embedded = self.state_space.embed_zeros(shape)
+                elif embedded is None:
                     assert state is not None, "a step gives a state or the next embedded one"
                     embedded = self.state_space.embed(state)
                 state = None  # `embedded` has what is needed: a second reference costs memory
-                candidates = self.world_model.predicted_rows(embedded.vectors, observed)
             energy, energy_grad = inner_gradient(
                 self.network,
-                candidates,
+                embedded.vectors,
                 context,
                 positions,
                 step.landscape,

@@ -31,6 +31,10 @@ class NoiseSampler(Protocol):
         """x_0 (B, S, size); the caller's to overwrite."""
         ...
 
+    def starts_at_zero(self) -> bool:
+        """Whether x_0 is known to be 0 everywhere, so that nobody has to look at it."""
+        ...
+
     def step_size_factor(self) -> Tensor | float:
         """Factor on alpha: a number or (B, S, 1)."""
         ...
@@ -134,6 +138,10 @@ class TrainingNoise:
             rows, states = self.restart
             state[rows] = states.to(device=self.device, dtype=self.dtype)
         return state
+
+    def starts_at_zero(self) -> bool:
+        """`state.initial: zeros`, and no sample goes on from the replay buffer."""
+        return self.kind == "zeros" and self.restart is None
 
     def step_size_factor(self) -> Tensor | float:
         """The schedule's factor, times one per position that is uniform in [1 / r, r]."""

@@ -2,7 +2,8 @@
 
 graph      detach: each step has a graph of its own;  truncate: only the last one has;
            full: one graph through all steps
-loss       every: the mean over the steps' losses;    last: the last step's loss
+loss       every: the mean over the steps' losses, or a weighted one (`loss_weights`);
+           last: the last step's loss
 S1 = detach + every;  S2 = truncate + last;  Algorithm 1 of the paper = full + last
 """
 
@@ -87,16 +88,32 @@ def has_graph(config: RefinementConfig, index: int, num_steps: int) -> bool:
     """Whether training differentiates step `index` of num_steps."""
     if config.graph == "full":
         return True
-    if config.graph == "detach" and config.loss == "every":
-        return True
+    if config.graph == "detach":
+        return loss_weight(config, index, num_steps) > 0
     return index == num_steps - 1
 
 
 def loss_weight(config: RefinementConfig, index: int, num_steps: int) -> float:
-    """Of the loss of step `index` in the training loss."""
-    if config.loss == "every":
+    """Of the loss of step `index` in the training loss; those of all steps sum to 1."""
+    if config.loss == "last":
+        return float(index == num_steps - 1)
+    if config.loss_weights is None:
         return 1 / num_steps
-    return float(index == num_steps - 1)
+    weights = relative_loss_weights(config.loss_weights, num_steps)
+    return weights[index] / sum(weights)
+
+
+def relative_loss_weights(given: str | tuple[float, ...], num_steps: int) -> list[float]:
+    """One weight for each of num_steps steps, in any unit.
+
+    "rising": the square of the step's number, so that two steps have .2 and .8. A list counts from
+    its end, since the last step gives the prediction: fewer steps than it has take its last
+    weights, of more steps than it has the first ones have none.
+    """
+    if isinstance(given, str):
+        return [float(number**2) for number in range(1, num_steps + 1)]
+    missing = max(0, num_steps - len(given))
+    return [0.0] * missing + list(given[-num_steps:])
 
 
 def num_graph_steps(config: RefinementConfig, num_steps: int) -> int:

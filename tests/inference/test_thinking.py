@@ -19,7 +19,7 @@ from ebwm_scale.inference.generation import (
 )
 from ebwm_scale.inference.initial_states import NextPositionSampler, SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, lowest, think
-from ebwm_scale.model import closed_form, kv_cache
+from ebwm_scale.model import closed_form, energy_head, kv_cache
 from ebwm_scale.refinement.loop import refine
 from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
@@ -37,7 +37,32 @@ CASES = {
     "grouped": {"model": {"vocabulary_size": 31, "num_kv_heads": 2}},
     "logits": TEXT | {"refinement": {"update": "logits"}},
     "mirror": TEXT | {"refinement": {"update": "mirror"}, "state": {"initial": "zeros"}},
+    "heads": {
+        "model": {
+            "vocabulary_size": 31,
+            "conditioning": "adaln",
+            "energy_head": ["linear", "quadratic", "bilinear", "context"],
+        }
+    },
+    "shallow": {
+        "model": {
+            "vocabulary_size": 31,
+            "conditioning": "time_embed",
+            "predicted_input": "anchored",
+            "predicted_layers": 2,
+            "energy_head": ["bilinear", "context"],
+        }
+    },
     "video": VIDEO,
+    "video, shallow": VIDEO
+    | {
+        "model": {
+            "conditioning": "predicted_only",
+            "predicted_input": "anchored",
+            "predicted_layers": 1,
+            "energy_head": ["linear", "context"],
+        }
+    },
     "video, most recent": {
         "state": {"kind": "embedding", "dimension": 6, "initial": "most_recent"},
         "model": {"predicted_input": "anchored"},
@@ -195,6 +220,21 @@ def test_a_closed_form_that_is_a_little_wrong_is_seen(piece, monkeypatch):
 
     monkeypatch.setattr(kv_cache, "block_backward", wrong)
     closed, plain = gradients(model)
+    assert not torch.allclose(closed, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_head_whose_closed_form_is_a_little_wrong_is_seen(which, monkeypatch):
+    """which: the gradient through the predicted stream, or the one on the candidate itself."""
+    right = energy_head.ContentTerms.gradients
+
+    def wrong(*arguments):
+        found = list(right(*arguments))
+        found[which] = found[which] * (1 + 1e-6)
+        return tuple(found)
+
+    monkeypatch.setattr(energy_head.ContentTerms, "gradients", wrong)
+    closed, plain = gradients(model_of(CASES["heads"]))
     assert not torch.allclose(closed, plain, rtol=1e-10, atol=1e-12)
 
 

@@ -7,6 +7,7 @@ network's structure is held against the released code's numbers in test_parity.p
 """
 
 import contextlib
+import dataclasses
 import itertools
 from unittest import mock
 
@@ -17,11 +18,13 @@ from torch.nn import functional as F
 from ebwm_kernels.attention.energy import energy_attention_definition
 from ebwm_kernels.pointwise import rms_norm_reference, swiglu_reference
 from ebwm_scale.config.load import config_from_dict
-from ebwm_scale.model import blocks
+from ebwm_scale.config.schema import RefinementConfig
+from ebwm_scale.model import blocks, states
 from ebwm_scale.refinement import block_recompute
 from ebwm_scale.refinement import loop as refinement_loop
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
+from ebwm_scale.refinement.step_plan import plan_steps
 from ebwm_scale.refinement.tiling import tiles_of
 from ebwm_scale.world_model import WorldModel
 
@@ -74,6 +77,46 @@ def plain_operations():
         yield
 
 
+def reference_energy(model, candidate, observed, landscape):
+    """Both streams block by block, and the head's terms written out."""
+    network, settings = model.network, model.config.model
+    refinement, state = model.config.refinement, model.config.state
+    o, offset = network.prepend_landscape(observed, landscape)
+    of_observed, _ = network.modulations_of(landscape, predicted=False)
+    of_predicted, final = network.modulations_of(landscape, predicted=True)
+    rotary = network.rotary(o.shape[1] + 1, o)
+    at_observed = rotary.slice(0, o.shape[1])
+    at_predicted = rotary.slice(offset + 1, S)
+    first = settings.num_layers - settings.predicted_layers
+    p = candidate
+    for index, layer in enumerate(network.layers):
+        if index == first and settings.predicted_input == "anchored":
+            p = p + o[:, offset:]
+        pair = layer.keys_values(o, at_observed, of_observed[index])
+        if index >= first:
+            p = layer.forward_predicted(p, pair, at_predicted, offset, of_predicted[index - first])
+        o = layer.forward_observed(o, *pair, at_observed, of_observed[index])
+    n = network.norm(p)
+    if final is not None:
+        shift, scale = final
+        n = n * (1 + scale) + shift
+    energy = torch.zeros(n.shape[:2], dtype=n.dtype)
+    if "linear" in settings.energy_head:
+        energy = energy + n @ network.head.weight[0]
+    if "quadratic" in settings.energy_head:
+        quadratic = network.content.quadratic.weight
+        energy = energy - torch.einsum("bsi,ij,bsj->bs", n, quadratic, n) / 2
+    units = 1 / (refinement.step_size * state.map_scale)
+    if "bilinear" in settings.energy_head:
+        bilinear = network.content.bilinear.weight
+        energy = energy - units * torch.einsum("bsi,ij,bsj->bs", candidate, bilinear, n)
+    if "context" in settings.energy_head:
+        context = network.content.context.weight
+        h = network.content.context_norm(o[:, offset:])
+        energy = energy - units * torch.einsum("bsi,ij,bsj->bs", candidate, context, h)
+    return energy
+
+
 def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     """The papers' algorithm by hand; all draws from the same addresses."""
     config, kind = model.config.refinement, model.config.state.kind
@@ -111,11 +154,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
                 x,
                 F.linear(x, model.frame_projection.weight, model.frame_projection.bias),
             )
-        if model.config.model.predicted_input == "anchored":
-            candidate = candidate + embedded_observed
-        energy = model.network.energy(
-            candidate, model.network.encode_context(embedded_observed, landscape), landscape
-        )
+        energy = reference_energy(model, candidate, embedded_observed, landscape)
         by = x if kind == "vocabulary" and config.update == "logits" else moving
         (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         if config.graph == "truncate" and not last:
@@ -137,7 +176,14 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         )
         if config.graph == "truncate" and not last:
             losses[-1] = losses[-1].detach()
-    return losses[-1] if config.loss == "last" else torch.stack(losses).mean()
+    if config.loss == "last":
+        return losses[-1]
+    weights = torch.ones(num_steps, dtype=torch.float64)
+    if config.loss_weights == "rising":
+        weights = torch.arange(1, num_steps + 1, dtype=torch.float64).square()
+    elif config.loss_weights is not None:
+        weights = torch.tensor(config.loss_weights[-num_steps:], dtype=torch.float64)
+    return (weights / weights.sum() * torch.stack(losses)).sum()
 
 
 def gradients(model, loss):
@@ -291,6 +337,128 @@ def test_every_option_is_exact(graph, loss, name, options):
     compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
 
 
+@pytest.mark.parametrize("kind", ["vocabulary", "embedding"])
+@pytest.mark.parametrize("conditioning", ["default", "time_embed"])
+def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning):
+    """The anchor in front of a later block and the context term have seen o_1 .. o_t only."""
+    model, observed, targets = build(
+        kind=kind,
+        model={
+            "conditioning": conditioning,
+            "num_layers": 3,
+            "predicted_layers": 2,
+            "predicted_input": "anchored",
+            "energy_head": ALL_TERMS,
+        },
+    )
+    options = {
+        "sample_ids": torch.arange(B),
+        "source": NoiseSource(1, 2),
+        "keep_state": torch.float64,
+    }
+    later = observed.clone()
+    later[:, 3:] = later[:, :2]
+    states = [model.eval()(x, targets, **options).state for x in (observed, later)]
+    assert torch.equal(states[0][:, :3], states[1][:, :3])
+    assert not torch.equal(states[0][:, 3], states[1][:, 3])
+
+
+ALL_TERMS = ["linear", "quadratic", "bilinear", "context"]
+
+
+@pytest.mark.parametrize("graph", ["detach", "truncate", "full"])
+@pytest.mark.parametrize(
+    "name, options",
+    {
+        "quadratic": {"model": {"energy_head": ["quadratic"]}},
+        "bilinear": {"model": {"energy_head": ["bilinear"]}, "state": {"map_scale": 7.0}},
+        "context": {"model": {"energy_head": ["linear", "context"]}},
+        "all_terms_of_adaln": {"model": {"energy_head": ALL_TERMS, "conditioning": "adaln"}},
+        "shallow": {"model": {"predicted_layers": 1, "predicted_input": "anchored"}},
+        "shallow_without_anchor": {"model": {"predicted_layers": 1}},
+        "shallow_time_embed": {
+            "model": {
+                "predicted_layers": 2,
+                "num_layers": 3,
+                "predicted_input": "anchored",
+                "conditioning": "time_embed",
+                "energy_head": ["linear", "context"],
+            },
+        },
+        "shallow_predicted_only_in_tiles": {
+            "model": {
+                "predicted_layers": 1,
+                "predicted_input": "anchored",
+                "conditioning": "predicted_only",
+                "energy_head": ALL_TERMS,
+                "num_kv_heads": 2,
+            },
+            "refinement": {"tile_rows": 3, "update": "mirror", "noise": 0.3},
+        },
+        "step_recomputed": {
+            "model": {"predicted_layers": 1, "energy_head": ["linear", "bilinear", "context"]},
+            "refinement": {"recompute": "step"},
+        },
+        "block_recomputed": {
+            "model": {"energy_head": ALL_TERMS, "conditioning": "adaln"},
+            "refinement": {"recompute": "block"},
+        },
+        "block_recomputed_shallow": {
+            "model": {
+                "num_layers": 4,
+                "predicted_layers": 2,
+                "predicted_input": "anchored",
+                "energy_head": ["bilinear", "context"],
+                "conditioning": "time_embed",
+            },
+            "refinement": {"recompute": "block", "tile_rows": 3},
+        },
+        "block_recomputed_with_context_alone": {
+            "model": {"predicted_layers": 1, "energy_head": ["linear", "context"]},
+            "refinement": {"recompute": "block", "num_steps": 3},
+        },
+        "frames": {
+            "kind": "embedding",
+            "model": {
+                "energy_head": ALL_TERMS,
+                "predicted_layers": 1,
+                "predicted_input": "anchored",
+                "conditioning": "adaln_zero",
+            },
+            "state": {"initial": "zeros"},
+        },
+        "rising": {
+            "refinement": {"loss_weights": "rising", "num_steps": 3},
+            "model": {"energy_head": ["bilinear"], "predicted_layers": 1},
+        },
+        "given_weights": {"refinement": {"loss_weights": [3, 0, 1], "num_steps": 3}},
+        "zeros_probabilities": {"state": {"initial": "zeros"}, "refinement": {"num_steps": 3}},
+        "zeros_logits": {
+            "state": {"initial": "zeros", "map_scale": 7.0},
+            "refinement": {"update": "logits", "change_clamp": 0.3, "state_clamp": 0.8},
+            "model": {"energy_head": ["bilinear", "context"]},
+        },
+        "zeros_mirror_tied": {
+            "state": {"initial": "zeros", "tie_embedding": True},
+            "refinement": {"update": "mirror", "tile_rows": 4},
+            "model": {"energy_head": ["bilinear", "context"], "predicted_layers": 1},
+        },
+        "zeros_mirror_three_steps": {
+            "state": {"initial": "zeros"},
+            "refinement": {"update": "mirror", "num_steps": 3, "loss_weights": [2, 1, 1]},
+        },
+        "zeros_mirror_clamped": {
+            "state": {"initial": "zeros"},
+            "refinement": {"update": "mirror", "change_clamp": 1.0, "state_clamp": 1.5},
+        },
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_heads_shallow_streams_and_weights_are_exact(graph, name, options):
+    options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph}}
+    compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
 @pytest.mark.parametrize(
     "kind, update, change, state",
     [
@@ -397,6 +565,111 @@ def test_the_comparison_notices_an_inner_gradient_without_graph(monkeypatch, che
     monkeypatch.setattr(refinement_loop, "inner_gradient", broken)
     with pytest.raises(AssertionError):
         compare(*build(refinement={"recompute": checkpoint}))
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("term", ["quadratic", "bilinear", "context"])
+def test_the_comparison_notices_a_term_whose_parameter_has_no_gradient(
+    monkeypatch, term, recompute
+):
+    """Breaks a head on purpose: its energies stay right."""
+    model, observed, targets = build(
+        model={"energy_head": ["linear", term], "predicted_layers": 1},
+        refinement={"recompute": recompute},
+    )
+    linear = getattr(model.network.content, term)
+    monkeypatch.setattr(linear, "forward", lambda x: F.linear(x, linear.weight.detach()))
+    with pytest.raises(AssertionError):
+        compare(model, observed, targets)
+
+
+@pytest.mark.parametrize("lost", ["anchor", "readout"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_the_comparison_notices_a_context_that_loses_a_gradient(monkeypatch, lost, recompute):
+    model, observed, targets = build(
+        model={
+            "energy_head": ["linear", "context"],
+            "predicted_layers": 1,
+            "predicted_input": "anchored",
+        },
+        refinement={"recompute": recompute},
+    )
+    right = model.network.make_context
+
+    def broken(*arguments):
+        context = right(*arguments)
+        return dataclasses.replace(context, **{lost: getattr(context, lost).detach()})
+
+    monkeypatch.setattr(model.network, "make_context", broken)
+    with pytest.raises(AssertionError):
+        compare(model, observed, targets)
+
+
+def test_the_comparison_notices_a_uniform_start_that_forgets_the_map(monkeypatch):
+    right = states.VocabularyState.embed_zeros
+
+    def broken(self, shape):
+        vectors = right(self, shape).vectors
+        return right(self, shape)._replace(vectors=vectors.detach() + 0 * vectors)
+
+    monkeypatch.setattr(states.VocabularyState, "embed_zeros", broken)
+    with pytest.raises(AssertionError):
+        compare(*build(state={"initial": "zeros", "map_scale": 7.0}))
+
+
+def test_the_first_step_from_zeros_has_no_product_over_the_vocabulary(monkeypatch):
+    """N 1, mirror: one product into the loss and two back, as many as a Transformer++ has."""
+    model, observed, targets = build(
+        state={"initial": "zeros"}, refinement={"update": "mirror", "num_steps": 1}
+    )
+    embed = mock.Mock(side_effect=AssertionError("the whole state was embedded"))
+    monkeypatch.setattr(states, "vocabulary_embed", embed)
+    monkeypatch.setattr(states.VocabularyState, "embed", embed)
+    model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(1, 2)).loss.backward()
+    assert model.state_map.grad is not None
+
+
+def test_a_fresh_step_is_what_a_fresh_transformer_does():
+    """The context term's first step gives logits of a Transformer++'s size, whatever alpha and
+    the map's factor are.
+    """
+    sizes = {"num_layers": 1, "width": 64, "vocabulary_size": 200}
+    deviations = []
+    for kind, step_size, scale in (("baseline", 1.0, 1.0), ("energy", 2.0, 10.0)) * 2:
+        model, *_ = build(
+            model=sizes | {"kind": kind, "energy_head": ["linear", "context"]},
+            state={"map_scale": scale, "initial": "zeros"},
+            refinement={"step_size": step_size * 50, "update": "mirror", "num_steps": 1},
+        )
+        tokens = torch.arange(B * S).view(B, S)
+        if kind == "baseline":
+            logits = model.output(model.network(model.embed_observed(tokens)))
+        else:
+            context = model.network.encode_context(model.embed_observed(tokens))
+            weight = model.state_space().weight
+            logits = model.step_size * model.network.content.scale * context.readout @ weight.T
+        deviations.append(logits.std())
+    assert 0.8 < deviations[1] / deviations[0] < 1.25
+
+
+@pytest.mark.parametrize(
+    "weights, num_steps, expected",
+    [
+        ("rising", 2, [0.2, 0.8]),
+        ("rising", 1, [1.0]),
+        ((1.0, 2.0, 5.0), 3, [0.125, 0.25, 0.625]),
+        ((1.0, 3.0, 5.0), 2, [0.375, 0.625]),
+        ((1.0, 3.0), 3, [0.0, 0.25, 0.75]),
+    ],
+)
+def test_loss_weights_sum_to_one_and_count_from_the_last_step(weights, num_steps, expected):
+    config = RefinementConfig(loss_weights=weights, num_steps=num_steps)
+    plan = plan_steps(config, range(num_steps), training=True)
+    assert [step.loss_weight for step in plan] == pytest.approx(expected)
+    assert [step.needs_graph for step in plan] == [weight > 0 for weight in expected]
+    losses = [torch.tensor(float(i)) for i in range(num_steps)]
+    total = sum(weight * i for i, weight in enumerate(expected))
+    assert refinement_loop.total_loss(losses, config).item() == pytest.approx(total)
 
 
 def test_the_comparison_notices_a_block_that_does_not_bend(monkeypatch):

@@ -647,8 +647,9 @@ def test_what_the_released_code_cannot_express_is_listed(tmp_path):
                 "num_heads": 1,
                 "vocabulary_size": 9,
                 "predicted_input": "anchored",
+                "energy_head": ["linear", "context"],
             },
-            "refinement": {"update": "mirror"},
+            "refinement": {"update": "mirror", "loss_weights": "rising"},
             "state": {"map_scale": 3.0},
         }
     )
@@ -658,6 +659,8 @@ def test_what_the_released_code_cannot_express_is_listed(tmp_path):
         words in str(caught.value)
         for words in (
             "model.predicted_input is 'anchored'",
+            "model.energy_head is ['linear', 'context']",
+            "refinement.loss_weights is 'rising'",
             "refinement.update is 'mirror'",
             "state.map_scale is 3.0",
         )

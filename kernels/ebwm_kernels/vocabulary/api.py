@@ -23,7 +23,8 @@ differentiates the loss a second time, so its gradient needs no graph:
     vocabulary_descend    p, h -> x', loss. r is turned into the gradients of h and W while x' is
                           at hand: the last step, and the other updates. Without p it is the loss
                           of a model that predicts logits directly
-    vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities).
+    vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities;
+                          mirror from x = 0, where earlier steps add up to `moved`).
                           The loss's gradient on h is r W = (e' - W_y) / n, known at once, and the
                           two gradients of W, of this loss and of e', are both products with p': one
                           serves both, which makes three products of size rows * V * D per step, as
@@ -57,11 +58,12 @@ def vocabulary_descend_reference(
     x: Tensor | None = None,
     clamps: Clamps = NO_CLAMPS,
 ) -> Tensor:
-    """x' of `vocabulary_descend` in plain differentiable operations."""
+    """x' of `vocabulary_descend` in plain differentiable operations.
+
+    With neither x nor probabilities the step starts at zero.
+    """
     move = (hidden.to(weight.dtype) @ weight.T).to(state_dtype(weight))
     if x is not None and probabilities is not None:
         move = probabilities * (move - (probabilities * move).sum(-1, keepdim=True))
     start = probabilities if x is None else x
-    if start is None:
-        raise ValueError("vocabulary_descend: give x, probabilities, or both")
     return clamped_step(start, move, clamps)

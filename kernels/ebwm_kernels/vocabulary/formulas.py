@@ -22,10 +22,14 @@ class Clamps(NamedTuple):
 NO_CLAMPS = Clamps()
 
 
-def clamped_step(x: Tensor, move: Tensor, clamps: Clamps) -> Tensor:
-    """x + move within the clamps, differentiable."""
-    move = move if clamps.change is None else move.clamp(-clamps.change, clamps.change)
-    return x + move if clamps.state is None else (x + move).clamp(-clamps.state, clamps.state)
+def clamped_step(x: Tensor | None, move: Tensor, clamps: Clamps) -> Tensor:
+    """x + move within the clamps, differentiable; x None: zeros."""
+    if clamps.change is not None:
+        move = move.clamp(-clamps.change, clamps.change)
+    state = move if x is None else x + move
+    if clamps.state is not None:
+        state = state.clamp(-clamps.state, clamps.state)
+    return state
 
 
 def state_dtype(weight: Tensor) -> torch.dtype:
@@ -70,7 +74,6 @@ def _step(
     if clamps == NO_CLAMPS:
         return _move(weight, hidden, probabilities, x, out), None
     start = probabilities if x is None else x
-    assert start is not None, "a step starts at x or at probabilities"
     free = None
     move = _move(weight, hidden, None, None, out)
     if x is not None and probabilities is not None:
@@ -78,7 +81,7 @@ def _step(
     if clamps.change is not None:
         free = _within(move, clamps.change)
         move.clamp_(-clamps.change, clamps.change)
-    state = move.add_(start)
+    state = move if start is None else move.add_(start)
     if clamps.state is not None:
         inside = _within(state, clamps.state)
         free = inside if free is None else free.logical_and_(inside)
