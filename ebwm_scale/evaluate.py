@@ -2,9 +2,11 @@
 how far its energies can be trusted.
 
     ebwm evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4]
-                      [--out-of-distribution FILE ..] [--output DIR]
+                      [--out-of-distribution FILE ..] [--split NAME] [--output DIR]
 
-Writes evaluation.json and evaluation.html into RUN (or DIR). Losses are means per target over the
+Writes evaluation.json and evaluation.html into RUN (or DIR). On a dataset of tasks with one right
+answer (docs/reasoning.md): solving.json and solving.html, with the share of solved instances by
+difficulty and number of steps. Losses are means per target over the
 validation split (text: nats per token, perplexity is the exponential of the mean; video: SmoothL1),
 with 95 % intervals from a bootstrap over samples. For an energy model:
 
@@ -45,6 +47,7 @@ from ebwm_scale.data.format.side_files import refuse_another_tokenizer
 from ebwm_scale.data.loading.mixture import open_sources
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci, correlation_ci, deciles
+from ebwm_scale.evaluation.solving import evaluate_solving, is_task
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
@@ -60,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--data",
         metavar="MANIFEST",
         help="evaluate on the validation split of this dataset instead of the run's",
+    )
+    parser.add_argument(
+        "--split",
+        default="validation",
+        metavar="NAME",
+        help="the split to evaluate on (default %(default)s)",
     )
     parser.add_argument(
         "--max-samples",
@@ -124,8 +133,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
     )
     sources = sources_of(options.data, config)
-    split = open_sources(sources, "validation", verify="sizes")
+    split = open_sources(sources, options.split, verify="sizes")
     refuse_another_tokenizer(config, split.manifest)
+    about = {
+        "checkpoint": str(options.checkpoint),
+        "data": [str(manifest) for manifest, _ in sources],
+    }
+    about |= provenance(arguments=list(arguments) if arguments else None)
+    folder = options.output or options.checkpoint
+    if is_task(split.manifest):
+        from ebwm_scale.reporting.solving_page import write_solving
+
+        with progress_on_console() as progress:
+            solving = evaluate_solving(
+                model,
+                config,
+                split,
+                max_samples=options.max_samples,
+                batch_size=options.batch_size,
+                steps=options.steps,
+                tolerance=options.tolerance,
+                progress=progress,
+            )
+        say(str(write_solving(folder, about | solving)))
+        return EXIT_FINISHED
     texts = out_of_distribution_texts(
         options.out_of_distribution,
         split.manifest,
@@ -146,12 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say=say,
             progress=progress,
         )
-    about = {
-        "checkpoint": str(options.checkpoint),
-        "data": [str(manifest) for manifest, _ in sources],
-    }
-    about |= provenance(arguments=list(arguments) if arguments else None)
-    say(str(write_evaluation(options.output or options.checkpoint, about | result)))
+    say(str(write_evaluation(folder, about | result)))
     return EXIT_FINISHED
 
 

@@ -208,17 +208,18 @@ class WorldModel(nn.Module):
                     keep_state,
                     restart,
                 )
-        if self.config.data.mask_document_starts:
+        if resolved.has_masked_targets(self.config):
             return self._over_all_positions(output, targets)
         return output
 
-    @staticmethod
-    def _over_all_positions(output: StepOutput, targets: Tensor) -> StepOutput:
-        """Means over all positions, masked ones counting as 0.
+    def _over_all_positions(self, output: StepOutput, targets: Tensor) -> StepOutput:
+        """Means over all positions, masked ones counting as 0; over the share of them that the
+        data scores, where it says so.
 
         So sums of micro-batches do not depend on how a batch was cut.
         """
-        share = (targets != IGNORE).double().mean().to(output.loss.dtype)
+        share = (targets != IGNORE).double().mean() / resolved.scored_share(self.config)
+        share = share.to(output.loss.dtype)
         return replace(
             output,
             loss=output.loss * share,

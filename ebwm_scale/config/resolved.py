@@ -103,6 +103,28 @@ def context_length(config: Config) -> int:
     return _known(config.data.context_length, "data.context_length", BY_DATA)
 
 
+def group_size(config: Config) -> int:
+    """Tokens that are predicted together: 1 for ordinary text."""
+    return config.data.group_size or 1
+
+
+def grid(config: Config) -> tuple[int, int] | None:
+    """(rows, columns) of the tokens of a group; None where they are no grid."""
+    return config.data.grid
+
+
+def scored_share(config: Config) -> float:
+    """Share of the targets that are scored: 1 where the data has no mask."""
+    return config.data.scored_share or 1.0
+
+
+def has_masked_targets(config: Config) -> bool:
+    """Whether some targets do not count. Losses in training are then sums over those that do, over
+    all positions times scored_share.
+    """
+    return config.data.mask_document_starts or config.data.scored_share is not None
+
+
 def _known(value: T | None, key: str, remedy: str) -> T:
     if value is None:
         raise ConfigError(f"{key} is absent: {remedy}")

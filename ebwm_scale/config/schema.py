@@ -182,6 +182,12 @@ class DataConfig(Section):
     """Observed positions per sample; default: what the shards were packed for."""
     tokenizer_sha256: str | None = None
     """text: of the run's tokenizer; taken from its dataset."""
+    group_size: Annotated[int, Field(gt=1, le=10**6)] | None = None
+    """Tokens that are predicted together; taken from the dataset, absent: one at a time."""
+    grid: Annotated[tuple[int, int] | None, BeforeValidator(as_tuples)] = None
+    """(rows, columns) of a group's tokens; taken from the dataset."""
+    scored_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the targets that are scored; taken from the dataset, absent: all are."""
     num_workers: Annotated[int, Field(ge=0, le=10**4)] = 0
     """Loader processes per rank; never changes a batch."""
     window_shards: Count = 4

@@ -1,4 +1,6 @@
-"""Intervals of what is measured on samples: percentile bootstrap, rank correlation, deciles."""
+"""Intervals of what is measured on samples: percentile bootstrap, shares, rank correlation,
+deciles.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,19 @@ def bootstrap_ci(per_sample: Tensor) -> dict[str, float]:
         "low": float(np.quantile(means, 0.025)),
         "high": float(np.quantile(means, 0.975)),
     }
+
+
+def share_ci(hits: Tensor) -> dict[str, float]:
+    """{"mean", "low", "high"} of a share, of 0 or 1 per sample: Wilson's 95 % interval.
+
+    A bootstrap of nothing but zeros would say that there can be no others.
+    """
+    count, z = len(hits), 1.959963984540054
+    share = float(hits.double().mean())
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half = z / (1 + z * z / count) * spread
+    return {"mean": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
 
 
 def correlation_ci(a: Tensor, b: Tensor) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config import resolved
+from ebwm_scale.data.format.scored import plain_tokens
 from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.inference.generation import Session, candidate_energies
 from ebwm_scale.inference.thinking import ThinkingConfig
@@ -37,7 +38,8 @@ def sample_continuations(
     for sample_id in [
         int(i * len(split) / num_samples) for i in range(min(num_samples, len(split)))
     ]:
-        block = torch.from_numpy(split.read(sample_id).astype("int64"))[: length + 1]
+        stored = plain_tokens(split.read(sample_id)).astype("int64")
+        block = torch.from_numpy(stored)[: length + 1]
         start = max(1, length // 2)
         session = Session(
             model, [block[:start]], ThinkingConfig(seed=seed), sample_ids=torch.tensor([sample_id])

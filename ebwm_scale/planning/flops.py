@@ -4,8 +4,8 @@ products.
     step_flops(config, samples=128)["observed"]
 
 Legend: B samples, S positions, D width, K = H_kv d width of keys, F feed-forward width, L blocks,
-k of them passed by the predicted stream, V size of a state, N refinement steps, G of them with a graph, R = B S rows. A FLOP is half a
-multiply-add.
+k of them passed by the predicted stream, V size of a state, N refinement steps, G of them with a
+graph, R = B S rows. A FLOP is half a multiply-add.
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_latest, saved_config
 from ebwm_scale.checkpoint.writer import put_back_replaced
+from ebwm_scale.config import resolved
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import ConfigError, UserError
@@ -209,6 +211,7 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     if filled is None:
         return
     check.config = config = filled
+    check.attempt("data", refuse_groups, config)
     check.attempt("data", check_context, train.manifest, config.data.context_length)
     if config.data.stream:
         check.attempt("data", check_stream, config.data.stream, check.world_size)
@@ -220,6 +223,16 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
             f"{len(train):,} samples: lower train.max_steps, or name a larger dataset"
         )
         check.warnings.append(("data", warning))
+
+
+def refuse_groups(config: Config) -> None:
+    """ConfigError for data whose tokens are predicted in groups, which no model can do yet."""
+    group_size = resolved.group_size(config)
+    if group_size > 1:
+        raise ConfigError(
+            f"data.group_size is {group_size}: the models of this release predict one token at a "
+            "time; train on a dataset of text, or on tasks written as text (docs/reasoning.md)"
+        )
 
 
 def check_saved(
@@ -287,7 +300,8 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
         raise ConfigError(
             f"{section}.{key} is {given}, the dataset {manifest.path} has {size}; leave the key out"
         )
-    context_length = config.data.context_length or manifest.block_length - 1
+    context_length = config.data.context_length or manifest.context_length
+    groups = _groups_of(config, manifest)
     refuse_another_tokenizer(config, manifest)
     tokenizer_sha256 = getattr(manifest.content, "tokenizer_sha256", None)
     eos_id = config.data.eos_id
@@ -296,7 +310,11 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
     return config.replace(
         **{section: getattr(config, section).replace(**{key: size})},
         data=config.data.replace(
-            context_length=context_length, tokenizer_sha256=tokenizer_sha256, eos_id=eos_id
+            context_length=context_length,
+            tokenizer_sha256=tokenizer_sha256,
+            eos_id=eos_id,
+            scored_share=manifest.scored_share,
+            **groups,
         ),
     )
 
@@ -308,4 +326,23 @@ def _eos_id(given: int | None, manifest: Manifest) -> int | None:
         raise ConfigError(
             f"data.eos_id is {given}, the dataset {manifest.path} has {found}; leave the key out"
         )
+    return found
+
+
+def _groups_of(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """The keys of `data` that say how tokens are grouped; None where they are not.
+
+    ConfigError where the configuration gives others.
+    """
+    content = manifest.content
+    found: dict[str, Any] = {"group_size": None, "grid": content.grid}
+    if content.group_size > 1:
+        found["group_size"] = content.group_size
+    for key, value in found.items():
+        given = getattr(config.data, key)
+        if given not in (None, value):
+            raise ConfigError(
+                f"data.{key} is {given}, the dataset {manifest.path} has {value or 'none'}; leave "
+                "the key out"
+            )
     return found

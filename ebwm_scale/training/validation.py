@@ -93,22 +93,19 @@ def validate(
                 source=source,
                 step_size_scale=step_size_scale,
             )
-            parts = [
-                output.loss_per_step,
-                *(
-                    part
-                    for part in (output.energy_per_step, output.initial_loss)
-                    if part is not None
-                ),
-            ]
-            if not is_text:
-                parts += untrained_losses(observed, targets)
             num_positions = targets.shape[0] * targets.shape[1]
             counted = int((targets != IGNORE).sum()) if is_text else num_positions
-            scale = (
-                num_positions if config.data.mask_document_starts else counted
-            )  # what the model's means are over
-            values = torch.cat([part.detach().double().reshape(-1) for part in parts]) * scale
+            scale: float = counted  # what the model's mean losses are over
+            if resolved.has_masked_targets(config):
+                scale = num_positions * resolved.scored_share(config)
+            parts = [output.loss_per_step.detach().double() * scale]
+            if output.energy_per_step is not None:
+                parts.append(output.energy_per_step.detach().double() * num_positions)
+            if output.initial_loss is not None:
+                parts.append(output.initial_loss.detach().double() * scale)
+            if not is_text:
+                parts += [loss.double() * scale for loss in untrained_losses(observed, targets)]
+            values = torch.cat([part.reshape(-1) for part in parts])
             values = torch.cat([values, values.new_tensor([counted, num_positions])])
             sums = values if sums is None else sums + values
     finally:

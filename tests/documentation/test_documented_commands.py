@@ -27,6 +27,8 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "check_parity.py": "evaluation/test_parity.py",
     "ebwm_scale.harness": "inference/test_scoring.py",
     "scaling_study.py": "evaluation/test_scaling.py",
+    "data/products": "training/test_reasoning_runs.py",
+    "runs/products": "training/test_reasoning_runs.py",
 }
 SMALL = [
     "model.num_layers=1",

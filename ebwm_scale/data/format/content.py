@@ -1,10 +1,15 @@
 """What a sample is: the fields of a WebDataset sample -> a sequence of block_length states,
 checked.
 
-    text                tokens.npy                      -> unsigned integers (block_length,)
+    text                tokens.npy                      -> unsigned integers (block_length,); with a
+                                                           mask of what is scored int64, marked
+                                                           (data/format/scored.py)
     video, embedding    frames.npy                      -> float16 or float32, as the encoder gave
                                                            them: (block_length, dimension)
     video, jpeg, webp   000.jpg, 001.jpg, ... or .webp  -> uint8 (block_length, height, width, 3)
+
+A block of text is a sequence of groups of group_size tokens: 1 for ordinary text, the cells of a
+grid for tasks on grids. Each group after the first is predicted from those before it.
 
 Video samples carry a clip.json beside them: which video, and where in it. How raw frames become the
 standardised embeddings that a model sees is the business of ebwm_scale/data/encoders/.
@@ -25,6 +30,7 @@ import numpy as np
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import shorten
+from ebwm_scale.data.format.scored import mark_unscored, plain_tokens
 
 STORED = ("embedding", "jpeg", "webp")
 CLIP_FIELD = "clip.json"
@@ -44,10 +50,18 @@ _EMBEDDINGS = ("<f2", "<f4", "<f8")
 
 @dataclass(frozen=True)
 class TextContent:
+    """group_size: tokens that are predicted together; grid: their (rows, columns), if they are one.
+
+    members: of MEMBERS, what each sample has beside its tokens.
+    """
+
     vocabulary_size: int
     eos_id: int
     tokenizer_path: Path
     tokenizer_sha256: str
+    group_size: int = 1
+    grid: tuple[int, int] | None = None
+    members: tuple[str, ...] = ()
 
     modality, unit, size_name = "text", "tokens", "vocabulary_size"
 
@@ -62,6 +76,9 @@ class TextContent:
             "modality": "text",
             "tokenizer": self.tokenizer_sha256,
             "vocabulary_size": self.vocabulary_size,
+            "group_size": self.group_size,
+            "grid": self.grid,
+            "members": self.members,
         }
 
     def files(self) -> dict[Path, str]:
@@ -69,15 +86,21 @@ class TextContent:
         return {self.tokenizer_path: self.tokenizer_sha256}
 
     def fields(self, block_length: int) -> tuple[str, ...]:
-        return ("tokens.npy",)
+        return ("tokens.npy", *(f"{member}.npy" for member in self.members))
 
     def decode(self, fields: Mapping[str, bytes], block_length: int) -> np.ndarray:
         """The sequence of a sample; ValueError says what it is instead."""
-        return _npy(fields["tokens.npy"], _TOKENS, (block_length,), "unsigned integers")
+        tokens = _npy(fields["tokens.npy"], _TOKENS, (block_length,), "unsigned integers")
+        if "difficulty" in self.members:
+            difficulty_of(fields)
+        if "scored" not in self.members:
+            return tokens
+        shape = (block_length - self.group_size,)
+        return mark_unscored(tokens, _npy(fields["scored.npy"], ("|u1",), shape, "uint8"))
 
     def problem(self, sequences: np.ndarray) -> str | None:
         """What is wrong with the values of decoded sequences, one or a batch."""
-        highest = int(sequences.max())
+        highest = int(plain_tokens(sequences).max())
         if highest < self.vocabulary_size:
             return None
         return f"holds token {highest}: must be below the vocabulary size {self.vocabulary_size}"
@@ -98,6 +121,7 @@ class VideoContent:
     std: np.ndarray
 
     modality, unit, size_name = "video", "frames", "dimension"
+    group_size, grid, members = 1, None, ()
 
     @property
     def size(self) -> int:
@@ -151,6 +175,11 @@ def decode_sample(
     except Exception as error:  # noqa: BLE001 (bytes from outside make numpy raise whatever it does)
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         raise ValueError(shorten(reason, 1000)) from None
+
+
+def difficulty_of(fields: Mapping[str, bytes]) -> int:
+    """How hard a sample is, of its fields; ValueError for a member that is no number."""
+    return int(_npy(fields["difficulty.npy"], ("<u4",), (1,), "a uint32")[0])
 
 
 def field_names(stored: str, block_length: int) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import shorten, shown
 from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
 from ebwm_scale.data.format.content import STORED, TextContent, VideoContent
+from ebwm_scale.data.format.scored import MEMBERS
 from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, inside_folder
 
 FORMAT_VERSION = 2
@@ -68,7 +69,7 @@ class Manifest:
     """
 
     path: Path
-    block_length: int  # states (tokens, frames) per sample = context_length + 1
+    block_length: int  # states (tokens, frames) per sample = context_length + group_size
     content: TextContent | VideoContent
     source: dict[str, Any]
     splits: dict[str, SplitInfo]
@@ -82,6 +83,21 @@ class Manifest:
     @property
     def folder(self) -> Path:
         return self.path.parent
+
+    @property
+    def context_length(self) -> int:
+        """Observed states per sample, which are as many as its targets."""
+        return self.block_length - self.content.group_size
+
+    @property
+    def scored_share(self) -> float | None:
+        """Share of the targets that are scored, of training where there is any; None where samples
+        have no mask.
+        """
+        if "scored" not in self.content.members:
+            return None
+        split = self.splits.get("train") or next(iter(self.splits.values()))
+        return split.num_targets / (split.num_samples * self.context_length)
 
 
 def load_manifest(path: str | Path) -> Manifest:
@@ -122,8 +138,16 @@ def load_manifest(path: str | Path) -> Manifest:
             f"{path}: block_length is {block_length} and {content.size_name} {content.size}: "
             f"must be at least 2 and 1; {_REMAKE}"
         )
+    if block_length % content.group_size or block_length < 2 * content.group_size:
+        raise take.wrong(
+            "block_length",
+            block_length,
+            f"a multiple of group_size {content.group_size}, and at least two groups",
+        )
     source = take(values, "source", dict)
     splits, fingerprint = _read_splits(take, values, _FACTS[modality])
+    if "scored" in content.members:
+        _check_scored(take, splits, block_length - content.group_size)
     return Manifest(
         path=path,
         block_length=block_length,
@@ -173,12 +197,44 @@ def _read_splits(
 
 def _text_content(take: _Taker, values: dict) -> TextContent:
     tokenizer = take(values, "tokenizer", dict)
+    group_size, grid, members = _groups(take, values)
     return TextContent(
         vocabulary_size=take(values, "vocabulary_size", int),
         eos_id=take(values, "eos_id", int),
         tokenizer_path=take.path.parent / take.relative(tokenizer, "path", "tokenizer."),
         tokenizer_sha256=take(tokenizer, "sha256", str, "tokenizer."),
+        group_size=group_size,
+        grid=grid,
+        members=members,
     )
+
+
+def _groups(take: _Taker, values: dict) -> tuple[int, tuple[int, int] | None, tuple[str, ...]]:
+    """(group_size, grid, members): 1, None and none where the manifest does not give them."""
+    group_size = take(values, "group_size", int) if "group_size" in values else 1
+    if group_size < 1:
+        raise take.wrong("group_size", group_size, "1 or more")
+    grid = None
+    if "grid" in values:
+        sides = take(values, "grid", list)
+        is_grid = len(sides) == 2 and all(is_whole(side) and side > 0 for side in sides)
+        if not is_grid or sides[0] * sides[1] != group_size:
+            expected = f"[rows, columns] with group_size {group_size} cells"
+            raise take.wrong("grid", sides, expected)
+        grid = (sides[0], sides[1])
+    members = take(values, "members", list) if "members" in values else []
+    if members != [member for member in MEMBERS if member in members]:
+        expected = f"some of {', '.join(MEMBERS)}, once each and in this order"
+        raise take.wrong("members", members, expected)
+    return group_size, grid, tuple(members)
+
+
+def _check_scored(take: _Taker, splits: dict[str, SplitInfo], context_length: int) -> None:
+    """DataError for a split that scores no target, or more than it has: losses are scaled by it."""
+    for name, split in splits.items():
+        highest = split.num_samples * context_length
+        if not 1 <= split.num_targets <= highest:
+            raise take.wrong(f"splits.{name}.num_targets", split.num_targets, f"1 to {highest}")
 
 
 def _video_content(take: _Taker, values: dict) -> VideoContent:

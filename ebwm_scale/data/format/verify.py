@@ -15,6 +15,7 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.format.content import TextContent
 from ebwm_scale.data.format.manifest import Manifest, load_manifest
+from ebwm_scale.data.format.scored import num_scored
 from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.shards import (
     ShardedSplit,
@@ -112,7 +113,10 @@ def _shard_problems(
     problems = []
     if len(set(index.keys)) < len(index.keys):
         problems.append(f"{path}: its index {shard.index_path} names a sample more than once")
-    return problems + _sample_problems(index, path, reader, first_id) + _tar_problems(index, path)
+    problems += _sample_problems(index, path, reader, first_id)
+    if not problems:
+        problems += _target_problems(shard, path, reader, first_id)
+    return problems + _tar_problems(index, path)
 
 
 def _sample_problems(
@@ -132,6 +136,21 @@ def _sample_problems(
             offset = index.spans[row][0]
             problems.append(f"{path}: sample {key} (offset {offset}): {problem}")
     return problems
+
+
+def _target_problems(
+    shard: ShardInfo, path: Path, reader: ShardedSplit, first_id: int
+) -> list[str]:
+    """Of the number of scored targets: losses in training are scaled by what the manifest says."""
+    content = reader.manifest.content
+    if "scored" not in content.members:
+        return []
+    found = 0
+    for sample_id in range(first_id, first_id + shard.num_samples):
+        found += num_scored(reader.read(sample_id), content.group_size)
+    if found == shard.num_targets:
+        return []
+    return [f"{path}: its samples score {found} targets, the manifest says {shard.num_targets}"]
 
 
 def _tar_problems(index: ShardIndex, path: Path) -> list[str]:

@@ -79,6 +79,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the open file of a shard that will never be finished."""
         if self._open is not None:
+            with contextlib.suppress(OSError):  # a full disk may be why it is abandoned
+                self._open.tar.close()
             self._open.file.close()
 
     def _finish_shard(self, shard: _OpenShard) -> None:

@@ -39,7 +39,8 @@ _JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 class Batch:
     """b samples of S + 1 states as stored.
 
-    These are token ids (b, S + 1) int64, embeddings (b, S + 1, dimension) float32, or frames
+    These are token ids (b, S + group_size) int64, marked where they are not scored
+    (data/format/scored.py), embeddings (b, S + 1, dimension) float32, or frames
     (b, S + 1, height, width, 3) uint8.
     """
 
@@ -278,12 +279,10 @@ class _Reader(Dataset):
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]):
         sample_ids, positions = request
         before = dict(self.known_bad)
+        length = self.context_length + self.split.manifest.content.group_size
         try:
             sequences = np.stack(
-                [
-                    read_or_replace(self.split, int(i), self.known_bad)[: self.context_length + 1]
-                    for i in sample_ids
-                ]
+                [read_or_replace(self.split, int(i), self.known_bad)[:length] for i in sample_ids]
             )
             problem = self.split.manifest.content.problem(sequences)
             if problem is not None:  # checksums are right, so the dataset was made wrong
@@ -331,8 +330,13 @@ def _same(item: Sequence) -> Sequence:
 
 
 def check_context(manifest: Manifest, context_length: int) -> None:
-    """DataError if the samples of a dataset are shorter than the context."""
-    packed = manifest.block_length - 1
+    """DataError if the samples of a dataset are shorter than the context, or it cuts a group."""
+    packed, group_size = manifest.context_length, manifest.content.group_size
+    if context_length % group_size:
+        raise DataError(
+            f"data.context_length is {context_length}: the samples of {manifest.path} are groups "
+            f"of {group_size} tokens; use a multiple of it, up to {packed}, or leave the key out"
+        )
     if not 1 <= context_length <= packed:
         tool = f"tools/make_{manifest.modality}_shards.py"
         raise DataError(

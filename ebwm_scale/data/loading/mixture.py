@@ -137,6 +137,11 @@ class MixedSplit:
             error.sample_id = sample_id
             raise
 
+    def read_fields(self, sample_id: int) -> dict[str, bytes]:
+        """As ShardedSplit.read_fields."""
+        part, inside = self._inside(sample_id)
+        return self.parts[part].read_fields(inside)
+
     def keep(self, *, window_shards: int) -> None:
         """As ShardedSplit.keep; the parts share one budget."""
         for part in self.parts:

@@ -156,6 +156,7 @@ class StreamLoader:
         """(sample id, sequence) of each whole sample; what is damaged goes on the list."""
         url, row, content = self.shards[number], 0, self.manifest.content
         names = set(content.fields(self.manifest.block_length))
+        length = self.context_length + content.group_size
         try:
             checksums = self._indexes.of(url)
             with open_shard(url) as stream:
@@ -168,7 +169,7 @@ class StreamLoader:
                         offset = min(member.offset for member in fields.values())
                         self._bad(url, sample_id, key, offset, str(error))
                         continue
-                    yield sample_id, sequence[: self.context_length + 1]
+                    yield sample_id, sequence[:length]
         except ImportError as error:  # the same for every shard
             raise DataError(f"{redacted(url)}: {_line(error)}; install it with pip") from None
         except Exception as error:  # noqa: BLE001 (a file system of fsspec raises what its client does)

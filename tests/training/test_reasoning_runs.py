@@ -1,0 +1,70 @@
+"""The page on reasoning tasks, as written: from the shards to what a run solves."""
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import training_runs
+
+from ebwm_scale import evaluate
+
+pytestmark = pytest.mark.multiprocess
+ROOT = training_runs.ROOT
+SMALL = [
+    "model.num_layers=1",
+    "model.width=16",
+    "train.max_steps=2",
+    "train.global_batch_size=8",
+    "schedule.warmup_steps=1",
+    "evaluation.max_samples=8",
+    "refinement.replay=true",  # moves samples around, with what is scored of them
+]
+
+
+def commands() -> list[list[str]]:
+    """The words of each command of the page, smaller where it takes long."""
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    found = []
+    for line in re.findall(r"^ {4}python (.*)", text, re.M):
+        words = shlex.split(line.replace("--train 3000", "--train 100"))
+        if "evaluate" in line:
+            words += ["--max-samples", "20"]
+        found.append(words)
+    return found
+
+
+def tool(words: list[str], monkeypatch) -> None:
+    """A program of tools/ in this process; it must end with 0."""
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    assert not end.value.code
+
+
+def test_the_commands_of_the_page_lead_from_shards_to_what_is_solved(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in commands():
+        if words[0].startswith("tools/"):
+            tool(words, monkeypatch)
+        elif words[0] == "-m":
+            assert evaluate.main(words[2:]) == 0
+        else:
+            words = [
+                str(ROOT / word) if word.endswith((".py", ".yaml")) else word for word in words
+            ]
+            subprocess.run([sys.executable, *words, *SMALL], check=True, timeout=240)
+    run = Path("runs/products")
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    entropy = json.loads(Path("data/products/manifest.json").read_text())
+    entropy = entropy["splits"]["validation"]["unigram_entropy"]
+    assert row["split"] == "validation" and row["unigram_entropy"] == pytest.approx(entropy)
+    results = [json.loads((f / "solving.json").read_text()) for f in (run, run / "larger")]
+    assert [point["num_steps"] for point in results[0]["steps"]] == [1, 2, 3, 4, 8]
+    assert results[1]["num_targets"] > results[0]["num_targets"] > 20 * 2
+    assert (run / "larger" / "solving.html").exists()
+    assert "0 problems" in capsys.readouterr().out
