@@ -343,7 +343,8 @@ def _errors(model, state: Tensor, targets: Tensor) -> Tensor:
 
 
 def _baseline_errors(model, observed: Tensor, targets: Tensor) -> Tensor:
-    prediction = model.output(model.network(model.embed_observed(observed))).float()
+    hidden = model.network(model.embed_observed(observed), model.first_visible(observed))
+    prediction = model.output(hidden).float()
     if model.config.state.kind == "embedding":
         return (
             torch.nn.functional.smooth_l1_loss(
@@ -366,7 +367,7 @@ def _thought(model, batch, config: ThinkingConfig, start: int = 0) -> Thought:
     noise = SequenceSampler(model, config.seed, ids, observed.shape[1], start)
     return think(
         model,
-        SequenceEnergy(model, model.embed_observed(observed)),
+        SequenceEnergy(model, model.embed_observed(observed), model.first_visible(observed)),
         noise.initial(_frames(model, observed)),
         config,
         noise=noise,
@@ -511,7 +512,7 @@ def _energies(model, observed: Tensor, targets: Tensor) -> Tensor:
     """(B,) mean energy of the true next tokens, as certain predictions."""
     certain = model.state_space().weight[targets.clamp(min=0)]
     return (
-        SequenceEnergy(model, model.embed_observed(observed))(
+        SequenceEnergy(model, model.embed_observed(observed), model.first_visible(observed))(
             certain, model.network.num_landscapes - 1
         )
         .mean(1)

@@ -21,12 +21,14 @@ from ebwm_kernels.vocabulary.formulas import Clamps
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
+from ebwm_scale.core.errors import UserError
 from ebwm_scale.model.baseline import (
     BaselineTransformer,
     Output,
     TwoLinearOutput,
     initialize_output,
 )
+from ebwm_scale.model.documents import document_starts, last_document
 from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.states import EmbeddingState, VocabularyState
 from ebwm_scale.refinement.block_recompute import gathered
@@ -129,6 +131,33 @@ class WorldModel(nn.Module):
             return self.token_embedding(observed)
         return self.frame_projection(observed.to(self.frame_projection.weight.dtype))
 
+    def first_visible(self, observed: Tensor) -> Tensor | None:
+        """(B, S) int32: where each position's document begins; None without data.mask_documents.
+
+        observed: token ids (B, S).
+        """
+        if not self.config.data.mask_documents:
+            return None
+        return document_starts(observed, self._eos_id())
+
+    def visible_prompt(self, prompt: Tensor) -> Tensor:
+        """What the position after a prompt sees of it: under data.mask_documents its last document.
+
+        prompt: token ids (S,), or states (S, dimension).
+        """
+        if not self.config.data.mask_documents:
+            return prompt
+        return last_document(prompt, self._eos_id())
+
+    def _eos_id(self) -> int:
+        eos_id = self.config.data.eos_id
+        if eos_id is None:
+            raise UserError(
+                "data.mask_documents is true and data.eos_id absent: training takes it from the "
+                "dataset; without one, give the id of the token between documents"
+            )
+        return eos_id
+
     def predicted_rows(self, embedded: Tensor, observed: Tensor) -> Tensor:
         """What enters the predicted stream (B, S, D): the embedded state.
 
@@ -171,7 +200,8 @@ class WorldModel(nn.Module):
         replay buffer.
         """
         if self.config.model.kind == "baseline":
-            loss = self._baseline_loss(self.network(self.embed_observed(observed)), targets)
+            hidden = self.network(self.embed_observed(observed), self.first_visible(observed))
+            loss = self._baseline_loss(hidden, targets)
             output = StepOutput(loss, loss.detach()[None], None)
         else:
             with gathered(self.resident_parameters()):
@@ -254,6 +284,7 @@ class WorldModel(nn.Module):
             noise=noise,
             training=self.training,
             keep_state=keep_state,
+            first_visible=self.first_visible(observed),
         )
         assert result.loss is not None, "refine was given targets"
         initial_loss = None

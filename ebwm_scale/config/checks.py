@@ -162,6 +162,15 @@ def _check_data(config: Config, require: Require) -> None:
         not data.mask_document_starts or config.state.kind == "vocabulary",
         "data.mask_document_starts is true: only text has documents",
     )
+    require(
+        not data.mask_documents or config.state.kind == "vocabulary",
+        "data.mask_documents is true: only text has documents",
+    )
+    require(
+        not data.mask_documents or config.model.conditioning != "time_embed",
+        "data.mask_documents is true with model.conditioning time_embed: its token stands in front "
+        "of the first document alone; use default, adaln, adaln_zero or predicted_only",
+    )
 
 
 def _check_training(config: Config, require: Require) -> None:

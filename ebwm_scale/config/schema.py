@@ -74,7 +74,7 @@ class ModelConfig(Section):
     rope_theta: float = 1e4
     attention_backend: Literal["auto", "triton", "reference"] = "auto"
     """Of the predicted stream."""
-    observed_backend: Literal["auto", "flash_attn", "sdpa"] = "auto"
+    observed_backend: Literal["auto", "flash_attn", "flex", "sdpa"] = "auto"
     """Of the observed stream, and of the baseline."""
 
 
@@ -161,6 +161,10 @@ class DataConfig(Section):
     """Samples that a stream is shuffled in."""
     mask_document_starts: bool = False
     """text: the first token of a document is no target."""
+    mask_documents: bool = False
+    """text: no attention across documents; each begins with the end of sequence before it."""
+    eos_id: Annotated[int, Field(ge=0)] | None = None
+    """text: the token between documents; mask_documents takes it from the dataset."""
     max_quarantined: CountOrNone = 16
     """Damaged samples that are replaced before the run stops."""
     context_length: Annotated[int, Field(gt=0, le=10**8)] | None = None

@@ -58,11 +58,15 @@ class CachedEnergy:
 
 
 class SequenceEnergy:
-    """One candidate for every position of a sequence; observed: embeddings (B, S, D)."""
+    """One candidate for every position of a sequence.
 
-    def __init__(self, model: WorldModel, observed: Tensor):
+    observed: embeddings (B, S, D). first_visible: (B, S) of model.first_visible.
+    """
+
+    def __init__(self, model: WorldModel, observed: Tensor, first_visible: Tensor | None = None):
         self.model = model
         self.observed = observed
+        self.first_visible = first_visible
         self.contexts: dict[int, Context] = {}
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
@@ -77,7 +81,8 @@ class SequenceEnergy:
         return energy.detach(), gradient
 
     def select(self, rows: Tensor) -> SequenceEnergy:
-        part = SequenceEnergy(self.model, self.observed[rows])
+        first_visible = None if self.first_visible is None else self.first_visible[rows]
+        part = SequenceEnergy(self.model, self.observed[rows], first_visible)
         for key, context in self.contexts.items():
             part.contexts[key] = context.select(rows)
         return part
@@ -87,5 +92,7 @@ class SequenceEnergy:
         key = network.context_key(landscape)
         if key not in self.contexts:
             with torch.no_grad():
-                self.contexts[key] = network.encode_context(self.observed, landscape)
+                self.contexts[key] = network.encode_context(
+                    self.observed, landscape, self.first_visible
+                )
         return self.contexts[key]

@@ -4,7 +4,8 @@
     prediction = session.predict()        thinking on the next position of each, given the cache
     session.accept(tokens or states)      one more position
 
-A prompt longer than the context is cut to its end. A row that has filled the context goes on with
+A prompt longer than the context is cut to its end; under data.mask_documents also to its last
+document, which is all that the next position sees. A row that has filled the context goes on with
 its later half, prefilled again, so a position costs the same however long the text becomes.
 """
 
@@ -67,7 +68,10 @@ class Session:
         self.is_text = model.config.state.kind == "vocabulary"
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
-        self.rows = [prompt[-self.context_length :].to(self.device) for prompt in prompts]
+        self.rows = []
+        for prompt in prompts:
+            row = prompt[-self.context_length :].to(self.device)
+            self.rows.append(model.visible_prompt(row))
         self.landscapes = [0]
         if self.is_energy:
             num_steps = config.num_steps or model.config.refinement.num_steps
@@ -107,8 +111,9 @@ class Session:
         for row, new in zip(self.rows, chosen.to(self.device)):
             rows.append(torch.cat([row, new[None].to(row)]))
         self.rows = rows
-        if any(len(row) > self.context_length for row in rows):
-            self.rows = [self._later_half(row) for row in rows]
+        seen = [self.model.visible_prompt(self._later_half(row)) for row in rows]
+        if any(len(part) < len(row) for part, row in zip(seen, rows)):
+            self.rows = seen
             self._prefill()
             return
         newest = torch.stack([row[-1] for row in rows])[:, None]
@@ -223,6 +228,7 @@ def candidate_energies(model: WorldModel, observed: Tensor, embedded: Tensor) ->
 
     observed: tokens (S,) or states (S, dimension). embedded: the candidates, (K, D).
     """
+    observed = model.visible_prompt(observed)
     seen = model.embed_observed(observed[None])
     landscape = model.energy_network.num_landscapes - 1
     cache = KVCache(model.network, len(observed), [landscape])

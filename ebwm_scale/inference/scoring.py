@@ -167,11 +167,11 @@ def last_states(model: WorldModel, observed: Tensor, config: ThinkingConfig) -> 
     """
     embedded = model.embed_observed(observed)
     if model.config.model.kind == "baseline":
-        prediction = model.output(model.network(embedded))
+        prediction = model.output(model.network(embedded, model.first_visible(observed)))
         return prediction if prediction.dtype == torch.float64 else prediction.float()
     frames = observed if model.config.state.kind == "embedding" else None
     sample_ids = torch.zeros(len(observed), dtype=torch.int64)
-    energy_function = SequenceEnergy(model, embedded)
+    energy_function = SequenceEnergy(model, embedded, model.first_visible(observed))
     state = None
     lowest = None
     for start in range(config.num_starts):
@@ -194,7 +194,9 @@ def energies_of_tokens(model: WorldModel, observed: Tensor, targets: Tensor) -> 
 
     observed, targets: tokens (B, S).
     """
-    energy_function = SequenceEnergy(model, model.embed_observed(observed))
+    energy_function = SequenceEnergy(
+        model, model.embed_observed(observed), model.first_visible(observed)
+    )
     state_space = model.state_space()
     if not isinstance(state_space, VocabularyState):
         raise TypeError("only a model of text has energies of tokens")

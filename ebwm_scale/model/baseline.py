@@ -24,12 +24,17 @@ class BaselineTransformer(nn.Module):
         self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta)
         initialize_released(self)
 
-    def forward(self, observed: Tensor) -> Tensor:
-        """Hidden states (B, S, D) of the observed stream (B, S, D)."""
+    def forward(self, observed: Tensor, first_visible: Tensor | None = None) -> Tensor:
+        """Hidden states (B, S, D) of the observed stream (B, S, D).
+
+        first_visible (B, S): the first position that each sees, the start of its document.
+        """
         rotary = self.rotary(observed.shape[1], observed)
         for layer in self.layers:
             keys, values = layer.keys_values(observed, rotary)
-            observed = layer.forward_observed(observed, keys, values, rotary)
+            observed = layer.forward_observed(
+                observed, keys, values, rotary, first_visible=first_visible
+            )
         return self.norm(observed)
 
     def context_key(self, landscape: int) -> int:

@@ -70,18 +70,32 @@ class Attention(nn.Module):
         values = self._split_heads(self.wv(x)).contiguous()
         return keys, values
 
-    def forward_observed(self, x: Tensor, keys: Tensor, values: Tensor, rotary: Rotary) -> Tensor:
+    def forward_observed(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rotary: Rotary,
+        first_visible: Tensor | None = None,
+    ) -> Tensor:
         """Causal self-attention of the observed stream (B, S, D); first order only."""
         q = rotary.rotate(self._split_heads(self.wq(x)))
-        attended = observed_attention(q, keys, values, backend=self.observed_backend)
+        attended = observed_attention(
+            q, keys, values, first_visible=first_visible, backend=self.observed_backend
+        )
         return self.wo(attended.transpose(1, 2).flatten(2))
 
     def forward_predicted(
-        self, p: Tensor, context: tuple[Tensor, Tensor], rotary: Rotary, offset: int
+        self,
+        p: Tensor,
+        context: tuple[Tensor, Tensor],
+        rotary: Rotary,
+        offset: int,
+        first_visible: Tensor | None = None,
     ) -> Tensor:
         """The predicted stream (B, S, D); differentiable twice.
 
-        context: the observed keys and values (B, H_kv, C, d).
+        context: the observed keys and values (B, H_kv, C, d). first_visible: see Context.
         """
         q = rotary.rotate(self._split_heads(self.wq(p)))
         k_self, v_self = self.keys_values(p, rotary)
@@ -90,7 +104,13 @@ class Attention(nn.Module):
             k_self = k_self.repeat_interleave(group, 1)
             v_self = v_self.repeat_interleave(group, 1)
         attended = energy_attention(
-            q, k_self, v_self, *context, context_offset=offset, backend=self.backend
+            q,
+            k_self,
+            v_self,
+            *context,
+            context_offset=offset,
+            first_visible=first_visible,
+            backend=self.backend,
         )
         return self.wo(attended.transpose(1, 2).flatten(2))
 
@@ -137,10 +157,11 @@ class Block(nn.Module):
         values: Tensor,
         rotary: Rotary,
         modulation: Modulation | None = None,
+        first_visible: Tensor | None = None,
     ) -> Tensor:
         """The observed stream (B, S, D) through the block, its keys and values given."""
         normed = self._attention_input(o, modulation)
-        attended = self.attention.forward_observed(normed, keys, values, rotary)
+        attended = self.attention.forward_observed(normed, keys, values, rotary, first_visible)
         return self._add_residuals(o, attended, modulation)
 
     def forward_predicted(
@@ -150,10 +171,11 @@ class Block(nn.Module):
         rotary: Rotary,
         offset: int,
         modulation: Modulation | None = None,
+        first_visible: Tensor | None = None,
     ) -> Tensor:
         """The predicted stream (B, S, D) through the block."""
         normed = self._attention_input(p, modulation)
-        attended = self.attention.forward_predicted(normed, context, rotary, offset)
+        attended = self.attention.forward_predicted(normed, context, rotary, offset, first_visible)
         return self._add_residuals(p, attended, modulation)
 
     def _attention_input(self, x: Tensor, modulation: Modulation | None) -> Tensor:
@@ -175,14 +197,18 @@ class Block(nn.Module):
 
 
 def attention_paths(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, *, is_masked: bool = False
 ) -> dict[str, str]:
     """Which code computes each stream's attention, and why not another: said at a run's start.
+
+    is_masked: whether documents are (data.mask_documents).
 
     Raises ValueError where the configuration forces a backend that cannot run.
     """
     d = model_sizes(config).head_dimension
-    observed = resolve_observed_backend(config.observed_backend, device, dtype, d)
+    observed = resolve_observed_backend(
+        config.observed_backend, device, dtype, d, is_masked=is_masked
+    )
     obstacle = why_not_flash_attn(device, dtype, d)
     if config.observed_backend == "auto" and obstacle:
         observed += f" (flash_attn: {obstacle})"

@@ -17,7 +17,7 @@ Step conditioning (`model.conditioning`) tells refinement steps apart by a lands
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +35,25 @@ class Context:
     """The observed stream as the predicted one sees it.
 
     keys_values: (K, V) per layer, each (B, H_kv, C, d). offset: keys in front of the first row's
-    own observed position.
+    own observed position. first_visible (B, S) int32: the first key that each row sees, the start
+    of its document; None: all see key 0.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     offset: int
+    first_visible: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Context:
         """The same with every key and value tensor replaced by the function's result."""
         pairs = [(function(keys), function(values)) for keys, values in self.keys_values]
-        return Context(pairs, self.offset)
+        return replace(self, keys_values=pairs)
 
     def select(self, rows: Tensor | slice) -> Context:
         """The context of some samples."""
-        return self.map(lambda tensor: tensor[rows])
+        part = self.map(lambda tensor: tensor[rows])
+        if self.first_visible is None:
+            return part
+        return replace(part, first_visible=self.first_visible[rows])
 
     def visible_to(self, positions: slice) -> Context:
         """What the candidates of some positions see.
@@ -57,7 +62,15 @@ class Context:
         """
         last = self.offset + positions.stop
         pairs = [(keys[:, :, :last], values[:, :, :last]) for keys, values in self.keys_values]
-        return Context(pairs, self.offset + positions.start)
+        first_visible = None
+        if self.first_visible is not None:
+            first_visible = self.first_visible[:, positions]
+        return replace(
+            self,
+            keys_values=pairs,
+            offset=self.offset + positions.start,
+            first_visible=first_visible,
+        )
 
 
 class EnergyTransformer(nn.Module):
@@ -110,8 +123,10 @@ class EnergyTransformer(nn.Module):
         token = self.landscape_embedding.weight[landscape].expand(observed.shape[0], 1, -1)
         return torch.cat([token, observed], 1), 1
 
-    def encode_context(self, observed: Tensor, landscape: int = 0) -> Context:
-        """Keys and values of the observed stream (B, S, D)."""
+    def encode_context(
+        self, observed: Tensor, landscape: int = 0, first_visible: Tensor | None = None
+    ) -> Context:
+        """Keys and values of the observed stream (B, S, D); first_visible: see Context."""
         observed, offset = self.prepend_landscape(observed, landscape)
         modulations, _ = self.modulations_of(landscape, predicted=False)
         rotary = self.rotary(observed.shape[1], observed)
@@ -121,8 +136,10 @@ class EnergyTransformer(nn.Module):
             keys, values = layer.keys_values(observed, rotary, modulation)
             keys_values.append((keys, values))
             if index < last:  # of the last block only the keys and values are ever read
-                observed = layer.forward_observed(observed, keys, values, rotary, modulation)
-        return Context(keys_values, offset)
+                observed = layer.forward_observed(
+                    observed, keys, values, rotary, modulation, first_visible
+                )
+        return Context(keys_values, offset, first_visible)
 
     def energy(self, predicted: Tensor, context: Context, landscape: int = 0) -> Tensor:
         """Energies (B, S) of candidates (B, S, D).
@@ -133,7 +150,7 @@ class EnergyTransformer(nn.Module):
         rotary = self.predicted_rotary(predicted, context)
         for layer, keys_values, modulation in zip(self.layers, context.keys_values, modulations):
             predicted = layer.forward_predicted(
-                predicted, keys_values, rotary, context.offset, modulation
+                predicted, keys_values, rotary, context.offset, modulation, context.first_visible
             )
         return self.energy_head(predicted, final)
 

@@ -97,7 +97,7 @@ def energy_and_gradient(
     layers = []
     for layer, pair, modulation in zip(network.layers, context.keys_values, modulations):
         inputs = (*pair, *(modulation or ()))
-        layers.append(_Layer(layer, inputs, rotary, context.offset))
+        layers.append(_Layer(layer, inputs, rotary, context.offset, context.first_visible))
     step = _BlockwiseStep(network, layers, final or ())
     if not needs_graph:
         with torch.no_grad():
@@ -106,7 +106,12 @@ def energy_and_gradient(
     return _EnergyGradient.apply(step, candidates, *step.inputs())
 
 
-def encode_context(network: EnergyTransformer, observed: Tensor, landscape: int) -> Context:
+def encode_context(
+    network: EnergyTransformer,
+    observed: Tensor,
+    landscape: int,
+    first_visible: Tensor | None = None,
+) -> Context:
     """`network.encode_context` one block at a time; with a graph where gradients are enabled."""
     observed, offset = network.prepend_landscape(observed, landscape)
     modulations, _ = network.modulations_of(landscape, predicted=False)
@@ -114,10 +119,10 @@ def encode_context(network: EnergyTransformer, observed: Tensor, landscape: int)
     layers = []
     inputs = []
     for layer, modulation in zip(network.layers, modulations):
-        layers.append(_Layer(layer, tuple(modulation or ()), rotary, 0))
+        layers.append(_Layer(layer, tuple(modulation or ()), rotary, 0, first_visible))
         inputs += layers[-1].inputs
     flat = _Encode.apply(layers, observed, *inputs)
-    return Context(list(zip(flat[::2], flat[1::2])), offset)
+    return Context(list(zip(flat[::2], flat[1::2])), offset, first_visible)
 
 
 class _Layer:
@@ -127,11 +132,19 @@ class _Layer:
     one, as tensors that may carry gradients.
     """
 
-    def __init__(self, block: Block, inputs: tuple[Tensor, ...], rotary: Rotary, offset: int):
+    def __init__(
+        self,
+        block: Block,
+        inputs: tuple[Tensor, ...],
+        rotary: Rotary,
+        offset: int,
+        first_visible: Tensor | None,
+    ):
         self.block = block
         self.inputs = inputs
         self.rotary = rotary
         self.offset = offset
+        self.first_visible = first_visible
 
     def forward_predicted(self, p: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         keys, values, *modulation = inputs
@@ -141,6 +154,7 @@ class _Layer:
             self.rotary,
             self.offset,
             Modulation(*modulation) if modulation else None,
+            self.first_visible,
         )
 
     def forward_observed(
@@ -151,7 +165,9 @@ class _Layer:
         keys, values = self.block.keys_values(o, self.rotary, modulation)
         if is_last:
             return keys, values
-        behind = self.block.forward_observed(o, keys, values, self.rotary, modulation)
+        behind = self.block.forward_observed(
+            o, keys, values, self.rotary, modulation, self.first_visible
+        )
         return keys, values, behind
 
 

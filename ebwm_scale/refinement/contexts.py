@@ -20,7 +20,8 @@ class ContextCache:
     """Contexts of observed embeddings (B, S, D), by landscape.
 
     num_reads: how often each landscape's context is read by a differentiated step in one tile.
-    with_backward: gradients are needed. by_block: encode with block_recompute.
+    with_backward: gradients are needed. by_block: encode with block_recompute. first_visible: of
+    the samples' positions, see Context.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class ContextCache:
         num_tiles: int,
         with_backward: bool,
         by_block: bool,
+        first_visible: Tensor | None = None,
     ):
         self.network = network
         self.observed = observed
         self.with_backward = with_backward
         self.by_block = by_block
+        self.first_visible = first_visible
         self.contexts: dict[int, Context] = {}
         self.backwards: dict[int, DeferredBackward] = {}
         self.reads_left: Counter[int] = Counter()
@@ -65,5 +68,7 @@ class ContextCache:
 
     def _encode(self, landscape: int) -> Context:
         if self.by_block:
-            return block_recompute.encode_context(self.network, self.observed, landscape)
-        return self.network.encode_context(self.observed, landscape)
+            return block_recompute.encode_context(
+                self.network, self.observed, landscape, self.first_visible
+            )
+        return self.network.encode_context(self.observed, landscape, self.first_visible)

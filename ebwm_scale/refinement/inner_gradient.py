@@ -80,6 +80,7 @@ def _run_compiled(
             positions.stop,
             landscape,
             context.offset,
+            context.first_visible,
             *keys_values,
         )
 
@@ -97,13 +98,14 @@ def _gradient_inside(
     stop: int,
     landscape: int,
     offset: int,
+    first_visible: Tensor | None,
     *keys_values: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The inner gradient is taken inside the compiled function.
 
     So what is compiled is differentiated once, which is all that torch.compile supports.
     """
-    context = Context(list(zip(keys_values[::2], keys_values[1::2])), offset)
+    context = Context(list(zip(keys_values[::2], keys_values[1::2])), offset, first_visible)
     energy = network.energy(candidates, context.visible_to(slice(start, stop)), landscape)
     (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=True)
     return energy, gradient

@@ -82,13 +82,15 @@ def refine(
     training: bool,
     keep_state: torch.dtype | None = None,
     record: Callable[[StepRecord], None] | None = None,
+    first_visible: Tensor | None = None,
 ) -> RefinementResult:
     """Refine one candidate per position of the observed embeddings (B, S, D).
 
     targets: token ids (B, S) or embeddings (B, S, size), or None (inference).
     landscapes: one landscape index per step. keep_state: return the final state, in this dtype.
     record: called after every step with the whole batch, which is then one tile.
-    training False builds no second-order graph.
+    first_visible: (B, S) starts of the positions' documents, see Context. training False builds no
+    second-order graph.
 
     In training, gradients are computed in here; `loss.backward()` only hands them out. They are
     exact for every combination of graph, loss and update, and can be handed out once.
@@ -126,6 +128,7 @@ def refine(
                 num_tiles=len(parts),
                 with_backward=with_backward,
                 by_block=config.recompute == "block",
+                first_visible=None if first_visible is None else first_visible[samples],
             )
             for positions in parts:
                 state = loop.refine_tile(

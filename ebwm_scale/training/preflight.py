@@ -134,7 +134,8 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str]:
     """What computes the attention of each stream; ConfigError if the backend asked for cannot."""
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     try:
-        return attention_paths(config.model, device, precision)
+        is_masked = config.data.mask_documents
+        return attention_paths(config.model, device, precision, is_masked=is_masked)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -289,7 +290,22 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
     context_length = config.data.context_length or manifest.block_length - 1
     refuse_another_tokenizer(config, manifest)
     tokenizer_sha256 = getattr(manifest.content, "tokenizer_sha256", None)
+    eos_id = config.data.eos_id
+    if config.data.mask_documents:
+        eos_id = _eos_id(eos_id, manifest)
     return config.replace(
         **{section: getattr(config, section).replace(**{key: size})},
-        data=config.data.replace(context_length=context_length, tokenizer_sha256=tokenizer_sha256),
+        data=config.data.replace(
+            context_length=context_length, tokenizer_sha256=tokenizer_sha256, eos_id=eos_id
+        ),
     )
+
+
+def _eos_id(given: int | None, manifest: Manifest) -> int | None:
+    """The token between the dataset's documents; ConfigError if the run's is another."""
+    found = getattr(manifest.content, "eos_id", None)
+    if given not in (None, found):
+        raise ConfigError(
+            f"data.eos_id is {given}, the dataset {manifest.path} has {found}; leave the key out"
+        )
+    return found

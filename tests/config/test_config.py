@@ -91,6 +91,10 @@ def test_overrides_win_and_yaml_words_become_what_the_key_needs():
             ["only text has documents"],
         ),
         (
+            {"model": {"conditioning": "time_embed"}, "data": {"mask_documents": True}},
+            ["data.mask_documents is true with model.conditioning time_embed"],
+        ),
+        (
             {"data": {"manifest": "a.json", "sources": [{"manifest": "b.json"}]}},
             ["data.manifest and data.sources are both given"],
         ),

@@ -11,7 +11,7 @@ import ebwm_scale
 from ebwm_scale import doctor
 from ebwm_scale.checkpoint.convert import dataset_of
 from ebwm_scale.config.load import config_from_dict
-from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.errors import ConfigError, DataError
 from ebwm_scale.core.files import file_sha256
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.format.side_files import open_manifest
@@ -104,6 +104,21 @@ def test_a_run_refuses_a_dataset_made_again_with_another_tokenizer(
     assert manifest_of(options, run).path == dataset
     older = config_of(dataset)  # of a run that does not know its tokenizer
     assert fill_from_data(older, open_manifest(again)).data.tokenizer_sha256 is not None
+
+
+def test_a_run_that_masks_documents_takes_the_token_between_them_from_its_data(dataset):
+    manifest = open_manifest(dataset)
+    config = config_of(dataset)
+    assert fill_from_data(config, manifest).data.eos_id is None
+    masked = config.replace(data=config.data.replace(mask_documents=True))
+    filled = fill_from_data(masked, manifest)
+    assert filled.data.eos_id == manifest.content.eos_id
+    assert fill_from_data(filled, manifest).data.eos_id == manifest.content.eos_id
+    another = filled.replace(data=filled.data.replace(eos_id=manifest.content.eos_id + 1))
+    with pytest.raises(
+        ConfigError, match="data.eos_id is .*, the dataset .* has .*; leave the key"
+    ):
+        fill_from_data(another, manifest)
 
 
 def test_an_export_without_a_named_dataset_warns_and_carries_none(dataset, other_tokenizer):

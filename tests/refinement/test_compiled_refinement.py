@@ -23,6 +23,7 @@ def gradients(compiled: bool, options: dict):
                 **options.get("model", {}),
             },
             "refinement": {"step_size": 3.0, "compile": compiled, **options.get("refinement", {})},
+            "data": options.get("data", {}),
         }
     )
     torch.manual_seed(1)
@@ -46,9 +47,10 @@ def gradients(compiled: bool, options: dict):
         pytest.param(
             {"model": {"conditioning": "adaln", "num_kv_heads": 1}, "refinement": {"tile_rows": 3}},
             marks=pytest.mark.soak,
-        ),
-    ],  # compiles for four shapes
-    ids=["detach", "full", "adaln_in_tiles"],
+        ),  # compiles for four shapes
+        pytest.param({"data": {"mask_documents": True, "eos_id": 12}}, marks=pytest.mark.soak),
+    ],
+    ids=["detach", "full", "adaln_in_tiles", "documents"],
 )
 @pytest.mark.multiprocess
 def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):
