@@ -217,11 +217,11 @@ def _direction(
         raise ValueError("attention: own keys need the cotangents of both, keys and values")
     a = _by_key_head(directions.query, k)
     q4 = _by_key_head(q, k)
-    keys = _columns(k, k_self, shape, k)
+    k3 = _flat(k)
+    keys = Columns(k3, _own_columns(k_self, shape, k))
     values = _columns(v, v_self, shape, k)
     b = _columns(directions.key, directions.k_self, shape, k)
     c = _columns(directions.value, directions.v_self, shape, k)
-    k3 = _flat(k)
     mean = k3.mean(1, keepdim=True)
     centred = Columns(k3 - mean, None if keys.own is None else keys.own - mean[:, None])
     log_normalizer = log_normalizer.reshape(*q4.shape[:-1], 1)
@@ -381,9 +381,12 @@ def tangent(
 
 def _columns(context: Tensor | None, own: Tensor | None, shape: Shape, k: Tensor) -> Columns:
     """What belongs to the columns of a row; own keys are among them with groups only."""
-    if shape.group_size == 1:
-        own = None
-    return Columns(_flat(context), _by_key_head(own, k))
+    return Columns(_flat(context), _own_columns(own, shape, k))
+
+
+def _own_columns(own: Tensor | None, shape: Shape, k: Tensor) -> Tensor | None:
+    """What belongs to own keys that are columns: with groups."""
+    return _by_key_head(own, k) if shape.group_size > 1 else None
 
 
 def _one_per_row(own: Tensor | None, k: Tensor, shape: Shape) -> Tensor | None:

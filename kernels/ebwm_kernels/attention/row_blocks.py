@@ -91,45 +91,51 @@ class Block:
 
     def against(self, name: str, rows: Tensor, keys: Columns) -> Tensor:
         """rows @ keys' (N, group * rows, columns): every row with each of its columns."""
-        num_columns = self.num_context
-        if keys.own is not None:
-            num_columns += self.shape.group_size
+        if keys.own is None:
+            assert keys.context is not None
+            return self._product(name, rows, self._seen(keys.context).mT)
+        num_columns = self.num_context + self.shape.group_size
         products = self.scratch(name, torch.Size((*rows.shape[:2], num_columns)), rows)
         of_context = products[..., : self.num_context]
         if keys.context is None:
             of_context.zero_()
         else:
             torch.bmm(rows, self._seen(keys.context).mT, out=of_context)
-        if keys.own is not None:
-            own_rows = self._by_group(rows)
-            torch.bmm(own_rows, self._own(keys.own).mT, out=self._of_own(products))
+        own_rows = self._by_group(rows)
+        torch.bmm(own_rows, self._own(keys.own).mT, out=self._of_own(products))
         return products
 
     def mix(self, name: str, weights: Tensor, values: Columns) -> Tensor:
         """weights @ values (N, group * rows, d): each row's sum over its columns."""
-        of_context = weights[..., : self.num_context]
-        like = values.own if values.context is None else values.context
-        assert like is not None
-        mixed = self.scratch(name, torch.Size((*weights.shape[:2], like.shape[-1])), weights)
+        if values.own is None:
+            assert values.context is not None
+            return self._product(name, weights, self._seen(values.context))
         if values.context is None:
-            mixed.zero_()
+            shape = torch.Size((*weights.shape[:2], values.own.shape[-1]))
+            mixed = self.scratch(name, shape, weights).zero_()
         else:
-            torch.bmm(of_context, self._seen(values.context), out=mixed)
-        if values.own is not None:
-            self._by_group(mixed).baddbmm_(self._of_own(weights), self._own(values.own))
+            of_context = weights[..., : self.num_context]
+            mixed = self._product(name, of_context, self._seen(values.context))
+        self._by_group(mixed).baddbmm_(self._of_own(weights), self._own(values.own))
         return mixed
 
     def collect(self, into: Columns, weights: Tensor, rows: Tensor, factor: float = 1.0) -> None:
         """into += factor * weights' @ rows: each column's sum over the rows that see it."""
         if into.context is not None:
-            of_context = weights[..., : self.num_context]
-            shape = torch.Size((rows.shape[0], self.num_context, rows.shape[2]))
-            sums = torch.bmm(of_context.mT, rows, out=self.scratch("keys", shape, rows))
+            of_context = weights
+            if into.own is not None:
+                of_context = weights[..., : self.num_context]
+            sums = self._product("keys", of_context.mT, rows)
             self._seen(into.context).add_(sums, alpha=factor)
         if into.own is not None:
             own_sums = torch.bmm(self._of_own(weights).mT, self._by_group(rows))
             place = into.own[:, :, self._own_places()]
             place.add_(own_sums.view(place.shape), alpha=factor)
+
+    def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
+        """left @ right in scratch memory."""
+        shape = torch.Size((*left.shape[:2], right.shape[2]))
+        return torch.bmm(left, right, out=self.scratch(name, shape, right))
 
     def scores(self, q: Tensor, keys: Columns) -> Tensor:
         """scale * q K' (N, group * rows, columns), -inf where a row does not see."""
@@ -144,18 +150,23 @@ class Block:
 
     def _mask(self, scores: Tensor, num_heads: int) -> Tensor:
         """scores (N, group * rows, columns) with -inf for context that is too late or too early."""
-        by_head = scores.unflatten(1, (num_heads, -1))
         late_from = max(self.late_from, self.first_key)
         if late_from < self.last_key:
+            by_head = scores.unflatten(1, (num_heads, -1))
             late = by_head[..., late_from - self.first_key : self.num_context]
             late.masked_fill_(self._too_late(late_from, scores.device), float("-inf"))
         if self.early_to > self.first_key:
+            by_head = scores.unflatten(1, (num_heads, -1))
             early = by_head[..., : self.early_to - self.first_key]
             early.masked_fill_(self._too_early(scores), float("-inf"))
         return scores
 
     def _too_late(self, late_from: int, device: torch.device) -> Tensor:
         """(rows, columns late_from .. last_key - 1)."""
+        if self.shape.group_size == 1 and self.shape.context_group == 1:  # one step per row
+            size = (self.last - self.first, self.last_key - late_from)
+            hidden = torch.ones(size, dtype=torch.bool, device=device)
+            return hidden.triu(self.late_from - late_from)
         columns = torch.arange(late_from, self.last_key, device=device)
         rows = torch.arange(self.first, self.last, device=device)
         return columns >= last_visible(rows, self.last_key, self.shape)[:, None]
