@@ -11,7 +11,7 @@ O and L enter the second and third as constants: the formulas (attention/referen
 depends on them. Registered with torch.library, since nested autograd.Functions are differentiated
 wrongly under torch.compile. An operation's result is a tensor, so what does not exist is empty.
 
-Backends: "triton" (attention/triton_kernels.py; a GPU, or Triton's interpreter) and "reference"
+Backends: "triton" (attention/triton_backend.py; a GPU, or Triton's interpreter) and "reference"
 (plain PyTorch).
 """
 
@@ -27,7 +27,7 @@ from torch.library import custom_op, register_autograd
 
 from ebwm_kernels.attention import reference
 from ebwm_kernels.attention.reference import Cotangents
-from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
+from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION, architecture_of
 from ebwm_kernels.attention.visibility import Shape
 from ebwm_kernels.autograd_rules import (
     is_traced_without_graph,
@@ -86,8 +86,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dimension: int
         return "it needs an NVIDIA GPU (or TRITON_INTERPRET=1)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return "supported are float16, bfloat16 and float32"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return "it needs compute capability 8.0 or newer"
+    if architecture_of(capability) is None:
+        return (
+            f"no tiles have been compiled for compute capability {capability[0]}.{capability[1]} "
+            "(8.x, 9.0, 10.0, 10.3 and 12.x have some)"
+        )
     return None
 
 
@@ -169,9 +175,9 @@ class Implementation(Protocol):
 
 def _implementation(backend: str) -> Implementation:
     if backend == "triton":
-        from ebwm_kernels.attention import triton_kernels as attention_triton
+        from ebwm_kernels.attention import triton_backend
 
-        return attention_triton
+        return triton_backend
     return reference
 
 
