@@ -13,7 +13,7 @@ depends on them. Registered with torch.library, since nested autograd.Functions 
 wrongly under torch.compile; under torch.func and forward mode transforms.py takes over. An
 operation's result is a tensor, so what does not exist is empty.
 
-Backends: "triton" (attention/triton_kernels.py; a GPU, or Triton's interpreter) and "reference"
+Backends: "triton" (attention/triton_backend.py; a GPU, or Triton's interpreter) and "reference"
 (plain PyTorch).
 """
 
@@ -31,7 +31,7 @@ from ebwm_kernels.attention.definition import attention_definition
 from ebwm_kernels.attention.implementation import Implementation
 from ebwm_kernels.attention.reference import Cotangents
 from ebwm_kernels.attention.transforms import DoubleBackward, Gradient, attend_under_transforms
-from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
+from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION, architecture_of
 from ebwm_kernels.attention.visibility import Shape
 from ebwm_kernels.autograd_rules import (
     is_traced_without_graph,
@@ -102,8 +102,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dimension: int
         return "it needs an NVIDIA GPU (or TRITON_INTERPRET=1)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return "supported are float16, bfloat16 and float32"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return "it needs compute capability 8.0 or newer"
+    if architecture_of(capability) is None:
+        return (
+            f"no tiles have been compiled for compute capability {capability[0]}.{capability[1]} "
+            "(8.x, 9.0, 10.0, 10.3 and 12.x have some)"
+        )
     return None
 
 
@@ -136,9 +142,9 @@ def _is_transformed() -> bool:
 
 def _implementation(backend: str) -> Implementation:
     if backend == "triton":
-        from ebwm_kernels.attention import triton_kernels as attention_triton
+        from ebwm_kernels.attention import triton_backend
 
-        return attention_triton
+        return triton_backend
     return reference
 
 
