@@ -23,6 +23,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
@@ -106,8 +107,7 @@ def is_mapped(tensor: Tensor | None) -> bool:
     """
     if tensor is None:
         return False
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
 
 
 def refuse_transforms(operation: str, instead: str, *gradients: Tensor | None) -> None:

@@ -96,8 +96,8 @@ def _is_transformed(*cotangents: Tensor) -> bool:
 
 
 def _pull_back(
-    function: Callable[..., tuple[Tensor, ...]],
-    inputs: tuple[Tensor, ...],
+    function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    inputs: tuple[Tensor, Tensor, Tensor],
     cotangents: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """Gradients of the inputs for cotangents of a function in plain operations, last ones."""
@@ -164,8 +164,8 @@ class _RMSNormGradient(torch.autograd.Function):
         grad, x, weight = ctx.saved_tensors
         if _is_transformed(a):
 
-            def definition(*tensors: Tensor) -> tuple[Tensor]:
-                return (_rms_norm_gradient_reference(*tensors, ctx.epsilon)[0],)
+            def definition(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor]:
+                return (_rms_norm_gradient_reference(grad, x, weight, ctx.epsilon)[0],)
 
             return *_pull_back(definition, (grad, x, weight), (a,)), None
         return *_rms_norm_second(a, grad, x, weight, ctx.epsilon, ctx.needs_input_grad[2]), None

@@ -88,7 +88,8 @@ def _attention(
     check_keys(operation, q, {"k": k, "v": v})
     check_groups(operation, q.shape[2], shape.offset, shape.group_size, shape.context_group)
     first = first_visible_keys(operation, q, k.shape[2], first_visible, window, shape, own=False)
-    backend = resolve_backend(backend, q.device, q.dtype, q.shape[-1], operation)
+    widest = max(q.shape[-1], v.shape[-1])
+    backend = resolve_backend(backend, q.device, q.dtype, widest, operation)
     return attend(q, k, v, None, None, first, shape, backend)
 
 

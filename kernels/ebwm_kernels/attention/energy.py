@@ -73,7 +73,8 @@ def energy_attention(
     first = first_visible_keys(
         operation, q, k_context.shape[2], first_visible, window, shape, own=True
     )
-    backend = resolve_backend(backend, q.device, q.dtype, q.shape[-1], operation)
+    widest = max(q.shape[-1], v_context.shape[-1])
+    backend = resolve_backend(backend, q.device, q.dtype, widest, operation)
     return attend(q, k_context, v_context, k_self, v_self, first, shape, backend)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-import ebwm_kernels.attention.transforms  # noqa: F401  registers the tangent
 from ebwm_kernels.attention.ops import PRODUCTS
 from ebwm_kernels.attention.visibility import Shape, hidden_pairs, visible_pairs
 

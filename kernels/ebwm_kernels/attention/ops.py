@@ -4,15 +4,16 @@ who computes them.
     ebwm::attention                   q, K, V [, k*, v*]        -> O, L
     ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]
     ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]
+    ebwm::attention_tangent           Q., K., V. [, k*., v*.]   -> O., for forward mode
 
-ebwm::attention_tangent and the way through torch.func's transforms are in transforms.py.
 The backward of each is the next one; the last has none: a third derivative raises.
 
 O and L enter the second and third as constants: the formulas (attention/reference.py) hold what
 depends on them. Registered with torch.library, since nested autograd.Functions are differentiated
-wrongly under torch.compile. An operation's result is a tensor, so what does not exist is empty.
+wrongly under torch.compile; under torch.func and forward mode transforms.py takes over. An
+operation's result is a tensor, so what does not exist is empty.
 
-Backends: "triton" (attention/triton_kernels.py; a GPU, or Triton's interpreter) and "reference"
+Backends: "triton" (attention/triton_backend.py; a GPU, or Triton's interpreter) and "reference"
 (plain PyTorch).
 """
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ from torch.library import custom_op, register_autograd
 
 from ebwm_kernels.attention import reference
 from ebwm_kernels.attention.definition import attention_definition
+from ebwm_kernels.attention.implementation import Implementation
 from ebwm_kernels.attention.reference import Cotangents
-from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
+from ebwm_kernels.attention.transforms import DoubleBackward, Gradient, attend_under_transforms
+from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION, architecture_of
 from ebwm_kernels.attention.visibility import Shape
 from ebwm_kernels.autograd_rules import (
     is_traced_without_graph,
@@ -100,8 +102,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dimension: int
         return "it needs an NVIDIA GPU (or TRITON_INTERPRET=1)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return "supported are float16, bfloat16 and float32"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return "it needs compute capability 8.0 or newer"
+    if architecture_of(capability) is None:
+        return (
+            f"no tiles have been compiled for compute capability {capability[0]}.{capability[1]} "
+            "(8.x, 9.0, 10.0, 10.3 and 12.x have some)"
+        )
     return None
 
 
@@ -122,9 +130,8 @@ def attend(
     if transforms_active():
         if torch.compiler.is_compiling():  # which differentiates nested Functions wrongly
             return attention_definition(*tensors, shape)
-        from ebwm_kernels.attention.transforms import attend_under_transforms
-
-        return attend_under_transforms(*tensors, (*shape, backend))
+        rest = (*shape, backend)
+        return attend_under_transforms(*tensors, rest)  # pyright: ignore[reportCallIssue]
     return torch.ops.ebwm.attention(*tensors, *shape, backend)[0]
 
 
@@ -133,71 +140,11 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and transforms_active()
 
 
-class Implementation(Protocol):
-    """What a backend is: three levels and the tangent, as attention/reference.py defines them."""
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        shape: Shape,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def gradient(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
-        *,
-        with_keys: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
-
-    def double_backward(
-        self,
-        cotangents: Cotangents,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
-
-    def tangent(
-        self,
-        tangents: Cotangents,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
-    ) -> Tensor: ...
-
-
 def _implementation(backend: str) -> Implementation:
     if backend == "triton":
-        from ebwm_kernels.attention import triton_kernels as attention_triton
+        from ebwm_kernels.attention import triton_backend
 
-        return attention_triton
+        return triton_backend
     return reference
 
 
@@ -273,8 +220,6 @@ def _backward_attention(ctx, grad, _):
         log_normalizer.detach(),
     )
     if _is_transformed():
-        from ebwm_kernels.attention.transforms import Gradient
-
         result = Gradient.apply(*tensors, (*ctx.rest, with_keys))
     else:
         result = torch.ops.ebwm.attention_gradient(
@@ -387,8 +332,6 @@ def _backward_gradient(ctx, a, b, c, b_self, c_self):
         c_self = _or_zeros(c_self, v_self)
     tensors = (a, b, c, b_self, c_self, *saved)
     if _is_transformed():
-        from ebwm_kernels.attention.transforms import DoubleBackward
-
         result = DoubleBackward.apply(*tensors, tuple(ctx.rest))
     else:
         result = torch.ops.ebwm.attention_double_backward(*tensors, *ctx.rest)
@@ -485,3 +428,48 @@ def _(
         q.new_empty(0 if k_self is None else k_self.shape),
         q.new_empty(0 if v_self is None else v_self.shape),
     )
+
+
+# -------------------------------------------------------------------------------------- the tangent
+
+
+@custom_op("ebwm::attention_tangent", mutates_args=())
+@without_autocast
+def _tangent(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    b_self: Tensor | None,
+    c_self: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
+    first_visible: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    scale: float,
+    offset: int,
+    causal: bool,
+    group_size: int,
+    context_group: int,
+    backend: str,
+) -> Tensor:
+    return _implementation(backend).tangent(
+        Cotangents(a, b, c, b_self, c_self),
+        q,
+        k,
+        v,
+        k_self,
+        v_self,
+        first_visible,
+        out,
+        log_normalizer,
+        Shape(scale, offset, causal, group_size, context_group),
+    )
+
+
+@_tangent.register_fake
+def _(a, b, c, b_self, c_self, q, k, v, k_self, v_self, first_visible, out, *rest):
+    return out.new_empty(out.shape)

@@ -31,58 +31,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.library import custom_op
-
-from ebwm_kernels.attention.ops import _implementation
-from ebwm_kernels.attention.reference import Cotangents
-from ebwm_kernels.attention.visibility import Shape
-from ebwm_kernels.autograd_rules import without_autocast
 
 # q, k, v, k_self, v_self, first_visible: what every level is given, and None where it is absent
 NUM_TENSORS = 6
 NUM_DIFFERENTIABLE = 5
-
-
-@custom_op("ebwm::attention_tangent", mutates_args=())
-@without_autocast
-def _tangent(
-    a: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    b_self: Tensor | None,
-    c_self: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    out: Tensor,
-    log_normalizer: Tensor,
-    scale: float,
-    offset: int,
-    causal: bool,
-    group_size: int,
-    context_group: int,
-    backend: str,
-) -> Tensor:
-    return _implementation(backend).tangent(
-        Cotangents(a, b, c, b_self, c_self),
-        q,
-        k,
-        v,
-        k_self,
-        v_self,
-        first_visible,
-        out,
-        log_normalizer,
-        Shape(scale, offset, causal, group_size, context_group),
-    )
-
-
-@_tangent.register_fake
-def _(a, b, c, b_self, c_self, q, k, v, k_self, v_self, first_visible, out, *rest):
-    return out.new_empty(out.shape)
 
 
 @torch.compiler.disable  # nested Functions are differentiated wrongly there
@@ -163,18 +115,17 @@ class Gradient(Function):
     def jvp(ctx, grad_tangent, *tangents):
         grad, *saved = ctx.saved_tensors
         *rest, with_keys = ctx.rest
-        result = None
         given = tangents[:NUM_DIFFERENTIABLE]
+        parts = []
         if any(u is not None for u in given):
             directions = _zeros_for_none(given, saved)
-            moved = DoubleBackward.apply(*directions, grad, *saved, rest)[1:]
-            result = [moved[0], *moved[1:3], *moved[3:]]
+            moved = list(DoubleBackward.apply(*directions, grad, *saved, rest)[1:])
             if not with_keys:
-                result[1:3] = (moved[0].new_zeros(0), moved[0].new_zeros(0))
+                moved[1:3] = (grad.new_zeros(0), grad.new_zeros(0))
+            parts.append(moved)
         if grad_tangent is not None:
-            of_grad = Gradient.apply(grad_tangent, *saved, ctx.rest)
-            result = of_grad if result is None else [a + b for a, b in zip(result, of_grad)]
-        return tuple(result)
+            parts.append(Gradient.apply(grad_tangent, *saved, ctx.rest))
+        return tuple(sum(summands[1:], summands[0]) for summands in zip(*parts))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
