@@ -73,7 +73,7 @@ class Marks:
             ignore_index=IGNORE,
             reduction="none",
         ).view(targets.shape)
-        right = (logits.argmax(-1) == targets) & scored
+        right = logits.argmax(-1) == targets  # never where a position is not scored
         count = scored.sum(1).double()
         accuracy = right.sum(1).double() / count
         return Marks(
@@ -95,6 +95,15 @@ class Marks:
             "loss": bootstrap_ci(self.loss),
             "accuracy": bootstrap_ci(self.accuracy),
             "solved": share_ci(self.solved),
+        }
+
+    def gain_over(self, other: Marks) -> dict[str, Any]:
+        """How much lower the loss is and how much more is solved, instance by instance: above 0 is
+        better than the other.
+        """
+        return {
+            "fall_of_loss": bootstrap_ci(other.loss - self.loss),
+            "rise_of_solved": bootstrap_ci(self.solved - other.solved),
         }
 
     def by_difficulty(self, bins: Sequence[Bin]) -> list[dict[str, Any]]:
@@ -167,17 +176,26 @@ def evaluate_solving(
         point = {"num_steps": 0} | marks.summary() | {"by_difficulty": marks.by_difficulty(bins)}
         return result | {"trained_steps": None, "steps": [point]}
     trained, seed = config.refinement.num_steps, config.train.seed
-    curve = []
+    after: dict[int, Marks] = {}  # number of steps -> marks
     for num_steps in sorted(set(steps) | {trained}):
         thinking = ThinkingConfig(num_steps=num_steps, seed=seed)
-        marks = Marks.joined(
+        after[num_steps] = Marks.joined(
             [
                 Marks.of(_thought(model, batch, thinking).state, batch.targets)
                 for batch in tracked(batches, f"{num_steps} steps", progress)
             ]
         )
+    curve = []
+    previous = None
+    for num_steps, marks in after.items():
         point = {"num_steps": num_steps} | marks.summary()
-        curve.append(point | {"by_difficulty": marks.by_difficulty(bins)})
+        point["by_difficulty"] = marks.by_difficulty(bins)
+        if previous is not None:
+            point["gain_over_previous"] = marks.gain_over(previous)
+        if num_steps != trained:
+            point["gain_over_trained"] = marks.gain_over(after[trained])
+        curve.append(point)
+        previous = marks
     result |= {"trained_steps": trained, "steps": curve}
     stopping = _early_stopping(model, batches, difficulty, 4 * trained, tolerance, seed, progress)
     return result | {"early_stopping": stopping}

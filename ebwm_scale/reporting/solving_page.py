@@ -71,11 +71,26 @@ def _steps_table(result: dict[str, Any], points: list[dict]) -> dict[str, Any]:
             with_interval(point["solved"]),
             with_interval(point["accuracy"]),
             with_interval(point["loss"]),
+            _gain(point, "rise_of_solved"),
+            _gain(point, "fall_of_loss"),
         ]
         for point in points
     ]
-    heads = ["steps", "solved instances", "right tokens", "loss, nats per scored token"]
+    heads = [
+        "steps",
+        "solved instances",
+        "right tokens",
+        "loss, nats per scored token",
+        "more solved than in the row above",
+        "less loss than in the row above",
+    ]
     return {"heads": heads, "rows": rows}
+
+
+def _gain(point: dict, what: str) -> str:
+    if "gain_over_previous" not in point:
+        return "–"
+    return with_interval(point["gain_over_previous"][what])
 
 
 def _difficulty_table(points: list[dict]) -> dict[str, Any]:

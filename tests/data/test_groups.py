@@ -184,10 +184,18 @@ def test_a_number_of_scored_targets_that_cannot_be_is_refused(tasks, targets):
         load_manifest(manifest)
 
 
-def test_a_context_that_cuts_a_group_is_refused_and_one_of_whole_groups_is_not(made):
-    manifest = load_manifest(made / "grid" / "manifest.json")
+def test_a_context_that_cuts_an_instance_or_a_group_is_refused(tasks):
+    path = tasks / "grid" / "manifest.json"
+    manifest = load_manifest(path)
     check_context(manifest, P)
-    for length, part in ((P - 1, "are groups of 16 tokens"), (2 * P, "were packed for 16")):
+    for length in (P - 1, 2 * P):
+        with pytest.raises(DataError, match=f"have {P} observed tokens each, and are not cut"):
+            check_context(manifest, length)
+    edit(path, members=[], group_size=8, grid=[2, 4])  # four groups, of which three are observed
+    manifest = load_manifest(path)
+    for length in (8, 16, 24):
+        check_context(manifest, length)
+    for length, part in ((9, "are groups of 8 tokens"), (32, "were packed for 24; use 1 to 24")):
         with pytest.raises(DataError, match=part):
             check_context(manifest, length)
 

@@ -271,11 +271,21 @@ def test_no_instance_is_in_two_splits_or_twice_and_harder_ones_are_held_out(name
     assert all(instance.difficulty >= limit for instance in found[HARDER])
     for split in ("train", "validation"):
         assert all(instance.difficulty < limit for instance in found[split])
-    # The split of an instance is its own: other numbers of instances move none across.
-    more = Request(family, (SMALL[name],), {"train": 75, "validation": 25}, limit, 0, 25)
-    train = {instance.identity for instance in found["train"]}
-    again = [i.identity for split, i in drawn(more) if split == "validation"]
-    assert not train & set(again)
+
+
+def test_the_side_of_an_instance_is_its_own_whatever_else_is_drawn():
+    family, sides = FAMILIES["multiplication"], []
+    # Of one digit there are 45 products, so that both requests draw nearly all of them.
+    for sizes, share in (((1,), 1), ((1, 2), 4)):
+        counts = {"train": 28 * share, "validation": 7 * share}
+        side = {}
+        for split, instance in drawn(Request(family, sizes, counts, None, 0, 25)):
+            assert instance.identity not in side  # none twice
+            side[instance.identity] = split
+        sides.append(side)
+    both = sides[0].keys() & sides[1].keys()
+    assert len(both) > 20 and len({sides[0][identity] for identity in both}) == 2
+    assert all(sides[0][identity] == sides[1][identity] for identity in both)
 
 
 @pytest.mark.parametrize(

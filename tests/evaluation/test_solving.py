@@ -118,6 +118,17 @@ def test_the_loss_is_that_of_validation_and_difficulties_add_up(hops, kind):
     if kind == "energy":
         assert [p["num_steps"] for p in result["steps"]] == [1, 2, 3]
         assert len(row["energy_per_step"]) == 2
+        first, second, third = result["steps"]
+        assert "gain_over_previous" not in first and "gain_over_trained" not in second
+        for better, worse, gain in (
+            (second, first, second["gain_over_previous"]),
+            (third, second, third["gain_over_previous"]),
+            (third, second, third["gain_over_trained"]),
+            (first, second, first["gain_over_trained"]),
+        ):
+            fall = worse["loss"]["mean"] - better["loss"]["mean"]
+            assert gain["fall_of_loss"]["mean"] == pytest.approx(fall, abs=1e-12)
+            assert gain["fall_of_loss"]["low"] <= fall <= gain["fall_of_loss"]["high"]
         stopping = result["early_stopping"]
         assert 1 <= stopping["mean_steps"]["mean"] <= stopping["max_steps"] == 8
         assert -1 <= stopping["rank_correlation_of_steps_with_difficulty"]["mean"] <= 1

@@ -330,8 +330,15 @@ def _same(item: Sequence) -> Sequence:
 
 
 def check_context(manifest: Manifest, context_length: int) -> None:
-    """DataError if the samples of a dataset are shorter than the context, or it cuts a group."""
+    """DataError if the samples of a dataset are shorter than the context, or it cuts a group or an
+    instance of a task.
+    """
     packed, group_size = manifest.context_length, manifest.content.group_size
+    if manifest.content.members and context_length != packed:
+        raise DataError(
+            f"data.context_length is {context_length}: the instances of {manifest.path} have "
+            f"{packed} observed tokens each, and are not cut; leave the key out"
+        )
     if context_length % group_size:
         raise DataError(
             f"data.context_length is {context_length}: the samples of {manifest.path} are groups "
