@@ -26,6 +26,7 @@ from ebwm_kernels import (
 from ebwm_kernels.attention import reference, transforms
 from ebwm_kernels.attention.causal import causal_attention_definition
 from ebwm_kernels.attention.energy import energy_attention_definition
+from ebwm_kernels.attention.ops import why_not_triton
 from ebwm_kernels.pointwise import rms_norm_reference, swiglu_reference
 
 B, S, C, D, D_V = 2, 4, 5, 3, 2
@@ -34,7 +35,7 @@ DOCUMENTS = torch.tensor([[0, 0, 2, 2], [0, 0, 0, 0]])
 
 
 def with_options(function, **options):
-    return lambda *tensors: function(*tensors, **options)
+    return lambda *tensors, **more: function(*tensors, **options, **more)
 
 
 def attention_pair(shapes, operation, definition, **options):
@@ -221,6 +222,23 @@ def check(name, way):
 @EVERY
 def test_each_way_to_differentiate_gives_the_numbers_of_the_definition(name, way):
     check(name, way)
+
+
+INTERPRETED = why_not_triton(torch.device("cpu"), torch.float64, D) is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not there")
+@pytest.mark.parametrize("way", [tangent, forward_over_reverse], ids=lambda way: way.__name__)
+def test_the_triton_kernels_give_the_numbers_of_the_definition(way):
+    shapes, operation, definition = CASES["energy in groups, two documents"]
+    inputs = tuple(u[:, :2] for u in draw(shapes[:3])) + tuple(u[:, :1] for u in draw(shapes[3:]))
+
+    def on_triton(*tensors):
+        return operation(*tensors, backend="triton")
+
+    torch.testing.assert_close(
+        way(on_triton, inputs), way(definition, inputs), rtol=1e-10, atol=1e-12
+    )
 
 
 @EVERY
