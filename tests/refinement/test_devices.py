@@ -40,7 +40,18 @@ TEXT = {
     "a step computed again": ["refinement.recompute=step"],
     "block by block": ["refinement.recompute=block"],
     "masked document starts": ["data.mask_document_starts=true"],
+    "masked documents": ["data.mask_documents=true", "data.eos_id=0"],
+    "masked documents, block by block": [
+        "data.mask_documents=true",
+        "data.eos_id=0",
+        "refinement.recompute=block",
+    ],
     "Transformer++": ["model.kind=baseline"],
+    "Transformer++, masked documents": [
+        "model.kind=baseline",
+        "data.mask_documents=true",
+        "data.eos_id=0",
+    ],
 }
 VIDEO = {
     "video": ["state.kind=embedding", f"state.dimension={DIMENSION}"],
