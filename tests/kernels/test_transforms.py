@@ -1,82 +1,34 @@
-"""torch.func's transforms, forward mode and autocast: right numbers in float64, or one sentence
-that says what to use. Never a zero in place of a tangent.
+"""torch.func's transforms and forward mode: right numbers in float64, or one sentence that says
+what to use. Never a zero in place of a tangent.
 """
-
-import contextlib
 
 import pytest
 import torch
 from torch import func
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
+from transform_cases import (
+    ATTENTION,
+    CASES,
+    D_V,
+    DOCUMENTS,
+    EVERY,
+    KEY,
+    QUERY,
+    VALUE,
+    B,
+    D,
+    S,
+    draw,
+    summed,
+    vocabulary_calls,
+)
 
 import ebwm_kernels.attention.flops  # noqa: F401  registers them
-from ebwm_kernels import (
-    autograd_rules,
-    causal_attention,
-    energy_attention,
-    observed_attention,
-    rms_norm,
-    swiglu,
-    vocabulary_cross_entropy,
-    vocabulary_descend,
-    vocabulary_embed,
-    vocabulary_step,
-)
+from ebwm_kernels import causal_attention, observed_attention
 from ebwm_kernels.attention import reference, transforms
 from ebwm_kernels.attention.causal import causal_attention_definition
-from ebwm_kernels.attention.energy import energy_attention_definition
-from ebwm_kernels.pointwise import rms_norm_reference, swiglu_reference
-
-B, S, C, D, D_V = 2, 4, 5, 3, 2
-QUERY, OWN_VALUE, KEY, VALUE = (B, 4, S, D), (B, 4, S, D_V), (B, 2, C, D), (B, 2, C, D_V)
-DOCUMENTS = torch.tensor([[0, 0, 2, 2], [0, 0, 0, 0]])
-
-
-def with_options(function, **options):
-    return lambda *tensors: function(*tensors, **options)
-
-
-def attention_pair(shapes, operation, definition, **options):
-    return shapes, with_options(operation, **options), with_options(definition, **options)
-
-
-ENERGY = [QUERY, QUERY, OWN_VALUE, KEY, VALUE]
-CASES = {  # shapes of the inputs, the operation, its definition
-    "energy": attention_pair(
-        ENERGY, energy_attention, energy_attention_definition, context_offset=1
-    ),
-    "energy in groups, two documents": attention_pair(
-        ENERGY,
-        energy_attention,
-        energy_attention_definition,
-        group_size=2,
-        first_visible=DOCUMENTS,
-    ),
-    "causal": attention_pair(
-        [QUERY, KEY, VALUE], causal_attention, causal_attention_definition, window=2
-    ),
-    "bidirectional": attention_pair(
-        [QUERY, KEY, VALUE], causal_attention, causal_attention_definition, causal=False
-    ),
-    "rms_norm": (
-        [(B, S, D), (D,)],
-        with_options(rms_norm, epsilon=1e-5),
-        with_options(rms_norm_reference, epsilon=1e-5),
-    ),
-    "swiglu": ([(B, S, D), (B, S, D)], swiglu, swiglu_reference),
-}
-ATTENTION = [name for name in CASES if name not in ("rms_norm", "swiglu")]
-EVERY = pytest.mark.parametrize("name", CASES)
-
-
-def draw(shapes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes)
-
-
-def summed(function):
-    return lambda *tensors: function(*tensors).sin().sum()
+from ebwm_kernels.attention.ops import why_not_triton
 
 
 def in_all(function):
@@ -223,6 +175,23 @@ def test_each_way_to_differentiate_gives_the_numbers_of_the_definition(name, way
     check(name, way)
 
 
+INTERPRETED = why_not_triton(torch.device("cpu"), torch.float64, D) is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not there")
+@pytest.mark.parametrize("way", [tangent, forward_over_reverse], ids=lambda way: way.__name__)
+def test_the_triton_kernels_give_the_numbers_of_the_definition(way):
+    shapes, operation, definition = CASES["energy in groups, two documents"]
+    inputs = tuple(u[:, :2] for u in draw(shapes[:3])) + tuple(u[:, :1] for u in draw(shapes[3:]))
+
+    def on_triton(*tensors):
+        return operation(*tensors, backend="triton")
+
+    torch.testing.assert_close(
+        way(on_triton, inputs), way(definition, inputs), rtol=1e-10, atol=1e-12
+    )
+
+
 @EVERY
 def test_a_tangent_is_the_difference_quotient_in_float64(name):
     shapes, operation, _ = CASES[name]
@@ -302,17 +271,6 @@ def test_functional_hvp_raises_and_names_what_does_it(name):
         torch.autograd.functional.hvp(loss, first, first)
 
 
-def vocabulary_calls(hidden, weight):
-    targets = torch.tensor([1, 0, 2])
-    probabilities = torch.full((3, len(weight)), 1 / len(weight), dtype=weight.dtype)
-    return {
-        "vocabulary_embed": lambda w: vocabulary_embed(probabilities, w)[1],
-        "vocabulary_descend": lambda w: vocabulary_descend(w, hidden, targets)[1],
-        "vocabulary_step": lambda w: vocabulary_step(probabilities, w, hidden, targets)[1],
-        "vocabulary_cross_entropy": lambda w: vocabulary_cross_entropy(hidden, w, targets),
-    }
-
-
 @pytest.mark.parametrize("name", vocabulary_calls(*draw([(3, 4), (6, 4)])))
 def test_first_order_operations_refuse_transforms_in_one_sentence(name):
     hidden, weight = draw([(3, 4), (6, 4)])
@@ -338,49 +296,6 @@ def test_observed_attention_never_drops_a_tangent():
         return
     _, right = func.jvp(causal_attention_definition, (q, k, v), directions((q, k, v)))
     torch.testing.assert_close(moved, right)
-
-
-# ----------------------------------------------------------------------------------------- autocast
-
-
-def autocast_numbers(name, context):
-    """Output, inner gradient and second-order gradients, all computed within the context."""
-    shapes, operation, _ = CASES[name]
-    leaves = [u.float().requires_grad_() for u in draw(shapes)]
-    with context:
-        out = operation(*leaves)
-        (inner,) = torch.autograd.grad(summed(lambda u: u)(out), leaves[:1], create_graph=True)
-        return [out, inner, *torch.autograd.grad(inner.sin().sum(), leaves)]
-
-
-def autocast():
-    return torch.autocast("cpu", dtype=torch.bfloat16)
-
-
-@EVERY
-def test_results_under_autocast_are_those_outside_it_to_the_bit(name):
-    inside, outside = (autocast_numbers(name, c) for c in (autocast(), contextlib.nullcontext()))
-    for mine, theirs in zip(inside, outside):
-        assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("name", vocabulary_calls(*draw([(3, 4), (6, 4)])))
-def test_the_vocabulary_is_the_same_under_autocast(name):
-    def numbers(context):
-        hidden, weight = (u.float() for u in draw([(3, 4), (6, 4)]))
-        leaf = weight.requires_grad_()
-        with context:
-            out = vocabulary_calls(hidden, weight.detach())[name](leaf)
-            return [out, *torch.autograd.grad(out.sum(), leaf)]
-
-    for mine, theirs in zip(numbers(autocast()), numbers(contextlib.nullcontext())):
-        assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
-
-
-def test_tensors_of_two_precisions_are_refused_with_what_to_do():
-    q, k, v = (u.float() for u in draw([QUERY, KEY, KEY]))
-    with autocast(), pytest.raises(ValueError, match="autocast casts nothing here: cast them"):
-        causal_attention(q, k.bfloat16(), v.bfloat16())
 
 
 # ------------------------------------------------------------------------------- what would be seen
@@ -413,12 +328,6 @@ def test_a_map_over_the_wrong_dimension_is_noticed(monkeypatch):
     monkeypatch.setattr(transforms, "_mapped", wrong)
     with pytest.raises((AssertionError, RuntimeError)):
         check("causal", mapped)
-
-
-def test_autocast_inside_an_operation_is_noticed(monkeypatch):
-    monkeypatch.setattr(autograd_rules.torch._C, "_is_any_autocast_enabled", lambda: False)
-    with pytest.raises(AssertionError):
-        test_results_under_autocast_are_those_outside_it_to_the_bit("rms_norm")
 
 
 def test_a_tangent_dropped_by_the_operator_is_noticed(monkeypatch):

@@ -137,7 +137,7 @@ def tangent(
 ) -> Tensor:
     """As reference.tangent."""
     call = Call(q, k, v, k_self, v_self, first_visible, shape)
-    return _tangent_of(call, tangents, None, ready(out), ready(log_normalizer), None)
+    return _tangent_of(call, _ready(tangents), None, ready(out), ready(log_normalizer), None)
 
 
 def double_backward(
@@ -156,7 +156,7 @@ def double_backward(
     """As reference.double_backward."""
     call = Call(q, k, v, k_self, v_self, first_visible, shape)
     grad, out, log_normalizer = ready(grad), ready(out), ready(log_normalizer)
-    cotangents = Cotangents(*(ready(u) for u in cotangents))
+    cotangents = _ready(cotangents)
     a, b, c, b_self, c_self = cotangents
     has_keys = b is not None
     mu, phi, delta = call.statistic(), call.statistic(), call.statistic()
@@ -245,6 +245,16 @@ def double_backward(
     return g_grad, g_q, g_k, g_v, g_k_self, g_v_self
 
 
+def _ready(cotangents: Cotangents) -> Cotangents:
+    return Cotangents(
+        ready(cotangents.query),
+        ready(cotangents.key),
+        ready(cotangents.value),
+        ready(cotangents.k_self),
+        ready(cotangents.v_self),
+    )
+
+
 def _tangent_of(
     call: Call,
     tangents: Cotangents,
@@ -267,7 +277,7 @@ def _tangent_of(
         out,
         log_normalizer,
         grad,
-        *(ready(u) for u in tangents),
+        *tangents,
         moved,
         *(statistics or (None, None, None)),
         OWN=call.own,
