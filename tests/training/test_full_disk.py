@@ -26,7 +26,7 @@ NEVER = "times=1000"
 
 @pytest.fixture(scope="module")
 def reference(runs):
-    return runs.run("whole")
+    return runs.run("whole", afresh=True)
 
 
 def events(runs, name):

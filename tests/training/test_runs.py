@@ -26,7 +26,7 @@ ALGORITHM_1 = {"refinement.graph": "full", "refinement.loss": "last"}
 
 @pytest.fixture(scope="module")
 def reference(runs):
-    return runs.run("reference")
+    return runs.run("reference", afresh=True)
 
 
 def test_a_run_prints_what_happens_and_leaves_the_documented_folder(runs, reference):

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.files import read_small
 from ebwm_scale.core.plain_text import shown
-from ebwm_scale.core.strict_json import is_whole, parse
+from ebwm_scale.core.strict_json import other_version, parse
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.tar import MAX_MEMBER_BYTES
@@ -87,9 +88,9 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
     """
     path = manifest.folder / shard.index_path
     try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise DataError(f"{path}: the index has more than {MAX_INDEX_BYTES} bytes; {_REMAKE}")
-        content = path.read_bytes()
+        content = read_small(path, MAX_INDEX_BYTES)
+    except ValueError as error:
+        raise DataError(f"{path}: not an index ({error}); {_REMAKE}") from None
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the index of shard {shard.path}: {error.strerror}; {_REMAKE}"
@@ -119,12 +120,9 @@ def parse_index(content: bytes, where: str, shard: str, *, size: int) -> ShardIn
         values = parse(content)
     except ValueError as error:
         raise DataError(f"{where}: not an index ({error}); {_REMAKE}") from None
-    version = values.get("index_version") if isinstance(values, dict) else None
-    if version != INDEX_VERSION or not is_whole(version):
-        raise DataError(
-            f"{where}: index_version is {shown(version)}: this release reads {INDEX_VERSION}; "
-            f"{_REMAKE}"
-        )
+    problem = other_version(values, "index_version", INDEX_VERSION)
+    if problem is not None:
+        raise DataError(f"{where}: {problem}; {_REMAKE}")
     if values.get("shard") != shard:
         raise DataError(
             f"{where}: does not fit shard {shard}: it describes {shown(values.get('shard'))}; "
