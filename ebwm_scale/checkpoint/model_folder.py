@@ -35,12 +35,10 @@ from ebwm_scale.core.strict_json import is_whole, parse
 from ebwm_scale.core.tensor_files import TensorFile, TensorWriter
 from ebwm_scale.data.format.manifest import MANIFEST_NAME, Manifest
 
-WEIGHTS, INDEX, FACTS, TRAINING = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "conversion.json",
-    "training",
-)
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FACTS = "conversion.json"
+TRAINING = "training"
 MODEL_TYPE = "ebwm"
 MAX_FACTS_BYTES = 256 * 2**20
 READ = ("config.yaml", "config.json", WEIGHTS, INDEX, "data/*", f"{TRAINING}/*")
@@ -227,7 +225,9 @@ class Training:
     def __init__(
         self, read: Callable[[str, str], Tensor], trainer: dict[str, Any], replay: dict | None
     ):
-        self.read, self.trainer, self.replay = read, trainer, replay
+        self.read = read
+        self.trainer = trainer
+        self.replay = replay
 
     def write(
         self,

@@ -37,7 +37,9 @@ class RunFolder:
     def __init__(
         self, path: Path, config: Config, world: World, faults: Faults, ownership: Ownership
     ):
-        self.path, self.config, self.world = path, config, world
+        self.path = path
+        self.config = config
+        self.world = world
         self.faults, self.ownership = faults, ownership
         self.is_main = world.is_main
         self._logs = {
@@ -146,7 +148,10 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return None
-        rows, validated, end, is_in_one_piece = Rows(path), None, 0, True
+        rows = Rows(path)
+        validated = None
+        end = 0
+        is_in_one_piece = True
         for start, line, row in _rows_until(rows, step):
             is_in_one_piece = is_in_one_piece and start == end
             end = start + len(line)

@@ -49,7 +49,9 @@ class TextContent:
     tokenizer_path: Path
     tokenizer_sha256: str
 
-    modality, unit, size_name = "text", "tokens", "vocabulary_size"
+    modality = "text"
+    unit = "tokens"
+    size_name = "vocabulary_size"
 
     @property
     def size(self) -> int:
@@ -97,7 +99,9 @@ class VideoContent:
     mean: np.ndarray  # (dimension,) float32 statistics of the training embeddings, per component
     std: np.ndarray
 
-    modality, unit, size_name = "video", "frames", "dimension"
+    modality = "video"
+    unit = "frames"
+    size_name = "dimension"
 
     @property
     def size(self) -> int:
@@ -155,12 +159,9 @@ def decode_sample(
 
 def field_names(stored: str, block_length: int) -> tuple[str, ...]:
     """The fields of a video sample, clip.json last."""
-    frames = (
-        ("frames.npy",)
-        if stored == "embedding"
-        else tuple(f"{i:03d}.{_SUFFIX[stored]}" for i in range(block_length))
-    )
-    return (*frames, CLIP_FIELD)
+    if stored == "embedding":
+        return ("frames.npy", CLIP_FIELD)
+    return (*(f"{i:03d}.{_SUFFIX[stored]}" for i in range(block_length)), CLIP_FIELD)
 
 
 def decode_image(content: bytes, size: tuple[int, int] | None = None) -> np.ndarray:

@@ -197,10 +197,8 @@ def _video_content(take: _Taker, values: dict) -> VideoContent:
         )
     file, sha256 = None, None
     if "file" in encoder:
-        file, sha256 = (
-            take.path.parent / take.relative(encoder, "file", "encoder."),
-            take(encoder, "sha256", str, "encoder."),
-        )
+        file = take.path.parent / take.relative(encoder, "file", "encoder.")
+        sha256 = take(encoder, "sha256", str, "encoder.")
     return VideoContent(
         stored=stored,
         height=take(frames, "height", int, "frames."),

@@ -134,7 +134,9 @@ class ShardTable(Sequence[ShardInfo]):
         files: Sequence[PartInfo] = (),
     ):
         """num_samples: of the shards of each part, in their order."""
-        self.manifest, self.files, self._held = manifest, tuple(files), list(held)
+        self.manifest = manifest
+        self.files = tuple(files)
+        self._held = list(held)
         self._cached: OrderedDict[int, Part] = OrderedDict()
         self.num_samples = np.concatenate([np.empty(0, np.int64), *num_samples])
         self._starts = np.cumsum([0, *map(len, num_samples)], dtype=np.int64)
