@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch
