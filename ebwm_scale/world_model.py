@@ -30,6 +30,7 @@ from ebwm_scale.model.baseline import (
 )
 from ebwm_scale.model.documents import document_starts, last_document
 from ebwm_scale.model.energy_transformer import EnergyTransformer
+from ebwm_scale.model.groups import regroup
 from ebwm_scale.model.states import EmbeddingState, VocabularyState
 from ebwm_scale.refinement.block_recompute import gathered
 from ebwm_scale.refinement.loop import refine
@@ -72,6 +73,8 @@ class WorldModel(nn.Module):
         model = config.model
         width = resolved.model_sizes(model).width
         size = resolved.state_size(config)
+        group_size = resolved.group_size(config)
+        grid = resolved.grid(config)
         if config.state.kind == "vocabulary":
             self.token_embedding = nn.Embedding(size, width)  # N(0, 1), as released
         else:
@@ -79,7 +82,7 @@ class WorldModel(nn.Module):
             nn.init.xavier_normal_(self.frame_projection.weight)
             nn.init.zeros_(self.frame_projection.bias)
         if model.kind == "baseline":
-            self.network = BaselineTransformer(model)
+            self.network = BaselineTransformer(model, group_size, grid)
             if config.state.kind == "vocabulary":
                 self.output = Output(width, size, bias=False)
             elif model.output == "one_linear":
@@ -90,7 +93,9 @@ class WorldModel(nn.Module):
             return
         refinement = config.refinement
         content_scale = 1 / (refinement.step_size * config.state.map_scale)  # energy_head.py
-        self.network = EnergyTransformer(model, num_landscapes(refinement), content_scale)
+        self.network = EnergyTransformer(
+            model, num_landscapes(refinement), content_scale, group_size, grid
+        )
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
         )  # (1,): engines want no 0-d ones
@@ -109,6 +114,15 @@ class WorldModel(nn.Module):
         if not isinstance(self.network, EnergyTransformer):
             raise TypeError("a baseline has no energies and no landscapes")
         return self.network
+
+    def regroup(self, group_size: int, grid: tuple[int, int] | None) -> None:
+        """Read sequences of other groups from now on, for example larger mazes than trained on.
+
+        No parameter depends on them. Raises ValueError as RotaryTable does.
+        """
+        regroup(self.network, group_size, grid)
+        data = self.config.data.replace(group_size=group_size, grid=grid)
+        self.config = self.config.replace(data=data)
 
     def state_space(self) -> VocabularyState | EmbeddingState:
         """The state space on this model's parameters as they are now; build it once per use.

@@ -3,7 +3,7 @@ steps, for the table in docs/distributed.md.
 
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json]
         [--stages 0 1 2 3] [--checkpoint none step block] [--precision fp32 bf16]
-        [--recipe S1 S2 algorithm_1 baseline shallow] [--accumulation 2] [--break partition]
+        [--recipe S1 S2 algorithm_1 baseline shallow groups] [--accumulation 2] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
 Prints a JSON line per combination: the largest difference of any parameter and of any first moment
@@ -43,6 +43,7 @@ RECIPES = {
         "step_size_random_factor": 2.0,
     },
     "shallow": {"update": "mirror", "loss_weights": "rising"},
+    "groups": {"graph": "full", "loss": "last"},
 }
 # What a recipe asks of the model and its states.
 MODELS = {
@@ -52,6 +53,7 @@ MODELS = {
     },
 }
 STATES = {"shallow": {"initial": "zeros"}}
+DATA = {"groups": {"group_size": 4}}
 LIMITS = {
     "fp32": {"parameters": 3e-5, "gradients": 1e-5},
     "bf16": {"parameters": 0.05, "gradients": 0.1},
@@ -162,7 +164,10 @@ def configuration(
             },
             "optimizer": {"learning_rate": 0.003},
             "schedule": {"warmup_steps": 0},
-            "data": {"context_length": (size or {}).get("positions", POSITIONS)},
+            "data": {
+                "context_length": (size or {}).get("positions", POSITIONS),
+                **DATA.get(recipe, {}),
+            },
             "train": {
                 "global_batch_size": (size or {}).get("samples", SAMPLES),
                 "precision": precision,
@@ -185,9 +190,14 @@ def tokens_of(config, step: int):
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randint(
         config.model.vocabulary_size,
-        (config.train.global_batch_size, config.data.context_length + 1),
+        (config.train.global_batch_size, config.data.context_length + group_of(config)),
         generator=generator,
     )
+
+
+def group_of(config) -> int:
+    """Positions that are predicted together, and so the targets' distance."""
+    return config.data.group_size or 1
 
 
 def new_model(config):
@@ -233,8 +243,8 @@ def reference(config) -> dict[str, dict]:
             tokens = tokens_of(config, step)
             optimizer.zero_grad()
             model(
-                tokens[:, :-1],
-                tokens[:, 1:],
+                tokens[:, : -group_of(config)],
+                tokens[:, group_of(config) :],
                 sample_ids=torch.arange(len(tokens)),
                 source=NoiseSource(0, step),
             ).loss.backward()
@@ -272,11 +282,13 @@ def trained(config, world, steps: int = STEPS, accumulation: int = 1):
     for step in range(steps):
         tokens = tokens_of(config, step)
         for ids in mine.chunk(accumulation):
-            engine.backward(
-                engine.forward(
-                    tokens[ids, :-1], tokens[ids, 1:], sample_ids=ids, source=NoiseSource(0, step)
-                ).loss
+            output = engine.forward(
+                tokens[ids, : -group_of(config)],
+                tokens[ids, group_of(config) :],
+                sample_ids=ids,
+                source=NoiseSource(0, step),
             )
+            engine.backward(output.loss)
             engine.step()
     return engine
 

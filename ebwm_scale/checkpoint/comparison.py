@@ -71,10 +71,13 @@ def compare(
 
 def behaviour(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Loss, energies per step and gradients of a model on a fixed batch of 2 samples and 8
-    positions.
+    positions; of two groups where positions are grouped.
     """
     model = build(config, weights).train()
-    generator, shape = torch.Generator().manual_seed(0), (2, 9)
+    size = resolved.group_size(config)
+    num_positions = 8 if size == 1 else 2 * size
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, num_positions + size)
     if config.state.kind == "vocabulary":
         states = torch.randint(resolved.vocabulary_size(config), shape, generator=generator)
     else:
@@ -82,8 +85,8 @@ def behaviour(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         dimension = resolved.state_dimension(config)
         states = torch.randn(*shape, dimension, generator=generator).to(dtype)
     output = model(
-        states[:, :-1],
-        states[:, 1:],
+        states[:, :-size],
+        states[:, size:],
         sample_ids=torch.arange(2),
         source=NoiseSource(0, 0),
         keep_state=None,

@@ -207,6 +207,8 @@ def hparams_of(config: Config) -> dict[str, Any]:
     ):
         if energy and value not in allowed:
             beyond.append(f"{name} is {value!r} (only {' or '.join(map(repr, allowed))})")
+    if (config.data.group_size or 1) > 1:
+        beyond.append(f"data.group_size is {config.data.group_size} (only groups of 1)")
     if beyond:
         raise ConfigError("the released layout cannot express this model: " + "; ".join(beyond))
     per_step = refinement.landscapes == "per_step" or refinement.num_steps == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ebwm_scale.config.resolved import decay_steps, min_num_steps, model_sizes
+from ebwm_scale.config.resolved import decay_steps, group_size, min_num_steps, model_sizes
 from ebwm_scale.config.schema import Config, TrainConfig
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.plain_text import shown
@@ -30,6 +30,59 @@ def check(config: Config) -> list[str]:
     _check_replay(config, require)
     _check_data(config, require)
     _check_training(config, require)
+    return problems + group_problems(config)
+
+
+def group_problems(config: Config) -> list[str]:
+    """Every problem of a configuration whose positions are predicted in groups; none without.
+
+    One sentence each. The size of the groups may come from the data alone, so this is asked again
+    when it is known.
+    """
+    problems: list[str] = []
+    size = group_size(config)
+    if size == 1:
+        return problems
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            problems.append(message)
+
+    grid = config.data.grid
+    require(
+        grid is None or grid[0] * grid[1] == size,
+        f"data.grid is {shown(list(grid or ()))} with data.group_size {size}: "
+        "rows times columns must be the group size",
+    )
+    length = config.data.context_length
+    require(
+        length is None or length % size == 0,
+        f"data.context_length is {length}: must be a multiple of data.group_size {size}",
+    )
+    rows = config.refinement.tile_rows
+    require(
+        rows is None or rows >= size,
+        f"refinement.tile_rows is {rows}: a group of data.group_size {size} positions is refined "
+        "together, use at least that or leave the key out",
+    )
+    is_energy = config.model.kind == "energy"
+    require(
+        not is_energy or config.model.conditioning != "time_embed",
+        f"model.conditioning is time_embed with data.group_size {size}: its token stands in front "
+        "of the first group and belongs to none; use default, adaln, adaln_zero or predicted_only",
+    )
+    num_axes = 2 if grid is None else 3
+    pairs = model_sizes(config.model).head_dimension // 2
+    require(
+        pairs >= num_axes,
+        f"model.width over model.num_heads is {2 * pairs}: positions in groups have {num_axes} "
+        f"coordinates, which need {2 * num_axes} dimensions of a head",
+    )
+    for key in ("mask_documents", "mask_document_starts"):
+        require(
+            not getattr(config.data, key),
+            f"data.{key} is true with data.group_size {size}: groups belong to no documents",
+        )
     return problems
 
 

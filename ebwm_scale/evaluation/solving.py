@@ -40,8 +40,8 @@ MAX_BINS = 6  # of difficulty
 
 
 def is_task(manifest: Manifest) -> bool:
-    """Whether the samples of a dataset are instances with an answer."""
-    return bool(manifest.content.members)
+    """Whether the samples of a dataset are instances with an answer: marked so, or in groups."""
+    return bool(manifest.content.members) or manifest.content.group_size > 1
 
 
 @dataclass(frozen=True)
@@ -148,15 +148,11 @@ def evaluate_solving(
 
     split: of tasks. steps: numbers of refinement steps; those that were trained are added.
     tolerance: of early stopping; None: a hundredth of the mean fall of energy in the first step.
-    Raises UserError for groups of another size than the model's.
+    A grid may have another size than those trained on: the model then reads groups of that size
+    from there on. Raises UserError for groups of another kind.
     """
     manifest = split.manifest
-    group_size = resolved.group_size(config)
-    if manifest.content.group_size != group_size:
-        raise UserError(
-            f"{manifest.path} has groups of {manifest.content.group_size} tokens, the run was "
-            f"trained on groups of {group_size}: name a dataset of the run's own kind with --data"
-        )
+    _fit_groups(model, manifest)
     batches, sample_ids = _read(model, split, max_samples, batch_size)
     result: dict[str, Any] = {
         "task": str(manifest.source.get("generator", manifest.folder.name)),
@@ -215,6 +211,20 @@ def bins_of(difficulty: Tensor) -> list[Bin]:
             bins.append(Bin(low, value, (difficulty >= low) & (difficulty <= value)))
             low, inside = None, 0
     return bins
+
+
+def _fit_groups(model, manifest: Manifest) -> None:
+    """Have the model read the groups of a dataset; UserError where it cannot."""
+    content = manifest.content
+    group_size = resolved.group_size(model.config)
+    if content.group_size == group_size and content.grid == resolved.grid(model.config):
+        return
+    if resolved.grid(model.config) is None or content.grid is None:
+        raise UserError(
+            f"{manifest.path} has groups of {content.group_size} tokens, the run was "
+            f"trained on groups of {group_size}: name a dataset of the run's own kind with --data"
+        )
+    model.regroup(content.group_size, content.grid)
 
 
 def _read(model, split, max_samples: int, batch_size: int) -> tuple[list[Instances], list[int]]:

@@ -2,6 +2,10 @@
 
 CachedEnergy      candidates for the position after each prompt (model/kv_cache.py)
 SequenceEnergy    one candidate for every position of a sequence
+
+In a sequence of groups of P positions the energies of a group's rows have no meaning of their own.
+So each of its P rows is given the group's: their mean, which compares with ordinary models, and has
+all rows of a group stop, go back or win together. Gradients are those of the sum, as in training.
 """
 
 from __future__ import annotations
@@ -39,10 +43,12 @@ class CachedEnergy:
         self.cache = cache
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
-        return self.cache.get(landscape).energy(embedded, landscape)
+        energy = self.cache.get(landscape).energy(embedded, landscape)
+        return of_groups(energy, self.cache.network.group_size)
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
-        return self.cache.get(landscape).energy_and_gradient(embedded, landscape)
+        energy, gradient = self.cache.get(landscape).energy_and_gradient(embedded, landscape)
+        return of_groups(energy, self.cache.network.group_size), gradient
 
     def select(self, rows: Tensor) -> CachedEnergy:
         return CachedEnergy(self.cache.select(rows))
@@ -61,14 +67,14 @@ class SequenceEnergy:
         self.contexts: dict[int, Context] = {}
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
-        return self.model.energy_network.energy(embedded, self._context(landscape), landscape)
+        return of_groups(self._energy(embedded, landscape), self.model.network.group_size)
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             embedded = embedded.detach().requires_grad_()
-            energy = self(embedded, landscape)
+            energy = self._energy(embedded, landscape)
             (gradient,) = torch.autograd.grad(energy.sum(), embedded)
-        return energy.detach(), gradient
+        return of_groups(energy.detach(), self.model.network.group_size), gradient
 
     def select(self, rows: Tensor) -> SequenceEnergy:
         first_visible = None if self.first_visible is None else self.first_visible[rows]
@@ -76,6 +82,10 @@ class SequenceEnergy:
         for key, context in self.contexts.items():
             part.contexts[key] = context.select(rows)
         return part
+
+    def _energy(self, embedded: Tensor, landscape: int) -> Tensor:
+        """Of every row by itself."""
+        return self.model.energy_network.energy(embedded, self._context(landscape), landscape)
 
     def _context(self, landscape: int) -> Context:
         network = self.model.energy_network
@@ -86,3 +96,11 @@ class SequenceEnergy:
                     self.observed, landscape, self.first_visible
                 )
         return self.contexts[key]
+
+
+def of_groups(energy: Tensor, group_size: int) -> Tensor:
+    """Energies (B, K P) of rows, each replaced by the mean over its group."""
+    if group_size == 1:
+        return energy
+    means = energy.unflatten(1, (-1, group_size)).mean(-1)
+    return means.repeat_interleave(group_size, 1)

@@ -4,6 +4,9 @@
     prediction = session.predict()        thinking on the next position of each, given the cache
     session.accept(tokens or states)      one more position
 
+In a sequence of groups of P positions a prompt holds whole groups, and the next group is predicted
+and accepted as one: states (B, P, size), tokens (B, P).
+
 A prompt longer than the context is cut to its end; under data.mask_documents also to its last
 document, which is all that the next position sees. A row that has filled the context goes on with
 its later half, prefilled again, so a position costs the same however long the text becomes.
@@ -28,8 +31,8 @@ from ebwm_scale.world_model import WorldModel
 
 @dataclass
 class Prediction:
-    """state (B, size): logits of text, an embedding of video; energy (B,), start (B,) and thought
-    of an energy model.
+    """state (B, size), with groups (B, P, size): logits of text, embeddings of video; energy (B,),
+    start (B,) and thought of an energy model.
     """
 
     state: Tensor
@@ -44,7 +47,7 @@ class Session:
     prompts: tokens (S,) int64, or states (S, dimension), S >= 1. sample_ids: what the noise of
     each is addressed by; default 0, 1, ... energies False leaves out the pass that only measures a
     prediction's final energy, unless several starts are compared by it.
-    Raises UserError for an empty prompt.
+    Raises UserError for an empty prompt, and for one that ends inside a group.
     """
 
     def __init__(
@@ -60,6 +63,13 @@ class Session:
             raise UserError(
                 "an empty prompt has no position to continue from; give at least one token or frame"
             )
+        self.group_size = resolved.group_size(model.config)
+        for prompt in prompts:
+            if len(prompt) % self.group_size:
+                raise UserError(
+                    f"a prompt has {len(prompt)} positions, the model predicts groups of "
+                    f"{self.group_size}: give whole groups"
+                )
         self.model = model
         self.config = config
         self.context_length = resolved.context_length(model.config)
@@ -83,14 +93,22 @@ class Session:
     def predict(self) -> Prediction:
         """The next state of every row."""
         if not self.is_energy:
-            return Prediction(self.model.output(self.hidden).float())
+            output = self.model.output(self.hidden).float()
+            return Prediction(self._as_one(output))
         lengths = torch.tensor([len(row) for row in self.rows])
         noise = NextPositionSampler(
-            self.model, self.config.seed, self.sample_ids, lengths - 1, self.config.num_starts
+            self.model,
+            self.config.seed,
+            self.sample_ids,
+            lengths - self.group_size,
+            self.config.num_starts,
+            self.group_size,
         )
         last_states = None
         if not self.is_text:
-            last_states = torch.stack([row[-1] for row in self.rows])[:, None]
+            last_states = torch.stack([row[-self.group_size :] for row in self.rows])
+            if self.group_size > 1:
+                last_states = last_states.repeat(1, self.config.num_starts, 1)
         thought = think(
             self.model,
             CachedEnergy(self.cache),
@@ -100,31 +118,42 @@ class Session:
             with_energy=self.with_energy,
         )
         if thought.energy is None:
-            return Prediction(thought.state[:, 0], thought=thought)
-        state, energy, start = lowest(thought)
+            first = thought.state[:, : self.group_size]
+            return Prediction(self._as_one(first), thought=thought)
+        state, energy, start = lowest(thought, self.group_size)
         return Prediction(state, energy, start, thought)
 
     @torch.no_grad()
     def accept(self, chosen: Tensor) -> None:
-        """The next observed position of every row: tokens (B,) or states (B, dimension)."""
+        """The next observed position of every row: tokens (B,) or states (B, dimension).
+
+        With groups: the next group, tokens (B, P) or states (B, P, dimension).
+        """
+        if self.group_size == 1:
+            chosen = chosen[:, None]
         rows = []
         for row, new in zip(self.rows, chosen.to(self.device)):
-            rows.append(torch.cat([row, new[None].to(row)]))
+            rows.append(torch.cat([row, new.to(row)]))
         self.rows = rows
         seen = [self.model.visible_prompt(self._later_half(row)) for row in rows]
         if any(len(part) < len(row) for part, row in zip(seen, rows)):
             self.rows = seen
             self._prefill()
             return
-        newest = torch.stack([row[-1] for row in rows])[:, None]
-        self.hidden = self.cache.append(self.model.embed_observed(newest)[:, 0])
-        self.positions_computed += len(rows)
+        newest = torch.stack([row[-self.group_size :] for row in rows])
+        self.hidden = self.cache.append(self.model.embed_observed(newest))
+        self.positions_computed += newest.shape[0] * newest.shape[1]
 
     def _later_half(self, row: Tensor) -> Tensor:
         """What stays of a row that has outgrown the context."""
         if len(row) <= self.context_length:
             return row
-        return row[-max(1, self.context_length // 2) :]
+        num_groups = self.context_length // self.group_size
+        return row[-max(1, num_groups // 2) * self.group_size :]
+
+    def _as_one(self, states: Tensor) -> Tensor:
+        """(B, P, size) as it is; (B, size) without groups."""
+        return states[:, 0] if self.group_size == 1 else states
 
     @torch.no_grad()
     def _prefill(self) -> None:
@@ -186,8 +215,13 @@ def continue_texts(
     energies: bool = True,
 ) -> Iterator[tuple[Tensor, Prediction]]:
     """(tokens (B,), what they were taken from) for each of at most `count` positions; ends when
-    every row has had the token `end`.
+    every row has had the token `end`. Raises UserError for a model of groups.
     """
+    if resolved.group_size(model.config) > 1:
+        raise UserError(
+            "this model predicts groups of tokens, which are answers and not texts to continue: "
+            "ebwm evaluate says how many it solves"
+        )
     session = Session(model, prompts, config, energies=energies)
     generator = torch.Generator().manual_seed(sampling.seed)
     ended = torch.zeros(len(prompts), dtype=torch.bool)

@@ -76,7 +76,10 @@ class InitialStateSampler:
 
 
 class NextPositionSampler(InitialStateSampler):
-    """num_starts candidates for one position of each sample: positions (B,)."""
+    """num_starts candidates for one position of each sample: positions (B,).
+
+    group_size: so many positions from there on, one candidate after the other.
+    """
 
     def __init__(
         self,
@@ -85,21 +88,24 @@ class NextPositionSampler(InitialStateSampler):
         sample_ids: Tensor,
         positions: Tensor,
         num_starts: int = 1,
+        group_size: int = 1,
     ):
         super().__init__(model, seed, sample_ids)
         self.positions = positions.tolist()
         self.num_starts = num_starts
+        self.group_size = group_size
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return len(self.positions), self.num_starts, self.model.state_size
+        num_rows = self.num_starts * self.group_size
+        return len(self.positions), num_rows, self.model.state_size
 
     def normal(self, purpose: int) -> Tensor:
         contexts = []
         for b, position in enumerate(self.positions):
             sample_id = self.sample_ids[b : b + 1]
             starts = [
-                self._rows(sample_id, purpose, start, position, 1)
+                self._rows(sample_id, purpose, start, position, self.group_size)
                 for start in range(self.num_starts)
             ]
             contexts.append(torch.cat(starts, 1))

@@ -68,6 +68,11 @@ class Scorer:
                 "continuations of text are scored, and this is a model of video; take a run that "
                 "was trained on text"
             )
+        if resolved.group_size(model.config) > 1:
+            raise UserError(
+                "continuations of text are scored, and this model predicts groups of tokens: "
+                "ebwm evaluate says how many tasks it solves"
+            )
         self.model, self.tokenizer, self.config, self.batch_size = (
             model,
             tokenizer,

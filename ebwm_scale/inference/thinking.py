@@ -8,7 +8,8 @@
     of several starts per row the one with the lowest final energy is the prediction
 
 A row is one candidate for one position: of a prompt's next position, or of every position of a
-sequence (energy_functions.py). No second-order graph is built, and memory does not depend on the
+sequence (energy_functions.py). In a sequence of groups the rows of a group have one energy, so they
+stop, go back and win together. No second-order graph is built, and memory does not depend on the
 number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
 """
 
@@ -203,16 +204,21 @@ def _think_comparing(
     return Thought(result, final, steps, torch.stack(trace), accepted)
 
 
-def lowest(thought: Thought) -> tuple[Tensor, Tensor, Tensor]:
+def lowest(thought: Thought, group_size: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Of the K starts of each row, the one with the lowest energy.
 
-    Returns (state (B, size), energy (B,), which start (B,)).
+    Returns (state (B, size), energy (B,), which start (B,)); with groups the thought is of K P rows
+    and the state of all P, (B, P, size).
     """
     if thought.energy is None:
         raise ValueError("the thought was made without energies")
-    best = thought.energy.argmin(1)
+    energy = thought.energy[:, ::group_size]  # one of each group: they have the same
+    best = energy.argmin(1)
     rows = torch.arange(len(best), device=best.device)
-    return thought.state[rows, best], thought.energy[rows, best], best
+    if group_size == 1:
+        return thought.state[rows, best], energy[rows, best], best
+    states = thought.state.unflatten(1, (-1, group_size))
+    return states[rows, best], energy[rows, best], best
 
 
 def _landscapes(model, config: ThinkingConfig) -> list[int]:

@@ -1,6 +1,7 @@
 """Transformer++: the same blocks on the observed stream alone.
 
-It predicts the next state directly.
+It predicts the next state directly; of a sequence of groups, the state of the same place in the
+next group, given all groups up to its own.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from ebwm_scale.model.rotary import RotaryTable
 
 
 class BaselineTransformer(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """group_size, grid: how the positions are grouped, see RotaryTable."""
+
+    def __init__(
+        self, config: ModelConfig, group_size: int = 1, grid: tuple[int, int] | None = None
+    ):
         super().__init__()
         sizes = model_sizes(config)
-        self.layers = ModuleList(Block(config) for _ in range(sizes.num_layers))
+        self.group_size = group_size
+        self.layers = ModuleList(Block(config, group_size) for _ in range(sizes.num_layers))
         self.norm = RMSNorm(sizes.width, config.norm_epsilon)
-        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta)
+        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta, group_size, grid)
         initialize_released(self)
 
     def forward(self, observed: Tensor, first_visible: Tensor | None = None) -> Tensor:

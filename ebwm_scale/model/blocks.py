@@ -3,6 +3,9 @@
     observed  o_1 .. o_S   ordinary causal self-attention; yields K and V per layer (a prefill)
     predicted p_1 .. p_S   p_t attends to o_1 .. o_t and to itself, given those K and V
 
+In a sequence of groups of P positions, read "group" for each of them: the observed stream is
+block-causal, and p_t attends to all observed groups up to its own and to its group's candidates.
+
 Legend: B batch, S positions, D width, H heads, H_kv key/value heads, d head dimension.
 Source: Energy-Based Transformers, arXiv 2507.02092; blocks as in Llama 2, arXiv 2307.09288.
 """
@@ -49,11 +52,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of both streams, with the same projections."""
+    """Attention of both streams, with the same projections. group_size: positions per group."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, group_size: int = 1):
         super().__init__()
         sizes = model_sizes(config)
+        self.group_size = group_size
         self.num_heads = sizes.num_heads
         self.num_kv_heads = sizes.num_kv_heads
         self.head_dimension = sizes.head_dimension
@@ -81,7 +85,12 @@ class Attention(nn.Module):
         """Causal self-attention of the observed stream (B, S, D); first order only."""
         q = rotary.rotate(self._split_heads(self.wq(x)))
         attended = observed_attention(
-            q, keys, values, first_visible=first_visible, backend=self.observed_backend
+            q,
+            keys,
+            values,
+            group_size=self.group_size,
+            first_visible=first_visible,
+            backend=self.observed_backend,
         )
         return self.wo(attended.transpose(1, 2).flatten(2))
 
@@ -100,15 +109,16 @@ class Attention(nn.Module):
         q = rotary.rotate(self._split_heads(self.wq(p)))
         k_self, v_self = self.keys_values(p, rotary)
         if self.num_kv_heads != self.num_heads:
-            group = self.num_heads // self.num_kv_heads
-            k_self = k_self.repeat_interleave(group, 1)
-            v_self = v_self.repeat_interleave(group, 1)
+            heads_sharing = self.num_heads // self.num_kv_heads
+            k_self = k_self.repeat_interleave(heads_sharing, 1)
+            v_self = v_self.repeat_interleave(heads_sharing, 1)
         attended = energy_attention(
             q,
             k_self,
             v_self,
             *context,
             context_offset=offset,
+            group_size=self.group_size,
             first_visible=first_visible,
             backend=self.backend,
         )
@@ -136,11 +146,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and beside a residual."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, group_size: int = 1):
         super().__init__()
         width = model_sizes(config).width
         self.attention_norm = RMSNorm(width, config.norm_epsilon)
-        self.attention = Attention(config)
+        self.attention = Attention(config, group_size)
         self.ffn_norm = RMSNorm(width, config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 

@@ -14,12 +14,15 @@ in results/closed_form.json (1.6 to 1.7 times on two CPU cores).
                 o = heads of Wo^T G';  dP = [o V, o v];  ds = P (dP - sum P dP)
                 dq = ds [K, k];  dk = ds_self q;  dv = P_self o
                 G'' = G' + norm^T(Wq^T dq + Wk^T dk + Wv^T dv)
+    groups      the K rows are candidates of P rows each, one after the other: k and v of a row are
+                its whole group's, (P, d), so q k, P v, dP and ds have P own columns; dk and dv of
+                a row collect from the rows of its group
     adaLN       shifts, scales and gates at their places
     head        dE/dn = w - (A + A^T) n / 2 - s M^T e;  dE/de directly: -s (M n + C h)
                 (energy_head.py)
 
-Legend: B contexts, K candidates, D width, H heads, H_kv key/value heads, d head dimension,
-C entries of a context.
+Legend: B contexts, K candidates, P rows per candidate (1 without groups), D width, H heads, H_kv
+key/value heads, d head dimension, C entries of a context.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Kept(NamedTuple):
     """What the backward of a block reads.
 
     H_kv groups of heads are folded into rows: q, k_self, v_self (B, H_kv, groups K, d), weights
-    (B, H_kv, groups K, C + 1). p, middle (B, K, D); u, t (B, K, F).
+    (B, H_kv, groups K, C + P). p, middle (B, K, D); u, t (B, K, F).
     """
 
     p: Tensor
@@ -63,10 +66,12 @@ def block_forward(
     """Candidates p (B, K, D) through a block.
 
     keys, values (B, H_kv, C, d); factors: rotations of the candidates' position, complex
-    (B, 1, 1, d / 2); mask (B, 1, 1, C): True is not seen.
+    (B, 1, 1, d / 2), with groups of every row's, (B, 1, K, d / 2); mask (B, 1, 1, C): True is not
+    seen.
     """
     q, k, v = project_heads(layer, attention_input(layer, p, modulation), factors)
-    attended, q, k_self, v_self, weights = attend_with_self(q, keys, values, mask, k, v)
+    group_size = layer.attention.group_size
+    attended, q, k_self, v_self, weights = attend_with_self(q, keys, values, mask, k, v, group_size)
     change = layer.attention.wo(merge_heads(attended))
     if modulation is not None:
         change = change * modulation.attention_gate
@@ -168,14 +173,19 @@ def _attention_backward(
         gradient = gradient * modulation.attention_gate
     o = (gradient @ attention.wo.weight).view(B, K, H, d).transpose(1, 2)
     o = o.unflatten(1, (H_kv, -1)).flatten(2, 3)
-    d_weights = torch.cat(
-        [o @ values.transpose(-1, -2), (o * kept.v_self).sum(-1, keepdim=True)], -1
-    )
+    P = attention.group_size
+    own = own_scores(o, kept.v_self, P)
+    d_weights = torch.cat([o @ values.transpose(-1, -2), own], -1)
     ds = kept.weights * (d_weights - (kept.weights * d_weights).sum(-1, keepdim=True))
-    ds_self = ds[..., -1:]
-    dq = torch.addcmul(ds[..., :-1] @ keys, ds_self, kept.k_self) * d**-0.5
-    dk = ds_self * kept.q
-    dv = kept.weights[..., -1:] * o
+    ds_self = ds[..., -P:]
+    if P == 1:
+        dq = torch.addcmul(ds[..., :-1] @ keys, ds_self, kept.k_self) * d**-0.5
+        dk = ds_self * kept.q
+        dv = kept.weights[..., -1:] * o
+    else:
+        dq = (ds[..., :-P] @ keys + _of_own(ds_self, kept.k_self)) * d**-0.5
+        dk = _to_own(ds_self, kept.q)
+        dv = _to_own(kept.weights[..., -P:], o)
     if H > H_kv:  # all heads of a group share the candidate's key and value
         dk = dk.unflatten(2, (-1, K)).sum(2)
         dv = dv.unflatten(2, (-1, K)).sum(2)
@@ -207,9 +217,11 @@ def attend_with_self(
     mask: Tensor | None,
     k_self: Tensor,
     v_self: Tensor,
+    group_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `attend`, where each row also sees its own key and value k_self, v_self (B, H_kv, K, d).
 
+    With groups: those of its group.
     Returns ((B, H, K, d), q, k_self, v_self, weights), the last four as Kept has them.
     """
     shape = q.shape
@@ -218,9 +230,34 @@ def attend_with_self(
     if groups > 1:
         k_self = k_self[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
         v_self = v_self[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    weights = torch.cat([scores, (q * k_self).sum(-1, keepdim=True)], -1).softmax(-1)
-    out = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v_self)
+    weights = torch.cat([scores, own_scores(q, k_self, group_size)], -1).softmax(-1)
+    if group_size == 1:
+        out = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v_self)
+    else:
+        out = weights[..., :-group_size] @ values + _of_own(weights[..., -group_size:], v_self)
     return out.view(shape), q, k_self, v_self, weights
+
+
+def own_scores(q: Tensor, k_self: Tensor, group_size: int) -> Tensor:
+    """q k of rows (.., K, d) with the P keys of their group: (.., K, P)."""
+    if group_size == 1:
+        return (q * k_self).sum(-1, keepdim=True)
+    scores = q.unflatten(-2, (-1, group_size)) @ k_self.unflatten(-2, (-1, group_size)).mT
+    return scores.flatten(-3, -2)
+
+
+def _of_own(weights: Tensor, values: Tensor) -> Tensor:
+    """Sums (.., K, d) of the values (.., K, d) of a row's group by its weights (.., K, P)."""
+    group_size = weights.shape[-1]
+    grouped = weights.unflatten(-2, (-1, group_size)) @ values.unflatten(-2, (-1, group_size))
+    return grouped.flatten(-3, -2)
+
+
+def _to_own(weights: Tensor, rows: Tensor) -> Tensor:
+    """The transposed of `_of_own`: what the rows (.., K, d) of a group give each of its rows."""
+    group_size = weights.shape[-1]
+    grouped = weights.unflatten(-2, (-1, group_size)).mT @ rows.unflatten(-2, (-1, group_size))
+    return grouped.flatten(-3, -2)
 
 
 def _scores(q: Tensor, keys: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,10 @@ predicted one enters: the embedding of o_t, or, in front of a later block, its s
 Both have seen o_1 .. o_t only. `model.energy_head` says what the energy is made of behind the
 last block (energy_head.py).
 
+In a sequence of groups of P positions, row t is cell t % P of the candidate for the next group. It
+sees the observed groups up to its own whole, and all P candidates of its group. So a row's energy
+depends on its whole group, and only the sum over a group's rows has a meaning of its own.
+
 Step conditioning (`model.conditioning`) tells refinement steps apart by a landscape index:
     default         not at all
     time_embed      a learned token per landscape stands in front of the context, at position 0
@@ -42,17 +46,17 @@ class Context:
     """The observed stream as the predicted one sees it.
 
     keys_values: (K, V) per block of the predicted stream, each (B, H_kv, C, d). offset: keys in
-    front of the first row's own observed position. first_visible (B, S) int32: the first key that
-    each row sees, the start of its document; None: all see key 0. anchor (B, S, D): added to the
-    candidates; None where they stand alone. readout (B, S, D): of the head's context term, where
-    there is one.
+    front of the first row's own observed position. anchor (B, S, D): added to the candidates;
+    None where they stand alone. readout (B, S, D): of the head's context term, where there is one.
+    first_visible (B, S) int32: the first key that each row sees, the start of its document; None:
+    all see key 0.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     offset: int
-    first_visible: Tensor | None = None
     anchor: Tensor | None = None
     readout: Tensor | None = None
+    first_visible: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Context:
         """The same with every tensor that carries gradients replaced by the function's result."""
@@ -84,9 +88,9 @@ class Context:
             self,
             keys_values=pairs,
             offset=self.offset + positions.start,
-            first_visible=first_visible,
             anchor=None if self.anchor is None else self.anchor[:, positions],
             readout=None if self.readout is None else self.readout[:, positions],
+            first_visible=first_visible,
         )
 
 
@@ -94,6 +98,8 @@ class EnergyTransformer(nn.Module):
     """Blocks on two streams, a final norm, and a head that gives the energy.
 
     content_scale: a constant on the head's terms in the candidate (energy_head.py).
+    group_size, grid: how the positions are grouped, see RotaryTable.
+    Raises ValueError for groups under time_embed, whose token would stand in front of the first.
     """
 
     head: nn.Linear | None  # of the linear term
@@ -102,15 +108,29 @@ class EnergyTransformer(nn.Module):
     modulations: ModuleList[nn.Linear] | None
     final_modulation: nn.Linear | None
 
-    def __init__(self, config: ModelConfig, num_landscapes: int, content_scale: float = 1.0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_landscapes: int,
+        content_scale: float = 1.0,
+        group_size: int = 1,
+        grid: tuple[int, int] | None = None,
+    ):
         super().__init__()
+        if group_size > 1 and config.conditioning == "time_embed":
+            raise ValueError(
+                f"model.conditioning is time_embed with groups of {group_size}: its token stands "
+                "in front of the first group and belongs to none; "
+                "use default, adaln, adaln_zero or predicted_only"
+            )
+        self.group_size = group_size
         self.conditioning = config.conditioning
         self.num_landscapes = num_landscapes
         sizes = model_sizes(config)
         width = sizes.width
         self.is_anchored = config.predicted_input == "anchored"
         self.first_predicted = sizes.num_layers - sizes.predicted_layers
-        self.layers = ModuleList(Block(config) for _ in range(sizes.num_layers))
+        self.layers = ModuleList(Block(config, group_size) for _ in range(sizes.num_layers))
         self.norm = RMSNorm(width, config.norm_epsilon)
         self.head = None
         self.content = None
@@ -120,7 +140,7 @@ class EnergyTransformer(nn.Module):
             self.content = ContentTerms(
                 width, config.energy_head, config.norm_epsilon, content_scale
             )
-        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta)
+        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta, group_size, grid)
         self.landscape_embedding = None
         if self.conditioning != "default":
             self.landscape_embedding = nn.Embedding(num_landscapes, width)
@@ -173,10 +193,7 @@ class EnergyTransformer(nn.Module):
     def encode_context(
         self, observed: Tensor, landscape: int = 0, first_visible: Tensor | None = None
     ) -> Context:
-        """What the predicted stream reads of the observed one (B, S, D).
-
-        first_visible: see Context.
-        """
+        """What the predicted stream reads of the observed one (B, S, D); first_visible: Context."""
         observed, offset = self.prepend_landscape(observed, landscape)
         modulations, _ = self.modulations_of(landscape, predicted=False)
         rotary = self.rotary(observed.shape[1], observed)
@@ -194,7 +211,8 @@ class EnergyTransformer(nn.Module):
                 observed = layer.forward_observed(
                     observed, keys, values, rotary, modulation, first_visible
                 )
-        return self.make_context(keys_values, offset, entry, observed, first_visible)
+        context = self.make_context(keys_values, offset, entry, observed)
+        return replace(context, first_visible=first_visible)
 
     def make_context(
         self,
@@ -202,7 +220,6 @@ class EnergyTransformer(nn.Module):
         offset: int,
         entry: Tensor,
         output: Tensor,
-        first_visible: Tensor | None = None,
     ) -> Context:
         """A Context of the keys and values of the predicted stream's blocks.
 
@@ -216,12 +233,13 @@ class EnergyTransformer(nn.Module):
         if self.reads_output:
             assert self.content is not None
             readout = self.content.readout(output[:, offset:])
-        return Context(keys_values, offset, first_visible, anchor, readout)
+        return Context(keys_values, offset, anchor, readout)
 
     def energy(self, embedded: Tensor, context: Context, landscape: int = 0) -> Tensor:
         """Energies (B, S) of embedded candidates (B, S, D).
 
-        Row t is a candidate for position t + 1, given observed positions 0 .. t.
+        Row t is a candidate for position t + 1, given observed positions 0 .. t; with groups for
+        position t + P, given the groups up to that of t, and beside the candidates of its group.
         """
         modulations, final = self.modulations_of(landscape, predicted=True)
         rotary = self.predicted_rotary(embedded, context)
@@ -235,8 +253,8 @@ class EnergyTransformer(nn.Module):
         return self.energy_head(predicted, final, embedded, context.readout)
 
     def predicted_rotary(self, predicted: Tensor, context: Context) -> Rotary:
-        """p_t stands where the real o_(t+1) would."""
-        first = context.offset + 1
+        """p_t stands where the real o_(t+1) would, with groups o_(t+P)."""
+        first = context.offset + self.group_size
         return self.rotary(first + predicted.shape[1], predicted).slice(first, predicted.shape[1])
 
     def energy_head(

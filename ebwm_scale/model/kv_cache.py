@@ -9,6 +9,10 @@ The same formulas as training, for rows that stand at the end of their own conte
 closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies behind is masked.
 All blocks' keys and values are kept, also where the predicted stream passes the last ones only:
 a further observed position reads them.
+
+In a sequence of groups of P positions, read "group" for "position": lengths are multiples of P,
+what is appended is a group, and K candidates for the next one are K P rows, one candidate after the
+other. A row's energy depends on all rows of its candidate; gradients are those of their sum.
 """
 
 from __future__ import annotations
@@ -57,9 +61,9 @@ class KVCache:
         return self.contexts[self.network.context_key(landscape)]
 
     def prefill(self, observed: Tensor, lengths: Tensor) -> Tensor | None:
-        """observed (B, S, D), right-padded to the longest; lengths (B,) >= 1.
+        """observed (B, S, D), right-padded to the longest; lengths (B,), at least one group.
 
-        Returns a baseline's hidden state (B, D) at each row's last position.
+        Returns a baseline's hidden states (B, P, D) at each row's last group.
         """
         hidden = None
         for context in self.contexts.values():
@@ -67,9 +71,9 @@ class KVCache:
         return hidden
 
     def append(self, observed: Tensor) -> Tensor | None:
-        """observed (B, D): the next position of every row.
+        """observed (B, P, D): the next group of every row.
 
-        Returns a baseline's hidden state (B, D) there. ValueError when a row is full.
+        Returns a baseline's hidden states (B, P, D) there. ValueError when a row is full.
         """
         hidden = None
         for context in self.contexts.values():
@@ -95,6 +99,7 @@ class LandscapeKVCache:
     ):
         self.network = network
         self.landscape = landscape
+        self.group_size = network.group_size
         self.is_energy = isinstance(network, EnergyTransformer)
         self.offset = 0  # rows in front of the context: the landscape's token
         self.modulations: Sequence[Modulation | None] = [None] * len(network.layers)
@@ -106,7 +111,7 @@ class LandscapeKVCache:
         self.values: list[Tensor] = []
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) entries of each row, with offset
         self.longest = 0  # the largest of them
-        # Of each row's last position, (B, D): see energy_transformer.Context.
+        # Of each row's last group, (B, P, D): see energy_transformer.Context.
         self.anchor: Tensor | None = None
         self.readout: Tensor | None = None
 
@@ -115,20 +120,21 @@ class LandscapeKVCache:
         """See KVCache."""
         if isinstance(self.network, EnergyTransformer):
             observed, _ = self.network.prepend_landscape(observed, self.landscape)
-        rows = torch.arange(len(observed))
+        rows = torch.arange(len(observed), device=observed.device)[:, None]
         self.lengths = lengths.to(observed.device) + self.offset
+        last_group = self._next_places() - self.group_size
         self.longest = int(self.lengths.max())
         self.keys = []
         self.values = []
         rotary = self.network.rotary(observed.shape[1], observed)
         for index, (layer, modulation) in enumerate(zip(self.network.layers, self.modulations)):
-            self._keep_anchor(index, observed[rows, self.lengths - 1])
+            self._keep_anchor(index, observed[rows, last_group])
             keys, values = layer.keys_values(observed, rotary, modulation)
             self.keys.append(_with_capacity(keys, self.capacity))
             self.values.append(_with_capacity(values, self.capacity))
             if self._reads_output_of(index):
                 observed = layer.forward_observed(observed, keys, values, rotary, modulation)
-        last = observed[rows, self.lengths - 1]
+        last = observed[rows, last_group]
         if self.is_energy:
             self._keep_readout(last)
             return None
@@ -142,16 +148,17 @@ class LandscapeKVCache:
                 f"a row of the cache has {self.longest - self.offset} positions, its capacity is "
                 f"{self.capacity - self.offset}: prefill again"
             )
-        x = observed[:, None]
-        rows = torch.arange(len(observed), device=observed.device)
-        factors = self._factors(self.lengths, x)
-        self.longest += 1
-        mask = self._mask(self.lengths + 1)
+        x = observed
+        rows = torch.arange(len(observed), device=observed.device)[:, None]
+        places = self._next_places()
+        factors = self._factors(1, x)
+        self.longest += self.group_size
+        mask = self._mask(self.lengths + self.group_size)
         for index, (layer, modulation) in enumerate(zip(self.network.layers, self.modulations)):
-            self._keep_anchor(index, x[:, 0])
+            self._keep_anchor(index, x)
             q, k, v = project_heads(layer, attention_input(layer, x, modulation), factors)
-            self.keys[index][rows, :, self.lengths] = k[:, :, 0]
-            self.values[index][rows, :, self.lengths] = v[:, :, 0]
+            self.keys[index][rows, :, places] = k.transpose(1, 2)
+            self.values[index][rows, :, places] = v.transpose(1, 2)
             if self._reads_output_of(index):
                 attended = attend(q, *self._seen(index), mask)
                 change = layer.attention.wo(merge_heads(attended))
@@ -159,15 +166,18 @@ class LandscapeKVCache:
                     change = change * modulation.attention_gate
                 x = x + change
                 x = x + feed_forward(layer, x, modulation)[0]
-        self.lengths = self.lengths + 1
+        self.lengths = self.lengths + self.group_size
         if self.is_energy:
-            self._keep_readout(x[:, 0])
+            self._keep_readout(x)
             return None
-        return norm(self.network.norm, x[:, 0])
+        return norm(self.network.norm, x)
 
     @torch.no_grad()
     def energy(self, embedded: Tensor, landscape: int) -> Tensor:
-        """Energies (B, K) of K candidates per row (B, K, D) for the position after its last."""
+        """Energies (B, K) of K candidates per row (B, K, D) for the position after its last.
+
+        With groups: of K P rows, (B, K P, D).
+        """
         return self._refinement_step(embedded, landscape, with_gradient=False)[0]
 
     @torch.no_grad()
@@ -195,11 +205,13 @@ class LandscapeKVCache:
         if not isinstance(network, EnergyTransformer):
             raise TypeError("a baseline has no energy")
         modulations, final = network.modulations_of(landscape, predicted=True)
-        factors = self._factors(self.lengths, embedded)
+        num_candidates = embedded.shape[1] // self.group_size
+        factors = self._factors(num_candidates, embedded)
         mask = self._mask(self.lengths)
         first = network.first_predicted
-        readout = None if self.readout is None else self.readout[:, None]
-        p = embedded if self.anchor is None else embedded + self.anchor[:, None]
+        readout = self._for_each(self.readout, num_candidates)
+        anchor = self._for_each(self.anchor, num_candidates)
+        p = embedded if anchor is None else embedded + anchor
         kept = []
         for index, modulation in enumerate(modulations):
             seen = self._seen(first + index)
@@ -226,7 +238,7 @@ class LandscapeKVCache:
         return energy, gradient
 
     def _keep_anchor(self, index: int, last: Tensor) -> None:
-        """last (B, D): each row's last position in front of block `index`."""
+        """last (B, P, D): each row's last group in front of block `index`."""
         network = self.network
         if not isinstance(network, EnergyTransformer) or not network.is_anchored:
             return
@@ -234,7 +246,7 @@ class LandscapeKVCache:
             self.anchor = last
 
     def _keep_readout(self, last: Tensor) -> None:
-        """last (B, D): each row's last position behind the last block."""
+        """last (B, P, D): each row's last group behind the last block."""
         network = self.network
         if isinstance(network, EnergyTransformer) and network.reads_output:
             assert network.content is not None
@@ -250,10 +262,27 @@ class LandscapeKVCache:
         """Keys and values of a layer as far as any row has them."""
         return self.keys[index][:, :, : self.longest], self.values[index][:, :, : self.longest]
 
-    def _factors(self, positions: Tensor, like: Tensor) -> Tensor:
-        """Rotations of one position per row, for all its candidates: complex (B, 1, 1, d / 2)."""
-        table = self.network.rotary(self.capacity + 2, like).factors
-        return torch.view_as_complex(table[positions])[:, None, None]
+    def _next_places(self) -> Tensor:
+        """(B, P): where each row's next group stands."""
+        cells = torch.arange(self.group_size, device=self.lengths.device)
+        return self.lengths[:, None] + cells
+
+    def _for_each(self, of_group: Tensor | None, num_candidates: int) -> Tensor | None:
+        """What a group (B, P, ..) gives the rows of each of its candidates; one row serves all."""
+        if of_group is None or self.group_size == 1:
+            return of_group
+        return of_group.repeat(1, num_candidates, 1)
+
+    def _factors(self, num_candidates: int, like: Tensor) -> Tensor:
+        """Rotations of each row's next place, for all its candidates: complex (B, 1, 1, d / 2).
+
+        With groups: (B, 1, K P, d / 2).
+        """
+        table = self.network.rotary(self.capacity + 1 + self.group_size, like).factors
+        factors = torch.view_as_complex(table[self._next_places()])
+        if self.group_size > 1:
+            factors = factors.repeat(1, num_candidates, 1)
+        return factors[:, None]
 
     def _mask(self, lengths: Tensor) -> Tensor | None:
         """(B, 1, 1, longest), True where a row has no entry; None where every row has all."""

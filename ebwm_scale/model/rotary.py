@@ -1,6 +1,14 @@
 """Rotary positions (RoPE, arXiv 2104.09864): adjacent pairs of numbers, rotated by position.
 
-A pair is a complex number and its rotation a complex factor.
+A pair is a complex number and its rotation a complex factor. In a sequence of groups a position has
+several coordinates, and each rotates pairs of its own (axial rotary positions):
+
+    groups of 1            place in the sequence
+    groups of P            (time, cell): the group's number, and the place in it
+    groups on a grid       (time, row, column)
+
+The first coordinate has the pairs that are left over. Only differences of coordinates reach an
+attention's scores. So a shift of all groups in time changes nothing.
 """
 
 from __future__ import annotations
@@ -71,21 +79,68 @@ class RotaryTable(nn.Module):
     """Rotations of positions 0 .. n - 1, computed in float64.
 
     Kept per device in double or single precision, in single also for half-precision inputs.
+
+    group_size: positions per group. grid: (rows, columns) of a group's cells, where they are one.
+    Raises ValueError for a grid of another size, and for heads with fewer pairs than coordinates.
     """
 
-    def __init__(self, head_dimension: int, theta: float):
+    def __init__(
+        self,
+        head_dimension: int,
+        theta: float,
+        group_size: int = 1,
+        grid: tuple[int, int] | None = None,
+    ):
         super().__init__()
+        if grid is not None and grid[0] * grid[1] != group_size:
+            raise ValueError(
+                f"grid is {list(grid)} with group_size {group_size}: "
+                "rows times columns must be the group size"
+            )
         self.head_dimension = head_dimension
         self.theta = theta
+        self.group_size = group_size
+        self.grid = grid
+        num_axes = len(self.coordinates(torch.zeros(1, dtype=torch.int64)))
+        if head_dimension // 2 < num_axes:
+            raise ValueError(
+                f"a head has {head_dimension} dimensions, {head_dimension // 2} rotated pairs: "
+                f"positions have {num_axes} coordinates, so it needs at least {2 * num_axes}; "
+                "use fewer heads or a larger width"
+            )
         self._tables: dict[tuple, Rotary] = {}
 
     def forward(self, num_positions: int, like: Tensor) -> Rotary:
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         key = (dtype, like.device)
         if key not in self._tables or len(self._tables[key].factors) < num_positions:
-            pair = torch.arange(0, self.head_dimension, 2, dtype=torch.float64)
-            frequencies = self.theta ** (-pair / self.head_dimension)
-            angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequencies
+            angles = self._angles(torch.arange(num_positions))
             factors = torch.stack([angles.cos(), angles.sin()], -1)
             self._tables[key] = Rotary(factors.to(like.device, dtype))
         return self._tables[key].slice(0, num_positions)
+
+    def coordinates(self, positions: Tensor) -> list[Tensor]:
+        """The coordinates of positions (S,), each (S,); see the top of this file."""
+        if self.group_size == 1:
+            return [positions]
+        time = positions // self.group_size
+        cell = positions % self.group_size
+        if self.grid is None:
+            return [time, cell]
+        _, columns = self.grid
+        return [time, cell // columns, cell % columns]
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        """(S, d / 2) float64: every pair's angle at positions (S,)."""
+        coordinates = self.coordinates(positions)
+        num_pairs = self.head_dimension // 2
+        of_each = num_pairs // len(coordinates)
+        angles = []
+        for axis, coordinate in enumerate(coordinates):
+            dimension = 2 * of_each
+            if axis == 0:
+                dimension = 2 * (num_pairs - of_each * (len(coordinates) - 1))
+            pair = torch.arange(0, dimension, 2, dtype=torch.float64)
+            frequencies = self.theta ** (-pair / dimension)
+            angles.append(coordinate.double()[:, None] * frequencies)
+        return torch.cat(angles, 1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ebwm_kernels.attention.ops import PRODUCTS
 from ebwm_kernels.attention.visibility import visible_pairs
-from ebwm_scale.config.resolved import context_length, model_sizes, state_size
+from ebwm_scale.config.resolved import context_length, group_size, model_sizes, state_size
 from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all
 from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes, plan_steps
@@ -25,6 +25,9 @@ from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes, pla
 ATTENTION_FORWARD = PRODUCTS["reference"]["forward"]
 ATTENTION_INNER, ATTENTION_FIRST_ORDER = PRODUCTS["reference"]["gradient"]
 ATTENTION_SECOND_ORDER = PRODUCTS["reference"]["double_backward"][0]
+# The same with a group's own keys. They are the candidates', so every level has their gradients.
+OWN_INNER = PRODUCTS["reference"]["gradient"][1]
+OWN_SECOND_ORDER = PRODUCTS["reference"]["double_backward"][1]
 # Products of scaled_dot_product_attention as PyTorch counts them: over the whole square, causal or
 # not; scores again in the backward.
 SDPA_FORWARD, SDPA_BACKWARD = 2, 5
@@ -42,6 +45,7 @@ class StepSizes:
     state: int  # V: vocabulary size, or dimension of a frame embedding
     positions: int
     offset: int  # rows in front of the observed ones
+    group: int  # positions that are predicted together
     steps: int
     graph_steps: int
     contexts: int  # times the observed stream is encoded
@@ -74,6 +78,7 @@ class StepSizes:
             state=state_size(config),
             positions=context_length(config),
             offset=int(model.conditioning == "time_embed"),
+            group=group_size(config),
             steps=steps,
             graph_steps=graph_steps,
             contexts=1 if shared else steps,
@@ -94,7 +99,37 @@ class StepSizes:
 
     def causal_pairs(self) -> int:
         """(query, key) pairs of one head of the predicted stream, own keys aside."""
-        return visible_pairs(self.positions, self.positions + self.offset, self.offset)
+        return visible_pairs(
+            self.positions,
+            self.positions + self.offset,
+            self.offset,
+            group_size=self.group,
+            context_group=self.group,
+        )
+
+    @property
+    def own_keys(self) -> int:
+        """Own keys of a row that need products: a group's; a single one needs none."""
+        return self.group if self.group > 1 else 0
+
+    def attention(
+        self, samples: int, *, forward: int, inner: int, first_order: int = 0, second_order: int = 0
+    ) -> float:
+        """FLOPs of the predicted stream's attention, each level so many times in every block."""
+        of_context = (
+            forward * ATTENTION_FORWARD
+            + inner * ATTENTION_INNER
+            + first_order * ATTENTION_FIRST_ORDER
+            + second_order * ATTENTION_SECOND_ORDER
+        )
+        of_own = (
+            forward * ATTENTION_FORWARD
+            + inner * OWN_INNER
+            + first_order * ATTENTION_FIRST_ORDER
+            + second_order * OWN_SECOND_ORDER
+        )
+        pairs = self.causal_pairs() * of_context + self.positions * self.own_keys * of_own
+        return 2.0 * samples * self.width * self.predicted_layers * pairs
 
 
 def step_flops(config: Config, *, samples: int, num_steps: int | None = None) -> dict[str, float]:
@@ -142,7 +177,6 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     predicted = z.predicted_layers * z.block_weights + z.content_weights
     modulation = z.modulation_weights + z.final_modulation
     head = z.width if z.linear else 0
-    attention = 2.0 * samples * z.width * z.causal_pairs() * z.predicted_layers
     observed_forward = observed_rows * observed_blocks + context_term
     parts = {
         "observed": 2.0 * z.contexts * (observed_forward + observed_modulation + observed_final)
@@ -152,17 +186,15 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy
         # itself is not in the loss.
         "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head),
-        "recomputation": G * _recomputation(config, z, rows, attention)
+        "recomputation": G * _recomputation(config, z, samples)
         + (config.refinement.recompute == "block")
         * z.graph_contexts
         * (2.0 * observed_rows * observed_blocks + square * whole_blocks * SDPA_FORWARD),
         "attention_observed": square
         * whole_blocks
         * (z.contexts * SDPA_FORWARD + z.graph_contexts * SDPA_BACKWARD),
-        "attention_predicted": attention
-        * (
-            N * (ATTENTION_FORWARD + ATTENTION_INNER)
-            + G * (ATTENTION_SECOND_ORDER + ATTENTION_FIRST_ORDER)
+        "attention_predicted": z.attention(
+            samples, forward=N, inner=N, first_order=G, second_order=G
         ),
     }
     of_states = state_product * _state_products(config, z)
@@ -215,7 +247,7 @@ def _state_products(config: Config, z: StepSizes) -> int:
     return products
 
 
-def _recomputation(config: Config, z: StepSizes, rows: int, attention: float) -> float:
+def _recomputation(config: Config, z: StepSizes, samples: int) -> float:
     """FLOPs that refinement.recompute adds per step with a graph.
 
     step: the step is computed again in the backward. block: the four lines of
@@ -223,6 +255,7 @@ def _recomputation(config: Config, z: StepSizes, rows: int, attention: float) ->
     of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is
     spared once.
     """
+    rows = samples * z.positions
     blocks = z.predicted_layers * z.block_weights
     modulation = z.modulation_weights + z.final_modulation
     head = z.width if z.linear else 0
@@ -230,12 +263,11 @@ def _recomputation(config: Config, z: StepSizes, rows: int, attention: float) ->
         return (
             (2 * 2 + 2) * rows * (blocks + z.content_weights)
             + 2 * 2 * (rows * head + modulation)
-            + attention * (2 * ATTENTION_FORWARD + ATTENTION_INNER)
+            + z.attention(samples, forward=2, inner=1)
         )
     if config.refinement.recompute == "block":
         spared = 2 * z.predicted_layers * z.width * z.feed_forward
         head += z.content_weights
-        return 2.0 * rows * (6 * blocks - spared + 2 * head) + attention * (
-            3 * ATTENTION_FORWARD + ATTENTION_INNER + ATTENTION_FIRST_ORDER
-        )
+        attention = z.attention(samples, forward=3, inner=1, first_order=1)
+        return 2.0 * rows * (6 * blocks - spared + 2 * head) + attention
     return 0.0

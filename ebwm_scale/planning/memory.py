@@ -136,7 +136,7 @@ def memory_estimate(
             samples
             * model_sizes(config.model).num_heads
             * min(ROWS, z.positions)
-            * (z.positions + z.offset)
+            * (z.positions + z.offset + z.own_keys)
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
     if config.state.kind == "embedding":
@@ -181,8 +181,8 @@ def _tile(
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = tile_rows(config.refinement, z.state, torch.device(device))
-    tiles = list(tiles_of(micro_batch, z.positions, rows))
+    rows = tile_rows(config.refinement, z.state, torch.device(device), z.group)
+    tiles = list(tiles_of(micro_batch, z.positions, rows, z.group))
     samples = max(group.stop - group.start for group, _ in tiles)
     positions = max(part.stop - part.start for part in tiles[0][1])
     return samples * positions, samples, len(tiles[0][1])

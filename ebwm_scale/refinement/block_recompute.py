@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -127,8 +128,8 @@ def encode_context(
     entry, output, *flat = _Encode.apply(layers, first, network.reads_output, observed, *inputs)
     if first == 0:
         entry = observed
-    pairs = list(zip(flat[::2], flat[1::2]))
-    return network.make_context(pairs, offset, entry, output, first_visible)
+    context = network.make_context(list(zip(flat[::2], flat[1::2])), offset, entry, output)
+    return replace(context, first_visible=first_visible)
 
 
 class _Layer:

@@ -2,6 +2,7 @@
 
     E (B, s)     energies of candidates (B, s, D); rows do not see each other's candidates,
     g (B, s, D)  so g = d(sum E) / d candidates holds every row's own gradient
+                 (with groups: every group's own gradient, rows of a group see each other's)
 
 Under needs_graph both are differentiable once more with respect to everything.
 """
@@ -81,9 +82,9 @@ def _run_compiled(
             positions.stop,
             landscape,
             context.offset,
-            context.first_visible,
             context.anchor,
             context.readout,
+            context.first_visible,
             *keys_values,
         )
 
@@ -101,9 +102,9 @@ def _gradient_inside(
     stop: int,
     landscape: int,
     offset: int,
-    first_visible: Tensor | None,
     anchor: Tensor | None,
     readout: Tensor | None,
+    first_visible: Tensor | None,
     *keys_values: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The inner gradient is taken inside the compiled function.
@@ -111,7 +112,7 @@ def _gradient_inside(
     So what is compiled is differentiated once, which is all that torch.compile supports.
     """
     pairs = list(zip(keys_values[::2], keys_values[1::2]))
-    context = Context(pairs, offset, first_visible, anchor, readout)
+    context = Context(pairs, offset, anchor, readout, first_visible)
     energy = network.energy(candidates, context.visible_to(slice(start, stop)), landscape)
     (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=True)
     return energy, gradient

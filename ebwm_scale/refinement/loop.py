@@ -9,7 +9,9 @@
     loss = mean of loss_i, or loss_(N-1)           its gradient goes through g: a double backward
 
 Rows, that is (sample, position) pairs, do not see each other's candidates. So the loop runs over
-tiles of rows, one after the other (tiling.py):
+tiles of rows, one after the other (tiling.py). In a sequence of groups (one row per cell of the
+next frame or puzzle) the rows of a group do: E is summed over them, dE/de of a row collects what
+all rows of its group contribute, and a tile holds whole groups.
 
     for each group of samples:      contexts: the observed stream, encoded once (contexts.py)
         for each tile of positions: the steps above, as planned (step_plan.py)
@@ -104,7 +106,8 @@ def refine(
         keep_last_state=keep_state is not None,
         keep_every_state=record is not None,
     )
-    rows = tile_rows(config, world_model.state_size, observed.device)
+    group_size = world_model.network.group_size
+    rows = tile_rows(config, world_model.state_size, observed.device, group_size)
     if record is not None:
         rows = num_samples * num_positions
 
@@ -120,7 +123,7 @@ def refine(
             record=record,
         )
         states = []
-        for samples, parts in tiles_of(num_samples, num_positions, rows):
+        for samples, parts in tiles_of(num_samples, num_positions, rows, group_size):
             contexts = ContextCache(
                 world_model.network,
                 observed[samples],

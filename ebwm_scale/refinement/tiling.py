@@ -1,7 +1,8 @@
 """How a batch is cut into tiles of rows that are refined one after the other.
 
 Rows, that is (sample, position) pairs, do not see each other's candidates. So memory depends
-neither on the batch nor on the vocabulary: a tile's states take at most TILE_BYTES.
+neither on the batch nor on the vocabulary: a tile's states take at most TILE_BYTES. Rows of one
+group do see each other: a group of positions is never cut, however large its states are.
 """
 
 from __future__ import annotations
@@ -17,21 +18,42 @@ from ebwm_scale.config.schema import RefinementConfig
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
-def tile_rows(config: RefinementConfig, state_size: int, device: torch.device) -> int:
-    """Rows refined at a time: refinement.tile_rows, or what keeps their states in TILE_BYTES."""
+def tile_rows(
+    config: RefinementConfig, state_size: int, device: torch.device, group_size: int = 1
+) -> int:
+    """Rows refined at a time: refinement.tile_rows, or what keeps their states in TILE_BYTES.
+
+    At least a group of positions. ValueError where refinement.tile_rows is less than that.
+    """
     if config.tile_rows:
+        if config.tile_rows < group_size:
+            raise ValueError(
+                f"refinement.tile_rows is {config.tile_rows}, the groups have {group_size} "
+                "positions: a group is refined together, use at least its size or leave the key out"
+            )
         return config.tile_rows
     tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
-    return max(1, tile_bytes // (4 * state_size))
+    return max(group_size, tile_bytes // (4 * state_size))
 
 
 def tiles_of(
-    num_samples: int, num_positions: int, rows: int
+    num_samples: int, num_positions: int, rows: int, group_size: int = 1
 ) -> Iterator[tuple[slice, list[slice]]]:
     """Cover a batch by tiles: (samples, parts of their positions) each.
 
     Parts have about the same size, and at most `rows` rows where a sample has more than that.
+    With groups all of that counts in whole groups. ValueError where they do not divide a sample.
     """
+    if num_positions % group_size:
+        raise ValueError(
+            f"a sample has {num_positions} positions in groups of {group_size}: "
+            "the size must divide their number"
+        )
+    if group_size > 1:
+        of_groups = tiles_of(num_samples, num_positions // group_size, rows // group_size)
+        for samples, parts in of_groups:
+            yield samples, [_of_positions(part, group_size) for part in parts]
+        return
     samples_together = max(1, rows // num_positions)
     num_parts = 1
     if samples_together == 1:
@@ -39,6 +61,11 @@ def tiles_of(
     parts = _even_slices(num_positions, num_parts)
     for samples in _even_slices(num_samples, -(-num_samples // samples_together)):
         yield samples, parts
+
+
+def _of_positions(groups: slice, group_size: int) -> slice:
+    """The positions of some groups."""
+    return slice(groups.start * group_size, groups.stop * group_size)
 
 
 def _even_slices(length: int, count: int) -> list[slice]:

@@ -83,8 +83,9 @@ def part_of(config: Config, micro_batch: int, limit: float) -> Part:
         samples = max(1, int(micro_batch * limit / whole))
     small = config
     positions = resolved.context_length(config)
-    while _flops(small, samples) > limit and positions > 1:
-        positions = max(1, positions // 2)
+    size = resolved.group_size(config)
+    while _flops(small, samples) > limit and positions > size:
+        positions = max(1, positions // size // 2) * size
         small = config.replace(data=config.data.replace(context_length=positions))
     return Part(small, samples, whole / _flops(small, samples))
 
@@ -101,7 +102,8 @@ def measure_step(config: Config, micro_batch: int, say: Callable[[str], None]) -
     )
     model = WorldModel(part.config)
     model.to(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
-    shape = (part.samples, positions + 1)
+    size = resolved.group_size(config)
+    shape = (part.samples, positions + size)
     if config.state.kind == "vocabulary":
         states = torch.randint(resolved.vocabulary_size(config), shape, device=device)
     else:
@@ -110,8 +112,8 @@ def measure_step(config: Config, micro_batch: int, say: Callable[[str], None]) -
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         output = model(
-            states[:, :-1],
-            states[:, 1:],
+            states[:, :-size],
+            states[:, size:],
             sample_ids=torch.arange(part.samples),
             source=NoiseSource(0, 0),
         )

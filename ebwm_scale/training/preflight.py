@@ -24,7 +24,7 @@ import torch
 from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_latest, saved_config
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config import resolved
-from ebwm_scale.config.checks import batch_arithmetic
+from ebwm_scale.config.checks import batch_arithmetic, group_problems
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import ConfigError, UserError
 from ebwm_scale.core.ownership import Ownership
@@ -136,7 +136,7 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str]:
     """What computes the attention of each stream; ConfigError if the backend asked for cannot."""
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     try:
-        is_masked = config.data.mask_documents
+        is_masked = config.data.mask_documents or resolved.group_size(config) > 1
         return attention_paths(config.model, device, precision, is_masked=is_masked)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -211,7 +211,7 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     if filled is None:
         return
     check.config = config = filled
-    check.attempt("data", refuse_groups, config)
+    check.attempt("data", check_groups, config)
     check.attempt("data", check_context, train.manifest, config.data.context_length)
     if config.data.stream:
         check.attempt("data", check_stream, config.data.stream, check.world_size)
@@ -225,14 +225,11 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
         check.warnings.append(("data", warning))
 
 
-def refuse_groups(config: Config) -> None:
-    """ConfigError for data whose tokens are predicted in groups, which no model can do yet."""
-    group_size = resolved.group_size(config)
-    if group_size > 1:
-        raise ConfigError(
-            f"data.group_size is {group_size}: the models of this release predict one token at a "
-            "time; train on a dataset of text, or on tasks written as text (docs/reasoning.md)"
-        )
+def check_groups(config: Config) -> None:
+    """ConfigError for a configuration that does not fit the groups of its data."""
+    problems = group_problems(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def check_saved(
@@ -319,16 +316,6 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
     )
 
 
-def _eos_id(given: int | None, manifest: Manifest) -> int | None:
-    """The token between the dataset's documents; ConfigError if the run's is another."""
-    found = getattr(manifest.content, "eos_id", None)
-    if given not in (None, found):
-        raise ConfigError(
-            f"data.eos_id is {given}, the dataset {manifest.path} has {found}; leave the key out"
-        )
-    return found
-
-
 def _groups_of(config: Config, manifest: Manifest) -> dict[str, Any]:
     """The keys of `data` that say how tokens are grouped; None where they are not.
 
@@ -345,4 +332,14 @@ def _groups_of(config: Config, manifest: Manifest) -> dict[str, Any]:
                 f"data.{key} is {given}, the dataset {manifest.path} has {value or 'none'}; leave "
                 "the key out"
             )
+    return found
+
+
+def _eos_id(given: int | None, manifest: Manifest) -> int | None:
+    """The token between the dataset's documents; ConfigError if the run's is another."""
+    found = getattr(manifest.content, "eos_id", None)
+    if given not in (None, found):
+        raise ConfigError(
+            f"data.eos_id is {given}, the dataset {manifest.path} has {found}; leave the key out"
+        )
     return found

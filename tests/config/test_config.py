@@ -99,6 +99,24 @@ def test_overrides_win_and_yaml_words_become_what_the_key_needs():
             ["data.manifest and data.sources are both given"],
         ),
         (
+            {
+                "data": {"group_size": 6, "grid": [2, 2], "context_length": 9},
+                "refinement": {"tile_rows": 5},
+                "model": {"width": 16, "num_heads": 4, "conditioning": "time_embed"},
+            },
+            [
+                "data.grid is [2, 2] with data.group_size 6",
+                "data.context_length is 9: must be a multiple of data.group_size 6",
+                "refinement.tile_rows is 5",
+                "model.conditioning is time_embed with data.group_size 6",
+                "model.width over model.num_heads is 4: positions in groups have 3 coordinates",
+            ],
+        ),
+        (
+            {"data": {"group_size": 6, "mask_documents": True}},
+            ["data.mask_documents is true with data.group_size 6"],
+        ),
+        (
             {"data": {"sources": [{"manifest": "b.json", "weight": 0}, {}]}},
             ["sources[0].weight is 0", "sources[1].manifest is absent"],
         ),

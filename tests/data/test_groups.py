@@ -360,7 +360,7 @@ def test_sources_of_other_groups_are_not_mixed(tasks, made):
         open_sources([(made / "grid" / "manifest.json", 1), (other, 1)], "train", verify="sizes")
 
 
-def test_the_configuration_takes_the_groups_and_training_refuses_them_by_name(made):
+def test_the_configuration_takes_the_groups_and_what_does_not_fit_them_is_named(made):
     path = made / "grid" / "manifest.json"
     config = config_from_dict({"data": {"manifest": str(path)}})
     filled = fill_from_data(config, load_manifest(path))
@@ -368,10 +368,18 @@ def test_the_configuration_takes_the_groups_and_training_refuses_them_by_name(ma
     assert resolved.context_length(filled) == P and resolved.has_masked_targets(filled)
     again = config_from_dict(filled.to_dict())
     assert again == filled
-    check = RunCheck(config, 1)
-    check_data(check, lambda line: None, None)
-    assert [subject for subject, _ in check.problems] == ["data"]
-    assert "data.group_size is 16: the models of this release" in check.problems[0][1]
+    for model, problem in (
+        ({}, None),
+        (
+            {"conditioning": "time_embed"},
+            "model.conditioning is time_embed with data.group_size 16",
+        ),
+        ({"kind": "baseline", "conditioning": "time_embed"}, None),
+    ):
+        check = RunCheck(config_from_dict({**config.to_dict(), "model": model}), 1)
+        check_data(check, lambda line: None, None)
+        assert len(check.problems) == (problem is not None)
+        assert problem is None or problem in check.problems[0][1]
     for wrong, part in (({"group_size": 9}, "group_size is 9"), ({"grid": [2, 8]}, "grid is")):
         other = config_from_dict({"data": wrong})
         with pytest.raises(ConfigError, match=f"data.{part}.* the dataset .* has"):

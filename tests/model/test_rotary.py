@@ -82,3 +82,29 @@ def test_it_keeps_no_activation():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rotary.rotate(heads(x))
     assert not saved
+
+
+def scores(table, first):
+    """q . k of the same vectors at 24 positions from `first` on."""
+    x = torch.randn(1, 1, 24, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rotated = table(first + 24, x).slice(first, 24).rotate(x)
+    return rotated @ rotated.mT
+
+
+def test_a_shift_of_all_groups_in_time_changes_no_score():
+    for grid in (None, (2, 3)):
+        table = RotaryTable(12, THETA, 6, grid)
+        torch.testing.assert_close(scores(table, 0), scores(table, 18), rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(scores(table, 0), scores(table, 1))  # no shift of whole groups
+
+
+def test_rows_and_columns_of_a_grid_are_told_apart():
+    """Cells 1 and 3 of a 2 x 3 grid, (0, 1) and (1, 0), and the same grid in one row."""
+    like = torch.zeros(1, dtype=torch.float64)
+    factors = RotaryTable(12, THETA, 6, (2, 3))(6, like).factors
+    assert not torch.allclose(factors[1], factors[3])
+    # (time, row, column): 2 pairs each; the row's pairs know no column and the other way round.
+    assert torch.equal(factors[1, 2:4], factors[0, 2:4])
+    assert torch.equal(factors[3, 4:6], factors[0, 4:6])
+    in_one_row = RotaryTable(12, THETA, 6)(6, like).factors
+    assert not torch.allclose(factors, in_one_row)

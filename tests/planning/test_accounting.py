@@ -30,6 +30,7 @@ def configuration(
     state=None,
     train=None,
     deepspeed=None,
+    data=None,
     context_length=9,
     vocabulary_size=11,
 ):
@@ -43,7 +44,7 @@ def configuration(
             "refinement": refinement or {},
             "state": state or {},
             "deepspeed": deepspeed or {},
-            "data": {"context_length": context_length},
+            "data": {"context_length": context_length} | (data or {}),
             "train": {"global_batch_size": SAMPLES} | (train or {}),
         }
     )
@@ -55,7 +56,8 @@ def training_step(config, mode, **options):
     """
     torch.manual_seed(0)
     model = WorldModel(config).train()
-    shape = (config.train.global_batch_size, config.data.context_length + 1)
+    size = config.data.group_size or 1
+    shape = (config.train.global_batch_size, config.data.context_length + size)
     stream = (
         torch.randn(*shape, FRAME)
         if config.state.kind == "embedding"
@@ -67,8 +69,8 @@ def training_step(config, mode, **options):
         for parameter in model.parameters():  # shows a Live mode what was there before the step
             parameter.detach().mul_(1), parameter.grad.mul_(1)
         model(
-            stream[:, :-1],
-            stream[:, 1:],
+            stream[:, :-size],
+            stream[:, size:],
             sample_ids=torch.arange(shape[0]),
             source=NoiseSource(3, 0),
             **options,
@@ -249,6 +251,13 @@ FLOP_CASES = {
         "state": {"initial": "zeros"},
         "refinement": {"update": "mirror", "graph": "full", "loss": "last"},
     },
+    "groups": {"data": {"group_size": 3}, "model": {"num_kv_heads": 2}},
+    "groups, block recomputed": {
+        "data": {"group_size": 3},
+        "model": {"predicted_layers": 1, "energy_head": ["bilinear", "context"]},
+        "refinement": {"recompute": "block"},
+    },
+    "baseline of groups": {"data": {"group_size": 3}, "model": {"kind": "baseline"}},
     "frames": {"state": FRAMES, "refinement": {"num_steps": 3}},
     "frames, full": {
         "state": FRAMES | {"initial": "most_recent"},
@@ -328,6 +337,7 @@ MEMORY_CASES = {
         "refinement": {"graph": "full", "change_clamp": 5.0, "state_clamp": 9.0}
     },
     "text, mirror": {"refinement": {"update": "mirror", "num_steps": 3}},
+    "groups": {"data": {"group_size": 16}, "refinement": {"num_steps": 3}},
     "text, full": {"refinement": {"graph": "full"}},
     "text, shallow with all terms": {
         "model": {

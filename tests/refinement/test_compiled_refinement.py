@@ -32,8 +32,12 @@ def gradients(compiled: bool, options: dict):
         if parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter, std=0.3)
     tokens = torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(2))
+    size = options.get("data", {}).get("group_size", 1)
     loss = model(
-        tokens[:, :-1], tokens[:, 1:], sample_ids=torch.tensor([3, 5]), source=NoiseSource(1, 2)
+        tokens[:, :-size],
+        tokens[:, size:],
+        sample_ids=torch.tensor([3, 5]),
+        source=NoiseSource(1, 2),
     ).loss
     loss.backward()
     return loss, {name: p.grad for name, p in model.named_parameters()}
@@ -61,8 +65,11 @@ def gradients(compiled: bool, options: dict):
             marks=pytest.mark.soak,
         ),  # compiles for four shapes
         pytest.param({"data": {"mask_documents": True, "eos_id": 12}}, marks=pytest.mark.soak),
+        pytest.param(
+            {"data": {"group_size": 2}, "model": {"num_heads": 2}}, marks=pytest.mark.soak
+        ),
     ],
-    ids=["detach", "full", "heads_of_a_shallow_stream", "adaln_in_tiles", "documents"],
+    ids=["detach", "full", "heads_of_a_shallow_stream", "adaln_in_tiles", "documents", "groups"],
 )
 @pytest.mark.multiprocess
 def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):

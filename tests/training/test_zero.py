@@ -66,6 +66,12 @@ def test_heads_and_a_shallow_stream_train_the_reference_without_and_with_partiti
     assert code == 0 and len(rows) == 2, rows
 
 
+def test_groups_train_the_reference_without_and_with_partitioned_parameters():
+    options = ["--recipe", "groups", "--precision", "fp32", "--stages", "1", "3"]
+    code, rows = checked("--processes", "2", *options, "--checkpoint", "block")
+    assert code == 0 and len(rows) == 2, rows
+
+
 def test_accumulated_micro_batches_train_the_same_at_every_stage():
     code, rows = checked(
         "--processes",

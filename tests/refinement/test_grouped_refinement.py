@@ -1,0 +1,289 @@
+"""Sequences of groups: every choice of the refinement is exact, in float64, against a definition.
+
+It knows neither kernels nor blocks: both streams in one attention, its mask written out by pairs.
+
+P positions form a group. Row t is one cell of the candidate for the next group.
+"""
+
+import contextlib
+import itertools
+from unittest import mock
+
+import pytest
+import test_refinement as plain
+import torch
+from torch.nn import functional as F
+
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.model import blocks
+from ebwm_scale.model.rotary import RotaryTable
+from ebwm_scale.refinement.noise import NoiseSource
+from ebwm_scale.refinement.tiling import tile_rows, tiles_of
+from ebwm_scale.world_model import WorldModel
+
+B, V = 3, 13
+GRID = {"group_size": 4, "grid": [2, 2]}
+
+
+def build(*, kind="vocabulary", model=None, state=None, refinement=None, data=None, num_groups=2):
+    data = {"group_size": 3, **(data or {})}
+    size = {"dimension": 7} if kind == "embedding" else {}
+    tokens = {"vocabulary_size": V} if kind == "vocabulary" else {}
+    config = config_from_dict(
+        {
+            "model": {"num_layers": 2, "width": 16, "num_heads": 2, **tokens, **(model or {})},
+            "state": {"kind": kind, **size, **(state or {})},
+            "refinement": {"num_steps": 2, "step_size": 3.0, **(refinement or {})},
+            "data": data,
+        }
+    )
+    torch.manual_seed(1)
+    world_model = WorldModel(config).double()
+    for parameter in world_model.parameters():
+        if parameter.abs().max() == 0:  # must not hide a missing path
+            torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(2)
+    size = data["group_size"]
+    length = (num_groups + 1) * size
+    if kind == "vocabulary":
+        block = torch.randint(V, (B, length), generator=generator)
+    else:
+        block = torch.randn(B, length, 7, generator=generator, dtype=torch.float64)
+    return world_model, block[:, :-size], block[:, size:]
+
+
+def coordinates(position, group_size, grid):
+    time, cell = divmod(position, group_size)
+    if grid is None:
+        return [time, cell]
+    return [time, *divmod(cell, grid[1])]
+
+
+def rotated(x, positions, network):
+    """x (B, H, S, d): each pair rotated by its coordinate, pair by pair."""
+    table = network.rotary
+    pairs = x.shape[-1] // 2
+    columns = []
+    for index in range(pairs):
+        axes = len(coordinates(0, table.group_size, table.grid))
+        of_each = pairs // axes
+        of_first = pairs - of_each * (axes - 1)
+        axis, place, count = 0, index, of_first
+        if index >= of_first:
+            axis = 1 + (index - of_first) // of_each
+            place = (index - of_first) % of_each
+            count = of_each
+        values = [coordinates(p, table.group_size, table.grid)[axis] for p in positions]
+        angle = torch.tensor(values, dtype=torch.float64) * 1e4 ** (-place / count)
+        a, b = x[..., 2 * index], x[..., 2 * index + 1]
+        columns += [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()]
+    return torch.stack(columns, -1)
+
+
+def sees(row, column, num_positions, group_size):
+    """Rows and columns: observed positions 0 .. S - 1, then candidates S .. 2 S - 1."""
+    of_column = column % num_positions // group_size
+    of_row = row % num_positions // group_size
+    if column < num_positions:  # an observed key
+        return of_column <= of_row
+    return row >= num_positions and of_row == of_column  # candidates are seen by their group alone
+
+
+def both_streams(layer, o, p, network, modulations):
+    """(o, p) behind a block."""
+    attention = layer.attention
+    S, size = o.shape[1], network.group_size
+    normed = [layer._attention_input(x, m) for x, m in zip((o, p), modulations)]
+    x = torch.cat(normed, 1)
+
+    def heads(linear):
+        return linear(x).unflatten(-1, (-1, attention.head_dimension)).transpose(1, 2)
+
+    positions = [*range(S), *range(size, S + size)]
+    shared = attention.num_heads // attention.num_kv_heads
+    q = rotated(heads(attention.wq), positions, network)
+    k = rotated(heads(attention.wk), positions, network).repeat_interleave(shared, 1)
+    v = heads(attention.wv).repeat_interleave(shared, 1)
+    mask = torch.tensor(
+        [[sees(row, column, S, size) for column in range(2 * S)] for row in range(2 * S)]
+    )
+    scores = (q @ k.mT) * attention.head_dimension**-0.5
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    attended = attention.wo((weights @ v).transpose(1, 2).flatten(2))
+    return [
+        layer._add_residuals(x, change, modulation)
+        for x, change, modulation in zip((o, p), attended.split(S, 1), modulations)
+    ]
+
+
+def defined_energy(model, candidate, observed, landscape):
+    """Both streams through every block, and the head's terms written out."""
+    network, settings = model.network, model.config.model
+    of_observed, _ = network.modulations_of(landscape, predicted=False)
+    of_predicted, final = network.modulations_of(landscape, predicted=True)
+    first = settings.num_layers - settings.predicted_layers
+    o, p = observed, candidate
+    for index, layer in enumerate(network.layers):
+        if index == first and settings.predicted_input == "anchored":
+            p = p + o
+        of_p = of_predicted[index - first] if index >= first else None
+        o, behind = both_streams(layer, o, p, network, (of_observed[index], of_p))
+        p = behind if index >= first else p
+    n = network.norm(p)
+    if final is not None:
+        n = n * (1 + final[1]) + final[0]
+    energy = torch.zeros(n.shape[:2], dtype=n.dtype)
+    units = 1 / (model.config.refinement.step_size * model.config.state.map_scale)
+    if "linear" in settings.energy_head:
+        energy = energy + n @ network.head.weight[0]
+    if "bilinear" in settings.energy_head:
+        bilinear = network.content.bilinear.weight
+        energy = energy - units * torch.einsum("bsi,ij,bsj->bs", candidate, bilinear, n)
+    if "context" in settings.energy_head:
+        h = network.content.context_norm(o)
+        context = network.content.context.weight
+        energy = energy - units * torch.einsum("bsi,ij,bsj->bs", candidate, context, h)
+    return energy
+
+
+def compare(model, observed, targets, **options):
+    with (
+        mock.patch.object(plain, "S", observed.shape[1]),
+        mock.patch.object(plain, "reference_energy", defined_energy),
+    ):
+        plain.compare(model, observed, targets, **options)
+
+
+LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")))
+
+
+@pytest.mark.parametrize("graph, loss", LOOPS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"data": GRID, "model": {"predicted_input": "anchored", "num_kv_heads": 1}},
+        {"refinement": {"recompute": "step", "update": "mirror", "tile_rows": 3}},
+        {"refinement": {"recompute": "block", "tile_rows": 7}, "model": {"num_kv_heads": 1}},
+        {
+            "data": GRID,
+            "model": {"energy_head": ["linear", "bilinear", "context"], "predicted_layers": 1},
+            "refinement": {"update": "logits", "tile_rows": 4},
+        },
+        {
+            "model": {"conditioning": "adaln", "predicted_input": "anchored"},
+            "refinement": {"recompute": "block", "noise": 0.3, "step_size_random_factor": 2.0},
+        },
+        {"kind": "embedding", "state": {"initial": "most_recent"}, "data": GRID},
+    ],
+    ids=["plain", "grid", "step_tiles", "block_tiles", "heads", "adaln", "frames"],
+)
+def test_groups_are_exact_to_second_order(graph, loss, options):
+    refinement = {**options.get("refinement", {}), "graph": graph, "loss": loss}
+    compare(*build(**{**options, "refinement": refinement}))
+
+
+def test_a_baseline_of_groups_is_the_definition():
+    model, observed, targets = build(model={"kind": "baseline"}, data=GRID)
+    network = model.network
+    o = model.embed_observed(observed)
+    for layer in network.layers:
+        o, _ = both_streams(layer, o, o, network, (None, None))
+    expected = F.cross_entropy(model.output(network.norm(o)).flatten(0, 1), targets.flatten())
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2)}
+    loss = model(observed, targets, **options).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
+    ours = plain.gradients(model, loss)
+    defined = plain.gradients(model, expected)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, defined[name], rtol=1e-9, atol=1e-12)
+
+
+@contextlib.contextmanager
+def broken_attention(name, **wrong):
+    """One of the two streams' attentions with another group size."""
+    right = getattr(blocks, name)
+    with mock.patch.object(blocks, name, lambda *a, **options: right(*a, **{**options, **wrong})):
+        yield
+
+
+@pytest.mark.parametrize("name", ["energy_attention", "observed_attention"])
+def test_the_comparison_notices_rows_that_see_too_little(name):
+    """Breaks a stream's mask on purpose."""
+    model, observed, targets = build()
+    with pytest.raises(AssertionError), broken_attention(name, group_size=1):
+        compare(model, observed, targets)
+
+
+def test_the_comparison_notices_positions_of_another_kind():
+    model, observed, targets = build(data=GRID)
+    model.network.rotary.grid = (4, 1)
+    compare(model, observed, targets)  # the definition reads the same grid
+    model.network.rotary._tables.clear()
+    right = RotaryTable._angles
+    with (
+        pytest.raises(AssertionError),
+        mock.patch.object(RotaryTable, "_angles", lambda self, p: right(self, p.flip(0))),
+    ):
+        compare(model, observed, targets)
+
+
+def final(model, observed, targets, **options):
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2)} | options
+    with torch.no_grad():
+        return model.eval()(observed, targets, keep_state=torch.float64, **options)
+
+
+def test_a_groups_cells_see_each_other_and_no_later_group():
+    """Changing one observed cell of the last group changes the candidates of that group's successor
+    alone: all of them, and none before.
+    """
+    model, observed, targets = build()
+    changed = observed.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % V
+    before, after = (final(model, o, targets).state for o in (observed, changed))
+    moved = (before - after).abs().amax(-1) > 0
+    assert moved[:, 3:].all() and not moved[:, :3].any()
+
+
+def test_groups_of_one_are_the_ordinary_model_to_the_bit():
+    outputs = []
+    for data in ({}, {"group_size": None}):
+        model, observed, targets = plain.build(refinement={"num_steps": 2})
+        model.network.rotary = RotaryTable(4, 1e4, data.get("group_size") or 1)
+        outputs.append(final(model, observed, targets).state)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("rows, whole", [(3, 2), (7, 1), (12, 1)])
+def test_tiles_hold_whole_groups(rows, whole):
+    for samples, parts in tiles_of(B, 6, rows, 3):
+        assert len(parts) == whole
+        assert [part.start for part in parts] == [0, 3][:whole]
+        assert parts[-1].stop == 6
+        assert (samples.stop - samples.start) * (parts[0].stop - parts[0].start) <= max(rows, 3)
+
+
+def test_tiles_and_recomputation_change_neither_states_nor_energies():
+    outputs = []
+    for rows in (100, 4):
+        model, observed, targets = build(refinement={"tile_rows": rows})
+        outputs.append(final(model, observed, targets))
+    torch.testing.assert_close(outputs[0].state, outputs[1].state, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        outputs[0].energy_per_step, outputs[1].energy_per_step, rtol=1e-12, atol=1e-13
+    )
+
+
+def test_what_does_not_fit_is_one_sentence():
+    model, _, _ = build(refinement={"tile_rows": 2})
+    with pytest.raises(ValueError, match="tile_rows is 2, the groups have 3 positions"):
+        tile_rows(model.config.refinement, V, torch.device("cpu"), 3)
+    with pytest.raises(ValueError, match="5 positions in groups of 3"):
+        next(tiles_of(B, 5, 3, 3))
+    with pytest.raises(ValueError, match="time_embed with groups of 3"):
+        build(model={"conditioning": "time_embed"})
+    with pytest.raises(ValueError, match="at least 6"):
+        build(data=GRID, model={"num_heads": 4})
+    with pytest.raises(ValueError, match="grid is \\[2, 3\\] with group_size 4"):
+        RotaryTable(8, 1e4, 4, (2, 3))
