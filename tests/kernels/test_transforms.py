@@ -31,9 +31,9 @@ from ebwm_kernels.attention.causal import causal_attention_definition
 from ebwm_kernels.attention.ops import why_not_triton
 
 
-def in_all(function):
-    """All arguments of a function of five, three or two tensors."""
-    return tuple(range(function))
+def in_all(num_arguments):
+    """argnums of torch.func: every argument."""
+    return tuple(range(num_arguments))
 
 
 # Each takes a function and its inputs, and gives numbers that are compared.

@@ -47,7 +47,10 @@ def attend_under_transforms(
     first_visible: Tensor | None,
     rest: tuple,
 ) -> Tensor:
-    """Output (B, H, S, d), as `ops.attend`; rest: the numbers of Shape, and the backend."""
+    """Output (B, H, S, d of values), as `ops.attend`; rest: the numbers of Shape, and the backend.
+
+    Raises RuntimeError where a third derivative or forward mode over forward mode is asked for.
+    """
     return Attention.apply(q, k, v, k_self, v_self, first_visible, rest)[0]
 
 
@@ -108,8 +111,8 @@ class Gradient(Function):
         if not with_keys:
             cotangents = (cotangents[0], None, None, *cotangents[3:])
         cotangents = _zeros_for_none(cotangents, saved, keys=with_keys)
-        g_grad, *rest = DoubleBackward.apply(*cotangents, grad, *saved, rest)
-        return g_grad, *_without_absent(rest, saved[3]), None, None, None, None
+        g_grad, *others = DoubleBackward.apply(*cotangents, grad, *saved, rest)
+        return g_grad, *_without_absent(others, saved[3]), None, None, None, None
 
     @staticmethod
     def jvp(ctx, grad_tangent, *tangents):
