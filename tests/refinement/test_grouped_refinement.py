@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.model import blocks
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.rotary import RotaryTable
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
@@ -246,15 +247,6 @@ def test_a_groups_cells_see_each_other_and_no_later_group():
     assert moved[:, 3:].all() and not moved[:, :3].any()
 
 
-def test_groups_of_one_are_the_ordinary_model_to_the_bit():
-    outputs = []
-    for data in ({}, {"group_size": None}):
-        model, observed, targets = plain.build(refinement={"num_steps": 2})
-        model.network.rotary = RotaryTable(4, 1e4, data.get("group_size") or 1)
-        outputs.append(final(model, observed, targets).state)
-    assert torch.equal(*outputs)
-
-
 @pytest.mark.parametrize("rows, whole", [(3, 2), (7, 1), (12, 1)])
 def test_tiles_hold_whole_groups(rows, whole):
     for samples, parts in tiles_of(B, 6, rows, 3):
@@ -264,7 +256,7 @@ def test_tiles_hold_whole_groups(rows, whole):
         assert (samples.stop - samples.start) * (parts[0].stop - parts[0].start) <= max(rows, 3)
 
 
-def test_tiles_and_recomputation_change_neither_states_nor_energies():
+def test_tiles_change_neither_states_nor_energies():
     outputs = []
     for rows in (100, 4):
         model, observed, targets = build(refinement={"tile_rows": rows})
@@ -276,14 +268,15 @@ def test_tiles_and_recomputation_change_neither_states_nor_energies():
 
 
 def test_what_does_not_fit_is_one_sentence():
-    model, _, _ = build(refinement={"tile_rows": 2})
+    model, _, _ = build()
+    config = model.config
     with pytest.raises(ValueError, match="tile_rows is 2, the groups have 3 positions"):
-        tile_rows(model.config.refinement, V, torch.device("cpu"), 3)
+        tile_rows(config.refinement.replace(tile_rows=2), V, torch.device("cpu"), 3)
     with pytest.raises(ValueError, match="5 positions in groups of 3"):
         next(tiles_of(B, 5, 3, 3))
     with pytest.raises(ValueError, match="time_embed with groups of 3"):
-        build(model={"conditioning": "time_embed"})
+        EnergyTransformer(config.model.replace(conditioning="time_embed"), 2, group_size=3)
     with pytest.raises(ValueError, match="at least 6"):
-        build(data=GRID, model={"num_heads": 4})
+        RotaryTable(4, 1e4, 4, (2, 2))
     with pytest.raises(ValueError, match="grid is \\[2, 3\\] with group_size 4"):
         RotaryTable(8, 1e4, 4, (2, 3))
