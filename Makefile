@@ -5,12 +5,13 @@
 #   make lock         requirements/test.lock, the versions of a whole test environment
 #   make docs         the documentation and its reference, as pages in site/
 #   make test         environment and every test that this machine can run, in WORKERS processes of one thread each
+#                     (one more than two cores: some wait for Slurm, for a signal or for a disk)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 DATA   ?= data
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: quickstart quickstart-video lint docs test soak lock clean
 .DEFAULT_GOAL := quickstart

@@ -4,6 +4,12 @@ import ebwm_scale
 model, config = ebwm_scale.load_checkpoint("runs/quickstart")
 """
 
+import os
+
+# Threads of OpenMP that wait for work sleep. By default they spin, and a training beside other work
+# takes several times as long. Read when torch is loaded; what the user has set is kept.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 __version__ = "0.1.0"
 
 

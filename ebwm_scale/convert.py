@@ -25,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ebwm_scale.checkpoint import convert as conversion
+from ebwm_scale.checkpoint import convert_released
+from ebwm_scale.checkpoint.comparison import DTYPES
 from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
 from ebwm_scale.core.console import progress_on_console, say
 from ebwm_scale.core.errors import EXIT_FINISHED, UserError
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if writes_model:
             part.add_argument(
                 "--dtype",
-                choices=list(conversion.DTYPES),
+                choices=list(DTYPES),
                 default="float32",
                 help="of the weights (default %(default)s)",
             )
@@ -120,7 +122,7 @@ def to_run(options: argparse.Namespace, progress: Progress) -> str:
 
 
 def import_released(options: argparse.Namespace, progress: Progress) -> str:
-    return conversion.import_released(
+    return convert_released.import_released(
         options.source,
         options.target,
         hparams=options.hparams,
@@ -133,7 +135,7 @@ def import_released(options: argparse.Namespace, progress: Progress) -> str:
 
 
 def export_released(options: argparse.Namespace, progress: Progress) -> str:
-    return conversion.export_released(options.source, options.target, say=say)
+    return convert_released.export_released(options.source, options.target, say=say)
 
 
 CONVERSIONS = {

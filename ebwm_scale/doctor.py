@@ -32,6 +32,7 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
 from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED
 from ebwm_scale.core.processes import number, place_in_step
+from ebwm_scale.training.collective import collective
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = (
@@ -55,7 +56,6 @@ OPTIONAL = {
     "av": "video shards",
 }
 COLLECTIVE_S = 120  # for processes that import torch and meet
-COLLECTIVE_MIB = 16
 DISK_MIB = 64
 SLOW_MIB_PER_S = 50
 
@@ -288,43 +288,6 @@ def check_collective_of_job(report: Report, rank: int) -> None:
         )
     else:
         report.ok("collective", done.stdout.strip().splitlines()[-1])
-
-
-def collective() -> str:
-    """Join the group as a run does, sum a tensor over all ranks, check the sum; what to say about
-    it.
-    """
-    import torch
-
-    from ebwm_scale.training.distributed import init_distributed
-
-    world = init_distributed()
-    tensor = torch.full((COLLECTIVE_MIB * 2**18,), float(world.rank + 1), device=world.device)
-    for _ in range(2):  # the first one connects
-        values = tensor.clone()
-        world.barrier()
-        start = time.perf_counter()
-        total = world.all_reduce(values)[[0, -1]].tolist()
-        seconds = time.perf_counter() - start
-    expected = world.size * (world.size + 1) / 2
-    if total != [expected, expected]:
-        raise RuntimeError(f"the sum over {world.size} ranks is {total}, expected {expected}")
-    backend = torch.distributed.get_backend()
-    version = ""
-    if backend == "nccl":
-        from torch.cuda import nccl
-
-        version = f" {'.'.join(map(str, nccl.version()))}"
-    return (
-        f"{backend}{version}: {world.size} processes summed {COLLECTIVE_MIB} MiB in "
-        f"{1000 * seconds:.1f} ms"
-        + (
-            f", {2 * (world.size - 1) / world.size * COLLECTIVE_MIB / 1024 / seconds:.2f} GiB/s "
-            "per process"
-            if world.size > 1
-            else ""
-        )
-    )
 
 
 def check_slurm(report: Report) -> None:

@@ -24,3 +24,6 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                   # INFO: prints which net
 # export NCCL_SOCKET_IFNAME=^lo,docker0                 # the interface to meet on; also GLOO_SOCKET_IFNAME (one name) for jobs on CPUs
 # export NCCL_IB_HCA=mlx5                               # InfiniBand adapters to use, by prefix
 # export NCCL_NET_GDR_LEVEL=PHB                         # GPUs and adapters under one host bridge exchange data directly
+
+# 4. Threads. Those that wait sleep; by default they spin, which costs jobs that share a machine several times their time.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

@@ -5,6 +5,8 @@ And the order: what takes longest comes first.
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as ebwm_scale does, before torch is loaded
+
 import pytest
 import torch
 from kinds import ProcessGuard, kind_of

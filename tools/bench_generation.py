@@ -13,11 +13,14 @@ trapezoid rule. Peak memory is of the growing process, for --num-steps and four 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import statistics
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 
 import torch
 

@@ -28,12 +28,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 
 import torch
 from torch.nn import functional as F
@@ -306,7 +309,7 @@ def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
     """
     from triton.errors import TritonError
 
-    from ebwm_kernels.attention import triton_kernels as attention_triton
+    from ebwm_kernels.attention import launches
 
     for own in (True, False):
         for kernel in KERNELS:
@@ -314,7 +317,7 @@ def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
                 continue
             times = {}
             for tile in CANDIDATES:
-                attention_triton.tile_for = lambda name, *rest, t=tile, k=kernel: (
+                launches.tile_for = lambda name, *rest, t=tile, k=kernel: (
                     t if name == k else tile_for(name, *rest)
                 )
                 try:
@@ -322,11 +325,11 @@ def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
                 except (TritonError, RuntimeError) as error:  # a tile too large for the GPU
                     times[tile] = float("inf")
                     print(f"    {kernel} {tuple(tile)}: {type(error).__name__}", file=sys.stderr)
-            attention_triton.tile_for = tile_for
+            launches.tile_for = tile_for
             best = min(times, key=times.get)
             now = tile_for(
                 kernel,
-                attention_triton.architecture(problem.q.device),
+                launches.architecture(problem.q.device),
                 padded_for(problem.d),
                 dtype,
                 not own,

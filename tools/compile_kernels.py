@@ -4,11 +4,14 @@ report what the compiler made of them.
 
     python tools/compile_kernels.py --architecture sm_90 --head-dimension 64 128
         [--kernel _second_key ...] [--tile ROWS,KEYS,WARPS,STAGES ...]
+        [--groups] [--first-visible] [--sharing] [--not-causal]
 
-One JSON line per kernel and tile: registers, bytes spilled, shared memory, tensor-core
-instructions, seconds. Shared memory is held against the architecture's limit here, since the
-compiler does not check it. Without --tile the tiles are those of
-kernels/ebwm_kernels/attention/tuning.py.
+The levels of kernels/ebwm_kernels/attention/triton_backend.py run as they do on a GPU, on tiny
+tensors, and each kernel is compiled where it would be launched, with the arguments of that launch:
+what is reported is what runs. One JSON line per program: registers, bytes spilled, shared memory,
+tensor memory (sm_100), tensor-core instructions, seconds. Memory is held against the
+architecture's limits here, since the compiler does not check it. Without --tile the tiles are
+those of kernels/ebwm_kernels/attention/tuning.py.
 """
 
 from __future__ import annotations
@@ -22,89 +25,129 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from ebwm_kernels.attention import triton_kernels as attention_triton
-from ebwm_kernels.attention.tuning import KERNELS, Tile, padded_for, part_for, tile_for
+from ebwm_kernels.attention import launches, triton_backend
+from ebwm_kernels.attention.reference import Cotangents
+from ebwm_kernels.attention.tuning import KERNELS, Tile, tile_for
+from ebwm_kernels.attention.visibility import Shape
 from ebwm_scale.core.arguments import ArgumentParser
 
-SHARED_KIB = {
-    "sm_80": 163,
-    "sm_86": 99,
-    "sm_90": 227,
-}  # per block; CUDA programming guide, compute capabilities
-STATISTICS = {"L", "DELTA", "MU", "PHI", "Z", "DS", "MEAN"}
-SIZES = ("S", "C", "offset", "group")
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+# Shared memory per block: CUDA programming guide, compute capabilities. The tiles of sm_86 serve
+# 12.x as well (sm_120).
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+TENSOR_MEMORY_COLUMNS = 512  # sm_100, per multiprocessor
+TILES_OF = {"sm_120": "sm_86"}
+USES = ("energy", "causal")  # own keys; none, and cotangents on dK and dV
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compile_kernel(
-    name: str,
-    architecture: str,
-    head_dimension: int,
-    dtype: torch.dtype,
-    *,
-    own: bool,
-    with_keys: bool,
-    causal: bool = True,
-    ones: bool = False,
-    tile: Tile | None = None,
-) -> dict:
-    """Compile one kernel (KERNELS) and read its machine code; see the module's docstring.
+class Work(NamedTuple):
+    """One kernel in one use."""
 
-    ones: sizes that are 1, which a launch makes constants.
-    """
-    kernel = getattr(attention_triton, name)
-    padded = padded_for(head_dimension)
-    tile = tile or tile_for(name, architecture, padded, dtype, with_keys)
-    values = {
-        "scale": head_dimension**-0.5,
-        "D": head_dimension,
-        "DP": padded,
-        "PART": part_for(architecture, padded, dtype),
-        "CAUSAL": causal,
-        "OWN": own,
-        "KEYS": with_keys,
-        "ACC": tl.float32,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
-        "BM": tile.rows,
-        "BN": tile.keys,
-    }
-    constants = {n: values[n] for n in kernel.arg_names if n in values}
-    if ones:
-        constants |= {n: 1 for n in kernel.arg_names if n in SIZES}
-    signature, attributes = {}, {}
-    for position, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in SIZES:
-            signature[argument] = "i32"
-        else:
-            signature[argument] = "*fp32" if argument in STATISTICS else POINTERS[dtype]
-            attributes[(position,)] = [
-                ["tt.divisibility", 16]
-            ]  # as at a launch; without it loads are not vectorised
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(n),): v for n, v in constants.items()},
-        attrs=attributes,
-    )
-    start = time.perf_counter()
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
-    )
-    seconds = time.perf_counter() - start
+    kernel: str
+    architecture: str
+    head_dimension: int
+    dtype: str
+    use: str
+    causal: bool
+    groups: bool
+    first_visible: bool
+    sharing: bool
+    tile: Tile | None
+    positions: int = 6
+    scale: float = 0.125
+
+
+class Driver:
+    """Triton's driver, as far as it takes part in compiling."""
+
+    def __init__(self, architecture: str):
+        self.architecture = architecture
+
+    def get_current_device(self) -> str:
+        return self.architecture  # compiled programs are kept per device
+
+    def set_current_device(self, device) -> None:
+        pass
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", int(self.architecture.removeprefix("sm_")), 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_use(work: Work) -> list[dict]:
+    """The distinct programs that this use launches of one kernel."""
+    driver.set_active(Driver(work.architecture))
+    rows, seen = [], set()
+
+    def launch(kernel, num_programs, pointers, named, tile) -> None:
+        if kernel.__name__ != work.kernel:
+            return
+        start = time.perf_counter()
+        compiled = kernel.run(
+            *pointers,
+            **named,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            grid=(num_programs,),
+            warmup=True,
+        )
+        seconds = time.perf_counter() - start
+        if compiled.hash in seen:
+            return
+        seen.add(compiled.hash)
+        flags = {
+            name.lower(): value
+            for name, value in named.items()
+            if name in ("OWN", "KEYS", "SECOND", "SHARED")
+        }
+        rows.append(_report(work, tile, flags, compiled) | {"seconds": round(seconds, 1)})
+
+    tiles = TILES_OF.get(work.architecture, work.architecture)
+    launches.architecture = lambda device: tiles
+    launches.tile_for = tile_for if work.tile is None else lambda *_: work.tile
+    launches.launch = launch
+    _run_levels(work)
+    return rows
+
+
+def _run_levels(work: Work) -> None:
+    """All levels once. Neither sizes nor the scale matter: one program serves all."""
+    group = work.positions if work.groups else 1
+    shape = Shape(work.scale, 0, work.causal, group, group)
+    dtype = getattr(torch, work.dtype)
+    heads = 2 if work.sharing else 1
+    q = torch.zeros(1, heads, work.positions, work.head_dimension, dtype=dtype)
+    k = torch.zeros(1, 1, work.positions, work.head_dimension, dtype=dtype)
+    first_visible = None
+    if work.first_visible:
+        first_visible = torch.zeros(1, work.positions, dtype=torch.int32)
+    own = (q, q) if work.use == "energy" else (None, None)
+    keys = (None, None) if work.use == "energy" else (k, k)
+    inputs = (q, k, k, *own, first_visible)
+    out, normalizer = triton_backend.forward(*inputs, shape)
+    triton_backend.gradient(q, *inputs, out, normalizer, shape, with_keys=True)
+    cotangents = Cotangents(q, *keys, *own)
+    triton_backend.double_backward(cotangents, q, *inputs, out, normalizer, shape)
+    tangents = Cotangents(q, k, k, *own)
+    triton_backend.tangent(tangents, *inputs, out, normalizer, shape)
+
+
+def _report(work: Work, tile: Tile, flags: dict, compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -114,51 +157,33 @@ def compile_kernel(
         int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
     )
     count = {
-        what: len(re.findall(rf"\b{what}\b", code)) for what in ("HGMMA", "HMMA", "LDL", "STL")
+        what: len(re.findall(rf"\b{what}\b", code))
+        for what in ("HGMMA", "HMMA", "UTCHMMA", "LDL", "STL")
     }
     shared = compiled.metadata.shared / 1024
+    limit = SHARED_KIB[work.architecture]
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
     return {
-        "kernel": name,
-        "architecture": architecture,
-        "head_dimension": head_dimension,
-        "dtype": str(dtype).removeprefix("torch."),
-        "own": own,
-        "with_keys": with_keys,
-        "causal": causal,
+        **work._asdict(),
         "tile": list(tile),
+        **flags,
         "registers": registers,
         "spilled_bytes": stack + local,
         "spill_instructions": count["LDL"] + count["STL"],
         "shared_kib": round(shared, 2),
-        "shared_limit_kib": SHARED_KIB[architecture],
-        "fits": shared <= SHARED_KIB[architecture],
-        "tensor_core_instructions": count["HGMMA"] + count["HMMA"],
+        "shared_limit_kib": limit,
+        "tensor_memory_columns": columns,
+        "fits": shared <= limit and columns <= TENSOR_MEMORY_COLUMNS,
+        "tensor_core_instructions": count["HGMMA"] + count["HMMA"] + count["UTCHMMA"],
         "warpgroup_instructions": count["HGMMA"],
-        "seconds": round(seconds, 1),
+        "program": compiled.hash,
     }
-
-
-def variants(name: str) -> list[dict]:
-    """The two operations' uses of a kernel: energy_attention, and causal_attention with cotangents
-    on dK and dV where it takes them.
-    """
-    names = getattr(attention_triton, name).arg_names
-    if name == "_second_own":
-        return [{"own": True, "with_keys": False}]
-    if "OWN" not in names and "KEYS" not in names:
-        return [{"own": False, "with_keys": False}]
-    return [{"own": True, "with_keys": False}, {"own": False, "with_keys": "KEYS" in names}]
 
 
 def _output(program: str, *arguments: str) -> str:
     return subprocess.run(
         [str(TOOLS / program), *arguments], capture_output=True, text=True, check=True
     ).stdout
-
-
-def _compile(work: tuple) -> dict:
-    *what, options = work
-    return compile_kernel(*what, **options)
 
 
 def main() -> int:
@@ -174,44 +199,42 @@ def main() -> int:
     parser.add_argument(
         "--tile", nargs="+", default=[None], help="ROWS,KEYS,WARPS,STAGES instead of the table's"
     )
+    parser.add_argument("--use", nargs="+", default=list(USES), choices=USES)
     parser.add_argument("--not-causal", action="store_true")
-    parser.add_argument(
-        "--ones", action="store_true", help="sizes of one, which Triton makes constants"
-    )
-    parser.add_argument(
-        "--variant",
-        nargs="+",
-        type=int,
-        default=[0, 1],
-        help="0: energy_attention, 1: causal_attention",
-    )
+    parser.add_argument("--groups", action="store_true", help="own keys and context in groups")
+    parser.add_argument("--first-visible", action="store_true", help="a first key per row")
+    parser.add_argument("--sharing", action="store_true", help="query heads share key heads")
+    parser.add_argument("--positions", type=int, default=6, help="of the tensors")
+    parser.add_argument("--scale", type=float, default=0.125, help="of the scores")
     arguments = parser.parse_args()
     work = [
-        (
-            name,
+        Work(
+            kernel,
             architecture,
-            d,
-            getattr(torch, dtype),
-            dict(
-                variant,
-                causal=not arguments.not_causal,
-                ones=arguments.ones,
-                tile=None if tile is None else Tile(*map(int, tile.split(","))),
-            ),
+            head_dimension,
+            dtype,
+            use,
+            not arguments.not_causal,
+            arguments.groups,
+            arguments.first_visible,
+            arguments.sharing,
+            None if tile is None else Tile(*map(int, tile.split(","))),
+            arguments.positions,
+            arguments.scale,
         )
         for architecture in arguments.architecture
-        for d in arguments.head_dimension
+        for head_dimension in arguments.head_dimension
         for dtype in arguments.dtype
-        for name in arguments.kernel
-        for index, variant in enumerate(variants(name))
-        if index in arguments.variant
+        for kernel in arguments.kernel
+        for use in arguments.use
         for tile in arguments.tile
     ]
     bad = 0
     with multiprocessing.get_context("fork").Pool() as pool:
-        for row in pool.imap(_compile, work):
-            print(json.dumps(row), flush=True)
-            bad += not row["fits"]
+        for rows in pool.imap(compile_use, work):
+            for row in rows:
+                print(json.dumps(row), flush=True)
+                bad += not row["fits"]
     return int(bad > 0)
 
 

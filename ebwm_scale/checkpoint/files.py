@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ebwm_scale.core.errors import CheckpointError
-from ebwm_scale.core.files import file_sha256
+from ebwm_scale.core.files import file_sha256, read_small
 from ebwm_scale.core.plain_text import shown
-from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
+from ebwm_scale.core.strict_json import canonical_json, is_whole, other_version, parse
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -66,23 +66,16 @@ def check_files(folder: Path) -> None:
 
 def _read_manifest(path: Path) -> dict[str, Entry]:
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(
-                f"{path} is damaged: it has {path.stat().st_size} bytes, at most "
-                f"{MAX_MANIFEST_BYTES}"
-            )
-        values = parse(path.read_bytes())
+        values = parse(read_small(path, MAX_MANIFEST_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: no manifest.json, so this is no complete checkpoint"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION or not is_whole(version):
-        raise CheckpointError(
-            f"{path.parent}: checkpoint format {shown(version)}; this release reads {VERSION}"
-        )
+    problem = other_version(values, "version", VERSION)
+    if problem is not None:
+        raise CheckpointError(f"{path}: {problem}")
     if not values.keys() <= {"version", "files", "sha256"}:
         raise CheckpointError(f"{path} is damaged: its keys are {shown(sorted(values))}")
     if not isinstance(values.get("files"), dict):

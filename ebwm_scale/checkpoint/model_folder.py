@@ -29,19 +29,18 @@ from torch import Tensor
 
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError
-from ebwm_scale.core.files import file_sha256
+from ebwm_scale.core.files import file_sha256, read_small
 from ebwm_scale.core.plain_text import shorten, shown
 from ebwm_scale.core.strict_json import is_whole, parse
 from ebwm_scale.core.tensor_files import TensorFile, TensorWriter
 from ebwm_scale.data.format.manifest import MANIFEST_NAME, Manifest
 
-WEIGHTS, INDEX, FACTS, TRAINING = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "conversion.json",
-    "training",
-)
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FACTS = "conversion.json"
+TRAINING = "training"
 MODEL_TYPE = "ebwm"
+MAX_FACTS_BYTES = 256 * 2**20
 READ = ("config.yaml", "config.json", WEIGHTS, INDEX, "data/*", f"{TRAINING}/*")
 Read = Callable[[str], Tensor]
 
@@ -88,7 +87,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     try:
-        mapped = parse((folder / INDEX).read_bytes())["weight_map"]
+        mapped = parse(read_small(folder / INDEX, MAX_FACTS_BYTES))["weight_map"]
         names = sorted(set(mapped.values()))
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"its files are {shown(names)}")
@@ -102,7 +101,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_facts(folder: Path) -> dict[str, Any]:
     """conversion.json, its list of files checked; CheckpointError for anything else."""
     try:
-        facts = parse((folder / FACTS).read_bytes())
+        facts = parse(read_small(folder / FACTS, MAX_FACTS_BYTES))
         files, dtype = facts["files"], facts["dtype"]
         listed = all(
             is_whole(entry["size"]) and isinstance(entry["sha256"], str) for entry in files.values()
@@ -226,7 +225,9 @@ class Training:
     def __init__(
         self, read: Callable[[str, str], Tensor], trainer: dict[str, Any], replay: dict | None
     ):
-        self.read, self.trainer, self.replay = read, trainer, replay
+        self.read = read
+        self.trainer = trainer
+        self.replay = replay
 
     def write(
         self,

@@ -90,29 +90,29 @@ def to_ours(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours = our_name(name)
         if two_linear and ours == "output.weight":
             ours = "output.hidden.weight"
-        if ours is not None:
-            result[ours] = (
-                tensor.T.contiguous()
-                if ours == "state_map"
-                else tensor.reshape(1)
-                if ours == "step_size"
-                else tensor
-            )
+        if ours is None:
+            continue
+        if ours == "state_map":
+            result[ours] = tensor.T.contiguous()
+        elif ours == "step_size":
+            result[ours] = tensor.reshape(1)
+        else:
+            result[ours] = tensor
     return result
 
 
 def released_name(ours: str, *, conditioning: str) -> str:
     """The released name of our parameter."""
-    adaptive_head = conditioning in ("adaln", "adaln_zero")
+    head = "transformer.final_layer.weight"
+    if conditioning in ("adaln", "adaln_zero"):
+        head = "transformer.final_layer.linear.weight"
     special = {
         "step_size": "alpha",
         "state_map": "vocab_to_embed.weight",
         "output.weight": "output.weight",
         "output.hidden.weight": "output.weight",
         "network.norm.weight": "transformer.norm.weight",
-        "network.head.weight": "transformer.final_layer.linear.weight"
-        if adaptive_head
-        else "transformer.final_layer.weight",
+        "network.head.weight": head,
         "token_embedding.weight": "embeddings.weight",
         "network.landscape_embedding.weight": "transformer.time_embeddings.weight",
     }
@@ -158,13 +158,12 @@ def to_released(ours: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]
     result = {}
     for name, tensor in ours.items():
         released = released_name(name, conditioning=config.model.conditioning)
-        result[released] = (
-            tensor.T.contiguous()
-            if name == "state_map"
-            else tensor.reshape(())
-            if name == "step_size"
-            else tensor
-        )
+        if name == "state_map":
+            result[released] = tensor.T.contiguous()
+        elif name == "step_size":
+            result[released] = tensor.reshape(())
+        else:
+            result[released] = tensor
     if config.refinement.noise:
         result["langevin_dynamics_noise_std"] = torch.tensor(config.refinement.noise)
     return result
@@ -175,12 +174,10 @@ def hparams_of(config: Config) -> dict[str, Any]:
 
     Raises ConfigError listing what the released code cannot express.
     """
-    model, state, refinement, optimizer = (
-        config.model,
-        config.state,
-        config.refinement,
-        config.optimizer,
-    )
+    model = config.model
+    state = config.state
+    refinement = config.refinement
+    optimizer = config.optimizer
     text, energy = state.kind == "vocabulary", model.kind == "energy"
     beyond = []
     for name, value, allowed in (
@@ -318,8 +315,18 @@ def config_of(hparams: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
 
 
 def _refinement_of(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    truncated, random_steps = hparams["truncate_mcmc"], hparams["randomize_mcmc_num_steps"]
+    truncated = hparams["truncate_mcmc"]
+    random_steps = hparams["randomize_mcmc_num_steps"]
     landscapes = hparams["mcmc_num_steps"]
+    if truncated:
+        graph = "truncate"
+    elif hparams["no_mcmc_detach"]:
+        graph = "full"
+    else:
+        graph = "detach"
+    change_clamp = None
+    if hparams.get("clamp_futures_grad"):
+        change_clamp = hparams.get("clamp_futures_grad_max_change", 9.0)
     return {
         "num_steps": landscapes + random_steps,
         "landscapes": "per_step" if landscapes > 1 else "one",
@@ -328,10 +335,8 @@ def _refinement_of(hparams: Mapping[str, Any]) -> dict[str, Any]:
         "learning_rate_multiplier": hparams["mcmc_step_size_lr_multiplier"],
         "step_size_random_factor": hparams["randomize_mcmc_step_size_scale"],
         "noise": hparams["langevin_dynamics_noise"],
-        "change_clamp": hparams.get("clamp_futures_grad_max_change", 9.0)
-        if hparams.get("clamp_futures_grad")
-        else None,
+        "change_clamp": change_clamp,
         "state_clamp": hparams.get("absolute_clamp") or None,
-        "graph": "truncate" if truncated else "full" if hparams["no_mcmc_detach"] else "detach",
+        "graph": graph,
         "loss": "last" if truncated else "every",
     }

@@ -77,7 +77,10 @@ class CheckpointWriter:
         faults: Faults,
         still_ours: Callable[[], None],
     ):
-        self.root, self.world, self.config, self.faults = root, world, config, faults
+        self.root = root
+        self.world = world
+        self.config = config
+        self.faults = faults
         self.still_ours = still_ours
         self.store = world.store()
         self.thread: threading.Thread | None = None
@@ -104,7 +107,9 @@ class CheckpointWriter:
             name: list(getattr(p, "ds_shape", p.shape))
             for name, p in state.module.named_parameters()
         }
-        self.outcome, self.told, self.notes = None, False, []
+        self.outcome = None
+        self.told = False
+        self.notes = []
         staging, problem = self._stage(trainer["step"])  # no rank writes before the folder is there
         validated = trainer.get("validation_loss") is not None
         begun = Outcome(trainer["step"], validated, problem)

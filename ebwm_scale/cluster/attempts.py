@@ -153,7 +153,10 @@ class Attempts:
             return Verdict("again", "a later attempt has begun: this one was taken for lost")
         told = any(row["event"] == "signal" and row["attempt"] == self.number for row in rows)
         step = newest_step(self.folder)
-        progress, counts, what, outcome = _above(step, self.first_step), True, "again", "crashed"
+        progress = _above(step, self.first_step)
+        counts = True
+        what = "again"
+        outcome = "crashed"
         reason = f"{meaning(code)}{': ' if detail else ''}{detail}"
         if code == EXIT_FINISHED:
             outcome, what = "finished", "done"

@@ -137,7 +137,10 @@ class Ended:
     def __init__(
         self, verdict: Verdict, code: int, given: Allocation | None, *, signalled: bool = False
     ):
-        self.verdict, self.code, self.given, self.signalled = verdict, code, given, signalled
+        self.verdict = verdict
+        self.code = code
+        self.given = given
+        self.signalled = signalled
 
     def finish(self) -> int:
         """Requeue if that is the verdict; the exit code of the job."""
@@ -174,17 +177,15 @@ def attempt(
     )
     if verdict.what == "give up":
         return Ended(verdict, EXIT_FAILED, given)
-    say(
-        f"attempt {attempts.number} at {run_dir}"
-        + (
-            f", job {job}, restart {given.restart}: {given.num_nodes} nodes ({given.node_list}) "
-            f"with {given.tasks_per_node} tasks each ({given.why_tasks})"
-            if given
-            else f": {num_tasks} tasks on this machine"
-        )
-    )
+    attempt = f"attempt {attempts.number} at {run_dir}"
     if given:
+        say(
+            f"{attempt}, job {job}, restart {given.restart}: {given.num_nodes} nodes "
+            f"({given.node_list}) with {given.tasks_per_node} tasks each ({given.why_tasks})"
+        )
         warn_of(given)
+    else:
+        say(f"{attempt}: {num_tasks} tasks on this machine")
     tasks = SlurmTasks(given, command, logs) if given else LocalTasks(num_tasks, command, logs)
     say(f"running {printed(tasks.command)}\noutput of rank 0: {logs}/rank_0000.log")
     signals = []

@@ -269,8 +269,6 @@ def _seconds_of(stamp: str) -> float | None:
 def _limit_s(text: str) -> float | None:
     """[days-]hours:minutes:seconds, or UNLIMITED."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    return (
-        None
-        if match is None
-        else sum(int(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1)))
-    )
+    if match is None:
+        return None
+    return sum(int(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1)))

@@ -97,7 +97,9 @@ def _state(
     submitted = len(request.get("jobs", []))
     rows = rows[request.get("rows_before", 0) :]  # since it was submitted last
     local = request["cluster"] == "local"
-    queued = ("RUNNING" if _alive(job) else "") if local else known.get(job, "")
+    queued = known.get(job, "")
+    if local:
+        queued = "RUNNING" if _alive(job) else ""
     last = next((row for row in reversed(rows) if row["event"] != "signal"), None)
     if submitted == 0:
         return "lost", "was prepared, but not submitted"
@@ -108,9 +110,8 @@ def _state(
     if queued in ("RUNNING", "COMPLETING", "SUSPENDED"):
         if local and last is None:
             return "waiting", ""
-        return "running", f"from step {newest_step(folder) or 0}" if last is not None and len(
-            rows
-        ) > 1 else ""
+        has_begun = last is not None and len(rows) > 1
+        return "running", f"from step {newest_step(folder) or 0}" if has_begun else ""
     if last is None:
         why = f": {queued}" if queued else ""
         logs = f"{folder.parent}/submitit* or {folder}/submitit*"

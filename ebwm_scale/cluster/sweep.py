@@ -134,15 +134,13 @@ def file_axes(
             (fit, tuple(overrides))
             for fit, overrides in zip(_fit([str(name) for name in names]), names.values())
         ]
-    combinations, known = (
-        {},
-        {
-            f"{axis}={name}": (axis, fit)
-            for axis, names in content.items()
-            if axis in axes
-            for name, (fit, _) in zip(names, axes[axis])
-        },
-    )
+    combinations = {}
+    known = {
+        f"{axis}={name}": (axis, fit)
+        for axis, names in content.items()
+        if axis in axes
+        for name, (fit, _) in zip(names, axes[axis])
+    }
     for text, overrides in content.get(COMBINATIONS, {}).items():
         unknown = [word for word in str(text).split() if word not in known]
         if unknown:
@@ -155,7 +153,9 @@ def file_axes(
 
 
 def split_values(text: str) -> list[str]:
-    values, depth, quote = [""], 0, None
+    values = [""]
+    depth = 0
+    quote = None
     for character in text:
         if quote is None and depth == 0 and character == ",":
             values.append("")

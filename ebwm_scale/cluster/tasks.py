@@ -101,7 +101,9 @@ class LocalTasks:
     def wait(self, timeout: float = float("inf")) -> int:
         """timeout: seconds after which all are ended, without those in which this machine was
         suspended."""
-        running, waited_s, grace_s = RunningTime(LOOK_S), 0.0, 0.0
+        running = RunningTime(LOOK_S)
+        waited_s = 0.0
+        grace_s = 0.0
         while any(process.poll() is None for process in self.processes):
             passed_s = running.passed()
             waited_s += passed_s

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from ebwm_scale.config.checks import check
 from ebwm_scale.config.messages import problems_of
-from ebwm_scale.config.renamed import read_old_names
 from ebwm_scale.config.schema import Config, Section
 from ebwm_scale.config.shipped import find_config
 from ebwm_scale.config.sizes import resolve
 from ebwm_scale.config.strict_yaml import MAX_DEPTH, is_utf8, parse_yaml, read_yaml
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.plain_text import cut
+from ebwm_scale.core.renamed_keys import read_old_names
 
 MAX_PROBLEMS = 40  # that one message lists
 

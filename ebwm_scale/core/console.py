@@ -115,7 +115,10 @@ class ProgressLines:
     def __call__(self, what: str, done: int, total: int | None) -> None:
         now = self.clock()
         if what != self.what:
-            self.what, self.start, self.last, self.has_spoken = what, now, now, False
+            self.what = what
+            self.start = now
+            self.last = now
+            self.has_spoken = False
         is_last = total is not None and done >= total
         if now - self.last < INTERVAL_S and not (is_last and self.has_spoken):
             return

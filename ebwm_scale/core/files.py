@@ -1,9 +1,11 @@
-"""Hashes of files."""
+"""Reading files: their hashes, and small ones whole."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,3 +33,17 @@ def file_hashes(paths: list[Path]) -> list[str | OSError]:
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(hash_or_error, paths))
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most `most` bytes.
+
+    OSError where it cannot be read, and for what is no regular file: a named pipe would be waited
+    for, a device may never end. ValueError for a larger one.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    if status.st_size > most:
+        raise ValueError(f"it has {status.st_size} bytes, at most {most} are read")
+    return path.read_bytes()

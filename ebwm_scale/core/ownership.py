@@ -46,7 +46,9 @@ class Ownership:
     """Of one run folder, by rank 0 of this start."""
 
     def __init__(self, folder: Path, faults: Faults):
-        self.folder, self.path, self.faults = folder, folder / NAME, faults
+        self.folder = folder
+        self.path = folder / NAME
+        self.faults = faults
         self.token = uuid.uuid4().hex
         self.job = os.environ.get("SLURM_JOB_ID", "")
         self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)

@@ -31,7 +31,9 @@ class Rows:
     """
 
     def __init__(self, path: Path):
-        self.path, self.unreadable, self.torn = path, 0, False
+        self.path = path
+        self.unreadable = 0
+        self.torn = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (row for _, _, row in self.located())

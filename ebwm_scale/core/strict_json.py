@@ -36,6 +36,17 @@ def canonical_json(values: Any) -> bytes:
     ).encode("ascii")
 
 
+def other_version(values: Any, key: str, known: int) -> str | None:
+    """None where `values` is an object of the known format version.
+
+    Otherwise what is wrong with it, in words: "format_version is 9: this release reads 2".
+    """
+    version = values.get(key) if isinstance(values, dict) else None
+    if is_whole(version) and version == known:
+        return None
+    return f"{key} is {shown(version)}: this release reads {known}"
+
+
 def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer that fits into 64 bits with sign; True and 1.0 are none."""
     return type(value) is int and -(2**63) <= value < 2**63

@@ -123,7 +123,9 @@ def _entry(name: str, entry: Any) -> tuple[torch.dtype, tuple[int, ...], int, in
     """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{shown(name)} is {shown(entry)}")
-    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    kind = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise ValueError(f"{shown(name)} has dtype {shown(kind)}: known are {', '.join(DTYPES)}")
     sizes_are_whole = isinstance(shape, list) and all(is_whole(n) and n >= 0 for n in shape)

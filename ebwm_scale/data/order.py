@@ -53,7 +53,9 @@ class SampleOrder:
             raise ValueError(f"seed is {seed}: must be in [0, 2^64)")
         if window_shards < 1:
             raise ValueError(f"window_shards is {window_shards}: must be at least 1")
-        self.seed, self.window_shards, self.source = seed, window_shards, source
+        self.seed = seed
+        self.window_shards = window_shards
+        self.source = source
         self.num_samples = int(sizes.sum())
         self._sizes = sizes
         self._first_ids = np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -68,7 +70,9 @@ class SampleOrder:
         """The sample ids at positions start .. start + count - 1, int64 (count,)."""
         if start < 0 or count < 0:
             raise ValueError(f"start is {start}, count is {count}: both must be 0 or more")
-        pieces, position, end = [], start, start + count
+        pieces = []
+        position = start
+        end = start + count
         while position < end:
             epoch, inside = divmod(position, self.num_samples)
             self._load_epoch(epoch)

@@ -249,13 +249,15 @@ def _read(model, split, max_samples: int, batch_size: int) -> tuple[list[Instanc
 
 
 def _baseline_marks(model, batch: Instances) -> Marks:
-    logits = model.output(model.network(model.embed_observed(batch.observed)))
+    embedded = model.embed_observed(batch.observed)
+    logits = model.output(model.network(embedded, model.first_visible(batch.observed)))
     return Marks.of(logits, batch.targets)
 
 
 def _thought(model, batch: Instances, thinking: ThinkingConfig) -> Thought:
     noise = SequenceSampler(model, thinking.seed, batch.sample_ids, batch.observed.shape[1])
-    energy_function = SequenceEnergy(model, model.embed_observed(batch.observed))
+    embedded = model.embed_observed(batch.observed)
+    energy_function = SequenceEnergy(model, embedded, model.first_visible(batch.observed))
     return think(model, energy_function, noise.initial(None), thinking, noise=noise)
 
 

@@ -94,7 +94,10 @@ def memory_estimate(
         stage >= 2 or (stage == 0 and config.train.global_batch_size > world_size * micro_batch)
     ):
         # A micro-batch's gradients are summed on their own, beside accumulated or partitioned ones.
-        workspace += element * num_parameters
+        workspace += 4 * num_parameters
+    elif not baseline and half:
+        # Their sums are in float32 (refinement/deferred_backward.py) until they are handed out.
+        workspace += (4 - element) * num_parameters
     if stage == 3:  # whole while they are used; the baseline gathers a block at a time too
         blocks = z.layers * (z.block_weights + 2 * D)
         # gradients on their way to the others
@@ -161,8 +164,8 @@ def memory_estimate(
                 workspace = max(workspace, state)
                 states = 0
             states += 0.25 * (clamps > 0) + (config.refinement.noise > 0)
-        parts["vocabulary"] = state * (states + half / 2) + V * D * (
-            2 * element * (config.state.map_scale != 1) + (4 + element) * half
+        parts["vocabulary"] = state * (states + half / 2) + V * D * element * (
+            2 * (config.state.map_scale != 1) + half
         )
     gib = {part: value / GIB for part, value in (parts | {"workspace": workspace}).items()}
     return gib | {"total": sum(gib.values())}

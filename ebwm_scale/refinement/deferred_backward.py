@@ -15,8 +15,11 @@ step's graph.
         shared.backward()                         y's own graph, once, with the sum
     loss = backward.as_loss(value)                loss.backward() hands out the sums
 
-The sums are those of one backward through sum(terms), in another order of addition.
-Memory: one tensor per parameter and detached tensor, instead of the graphs of all terms but one.
+The sums are those of one backward through sum(terms), in another order of addition. Leaves in half
+precision are summed in float32, and their sum is rounded once, when it is handed out: so its error
+does not grow with the number of terms.
+Memory: one tensor per parameter and detached tensor, in float32 or float64, instead of the graphs
+of all terms but one.
 """
 
 from __future__ import annotations
@@ -28,14 +31,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+FULL_PRECISION = (torch.float32, torch.float64)
+
 
 @dataclass
 class Leaf:
     """What is known of a leaf that stands for a parameter or another tensor; kept on it.
 
     parameter: the parameter it stands for. graph_entry: where that parameter's gradient enters
-    its graph under ZeRO stage 3 (block_recompute.py). grad_buffer: sums in float32 for a leaf in
-    half precision; they count beside the leaf's own .grad.
+    its graph under ZeRO stage 3 (block_recompute.py). grad_buffer: the sum of all gradients, in
+    float32, of a leaf in half precision; such a leaf's own .grad stays empty.
     """
 
     parameter: nn.Parameter | None = None
@@ -80,7 +85,7 @@ class DeferredBackward:
         sources = []
         gradients = []
         for source, leaf in zip(self.sources, self.leaves):
-            gradient = _collected(leaf)
+            gradient = _take_sum(leaf)
             if gradient is not None:
                 sources.append(source)
                 gradients.append(gradient)
@@ -92,6 +97,8 @@ class DeferredBackward:
         leaf = tensor.detach().requires_grad_()
         # An attribute of ours, which torch's Tensor does not declare.
         leaf.leaf = Leaf(parameter)  # pyright: ignore[reportAttributeAccessIssue]
+        if leaf.dtype not in FULL_PRECISION:
+            leaf.register_post_accumulate_grad_hook(_move_to_fp32_sum)
         self.sources.append(tensor)
         self.leaves.append(leaf)
         return leaf
@@ -140,11 +147,7 @@ class StepwiseBackward(DeferredBackward):
         for source, leaf in zip(self.sources, self.leaves):
             graph_entry = _known_leaf(leaf).graph_entry
             sources.append(source if graph_entry is None else graph_entry)
-            sums.append(_collected(leaf))
-        # Autograd takes a gradient as it is only if nobody else holds it, and the gradient of a
-        # partitioned parameter it must take as it is.
-        for leaf in self.leaves:
-            leaf.grad = None
+            sums.append(_take_sum(leaf))
         self.sources = []
         self.leaves = []
         return _SumsAsGradients.apply(value, sums, *sources)
@@ -158,7 +161,7 @@ def fp32_grad_buffer(leaf: Tensor) -> Tensor | None:
     """
     if not leaf.requires_grad:
         return None
-    if leaf.dtype in (torch.float32, torch.float64):
+    if leaf.dtype in FULL_PRECISION:
         if leaf.grad is None:
             leaf.grad = torch.zeros_like(leaf)
         return leaf.grad
@@ -168,14 +171,35 @@ def fp32_grad_buffer(leaf: Tensor) -> Tensor | None:
     return info.grad_buffer
 
 
-def _collected(leaf: Tensor) -> Tensor | None:
-    """The sum of all gradients that reached a leaf, in its own precision."""
-    buffer = _known_leaf(leaf).grad_buffer
-    if buffer is None:
-        return leaf.grad
-    if leaf.grad is not None:
-        buffer = buffer + leaf.grad
-    return buffer.to(leaf.dtype)
+def _move_to_fp32_sum(leaf: Tensor) -> None:
+    """Called by autograd after each backward that reached a leaf in half precision."""
+    info = _known_leaf(leaf)
+    gradient = leaf.grad
+    leaf.grad = None
+    if gradient is None:
+        return
+    if info.grad_buffer is None:
+        info.grad_buffer = gradient.float()
+    else:
+        info.grad_buffer.add_(gradient)
+
+
+def _take_sum(leaf: Tensor) -> Tensor | None:
+    """The sum of all gradients that reached a leaf, in the leaf's precision; it is forgotten here.
+
+    Autograd takes a gradient as it is only if nobody else holds it, and the gradient of a
+    partitioned parameter it must take as it is.
+    """
+    info = _known_leaf(leaf)
+    if leaf.dtype in FULL_PRECISION:
+        total = leaf.grad
+        leaf.grad = None
+        return total
+    if info.grad_buffer is None:
+        return None
+    total = info.grad_buffer.to(leaf.dtype)
+    info.grad_buffer = None
+    return total
 
 
 class _SumsAsGradients(torch.autograd.Function):

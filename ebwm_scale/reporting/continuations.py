@@ -11,7 +11,10 @@ from ebwm_scale.reporting.curves import number
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.plain import mappings, page_text
 
-MAX_CONTINUATIONS, MAX_POSITIONS, MAX_CANDIDATES, MAX_TEXT = 24, 16, 10, 6_000
+MAX_CONTINUATIONS = 24
+MAX_POSITIONS = 16
+MAX_CANDIDATES = 10
+MAX_TEXT = 6_000
 # How whitespace looks in a token, where a space in front is part of it; other blanks by their code.
 BLANKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 

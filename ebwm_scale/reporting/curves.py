@@ -289,7 +289,9 @@ class _Gathering:
         self.result = Training(num_rows=num_rows, curves=self.curves)
 
     def add(self, rank: int, row: dict) -> None:
-        place, step, result = rank * self.num_bins // self.num_rows, row["step"], self.result
+        place = rank * self.num_bins // self.num_rows
+        step = row["step"]
+        result = self.result
         for index, value in enumerate(losses_of(row)):
             self.curves["loss_per_step", index].add(place, rank, step, value)
         for index, value in enumerate(values_of(row, "energy_per_step")):

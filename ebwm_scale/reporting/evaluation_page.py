@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.renamed_keys import with_new_names
-from ebwm_scale.reporting.numbers import show
+from ebwm_scale.reporting.numbers import by_sign, show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
@@ -104,13 +104,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     lines = []
     if "gain_of_later_steps" in result:
         gain = result["gain_of_later_steps"]
-        verdict = (
-            "falls"
-            if gain["low"] > 0
-            else "rises"
-            if gain["high"] < 0
-            else "changes no more than this many samples show"
-        )
+        verdict = by_sign(gain, "falls", "rises", "changes no more than this many samples show")
         lines.append(
             f"From the first step to the {result['trained_steps']} that were trained the loss "
             f"{verdict}: "
@@ -118,12 +112,8 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             "trained with one."
         )
     correlation = result["energy"]["rank_correlation_with_error"]
-    says = (
-        "rises with the error"
-        if correlation["low"] > 0
-        else "falls with the error"
-        if correlation["high"] < 0
-        else "says nothing about the error"
+    says = by_sign(
+        correlation, "rises with the error", "falls with the error", "says nothing about the error"
     )
     lines.append(f"The final energy {says}: rank correlation {with_interval(correlation)}.")
     allocation = result["allocation"]

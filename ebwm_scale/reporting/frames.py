@@ -11,7 +11,9 @@ import numpy as np
 
 from ebwm_scale.core.errors import UserError
 
-BORDER, COLOUR, MIN_SIDE = 3, (214, 120, 0), 96
+BORDER = 3
+COLOUR = (214, 120, 0)
+MIN_SIDE = 96
 SUFFIXES = (".png", ".gif", ".mp4")
 
 
@@ -77,12 +79,10 @@ def _mp4(path: Path, frames: list[np.ndarray], interval_s: float) -> None:
             "mpeg4", rate=Fraction(1 / interval_s).limit_denominator(1000)
         )
         height, width = (side - side % 2 for side in frames[0].shape[:2])
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = (
-            width,
-            height,
-            "yuv420p",
-            8_000_000,
-        )
+        stream.width = width
+        stream.height = height
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 8_000_000
         for frame in frames:
             for packet in stream.encode(
                 av.VideoFrame.from_ndarray(

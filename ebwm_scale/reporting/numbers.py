@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+from collections.abc import Mapping
 
 
 def show(value: float) -> str:
@@ -28,3 +25,12 @@ def show(value: float) -> str:
 def show_change(value: float) -> str:
     """A difference for people, always with its sign."""
     return show(value) if value < 0 else "+" + show(value)
+
+
+def by_sign(interval: Mapping[str, float], above: str, below: str, neither: str) -> str:
+    """The text for an interval {"low": .., "high": ..} that lies above 0, below it, or holds it."""
+    if interval["low"] > 0:
+        return above
+    if interval["high"] < 0:
+        return below
+    return neither

@@ -41,7 +41,9 @@ class _Copy:
     """One copy, with what is left of the limits on the whole."""
 
     def __init__(self, items: int, nodes: int, characters: int):
-        self.items, self.nodes, self.characters = items, nodes, characters
+        self.items = items
+        self.nodes = nodes
+        self.characters = characters
 
     def of(self, value: Any, depth: int) -> Any:
         self.nodes -= 1

@@ -82,7 +82,9 @@ def headline_png(run: Run, baseline: Run | None) -> bytes:
 def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     if not run.validation:
         return None
-    steps, notes, shown = [row["step"] for row in run.validation], [], []
+    steps = [row["step"] for row in run.validation]
+    notes = []
+    shown = []
     count = max(len(row["loss_per_step"]) for row in run.validation)
     for index in chosen_steps(count):
         x, y = thin_by_stride(*of_refinement_step(run.validation, index))

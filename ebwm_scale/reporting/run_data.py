@@ -73,11 +73,10 @@ class Run:
     @property
     def is_text(self) -> bool:
         kind = self.setting("state", "kind")
-        return (
-            kind != "embedding"
-            if kind
-            else not any(row.get("persistence_loss") is not None for row in self.validation)
-        )
+        if kind:
+            return kind != "embedding"
+        # an old run folder without a configuration: only rows of video have this baseline
+        return all(row.get("persistence_loss") is None for row in self.validation)
 
     @property
     def loss_unit(self) -> str:

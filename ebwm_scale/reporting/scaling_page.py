@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ebwm_scale.evaluation.scaling_laws import QUANTITIES, compare, iso_flop
-from ebwm_scale.reporting.numbers import show
+from ebwm_scale.reporting.numbers import by_sign, show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import page_text
@@ -117,12 +117,11 @@ def sentences(fit: dict[str, Any], unit: str) -> list[str]:
     ]
     for form, row in fit["against_reference"].items():
         difference = row["exponent_difference"]
-        verdict = (
-            "scales faster than"
-            if difference["low"] > 0
-            else "scales slower than"
-            if difference["high"] < 0
-            else "scales no differently, as far as these runs show, than"
+        verdict = by_sign(
+            difference,
+            "scales faster than",
+            "scales slower than",
+            "scales no differently, as far as these runs show, than",
         )
         text = (
             f"{form} {verdict} {fit['reference']}: exponents differ by "

@@ -50,4 +50,7 @@ STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "lines.linewidth": 1.5,
 }
-NARROW, WIDE, TALL = (3.9, 2.6), (8.2, 4.1), (3.9, 3.9)  # inches
+# inches
+NARROW = (3.9, 2.6)
+WIDE = (8.2, 4.1)
+TALL = (3.9, 3.9)

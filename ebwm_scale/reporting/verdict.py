@@ -70,8 +70,9 @@ def judge(run: Run, baseline: Run | None) -> tuple[str, str, list[Check]]:
         )
     sentence += f", {show(abs(gap))} {'below' if gap > 0 else 'above'} "
     sentence += "the unigram entropy." if run.is_text else "the loss of copying the last frame."
-    answer = "Yes" if checks[0].mark == "yes" else "Not enough yet" if gap > 0 else "No"
-    return answer, sentence, checks
+    if checks[0].mark == "yes":
+        return "Yes", sentence, checks
+    return ("Not enough yet" if gap > 0 else "No"), sentence, checks
 
 
 def _unknown(claim: str, why: str) -> Check:
@@ -80,10 +81,8 @@ def _unknown(claim: str, why: str) -> Check:
 
 def _against_reference(run: Run) -> Check:
     if run.is_text:
-        claim, rule = (
-            "It uses the context, not only token frequencies",
-            f"asked for: at least {LEARNED_NATS:g} nat below",
-        )
+        claim = "It uses the context, not only token frequencies"
+        rule = f"asked for: at least {LEARNED_NATS:g} nat below"
     else:
         claim, rule = "It predicts better than copying the last frame", "asked for: below"
     if not run.validation:

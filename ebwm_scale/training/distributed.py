@@ -45,7 +45,9 @@ def ranks_from_env() -> Place:
 def init_distributed() -> World:
     """Start the process group: NCCL where every rank has a GPU, gloo otherwise."""
     place = ranks_from_env()
-    rank, size, local_rank = place.rank, place.size, place.local_rank
+    rank = place.rank
+    size = place.size
+    local_rank = place.local_rank
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # known, so not searched for with a warning

@@ -41,7 +41,9 @@ class ReplayBuffer:
         Returns the sequences, and (rows (n,) int64, states (n, S, size)) to restart from, or None
         while there is nothing stored.
         """
-        rows, states, sequences = [], [], sequences.clone()
+        rows = []
+        states = []
+        sequences = sequences.clone()
         for row, pair in self._rows(positions, odd=True):
             queue = self.queues.get(pair)
             if queue:

@@ -23,6 +23,7 @@ from ebwm_scale.core.disk import RowLog, remove_if_empty, replace_text, replacem
 from ebwm_scale.core.errors import CheckpointError, ConfigError
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.ownership import Ownership
+from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.core.redaction import redacted
 from ebwm_scale.core.rows import Rows
 from ebwm_scale.core.world import World
@@ -36,7 +37,9 @@ class RunFolder:
     def __init__(
         self, path: Path, config: Config, world: World, faults: Faults, ownership: Ownership
     ):
-        self.path, self.config, self.world = path, config, world
+        self.path = path
+        self.config = config
+        self.world = world
         self.faults, self.ownership = faults, ownership
         self.is_main = world.is_main
         self._logs = {
@@ -145,7 +148,10 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return None
-        rows, validated, end, is_in_one_piece = Rows(path), None, 0, True
+        rows = Rows(path)
+        validated = None
+        end = 0
+        is_in_one_piece = True
         for start, line, row in _rows_until(rows, step):
             is_in_one_piece = is_in_one_piece and start == end
             end = start + len(line)
@@ -195,7 +201,8 @@ class RunFolder:
 
 
 def _tracker(run: RunFolder):
-    """A W&B run that keeps its id over resumes, or None.
+    """A W&B run that keeps its id over resumes, or None: not asked for, or W&B cannot start it,
+    which is a warning. No service that is down ends a training; metrics.jsonl has every row.
 
     The x axis is the metric `step`. W&B's own counter only rises, and rows that are logged below it
     are dropped: those between the checkpoint that a run is resumed from and its last row. Logged
@@ -215,17 +222,26 @@ def _tracker(run: RunFolder):
     identity = path / "wandb_id"
     if not identity.exists():
         run._replace(identity.name, uuid.uuid4().hex[:12])
-    tracker = wandb.init(
-        project=settings.wandb_project,
-        name=settings.run_name or path.name,
-        id=identity.read_text().strip(),
-        resume="allow",
-        mode=settings.wandb,
-        dir=str(path),
-        config=redacted(config.to_dict()),
-    )
-    tracker.define_metric("step", hidden=True)
-    tracker.define_metric("*", step_metric="step")
+    try:
+        tracker = wandb.init(
+            project=settings.wandb_project,
+            name=settings.run_name or path.name,
+            id=identity.read_text().strip(),
+            resume="allow",
+            mode=settings.wandb,
+            dir=str(path),
+            config=redacted(config.to_dict()),
+        )
+        tracker.define_metric("step", hidden=True)
+        tracker.define_metric("*", step_metric="step")
+    except Exception as error:  # noqa: BLE001  whatever its network, key or disk raises
+        run.warn(
+            f"logging.wandb is {settings.wandb}, but W&B did not start "
+            f"({type(error).__name__}: {shorten(error, 300)}); this start goes on without it, and "
+            "metrics.jsonl has every row. To track it: stop it, mend that, and run the same "
+            "command with --resume"
+        )
+        return None
     return tracker
 
 

@@ -70,10 +70,8 @@ class RateChange:
             ("schedule", ("warmup_steps", "decay_steps", "final_ratio")),
         ):
             for key in keys:
-                old, new = (
-                    getattr(getattr(before, section), key),
-                    getattr(getattr(now, section), key),
-                )
+                old = getattr(getattr(before, section), key)
+                new = getattr(getattr(now, section), key)
                 if old != new:
                     keep.append(f"{section}.{key}={old}")
         times = self.now / self.before if self.before > 0 else math.inf

@@ -10,8 +10,6 @@ checkpoints, metrics, stopping) happens between steps and changes no loss.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, load_into, load_replay
@@ -47,6 +45,7 @@ from ebwm_scale.training.step_log import (
     step_line,
     validation_line,
 )
+from ebwm_scale.training.training_data import record_damaged, training_loader
 from ebwm_scale.training.validation import validate
 from ebwm_scale.training.watchdog import Watchdog
 
@@ -160,7 +159,17 @@ class Trainer:
 
     def run(self) -> int:
         """Train to train.max_steps; returns the exit code."""
-        self.loader = self._loader()
+        self.loader = training_loader(
+            self.config,
+            self.train_split,
+            self.world,
+            micro_batch=self.micro_batch,
+            first_step=self.step,
+            first_shard=self.stream_position,
+            known_bad=self.quarantine.known("train"),
+            warn=self._warn,
+            allow_pipe=self.allow_pipe,
+        )
         # A stopped run may have left the evaluation of its last step open.
         left_open = self.step > 0 and self._due(self.config.evaluation.every_steps)
         if left_open and not self._evaluated_and_saved():
@@ -340,28 +349,7 @@ class Trainer:
             found += of_rank
         self.loader.found.clear()
         self.found_in_validation.clear()
-        for bad in self.quarantine.add(found):
-            self.run_folder.event(
-                "quarantine",
-                step=self.step,
-                split=bad.split,
-                sample_id=bad.sample_id,
-                shard=bad.shard,
-                key=bad.key,
-                offset=bad.offset,
-            )
-            self._warn(
-                f"{bad.shard}: sample {bad.key or '(all)'}: {bad.reason}; sample "
-                f"{bad.replaced_by} stands in for {bad.sample_id}"
-            )
-        if self.quarantine.exceeded:
-            self._warn(
-                f"stopped: {len(self.quarantine.bad)} damaged samples, data.max_quarantined is "
-                f"{self.quarantine.limit}; see {self.quarantine.path}, "
-                "check the dataset with tools/verify_shards.py, copy it again, and go on with "
-                "--resume"
-            )
-        return self.quarantine.exceeded
+        return record_damaged(found, self.quarantine, self.run_folder, self.step)
 
     def log(self, result: StepResult, timer: StepTimer) -> None:
         """Write the step's metrics."""
@@ -452,32 +440,3 @@ class Trainer:
 
     def _save_is_due(self) -> bool:
         return self._due(self.config.checkpoint.every_steps)
-
-    def _loader(self) -> BatchLoader | StreamLoader:
-        config = self.config
-        common: dict[str, Any] = {
-            "context_length": self.context_length,
-            "global_batch_size": config.train.global_batch_size,
-            "micro_batch_size": self.micro_batch,
-            "rank": self.world.rank,
-            "world_size": self.world.size,
-            "seed": config.train.seed,
-            "first_step": self.step,
-        }
-        if config.data.stream:
-            return StreamLoader(
-                config.data.stream,
-                self.train_split.manifest,
-                buffer=config.data.stream_buffer,
-                first_shard=self.stream_position,
-                report=self._warn,
-                allow_pipe=self.allow_pipe,
-                **common,
-            )
-        return BatchLoader(
-            self.train_split,
-            window_shards=config.data.window_shards,
-            num_workers=config.data.num_workers,
-            known_bad=self.quarantine.known("train"),
-            **common,
-        )

@@ -38,13 +38,13 @@ class Watchdog:
         faults: Faults | None = None,
     ):
         self.faults = faults or Faults(None, rank)
-        self.folder, self.rank, self.world_size, self.limit_s = (
-            folder / "watch",
-            rank,
-            world_size,
-            limit_s,
-        )
-        self.count, self.where, self.stopped = 0, "start", threading.Event()
+        self.folder = folder / "watch"
+        self.rank = rank
+        self.world_size = world_size
+        self.limit_s = limit_s
+        self.count = 0
+        self.where = "start"
+        self.stopped = threading.Event()
         remove_quietly(self._report_path(rank))  # of an earlier attempt in this folder
         if limit_s:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
@@ -84,7 +84,9 @@ class Watchdog:
         """Time in which this thread did not run does not count: whoever wakes from a suspension
         gets what was left of the limit."""
         every_s = min(1.0, self.limit_s / 4)
-        running, seen, still_s = RunningTime(every_s), self.count, 0.0
+        running = RunningTime(every_s)
+        seen = self.count
+        still_s = 0.0
         while not self.stopped.wait(every_s):
             still_s += running.passed()
             if self.count != seen:

@@ -6,6 +6,9 @@
         autograd.grad(energy, state), touches neither weights nor the observed stream, whose
         gradients the outer backward collects from both levels
     a third derivative raises
+    torch.func's transforms and forward mode give right numbers, or one sentence that says what to
+    use: `transforms_active` tells when they surround the running code
+    the same results under torch.autocast as outside it: an operation chooses its own precision
 
 `ctx.needs_input_grad` cannot tell these apart: it ignores the `inputs=` of autograd.grad. The
 engine knows; `needs_grad` asks it.
@@ -13,9 +16,20 @@ engine knows; `needs_grad` asks it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch._guards import TracingContext
+from torch.autograd import forward_ad
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def needs_grad(ctx, position: int) -> bool:
@@ -44,8 +58,9 @@ def refuse_graph(operation: str, order: str = "third") -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{operation}: its {order} derivative is not defined; call backward or autograd.grad "
-            "without create_graph=True "
-            "for the last differentiation"
+            "without create_graph=True for the last differentiation "
+            "(torch.autograd.functional.hvp asks for one more than it needs: use vhp, or "
+            "torch.func.jvp of torch.func.grad)"
         )
 
 
@@ -72,3 +87,56 @@ def refuse_kept_graph(operation: str) -> None:
             "(torch._dynamo.config.trace_autograd_ops = True, "
             "fullgraph=True), or leave the function uncompiled"
         )
+
+
+@torch.compiler.assume_constant_result
+def transforms_active() -> bool:
+    """Whether a transform of torch.func (grad, vjp, jvp, vmap, ..) or forward mode surrounds the
+    running code.
+
+    A custom operator knows neither: PyTorch drops a tangent that reaches one, without a word.
+    torch.compile enters transforms while it traces, and compiles again where others surround the
+    call: so the answer is a constant to it.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_mapped(tensor: Tensor | None) -> bool:
+    """Whether vmap (torch.func's, or the one of autograd.grad's is_grads_batched) hides a dimension
+    of the tensor.
+    """
+    if tensor is None:
+        return False
+    return _functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor)
+
+
+def refuse_transforms(operation: str, instead: str, *gradients: Tensor | None) -> None:
+    """Raise if a transform of torch.func or forward mode surrounds an operation without them, or
+    vmap its backward of these gradients.
+    """
+    if transforms_active() or any(is_mapped(u) for u in gradients):
+        raise RuntimeError(
+            f"{operation}: torch.func transforms and forward-mode derivatives are not defined; "
+            f"use {instead}"
+        )
+
+
+def _device_types(args: tuple, kwargs: dict) -> set[str]:
+    return {u.device.type for u in (*args, *kwargs.values()) if isinstance(u, Tensor)}
+
+
+def without_autocast(
+    function: Callable[Parameters, Result],
+) -> Callable[Parameters, Result]:
+    """The function with autocast off where its tensors are: it chooses its own precision."""
+
+    @functools.wraps(function)
+    def in_own_precision(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for device_type in _device_types(args, kwargs):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            return function(*args, **kwargs)
+
+    return in_own_precision

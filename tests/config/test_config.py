@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ebwm_scale.config import renamed
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.load import config_from_dict, load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.config.sizes import SIZES
+from ebwm_scale.core import renamed_keys
 from ebwm_scale.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,7 +165,7 @@ def test_a_key_is_read_under_its_old_name_and_said_to_be_old(caplog):
     config = config_from_dict({"refinement": {"checkpoint": "block"}})
     assert config.refinement.recompute == "block"
     assert "checkpoint" not in config.to_dict()["refinement"]
-    renamed._said.clear()
+    renamed_keys._said.clear()
     config_from_dict({"refinement": {"checkpoint": "step"}})
     assert "refinement.checkpoint is the old name of refinement.recompute" in caplog.text
     both = {"refinement": {"checkpoint": "block", "recompute": "step"}}

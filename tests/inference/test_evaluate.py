@@ -17,8 +17,9 @@ from ebwm_scale.core.errors import DataError, UserError
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.loading.observation import Observation
-from ebwm_scale.evaluate import evaluate
+from ebwm_scale.evaluation import thinking_curves
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci, correlation_ci, deciles, ranks
+from ebwm_scale.evaluation.thinking_curves import evaluate
 from ebwm_scale.reporting.evaluation_page import render
 from ebwm_scale.training.validation import validate
 from ebwm_scale.world_model import WorldModel
@@ -162,7 +163,7 @@ def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(
     own = torch.cat(
         [
             torch.cat([observed, targets[:, -1:]], 1)
-            for _, observed, targets in evaluation._batches(split, observe, LENGTH, 12, 5)
+            for _, observed, targets in thinking_curves._batches(split, observe, LENGTH, 12, 5)
         ]
     )
     kinds = ("loss", "energy") if kind == "energy" else ("loss",)
@@ -186,7 +187,7 @@ def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(
     )
     if kind == "energy":
         monkeypatch.setattr(
-            evaluation,
+            thinking_curves,
             "_energies",
             lambda model, observed, targets: (targets == targets[:, :1]).all(1).float(),
         )
@@ -210,7 +211,9 @@ def test_a_foreign_text_that_cannot_be_used_is_refused_in_one_line(text, video, 
 
 def test_results_do_not_depend_on_the_batch_size(text):
     model, config, split = model_for(text)
-    one, many = run(model, config, split, batch_size=1), run(model, config, split, batch_size=12)
+    few = {"steps": [2], "starts": [1]}
+    one = run(model, config, split, batch_size=1, **few)
+    many = run(model, config, split, batch_size=12, **few)
     assert one["loss"]["mean"] == pytest.approx(many["loss"]["mean"], rel=1e-6) and one[
         "allocation"
     ]["mean_steps"] == pytest.approx(many["allocation"]["mean_steps"], rel=0.02)

@@ -230,14 +230,14 @@ def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkey
     """Each kernel is needed: run over one row, or one key, fewer, it spoils a number that is
     compared.
     """
-    from ebwm_kernels.attention import triton_kernels as attention_triton
+    from ebwm_kernels.attention import launches
 
-    right = attention_triton._Launcher._run
+    right = launches.Call._run
 
     def spoiled(self, function, tile, num_programs, *rest):
         right(self, function, tile, num_programs - (function.__name__ == kernel), *rest)
 
-    monkeypatch.setattr(attention_triton._Launcher, "_run", spoiled)
+    monkeypatch.setattr(launches.Call, "_run", spoiled)
     monkeypatch.setattr(
         torch, "empty", torch.zeros
     )  # what is not written is zero, not yesterday's right answer
@@ -250,7 +250,7 @@ def test_every_tile_of_the_table_computes_the_same(monkeypatch):
     """The tiles that GPUs get, in the interpreter: sizes that are no multiple of them, heads that
     share keys.
     """
-    from ebwm_kernels.attention import triton_kernels as attention_triton
+    from ebwm_kernels.attention import launches
 
     for architecture in ("sm_80", "sm_90"):
         for case in (
@@ -258,9 +258,9 @@ def test_every_tile_of_the_table_computes_the_same(monkeypatch):
             Case(1, 2, 1, 70, 70, 64, 0, False),
             Case(1, 1, 1, 70, 70, 90),
         ):
-            monkeypatch.setattr(attention_triton, "architecture", lambda device: architecture)
+            monkeypatch.setattr(launches, "architecture", lambda device: architecture)
             monkeypatch.setattr(
-                attention_triton,
+                launches,
                 "tile_for",
                 lambda kernel, a, d, dtype, keys: attention_tuning.tile_for(
                     kernel, a, d, torch.bfloat16, keys

@@ -6,6 +6,8 @@ import pytest
 import torch
 from attention_cases import Case, derivatives, relative_error
 
+from ebwm_kernels import energy_attention
+from ebwm_kernels.attention.energy import energy_attention_definition
 from ebwm_kernels.attention.ops import resolve_backend
 from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
 
@@ -74,6 +76,27 @@ def test_every_output_is_within_twice_the_error_of_pytorch_math(case, dtype):
 def test_a_large_common_key_does_not_drown_the_gradients(dtype):
     for ours, math in errors(Case(1, 4, 2, 200, 200, 64), dtype, common_key=30.0):
         assert ours <= 2 * math + 4 * torch.finfo(dtype).eps, (ours, math)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("group, documents", [(49, False), (1, True), (49, True)])
+def test_groups_and_documents_are_within_twice_the_error_of_the_reference(group, documents, dtype):
+    case, options = Case(2, 4, 2, 196, 196, 64), {"group_size": group}
+    if documents:
+        rows = torch.arange(196, device=DEVICE, dtype=torch.int32)
+        options["first_visible"] = (rows // 98 * 98).expand(2, -1)
+    inputs = case.inputs(dtype=dtype, device=DEVICE)
+    exact = derivatives(
+        lambda *x: energy_attention_definition(*x, **options),
+        [u.detach().double().requires_grad_() for u in inputs],
+    )
+    ours, plain = (
+        derivatives(lambda *x, b=backend: energy_attention(*x, backend=b, **options), inputs)
+        for backend in ("triton", "reference")
+    )
+    for mine, theirs, right in zip(ours, plain, exact):
+        allowed = 2 * relative_error(theirs, right) + torch.finfo(dtype).eps
+        assert relative_error(mine, right) <= allowed
 
 
 def test_results_are_the_same_every_time():

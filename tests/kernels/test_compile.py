@@ -181,3 +181,46 @@ def test_compiled_causal_attention_gives_first_and_second_order():
         compare(
             results(penalty), results(torch.compile(penalty, backend="aot_eager", fullgraph=True))
         )
+
+
+def along(function, inputs):
+    """Tangent, gradient and Hessian times a direction, by torch.func."""
+    directions = tuple(u.cos() for u in inputs)
+
+    def loss(*tensors):
+        return function(*tensors).sin().sum()
+
+    _, tangent = torch.func.jvp(function, inputs, directions)
+    gradient, product = torch.func.jvp(torch.func.grad(loss), inputs, directions)
+    return tangent, gradient, product
+
+
+def three_tensors():
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(1, 4, 5, 8), (1, 2, 5, 8), (1, 2, 5, 8)]
+    return tuple(torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes)
+
+
+def test_transforms_inside_a_compiled_function_give_the_numbers_of_eager():
+    inputs = three_tensors()
+
+    def run(*tensors):
+        return along(causal_attention, tensors)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), run(*inputs), rtol=1e-10, atol=1e-12)
+
+
+def test_a_compiled_function_under_transforms_gives_the_numbers_of_eager():
+    """First compiled without them: what surrounds a call is part of what it was compiled for."""
+    inputs = three_tensors()
+    compiled = torch.compile(causal_attention, backend="aot_eager")
+    compiled(*inputs)
+    torch.testing.assert_close(
+        along(compiled, inputs), along(causal_attention, inputs), rtol=1e-10, atol=1e-12
+    )
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(u, u.cos()) for u in inputs]
+        moved = torch.autograd.forward_ad.unpack_dual(compiled(*duals)).tangent
+        right = torch.autograd.forward_ad.unpack_dual(causal_attention(*duals)).tangent
+        torch.testing.assert_close(moved, right, rtol=1e-10, atol=1e-12)

@@ -223,3 +223,39 @@ def test_a_second_backward_through_one_loss_is_refused_instead_of_scaled_twice()
     torch.autograd.grad(2 * loss, weight, retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward through the same loss"):
         torch.autograd.grad(loss, weight)
+
+
+def test_rows_of_one_target_are_added_in_one_order_on_every_device():
+    """On a GPU index_add_ would add with atomics, in an order that changes from run to run."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.device("meta"):
+            weight = torch.empty(V, D, dtype=dtype, requires_grad=True)
+            hidden = torch.empty(ROWS, D, dtype=dtype, requires_grad=True)
+            targets = torch.empty(ROWS, dtype=torch.int64)
+            p = torch.empty(ROWS, V)
+        with Names():
+            _, embedded, loss = vocabulary_step(p, weight, hidden, targets)
+            (embedded.float().sum() + loss).backward()
+    assert names.count("index_put_") == 2 and "index_add_" not in names
+
+
+def test_repeated_targets_add_up_as_in_a_loop():
+    _, _, weight, hidden, _, _ = problem()
+    targets = torch.tensor([5] * 6 + [2] * (ROWS - 6))
+    expected = weight.detach().clone()
+    for target, row in zip(targets, hidden.detach()):
+        expected[target] += row
+    added = weight.detach().clone()
+    vocabulary._add_rows_(added, targets, hidden.detach())
+    sorted_way = weight.detach().clone().index_put_((targets,), hidden.detach(), accumulate=True)
+    assert_close(added, expected)
+    assert_close(sorted_way, expected)

@@ -397,6 +397,24 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
     assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=tolerance)
 
 
+def test_the_float32_sums_of_a_bfloat16_model_are_counted(monkeypatch):
+    """A step of a bfloat16 model holds float32 sums of its gradients (deferred_backward.py)."""
+    model = {"width": 64, "feed_forward_width": 96, "num_layers": 6}
+    options = {"context_length": 32, "vocabulary_size": 4000, "model": model}
+    refinement = {"num_steps": 3, "recompute": "block"}
+    config = configuration(train={"precision": "bf16"}, refinement=refinement, **options)
+    build = WorldModel
+    monkeypatch.setitem(globals(), "WorldModel", lambda config: build(config).bfloat16())
+    measured = training_step(config, Live()).peak / 2**30
+    monkeypatch.undo()
+    accumulating = config.replace(train=config.train.replace(global_batch_size=2 * SAMPLES))
+    estimate = memory_estimate(accumulating, world_size=1, micro_batch=SAMPLES)
+    # the copy that an update works on, which a step does not touch
+    copy = 4 * count_parameters(WorldModel(config))["total"] / 2**30
+    counted = estimate["total"] - estimate["optimizer"] - copy
+    assert counted == pytest.approx(measured, rel=0.16)
+
+
 def test_memory_is_sharded_as_zero_does_it():
     def parts(*, world_size=4, stage=0, precision="bf16", offload="none"):
         config = configuration(

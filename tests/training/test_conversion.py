@@ -21,6 +21,7 @@ from training_runs import TINY
 
 import ebwm_scale
 from ebwm_scale import think
+from ebwm_scale.checkpoint import comparison, convert_released
 from ebwm_scale.checkpoint import convert as conversion
 from ebwm_scale.checkpoint import released_ebt as released
 from ebwm_scale.checkpoint.load import build, expected_shapes
@@ -319,7 +320,7 @@ def test_a_folder_is_the_model_and_needs_no_dataset(whole, converted, dataset, t
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_precisions_are_the_rounded_weights(whole, tmp_path, dtype):
     said = conversion.export_run(whole, tmp_path / dtype, dtype=dtype, **SILENT)
-    kind = conversion.DTYPES[dtype]
+    kind = comparison.DTYPES[dtype]
     expected = ebwm_scale.load_checkpoint(whole)[0].state_dict()
     assert (
         all(
@@ -374,12 +375,12 @@ def test_the_released_layout_goes_through_ours_and_comes_back_bitwise(path, tmp_
         },
         tmp_path / "in.ckpt",
     )
-    said = conversion.import_released(
+    said = convert_released.import_released(
         tmp_path / "in.ckpt", tmp_path / "folder", dtype="float64", **SILENT
     )
     assert "equal bit for bit" in said and "gradients on a fixed batch equal" in said
-    conversion.export_released(tmp_path / "folder", tmp_path / "out.ckpt", **SILENT)
-    again, written = conversion.read_released(tmp_path / "out.ckpt")
+    convert_released.export_released(tmp_path / "folder", tmp_path / "out.ckpt", **SILENT)
+    again, written = convert_released.read_released(tmp_path / "out.ckpt")
     settings = released.SETTINGS
     assert {n for n in again if n not in settings} == {n for n in weights if n not in settings}
     assert all(
@@ -395,7 +396,7 @@ def test_the_released_layout_goes_through_ours_and_comes_back_bitwise(path, tmp_
         tmp_path / "bare.safetensors",
     )
     (tmp_path / "h.json").write_text(json.dumps(hparams))
-    conversion.import_released(
+    convert_released.import_released(
         tmp_path / "bare.safetensors",
         tmp_path / "bare",
         hparams=tmp_path / "h.json",
@@ -513,7 +514,7 @@ def test_a_released_video_baseline_predicts_what_it_did_and_goes_back_bitwise(tm
     encoder = {"image_encoder.conv.weight": torch.ones(3), "image_encoder.bias": torch.ones(1)}
     said = []
     file = lightning(tmp_path / "in.ckpt", weights | encoder, VIDEO_BASELINE)
-    conversion.import_released(file, tmp_path / "folder", dtype="float64", say=said.append)
+    convert_released.import_released(file, tmp_path / "folder", dtype="float64", say=said.append)
     assert any("2 tensors of the frozen image encoder" in line for line in said)
     folder = ModelFolder(tmp_path / "folder")
     config = load_config(tmp_path / "folder" / "config.yaml")
@@ -536,8 +537,8 @@ def test_a_released_video_baseline_predicts_what_it_did_and_goes_back_bitwise(tm
     assert found.keys() == gradients.keys()
     for name in gradients:
         assert relative_error(found[name], gradients[name]) < 1e-10, name
-    conversion.export_released(tmp_path / "folder", tmp_path / "out.ckpt", **SILENT)
-    again, hparams = conversion.read_released(tmp_path / "out.ckpt")
+    convert_released.export_released(tmp_path / "folder", tmp_path / "out.ckpt", **SILENT)
+    again, hparams = convert_released.read_released(tmp_path / "out.ckpt")
     assert again.keys() == weights.keys() and hparams["modality"] == "VID"
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -567,8 +568,8 @@ def test_our_video_baseline_is_exported_as_the_same_function_in_the_released_lay
         manifest=None,
         max_shard_bytes=10**9,
     )
-    conversion.export_released(tmp_path / "ours", tmp_path / "out.ckpt", **SILENT)
-    released_weights, _ = conversion.read_released(tmp_path / "out.ckpt")
+    convert_released.export_released(tmp_path / "ours", tmp_path / "out.ckpt", **SILENT)
+    released_weights, _ = convert_released.read_released(tmp_path / "out.ckpt")
     frames = torch.randn(2, 8, 40, generator=generator, dtype=torch.float64)
     model = build(config, weights)
     with torch.no_grad():
@@ -591,7 +592,7 @@ def test_other_forms_of_the_released_video_baseline_are_refused_in_words(tmp_pat
     else:
         weights = {name: tensor for name, tensor in weights.items() if change not in name}
     with pytest.raises(UserError, match=message):
-        conversion.import_released(
+        convert_released.import_released(
             lightning(tmp_path / "in.ckpt", weights, hparams), tmp_path / "folder", **SILENT
         )
 
@@ -607,10 +608,10 @@ def test_a_learned_alpha_below_its_clamp_is_kept_and_predictions_use_the_clamp(
         changed = weights | {"alpha": torch.tensor(value, dtype=torch.float64)}
         folder = tmp_path / f"{value}"
         file = lightning(tmp_path / f"{value}.ckpt", changed, hparams)
-        conversion.import_released(file, folder, dtype="float64", **SILENT)
+        convert_released.import_released(file, folder, dtype="float64", **SILENT)
         assert ModelFolder(folder).read("step_size").item() == value
-        conversion.export_released(folder, tmp_path / f"{value}_again.ckpt", **SILENT)
-        again, _ = conversion.read_released(tmp_path / f"{value}_again.ckpt")
+        convert_released.export_released(folder, tmp_path / f"{value}_again.ckpt", **SILENT)
+        again, _ = convert_released.read_released(tmp_path / f"{value}_again.ckpt")
         assert again["alpha"].item() == value
         config = load_config(folder / "config.yaml")
         model = build(config, ours_of(folder)).eval()
@@ -632,7 +633,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
     weights, hparams = golden(ROOT / "tests" / "golden" / "vid_default.safetensors")
     weights["alpha"] = torch.tensor(value)
     with pytest.raises(CheckpointError, match="not finite in alpha") as caught:
-        conversion.import_released(
+        convert_released.import_released(
             lightning(tmp_path / "in.ckpt", weights, hparams), tmp_path / "folder", **SILENT
         )
     assert "\n" not in str(caught.value)
@@ -723,7 +724,7 @@ def test_a_pickle_that_carries_code_is_refused_and_does_not_run(tmp_path):
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps(Malicious()))
     for name in ("bad.ckpt", "plain.ckpt"):
         with pytest.raises(CheckpointError, match="refused|no PyTorch file"):
-            conversion.import_released(tmp_path / name, tmp_path / "folder", **SILENT)
+            convert_released.import_released(tmp_path / name, tmp_path / "folder", **SILENT)
         assert not Malicious.proof.exists() and not (tmp_path / "folder").exists()
 
 
@@ -776,7 +777,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tmp_path, damage, me
         tmp_path / "in.ckpt",
     )
     with pytest.raises(UserError, match=message):
-        conversion.import_released(tmp_path / "in.ckpt", tmp_path / "folder", **SILENT)
+        convert_released.import_released(tmp_path / "in.ckpt", tmp_path / "folder", **SILENT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.ckpt"]
 
 
@@ -786,7 +787,7 @@ def test_truncated_files_are_named(tmp_path, converted, cut):
     torch.save({"state_dict": weights, "hyper_parameters": hparams}, tmp_path / "in.ckpt")
     (tmp_path / "in.ckpt").write_bytes((tmp_path / "in.ckpt").read_bytes()[:cut])
     with pytest.raises(CheckpointError, match="in.ckpt"):
-        conversion.import_released(tmp_path / "in.ckpt", tmp_path / "folder", **SILENT)
+        convert_released.import_released(tmp_path / "in.ckpt", tmp_path / "folder", **SILENT)
     path = tmp_path / "model.safetensors"
     path.write_bytes((converted / "model.safetensors").read_bytes()[:cut])
     with pytest.raises(CheckpointError, match="model.safetensors"):
@@ -885,9 +886,9 @@ def test_memory_does_not_grow_with_the_model(
     (folder / "manifest.json").write_text(json.dumps({"version": 2, "files": entries}))
     script = (
         "import resource, sys; from pathlib import Path; from ebwm_scale.checkpoint import "
-        "convert as conversion; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "
-        "/ 2**20\n"
-        "conversion.FULL_BYTES = 0; before = peak(); "
+        "comparison, convert as conversion; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
+        "comparison.FULL_BYTES = 0; before = peak(); "
         "print(conversion.export_run(Path(sys.argv[1]), Path(sys.argv[2]), "
         "max_shard_bytes=int(sys.argv[3]))); print(peak() - before)"
     )

@@ -31,7 +31,7 @@ from ebwm_scale.training.resuming import load_newest
 
 @pytest.fixture(scope="module")
 def whole(runs):
-    runs.run("whole")
+    runs.run("whole", afresh=True)
 
 
 @pytest.fixture

@@ -288,3 +288,25 @@ def test_what_is_logged_again_after_a_resume_reaches_wandb(
     assert all(options == {} for _, options in tracker.rows)
     assert ("*", {"step_metric": "step"}) in tracker.metrics
     assert f"wandb sync {tmp_path / 'run' / 'wandb'}" in capsys.readouterr().out
+
+
+def test_a_wandb_that_does_not_start_is_one_warning_and_the_run_goes_on(
+    tmp_path, monkeypatch, capsys, open_run_folder
+):
+    """No network, no key, a server that is down: none of it is a reason to train nothing."""
+
+    def refuse(**options):
+        raise RuntimeError("Error communicating\nwith wandb: the network is unreachable")
+
+    wandb = type(sys)("wandb")
+    wandb.init = refuse
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    folder = open_run_folder(tmp_path / "run", config_from_dict({"logging": {"wandb": "online"}}))
+    folder.metrics({"step": 1, "loss": 1.0})
+    folder.close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "warning: logging.wandb is online, but W&B did not start (RuntimeError: "
+    )
+    assert "the network is unreachable" in line and "--resume" in line
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1

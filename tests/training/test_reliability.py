@@ -16,7 +16,7 @@ from ebwm_scale.core.faults import Faults
 
 @pytest.fixture(scope="module")
 def reference(runs):
-    return runs.run("whole")
+    return runs.run("whole", afresh=True)
 
 
 def finished_as(runs, name, whole="whole"):
@@ -61,10 +61,9 @@ def test_a_run_killed_while_it_loads_is_resumed_again(runs, reference):
     "number",
     [
         4,
-        10,
         *(
             pytest.param(n, marks=pytest.mark.soak)
-            for n in (1, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15)
+            for n in (1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
         ),
     ],
 )
@@ -101,7 +100,13 @@ def test_a_slow_disk_does_not_stop_the_steps(runs, reference):
 
 
 @pytest.mark.parametrize(
-    "stage, processes", [(0, 1), (0, 2), pytest.param(1, 2, marks=pytest.mark.soak), (3, 2)]
+    "stage, processes",
+    [
+        (0, 1),
+        pytest.param(0, 2, marks=pytest.mark.soak),
+        pytest.param(1, 2, marks=pytest.mark.soak),
+        (3, 2),
+    ],
 )
 def test_a_step_whose_gradients_are_not_finite_on_one_rank_is_skipped_by_all(
     runs, reference, stage, processes
@@ -150,6 +155,7 @@ def test_a_hung_rank_ends_the_run_with_77_and_is_named_with_its_stack(runs):
         "hung",
         variables={"EBWM_FAULTS": "hang@step=3,rank=1"},
         processes=2,
+        afresh=True,
         overrides={"train.hang_minutes": 0.15},
         expect=1,
     )
@@ -198,8 +204,8 @@ def test_one_run_goes_through_1_2_4_1_processes_and_stages_0_1_3_2(runs, referen
             processes=processes,
             overrides=overrides,
             flags=("--resume",) if index else (),
-            expect=0 if last else 75 if processes == 1 else 1,
-        )  # torchrun's own code, whatever its processes'
+            expect=0 if last else 75,
+        )
         if index:
             assert (
                 f"resumed at step {index} of 8" in output

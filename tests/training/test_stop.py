@@ -12,7 +12,7 @@ from training_runs import end, same
 
 @pytest.fixture(scope="module")
 def reference(runs):
-    return runs.run("whole", overrides={"train.micro_batch_size": 1})
+    return runs.run("whole", afresh=True, overrides={"train.micro_batch_size": 1})
 
 
 def signalled(runs, name, *, when, numbers=(signal.SIGUSR1,), **options):
@@ -58,7 +58,9 @@ def finished_as_whole(runs, name, **options):
 
 def test_a_signal_while_torch_is_imported_stops_before_the_model_is_built(runs, reference):
     overrides = {"train.micro_batch_size": 1}
-    code, output, _ = signalled(runs, "early", when=handler_stands, overrides=overrides)
+    code, output, _ = signalled(
+        runs, "early", when=handler_stands, overrides=overrides, afresh=True
+    )
     assert code == 75 and "stopped before the model was built (SIGUSR1)" in output
     assert not (runs.folder / "early" / "checkpoints").exists()
 

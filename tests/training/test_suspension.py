@@ -6,26 +6,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from training_runs import ROOT, end
+from training_runs import ROOT, end, free_port
 
 from ebwm_scale.cluster import tasks as cluster_tasks
 from ebwm_scale.core.running_time import RunningTime
 
 LIMIT_S = 9.0
 SUSPENDED_S = 11.0
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def place(rank: int, size: int, port: str) -> dict[str, str]:
@@ -75,7 +68,7 @@ def test_time_in_which_nobody_looked_does_not_count(looks, passed):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_that_was_suspended_for_longer_than_a_hang_may_take_finishes(runs, size):
-    name, port = f"suspended_{size}", free_port()
+    name, port = f"suspended_{size}", str(free_port())
     variables = {"EBWM_FAULTS": "slow@step=4,seconds=14"}  # on waking still in it
     processes = [
         runs.start(
@@ -115,7 +108,7 @@ print("values", world.all_gather_object(world.rank), flush=True)
 
 
 def test_a_collective_that_was_suspended_goes_on():
-    port = free_port()
+    port = str(free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", COLLECTIVE],

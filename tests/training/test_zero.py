@@ -35,7 +35,7 @@ def checked(*arguments: str) -> tuple[int, list[dict]]:
     [
         pytest.param("S1", marks=pytest.mark.soak),
         "S2",
-        "algorithm_1",
+        pytest.param("algorithm_1", marks=pytest.mark.soak),
         pytest.param("baseline", marks=pytest.mark.soak),
     ],
 )

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from preloaded import PreloadedRun
 from safetensors.torch import load_file
 
 from ebwm_scale.data.prepare.text import make_text_dataset
@@ -36,6 +38,8 @@ TINY = {
     "evaluation": {"every_steps": 4, "max_samples": 10},
     "logging": {"every_steps": 1},
 }
+# Variables that no library reads while it is imported.
+READ_LATE = {"EBWM_FAULTS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @pytest.fixture(scope="session")
@@ -105,8 +109,20 @@ class Runs:
         ]
 
     def start(
-        self, name: str, *, variables: dict[str, str] | None = None, **options
-    ) -> subprocess.Popen:
+        self,
+        name: str,
+        *,
+        variables: dict[str, str] | None = None,
+        afresh: bool = False,
+        **options,
+    ) -> subprocess.Popen | PreloadedRun:
+        """afresh: a Python of its own, as users start it, in place of one that has imported the
+        libraries already. So start torchrun, and runs with variables that libraries may read.
+        """
+        command = self.command(name, **options)
+        is_plain = command[0] == sys.executable and command[1].endswith("train.py")
+        if is_plain and not afresh and set(variables or {}) <= READ_LATE:
+            return PreloadedRun(command[1:], self.folder, variables or {})
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         for key in (
             "RANK",
@@ -119,7 +135,7 @@ class Runs:
             environment.pop(key, None)
         environment.update(variables or {})
         return subprocess.Popen(
-            self.command(name, **options),
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -129,12 +145,43 @@ class Runs:
         )
 
     def run(self, name: str, *, expect: int = 0, timeout: int = 240, **options) -> str:
+        """The output of a run that ends with the expected exit code: of all ranks, one after the
+        other. Several processes start as srun would start them; afresh: torchrun starts them.
+        """
+        if options.get("processes", 1) > 1 and not options.get("afresh"):
+            return self._run_ranks(name, expect, timeout, **options)
         process = self.start(name, **options)
         try:
             output, _ = process.communicate(timeout=timeout)
         finally:
             end(process)
         assert process.returncode == expect, output[-4000:]
+        return output
+
+    def _run_ranks(
+        self,
+        name: str,
+        expect: int,
+        timeout: int,
+        *,
+        processes: int,
+        overrides: dict | None = None,
+        flags: tuple[str, ...] = (),
+        variables: dict[str, str] | None = None,
+    ) -> str:
+        command = self.command(name, overrides=overrides, flags=flags)[1:]
+        everyone = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = []
+        try:
+            for rank in range(processes):
+                place = {"RANK": rank, "LOCAL_RANK": rank, **everyone}
+                place = {key: str(value) for key, value in place.items()}
+                ranks.append(PreloadedRun(command, self.folder, {**place, **(variables or {})}))
+            output = "".join(rank.communicate(timeout=timeout)[0] for rank in ranks)
+        finally:
+            for rank in ranks:
+                end(rank)
+        assert [rank.returncode for rank in ranks] == [expect] * processes, output[-4000:]
         return output
 
     def interrupt(
@@ -194,7 +241,13 @@ class Runs:
         }
 
 
-def end(process: subprocess.Popen) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end(process: subprocess.Popen | PreloadedRun) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

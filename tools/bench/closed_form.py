@@ -11,9 +11,12 @@ weights are random. Prints one JSON line per number of positions.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 
 import torch
 

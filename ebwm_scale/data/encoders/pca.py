@@ -33,7 +33,9 @@ class PcaEncoder:
         width: int,
         device: torch.device | str = "cpu",
     ):
-        self.settings, self.height, self.width = settings, height, width
+        self.settings = settings
+        self.height = height
+        self.width = width
         self.patch, self.components = settings["patch"], settings["components"]
         check_patches(self.patch, self.components, height, width)
         self.mean, self.basis, self.scale = (
@@ -76,18 +78,14 @@ def fit_pca(
     """
     check_patches(patch, components, height, width)
     size = patch * patch * 3
-    count, total, products = (
-        0,
-        torch.zeros(size, dtype=torch.float64),
-        torch.zeros(size, size, dtype=torch.float64),
-    )
+    count = 0
+    total = torch.zeros(size, dtype=torch.float64)
+    products = torch.zeros(size, size, dtype=torch.float64)
     for batch in frames:
         patches = to_patches(batch, patch).flatten(0, 1).double()
-        count, total, products = (
-            count + len(patches),
-            total + patches.sum(0),
-            products + patches.T @ patches,
-        )
+        count = count + len(patches)
+        total = total + patches.sum(0)
+        products = products + patches.T @ patches
     mean = total / count
     values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
     values, vectors = values.flip(0), vectors.flip(1)

@@ -46,7 +46,9 @@ class Pretrained:
     def __init__(
         self, settings: dict[str, Any], *, height: int, width: int, device: torch.device | str
     ):
-        self.height, self.width, self.device = height, width, torch.device(device)
+        self.height = height
+        self.width = width
+        self.device = torch.device(device)
         self.settings = dict(settings)
         self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
         try:
@@ -190,10 +192,8 @@ class TimmBackbone(Pretrained):
             timm.models.load_checkpoint(model, str(self.local("file")), weights_only=True)
         except RuntimeError as error:
             raise DataError(f"timm: {shorten(error, 300)}") from None
-        self.mean, self.std = (
-            model.pretrained_cfg.get("mean", IMAGENET_MEAN),
-            model.pretrained_cfg.get("std", IMAGENET_STD),
-        )
+        self.mean = model.pretrained_cfg.get("mean", IMAGENET_MEAN)
+        self.std = model.pretrained_cfg.get("std", IMAGENET_STD)
         return model
 
     def features(self, images: Tensor) -> Tensor:

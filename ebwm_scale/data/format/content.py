@@ -63,7 +63,9 @@ class TextContent:
     grid: tuple[int, int] | None = None
     members: tuple[str, ...] = ()
 
-    modality, unit, size_name = "text", "tokens", "vocabulary_size"
+    modality = "text"
+    unit = "tokens"
+    size_name = "vocabulary_size"
 
     @property
     def size(self) -> int:
@@ -120,8 +122,12 @@ class VideoContent:
     mean: np.ndarray  # (dimension,) float32 statistics of the training embeddings, per component
     std: np.ndarray
 
-    modality, unit, size_name = "video", "frames", "dimension"
-    group_size, grid, members = 1, None, ()
+    modality = "video"
+    unit = "frames"
+    size_name = "dimension"
+    group_size = 1
+    grid = None
+    members = ()
 
     @property
     def size(self) -> int:
@@ -184,12 +190,9 @@ def difficulty_of(fields: Mapping[str, bytes]) -> int:
 
 def field_names(stored: str, block_length: int) -> tuple[str, ...]:
     """The fields of a video sample, clip.json last."""
-    frames = (
-        ("frames.npy",)
-        if stored == "embedding"
-        else tuple(f"{i:03d}.{_SUFFIX[stored]}" for i in range(block_length))
-    )
-    return (*frames, CLIP_FIELD)
+    if stored == "embedding":
+        return ("frames.npy", CLIP_FIELD)
+    return (*(f"{i:03d}.{_SUFFIX[stored]}" for i in range(block_length)), CLIP_FIELD)
 
 
 def decode_image(content: bytes, size: tuple[int, int] | None = None) -> np.ndarray:

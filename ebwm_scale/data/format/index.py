@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.files import read_small
 from ebwm_scale.core.plain_text import shown
-from ebwm_scale.core.strict_json import is_whole, parse
+from ebwm_scale.core.strict_json import other_version, parse
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.tar import MAX_MEMBER_BYTES
@@ -24,7 +25,7 @@ from ebwm_scale.data.format.tar import MAX_MEMBER_BYTES
 INDEX_VERSION = 2
 MAX_INDEX_BYTES = 256 * 2**20
 _PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("crc32", "<u4")])
-_REMAKE = (
+REMAKE = (
     "copy the dataset again, or make it again with tools/make_text_shards.py or "
     "tools/make_video_shards.py"
 )
@@ -87,24 +88,24 @@ def load_index(manifest: Manifest, shard: ShardInfo) -> ShardIndex:
     """
     path = manifest.folder / shard.index_path
     try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise DataError(f"{path}: the index has more than {MAX_INDEX_BYTES} bytes; {_REMAKE}")
-        content = path.read_bytes()
+        content = read_small(path, MAX_INDEX_BYTES)
+    except ValueError as error:
+        raise DataError(f"{path}: not an index ({error}); {REMAKE}") from None
     except OSError as error:
         raise DataError(
-            f"{path}: cannot read the index of shard {shard.path}: {error.strerror}; {_REMAKE}"
+            f"{path}: cannot read the index of shard {shard.path}: {error.strerror}; {REMAKE}"
         ) from None
     found = hashlib.sha256(content).hexdigest()
     if found != shard.index_sha256:
         raise DataError(
             f"{path}: sha256 of the index is {found[:12]}..., the manifest says "
-            f"{shard.index_sha256[:12]}...: damaged or of another shard; {_REMAKE}"
+            f"{shard.index_sha256[:12]}...: damaged or of another shard; {REMAKE}"
         )
     index = parse_index(content, str(path), Path(shard.path).name, size=shard.size)
     if len(index) != shard.num_samples:
         raise DataError(
             f"{path}: does not fit shard {shard.path}: it describes {len(index)} samples, the "
-            f"manifest says {shard.num_samples}; {_REMAKE}"
+            f"manifest says {shard.num_samples}; {REMAKE}"
         )
     return index
 
@@ -118,17 +119,14 @@ def parse_index(content: bytes, where: str, shard: str, *, size: int) -> ShardIn
     try:
         values = parse(content)
     except ValueError as error:
-        raise DataError(f"{where}: not an index ({error}); {_REMAKE}") from None
-    version = values.get("index_version") if isinstance(values, dict) else None
-    if version != INDEX_VERSION or not is_whole(version):
-        raise DataError(
-            f"{where}: index_version is {shown(version)}: this release reads {INDEX_VERSION}; "
-            f"{_REMAKE}"
-        )
+        raise DataError(f"{where}: not an index ({error}); {REMAKE}") from None
+    problem = other_version(values, "index_version", INDEX_VERSION)
+    if problem is not None:
+        raise DataError(f"{where}: {problem}; {REMAKE}")
     if values.get("shard") != shard:
         raise DataError(
             f"{where}: does not fit shard {shard}: it describes {shown(values.get('shard'))}; "
-            f"{_REMAKE}"
+            f"{REMAKE}"
         )
     try:
         keys = _keys(values.get("keys"))
@@ -136,12 +134,12 @@ def parse_index(content: bytes, where: str, shard: str, *, size: int) -> ShardIn
         index = ShardIndex(keys, *_places(values.get("fields"), len(keys)))
         spans = index.spans
     except ValueError as error:
-        raise DataError(f"{where}: not an index ({error}); {_REMAKE}") from None
+        raise DataError(f"{where}: not an index ({error}); {REMAKE}") from None
     longest = int((spans[:, 1] - spans[:, 0]).max())
     if int(spans[:, 1].max()) > size or longest > MAX_MEMBER_BYTES:
         raise DataError(
             f"{where}: does not fit shard {shard}: it points to byte {int(spans[:, 1].max())} of "
-            f"{size}, its longest sample has {longest} bytes; {_REMAKE}"
+            f"{size}, its longest sample has {longest} bytes; {REMAKE}"
         )
     return index
 

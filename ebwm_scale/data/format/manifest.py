@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.files import read_small
 from ebwm_scale.core.plain_text import shorten, shown
-from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
+from ebwm_scale.core.strict_json import canonical_json, is_whole, other_version, parse
 from ebwm_scale.data.format.content import STORED, TextContent, VideoContent
 from ebwm_scale.data.format.scored import MEMBERS
 from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, inside_folder
@@ -109,9 +110,7 @@ def load_manifest(path: str | Path) -> Manifest:
     if path.is_dir():
         path = path / MANIFEST_NAME
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
-        values = parse(path.read_bytes())
+        values = parse(read_small(path, MAX_MANIFEST_BYTES))
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the manifest: {error.strerror or error}; data.manifest names the "
@@ -119,12 +118,9 @@ def load_manifest(path: str | Path) -> Manifest:
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: not a manifest: not JSON ({error}); {_REMAKE}") from None
-    version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION or not is_whole(version):
-        raise DataError(
-            f"{path}: format_version is {shown(version)}: this release reads {FORMAT_VERSION}; "
-            f"{_REMAKE}"
-        )
+    problem = other_version(values, "format_version", FORMAT_VERSION)
+    if problem is not None:
+        raise DataError(f"{path}: {problem}; {_REMAKE}")
     take = _Taker(path)
     modality = take(values, "modality", str)
     if modality not in _FACTS:
@@ -257,10 +253,8 @@ def _video_content(take: _Taker, values: dict) -> VideoContent:
         )
     file, sha256 = None, None
     if "file" in encoder:
-        file, sha256 = (
-            take.path.parent / take.relative(encoder, "file", "encoder."),
-            take(encoder, "sha256", str, "encoder."),
-        )
+        file = take.path.parent / take.relative(encoder, "file", "encoder.")
+        sha256 = take(encoder, "sha256", str, "encoder.")
     return VideoContent(
         stored=stored,
         height=take(frames, "height", int, "frames."),

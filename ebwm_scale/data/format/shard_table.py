@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.files import read_small
 from ebwm_scale.core.plain_text import shown
 from ebwm_scale.core.strict_json import canonical_json, is_whole, parse
 
@@ -133,7 +134,9 @@ class ShardTable(Sequence[ShardInfo]):
         files: Sequence[PartInfo] = (),
     ):
         """num_samples: of the shards of each part, in their order."""
-        self.manifest, self.files, self._held = manifest, tuple(files), list(held)
+        self.manifest = manifest
+        self.files = tuple(files)
+        self._held = list(held)
         self._cached: OrderedDict[int, Part] = OrderedDict()
         self.num_samples = np.concatenate([np.empty(0, np.int64), *num_samples])
         self._starts = np.cumsum([0, *map(len, num_samples)], dtype=np.int64)
@@ -226,9 +229,7 @@ def read_part(manifest: Path, info: PartInfo, first: int) -> tuple[Part, bytes]:
     """
     path = manifest.parent / info.path
     try:
-        if path.stat().st_size > MAX_PART_BYTES:
-            raise ValueError(f"it has more than {MAX_PART_BYTES} bytes")
-        content = path.read_bytes()
+        content = read_small(path, MAX_PART_BYTES)
         found = hashlib.sha256(content).hexdigest()
         if found != info.sha256:
             raise ValueError(f"its sha256 is {found[:12]}..., not {info.sha256[:12]}...: damaged")

@@ -18,39 +18,29 @@ import functools
 import json
 import os
 import resource
-import stat
-import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.files import file_hashes
 from ebwm_scale.data.format.content import CLIP_FIELD, decode_sample
-from ebwm_scale.data.format.index import ShardIndex, load_index
+from ebwm_scale.data.format.index import REMAKE, ShardIndex, load_index
 from ebwm_scale.data.format.manifest import Manifest, SplitInfo
+from ebwm_scale.data.format.shard_checks import split_problems
 from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.side_files import open_manifest
 from ebwm_scale.data.order import SampleOrder
 
 Verify = Literal["sizes", "hashes"]
 HASH_LIMIT_BYTES = 4 * 2**30  # above this, verify="hashes" checks sizes only
-INDEX_BYTES = (
-    64 * 2**20
-)  # of indexes kept by each process, for a dataset or a mixture; at least a window's
+# of indexes kept by each process, for a dataset or a mixture; at least a window's
+INDEX_BYTES = 64 * 2**20
 # kept by each process; for a window of more shards as many, up to a quarter of the system's limit
 OPEN_FILES = 64
-_TRIED = 32  # files asked for one after the other, to see how long an answer takes
-_SLOW_ANSWER_S = 1e-4  # above this, as over a network, many are asked for at a time
-_REMAKE = (
-    "copy the dataset again, or make it again with tools/make_text_shards.py or "
-    "tools/make_video_shards.py"
-)
 
 
 class SampleError(DataError):
@@ -68,15 +58,13 @@ class SampleError(DataError):
     ):
         super().__init__(
             f"{path}: sample {key} ({field + ', ' if field else ''}offset {offset}, {size} "
-            f"bytes): {reason}; {_REMAKE}"
+            f"bytes): {reason}; {REMAKE}"
         )
-        self.path, self.key, self.offset, self.reason, self.sample_id = (
-            path,
-            key,
-            offset,
-            reason,
-            sample_id,
-        )
+        self.path = path
+        self.key = key
+        self.offset = offset
+        self.reason = reason
+        self.sample_id = sample_id
 
     def __reduce__(self):
         return SampleError, (self.path, self.key, self.offset, self.reason, self.sample_id)
@@ -134,11 +122,8 @@ class ShardedSplit:
         shuffled; of clips, evenly spaced ones.
         """
         count = min(max_samples, len(self))
-        return (
-            np.arange(count, dtype=np.int64)
-            if self.manifest.modality == "text"
-            else np.arange(count, dtype=np.int64) * len(self) // count
-        )
+        ids = np.arange(count, dtype=np.int64)
+        return ids if self.manifest.modality == "text" else ids * len(self) // count
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """(shard number, number inside the shard); IndexError outside 0 .. len - 1."""
@@ -164,24 +149,23 @@ class ShardedSplit:
         places = index.places[row].tolist()
         first, end = _span(places)
         try:
-            content = os.pread(
-                descriptor, end - first, first
-            )  # the fields of a sample stand together
+            # the fields of a sample stand together
+            content = os.pread(descriptor, end - first, first)
         except OSError as error:
             raise self._error(
                 sample_id, f"cannot be read: {error.strerror}; check the disk"
             ) from None
         fields = {}
         for name, (offset, size, crc32) in zip(index.names, places):
-            part = (
-                content if size == end - first else content[offset - first : offset - first + size]
-            )
-            if zlib.crc32(part) != crc32 or len(part) != size:
-                what = (
-                    f"the shard ends after {len(part)} of them: truncated"
-                    if len(part) != size
-                    else f"checksum is {zlib.crc32(part):08x}, the index says {crc32:08x}: damaged"
-                )
+            part = content
+            if size != end - first:
+                part = content[offset - first : offset - first + size]
+            if len(part) != size:
+                what = f"the shard ends after {len(part)} of them: truncated"
+                raise self._error(sample_id, what, (name, offset, size))
+            found = zlib.crc32(part)
+            if found != crc32:
+                what = f"checksum is {found:08x}, the index says {crc32:08x}: damaged"
                 raise self._error(sample_id, what, (name, offset, size))
             fields[name] = part
         return fields
@@ -264,7 +248,7 @@ class ShardedSplit:
         expected = self.manifest.content.fields(self.manifest.block_length)
         missing = sorted(set(expected) - set(index.names))
         if missing:
-            raise ShardError(path, f"{path}: its samples have no {', '.join(missing)}; {_REMAKE}")
+            raise ShardError(path, f"{path}: its samples have no {', '.join(missing)}; {REMAKE}")
         self._indexes[number] = index
         self._index_bytes += index.num_bytes
         while self._index_bytes > self.index_budget and len(self._indexes) > self.window_shards:
@@ -282,7 +266,7 @@ class ShardedSplit:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ShardError(
-                path, f"{path}: cannot open the shard: {error.strerror}; {_REMAKE}"
+                path, f"{path}: cannot open the shard: {error.strerror}; {REMAKE}"
             ) from None
         self._files[number] = descriptor
         if len(self._files) > max(OPEN_FILES, min(self.window_shards, _file_limit() // 4)):
@@ -350,124 +334,3 @@ def open_split(
         more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
         raise DataError(problems[0] + more)
     return ShardedSplit(manifest, split)
-
-
-def split_problems(manifest: Manifest, split: str, *, hashes: bool) -> list[str]:
-    """One line for each file of a split that is missing, or has another size or (hashes=True)
-    another hash than the manifest says.
-    """
-    problems, sound, table = [], [], manifest.splits[split].shards
-    for first, paths, expected in table.listing():
-        sizes = _sizes([f"{manifest.folder}/{path}" for path in paths])
-        if sizes[::2] == expected and None not in sizes and not hashes:
-            continue
-        for row, (size, index_size) in enumerate(zip(sizes[::2], sizes[1::2])):
-            shard = table[first + row]
-            problem = _file_problem(manifest, shard, size, index_size)
-            if problem is not None:
-                problems.append(problem)
-            elif hashes:
-                sound.append(shard)
-    if hashes:
-        for shard, found in zip(
-            sound, file_hashes([manifest.folder / shard.path for shard in sound])
-        ):
-            if isinstance(found, OSError):
-                problems.append(
-                    f"{manifest.folder / shard.path}: the shard cannot be read: {found.strerror}; "
-                    f"{_REMAKE}"
-                )
-            elif found != shard.sha256:
-                problems.append(
-                    f"{manifest.folder / shard.path}: sha256 of the shard is {found[:12]}..., the "
-                    f"manifest says {shard.sha256[:12]}...: "
-                    f"damaged{_first_damage(manifest, shard)}; {_REMAKE}"
-                )
-        for shard in sound:
-            try:
-                load_index(manifest, shard)
-            except DataError as error:
-                problems.append(str(error))
-    return problems
-
-
-def _file_problem(
-    manifest: Manifest, shard: ShardInfo, size: int | None, index_size: int | None
-) -> str | None:
-    """What is wrong with the files of a shard as their sizes show it; None for a size: there is no
-    such file.
-    """
-    path = manifest.folder / shard.path
-    if size is None:
-        return f"{path}: the shard is missing; {_REMAKE}"
-    if index_size is None:
-        return (
-            f"{manifest.folder / shard.index_path}: the index of shard {shard.path} is missing; "
-            f"{_REMAKE}"
-        )
-    if size != shard.size:
-        what = "truncated" if size < shard.size else "too long"
-        return (
-            f"{path}: the shard has {size} bytes, the manifest says {shard.size}: "
-            f"{what}{_first_damage(manifest, shard)}; {_REMAKE}"
-        )
-    return None
-
-
-def _sizes(paths: list[str]) -> list[int | None]:
-    """Bytes of each file, None where there is none; in threads where the file system takes its time
-    to answer.
-    """
-    start = time.perf_counter()
-    sizes = _sizes_of(paths[:_TRIED])
-    waited_s = (time.perf_counter() - start) / _TRIED
-    rest = paths[_TRIED:]
-    if waited_s < _SLOW_ANSWER_S or not rest:
-        return sizes + _sizes_of(rest)
-    pieces = [rest[first : first + _TRIED] for first in range(0, len(rest), _TRIED)]
-    with ThreadPoolExecutor(max_workers=32) as pool:
-        return [*sizes, *(size for piece in pool.map(_sizes_of, pieces) for size in piece)]
-
-
-def _sizes_of(paths: list[str]) -> list[int | None]:
-    sizes: list[int | None] = []
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            sizes.append(None)
-        else:
-            sizes.append(status.st_size if stat.S_ISREG(status.st_mode) else None)
-    return sizes
-
-
-def sample_problems(manifest: Manifest, shard: ShardInfo) -> list[str]:
-    """One line for each sample of a shard that is cut off or has another checksum than its index
-    says; DataError for the index.
-    """
-    index, problems = load_index(manifest, shard), []
-    with (manifest.folder / shard.path).open("rb") as file:
-        for name, field in index.fields.items():
-            for row, key in enumerate(index.keys):
-                offset, size = int(field.offsets[row]), int(field.sizes[row])
-                file.seek(offset)
-                content = file.read(size)
-                if len(content) != size or zlib.crc32(content) != int(field.crc32[row]):
-                    what = "cut off" if len(content) != size else "another checksum"
-                    problems.append(
-                        f"{manifest.folder / shard.path}: sample {key} ({name}, offset {offset}, "
-                        f"{size} bytes): {what}"
-                    )
-    return problems
-
-
-def _first_damage(manifest: Manifest, shard: ShardInfo) -> str:
-    """Names the first damaged sample of a shard that is known to be damaged."""
-    try:
-        problems = sample_problems(manifest, shard)
-    except (DataError, OSError) as error:
-        return f" (which samples cannot be said: {error})"
-    if not problems:
-        return ", outside of its samples"
-    first = problems[0].split(": ", 1)[1]
-    return f", {len(problems)} samples, the first is {first}"

@@ -45,7 +45,10 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
     All members yielded before the error are whole; the sample that was being read is not, so a
     caller drops it (see `samples`).
     """
-    offset, seen, long_name, long_size = 0, set(), None, None
+    offset = 0
+    seen = set()
+    long_name = None
+    long_size = None
     while True:
         at = offset
         header = _take(stream, BLOCK, name, at, "a header")
@@ -79,7 +82,9 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
                 long_name = records.get("path", long_name)
                 long_size = _number(records["size"]) if "size" in records else None
             continue
-        path, long_name, long_size = long_name or info.name, None, None
+        path = long_name or info.name
+        long_name = None
+        long_size = None
         if info.type == tarfile.DIRTYPE:
             continue
         if info.type not in _REGULAR:
@@ -121,7 +126,10 @@ def samples(stream: BinaryIO, name: str) -> Iterator[tuple[str, dict[str, Member
     cut leaves incomplete never is. Raises DataError like walk, and for a key whose members do not
     stand together.
     """
-    key, fields, finished, held = None, {}, set(), 0
+    key = None
+    fields = {}
+    finished = set()
+    held = 0
     for member in walk(stream, name):
         held = len(member.content) + (held if member.key == key else 0)
         if held > MAX_MEMBER_BYTES:

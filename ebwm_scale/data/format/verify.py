@@ -14,17 +14,12 @@ from pathlib import Path
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.format.content import TextContent
+from ebwm_scale.data.format.index import ShardIndex, load_index
 from ebwm_scale.data.format.manifest import Manifest, load_manifest
 from ebwm_scale.data.format.scored import num_scored
+from ebwm_scale.data.format.shard_checks import sample_problems, split_problems
 from ebwm_scale.data.format.shard_table import ShardInfo
-from ebwm_scale.data.format.shards import (
-    ShardedSplit,
-    ShardError,
-    ShardIndex,
-    load_index,
-    sample_problems,
-    split_problems,
-)
+from ebwm_scale.data.format.shards import ShardedSplit, ShardError
 from ebwm_scale.data.format.side_files import side_file_problems
 from ebwm_scale.data.format.writer import read_tar_index
 from ebwm_scale.data.tokenizer import Tokenizer

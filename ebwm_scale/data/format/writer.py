@@ -52,7 +52,9 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, prefix: str, *, samples_per_shard: int):
-        self.folder, self.prefix, self.samples_per_shard = folder, prefix, samples_per_shard
+        self.folder = folder
+        self.prefix = prefix
+        self.samples_per_shard = samples_per_shard
         self.num_samples = 0
         self._shards: list[dict[str, Any]] = []
         self._target_counts: list[int] = []

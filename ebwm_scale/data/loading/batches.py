@@ -246,12 +246,12 @@ class _Requests:
         world_size: int,
         first_step: int,
     ):
-        self.order, self.global_batch_size, self.micro_batch_size = (
-            order,
-            global_batch_size,
-            micro_batch_size,
-        )
-        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        self.order = order
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.first_step = first_step
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         per_rank, step = self.global_batch_size // self.world_size, self.first_step
@@ -274,7 +274,9 @@ class _Reader(Dataset):
     def __init__(
         self, split: ShardedSplit | MixedSplit, context_length: int, known_bad: dict[int, BadSample]
     ):
-        self.split, self.context_length, self.known_bad = split, context_length, dict(known_bad)
+        self.split = split
+        self.context_length = context_length
+        self.known_bad = dict(known_bad)
 
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]):
         sample_ids, positions = request

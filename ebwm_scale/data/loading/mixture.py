@@ -41,12 +41,10 @@ class MixedOrder:
         *,
         seed: int,
     ):
-        self.orders, self.first_ids, self.counts, self.seed = (
-            list(orders),
-            list(first_ids),
-            list(counts),
-            seed,
-        )
+        self.orders = list(orders)
+        self.first_ids = list(first_ids)
+        self.counts = list(counts)
+        self.seed = seed
         self._block: tuple[int, np.ndarray] | None = None
 
     def sample(self, position: int) -> int:

@@ -81,7 +81,9 @@ class Quarantine:
     """
 
     def __init__(self, folder: Path, *, limit: int, write: Callable[[dict], None] | None):
-        self.path, self.limit, self.write = folder / QUARANTINE_NAME, limit, write
+        self.path = folder / QUARANTINE_NAME
+        self.limit = limit
+        self.write = write
         self.bad: dict[tuple[str, int], BadSample] = {}
 
     def add(self, found: Iterable[BadSample]) -> list[BadSample]:

@@ -67,7 +67,9 @@ class StreamIndexes:
     """Finds the index of each shard of a stream. report: is told once if a shard has none."""
 
     def __init__(self, shards: Sequence[str], manifest: Manifest, report: Callable[[str], None]):
-        self.manifest, self.report, self.said = manifest, report, False
+        self.manifest = manifest
+        self.report = report
+        self.said = False
         listed: dict[str, ShardInfo] = {}
         wanted = {shard_name(url) for url in shards}
         if "train" in manifest.splits and None not in wanted:

@@ -73,18 +73,18 @@ class StreamLoader:
         refuse_pipes(self.shards, allow_pipe=allow_pipe)
         check_context(manifest, context_length)
         self._indexes = StreamIndexes(self.shards, manifest, report)
-        self.manifest, self.context_length, self.buffer, self.seed = (
-            manifest,
-            context_length,
-            buffer,
-            seed,
-        )
-        self.rank, self.world_size, self.first_shard = rank, world_size, first_shard
-        self.micro_batch_size, self.micro_batches_per_step = (
-            micro_batch_size,
-            global_batch_size // world_size // micro_batch_size,
-        )
-        self.global_batch_size, self.step, self.micro = global_batch_size, first_step, 0
+        self.manifest = manifest
+        self.context_length = context_length
+        self.buffer = buffer
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.first_shard = first_shard
+        self.micro_batch_size = micro_batch_size
+        self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.step = first_step
+        self.micro = 0
         # no rank has begun this one, nor any after it, as far as this rank knows
         self.next_shard = first_shard
         self.found: list[BadSample] = []
@@ -154,7 +154,9 @@ class StreamLoader:
 
     def _of_shard(self, number: int) -> Iterator[tuple[int, np.ndarray]]:
         """(sample id, sequence) of each whole sample; what is damaged goes on the list."""
-        url, row, content = self.shards[number], 0, self.manifest.content
+        url = self.shards[number]
+        row = 0
+        content = self.manifest.content
         names = set(content.fields(self.manifest.block_length))
         length = self.context_length + content.group_size
         try:

@@ -261,7 +261,9 @@ def _documents_of_file(
         else:
             left_out.invisible(name)
         return
-    offset, num_bad, first_bad = 0, 0, ""
+    offset = 0
+    num_bad = 0
+    first_bad = ""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:

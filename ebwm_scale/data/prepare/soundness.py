@@ -63,7 +63,9 @@ class Soundness:
         self._last_pts: int | None = None
         # Timestamp -> number of a packet whose picture is not out.
         self._numbers: dict[int | None, int] = {}
-        self._rate, self._timeline, self._findings = rate, timeline, findings
+        self._rate = rate
+        self._timeline = timeline
+        self._findings = findings
         self._find_key_packets = find_key_packets
         self._key_packets: list[int] | None = None
         self._num_expected = 0  # pictures still to come: one for each packet

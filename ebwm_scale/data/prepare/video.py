@@ -27,7 +27,6 @@ from ebwm_scale.data.encoders import FrameEncoder, build_encoder, load_encoder
 from ebwm_scale.data.encoders.pca import fit_pca
 from ebwm_scale.data.format.content import (
     CLIP_FIELD,
-    STORED,
     VideoContent,
     decode_image,
     field_names,
@@ -47,90 +46,23 @@ from ebwm_scale.data.format.writer import (
     write_manifest,
 )
 from ebwm_scale.data.prepare.clips import (
-    Clip,
     ClipConfig,
     Video,
     find_videos,
     make_part,
-    read_clips,
     read_findings,
     read_frames,
 )
-from ebwm_scale.data.prepare.documents import Report, split_documents
+from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.findings import Findings, total
+from ebwm_scale.data.prepare.video_config import VideoDatasetConfig
+from ebwm_scale.data.prepare.video_split import Clips, split_clips
 from ebwm_scale.data.prepare.workers import STILL_S, each_in_a_process
 
 _OURS = (*DATASET_FILES, "encoder.safetensors")
 BATCH = 512  # frames in memory as pixels
 # training frames that an encoder is fitted to, and statistics are taken of, evenly over the videos
 MAX_FITTED_FRAMES = 50_000
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoDatasetConfig:
-    """All that decides what a dataset holds; defaults are those of tools/make_video_shards.py."""
-
-    context_length: int = 16
-    interval_s: float = 0.25
-    # between the starts of clips; default: context_length * interval_s, so that clips share one
-    # frame
-    stride_s: float | None = None
-    height: int = 224
-    width: int = 224
-    crops: int = 1  # windows along the longer side
-    # 2: windows of half the size, and twice as many along each side; validation has the first zoom
-    # only
-    zooms: tuple[int, ...] = (1,)
-    stored: str = "embedding"
-    quality: int = 95
-    encoder: str = "pca"
-    encoder_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    split: str = "auto"  # video, time, or auto: by video where there are several
-    validation_fraction: float = 0.1
-    validation_videos: tuple[str, ...] = ()  # names, instead of a fraction
-    # split time: between training and validation; default: a clip's length
-    gap_s: float | None = None
-    seed: int = 0
-    samples_per_shard: int = 512
-
-    def __post_init__(self):
-        for name in (
-            "context_length",
-            "interval_s",
-            "height",
-            "width",
-            "crops",
-            "samples_per_shard",
-        ):
-            if getattr(self, name) <= 0:
-                raise DataError(
-                    f"{name.replace('_', ' ')} is {getattr(self, name)}: must be above 0"
-                )
-        if not self.zooms or min(self.zooms) < 1:
-            raise DataError(f"zooms are {list(self.zooms)}: must be whole numbers from 1 on")
-        if self.stride_s is not None and self.stride_s <= 0:
-            raise DataError(f"stride is {self.stride_s}: must be above 0 seconds")
-        if not 1 <= self.quality <= 100:
-            raise DataError(f"quality is {self.quality}: must be from 1 to 100")
-        if self.stored not in STORED or self.split not in ("auto", "video", "time"):
-            raise DataError(
-                f"store is {self.stored!r} and split {self.split!r}: allowed are "
-                f"{', '.join(STORED)}, and auto, video, time"
-            )
-
-    @property
-    def clips(self) -> ClipConfig:
-        return ClipConfig(
-            context_length=self.context_length,
-            interval_s=self.interval_s,
-            stride_s=self.stride_s or self.context_length * self.interval_s,
-            height=self.height,
-            width=self.width,
-            crops=self.crops,
-            zooms=tuple(self.zooms),
-            quality=self.quality,
-            stored="jpeg" if self.stored == "embedding" else self.stored,
-        )
 
 
 def make_video_dataset(
@@ -197,7 +129,7 @@ def make_video_dataset(
             )
             source["num_skipped"] = len(videos) - len(parts)
             source["findings"] = _report_findings(parts, len(videos), report).counts()
-            splits = _split(parts, config, report)
+            splits = split_clips(parts, config, report)
             encoder, statistics = _encoder(other, config, splits["train"], report)
             values.update(_describe(staging, encoder, statistics, config))
             values["splits"] = {
@@ -210,9 +142,6 @@ def make_video_dataset(
     for name, split in manifest.splits.items():
         report(_summary(name, split, config))
     return manifest.path
-
-
-Clips = list[tuple[Video, Path, list[Clip]]]  # of each video, in order
 
 
 def _make_parts(
@@ -270,75 +199,6 @@ def _report_findings(
     return summary
 
 
-def _split(
-    parts: list[tuple[Video, Path]], config: VideoDatasetConfig, report: Report
-) -> dict[str, Clips]:
-    """The clips of each split; those of validation without the windows that further zooms add to
-    training.
-    """
-    result = _split_clips(parts, config, report)
-    result["validation"] = [
-        (video, path, [clip for clip in clips if clip.zoom == config.zooms[0]])
-        for video, path, clips in result["validation"]
-    ]
-    return result
-
-
-def _split_clips(
-    parts: list[tuple[Video, Path]], config: VideoDatasetConfig, report: Report
-) -> dict[str, Clips]:
-    videos = [video for video, _ in parts]
-    clips = {video: read_clips(path) for video, path in parts}
-    by_time = config.split == "time" or (
-        config.split == "auto" and len(videos) == 1 and not config.validation_videos
-    )
-    if by_time:
-        gap = config.clips.span_s if config.gap_s is None else config.gap_s
-        report(
-            f"split by time: the last {config.validation_fraction:.0%} of each video is "
-            f"validation, {gap:g} s before it are left out"
-        )
-        result: dict[str, Clips] = {"train": [], "validation": []}
-        longest_s = 0.0
-        for video, path in parts:
-            end = max(clip.start_s for clip in clips[video]) + config.clips.span_s
-            longest_s = max(longest_s, end)
-            border = end * (1 - config.validation_fraction)
-            early = [
-                clip for clip in clips[video] if clip.start_s + config.clips.span_s <= border - gap
-            ]
-            late = [clip for clip in clips[video] if clip.start_s >= border]
-            result["train"] += [(video, path, early)] * bool(early)
-            result["validation"] += [(video, path, late)] * bool(late)
-        for name, found in result.items():
-            if not found:
-                raise DataError(
-                    f"split by time leaves the {name} split without a clip: the longest video is "
-                    f"{longest_s:g} s, too short for clips of {config.clips.span_s:g} s, a gap of "
-                    f"{gap:g} s and a validation fraction of {config.validation_fraction}; change "
-                    "one of them, or the stride"
-                )
-        return result
-    if config.validation_videos:
-        unknown = set(config.validation_videos) - {video.name for video in videos}
-        held_out = [video for video in videos if video.name in config.validation_videos]
-        if unknown or len(held_out) == len(videos):
-            raise DataError(
-                f"validation videos {', '.join(config.validation_videos)}: must be some of "
-                f"{', '.join(v.name for v in videos)}, and not all"
-            )
-        chosen = {"train": [v for v in videos if v not in held_out], "validation": held_out}
-    else:
-        chosen = split_documents(
-            videos, validation_fraction=config.validation_fraction, seed=config.seed
-        )
-    paths = dict(parts)
-    return {
-        name: [(video, paths[video], clips[video]) for video in members]
-        for name, members in chosen.items()
-    }
-
-
 def _encoder(
     other, config: VideoDatasetConfig, train: Clips, report: Report
 ) -> tuple[FrameEncoder, tuple[np.ndarray, np.ndarray]]:
@@ -364,18 +224,14 @@ def _encoder(
             config.encoder, config.encoder_settings, height=config.height, width=config.width
         )
     groups = encoder.groups()
-    count, total, squares = (
-        0,
-        torch.zeros(encoder.dimension, dtype=torch.float64),
-        torch.zeros(encoder.dimension, dtype=torch.float64),
-    )
+    count = 0
+    total = torch.zeros(encoder.dimension, dtype=torch.float64)
+    squares = torch.zeros(encoder.dimension, dtype=torch.float64)
     for frames in _training_frames(train, config):
         embeddings = encoder.encode(torch.from_numpy(frames)).double().cpu()
-        count, total, squares = (
-            count + len(embeddings),
-            total + embeddings.sum(0),
-            squares + embeddings.square().sum(0),
-        )
+        count = count + len(embeddings)
+        total = total + embeddings.sum(0)
+        squares = squares + embeddings.square().sum(0)
     sizes = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(
         0, groups, torch.ones(len(groups), dtype=torch.float64)
     )

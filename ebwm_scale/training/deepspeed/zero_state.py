@@ -34,7 +34,10 @@ class ZeroState:
 
     def __init__(self, deepspeed_engine, *, stage: int, half: bool, rank: int, world_size: int):
         self.module, self.optimizer = deepspeed_engine.module, deepspeed_engine.optimizer
-        self.stage, self.half, self.rank, self.world_size = stage, half, rank, world_size
+        self.stage = stage
+        self.half = half
+        self.rank = rank
+        self.world_size = world_size
         self.inner = (
             self.optimizer if stage == 0 and not half else self.optimizer.optimizer
         )  # torch's AdamW
@@ -96,10 +99,8 @@ class ZeroState:
         mapping = getattr(p, "_hp_mapping", None)
         if mapping is None:
             return 0, {}
-        address, flat = (
-            mapping.hp_fragment_address,
-            self.optimizer.single_partition_of_fp32_groups[self._group_of(p)],
-        )
+        address = mapping.hp_fragment_address
+        flat = self.optimizer.single_partition_of_fp32_groups[self._group_of(p)]
         part = slice(address.start, address.start + address.numel)
         state = self.inner.state.get(flat, {})
         return mapping.lp_fragment_address.start, {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ebwm_kernels.attention.definition import attention_definition
 from ebwm_kernels.attention.energy import check_keys, check_tensors
 from ebwm_kernels.attention.ops import attend, resolve_backend
 from ebwm_kernels.attention.visibility import (
@@ -18,7 +19,6 @@ from ebwm_kernels.attention.visibility import (
     check_groups,
     first_visible_keys,
     score_scale,
-    visible_keys,
 )
 
 
@@ -88,7 +88,8 @@ def _attention(
     check_keys(operation, q, {"k": k, "v": v})
     check_groups(operation, q.shape[2], shape.offset, shape.group_size, shape.context_group)
     first = first_visible_keys(operation, q, k.shape[2], first_visible, window, shape, own=False)
-    backend = resolve_backend(backend, q.device, q.dtype, q.shape[-1], operation)
+    widest = max(q.shape[-1], v.shape[-1])
+    backend = resolve_backend(backend, q.device, q.dtype, widest, operation)
     return attend(q, k, v, None, None, first, shape, backend)
 
 
@@ -109,11 +110,4 @@ def causal_attention_definition(
     group = group_size if context_group is None else context_group
     shape = Shape(score_scale(scale, q.shape[-1]), context_offset, causal, group_size, group)
     first = first_visible_keys("definition", q, k.shape[2], first_visible, window, shape, own=False)
-    share = q.shape[1] // k.shape[1]
-    keys = k.repeat_interleave(share, 1)
-    values = v.repeat_interleave(share, 1)
-    visible = visible_keys(q.shape[2], k.shape[2], first, shape, q.device)
-    if first is not None:
-        visible = visible[:, None]  # the same for all heads
-    scores = shape.scale * q @ keys.mT
-    return scores.masked_fill(~visible, float("-inf")).softmax(-1) @ values
+    return attention_definition(q, k, v, None, None, first, shape)

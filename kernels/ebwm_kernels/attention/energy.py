@@ -15,17 +15,15 @@ levels: attention/ops.py.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ebwm_kernels.attention.definition import attention_definition
 from ebwm_kernels.attention.ops import attend, resolve_backend
 from ebwm_kernels.attention.visibility import (
     Shape,
     check_groups,
     first_visible_keys,
-    same_group,
     score_scale,
-    visible_keys,
 )
 
 
@@ -75,7 +73,8 @@ def energy_attention(
     first = first_visible_keys(
         operation, q, k_context.shape[2], first_visible, window, shape, own=True
     )
-    backend = resolve_backend(backend, q.device, q.dtype, q.shape[-1], operation)
+    widest = max(q.shape[-1], v_context.shape[-1])
+    backend = resolve_backend(backend, q.device, q.dtype, widest, operation)
     return attend(q, k_context, v_context, k_self, v_self, first, shape, backend)
 
 
@@ -96,26 +95,9 @@ def energy_attention_definition(
     """The definition in plain operations, for tests and readers."""
     group = group_size if context_group is None else context_group
     shape = Shape(score_scale(scale, q.shape[-1]), context_offset, True, group_size, group)
-    S, C = q.shape[2], k_context.shape[2]
+    C = k_context.shape[2]
     first = first_visible_keys("definition", q, C, first_visible, window, shape, own=True)
-    share = q.shape[1] // k_context.shape[1]
-    keys = k_context.repeat_interleave(share, 1)
-    values = v_context.repeat_interleave(share, 1)
-    scores = shape.scale * q @ keys.mT
-    own_scores = shape.scale * q @ k_self.mT
-    visible = visible_keys(S, C, first, shape, q.device)
-    if first is not None:
-        visible = visible[:, None]  # the same for all heads
-    own_visible = same_group(S, group_size, q.device)
-    every_score = torch.cat(
-        [
-            own_scores.masked_fill(~own_visible, float("-inf")),
-            scores.masked_fill(~visible, float("-inf")),
-        ],
-        -1,
-    )
-    weights = every_score.softmax(-1)
-    return weights[..., S:] @ values + weights[..., :S] @ v_self
+    return attention_definition(q, k_context, v_context, k_self, v_self, first, shape)
 
 
 def _check(q: Tensor, k_self: Tensor, v_self: Tensor, k_context: Tensor, v_context: Tensor) -> None:
@@ -156,7 +138,8 @@ def check_tensors(operation: str, tensors: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{operation}: {name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on "
                 f"{q.device}; "
-                "all must share one floating dtype and one device"
+                "all must share one floating dtype and one device (torch.autocast casts nothing "
+                "here: cast them yourself, q.to(v.dtype) for example)"
             )
 
 

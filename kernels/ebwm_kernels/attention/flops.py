@@ -24,8 +24,18 @@ from ebwm_kernels.attention.visibility import Shape, hidden_pairs, visible_pairs
 # Of ops.PRODUCTS, those whose inner or outer dimension is that of values; the others have that of
 # keys.
 VALUE_PRODUCTS = {
-    "reference": {"forward": 1, "gradient": (1, 2), "double_backward": (3, 5)},
-    "triton": {"forward": 1, "gradient": (1, 3), "double_backward": (4, 7)},
+    "reference": {
+        "forward": 1,
+        "gradient": (1, 2),
+        "double_backward": (3, 5),
+        "tangent": (1, 2),
+    },
+    "triton": {
+        "forward": 1,
+        "gradient": (1, 3),
+        "double_backward": (4, 7),
+        "tangent": (1, 2),
+    },
 }
 
 
@@ -133,4 +143,34 @@ def _(
     shape = Shape(scale, offset, causal, group_size, context_group)
     products = PRODUCTS[backend]["double_backward"][b is not None]
     value_products = VALUE_PRODUCTS[backend]["double_backward"][b is not None]
+    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
+
+
+@register_flop_formula(torch.ops.ebwm.attention_tangent, get_raw=True)
+def _(
+    a,
+    b,
+    c,
+    b_self,
+    c_self,
+    q,
+    k,
+    v,
+    k_self,
+    v_self,
+    first_visible,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    group_size,
+    context_group,
+    backend,
+    *,
+    out_val=None,
+):
+    shape = Shape(scale, offset, causal, group_size, context_group)
+    products = PRODUCTS[backend]["tangent"][b is not None]
+    value_products = VALUE_PRODUCTS[backend]["tangent"][b is not None]
     return _flops(products, value_products, q, k, v, k_self, first_visible, shape)

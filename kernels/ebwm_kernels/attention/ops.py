@@ -4,14 +4,16 @@ who computes them.
     ebwm::attention                   q, K, V [, k*, v*]        -> O, L
     ebwm::attention_gradient          G, the same, O, L         -> dQ, dK, dV [, dk*, dv*]
     ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]
+    ebwm::attention_tangent           Q., K., V. [, k*., v*.]   -> O., for forward mode
 
 The backward of each is the next one; the last has none: a third derivative raises.
 
 O and L enter the second and third as constants: the formulas (attention/reference.py) hold what
 depends on them. Registered with torch.library, since nested autograd.Functions are differentiated
-wrongly under torch.compile. An operation's result is a tensor, so what does not exist is empty.
+wrongly under torch.compile; under torch.func and forward mode transforms.py takes over. An
+operation's result is a tensor, so what does not exist is empty.
 
-Backends: "triton" (attention/triton_kernels.py; a GPU, or Triton's interpreter) and "reference"
+Backends: "triton" (attention/triton_backend.py; a GPU, or Triton's interpreter) and "reference"
 (plain PyTorch).
 """
 
@@ -19,21 +21,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
 from ebwm_kernels.attention import reference
+from ebwm_kernels.attention.definition import attention_definition
+from ebwm_kernels.attention.implementation import Implementation
 from ebwm_kernels.attention.reference import Cotangents
-from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
+from ebwm_kernels.attention.transforms import DoubleBackward, Gradient, attend_under_transforms
+from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION, architecture_of
 from ebwm_kernels.attention.visibility import Shape
 from ebwm_kernels.autograd_rules import (
     is_traced_without_graph,
     needs_grad,
     refuse_graph,
     refuse_kept_graph,
+    transforms_active,
+    without_autocast,
 )
 
 BACKENDS = ("auto", "triton", "reference")
@@ -41,8 +47,18 @@ BACKENDS = ("auto", "triton", "reference")
 # gradients of K and V; the last without and with cotangents on these. Triton computes the weights
 # again in each pass (design: docs/kernels.md).
 PRODUCTS = {
-    "reference": {"forward": 2, "gradient": (3, 5), "double_backward": (8, 12)},
-    "triton": {"forward": 2, "gradient": (3, 7), "double_backward": (13, 20)},
+    "reference": {
+        "forward": 2,
+        "gradient": (3, 5),
+        "double_backward": (8, 12),
+        "tangent": (3, 5),
+    },
+    "triton": {
+        "forward": 2,
+        "gradient": (3, 7),
+        "double_backward": (13, 20),
+        "tangent": (3, 5),
+    },
 }
 
 
@@ -86,8 +102,14 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dimension: int
         return "it needs an NVIDIA GPU (or TRITON_INTERPRET=1)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return "supported are float16, bfloat16 and float32"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return "it needs compute capability 8.0 or newer"
+    if architecture_of(capability) is None:
+        return (
+            f"no tiles have been compiled for compute capability {capability[0]}.{capability[1]} "
+            "(8.x, 9.0, 10.0, 10.3 and 12.x have some)"
+        )
     return None
 
 
@@ -104,74 +126,25 @@ def attend(
     """Output (B, H, S, d of values) of attention in which a query may see keys of its own; backend
     resolved.
     """
-    return torch.ops.ebwm.attention(q, k, v, k_self, v_self, first_visible, *shape, backend)[0]
+    tensors = (q, k, v, k_self, v_self, first_visible)
+    if transforms_active():
+        if torch.compiler.is_compiling():  # which differentiates nested Functions wrongly
+            return attention_definition(*tensors, shape)
+        rest = (*shape, backend)
+        return attend_under_transforms(*tensors, rest)  # pyright: ignore[reportCallIssue]
+    return torch.ops.ebwm.attention(*tensors, *shape, backend)[0]
 
 
-class Implementation(Protocol):
-    """What a backend is: three levels and the tangent, as attention/reference.py defines them."""
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        shape: Shape,
-    ) -> tuple[Tensor, Tensor]: ...
-
-    def gradient(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
-        *,
-        with_keys: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
-
-    def double_backward(
-        self,
-        cotangents: Cotangents,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
-
-    def tangent(
-        self,
-        tangents: Cotangents,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
-    ) -> Tensor: ...
+def _is_transformed() -> bool:
+    """Whether transforms.py takes over: the operators below would drop tangents without a word."""
+    return not torch.compiler.is_compiling() and transforms_active()
 
 
 def _implementation(backend: str) -> Implementation:
     if backend == "triton":
-        from ebwm_kernels.attention import triton_kernels as attention_triton
+        from ebwm_kernels.attention import triton_backend
 
-        return attention_triton
+        return triton_backend
     return reference
 
 
@@ -184,6 +157,7 @@ def _empty_for_none(result: Tensor | None, like: Tensor) -> Tensor:
 
 
 @custom_op("ebwm::attention", mutates_args=())
+@without_autocast
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -234,7 +208,7 @@ def _backward_attention(ctx, grad, _):
         ctx.saved_tensors
     )  # read once: a checkpoint recomputes for each reading
     with_keys = needs_grad(ctx, 1) or needs_grad(ctx, 2)
-    dq, dk, dv, dk_self, dv_self = torch.ops.ebwm.attention_gradient(
+    tensors = (
         grad,
         q,
         k,
@@ -244,10 +218,14 @@ def _backward_attention(ctx, grad, _):
         first_visible,
         out.detach(),
         log_normalizer.detach(),
-        *ctx.rest,
-        with_keys,
-        is_traced_without_graph(),
     )
+    if _is_transformed():
+        result = Gradient.apply(*tensors, (*ctx.rest, with_keys))
+    else:
+        result = torch.ops.ebwm.attention_gradient(
+            *tensors, *ctx.rest, with_keys, is_traced_without_graph()
+        )
+    dq, dk, dv, dk_self, dv_self = result
     own = (None, None) if k_self is None else (dk_self, dv_self)
     return dq, *((dk, dv) if with_keys else (None, None)), *own, *(None,) * 7
 
@@ -259,6 +237,7 @@ register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_a
 
 
 @custom_op("ebwm::attention_gradient", mutates_args=())
+@without_autocast
 def _gradient(
     grad: Tensor,
     q: Tensor,
@@ -351,9 +330,12 @@ def _backward_gradient(ctx, a, b, c, b_self, c_self):
     if k_self is not None:
         b_self = _or_zeros(b_self, k_self)
         c_self = _or_zeros(c_self, v_self)
-    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = torch.ops.ebwm.attention_double_backward(
-        a, b, c, b_self, c_self, *saved, *ctx.rest
-    )
+    tensors = (a, b, c, b_self, c_self, *saved)
+    if _is_transformed():
+        result = DoubleBackward.apply(*tensors, tuple(ctx.rest))
+    else:
+        result = torch.ops.ebwm.attention_double_backward(*tensors, *ctx.rest)
+    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = result
     own = (None, None) if k_self is None else (g_k_self, g_v_self)
     return g_grad, g_q, g_k, g_v, *own, *(None,) * 11
 
@@ -369,6 +351,7 @@ register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=
 
 
 @custom_op("ebwm::attention_double_backward", mutates_args=())
+@without_autocast
 def _double_backward(
     a: Tensor,
     b: Tensor | None,
@@ -445,3 +428,48 @@ def _(
         q.new_empty(0 if k_self is None else k_self.shape),
         q.new_empty(0 if v_self is None else v_self.shape),
     )
+
+
+# -------------------------------------------------------------------------------------- the tangent
+
+
+@custom_op("ebwm::attention_tangent", mutates_args=())
+@without_autocast
+def _tangent(
+    a: Tensor,
+    b: Tensor | None,
+    c: Tensor | None,
+    b_self: Tensor | None,
+    c_self: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_self: Tensor | None,
+    v_self: Tensor | None,
+    first_visible: Tensor | None,
+    out: Tensor,
+    log_normalizer: Tensor,
+    scale: float,
+    offset: int,
+    causal: bool,
+    group_size: int,
+    context_group: int,
+    backend: str,
+) -> Tensor:
+    return _implementation(backend).tangent(
+        Cotangents(a, b, c, b_self, c_self),
+        q,
+        k,
+        v,
+        k_self,
+        v_self,
+        first_visible,
+        out,
+        log_normalizer,
+        Shape(scale, offset, causal, group_size, context_group),
+    )
+
+
+@_tangent.register_fake
+def _(a, b, c, b_self, c_self, q, k, v, k_self, v_self, first_visible, out, *rest):
+    return out.new_empty(out.shape)

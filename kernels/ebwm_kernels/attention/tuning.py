@@ -38,7 +38,7 @@ OVER_KEYS = ("_gradient_key", "_second_key")  # a program owns keys; the others 
 PADDED = {16: 16, 32: 32, 64: 64, 96: 32, 128: 128, 192: 64, 256: 256}
 
 # Half precision: architecture -> largest padded head dimension -> kernel -> tile, and in KEYS the
-# tile where cotangents on dK and dV are given.
+# tile where cotangents on dK and dV are given, or own keys come in groups, which always have them.
 HALF = {
     "sm_80": {
         64: {
@@ -109,6 +109,11 @@ HALF = {
     },
 }
 HALF["sm_86"] = HALF["sm_80"]  # 8.6, 8.9 and 12.x: 99 KiB of shared memory per block
+# 10.0 and 10.3 keep sums of products in tensor memory, 512 columns for all programs of a
+# multiprocessor: what is wider on Hopper is halved.
+HALF["sm_100"] = HALF["sm_90"] | {
+    128: HALF["sm_90"][128] | {"_second_key": Tile(32, 64, 8, 2)},
+}
 KEYS = {
     "sm_80": {
         64: {},
@@ -130,6 +135,7 @@ SMALL_HEADS = {
     (a, "_second_key"): Tile(32, 32, 4, 2) for a in ("sm_80", "sm_86")
 }  # head dimensions to 32
 KEYS["sm_86"] = KEYS["sm_80"]
+KEYS["sm_100"] = KEYS["sm_90"]
 
 # float32 in three TF32 passes takes twice the shared memory and more registers: small tiles for all
 # architectures, and head dimensions to 128.
@@ -176,7 +182,7 @@ def tile_for(
     kernel: str, architecture: str, padded_d: int, dtype: torch.dtype, with_keys: bool
 ) -> Tile:
     """The tile of a kernel: padded_d is a key of PADDED; with_keys where there are cotangents on dK
-    and dV.
+    and dV, or groups of own keys.
     """
     if architecture == "interpreter":  # small, and rows != keys, so that tests meet many tiles
         return Tile(16, 32, 4, 1) if kernel in OVER_KEYS else Tile(32, 16, 4, 1)
@@ -189,3 +195,18 @@ def tile_for(
     if padded_d <= 32:
         tile = SMALL_HEADS.get((architecture, kernel), tile)
     return KEYS[architecture][bucket].get(kernel, tile) if with_keys else tile
+
+
+def architecture_of(capability: tuple[int, int]) -> str | None:
+    """The architecture whose tiles serve a GPU of this compute capability, or None where there are
+    none.
+    """
+    if capability == (8, 0):
+        return "sm_80"
+    if capability[0] == 9:
+        return "sm_90"
+    if capability in ((10, 0), (10, 3)):
+        return "sm_100"
+    if capability[0] in (8, 12):  # 8.6, 8.9, 12.x; 8.7 has more shared memory
+        return "sm_86"
+    return None

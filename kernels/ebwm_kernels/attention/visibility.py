@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ebwm_kernels.autograd_rules import is_mapped
+
 
 class Shape(NamedTuple):
     """What the tensors do not say.
@@ -125,7 +127,8 @@ def first_visible_keys(
     key 0.
 
     q: (B, H, S, d). own: whether a row sees keys of its own, so that it may see no context at all.
-    Values are checked on a CPU only: elsewhere it would wait for the device. Raises ValueError.
+    Values are checked on a CPU only, and not under vmap: elsewhere it would wait for the device.
+    Raises ValueError.
     """
     batch, num_rows = q.shape[0], q.shape[2]
     if window is not None:
@@ -172,7 +175,7 @@ def _check_first_visible(
         )
     if first_visible.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if first_visible.numel() == 0:
+    if first_visible.numel() == 0 or is_mapped(first_visible):
         return
     if int(first_visible.min()) < 0:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ebwm_kernels.autograd_rules import refuse_graph
+from ebwm_kernels.autograd_rules import refuse_graph, refuse_transforms, without_autocast
 from ebwm_kernels.vocabulary.formulas import (
     NO_CLAMPS,
     Clamps,
@@ -21,7 +21,16 @@ from ebwm_kernels.vocabulary.softmax_cross_entropy import (
     _softmax,
 )
 
+# What is differentiable in every mode, by operation.
+PLAIN = {
+    "vocabulary_embed": "vocabulary.api.vocabulary_embed_reference",
+    "vocabulary_descend": "vocabulary.api.vocabulary_descend_reference",
+    "vocabulary_step": "vocabulary.api.vocabulary_descend_reference and _embed_reference",
+    "vocabulary_cross_entropy": "torch.nn.functional.cross_entropy(hidden @ weight.T, targets)",
+}
 
+
+@without_autocast
 def vocabulary_embed(
     x: Tensor, weight: Tensor, *, grad_buffer: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -31,9 +40,11 @@ def vocabulary_embed(
     grad_buffer (V, D): receives weight's gradient, by addition, in the backward; autograd gets
     none. out: memory for p, x itself for example.
     """
+    refuse_transforms("vocabulary_embed", PLAIN["vocabulary_embed"])
     return _Embed.apply(x, weight, grad_buffer, out)
 
 
+@without_autocast
 def vocabulary_descend(
     weight: Tensor,
     hidden: Tensor,
@@ -63,6 +74,7 @@ def vocabulary_descend(
     * loss now; back-propagate the loss with that weight, for hidden's. out (rows, V): memory for
     x'; its contents are lost also where x' is not kept.
     """
+    refuse_transforms("vocabulary_descend", PLAIN["vocabulary_descend"])
     if targets is None:
         with torch.no_grad():
             return _step(weight, _from(moved, hidden), probabilities, x, out, clamps)[0], None
@@ -85,6 +97,7 @@ def vocabulary_descend(
     return (state if keep_state else None), loss
 
 
+@without_autocast
 def vocabulary_step(
     probabilities: Tensor | None,
     weight: Tensor,
@@ -107,18 +120,21 @@ def vocabulary_step(
     any order or apart from each other, and the loss with the weight that was announced. out: memory
     for p'.
     """
+    refuse_transforms("vocabulary_step", PLAIN["vocabulary_step"])
     p, embedded, loss, grad_hidden = _StepEmbed.apply(
         probabilities, weight, hidden.detach(), targets, count, grad_buffer, loss_weight, out, moved
     )
     return p, embedded, None if targets is None else _GivenGradient.apply(hidden, loss, grad_hidden)
 
 
+@without_autocast
 def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of logits hidden @ weight.T, first order: hidden (rows, D), weight (V, D),
     targets (rows,) int64 -> a scalar.
 
     Logits exist for CHUNK_BYTES at a time, and their gradients are taken while they do.
     """
+    refuse_transforms("vocabulary_cross_entropy", PLAIN["vocabulary_cross_entropy"])
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
     return _CrossEntropy.apply(weight, hidden, targets, needs_grad)
 
@@ -138,8 +154,9 @@ class _Embed(torch.autograd.Function):
         return p, p.to(weight.dtype) @ weight
 
     @staticmethod
+    @without_autocast
     def backward(ctx, _, grad):
-        refuse_graph("vocabulary_embed", "second")
+        _refuse_second_derivative("vocabulary_embed", grad)
         (p,) = ctx.saved_tensors
         return (
             None,
@@ -187,9 +204,10 @@ class _StepEmbed(torch.autograd.Function):
         return p, embedded, loss, grad_hidden
 
     @staticmethod
+    @without_autocast
     def backward(ctx, _, grad_embedded, *__):
         """dW = p' (grad_embedded + s h) - onehot (s h), s = loss_weight / n on rows that count."""
-        refuse_graph("vocabulary_step", "second")
+        _refuse_second_derivative("vocabulary_step", grad_embedded)
         if grad_embedded is None:
             return (None,) * 9
         p, hidden, targets = ctx.saved_tensors
@@ -207,14 +225,14 @@ class _StepEmbed(torch.autograd.Function):
             grad_buffer = p.new_zeros(p.shape[1], hidden.shape[1])
         if ctx.weight_dtype == p.dtype:
             _accumulate_matmul(grad_buffer, p.T, right)
-            grad_buffer.index_add_(0, score.target, scaled, alpha=-1)
+            _add_rows_(grad_buffer, score.target, -scaled)
         else:  # (p' - onehot) (grad_embedded + s h) + onehot grad_embedded
             _accumulate_matmul(
                 grad_buffer,
                 score.rounded_residual(p, ctx.weight_dtype).T,
                 right.to(ctx.weight_dtype),
             )
-            grad_buffer.index_add_(0, score.target, grad_embedded.to(grad_buffer.dtype))
+            _add_rows_(grad_buffer, score.target, grad_embedded)
         return None, grad_buffer.to(ctx.weight_dtype) if ctx.grad_buffer is None else None, *none
 
 
@@ -228,7 +246,7 @@ class _GivenGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_graph("vocabulary_step", "second")
+        _refuse_second_derivative("vocabulary_step", grad)
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None
 
@@ -277,7 +295,7 @@ class _DescendAndScore(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        refuse_graph("vocabulary_descend", "second")
+        _refuse_second_derivative("vocabulary_descend", grad_loss)
         grad_hidden, *grad_weight = _take_saved_grads(ctx, grad_loss, "vocabulary_descend")
         return grad_weight[0] if grad_weight else None, grad_hidden, *(None,) * 11
 
@@ -313,9 +331,14 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        refuse_graph("vocabulary_cross_entropy", "second")
+        _refuse_second_derivative("vocabulary_cross_entropy", grad_loss)
         grad_hidden, grad_weight = _take_saved_grads(ctx, grad_loss, "vocabulary_cross_entropy")
         return grad_weight, grad_hidden, None, None
+
+
+def _refuse_second_derivative(operation: str, *gradients: Tensor | None) -> None:
+    refuse_graph(operation, "second")
+    refuse_transforms(operation, PLAIN[operation], *gradients)
 
 
 def _take_saved_grads(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
@@ -342,3 +365,16 @@ def _accumulate_matmul(
     else:
         grad_buffer.add_(left @ right, alpha=factor)
     return None
+
+
+def _add_rows_(grad_buffer: Tensor, index: Tensor, rows: Tensor) -> None:
+    """grad_buffer[index[i]] += rows[i], in the same order every time.
+
+    On a GPU index_add_ adds with atomics; index_put_ sorts the rows by their place and adds each
+    run from its first to its last.
+    """
+    rows = rows.to(grad_buffer.dtype)
+    if grad_buffer.device.type == "cpu":
+        grad_buffer.index_add_(0, index, rows)
+    else:
+        grad_buffer.index_put_((index,), rows, accumulate=True)

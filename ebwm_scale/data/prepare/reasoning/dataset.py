@@ -33,9 +33,9 @@ from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     already_there,
-    load_manifest,
 )
 from ebwm_scale.data.format.scored import MEMBERS
+from ebwm_scale.data.format.side_files import open_manifest
 from ebwm_scale.data.format.writer import (
     DATASET_FILES,
     ShardWriter,
@@ -183,7 +183,7 @@ def _make(request: Request, output: Path, report: Report, progress: Progress) ->
             sample = _SampleMaker(family, values["block_length"], tokenizer)
             values["splits"] = _write_splits(staging, request, sample, progress)
             write_manifest(staging, values)
-    manifest = load_manifest(output)
+    manifest = open_manifest(output)
     for name, split in manifest.splits.items():
         mean = split.num_targets / split.num_samples
         report(

@@ -1,0 +1,234 @@
+"""How the Triton kernels of attention are launched: one call of a level, its tensors made ready,
+its sizes, and its tiles for the GPU at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any, overload
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ebwm_kernels.attention.intervals import Mask
+from ebwm_kernels.attention.reference import wide_dtype
+from ebwm_kernels.attention.row_tiles import Head
+from ebwm_kernels.attention.tuning import (
+    Tile,
+    architecture_of,
+    padded_for,
+    part_for,
+    tile_for,
+)
+from ebwm_kernels.attention.visibility import Shape
+
+# What programs that run at the same time read again and again should stay in the GPU's cache: H100
+# has 50 MB, A100 40 MB.
+CACHE_BYTES = 24 * 2**20
+ALIGNMENT = 16  # bytes, of every tensor a kernel reads: a load is 16 bytes
+
+
+class Call:
+    """One call of a level: the tensors all of its kernels read, and how they are launched."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_self: Tensor | None,
+        v_self: Tensor | None,
+        first_visible: Tensor | None,
+        shape: Shape,
+    ):
+        self.q, self.k, self.v = ready(q), ready(k), ready(v)
+        self.k_self, self.v_self = ready(k_self), ready(v_self)
+        self.first_visible = None
+        if first_visible is not None:
+            self.first_visible = ready(first_visible.to(torch.int32))
+        self.batch, self.heads, self.num_rows = q.shape[:3]
+        self.key_heads, self.num_keys = k.shape[1:3]
+        self.shape, self.dtype, self.device = shape, q.dtype, q.device
+        self.own = k_self is not None
+        self.has_groups = (shape.group_size, shape.context_group) != (1, 1)
+        self.architecture = architecture(q.device)
+        self.head, self.value = self._head(q.shape[-1]), self._head(v.shape[-1])
+        self.mask = Mask(shape.causal, self.has_groups, first_visible is not None)
+
+    def _head(self, d: int) -> Head:
+        padded = padded_for(d)
+        return Head(
+            d=d,
+            padded=padded,
+            part=part_for(self.architecture, padded, self.dtype),
+            acc=tl.float64 if self.dtype == torch.float64 else tl.float32,
+            precision=precision_for(self.dtype),
+        )
+
+    # ------------------------------------------------------------------------------------- tensors
+
+    @property
+    def own_groups(self) -> bool:
+        """Whether own keys come in groups, whose gradients are sums over rows."""
+        return self.own and self.has_groups
+
+    def like_queries(self) -> Tensor:
+        return torch.empty(self.q.shape, dtype=self.dtype, device=self.device)
+
+    def like_outputs(self) -> Tensor:
+        shape = (*self.q.shape[:-1], self.v.shape[-1])
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def like_keys(self) -> Tensor:
+        return torch.empty(self.k.shape, dtype=self.dtype, device=self.device)
+
+    def like_values(self) -> Tensor:
+        return torch.empty(self.v.shape, dtype=self.dtype, device=self.device)
+
+    def statistic(self) -> Tensor:
+        return torch.empty(self.q.shape[:-1], dtype=wide_dtype(self.dtype), device=self.device)
+
+    @functools.cached_property
+    def last_row(self) -> Tensor | None:
+        """(B, C) int32: one past the last row that sees a key, for first_visible (B, S)."""
+        if self.first_visible is None:
+            return None
+        keys = torch.arange(self.num_keys, dtype=torch.int32, device=self.device)
+        keys = keys.expand(self.batch, -1).contiguous()
+        return torch.searchsorted(self.first_visible, keys, right=True, out_int32=True)
+
+    # ------------------------------------------------------------------------------------ launches
+
+    def over_rows(self, kernel, *tensors: Tensor | None, with_keys: bool = False, **flags) -> None:
+        """One program per tile of query rows of a head; a tensor that is None is not read."""
+        tile = self._tile(kernel, with_keys or self.own_groups)
+        bytes_per_head = self.num_keys * self._row_bytes()
+        sharing = self.heads // self.key_heads
+        self._run(
+            kernel,
+            tile,
+            self.batch * self.heads * _num_tiles(self.num_rows, tile.rows),
+            tensors,
+            self._sizes(
+                self.num_keys, sharing, self.heads, sharing * (CACHE_BYTES // bytes_per_head)
+            ),
+            flags,
+        )
+
+    def over_keys(self, kernel, *tensors: Tensor | None, with_keys: bool = False, **flags) -> None:
+        """One program per tile of context keys of a key head."""
+        sharing = self.heads // self.key_heads
+        self._over_keys(kernel, tensors, self.num_keys, self.key_heads, sharing, with_keys, flags)
+
+    def over_own_keys(self, kernel, *tensors: Tensor | None, **flags) -> None:
+        """One program per tile of a head's own keys."""
+        flags["OWN"] = True
+        self._over_keys(kernel, tensors, self.num_rows, self.heads, 1, True, flags)
+
+    def _over_keys(
+        self, kernel, tensors, num_keys: int, heads: int, sharing: int, with_keys: bool, flags
+    ) -> None:
+        tile = self._tile(kernel, with_keys)
+        bytes_per_head = sharing * self.num_rows * self._row_bytes()
+        self._run(
+            kernel,
+            tile,
+            self.batch * heads * _num_tiles(num_keys, tile.keys),
+            tensors,
+            self._sizes(num_keys, sharing, heads, CACHE_BYTES // max(1, bytes_per_head)),
+            {"OWN": False, "SHARED": sharing > 1, **flags},
+        )
+
+    def _sizes(self, num_keys: int, sharing: int, heads: int, heads_at_once: int) -> dict[str, int]:
+        """intervals.SIZES by name; a kernel takes those that it names."""
+        return {
+            "S": self.num_rows,
+            "C": num_keys,
+            "offset": self.shape.offset,
+            "group_size": self.shape.group_size,
+            "context_group": self.shape.context_group,
+            "sharing": sharing,
+            "heads": heads,
+            "all_heads": self.batch * heads,
+            "heads_at_once": min(max(1, heads_at_once), self.batch * heads),
+        }
+
+    def _row_bytes(self) -> int:
+        """Of a key and its value, or a query and its cotangent."""
+        return (self.head.d + self.value.d) * self.dtype.itemsize
+
+    def _tile(self, kernel, with_keys: bool) -> Tile:
+        padded = max(self.head.padded, self.value.padded)
+        return tile_for(kernel.__name__, self.architecture, padded, self.dtype, with_keys)
+
+    def _run(self, kernel, tile: Tile, num_programs: int, tensors, sizes, flags) -> None:
+        if num_programs == 0:
+            return
+        arguments: dict[str, Any] = {
+            **sizes,
+            "scale": float(self.shape.scale),
+            "factor": self.shape.scale * math.log2(math.e),
+            "HEAD": self.head,
+            "VALUE": self.value,
+            "MASK": self.mask,
+            "BM": tile.rows,
+            "BN": tile.keys,
+            **flags,
+        }
+        pointers = [self.q if tensor is None else tensor for tensor in tensors]
+        named = {name: arguments[name] for name in kernel.arg_names[len(pointers) :]}
+        on_its_device = contextlib.nullcontext()
+        if self.device.type == "cuda":
+            on_its_device = torch.cuda.device(self.device)
+        with on_its_device:
+            launch(kernel, num_programs, pointers, named, tile)
+
+
+def launch(kernel, num_programs: int, pointers, named: dict[str, Any], tile: Tile) -> None:
+    """tools/compile_kernels.py compiles here instead, so that it reports what is launched."""
+    kernel[(num_programs,)](*pointers, **named, num_warps=tile.warps, num_stages=tile.stages)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The row of the tuning table for a device that ops.why_not_triton finds nothing against."""
+    if device.type != "cuda":
+        return "interpreter"
+    found = architecture_of(torch.cuda.get_device_capability(device))
+    if found is None:
+        raise RuntimeError(f"no tiles for {torch.cuda.get_device_name(device)}")
+    return found
+
+
+def _num_tiles(count: int, size: int) -> int:
+    """How many tiles of `size` cover `count`."""
+    return -(-count // size)
+
+
+def precision_for(dtype: torch.dtype) -> str:
+    """float32 is multiplied in three TF32 passes (near float32), or in one where the user allows
+    that for matrix products.
+
+    fp32_precision also says what the older allow_tf32 was set to, which raises once a user has set
+    the newer one.
+    """
+    if dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+@overload
+def ready(x: Tensor) -> Tensor: ...
+@overload
+def ready(x: None) -> None: ...
+def ready(x: Tensor | None) -> Tensor | None:
+    """Contiguous and aligned: a view may start in the middle of an aligned tensor."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    if x.data_ptr() % ALIGNMENT:
+        x = x.clone()
+    return x
