@@ -5,7 +5,7 @@ grid, and both kinds are evaluated by exact solution.
 import pytest
 import torch
 
-from ebwm_scale.checkpoint.convert import behaviour
+from ebwm_scale.checkpoint.comparison import behaviour
 from ebwm_scale.checkpoint.released_ebt import hparams_of
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError, UserError
