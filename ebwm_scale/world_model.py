@@ -88,7 +88,9 @@ class WorldModel(nn.Module):
             return
         refinement = config.refinement
         content_scale = 1 / (refinement.step_size * config.state.map_scale)  # energy_head.py
-        self.network = EnergyTransformer(model, num_landscapes(refinement), content_scale)
+        self.network = EnergyTransformer(
+            model, num_landscapes(refinement), content_scale, resolved.reencoded_blocks(config)
+        )
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
         )  # (1,): engines want no 0-d ones

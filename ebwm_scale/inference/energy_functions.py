@@ -2,6 +2,9 @@
 
 CachedEnergy      candidates for the position after each prompt (model/kv_cache.py)
 SequenceEnergy    one candidate for every position of a sequence
+
+Under `refinement.reencode` a step's context is made of the candidates of all positions, as in
+training. A sequence has them; a cache, of one position's candidates, does not and refuses.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ebwm_scale.model.energy_transformer import Context
+from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
 from ebwm_scale.model.kv_cache import KVCache
+from ebwm_scale.refinement.step_plan import last_encoding
 from ebwm_scale.world_model import WorldModel
 
 
@@ -25,6 +29,12 @@ class EnergyFunction(Protocol):
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         """Energies (B, K), and dE/d embedded (B, K, D)."""
+        ...
+
+    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+        """Tell that a step begins, before its energies: its number, and the candidates (B, K, D)
+        that enter it. Returns whether it has another context than the step before it.
+        """
         ...
 
     def select(self, rows: Tensor) -> EnergyFunction:
@@ -44,6 +54,15 @@ class CachedEnergy:
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         return self.cache.get(landscape).energy_and_gradient(embedded, landscape)
 
+    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+        network = self.cache.network
+        if step > 0 and isinstance(network, EnergyTransformer) and network.feedback is not None:
+            raise ValueError(
+                "a cache holds the first encoding alone, and this model was trained with "
+                "refinement.reencode: think over the whole sequence (SequenceEnergy)"
+            )
+        return False
+
     def select(self, rows: Tensor) -> CachedEnergy:
         return CachedEnergy(self.cache.select(rows))
 
@@ -55,6 +74,7 @@ class SequenceEnergy:
         self.model = model
         self.observed = observed
         self.contexts: dict[int, Context] = {}
+        self.again: Context | None = None  # of the observed stream encoded again
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
         return self.model.energy_network.energy(embedded, self._context(landscape), landscape)
@@ -66,13 +86,32 @@ class SequenceEnergy:
             (gradient,) = torch.autograd.grad(energy.sum(), embedded)
         return energy.detach(), gradient
 
+    @torch.no_grad()
+    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+        config = self.model.config.refinement
+        if step == 0:
+            self.again = None
+        if step == 0 or last_encoding(config, step) < step:
+            return False
+        network = self.model.energy_network
+        front = network.start(self.observed, landscape)
+        front = network.advance(front, landscape, network.first_reencoded)
+        stream = network.add_predictions(front, embedded)
+        stream = network.advance(stream, landscape, len(network.layers))
+        self.again = network.context_of(stream)
+        return True
+
     def select(self, rows: Tensor) -> SequenceEnergy:
         part = SequenceEnergy(self.model, self.observed[rows])
+        if self.again is not None:
+            part.again = self.again.select(rows)
         for key, context in self.contexts.items():
             part.contexts[key] = context.select(rows)
         return part
 
     def _context(self, landscape: int) -> Context:
+        if self.again is not None:
+            return self.again
         network = self.model.energy_network
         key = network.context_key(landscape)
         if key not in self.contexts:

@@ -117,6 +117,7 @@ def _think_plainly(
         if config.noise:
             x = x + config.noise * noise.langevin(i)
         embedded = state_space.embed(x)
+        energy_function.begin_step(i, landscape, embedded.vectors)
         energy, gradient = energy_function.with_gradient(embedded.vectors, landscape)
         trace.append(energy)
         step_size = (alpha * scale).to(gradient.dtype)
@@ -149,17 +150,19 @@ def _think_comparing(
     steps = torch.zeros(shape, dtype=torch.int64, device=x.device)
     accepted = torch.zeros(shape, dtype=torch.int64, device=x.device)
     function = energy_function
+    encodes_again = model.config.refinement.reencode != "none"
     trace = []
     measured_in = landscapes[0]
     energy = _energy_of(state_space, function, x, measured_in)
     for i, landscape in enumerate(landscapes):
         before = x.clone()
-        if measured_in != landscape:
-            energy = _energy_of(state_space, function, x, landscape)
-            measured_in = landscape
         if config.noise:
             x = x + config.noise * noise.langevin(i)[remaining]
         embedded = state_space.embed(x)
+        has_another_context = function.begin_step(i, landscape, embedded.vectors)
+        if measured_in != landscape or has_another_context:
+            energy = _energy_of(state_space, function, before, landscape)
+            measured_in = landscape
         _, gradient = function.with_gradient(embedded.vectors, landscape)
         step_size = (alpha * scale).to(gradient.dtype)
         proposal, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
@@ -188,8 +191,9 @@ def _think_comparing(
         context_moves = active.any(1)
         if not context_moves.any():
             break
-        # Computing only what still moves costs a copy: worth it where half of the rows rest.
-        if context_moves.sum() * 2 <= len(remaining):
+        # Computing only what still moves costs a copy: worth it where half of the rows rest. Not
+        # under reencode: the final energies are those of all rows in their last context.
+        if not encodes_again and context_moves.sum() * 2 <= len(remaining):
             kept = context_moves.nonzero().squeeze(1)
             function = function.select(kept)
             remaining = remaining[kept]

@@ -80,6 +80,8 @@ class UpdateChoices(Protocol):
     def keep_state(self) -> bool: ...
     @property
     def loss_weight(self) -> float: ...
+    @property
+    def ends_graph(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -207,10 +209,12 @@ class VocabularyState:
             loss_weight=step.loss_weight,
             out=embedded.scratch,
         )
+        # A backward that is still to come reads this step's probabilities.
+        is_free = step.ends_graph and probabilities.stride(-1) == 1
         next_embedded = EmbeddedState(
             vectors.unflatten(0, shape),
             probabilities=next_probabilities.unflatten(0, shape),
-            scratch=probabilities if probabilities.stride(-1) == 1 else None,
+            scratch=probabilities if is_free else None,
         )
         return StateUpdate(None, next_embedded, loss)
 

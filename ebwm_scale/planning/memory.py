@@ -164,7 +164,7 @@ def _tile(
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = tile_rows(config.refinement, z.state, torch.device(device))
+    rows = tile_rows(config.refinement, z.state, z.positions, torch.device(device))
     tiles = list(tiles_of(micro_batch, z.positions, rows))
     samples = max(group.stop - group.start for group, _ in tiles)
     positions = max(part.stop - part.start for part in tiles[0][1])

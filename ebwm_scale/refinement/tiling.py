@@ -17,12 +17,26 @@ from ebwm_scale.config.schema import RefinementConfig
 TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
-def tile_rows(config: RefinementConfig, state_size: int, device: torch.device) -> int:
-    """Rows refined at a time: refinement.tile_rows, or what keeps their states in TILE_BYTES."""
-    if config.tile_rows:
-        return config.tile_rows
-    tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
-    return max(1, tile_bytes // (4 * state_size))
+def tile_rows(
+    config: RefinementConfig, state_size: int, num_positions: int, device: torch.device
+) -> int:
+    """Rows refined at a time: refinement.tile_rows, or what keeps their states in TILE_BYTES.
+
+    With refinement.reencode a tile holds whole samples of num_positions positions, since a context
+    is made of all of its rows' predictions. ValueError where refinement.tile_rows is below that.
+    """
+    rows = config.tile_rows
+    if rows is None:
+        tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
+        rows = max(1, tile_bytes // (4 * state_size))
+        if config.reencode != "none":
+            rows = max(rows, num_positions)
+    if config.reencode != "none" and rows < num_positions:
+        raise ValueError(
+            f"refinement.tile_rows is {rows} with refinement.reencode {config.reencode}: all "
+            f"positions of a sample are refined together, give at least {num_positions}"
+        )
+    return rows
 
 
 def tiles_of(
