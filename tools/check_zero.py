@@ -3,7 +3,7 @@ steps, for the table in docs/distributed.md.
 
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json]
         [--stages 0 1 2 3] [--checkpoint none step block] [--precision fp32 bf16]
-        [--recipe S1 S2 algorithm_1 baseline] [--accumulation 2] [--break partition]
+        [--recipe S1 S2 algorithm_1 baseline shallow] [--accumulation 2] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
 Prints a JSON line per combination: the largest difference of any parameter and of any first moment
@@ -42,7 +42,16 @@ RECIPES = {
         "noise": 1.0,
         "step_size_random_factor": 2.0,
     },
+    "shallow": {"update": "mirror", "loss_weights": "rising"},
 }
+# What a recipe asks of the model and its states.
+MODELS = {
+    "shallow": {
+        "predicted_layers": 2,
+        "energy_head": ["linear", "quadratic", "bilinear", "context"],
+    },
+}
+STATES = {"shallow": {"initial": "zeros"}}
 LIMITS = {
     "fp32": {"parameters": 3e-5, "gradients": 1e-5},
     "bf16": {"parameters": 0.05, "gradients": 0.1},
@@ -140,8 +149,10 @@ def configuration(
                 "vocabulary_size": 61,
                 "predicted_input": "anchored",
                 "kind": "baseline" if recipe == "baseline" else "energy",
+                **MODELS.get(recipe, {}),
                 **(size or {}).get("model", {}),
             },
+            "state": STATES.get(recipe, {}),
             "refinement": {
                 "step_size": 5.0,
                 "learning_rate_multiplier": 1.0,

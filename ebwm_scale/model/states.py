@@ -32,13 +32,14 @@ class EmbeddedState(NamedTuple):
     vectors (B, S, D) enter the network. The rest is what the update reads: probabilities
     (B, S, V) alone where they are what moves, state (B, S, size) alone where it moves directly,
     both where the state moves through the softmax; neither for a state of zeros that moves
-    directly.
+    directly. moved (B, S, D): the state is moved @ W.T, after steps of a kind that started there.
     scratch: memory of a state's size whose contents nobody needs any more.
     """
 
     vectors: Tensor
     probabilities: Tensor | None = None
     state: Tensor | None = None
+    moved: Tensor | None = None
     scratch: Tensor | None = None
 
 
@@ -72,6 +73,8 @@ class UpdateChoices(Protocol):
 
     @property
     def is_last(self) -> bool: ...
+    @property
+    def needs_graph(self) -> bool: ...
     @property
     def next_needs_graph(self) -> bool: ...
     @property
@@ -161,7 +164,10 @@ class VocabularyState:
         direction = -alpha * energy_grad.to(self._dtype)
         if step.keep_graph:
             return self._update_with_graph(embedded, direction, targets)
-        can_embed = self.update_rule == "probabilities" and self.clamps == NO_CLAMPS
+        # Mirror steps from zeros add up in front of the map: nothing of the state's size is kept.
+        adds_up = self.update_rule == "mirror" and embedded.state is None
+        can_embed = self.update_rule == "probabilities" or adds_up
+        can_embed = can_embed and self.clamps == NO_CLAMPS
         # The map's gradient of this loss comes with that of the next embedded state.
         can_embed = can_embed and (step.loss_weight == 0 or step.next_needs_graph)
         if can_embed and not step.is_last and not step.keep_state:
@@ -197,10 +203,10 @@ class VocabularyState:
     ) -> StateUpdate:
         """Straight into the next step: two tensors of the state's size take turns."""
         shape = direction.shape[:2]
-        probabilities = _as_rows(embedded.probabilities)
-        assert probabilities is not None, "they are what moves"
+        probabilities_move = self.update_rule == "probabilities"
+        start = _as_rows(embedded.probabilities) if probabilities_move else None
         next_probabilities, vectors, loss = vocabulary_step(
-            probabilities,
+            start,
             self.weight,
             direction.flatten(0, 1),
             None if targets is None else targets.values.flatten(),
@@ -208,13 +214,20 @@ class VocabularyState:
             grad_buffer=self.grad_buffer,
             loss_weight=step.loss_weight,
             out=embedded.scratch,
+            moved=_as_rows(embedded.moved),
         )
-        # A backward that is still to come reads this step's probabilities.
-        is_free = step.ends_graph and probabilities.stride(-1) == 1
-        next_embedded = EmbeddedState(
-            vectors.unflatten(0, shape),
+        next_embedded = EmbeddedState(vectors.unflatten(0, shape))
+        if not probabilities_move:
+            moved = direction.detach()
+            if embedded.moved is not None:
+                moved = moved + embedded.moved
+            return StateUpdate(None, next_embedded._replace(moved=moved), loss)
+        # A backward that is still to come reads them; the uniform start is one number, seen many
+        # times.
+        is_memory = step.ends_graph and start is not None and start.stride(-1) == 1
+        next_embedded = next_embedded._replace(
             probabilities=next_probabilities.unflatten(0, shape),
-            scratch=probabilities if is_free else None,
+            scratch=start if is_memory else None,
         )
         return StateUpdate(None, next_embedded, loss)
 
@@ -226,19 +239,22 @@ class VocabularyState:
         step: UpdateChoices,
     ) -> StateUpdate:
         """The next state without a graph, and its loss with one."""
-        state, loss = vocabulary_descend(
-            self.weight,
-            direction.flatten(0, 1),
-            None if targets is None else targets.values.flatten(),
-            probabilities=_as_rows(embedded.probabilities),
-            x=_as_rows(embedded.state),
-            keep_state=step.keep_state or not step.is_last,
-            count=None if targets is None else targets.count,
-            grad_buffer=self.grad_buffer,
-            loss_weight=step.loss_weight,
-            clamps=self.clamps,
-            out=embedded.scratch,
-        )
+        # Where only the next step has a graph, nobody reads the gradients of this one's loss.
+        with torch.set_grad_enabled(step.needs_graph):
+            state, loss = vocabulary_descend(
+                self.weight,
+                direction.flatten(0, 1),
+                None if targets is None else targets.values.flatten(),
+                probabilities=_as_rows(embedded.probabilities),
+                x=_as_rows(embedded.state),
+                keep_state=step.keep_state or not step.is_last,
+                count=None if targets is None else targets.count,
+                grad_buffer=self.grad_buffer,
+                loss_weight=step.loss_weight,
+                clamps=self.clamps,
+                out=embedded.scratch,
+                moved=_as_rows(embedded.moved),
+            )
         if state is not None:
             state = state.unflatten(0, direction.shape[:2])
         return StateUpdate(state, None, loss)

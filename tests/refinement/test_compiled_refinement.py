@@ -44,11 +44,23 @@ def gradients(compiled: bool, options: dict):
         {},
         {"refinement": {"graph": "full", "loss": "last"}},
         pytest.param(
+            {
+                "model": {
+                    "num_layers": 2,
+                    "predicted_layers": 1,
+                    "predicted_input": "anchored",
+                    "energy_head": ["linear", "quadratic", "bilinear", "context"],
+                },
+                "refinement": {"num_steps": 1},
+            },
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
             {"model": {"conditioning": "adaln", "num_kv_heads": 1}, "refinement": {"tile_rows": 3}},
             marks=pytest.mark.soak,
         ),
     ],  # compiles for four shapes
-    ids=["detach", "full", "adaln_in_tiles"],
+    ids=["detach", "full", "heads_of_a_shallow_stream", "adaln_in_tiles"],
 )
 @pytest.mark.multiprocess
 def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):

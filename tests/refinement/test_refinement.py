@@ -453,6 +453,10 @@ ALL_TERMS = ["linear", "quadratic", "bilinear", "context"]
             "refinement": {"update": "mirror", "tile_rows": 4},
             "model": {"energy_head": ["bilinear", "context"], "predicted_layers": 1},
         },
+        "zeros_mirror_three_steps": {
+            "state": {"initial": "zeros"},
+            "refinement": {"update": "mirror", "num_steps": 3, "loss_weights": [2, 1, 1]},
+        },
         "zeros_mirror_clamped": {
             "state": {"initial": "zeros"},
             "refinement": {"update": "mirror", "change_clamp": 1.0, "state_clamp": 1.5},

@@ -49,6 +49,23 @@ def test_two_processes_train_the_reference_at_every_stage(recipe):
     assert all((row["numbers_resident_between_steps"] == 0) == (row["stage"] == 3) for row in rows)
 
 
+def test_heads_and_a_shallow_stream_train_the_reference_without_and_with_partitioned_parameters():
+    code, rows = checked(
+        "--processes",
+        "2",
+        "--recipe",
+        "shallow",
+        "--precision",
+        "fp32",
+        "--stages",
+        "1",
+        "3",
+        "--checkpoint",
+        "block",
+    )
+    assert code == 0 and len(rows) == 2, rows
+
+
 def test_accumulated_micro_batches_train_the_same_at_every_stage():
     code, rows = checked(
         "--processes",

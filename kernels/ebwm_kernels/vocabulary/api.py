@@ -23,7 +23,8 @@ differentiates the loss a second time, so its gradient needs no graph:
     vocabulary_descend    p, h -> x', loss. r is turned into the gradients of h and W while x' is
                           at hand: the last step, and the other updates. Without p it is the loss
                           of a model that predicts logits directly
-    vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities).
+    vocabulary_step       p, h -> p', e', loss of a step with another one behind it (probabilities;
+                          mirror from x = 0, where earlier steps add up to `moved`).
                           The loss's gradient on h is r W = (e' - W_y) / n, known at once, and the
                           two gradients of W, of this loss and of e', are both products with p': one
                           serves both, which makes three products of size rows * V * D per step, as

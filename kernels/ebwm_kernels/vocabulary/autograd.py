@@ -47,6 +47,7 @@ def vocabulary_descend(
     loss_weight: float = 1.0,
     clamps: Clamps = NO_CLAMPS,
     out: Tensor | None = None,
+    moved: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One descent step and its loss: (x' (rows, V) without graph or None, cross-entropy, a scalar,
     or None without targets).
@@ -54,16 +55,17 @@ def vocabulary_descend(
     weight (V, D); hidden (rows, D) = -alpha dE/d embed(x); targets (rows,) int64, IGNORE where a
     row does not count. With `probabilities` p (rows, V) alone, p is what moves; with x alone, x is;
     with both, x moves through the softmax. With neither, x' = hidden @ weight.T: a step from zeros,
-    or a model that predicts logits directly. clamps: bounds on the change and on x'. keep_state
-    False: x' is not needed. The loss is a sum over rows divided by `count` (default: the rows that
-    count here: a mean), float32 or float64, with first-order gradients of weight and hidden, which
-    exist once: a second backward through it raises. grad_buffer (V, D): receives weight's gradient
-    of loss_weight * loss now; back-propagate the loss with that weight, for hidden's. out (rows,
-    V): memory for x'; its contents are lost also where x' is not kept.
+    or a model that predicts logits directly; with moved (rows, D), a step from moved @ weight.T,
+    through which no gradient flows. clamps: bounds on the change and on x'. keep_state False: x' is
+    not needed. The loss is a sum over rows divided by `count` (default: the rows that count here: a
+    mean), float32 or float64, with first-order gradients of weight and hidden, which exist once: a
+    second backward through it raises. grad_buffer (V, D): receives weight's gradient of loss_weight
+    * loss now; back-propagate the loss with that weight, for hidden's. out (rows, V): memory for
+    x'; its contents are lost also where x' is not kept.
     """
     if targets is None:
         with torch.no_grad():
-            return _step(weight, hidden, probabilities, x, out, clamps)[0], None
+            return _step(weight, _from(moved, hidden), probabilities, x, out, clamps)[0], None
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
     loss, state = _DescendAndScore.apply(
         weight,
@@ -78,12 +80,13 @@ def vocabulary_descend(
         keep_state,
         clamps,
         out,
+        moved,
     )
     return (state if keep_state else None), loss
 
 
 def vocabulary_step(
-    probabilities: Tensor,
+    probabilities: Tensor | None,
     weight: Tensor,
     hidden: Tensor,
     targets: Tensor | None,
@@ -92,9 +95,11 @@ def vocabulary_step(
     grad_buffer: Tensor | None = None,
     loss_weight: float = 1.0,
     out: Tensor | None = None,
+    moved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A step of the probabilities update, entered into the next: (p' (rows, V) without graph, e' =
-    p' @ weight (rows, D), loss or None).
+    p' @ weight (rows, D), loss or None). probabilities None: a mirror step
+    from moved @ weight.T, or from zeros.
 
     Equal to `vocabulary_descend` followed by `vocabulary_embed`, except for where weight's gradient
     comes from: the loss has a gradient of hidden alone; weight's gradient of loss_weight * loss
@@ -103,7 +108,7 @@ def vocabulary_step(
     for p'.
     """
     p, embedded, loss, grad_hidden = _StepEmbed.apply(
-        probabilities, weight, hidden.detach(), targets, count, grad_buffer, loss_weight, out
+        probabilities, weight, hidden.detach(), targets, count, grad_buffer, loss_weight, out, moved
     )
     return p, embedded, None if targets is None else _GivenGradient.apply(hidden, loss, grad_hidden)
 
@@ -116,6 +121,10 @@ def vocabulary_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) ->
     """
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
     return _CrossEntropy.apply(weight, hidden, targets, needs_grad)
+
+
+def _from(moved: Tensor | None, hidden: Tensor) -> Tensor:
+    return hidden if moved is None else moved + hidden
 
 
 class _Embed(torch.autograd.Function):
@@ -142,10 +151,17 @@ class _Embed(torch.autograd.Function):
 
 class _StepEmbed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, probabilities, weight, hidden, targets, count, grad_buffer, loss_weight, out):
+    def forward(
+        ctx, probabilities, weight, hidden, targets, count, grad_buffer, loss_weight, out, moved
+    ):
         ctx.set_materialize_grads(False)
+        shape = (len(hidden), len(weight))
         logits = _move(
-            weight, hidden, probabilities, None, None if out is None else out.view_as(probabilities)
+            weight,
+            _from(moved, hidden),
+            probabilities,
+            None,
+            None if out is None else out.view(shape),
         )
         score = None if targets is None else CrossEntropyRows(targets, count, logits.dtype)
         if score is None:
@@ -175,9 +191,9 @@ class _StepEmbed(torch.autograd.Function):
         """dW = p' (grad_embedded + s h) - onehot (s h), s = loss_weight / n on rows that count."""
         refuse_graph("vocabulary_step", "second")
         if grad_embedded is None:
-            return (None,) * 8
+            return (None,) * 9
         p, hidden, targets = ctx.saved_tensors
-        none = (None,) * 6
+        none = (None,) * 7
         if ctx.loss_weight == 0:
             return (
                 None,
@@ -233,9 +249,10 @@ class _DescendAndScore(torch.autograd.Function):
         keep_state,
         clamps,
         out,
+        moved,
     ):
         ctx.set_materialize_grads(False)
-        state, free = _step(weight, hidden, probabilities, x, out, clamps)
+        state, free = _step(weight, _from(moved, hidden), probabilities, x, out, clamps)
         score = CrossEntropyRows(targets, count, state.dtype)
         residual, loss = score.softmax(state, in_place=not keep_state)
         if not keep_state:
@@ -262,7 +279,7 @@ class _DescendAndScore(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         refuse_graph("vocabulary_descend", "second")
         grad_hidden, *grad_weight = _take_saved_grads(ctx, grad_loss, "vocabulary_descend")
-        return grad_weight[0] if grad_weight else None, grad_hidden, *(None,) * 10
+        return grad_weight[0] if grad_weight else None, grad_hidden, *(None,) * 11
 
 
 class _CrossEntropy(torch.autograd.Function):
