@@ -6,6 +6,9 @@
 
 A prompt longer than the context is cut to its end. A row that has filled the context goes on with
 its later half, prefilled again, so a position costs the same however long the text becomes.
+
+Under `refinement.reencode` the earlier positions' predictions shape a step's context. No cache
+holds them yet: every prediction thinks over all positions of its row again.
 """
 
 from __future__ import annotations
@@ -18,9 +21,16 @@ from torch import Tensor
 
 from ebwm_scale.config import resolved
 from ebwm_scale.core.errors import UserError
-from ebwm_scale.inference.energy_functions import CachedEnergy
-from ebwm_scale.inference.initial_states import NextPositionSampler
-from ebwm_scale.inference.thinking import ThinkingConfig, Thought, lowest, think
+from ebwm_scale.inference.energy_functions import CachedEnergy, SequenceEnergy
+from ebwm_scale.inference.initial_states import NextPositionSampler, SequenceSampler
+from ebwm_scale.inference.thinking import (
+    ThinkingConfig,
+    Thought,
+    at_positions,
+    lowest,
+    think,
+    together,
+)
 from ebwm_scale.model.kv_cache import KVCache
 from ebwm_scale.world_model import WorldModel
 
@@ -65,6 +75,7 @@ class Session:
         self.with_energy = energies or config.num_starts > 1
         self.is_energy = model.config.model.kind == "energy"
         self.is_text = model.config.state.kind == "vocabulary"
+        self.thinks_over_all = self.is_energy and model.config.refinement.reencode != "none"
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
         self.rows = [prompt[-self.context_length :].to(self.device) for prompt in prompts]
@@ -80,6 +91,14 @@ class Session:
         """The next state of every row."""
         if not self.is_energy:
             return Prediction(self.model.output(self.hidden).float())
+        thought = self._think_over_all() if self.thinks_over_all else self._think_cached()
+        if thought.energy is None:
+            return Prediction(thought.state[:, 0], thought=thought)
+        state, energy, start = lowest(thought)
+        return Prediction(state, energy, start, thought)
+
+    def _think_cached(self) -> Thought:
+        """Of the next position alone, (B, K) rows."""
         lengths = torch.tensor([len(row) for row in self.rows])
         noise = NextPositionSampler(
             self.model, self.config.seed, self.sample_ids, lengths - 1, self.config.num_starts
@@ -87,7 +106,7 @@ class Session:
         last_states = None
         if not self.is_text:
             last_states = torch.stack([row[-1] for row in self.rows])[:, None]
-        thought = think(
+        return think(
             self.model,
             CachedEnergy(self.cache),
             noise.initial(last_states),
@@ -95,10 +114,29 @@ class Session:
             noise=noise,
             with_energy=self.with_energy,
         )
-        if thought.energy is None:
-            return Prediction(thought.state[:, 0], thought=thought)
-        state, energy, start = lowest(thought)
-        return Prediction(state, energy, start, thought)
+
+    def _think_over_all(self) -> Thought:
+        """Of every position of every row; what is returned is the last position's, (B, K) rows."""
+        lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
+        energy_function = SequenceEnergy(self.model, self.model.embed_observed(padded))
+        starts = []
+        for start in range(self.config.num_starts):
+            noise = SequenceSampler(
+                self.model, self.config.seed, self.sample_ids, padded.shape[1], start
+            )
+            initial = noise.initial(None if self.is_text else padded)
+            thought = think(
+                self.model,
+                energy_function,
+                initial,
+                self.config,
+                noise=noise,
+                with_energy=self.with_energy,
+            )
+            starts.append(at_positions(thought, lengths - 1))
+        self.positions_computed += int(lengths.sum())
+        return together(starts)
 
     @torch.no_grad()
     def accept(self, chosen: Tensor) -> None:
@@ -110,6 +148,8 @@ class Session:
         if any(len(row) > self.context_length for row in rows):
             self.rows = [self._later_half(row) for row in rows]
             self._prefill()
+            return
+        if self.thinks_over_all:
             return
         newest = torch.stack([row[-1] for row in rows])[:, None]
         self.hidden = self.cache.append(self.model.embed_observed(newest)[:, 0])
@@ -123,6 +163,8 @@ class Session:
 
     @torch.no_grad()
     def _prefill(self) -> None:
+        if self.thinks_over_all:
+            return
         lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
         embedded = self.model.embed_observed(padded)

@@ -207,6 +207,30 @@ def _think_comparing(
     return Thought(result, final, steps, torch.stack(trace), accepted)
 
 
+def at_positions(thought: Thought, positions: Tensor) -> Thought:
+    """Of a thought over whole sequences one position each, (B,): rows (B, 1)."""
+    rows = torch.arange(len(positions), device=positions.device)
+    return Thought(
+        thought.state[rows, positions][:, None],
+        None if thought.energy is None else thought.energy[rows, positions][:, None],
+        thought.steps[rows, positions][:, None],
+        thought.trace[:, rows, positions][..., None],
+        thought.accepted[rows, positions][:, None],
+    )
+
+
+def together(starts: list[Thought]) -> Thought:
+    """Thoughts of rows (B, 1) each as one of rows (B, number of thoughts)."""
+    energies = [thought.energy for thought in starts if thought.energy is not None]
+    return Thought(
+        torch.cat([thought.state for thought in starts], 1),
+        torch.cat(energies, 1) if energies else None,
+        torch.cat([thought.steps for thought in starts], 1),
+        torch.cat([thought.trace for thought in starts], 2),
+        torch.cat([thought.accepted for thought in starts], 1),
+    )
+
+
 def lowest(thought: Thought) -> tuple[Tensor, Tensor, Tensor]:
     """Of the K starts of each row, the one with the lowest energy.
 

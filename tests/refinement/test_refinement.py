@@ -21,6 +21,7 @@ from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.config.resolved import reencoded_blocks
 from ebwm_scale.config.schema import RefinementConfig
 from ebwm_scale.model import blocks, states
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.refinement import block_recompute
 from ebwm_scale.refinement import loop as refinement_loop
 from ebwm_scale.refinement.noise import NoiseSource
@@ -349,8 +350,11 @@ def test_every_option_is_exact(graph, loss, name, options):
 
 @pytest.mark.parametrize("kind", ["vocabulary", "embedding"])
 @pytest.mark.parametrize("conditioning", ["default", "time_embed"])
-def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning):
-    """The anchor in front of a later block and the context term have seen o_1 .. o_t only."""
+@pytest.mark.parametrize("reencode", ["none", "all", 2])
+def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning, reencode):
+    """The anchor in front of a later block, the context term and a context that predictions shaped
+    have seen o_1 .. o_t only.
+    """
     model, observed, targets = build(
         kind=kind,
         model={
@@ -360,6 +364,7 @@ def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning):
             "predicted_input": "anchored",
             "energy_head": ALL_TERMS,
         },
+        refinement={"reencode": reencode, "num_steps": 3},
     )
     options = {
         "sample_ids": torch.arange(B),
@@ -549,6 +554,74 @@ CONTENT = ["linear", "bilinear", "context"]
 def test_an_observed_stream_that_is_encoded_again_is_exact(graph, name, options):
     options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph}}
     compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
+def test_the_comparison_notices_an_inner_gradient_that_runs_through_the_context(monkeypatch):
+    """Breaks the candidate's own copy: energies of later rows would tell earlier ones the future.
+
+    One layer, of which only keys and values are encoded: the observed stream's attention has no
+    second order and would notice by itself.
+    """
+    model, observed, targets = build(model={"num_layers": 1}, refinement={"reencode": "all"})
+    monkeypatch.setattr(torch.Tensor, "view_as", lambda self, other: self)
+    sample_ids, source = torch.arange(B), NoiseSource(5, 6)
+    broken = model(observed, targets, sample_ids=sample_ids, source=source).loss_per_step
+    monkeypatch.undo()
+    right = model(observed, targets, sample_ids=sample_ids, source=source).loss_per_step
+    assert torch.equal(broken[0], right[0])
+    assert not torch.allclose(broken[1], right[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("lost", ["map", "predictions", "front"])
+def test_the_comparison_notices_an_encoding_that_loses_a_gradient(monkeypatch, lost, recompute):
+    """Breaks each way into a context that is encoded again: its numbers stay right."""
+    model, observed, targets = build(refinement={"reencode": 1, "recompute": recompute})
+    right = EnergyTransformer.add_predictions
+    feedback = model.network.feedback
+
+    def broken(self, stream, embedded):
+        if lost == "front":
+            stream = stream.map(torch.Tensor.detach)
+        if lost == "predictions":
+            embedded = embedded.detach()
+        return right(self, stream, embedded)
+
+    if lost == "map":
+        monkeypatch.setattr(feedback, "forward", lambda e: F.linear(e, feedback.weight.detach()))
+    monkeypatch.setattr(EnergyTransformer, "add_predictions", broken)
+    with pytest.raises(AssertionError):
+        compare(model, observed, targets)
+
+
+def test_a_fresh_model_has_one_context_for_all_steps():
+    """U starts at zero: a further step first reads what the first one did."""
+    states = []
+    for reencode in ("none", "all"):
+        model, observed, targets = build(refinement={"reencode": reencode})
+        if reencode == "all":
+            torch.nn.init.zeros_(model.network.feedback.weight)
+            fresh = WorldModel(model.config)
+            assert fresh.network.feedback.weight.abs().max() == 0
+        plain, _, _ = build()
+        model.load_state_dict(plain.state_dict(), strict=False)
+        options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2)}
+        states.append(model.eval()(observed, targets, keep_state=torch.float64, **options).state)
+    assert torch.equal(states[0], states[1])
+
+
+def test_a_tile_below_a_sample_is_refused_where_contexts_are_encoded_again():
+    model, observed, targets = build(refinement={"reencode": "all", "tile_rows": S - 1})
+    with pytest.raises(ValueError, match=f"tile_rows is {S - 1}.*give at least {S}"):
+        model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(1, 2))
+
+
+def test_every_other_step_reads_the_context_of_the_one_before():
+    for every, expected in ((1, [0, 1, 2, 3, 4]), (2, [0, 1, 1, 3, 3])):
+        config = RefinementConfig(reencode="all", reencode_every=every)
+        plan = plan_steps(config, [0] * 5, training=True)
+        assert [step.encoded_before for step in plan] == expected
+        assert [step.index for step in plan if step.encodes_again] == sorted(set(expected) - {0})
 
 
 @pytest.mark.parametrize(
