@@ -217,6 +217,8 @@ class EnergyTransformer(nn.Module):
 
     def advance(self, stream: ObservedStream, landscape: int, stop: int) -> ObservedStream:
         """The stream in front of block `stop`; stop = number of blocks: behind the last one."""
+        if stop == stream.block:
+            return stream
         modulations, _ = self.modulations_of(landscape, predicted=False)
         rows = stream.rows
         rotary = self.rotary(rows.shape[1], rows)
