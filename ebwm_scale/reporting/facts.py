@@ -11,8 +11,17 @@ from ebwm_scale.reporting.plain import page_text
 from ebwm_scale.reporting.run_data import Run
 
 MAX_FACTS = 60
-MODEL_KEYS = ("size", "num_layers", "width", "num_heads", "conditioning", "predicted_input")
-REFINEMENT_KEYS = ("num_steps", "graph", "loss", "update", "landscapes")
+MODEL_KEYS = (
+    "size",
+    "num_layers",
+    "width",
+    "num_heads",
+    "conditioning",
+    "predicted_input",
+    "predicted_layers",
+    "energy_head",
+)
+REFINEMENT_KEYS = ("num_steps", "graph", "loss", "loss_weights", "update", "landscapes")
 TRAINING_KEYS = ("global_batch_size", "max_steps", "precision", "seed")
 # name, key of metrics.jsonl, unit
 MEDIANS = (

@@ -21,7 +21,6 @@ from ebwm_scale.config.load import load_config
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.numerics import flush_denormals
 from ebwm_scale.core.provenance import provenance
-from ebwm_scale.model.energy_transformer import Context
 from ebwm_scale.model.kv_cache import KVCache
 from ebwm_scale.world_model import WorldModel
 
@@ -58,7 +57,7 @@ def compare(size: str, positions: int, repetitions: int) -> dict:
     context = network.encode_context(observed.detach())
     context = context.map(lambda tensor: tensor.detach())
     # The last position's candidate sees all keys.
-    context = Context(context.keys_values, positions - 1)
+    context = context.visible_to(slice(positions - 1, positions))
 
     def closed_form() -> torch.Tensor:
         return cache.get(0).energy_and_gradient(candidate, 0)[1]
