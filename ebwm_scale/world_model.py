@@ -94,7 +94,12 @@ class WorldModel(nn.Module):
         refinement = config.refinement
         content_scale = 1 / (refinement.step_size * config.state.map_scale)  # energy_head.py
         self.network = EnergyTransformer(
-            model, num_landscapes(refinement), content_scale, group_size, grid
+            model,
+            num_landscapes(refinement),
+            content_scale,
+            group_size,
+            grid,
+            resolved.reencoded_blocks(config),
         )
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable

@@ -42,7 +42,7 @@ RECIPES = {
         "noise": 1.0,
         "step_size_random_factor": 2.0,
     },
-    "shallow": {"update": "mirror", "loss_weights": "rising"},
+    "shallow": {"update": "mirror", "loss_weights": "rising", "reencode": 2},
     "groups": {"graph": "full", "loss": "last"},
 }
 # What a recipe asks of the model and its states.

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ebwm_scale.config.resolved import decay_steps, group_size, min_num_steps, model_sizes
+from ebwm_scale.config.resolved import (
+    decay_steps,
+    group_size,
+    min_num_steps,
+    model_sizes,
+    reencoded_blocks,
+)
 from ebwm_scale.config.schema import Config, TrainConfig
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.plain_text import shown
@@ -167,6 +173,7 @@ def _check_refinement(config: Config, require: Require) -> None:
         "a compiled step decides itself what it keeps; use none",
     )
     _check_loss_weights(config, require)
+    _check_reencoding(config, require)
     for name in ("step_size", "num_steps", "noise"):
         points = getattr(refinement.schedule, name)
         listed = shown([list(point) for point in points])
@@ -206,6 +213,47 @@ def _check_loss_weights(config: Config, require: Require) -> None:
         f"refinement.loss_weights is {listed}: "
         "the last weight must be above 0, since the last step gives the prediction",
     )
+
+
+def _check_reencoding(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.reencode == "none":
+        require(
+            refinement.reencode_every == 1,
+            f"refinement.reencode_every is {refinement.reencode_every} with refinement.reencode "
+            "none: nothing is encoded again, leave the key out",
+        )
+        return
+    num_layers = model_sizes(config.model).num_layers
+    require(
+        reencoded_blocks(config) <= num_layers,
+        f"refinement.reencode is {refinement.reencode}: "
+        f"must be none, all, or at most model.num_layers {num_layers}",
+    )
+    require(
+        config.model.kind == "energy",
+        f"refinement.reencode is {refinement.reencode}: a baseline takes no further step; use none",
+    )
+    require(
+        refinement.num_steps > 1,
+        f"refinement.reencode is {refinement.reencode} with refinement.num_steps 1: "
+        "there is no further step; use none or more steps",
+    )
+    has_one_landscape = config.model.conditioning in ("default", "predicted_only")
+    has_one_landscape = has_one_landscape or refinement.landscapes == "one"
+    require(
+        refinement.reencode_every == 1 or has_one_landscape,
+        f"refinement.reencode_every is {refinement.reencode_every} with model.conditioning "
+        f"{config.model.conditioning}: each step has a context of its own landscape, use 1",
+    )
+    context_length = config.data.context_length
+    if refinement.tile_rows is not None and context_length is not None:
+        require(
+            refinement.tile_rows >= context_length,
+            f"refinement.tile_rows is {refinement.tile_rows} with refinement.reencode "
+            f"{refinement.reencode}: all positions of a sample are refined together, give at "
+            f"least data.context_length {context_length}",
+        )
 
 
 def _check_replay(config: Config, require: Require) -> None:

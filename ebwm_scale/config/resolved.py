@@ -63,6 +63,15 @@ def model_sizes(model: ModelConfig) -> ModelSizes:
     )
 
 
+def reencoded_blocks(config: Config) -> int:
+    """How many blocks, the last ones, encode the observed stream again before a further step."""
+    if config.refinement.reencode == "none":
+        return 0
+    if config.refinement.reencode == "all":
+        return model_sizes(config.model).num_layers
+    return config.refinement.reencode
+
+
 def min_num_steps(refinement: RefinementConfig) -> int:
     return _known(refinement.min_num_steps, "refinement.min_num_steps", BY_LOADING)
 

@@ -134,6 +134,11 @@ class RefinementConfig(Section):
     """With loss every: rising (1, 4, 9, ..) or one weight per step; they are made to sum to 1."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
     """vocabulary states only, see ebwm_kernels.vocabulary.api."""
+    reencode: Literal["none", "all"] | Annotated[int, Field(gt=0, le=10**4)] = "none"
+    """Before a further step the observed stream is encoded again with each position's prediction
+    added to it: through all blocks, or through the last so many."""
+    reencode_every: Annotated[int, Field(ge=1, le=2)] = 1
+    """1: before every further step; 2: before every other one, the second step being the first."""
     change_clamp: Positive | None = None
     """Bound on |alpha dE/dx| of each number of a state and step (released: clamp_futures_grad)."""
     state_clamp: Positive | None = None

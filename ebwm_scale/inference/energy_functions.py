@@ -6,6 +6,9 @@ SequenceEnergy    one candidate for every position of a sequence
 In a sequence of groups of P positions the energies of a group's rows have no meaning of their own.
 So each of its P rows is given the group's: their mean, which compares with ordinary models, and has
 all rows of a group stop, go back or win together. Gradients are those of the sum, as in training.
+
+Under `refinement.reencode` a step's context is made of the candidates of all positions, as in
+training. A sequence has them; a cache, of one position's candidates, does not and refuses.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ebwm_scale.model.energy_transformer import Context
+from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
 from ebwm_scale.model.kv_cache import KVCache
+from ebwm_scale.refinement.step_plan import last_encoding
 from ebwm_scale.world_model import WorldModel
 
 
@@ -29,6 +33,12 @@ class EnergyFunction(Protocol):
 
     def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
         """Energies (B, K), and dE/d embedded (B, K, D)."""
+        ...
+
+    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+        """Tell that a step begins, before its energies: its number, and the candidates (B, K, D)
+        that enter it. Returns whether it has another context than the step before it.
+        """
         ...
 
     def select(self, rows: Tensor) -> EnergyFunction:
@@ -50,6 +60,15 @@ class CachedEnergy:
         energy, gradient = self.cache.get(landscape).energy_and_gradient(embedded, landscape)
         return of_groups(energy, self.cache.network.group_size), gradient
 
+    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+        network = self.cache.network
+        if step > 0 and isinstance(network, EnergyTransformer) and network.feedback is not None:
+            raise ValueError(
+                "a cache holds the first encoding alone, and this model was trained with "
+                "refinement.reencode: think over the whole sequence (SequenceEnergy)"
+            )
+        return False
+
     def select(self, rows: Tensor) -> CachedEnergy:
         return CachedEnergy(self.cache.select(rows))
 
@@ -65,6 +84,7 @@ class SequenceEnergy:
         self.observed = observed
         self.first_visible = first_visible
         self.contexts: dict[int, Context] = {}
+        self.again: Context | None = None  # of the observed stream encoded again
 
     def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
         return of_groups(self._energy(embedded, landscape), self.model.network.group_size)
@@ -76,9 +96,26 @@ class SequenceEnergy:
             (gradient,) = torch.autograd.grad(energy.sum(), embedded)
         return of_groups(energy.detach(), self.model.network.group_size), gradient
 
+    @torch.no_grad()
+    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+        config = self.model.config.refinement
+        if step == 0:
+            self.again = None
+        if step == 0 or last_encoding(config, step) < step:
+            return False
+        network = self.model.energy_network
+        front = network.start(self.observed, landscape, self.first_visible)
+        front = network.advance(front, landscape, network.first_reencoded)
+        stream = network.add_predictions(front, embedded)
+        stream = network.advance(stream, landscape, len(network.layers))
+        self.again = network.context_of(stream)
+        return True
+
     def select(self, rows: Tensor) -> SequenceEnergy:
         first_visible = None if self.first_visible is None else self.first_visible[rows]
         part = SequenceEnergy(self.model, self.observed[rows], first_visible)
+        if self.again is not None:
+            part.again = self.again.select(rows)
         for key, context in self.contexts.items():
             part.contexts[key] = context.select(rows)
         return part
@@ -88,6 +125,8 @@ class SequenceEnergy:
         return self.model.energy_network.energy(embedded, self._context(landscape), landscape)
 
     def _context(self, landscape: int) -> Context:
+        if self.again is not None:
+            return self.again
         network = self.model.energy_network
         key = network.context_key(landscape)
         if key not in self.contexts:

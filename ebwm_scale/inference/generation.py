@@ -10,6 +10,9 @@ and accepted as one: states (B, P, size), tokens (B, P).
 A prompt longer than the context is cut to its end; under data.mask_documents also to its last
 document, which is all that the next position sees. A row that has filled the context goes on with
 its later half, prefilled again, so a position costs the same however long the text becomes.
+
+Under `refinement.reencode` the earlier positions' predictions shape a step's context. No cache
+holds them yet: every prediction thinks over all positions of its row again.
 """
 
 from __future__ import annotations
@@ -22,9 +25,16 @@ from torch import Tensor
 
 from ebwm_scale.config import resolved
 from ebwm_scale.core.errors import UserError
-from ebwm_scale.inference.energy_functions import CachedEnergy
-from ebwm_scale.inference.initial_states import NextPositionSampler
-from ebwm_scale.inference.thinking import ThinkingConfig, Thought, lowest, think
+from ebwm_scale.inference.energy_functions import CachedEnergy, SequenceEnergy
+from ebwm_scale.inference.initial_states import NextPositionSampler, SequenceSampler
+from ebwm_scale.inference.thinking import (
+    ThinkingConfig,
+    Thought,
+    at_positions,
+    lowest,
+    think,
+    together,
+)
 from ebwm_scale.model.kv_cache import KVCache
 from ebwm_scale.world_model import WorldModel
 
@@ -76,6 +86,12 @@ class Session:
         self.with_energy = energies or config.num_starts > 1
         self.is_energy = model.config.model.kind == "energy"
         self.is_text = model.config.state.kind == "vocabulary"
+        self.thinks_over_all = self.is_energy and model.config.refinement.reencode != "none"
+        if self.thinks_over_all and self.group_size > 1:
+            raise UserError(
+                f"a model of groups of {self.group_size} with refinement.reencode is not continued "
+                "group by group: evaluate it over whole sequences (ebwm evaluate)"
+            )
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
         self.rows = []
@@ -95,6 +111,15 @@ class Session:
         if not self.is_energy:
             output = self.model.output(self.hidden).float()
             return Prediction(self._as_one(output))
+        thought = self._think_over_all() if self.thinks_over_all else self._think_cached()
+        if thought.energy is None:
+            first = thought.state[:, : self.group_size]
+            return Prediction(self._as_one(first), thought=thought)
+        state, energy, start = lowest(thought, self.group_size)
+        return Prediction(state, energy, start, thought)
+
+    def _think_cached(self) -> Thought:
+        """Of the next position or group alone, (B, K P) rows."""
         lengths = torch.tensor([len(row) for row in self.rows])
         noise = NextPositionSampler(
             self.model,
@@ -109,7 +134,7 @@ class Session:
             last_states = torch.stack([row[-self.group_size :] for row in self.rows])
             if self.group_size > 1:
                 last_states = last_states.repeat(1, self.config.num_starts, 1)
-        thought = think(
+        return think(
             self.model,
             CachedEnergy(self.cache),
             noise.initial(last_states),
@@ -117,11 +142,31 @@ class Session:
             noise=noise,
             with_energy=self.with_energy,
         )
-        if thought.energy is None:
-            first = thought.state[:, : self.group_size]
-            return Prediction(self._as_one(first), thought=thought)
-        state, energy, start = lowest(thought, self.group_size)
-        return Prediction(state, energy, start, thought)
+
+    def _think_over_all(self) -> Thought:
+        """Of every position of every row; what is returned is the last position's, (B, K) rows."""
+        lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
+        energy_function = SequenceEnergy(
+            self.model, self.model.embed_observed(padded), self.model.first_visible(padded)
+        )
+        starts = []
+        for start in range(self.config.num_starts):
+            noise = SequenceSampler(
+                self.model, self.config.seed, self.sample_ids, padded.shape[1], start
+            )
+            initial = noise.initial(None if self.is_text else padded)
+            thought = think(
+                self.model,
+                energy_function,
+                initial,
+                self.config,
+                noise=noise,
+                with_energy=self.with_energy,
+            )
+            starts.append(at_positions(thought, lengths - 1))
+        self.positions_computed += int(lengths.sum())
+        return together(starts)
 
     @torch.no_grad()
     def accept(self, chosen: Tensor) -> None:
@@ -140,6 +185,8 @@ class Session:
             self.rows = seen
             self._prefill()
             return
+        if self.thinks_over_all:
+            return
         newest = torch.stack([row[-self.group_size :] for row in rows])
         self.hidden = self.cache.append(self.model.embed_observed(newest))
         self.positions_computed += newest.shape[0] * newest.shape[1]
@@ -157,6 +204,8 @@ class Session:
 
     @torch.no_grad()
     def _prefill(self) -> None:
+        if self.thinks_over_all:
+            return
         lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
         embedded = self.model.embed_observed(padded)

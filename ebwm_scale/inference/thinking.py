@@ -118,6 +118,7 @@ def _think_plainly(
         if config.noise:
             x = x + config.noise * noise.langevin(i)
         embedded = state_space.embed(x)
+        energy_function.begin_step(i, landscape, embedded.vectors)
         energy, gradient = energy_function.with_gradient(embedded.vectors, landscape)
         trace.append(energy)
         step_size = (alpha * scale).to(gradient.dtype)
@@ -150,17 +151,19 @@ def _think_comparing(
     steps = torch.zeros(shape, dtype=torch.int64, device=x.device)
     accepted = torch.zeros(shape, dtype=torch.int64, device=x.device)
     function = energy_function
+    encodes_again = model.config.refinement.reencode != "none"
     trace = []
     measured_in = landscapes[0]
     energy = _energy_of(state_space, function, x, measured_in)
     for i, landscape in enumerate(landscapes):
         before = x.clone()
-        if measured_in != landscape:
-            energy = _energy_of(state_space, function, x, landscape)
-            measured_in = landscape
         if config.noise:
             x = x + config.noise * noise.langevin(i)[remaining]
         embedded = state_space.embed(x)
+        has_another_context = function.begin_step(i, landscape, embedded.vectors)
+        if measured_in != landscape or has_another_context:
+            energy = _energy_of(state_space, function, before, landscape)
+            measured_in = landscape
         _, gradient = function.with_gradient(embedded.vectors, landscape)
         step_size = (alpha * scale).to(gradient.dtype)
         proposal, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
@@ -189,8 +192,9 @@ def _think_comparing(
         context_moves = active.any(1)
         if not context_moves.any():
             break
-        # Computing only what still moves costs a copy: worth it where half of the rows rest.
-        if context_moves.sum() * 2 <= len(remaining):
+        # Computing only what still moves costs a copy: worth it where half of the rows rest. Not
+        # under reencode: the final energies are those of all rows in their last context.
+        if not encodes_again and context_moves.sum() * 2 <= len(remaining):
             kept = context_moves.nonzero().squeeze(1)
             function = function.select(kept)
             remaining = remaining[kept]
@@ -202,6 +206,30 @@ def _think_comparing(
     while len(trace) < len(landscapes) + 1:
         trace.append(final)
     return Thought(result, final, steps, torch.stack(trace), accepted)
+
+
+def at_positions(thought: Thought, positions: Tensor) -> Thought:
+    """Of a thought over whole sequences one position each, (B,): rows (B, 1)."""
+    rows = torch.arange(len(positions), device=positions.device)
+    return Thought(
+        thought.state[rows, positions][:, None],
+        None if thought.energy is None else thought.energy[rows, positions][:, None],
+        thought.steps[rows, positions][:, None],
+        thought.trace[:, rows, positions][..., None],
+        thought.accepted[rows, positions][:, None],
+    )
+
+
+def together(starts: list[Thought]) -> Thought:
+    """Thoughts of rows (B, 1) each as one of rows (B, number of thoughts)."""
+    energies = [thought.energy for thought in starts if thought.energy is not None]
+    return Thought(
+        torch.cat([thought.state for thought in starts], 1),
+        torch.cat(energies, 1) if energies else None,
+        torch.cat([thought.steps for thought in starts], 1),
+        torch.cat([thought.trace for thought in starts], 2),
+        torch.cat([thought.accepted for thought in starts], 1),
+    )
 
 
 def lowest(thought: Thought, group_size: int = 1) -> tuple[Tensor, Tensor, Tensor]:

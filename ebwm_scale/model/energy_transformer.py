@@ -3,6 +3,13 @@
     context = network.encode_context(observed)      once per landscape: K and V, anchor, readout
     energy  = network.energy(embedded, context)     any number of times
 
+`encode_context` in parts, for `refinement.reencode`, where the last blocks of the observed stream
+are passed again with the predictions e added to it:
+
+    front   = network.advance(network.start(observed), landscape, network.first_reencoded)
+    stream  = network.add_predictions(front, e)     o_t + U e_t
+    context = network.context_of(network.advance(stream, landscape, number of blocks))
+
 The observed stream passes all blocks, the predicted stream the last `model.predicted_layers` of
 them. `model.predicted_input: anchored` adds to a candidate what the observed stream has where the
 predicted one enters: the embedding of o_t, or, in front of a later block, its state at position t.
@@ -94,11 +101,38 @@ class Context:
         )
 
 
+@dataclass(frozen=True)
+class ObservedStream:
+    """The observed stream on its way through the blocks.
+
+    rows (B, offset + S, D): in front of block `block`. offset: the landscape's token in front.
+    keys_values: of the predicted stream's blocks passed so far. entry (B, offset + S, D): the
+    stream where the predicted one enters, once that is passed. first_visible: see Context.
+    """
+
+    rows: Tensor
+    offset: int
+    block: int = 0
+    keys_values: tuple[tuple[Tensor, Tensor], ...] = ()
+    entry: Tensor | None = None
+    first_visible: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ObservedStream:
+        """The same with every tensor that carries gradients replaced by the function's result."""
+        return replace(
+            self,
+            rows=function(self.rows),
+            keys_values=tuple((function(k), function(v)) for k, v in self.keys_values),
+            entry=None if self.entry is None else function(self.entry),
+        )
+
+
 class EnergyTransformer(nn.Module):
     """Blocks on two streams, a final norm, and a head that gives the energy.
 
     content_scale: a constant on the head's terms in the candidate (energy_head.py).
     group_size, grid: how the positions are grouped, see RotaryTable.
+    reencoded_blocks: how many blocks, the last ones, the observed stream passes again.
     Raises ValueError for groups under time_embed, whose token would stand in front of the first.
     """
 
@@ -107,6 +141,7 @@ class EnergyTransformer(nn.Module):
     landscape_embedding: nn.Embedding | None
     modulations: ModuleList[nn.Linear] | None
     final_modulation: nn.Linear | None
+    feedback: nn.Linear | None  # U: predictions into the observed stream
 
     def __init__(
         self,
@@ -115,6 +150,7 @@ class EnergyTransformer(nn.Module):
         content_scale: float = 1.0,
         group_size: int = 1,
         grid: tuple[int, int] | None = None,
+        reencoded_blocks: int = 0,
     ):
         super().__init__()
         if group_size > 1 and config.conditioning == "time_embed":
@@ -130,6 +166,7 @@ class EnergyTransformer(nn.Module):
         width = sizes.width
         self.is_anchored = config.predicted_input == "anchored"
         self.first_predicted = sizes.num_layers - sizes.predicted_layers
+        self.first_reencoded = sizes.num_layers - reencoded_blocks if reencoded_blocks else 0
         self.layers = ModuleList(Block(config, group_size) for _ in range(sizes.num_layers))
         self.norm = RMSNorm(width, config.norm_epsilon)
         self.head = None
@@ -153,7 +190,12 @@ class EnergyTransformer(nn.Module):
                 nn.Linear(width, 6 * width) for _ in range(first, sizes.num_layers)
             )
             self.final_modulation = nn.Linear(width, 2 * width)
+        self.feedback = None
+        if reencoded_blocks:
+            self.feedback = nn.Linear(width, width, bias=False)
         initialize_released(self)
+        if self.feedback is not None:
+            nn.init.zeros_(self.feedback.weight)  # so that a fresh model's contexts are all alike
         if self.content is not None:
             self.content.initialize(zero=self.conditioning == "adaln_zero")
         if self.conditioning in ("adaln_zero", "predicted_only"):
@@ -194,46 +236,65 @@ class EnergyTransformer(nn.Module):
         self, observed: Tensor, landscape: int = 0, first_visible: Tensor | None = None
     ) -> Context:
         """What the predicted stream reads of the observed one (B, S, D); first_visible: Context."""
-        observed, offset = self.prepend_landscape(observed, landscape)
+        stream = self.start(observed, landscape, first_visible)
+        return self.context_of(self.advance(stream, landscape, len(self.layers)))
+
+    def start(
+        self, observed: Tensor, landscape: int, first_visible: Tensor | None = None
+    ) -> ObservedStream:
+        """The observed stream (B, S, D) in front of the first block; first_visible: Context."""
+        rows, offset = self.prepend_landscape(observed, landscape)
+        return ObservedStream(rows, offset, first_visible=first_visible)
+
+    def advance(self, stream: ObservedStream, landscape: int, stop: int) -> ObservedStream:
+        """The stream in front of block `stop`; stop = number of blocks: behind the last one."""
+        if stop == stream.block:
+            return stream
         modulations, _ = self.modulations_of(landscape, predicted=False)
-        rotary = self.rotary(observed.shape[1], observed)
-        last = len(self.layers) - 1
-        keys_values = []
-        entry = observed
-        for index, (layer, modulation) in enumerate(zip(self.layers, modulations)):
+        rows = stream.rows
+        rotary = self.rotary(rows.shape[1], rows)
+        keys_values = list(stream.keys_values)
+        entry = stream.entry
+        for index in range(stream.block, stop):
+            layer = self.layers[index]
             if index == self.first_predicted:
-                entry = observed
-            keys, values = layer.keys_values(observed, rotary, modulation)
+                entry = rows
+            keys, values = layer.keys_values(rows, rotary, modulations[index])
             if index >= self.first_predicted:
                 keys_values.append((keys, values))
-            # Of the last block only the keys and values are read, unless the head reads more.
-            if index < last or self.reads_output:
-                observed = layer.forward_observed(
-                    observed, keys, values, rotary, modulation, first_visible
+            if self.goes_behind(index):
+                rows = layer.forward_observed(
+                    rows, keys, values, rotary, modulations[index], stream.first_visible
                 )
-        context = self.make_context(keys_values, offset, entry, observed)
-        return replace(context, first_visible=first_visible)
+        return replace(stream, rows=rows, block=stop, keys_values=tuple(keys_values), entry=entry)
 
-    def make_context(
-        self,
-        keys_values: list[tuple[Tensor, Tensor]],
-        offset: int,
-        entry: Tensor,
-        output: Tensor,
-    ) -> Context:
-        """A Context of the keys and values of the predicted stream's blocks.
+    def goes_behind(self, block: int) -> bool:
+        """Whether the observed stream behind a block is read.
 
-        entry: the observed stream in front of the first of them. output: behind the last block,
-        where the head reads it. Both (B, offset + S, D).
+        Of the last one only the keys and values are, unless the head reads more.
         """
+        return block + 1 < len(self.layers) or self.reads_output
+
+    def add_predictions(self, stream: ObservedStream, embedded: Tensor) -> ObservedStream:
+        """o_t + U e_t, of position t's own embedded candidate; embedded (B, S, D)."""
+        assert self.feedback is not None, "refinement.reencode gives the map"
+        change = self.feedback(embedded)
+        if stream.offset:
+            change = F.pad(change, (0, 0, stream.offset, 0))
+        return replace(stream, rows=stream.rows + change)
+
+    def context_of(self, stream: ObservedStream) -> Context:
+        """What the predicted stream reads of the observed one behind the last block."""
         anchor = None
         if self.is_anchored:
-            anchor = entry[:, offset:]
+            assert stream.entry is not None, "the stream has passed all blocks"
+            anchor = stream.entry[:, stream.offset :]
         readout = None
         if self.reads_output:
             assert self.content is not None
-            readout = self.content.readout(output[:, offset:])
-        return Context(keys_values, offset, anchor, readout)
+            readout = self.content.readout(stream.rows[:, stream.offset :])
+        keys_values = list(stream.keys_values)
+        return Context(keys_values, stream.offset, anchor, readout, stream.first_visible)
 
     def energy(self, embedded: Tensor, context: Context, landscape: int = 0) -> Tensor:
         """Energies (B, S) of embedded candidates (B, S, D).

@@ -83,6 +83,8 @@ class UpdateChoices(Protocol):
     def keep_state(self) -> bool: ...
     @property
     def loss_weight(self) -> float: ...
+    @property
+    def ends_graph(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -220,8 +222,9 @@ class VocabularyState:
             if embedded.moved is not None:
                 moved = moved + embedded.moved
             return StateUpdate(None, next_embedded._replace(moved=moved), loss)
-        # The uniform start is one number, seen many times.
-        is_memory = start is not None and start.stride(-1) == 1
+        # A backward that is still to come reads them; the uniform start is one number, seen many
+        # times.
+        is_memory = step.ends_graph and start is not None and start.stride(-1) == 1
         next_embedded = next_embedded._replace(
             probabilities=next_probabilities.unflatten(0, shape),
             scratch=start if is_memory else None,

@@ -10,14 +10,26 @@ graph, R = B S rows. A FLOP is half a multiply-add.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ebwm_kernels.attention.ops import PRODUCTS
 from ebwm_kernels.attention.visibility import visible_pairs
-from ebwm_scale.config.resolved import context_length, group_size, model_sizes, state_size
+from ebwm_scale.config.resolved import (
+    context_length,
+    group_size,
+    model_sizes,
+    reencoded_blocks,
+    state_size,
+)
 from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all
-from ebwm_scale.refinement.step_plan import num_graph_steps, num_landscapes, plan_steps
+from ebwm_scale.refinement.step_plan import (
+    StepPlan,
+    num_graph_steps,
+    num_landscapes,
+    plan_steps,
+)
 
 # Products of (queries, keys, d) that each level of the predicted stream's attention needs at least.
 # The Triton kernels make more of them, to keep less (attention_ops.PRODUCTS): their way of
@@ -31,6 +43,16 @@ OWN_SECOND_ORDER = PRODUCTS["reference"]["double_backward"][1]
 # Products of scaled_dot_product_attention as PyTorch counts them: over the whole square, causal or
 # not; scores again in the backward.
 SDPA_FORWARD, SDPA_BACKWARD = 2, 5
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often the observed stream passes some blocks, and how many of these times are
+    back-propagated.
+    """
+
+    forward: int
+    backward: int
 
 
 @dataclass(frozen=True)
@@ -48,8 +70,11 @@ class StepSizes:
     group: int  # positions that are predicted together
     steps: int
     graph_steps: int
-    contexts: int  # times the observed stream is encoded
-    graph_contexts: int  # of them back-propagated
+    first_reencoded: int  # the block where the observed stream is encoded again from, or 0
+    fronts: Passes  # of the observed stream through the blocks in front of that one
+    contexts: Passes  # of the first encoding through that one and those behind it
+    again: Passes  # of what is encoded again through them
+    graph_predictions: int  # times that what is encoded again passes a gradient to its predictions
     block_weights: int  # the same + 3 D F
     # adaLN of each stream's blocks, D x 6 D each, computed once per call whatever the rows
     observed_modulation: int
@@ -63,7 +88,9 @@ class StepSizes:
     def of(cls, config: Config, num_steps: int | None = None) -> StepSizes:
         model, refinement = config.model, config.refinement
         steps = num_steps or refinement.num_steps
-        graph_steps = num_graph_steps(refinement, steps)
+        plan = plan_steps(refinement, range(steps), training=True)
+        first = [step for step in plan if step.encoded_before == 0]
+        again = [step for step in plan if step.encodes_again]
         shared = one_context_serves_all(model.conditioning, num_landscapes(refinement))
         sizes = model_sizes(model)
         width, keys = sizes.width, sizes.kv_width
@@ -80,9 +107,12 @@ class StepSizes:
             offset=int(model.conditioning == "time_embed"),
             group=group_size(config),
             steps=steps,
-            graph_steps=graph_steps,
-            contexts=1 if shared else steps,
-            graph_contexts=1 if shared else graph_steps,
+            graph_steps=num_graph_steps(refinement, steps),
+            first_reencoded=(sizes.num_layers - reencoded_blocks(config)) * (len(again) > 0),
+            fronts=_once_per_landscape(plan, shared),
+            contexts=_once_per_landscape(first, shared),
+            again=Passes(len(again), sum(step.encodes_with_graph for step in again)),
+            graph_predictions=sum(step.needs_graph for step in again),
             block_weights=attention + 3 * width * sizes.feed_forward_width,
             observed_modulation=(
                 6 * width**2 * sizes.num_layers
@@ -132,6 +162,14 @@ class StepSizes:
         return 2.0 * samples * self.width * self.predicted_layers * pairs
 
 
+def _once_per_landscape(readers: Sequence[StepPlan], shared: bool) -> Passes:
+    """Of what is encoded once for all the steps that read it and share it."""
+    differentiated = sum(step.needs_graph for step in readers)
+    if shared:
+        return Passes(min(1, len(readers)), min(1, differentiated))
+    return Passes(len(readers), differentiated)
+
+
 def step_flops(config: Config, *, samples: int, num_steps: int | None = None) -> dict[str, float]:
     """FLOPs of one training step (forward and backward, all refinement steps) of `samples` samples,
     by part; the sum is the step.
@@ -163,36 +201,20 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
             "output" if frames else "vocabulary": 3 * (state_product + hidden_product),
         }
     N, G = z.steps, z.graph_steps
-    # Of the last block only keys and values of the observed stream exist, unless the head reads
-    # more; adaLN of its final norm is computed but not used.
-    observed_rows = samples * (z.positions + z.offset)
-    observed_blocks = blocks
-    whole_blocks = z.layers  # with attention
-    if not z.reads_output:
-        observed_blocks += 2 * z.width * z.keys - z.block_weights
-        whole_blocks -= 1
-    observed_modulation = z.observed_modulation
-    observed_final = z.final_modulation if observed_modulation else 0
-    context_term = rows * z.width**2 if z.reads_output else 0
+    observed = _observed_flops(z, samples)
     predicted = z.predicted_layers * z.block_weights + z.content_weights
     modulation = z.modulation_weights + z.final_modulation
     head = z.width if z.linear else 0
-    observed_forward = observed_rows * observed_blocks + context_term
     parts = {
-        "observed": 2.0 * z.contexts * (observed_forward + observed_modulation + observed_final)
-        + 4.0 * z.graph_contexts * (observed_forward + observed_modulation),
+        "observed": observed["products"],
         "predicted_forward": 2.0 * N * (rows * (predicted + head) + modulation),
         "inner_gradient": 2.0 * N * rows * (predicted + head),
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy
         # itself is not in the loss.
         "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head),
         "recomputation": G * _recomputation(config, z, samples)
-        + (config.refinement.recompute == "block")
-        * z.graph_contexts
-        * (2.0 * observed_rows * observed_blocks + square * whole_blocks * SDPA_FORWARD),
-        "attention_observed": square
-        * whole_blocks
-        * (z.contexts * SDPA_FORWARD + z.graph_contexts * SDPA_BACKWARD),
+        + (config.refinement.recompute == "block") * observed["recomputation"],
+        "attention_observed": observed["attention"],
         "attention_predicted": z.attention(
             samples, forward=N, inner=N, first_order=G, second_order=G
         ),
@@ -203,6 +225,43 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     else:
         parts["vocabulary"] = of_states
     return {part: value for part, value in parts.items() if value}
+
+
+def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
+    """Of encoding the observed stream, again before further steps too; by kind.
+
+    Of the last block only keys and values exist, unless the head reads more; adaLN of the final
+    norm is computed but not used. A pass through some blocks computes the adaLN of all of them.
+    """
+    rows = samples * z.positions
+    observed_rows = samples * (z.positions + z.offset)
+    square = 2.0 * samples * z.width * (z.positions + z.offset) ** 2
+    final = z.final_modulation if z.observed_modulation else 0
+    behind = z.layers - z.first_reencoded
+    weights = behind * z.block_weights
+    whole_blocks = behind  # with attention
+    context_term = rows * z.width**2
+    if not z.reads_output:
+        weights += 2 * z.width * z.keys - z.block_weights
+        whole_blocks -= 1
+        context_term = 0
+    parts = [(z.contexts, weights, context_term, behind, whole_blocks)]
+    parts.append((z.again, weights, context_term, behind, whole_blocks))
+    if z.first_reencoded:
+        in_front = z.first_reencoded
+        parts.append((z.fronts, in_front * z.block_weights, 0, in_front, in_front))
+    feedback = z.again.forward + z.again.backward + z.graph_predictions
+    flops = {"products": 2.0 * rows * z.width**2 * feedback, "attention": 0.0, "recomputation": 0.0}
+    for passes, weights, beside, blocks, attentions in parts:
+        forward = observed_rows * weights + beside
+        modulation = z.observed_modulation * blocks / z.layers
+        flops["products"] += 2.0 * passes.forward * (forward + z.observed_modulation + final)
+        flops["products"] += 4.0 * passes.backward * (forward + modulation)
+        attention = passes.forward * SDPA_FORWARD + passes.backward * SDPA_BACKWARD
+        flops["attention"] += square * attentions * attention
+        once_more = 2.0 * observed_rows * weights + square * attentions * SDPA_FORWARD
+        flops["recomputation"] += passes.backward * once_more
+    return flops
 
 
 def model_flops(flops: dict[str, float]) -> float:

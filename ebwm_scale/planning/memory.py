@@ -76,6 +76,8 @@ def memory_estimate(
     baseline = config.model.kind == "baseline"
     plan = plan_steps(config.refinement, range(z.steps), training=True)
     full = plan[0].keep_graph  # all steps' graphs live at once
+    # Steps that share a context which is encoded again are back-propagated together.
+    live_steps = z.steps if full else min(z.steps, config.refinement.reencode_every)
     update = config.refinement.update
     offloaded = config.deepspeed.offload != "none"
     by_block = config.refinement.recompute == "block" and not baseline
@@ -125,12 +127,14 @@ def memory_estimate(
         if z.reads_output:
             kept += CONTEXT_TERM_D * D
             kept += 0 if by_block else observed_block - LAST_OBSERVED_D * D
-        contexts = z.contexts if full or num_parts > 1 else 1
+        contexts = z.contexts.forward if full or num_parts > 1 else 1
+        if full:  # what is encoded again lives with its step
+            contexts += z.again.forward * (z.layers - z.first_reencoded) / z.layers
         parts["activations_observed"] = (
             element * samples * (z.positions + z.offset) * contexts * kept
             + element * micro_batch * z.positions * D
         )
-        kept, recomputed = _predicted_kept(config, z, z.steps if full else 1)
+        kept, recomputed = _predicted_kept(config, z, live_steps)
         parts["activations_predicted"] = element * rows * kept
         scores = (
             samples
@@ -164,6 +168,7 @@ def memory_estimate(
                 workspace = max(workspace, state)
                 states = 0
             states += 0.25 * (clamps > 0) + (config.refinement.noise > 0)
+            states += live_steps - 1
         parts["vocabulary"] = state * (states + half / 2) + V * D * element * (
             2 * (config.state.map_scale != 1) + half
         )
@@ -181,7 +186,7 @@ def _tile(
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = tile_rows(config.refinement, z.state, torch.device(device), z.group)
+    rows = tile_rows(config.refinement, z.state, z.positions, torch.device(device), z.group)
     tiles = list(tiles_of(micro_batch, z.positions, rows, z.group))
     samples = max(group.stop - group.start for group, _ in tiles)
     positions = max(part.stop - part.start for part in tiles[0][1])

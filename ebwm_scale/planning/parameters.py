@@ -16,6 +16,7 @@ PARAMETER_PARTS = {
     "network.norm": "norm_and_head",
     "network.head": "norm_and_head",
     "network.content": "norm_and_head",
+    "network.feedback": "feedback",
     "output": "output",
     "step_size": "step_size",
 }

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_scale.model.blocks import Block, Modulation
-from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
+from ebwm_scale.model.energy_transformer import Context, EnergyTransformer, ObservedStream
 from ebwm_scale.model.rotary import Rotary
 from ebwm_scale.refinement.deferred_backward import leaf_of
 
@@ -109,27 +109,30 @@ def energy_and_gradient(
     return _EnergyGradient.apply(step, candidates, entering, *step.inputs())
 
 
-def encode_context(
-    network: EnergyTransformer,
-    observed: Tensor,
-    landscape: int,
-    first_visible: Tensor | None = None,
-) -> Context:
-    """`network.encode_context` one block at a time; with a graph where gradients are enabled."""
-    observed, offset = network.prepend_landscape(observed, landscape)
+def advance(
+    network: EnergyTransformer, stream: ObservedStream, landscape: int, stop: int
+) -> ObservedStream:
+    """`network.advance` one block at a time; with a graph where gradients are enabled."""
+    if stop == stream.block:
+        return stream
     modulations, _ = network.modulations_of(landscape, predicted=False)
-    rotary = network.rotary(observed.shape[1], observed)
+    rotary = network.rotary(stream.rows.shape[1], stream.rows)
     layers = []
     inputs = []
-    for layer, modulation in zip(network.layers, modulations):
-        layers.append(_Layer(layer, tuple(modulation or ()), rotary, 0, first_visible))
+    for index in range(stream.block, stop):
+        modulation = tuple(modulations[index] or ())
+        layers.append(_Layer(network.layers[index], modulation, rotary, 0, stream.first_visible))
         inputs += layers[-1].inputs
-    first = network.first_predicted
-    entry, output, *flat = _Encode.apply(layers, first, network.reads_output, observed, *inputs)
-    if first == 0:
-        entry = observed
-    context = network.make_context(list(zip(flat[::2], flat[1::2])), offset, entry, output)
-    return replace(context, first_visible=first_visible)
+    # The predicted stream enters in front of layers[first], where it has not done so before.
+    first = max(0, network.first_predicted - stream.block)
+    goes_behind = network.goes_behind(stop - 1)
+    entry, rows, *flat = _Encode.apply(layers, first, goes_behind, stream.rows, *inputs)
+    if network.first_predicted >= stop:
+        entry = None
+    elif network.first_predicted <= stream.block:
+        entry = stream.rows if stream.entry is None else stream.entry
+    keys_values = (*stream.keys_values, *zip(flat[::2], flat[1::2]))
+    return replace(stream, rows=rows, block=stop, keys_values=keys_values, entry=entry)
 
 
 class _Layer:
@@ -318,11 +321,11 @@ class _Encode(torch.autograd.Function):
 
     Returns the stream in front of layer `first`, the stream behind the last layer, and keys and
     values of the layers from `first` on. The former is empty for first 0, where it is the input,
-    the latter without reads_output.
+    and for a first that is not among the layers, the latter without goes_behind.
     """
 
     @staticmethod
-    def forward(ctx, layers, first, reads_output, observed, *inputs):
+    def forward(ctx, layers, first, goes_behind, observed, *inputs):
         ctx.set_materialize_grads(False)
         streams = [observed]
         keys_values = []
@@ -330,17 +333,17 @@ class _Encode(torch.autograd.Function):
         for index, layer in enumerate(layers):
             with gathered(layer.block.parameters()):
                 keys, values, *behind = layer.forward_observed(
-                    streams[-1], layer.inputs, goes_on=reads_output or index < last
+                    streams[-1], layer.inputs, goes_on=goes_behind or index < last
                 )
             if index >= first:
                 keys_values += [keys, values]
             streams += behind
         ctx.layers = layers
         ctx.first = first
-        ctx.reads_output = reads_output
+        ctx.goes_behind = goes_behind
         ctx.save_for_backward(*streams[: len(layers)])
-        entry = streams[first] if first > 0 else observed.new_empty(0)
-        output = streams[-1] if reads_output else observed.new_empty(0)
+        entry = streams[first] if 0 < first < len(layers) else observed.new_empty(0)
+        output = streams[-1] if goes_behind else observed.new_empty(0)
         return entry, output, *keys_values
 
     @staticmethod
@@ -350,7 +353,7 @@ class _Encode(torch.autograd.Function):
                 "refinement.recompute block: the observed stream has no second derivative; "
                 "call backward without create_graph=True"
             )
-        delta = of_output if ctx.reads_output else None
+        delta = of_output if ctx.goes_behind else None
         input_gradients = []
         last = len(ctx.layers) - 1
         with torch.enable_grad():
@@ -364,7 +367,7 @@ class _Encode(torch.autograd.Function):
                     of_pair = of_keys_values[place : place + 2]
                 with gathered(layer.block.parameters()):
                     outputs = layer.forward_observed(
-                        o, tuple(own), goes_on=ctx.reads_output or index < last
+                        o, tuple(own), goes_on=ctx.goes_behind or index < last
                     )
                     _backward_where_given(outputs, (*of_pair, delta))
                 delta = o.grad

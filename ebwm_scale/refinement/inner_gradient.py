@@ -37,7 +37,11 @@ def inner_gradient(
     config.compile: TorchInductor generates the code of a differentiated step, once for each shape
     and for each landscape that the blocks are conditioned on.
     """
-    if not needs_graph:
+    if needs_graph:
+        # The context may be made of the candidates too (`refinement.reencode`). The inner gradient
+        # is that of the row alone: of a tensor which only the predicted stream sees.
+        candidates = candidates.view_as(candidates)
+    else:
         candidates = candidates.detach().requires_grad_()
     if needs_graph and config.compile:
         return _run_compiled(network, candidates, context, positions, landscape)

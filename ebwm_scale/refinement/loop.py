@@ -16,6 +16,9 @@ all rows of its group contribute, and a tile holds whole groups.
     for each group of samples:      contexts: the observed stream, encoded once (contexts.py)
         for each tile of positions: the steps above, as planned (step_plan.py)
 
+With `refinement.reencode` a further step's context is the observed stream encoded again with the
+predictions added, o_t + U e_t. The inner gradient does not go through it, the loss's does.
+
 In training, gradients are computed here, step by step: each loss_i is back-propagated as soon as
 it exists, unless the graph goes through all steps. The returned loss only hands the sums out
 (deferred_backward.py).
@@ -41,7 +44,7 @@ from ebwm_scale.refinement.deferred_backward import (
 )
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.sampling import NoiseSampler
-from ebwm_scale.refinement.step_plan import StepPlan, count_reads, loss_weight, plan_steps
+from ebwm_scale.refinement.step_plan import StepPlan, loss_weight, plan_steps
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
 MIN_STEP_SIZE = 1e-4
@@ -107,7 +110,7 @@ def refine(
         keep_every_state=record is not None,
     )
     group_size = world_model.network.group_size
-    rows = tile_rows(config, world_model.state_size, observed.device, group_size)
+    rows = tile_rows(config, world_model.state_size, num_positions, observed.device, group_size)
     if record is not None:
         rows = num_samples * num_positions
 
@@ -127,7 +130,7 @@ def refine(
             contexts = ContextCache(
                 world_model.network,
                 observed[samples],
-                num_reads=count_reads(plan),
+                plan,
                 num_tiles=len(parts),
                 with_backward=with_backward,
                 by_block=config.recompute == "block",
@@ -208,7 +211,7 @@ class RefinementLoop:
         state: Tensor | None = None
         embedded: EmbeddedState | None = None
         shape = (samples.stop - samples.start, positions.stop - positions.start)
-        pending_backwards: list[tuple[Tensor, int]] = []
+        pending_backwards: list[tuple[Tensor, StepPlan]] = []
         for step in self.plan:
             langevin = noise.langevin(step.index)
             starts_at_zero = step.index == 0 and langevin is None and noise.starts_at_zero()
@@ -218,7 +221,6 @@ class RefinementLoop:
                 assert state is not None, "the plan keeps every state under Langevin noise"
                 state = state + langevin
 
-            context = contexts.get(step.landscape)
             with torch.set_grad_enabled(step.needs_graph):
                 if starts_at_zero:
                     embedded = self.state_space.embed_zeros(shape)
@@ -226,6 +228,7 @@ class RefinementLoop:
                     assert state is not None, "a step gives a state or the next embedded one"
                     embedded = self.state_space.embed(state)
                 state = None  # `embedded` has what is needed: a second reference costs memory
+            context = contexts.of_step(step, embedded.vectors)
             energy, energy_grad = inner_gradient(
                 self.network,
                 embedded.vectors,
@@ -243,9 +246,9 @@ class RefinementLoop:
                 )
                 if step.needs_graph and self.with_backward:
                     assert loss is not None, "a backward is run for targets only"
-                    pending_backwards.append((loss * step.loss_weight, step.landscape))
+                    pending_backwards.append((loss * step.loss_weight, step))
             # With the full graph a step's loss waits for the last step's: one backward for all.
-            if step.is_last or not step.keep_graph:
+            if step.ends_graph:
                 back_propagate(pending_backwards, contexts)
             self._add_up(step, energy, loss)
             if self.record is not None:
@@ -269,16 +272,18 @@ def _add_at(sums: list[Tensor], index: int, value: Tensor) -> None:
         sums[index] = sums[index] + value
 
 
-def back_propagate(pending_backwards: list[tuple[Tensor, int]], contexts: ContextCache) -> None:
-    """Run one backward through the sum of (loss, landscape) pairs and empty the list."""
+def back_propagate(
+    pending_backwards: list[tuple[Tensor, StepPlan]], contexts: ContextCache
+) -> None:
+    """Run one backward through the sum of (loss, step) pairs and empty the list."""
     if not pending_backwards:
         return
     total, _ = pending_backwards[0]
     for loss, _ in pending_backwards[1:]:
         total = total + loss
     total.backward()
-    for _, landscape in pending_backwards:
-        contexts.release(landscape)
+    for _, step in pending_backwards:
+        contexts.release(step)
     pending_backwards.clear()
 
 

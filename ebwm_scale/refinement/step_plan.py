@@ -4,12 +4,13 @@ graph      detach: each step has a graph of its own;  truncate: only the last on
            full: one graph through all steps
 loss       every: the mean over the steps' losses, or a weighted one (`loss_weights`);
            last: the last step's loss
+reencode   before a further step the observed stream is encoded again: such a step reads a context
+           that the predictions before it shaped
 S1 = detach + every;  S2 = truncate + last;  Algorithm 1 of the paper = full + last
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,11 @@ class StepPlan:
     keep_graph: the next state carries this step's graph (`refinement.graph: full`).
     keep_state: the next state itself is needed, not only what enters the next step.
     loss_weight: of the step's loss in what is back-propagated; 0 without a graph.
+    encoded_before: the step before which the context that this one reads is encoded; 0 is the
+    observed stream alone. encodes_with_graph: a step that reads the context which this one encodes
+    is differentiated.
+    ends_graph: what is pending is back-propagated after this step, since the next one reads neither
+    its graph nor its encoded context.
     """
 
     index: int
@@ -36,6 +42,14 @@ class StepPlan:
     keep_graph: bool
     keep_state: bool
     loss_weight: float
+    encoded_before: int = 0
+    encodes_with_graph: bool = False
+    ends_graph: bool = True
+
+    @property
+    def encodes_again(self) -> bool:
+        """The observed stream is encoded again before this step."""
+        return 0 < self.encoded_before == self.index
 
 
 INFERENCE_STEP = StepPlan(
@@ -62,6 +76,7 @@ def plan_steps(
     num_steps = len(landscapes)
     needs_graph = [training and has_graph(config, i, num_steps) for i in range(num_steps)]
     needs_graph.append(False)  # nothing follows the last step
+    encoded_before = [last_encoding(config, i) for i in range(num_steps)]
     plan = []
     for i, landscape in enumerate(landscapes):
         is_last = i == num_steps - 1
@@ -69,6 +84,9 @@ def plan_steps(
             keep_state = keep_last_state
         else:
             keep_state = config.noise > 0  # Langevin noise is added to the state itself
+        keep_graph = needs_graph[i] and config.graph == "full"
+        shares_context = not is_last and 0 < encoded_before[i] == encoded_before[i + 1]
+        readers = [j for j in range(num_steps) if encoded_before[j] == i]
         plan.append(
             StepPlan(
                 index=i,
@@ -76,12 +94,22 @@ def plan_steps(
                 is_last=is_last,
                 needs_graph=needs_graph[i],
                 next_needs_graph=needs_graph[i + 1],
-                keep_graph=needs_graph[i] and config.graph == "full",
+                keep_graph=keep_graph,
                 keep_state=keep_state or keep_every_state,
                 loss_weight=loss_weight(config, i, num_steps) if needs_graph[i] else 0.0,
+                encoded_before=encoded_before[i],
+                encodes_with_graph=any(needs_graph[j] for j in readers),
+                ends_graph=is_last or not (keep_graph or shares_context),
             )
         )
     return tuple(plan)
+
+
+def last_encoding(config: RefinementConfig, index: int) -> int:
+    """Before which step the context of step `index` is encoded: 0 for the first encoding."""
+    if config.reencode == "none" or index == 0:
+        return 0
+    return index - (index - 1) % config.reencode_every
 
 
 def has_graph(config: RefinementConfig, index: int, num_steps: int) -> bool:
@@ -124,8 +152,3 @@ def num_graph_steps(config: RefinementConfig, num_steps: int) -> int:
 def num_landscapes(config: RefinementConfig) -> int:
     """How many landscapes a model is trained with."""
     return config.num_steps if config.landscapes == "per_step" else 1
-
-
-def count_reads(plan: Sequence[StepPlan]) -> Counter[int]:
-    """How often each landscape's context is read by a step that is differentiated."""
-    return Counter(step.landscape for step in plan if step.needs_graph)

@@ -19,21 +19,34 @@ TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
 def tile_rows(
-    config: RefinementConfig, state_size: int, device: torch.device, group_size: int = 1
+    config: RefinementConfig,
+    state_size: int,
+    num_positions: int,
+    device: torch.device,
+    group_size: int = 1,
 ) -> int:
     """Rows refined at a time: refinement.tile_rows, or what keeps their states in TILE_BYTES.
 
-    At least a group of positions. ValueError where refinement.tile_rows is less than that.
+    At least a group of positions. With refinement.reencode a tile holds whole samples of
+    num_positions positions, since a context is made of all of its rows' predictions.
+    ValueError where refinement.tile_rows is less than that.
     """
-    if config.tile_rows:
-        if config.tile_rows < group_size:
-            raise ValueError(
-                f"refinement.tile_rows is {config.tile_rows}, the groups have {group_size} "
-                "positions: a group is refined together, use at least its size or leave the key out"
-            )
-        return config.tile_rows
-    tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
-    return max(group_size, tile_bytes // (4 * state_size))
+    least = group_size if config.reencode == "none" else num_positions
+    rows = config.tile_rows
+    if rows is None:
+        tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
+        return max(least, tile_bytes // (4 * state_size))
+    if config.reencode != "none" and rows < least:
+        raise ValueError(
+            f"refinement.tile_rows is {rows} with refinement.reencode {config.reencode}: all "
+            f"positions of a sample are refined together, give at least {least}"
+        )
+    if rows < least:
+        raise ValueError(
+            f"refinement.tile_rows is {rows}, the groups have {least} "
+            "positions: a group is refined together, use at least its size or leave the key out"
+        )
+    return rows
 
 
 def tiles_of(

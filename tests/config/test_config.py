@@ -84,6 +84,31 @@ def test_overrides_win_and_yaml_words_become_what_the_key_needs():
         ({"model": "xxs"}, ["model: expected a section"]),
         ({"refinement": {"num_steps": 0}}, ["refinement.num_steps is 0: must be above 0"]),
         ({"refinement": {"num_steps": 2, "min_num_steps": 3}}, ["min_num_steps is 3"]),
+        ({"refinement": {"reencode": 7}}, ["refinement.reencode is 7", "model.num_layers 6"]),
+        ({"refinement": {"reencode": "some"}}, ["refinement.reencode"]),
+        (
+            {"refinement": {"reencode": "all", "num_steps": 1}},
+            ["refinement.reencode is all with refinement.num_steps 1"],
+        ),
+        ({"refinement": {"reencode_every": 2}}, ["leave the key out"]),
+        (
+            {
+                "refinement": {"reencode": 1, "reencode_every": 2},
+                "model": {"conditioning": "adaln"},
+            },
+            ["refinement.reencode_every is 2 with model.conditioning adaln"],
+        ),
+        (
+            {
+                "refinement": {"reencode": "all", "tile_rows": 5},
+                "data": {"context_length": 6},
+            },
+            ["refinement.tile_rows is 5", "at least data.context_length 6"],
+        ),
+        (
+            {"refinement": {"reencode": "all"}, "model": {"kind": "baseline"}},
+            ["a baseline takes no further step"],
+        ),
         ({"refinement": {"step_size_random_factor": 0.5}}, ["must be 1 or more"]),
         ({"refinement": {"schedule": {"noise": [[0.5, 1], [0.1, 1]]}}}, ["progress must rise"]),
         (

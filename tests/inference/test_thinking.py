@@ -9,7 +9,7 @@ import torch
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError, UserError
-from ebwm_scale.inference.energy_functions import SequenceEnergy
+from ebwm_scale.inference.energy_functions import CachedEnergy, SequenceEnergy
 from ebwm_scale.inference.generation import (
     Sampling,
     Session,
@@ -53,7 +53,21 @@ CASES = {
             "energy_head": ["bilinear", "context"],
         }
     },
+    "encoded again": TEXT | {"refinement": {"reencode": "all", "num_steps": 3}},
+    "last blocks encoded again": {
+        "model": {
+            "vocabulary_size": 31,
+            "conditioning": "time_embed",
+            "predicted_input": "anchored",
+            "predicted_layers": 1,
+            "energy_head": ["bilinear", "context"],
+        },
+        "refinement": {"reencode": 2, "num_steps": 3},
+    },
+    "every other step encoded again": TEXT
+    | {"refinement": {"reencode": "all", "reencode_every": 2, "num_steps": 4}},
     "video": VIDEO,
+    "video, encoded again": VIDEO | {"refinement": {"reencode": 1}},
     "video, shallow": VIDEO
     | {
         "model": {
@@ -132,6 +146,49 @@ def test_cached_and_uncached_predictions_agree_to_1e_10_while_the_prompt_grows(c
         chosen = got.argmax(-1) if model.config.state.kind == "vocabulary" else got
         prompts = [torch.cat([prompt, new[None]]) for prompt, new in zip(prompts, chosen)]
         session.accept(chosen)
+
+
+@pytest.mark.parametrize("accept_only_if_lower", [False, True])
+def test_thinking_over_all_positions_takes_the_best_start_of_the_last(accept_only_if_lower):
+    """Under reencode: a start is what it is alone, and energies are those of its own context."""
+    model = model_of(CASES["encoded again"])
+    prompts = [prompt_of(model, length, seed=length) for length in (4, 2)]
+    config = ThinkingConfig(
+        seed=SEED, num_starts=2, num_steps=4, accept_only_if_lower=accept_only_if_lower
+    )
+    prediction = Session(model, prompts, config).predict()
+    thought = prediction.thought
+    assert thought.trace.shape == (5, 2, 2) and thought.steps.eq(4).all()
+    for row, prompt in enumerate(prompts):
+        for start in range(2):
+            noise = SequenceSampler(model, SEED, torch.tensor([row]), len(prompt), start)
+            alone = think(
+                model,
+                SequenceEnergy(model, model.embed_observed(prompt[None])),
+                noise.initial(None),
+                dataclasses.replace(config, num_starts=1),
+                noise=noise,
+            )
+            torch.testing.assert_close(alone.energy[0, -1], thought.energy[row, start])
+            torch.testing.assert_close(alone.state[0, -1], thought.state[row, start])
+    assert torch.equal(prediction.energy, thought.energy.amin(1))
+
+
+def test_a_cache_refuses_a_model_whose_contexts_are_encoded_again():
+    model = model_of(CASES["encoded again"])
+    cache = kv_cache.KVCache(model.network, LENGTH)
+    cache.prefill(model.embed_observed(prompt_of(model, 3)[None]), torch.tensor([3]))
+    noise = NextPositionSampler(model, SEED, torch.tensor([0]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="think over the whole sequence"):
+        think(model, CachedEnergy(cache), noise.initial(None), ThinkingConfig(), noise=noise)
+
+
+def test_thinking_that_forgets_to_encode_again_is_seen(monkeypatch):
+    model = model_of(CASES["encoded again"])
+    prompt = prompt_of(model, 4)
+    monkeypatch.setattr(SequenceEnergy, "begin_step", lambda *_: False)
+    got = Session(model, [prompt], ThinkingConfig(seed=SEED)).predict().state[0]
+    assert not torch.allclose(got, uncached(model, prompt), atol=1e-6)
 
 
 @pytest.mark.parametrize("state", [TEXT, VIDEO])

@@ -233,6 +233,30 @@ FLOP_CASES = {
         "refinement": {"recompute": "block"},
     },
     "weights": {"refinement": {"loss_weights": [1, 0, 2], "num_steps": 3}},
+    "encoded again": {"refinement": {"reencode": "all", "num_steps": 3}},
+    "encoded again, truncate": {
+        "refinement": {"reencode": "all", "graph": "truncate", "num_steps": 3},
+        "model": {"energy_head": ["linear", "context"]},
+    },
+    "last block again, full": {
+        "refinement": {"reencode": 1, "graph": "full", "num_steps": 3},
+        "model": {"num_layers": 3, "predicted_layers": 1, "predicted_input": "anchored"},
+    },
+    "last blocks again, adaln": {
+        "refinement": {"reencode": 2, "num_steps": 3, "loss_weights": [1, 0, 2]},
+        "model": {"num_layers": 3, "conditioning": "adaln"},
+    },
+    "last block again, time_embed, block recomputed": {
+        "refinement": {"reencode": 1, "recompute": "block"},
+        "model": {"conditioning": "time_embed", "energy_head": ["linear", "context"]},
+    },
+    "every other step again": {
+        "refinement": {"reencode": 1, "reencode_every": 2, "num_steps": 4},
+    },
+    "every other step again, truncate": {
+        "refinement": {"reencode": 1, "reencode_every": 2, "num_steps": 3, "graph": "truncate"},
+    },
+    "frames encoded again": {"state": FRAMES, "refinement": {"reencode": "all"}},
     "zeros": {"state": {"initial": "zeros"}},
     "zeros, logits": {"state": {"initial": "zeros"}, "refinement": {"update": "logits"}},
     "zeros, mirror": {
@@ -363,6 +387,17 @@ MEMORY_CASES = {
     "text, one mirror step from zeros": {
         "state": {"initial": "zeros"},
         "refinement": {"update": "mirror", "num_steps": 1},
+    },
+    "text, encoded again": {
+        "refinement": {"reencode": "all", "num_steps": 3},
+        "model": {"num_layers": 4},
+    },
+    "text, encoded again, full": {
+        "refinement": {"reencode": 2, "num_steps": 3, "graph": "full"},
+        "model": {"num_layers": 4},
+    },
+    "text, every other step encoded again": {
+        "refinement": {"reencode": "all", "reencode_every": 2, "num_steps": 3},
     },
     "frames, shallow": {
         "model": {

@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_one_sentence():
     model, _, _ = build()
     config = model.config
     with pytest.raises(ValueError, match="tile_rows is 2, the groups have 3 positions"):
-        tile_rows(config.refinement.replace(tile_rows=2), V, torch.device("cpu"), 3)
+        tile_rows(config.refinement.replace(tile_rows=2), V, 6, torch.device("cpu"), 3)
     with pytest.raises(ValueError, match="5 positions in groups of 3"):
         next(tiles_of(B, 5, 3, 3))
     with pytest.raises(ValueError, match="time_embed with groups of 3"):

@@ -18,13 +18,15 @@ from torch.nn import functional as F
 from ebwm_kernels.attention.energy import energy_attention_definition
 from ebwm_kernels.pointwise import rms_norm_reference, swiglu_reference
 from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.config.resolved import reencoded_blocks
 from ebwm_scale.config.schema import RefinementConfig
 from ebwm_scale.model import blocks, states
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.refinement import block_recompute
 from ebwm_scale.refinement import loop as refinement_loop
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
-from ebwm_scale.refinement.step_plan import plan_steps
+from ebwm_scale.refinement.step_plan import has_graph, last_encoding, plan_steps
 from ebwm_scale.refinement.tiling import tiles_of
 from ebwm_scale.world_model import WorldModel
 
@@ -77,8 +79,11 @@ def plain_operations():
         yield
 
 
-def reference_energy(model, candidate, observed, landscape):
-    """Both streams block by block, and the head's terms written out."""
+def reference_energy(model, candidate, observed, landscape, fed=None):
+    """Both streams block by block, and the head's terms written out.
+
+    fed (B, S, D): predictions that the observed stream is encoded again with.
+    """
     network, settings = model.network, model.config.model
     refinement, state = model.config.refinement, model.config.state
     o, offset = network.prepend_landscape(observed, landscape)
@@ -90,6 +95,9 @@ def reference_energy(model, candidate, observed, landscape):
     first = settings.num_layers - settings.predicted_layers
     p = candidate
     for index, layer in enumerate(network.layers):
+        if fed is not None and index == settings.num_layers - reencoded_blocks(model.config):
+            change = fed @ network.feedback.weight.T
+            o = torch.cat([o[:, :offset], o[:, offset:] + change], 1)
         if index == first and settings.predicted_input == "anchored":
             p = p + o[:, offset:]
         pair = layer.keys_values(o, at_observed, of_observed[index])
@@ -132,7 +140,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     )
     alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
     embedded_observed = model.embed_observed(observed)
-    x, losses = draws.initial_state(), []
+    x, losses, fed = draws.initial_state(), [], None
     for i, landscape in enumerate(model.landscapes(num_steps)):
         last = i == num_steps - 1
         if config.graph != "full":
@@ -147,14 +155,17 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
                 if model.config.state.tie_embedding
                 else model.state_map
             ) * model.config.state.map_scale
+            shared = x.softmax(-1) @ weight
+            x = x.view_as(x)  # the candidate's own: the inner gradient stays within the row
             moving = p = x.softmax(-1)
             candidate = p @ weight
         else:
-            moving, candidate = (
-                x,
-                F.linear(x, model.frame_projection.weight, model.frame_projection.bias),
-            )
-        energy = reference_energy(model, candidate, embedded_observed, landscape)
+            shared = F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
+            moving = x = x.view_as(x)
+            candidate = F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
+        if last_encoding(config, i) == i > 0:
+            fed = shared if has_graph(config, i, num_steps) else shared.detach()
+        energy = reference_energy(model, candidate, embedded_observed, landscape, fed)
         by = x if kind == "vocabulary" and config.update == "logits" else moving
         (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         if config.graph == "truncate" and not last:
@@ -339,8 +350,11 @@ def test_every_option_is_exact(graph, loss, name, options):
 
 @pytest.mark.parametrize("kind", ["vocabulary", "embedding"])
 @pytest.mark.parametrize("conditioning", ["default", "time_embed"])
-def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning):
-    """The anchor in front of a later block and the context term have seen o_1 .. o_t only."""
+@pytest.mark.parametrize("reencode", ["none", "all", 2])
+def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning, reencode):
+    """The anchor in front of a later block, the context term and a context that predictions shaped
+    have seen o_1 .. o_t only.
+    """
     model, observed, targets = build(
         kind=kind,
         model={
@@ -350,6 +364,7 @@ def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning):
             "predicted_input": "anchored",
             "energy_head": ALL_TERMS,
         },
+        refinement={"reencode": reencode, "num_steps": 3},
     )
     options = {
         "sample_ids": torch.arange(B),
@@ -457,6 +472,156 @@ ALL_TERMS = ["linear", "quadratic", "bilinear", "context"]
 def test_heads_shallow_streams_and_weights_are_exact(graph, name, options):
     options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph}}
     compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
+CONTENT = ["linear", "bilinear", "context"]
+
+
+@pytest.mark.parametrize("graph", ["detach", "truncate", "full"])
+@pytest.mark.parametrize(
+    "name, options",
+    {
+        "all": {"refinement": {"reencode": "all"}},
+        "all_last": {"refinement": {"reencode": "all", "loss": "last", "num_steps": 3}},
+        "last_block": {
+            "model": {"predicted_layers": 1, "predicted_input": "anchored", "energy_head": CONTENT},
+            "refinement": {"reencode": 1, "num_steps": 3, "loss_weights": "rising"},
+        },
+        "fewer_than_predicted": {
+            "model": {"num_layers": 3, "predicted_layers": 2, "predicted_input": "anchored"},
+            "refinement": {"reencode": 1, "update": "mirror"},
+            "state": {"initial": "zeros"},
+        },
+        "time_embed": {
+            "model": {
+                "conditioning": "time_embed",
+                "predicted_input": "anchored",
+                "predicted_layers": 1,
+            },
+            "refinement": {"reencode": "all", "num_steps": 3},
+        },
+        "adaln_last_block": {
+            "model": {"conditioning": "adaln", "num_kv_heads": 2},
+            "refinement": {"reencode": 1, "num_steps": 3, "loss_weights": [2, 0, 1]},
+        },
+        "every_other": {
+            "model": {"energy_head": CONTENT},
+            "refinement": {"reencode": "all", "reencode_every": 2, "num_steps": 4},
+        },
+        "every_other_last_block": {
+            "model": {"num_layers": 3},
+            "refinement": {"reencode": 2, "reencode_every": 2, "num_steps": 3, "update": "mirror"},
+        },
+        "every_other_weighted": {
+            "refinement": {
+                "reencode": "all",
+                "reencode_every": 2,
+                "num_steps": 3,
+                "loss_weights": [1, 0, 3],
+            },
+        },
+        "tiles_of_samples": {
+            "state": {"map_scale": 7.0, "tie_embedding": True},
+            "refinement": {"reencode": "all", "tile_rows": 5, "noise": 0.3, "update": "logits"},
+        },
+        "step_recomputed": {"refinement": {"reencode": "all", "recompute": "step"}},
+        "block_recomputed": {
+            "model": {
+                "num_layers": 3,
+                "predicted_layers": 2,
+                "predicted_input": "anchored",
+                "energy_head": CONTENT,
+                "conditioning": "adaln",
+            },
+            "refinement": {"reencode": "all", "recompute": "block", "tile_rows": 6},
+        },
+        "last_block_recomputed": {
+            "model": {"num_layers": 3, "predicted_layers": 2, "predicted_input": "anchored"},
+            "refinement": {"reencode": 1, "recompute": "block", "num_steps": 3},
+        },
+        "last_blocks_recomputed_around_a_shallow_stream": {
+            "model": {"num_layers": 3, "predicted_layers": 1, "predicted_input": "anchored"},
+            "refinement": {"reencode": 2, "recompute": "block"},
+        },
+        "frames": {
+            "kind": "embedding",
+            "model": {"predicted_input": "anchored"},
+            "refinement": {"reencode": "all", "num_steps": 3},
+        },
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_observed_stream_that_is_encoded_again_is_exact(graph, name, options):
+    options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph}}
+    compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
+def test_the_comparison_notices_an_inner_gradient_that_runs_through_the_context(monkeypatch):
+    """Breaks the candidate's own copy: energies of later rows would tell earlier ones the future.
+
+    One layer, of which only keys and values are encoded: the observed stream's attention has no
+    second order and would notice by itself.
+    """
+    model, observed, targets = build(model={"num_layers": 1}, refinement={"reencode": "all"})
+    monkeypatch.setattr(torch.Tensor, "view_as", lambda self, other: self)
+    sample_ids, source = torch.arange(B), NoiseSource(5, 6)
+    broken = model(observed, targets, sample_ids=sample_ids, source=source).loss_per_step
+    monkeypatch.undo()
+    right = model(observed, targets, sample_ids=sample_ids, source=source).loss_per_step
+    assert torch.equal(broken[0], right[0])
+    assert not torch.allclose(broken[1], right[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("lost", ["map", "predictions", "front"])
+def test_the_comparison_notices_an_encoding_that_loses_a_gradient(monkeypatch, lost, recompute):
+    """Breaks each way into a context that is encoded again: its numbers stay right."""
+    model, observed, targets = build(refinement={"reencode": 1, "recompute": recompute})
+    right = EnergyTransformer.add_predictions
+    feedback = model.network.feedback
+
+    def broken(self, stream, embedded):
+        if lost == "front":
+            stream = stream.map(torch.Tensor.detach)
+        if lost == "predictions":
+            embedded = embedded.detach()
+        return right(self, stream, embedded)
+
+    if lost == "map":
+        monkeypatch.setattr(feedback, "forward", lambda e: F.linear(e, feedback.weight.detach()))
+    monkeypatch.setattr(EnergyTransformer, "add_predictions", broken)
+    with pytest.raises(AssertionError):
+        compare(model, observed, targets)
+
+
+def test_a_fresh_model_has_one_context_for_all_steps():
+    """U starts at zero: a further step first reads what the first one did."""
+    states = []
+    for reencode in ("none", "all"):
+        model, observed, targets = build(refinement={"reencode": reencode})
+        if reencode == "all":
+            torch.nn.init.zeros_(model.network.feedback.weight)
+            fresh = WorldModel(model.config)
+            assert fresh.network.feedback.weight.abs().max() == 0
+        plain, _, _ = build()
+        model.load_state_dict(plain.state_dict(), strict=False)
+        options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2)}
+        states.append(model.eval()(observed, targets, keep_state=torch.float64, **options).state)
+    assert torch.equal(states[0], states[1])
+
+
+def test_a_tile_below_a_sample_is_refused_where_contexts_are_encoded_again():
+    model, observed, targets = build(refinement={"reencode": "all", "tile_rows": S - 1})
+    with pytest.raises(ValueError, match=f"tile_rows is {S - 1}.*give at least {S}"):
+        model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(1, 2))
+
+
+def test_every_other_step_reads_the_context_of_the_one_before():
+    for every, expected in ((1, [0, 1, 2, 3, 4]), (2, [0, 1, 1, 3, 3])):
+        config = RefinementConfig(reencode="all", reencode_every=every)
+        plan = plan_steps(config, [0] * 5, training=True)
+        assert [step.encoded_before for step in plan] == expected
+        assert [step.index for step in plan if step.encodes_again] == sorted(set(expected) - {0})
 
 
 @pytest.mark.parametrize(
@@ -594,13 +759,13 @@ def test_the_comparison_notices_a_context_that_loses_a_gradient(monkeypatch, los
         },
         refinement={"recompute": recompute},
     )
-    right = model.network.make_context
+    right = model.network.context_of
 
-    def broken(*arguments):
-        context = right(*arguments)
+    def broken(stream):
+        context = right(stream)
         return dataclasses.replace(context, **{lost: getattr(context, lost).detach()})
 
-    monkeypatch.setattr(model.network, "make_context", broken)
+    monkeypatch.setattr(model.network, "context_of", broken)
     with pytest.raises(AssertionError):
         compare(model, observed, targets)
 
@@ -726,7 +891,7 @@ def test_the_observed_stream_is_encoded_once_where_landscapes_share_it():
             refinement={"num_steps": 3, "landscapes": landscapes},
         )
         with mock.patch.object(
-            model.network, "encode_context", side_effect=model.network.encode_context
+            model.network, "context_of", side_effect=model.network.context_of
         ) as encode:
             model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(0, 0))
         assert encode.call_count == expected, conditioning
