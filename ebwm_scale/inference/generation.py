@@ -8,7 +8,8 @@ A prompt longer than the context is cut to its end. A row that has filled the co
 its later half, prefilled again, so a position costs the same however long the text becomes.
 
 Under `refinement.reencode` the earlier positions' predictions shape a step's context. No cache
-holds them yet: every prediction thinks over all positions of its row again.
+holds them yet: every prediction thinks over all positions of its row again. A model with a
+workspace does so too, since the cache's closed forms know none.
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ class Session:
         self.with_energy = energies or config.num_starts > 1
         self.is_energy = model.config.model.kind == "energy"
         self.is_text = model.config.state.kind == "vocabulary"
-        self.thinks_over_all = self.is_energy and model.config.refinement.reencode != "none"
+        is_beyond_cache = (
+            model.config.refinement.reencode != "none" or model.config.state.workspace is not None
+        )
+        self.thinks_over_all = self.is_energy and is_beyond_cache
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
         self.rows = [prompt[-self.context_length :].to(self.device) for prompt in prompts]

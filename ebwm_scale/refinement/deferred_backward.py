@@ -140,7 +140,12 @@ class StepwiseBackward(DeferredBackward):
         for source, leaf in zip(self.sources, self.leaves):
             graph_entry = _known_leaf(leaf).graph_entry
             sources.append(source if graph_entry is None else graph_entry)
-            sums.append(_collected(leaf))
+            total = _collected(leaf)
+            if total is None and graph_entry is None:
+                # Nothing read it in this step, as nothing reads a workspace's step size without
+                # the full graph. Engines reduce the gradients of all parameters.
+                total = torch.zeros_like(leaf)
+            sums.append(total)
         # Autograd takes a gradient as it is only if nobody else holds it, and the gradient of a
         # partitioned parameter it must take as it is.
         for leaf in self.leaves:
