@@ -32,8 +32,9 @@ from ebwm_scale.model.documents import document_starts, last_document
 from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.groups import regroup
 from ebwm_scale.model.states import EmbeddingState, VocabularyState
+from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.block_recompute import gathered
-from ebwm_scale.refinement.loop import refine
+from ebwm_scale.refinement.loop import MIN_STEP_SIZE, refine
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
 from ebwm_scale.refinement.step_plan import num_landscapes
@@ -65,6 +66,7 @@ class WorldModel(nn.Module):
     frame_projection: nn.Linear  # of frames
     output: Output | TwoLinearOutput  # of a baseline
     step_size: nn.Parameter  # of an energy model
+    workspace_step_size: nn.Parameter  # of an energy model with a workspace
     state_map: nn.Parameter  # of an energy model of text that is not tied to token_embedding
 
     def __init__(self, config: Config):
@@ -100,10 +102,17 @@ class WorldModel(nn.Module):
             group_size,
             grid,
             resolved.reencoded_blocks(config),
+            config.state.workspace,
+            1 / refinement.workspace_step_size,
         )
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
         )  # (1,): engines want no 0-d ones
+        if config.state.workspace is not None:
+            self.workspace_step_size = nn.Parameter(
+                torch.tensor([float(refinement.workspace_step_size)]),
+                requires_grad=refinement.learnable,
+            )
         if config.state.kind == "vocabulary" and not config.state.tie_embedding:
             self.state_map = nn.Parameter(torch.empty(size, width))
             nn.init.xavier_normal_(self.state_map)
@@ -144,6 +153,14 @@ class WorldModel(nn.Module):
         if self.config.state.map_scale != 1:
             weight = weight * self.config.state.map_scale
         return VocabularyState(weight, self.config.refinement.update, clamps)
+
+    def workspace(self) -> WorkspaceState | None:
+        """The workspace on this model's parameters as they are now; None without one."""
+        workspace_map = self.energy_network.workspace_map
+        if workspace_map is None:
+            return None
+        beta = self.workspace_step_size.squeeze(0).clamp(min=MIN_STEP_SIZE)
+        return WorkspaceState(workspace_map, beta)
 
     def embed_observed(self, observed: Tensor) -> Tensor:
         """(B, S) token ids or (B, S, dimension) frame embeddings -> (B, S, D)."""
@@ -286,6 +303,8 @@ class WorldModel(nn.Module):
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
             last_observed=observed if self.config.state.kind == "embedding" else None,
             restart=restart,
+            workspace=self.config.state.workspace,
+            workspace_kind=self.config.state.workspace_initial,
         )
         result = refine(
             self,

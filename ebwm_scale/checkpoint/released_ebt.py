@@ -192,6 +192,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("state.map_scale", state.map_scale, (1.0,)),
         ("refinement.update", refinement.update, ("probabilities",)),
         ("refinement.loss_weights", refinement.loss_weights, (None,)),
+        ("state.workspace", state.workspace, (None,)),
         ("refinement.reencode", refinement.reencode, ("none",)),
         (
             "refinement.change_clamp with a random step size",

@@ -129,8 +129,38 @@ def _check_model(config: Config, require: Require) -> None:
     )
 
 
+def _check_workspace(config: Config, require: Require) -> None:
+    state, refinement = config.state, config.refinement
+    if state.workspace is None:
+        require(
+            state.workspace_initial == "zeros",
+            f"state.workspace_initial is {state.workspace_initial} without state.workspace: "
+            "give the workspace a width or leave the key out",
+        )
+        return
+    given = f"state.workspace is {state.workspace}"
+    require(
+        config.model.kind == "energy",
+        f"{given}: a baseline refines nothing, leave the key out",
+    )
+    require(
+        refinement.num_steps > 1,
+        f"{given} with refinement.num_steps 1: no step reads what another wrote; "
+        "use more steps or leave the key out",
+    )
+    require(
+        not refinement.replay,
+        f"{given} with refinement.replay: the buffer stores states alone; use replay false",
+    )
+    require(
+        not refinement.compile,
+        f"{given} with refinement.compile: a compiled step has no workspace; use compile false",
+    )
+
+
 def _check_state(config: Config, require: Require) -> None:
     state = config.state
+    _check_workspace(config, require)
     if state.kind == "embedding":
         require(
             config.refinement.update == "probabilities",

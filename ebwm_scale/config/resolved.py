@@ -82,6 +82,12 @@ def learning_rate_multiplier(refinement: RefinementConfig) -> float:
     return _known(refinement.learning_rate_multiplier, key, BY_LOADING)
 
 
+def workspace_learning_rate_multiplier(refinement: RefinementConfig) -> float:
+    """beta's learning rate over the model's."""
+    key = "refinement.workspace_learning_rate_multiplier"
+    return _known(refinement.workspace_learning_rate_multiplier, key, BY_LOADING)
+
+
 def peak_learning_rate(optimizer: OptimizerConfig) -> float:
     return _known(optimizer.learning_rate, "optimizer.learning_rate", BY_LOADING)
 

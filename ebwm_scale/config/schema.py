@@ -96,6 +96,9 @@ class StateConfig(Section):
     """vocabulary: constant factor on the map, so that the network sees the state."""
     initial: Literal["random_noise", "zeros", "most_recent"] = "random_noise"
     """most_recent: video starts from the last frame."""
+    workspace: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """Numbers of each position that are refined beside its state and not scored; default: none."""
+    workspace_initial: Literal["random_noise", "zeros"] = "zeros"
 
 
 class RefinementScheduleConfig(Section):
@@ -117,9 +120,13 @@ class RefinementConfig(Section):
     step_size: Positive = 500.0
     """alpha."""
     learnable: bool = True
-    """Learn alpha."""
+    """Learn alpha, and beta of a workspace."""
     learning_rate_multiplier: Positive | None = None
     """alpha's learning rate over the model's; default: 3 * step_size."""
+    workspace_step_size: Positive = 1.0
+    """beta, of state.workspace."""
+    workspace_learning_rate_multiplier: Positive | None = None
+    """beta's learning rate over the model's; default: 3 * workspace_step_size."""
     step_size_random_factor: Annotated[float, Field(ge=1)] = 1.0
     """r > 1: alpha of each position is uniform in [alpha / r, alpha * r] in training."""
     landscapes: Literal["one", "per_step"] = "per_step"

@@ -45,6 +45,9 @@ def resolve(config: Config) -> Config:
     refinement = refinement.replace(
         min_num_steps=_or(refinement.min_num_steps, refinement.num_steps),
         learning_rate_multiplier=_or(refinement.learning_rate_multiplier, 3 * refinement.step_size),
+        workspace_learning_rate_multiplier=_or(
+            refinement.workspace_learning_rate_multiplier, 3 * refinement.workspace_step_size
+        ),
     )
     rate = PEAK_LEARNING_RATES[model.size]
     if config.state.kind == "embedding":

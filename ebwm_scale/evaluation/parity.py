@@ -56,6 +56,9 @@ class RecordedNoise:
     def starts_at_zero(self) -> bool:
         return False
 
+    def initial_workspace(self) -> Tensor:
+        raise ValueError("the released code has no workspace")
+
     def step_size_factor(self) -> Tensor | float:
         return self.factor
 

@@ -27,17 +27,22 @@ from ebwm_scale.world_model import WorldModel
 class EnergyFunction(Protocol):
     """Energies of embedded candidates (B, K, D): K for each of B contexts."""
 
-    def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
-        """Energies (B, K)."""
+    def __call__(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
+        """Energies (B, K). workspace (B, K, D): mapped, beside each candidate."""
         ...
 
-    def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
-        """Energies (B, K), and dE/d embedded (B, K, D)."""
+    def with_gradient(
+        self, embedded: Tensor, landscape: int, workspace: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Energies (B, K), dE/d embedded (B, K, D), and dE/d workspace where there is one."""
         ...
 
-    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+    def begin_step(
+        self, step: int, landscape: int, embedded: Tensor, workspace: Tensor | None = None
+    ) -> bool:
         """Tell that a step begins, before its energies: its number, and the candidates (B, K, D)
-        that enter it. Returns whether it has another context than the step before it.
+        that enter it, with their mapped workspaces. Returns whether it has another context than
+        the step before it.
         """
         ...
 
@@ -52,15 +57,28 @@ class CachedEnergy:
     def __init__(self, cache: KVCache):
         self.cache = cache
 
-    def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
+    def __call__(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
+        self._refuse(workspace)
         energy = self.cache.get(landscape).energy(embedded, landscape)
         return of_groups(energy, self.cache.network.group_size)
 
-    def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
+    def with_gradient(
+        self, embedded: Tensor, landscape: int, workspace: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self._refuse(workspace)
         energy, gradient = self.cache.get(landscape).energy_and_gradient(embedded, landscape)
-        return of_groups(energy, self.cache.network.group_size), gradient
+        return of_groups(energy, self.cache.network.group_size), gradient, None
 
-    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+    def _refuse(self, workspace: Tensor | None) -> None:
+        if workspace is not None:
+            raise ValueError(
+                "a cache has no closed form with a workspace, and this model was trained with "
+                "state.workspace: think over the whole sequence (SequenceEnergy)"
+            )
+
+    def begin_step(
+        self, step: int, landscape: int, embedded: Tensor, workspace: Tensor | None = None
+    ) -> bool:
         network = self.cache.network
         if step > 0 and isinstance(network, EnergyTransformer) and network.feedback is not None:
             raise ValueError(
@@ -86,18 +104,24 @@ class SequenceEnergy:
         self.contexts: dict[int, Context] = {}
         self.again: Context | None = None  # of the observed stream encoded again
 
-    def __call__(self, embedded: Tensor, landscape: int) -> Tensor:
-        return of_groups(self._energy(embedded, landscape), self.model.network.group_size)
+    def __call__(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
+        energy = self._energy(embedded, landscape, workspace)
+        return of_groups(energy, self.model.network.group_size)
 
-    def with_gradient(self, embedded: Tensor, landscape: int) -> tuple[Tensor, Tensor]:
+    def with_gradient(
+        self, embedded: Tensor, landscape: int, workspace: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         with torch.enable_grad():
-            embedded = embedded.detach().requires_grad_()
-            energy = self._energy(embedded, landscape)
-            (gradient,) = torch.autograd.grad(energy.sum(), embedded)
-        return of_groups(energy.detach(), self.model.network.group_size), gradient
+            own = [u.detach().requires_grad_() for u in (embedded, workspace) if u is not None]
+            energy = self._energy(own[0], landscape, *own[1:])
+            gradients = torch.autograd.grad(energy.sum(), own)
+        energy = of_groups(energy.detach(), self.model.network.group_size)
+        return energy, gradients[0], gradients[1] if workspace is not None else None
 
     @torch.no_grad()
-    def begin_step(self, step: int, landscape: int, embedded: Tensor) -> bool:
+    def begin_step(
+        self, step: int, landscape: int, embedded: Tensor, workspace: Tensor | None = None
+    ) -> bool:
         config = self.model.config.refinement
         if step == 0:
             self.again = None
@@ -106,7 +130,7 @@ class SequenceEnergy:
         network = self.model.energy_network
         front = network.start(self.observed, landscape, self.first_visible)
         front = network.advance(front, landscape, network.first_reencoded)
-        stream = network.add_predictions(front, embedded)
+        stream = network.add_predictions(front, embedded, workspace)
         stream = network.advance(stream, landscape, len(network.layers))
         self.again = network.context_of(stream)
         return True
@@ -120,9 +144,10 @@ class SequenceEnergy:
             part.contexts[key] = context.select(rows)
         return part
 
-    def _energy(self, embedded: Tensor, landscape: int) -> Tensor:
+    def _energy(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
         """Of every row by itself."""
-        return self.model.energy_network.energy(embedded, self._context(landscape), landscape)
+        context = self._context(landscape)
+        return self.model.energy_network.energy(embedded, context, landscape, workspace)
 
     def _context(self, landscape: int) -> Context:
         if self.again is not None:

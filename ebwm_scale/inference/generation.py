@@ -12,7 +12,8 @@ document, which is all that the next position sees. A row that has filled the co
 its later half, prefilled again, so a position costs the same however long the text becomes.
 
 Under `refinement.reencode` the earlier positions' predictions shape a step's context. No cache
-holds them yet: every prediction thinks over all positions of its row again.
+holds them yet: every prediction thinks over all positions of its row again. A model with a
+workspace does so too, since the cache's closed forms know none.
 """
 
 from __future__ import annotations
@@ -86,11 +87,15 @@ class Session:
         self.with_energy = energies or config.num_starts > 1
         self.is_energy = model.config.model.kind == "energy"
         self.is_text = model.config.state.kind == "vocabulary"
-        self.thinks_over_all = self.is_energy and model.config.refinement.reencode != "none"
+        is_beyond_cache = (
+            model.config.refinement.reencode != "none" or model.config.state.workspace is not None
+        )
+        self.thinks_over_all = self.is_energy and is_beyond_cache
         if self.thinks_over_all and self.group_size > 1:
             raise UserError(
-                f"a model of groups of {self.group_size} with refinement.reencode is not continued "
-                "group by group: evaluate it over whole sequences (ebwm evaluate)"
+                f"a model of groups of {self.group_size} with refinement.reencode or "
+                "state.workspace is not continued group by group: evaluate it over whole sequences "
+                "(ebwm evaluate)"
             )
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids

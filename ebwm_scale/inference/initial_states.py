@@ -29,7 +29,7 @@ class InitialStateSampler:
         """(B, K, size) of the candidates."""
         raise NotImplementedError
 
-    def normal(self, purpose: int) -> Tensor:
+    def normal(self, purpose: int, size: int) -> Tensor:
         """N(0, 1), (B, K, size)."""
         raise NotImplementedError
 
@@ -42,15 +42,29 @@ class InitialStateSampler:
         return initial_state(
             self.model.config.state.initial,
             self.shape,
-            normal=lambda: self.normal(Purpose.INITIAL_STATE),
+            normal=lambda: self.normal(Purpose.INITIAL_STATE, self.model.state_size),
             last=last,
+            device=self._weight.device,
+            dtype=self._dtype,
+        )
+
+    def initial_workspace(self) -> Tensor | None:
+        """z_0 (B, K, width); None for a model without a workspace."""
+        width = self.model.config.state.workspace
+        if width is None:
+            return None
+        return initial_state(
+            self.model.config.state.workspace_initial,
+            (*self.shape[:2], width),
+            normal=lambda: self.normal(Purpose.WORKSPACE, width),
+            last=None,
             device=self._weight.device,
             dtype=self._dtype,
         )
 
     def langevin(self, step: int) -> Tensor:
         """N(0, 1) of a step, (B, K, size)."""
-        return self.normal(Purpose.LANGEVIN + step)
+        return self.normal(Purpose.LANGEVIN + step, self.model.state_size)
 
     @property
     def _weight(self) -> Tensor:
@@ -61,13 +75,19 @@ class InitialStateSampler:
         return torch.float64 if self._weight.dtype == torch.float64 else torch.float32
 
     def _rows(
-        self, sample_ids: Tensor, purpose: int, start: int, first_position: int, num_positions: int
+        self,
+        sample_ids: Tensor,
+        purpose: int,
+        start: int,
+        first_position: int,
+        num_positions: int,
+        size: int,
     ) -> Tensor:
         """N(0, 1) of one start's candidates, (len(sample_ids), num_positions, size)."""
         return NoiseSource(self.seed, EVALUATION_STEP + start).normal(
             sample_ids,
             num_positions,
-            self.model.state_size,
+            size,
             purpose=purpose,
             device=self._weight.device,
             first_position=first_position,
@@ -100,12 +120,12 @@ class NextPositionSampler(InitialStateSampler):
         num_rows = self.num_starts * self.group_size
         return len(self.positions), num_rows, self.model.state_size
 
-    def normal(self, purpose: int) -> Tensor:
+    def normal(self, purpose: int, size: int) -> Tensor:
         contexts = []
         for b, position in enumerate(self.positions):
             sample_id = self.sample_ids[b : b + 1]
             starts = [
-                self._rows(sample_id, purpose, start, position, self.group_size)
+                self._rows(sample_id, purpose, start, position, self.group_size, size)
                 for start in range(self.num_starts)
             ]
             contexts.append(torch.cat(starts, 1))
@@ -131,5 +151,5 @@ class SequenceSampler(InitialStateSampler):
     def shape(self) -> tuple[int, int, int]:
         return len(self.sample_ids), self.num_positions, self.model.state_size
 
-    def normal(self, purpose: int) -> Tensor:
-        return self._rows(self.sample_ids, purpose, self.start, 0, self.num_positions)
+    def normal(self, purpose: int, size: int) -> Tensor:
+        return self._rows(self.sample_ids, purpose, self.start, 0, self.num_positions, size)

@@ -2,7 +2,7 @@
 
     for each step:
         E, g  = energy(x), dE/de                       of every row that still moves
-        x'    = update(x, g, alpha)
+        x'    = update(x, g, alpha)                    and z' of a workspace beside it, by dE/dz
         accept only if lower:  x <- x' where E(x') < E(x); elsewhere x stays, its alpha is halved
         stop early:            a row whose energy fell by less than `tolerance` moves no more
     of several starts per row the one with the lowest final energy is the prediction
@@ -23,6 +23,7 @@ from torch import Tensor
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.inference.energy_functions import EnergyFunction
 from ebwm_scale.inference.initial_states import InitialStateSampler
+from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
 from ebwm_scale.refinement.step_plan import INFERENCE_STEP
 
@@ -113,20 +114,25 @@ def _think_plainly(
     alpha = _step_size(model, config, x.device)
     state_space = model.state_space()
     scale = torch.ones(*x.shape[:2], 1, device=x.device, dtype=x.dtype)
+    workspace = model.workspace()
+    z = noise.initial_workspace()
     trace = []
     for i, landscape in enumerate(landscapes):
         if config.noise:
             x = x + config.noise * noise.langevin(i)
         embedded = state_space.embed(x)
-        energy_function.begin_step(i, landscape, embedded.vectors)
-        energy, gradient = energy_function.with_gradient(embedded.vectors, landscape)
+        w = _mapped(workspace, z)
+        energy_function.begin_step(i, landscape, embedded.vectors, w)
+        energy, gradient, of_w = energy_function.with_gradient(embedded.vectors, landscape, w)
         trace.append(energy)
         step_size = (alpha * scale).to(gradient.dtype)
         x, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
+        z = _moved(workspace, z, of_w, 1.0)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
     final = None
     if with_energy:
-        final = _energy_of(state_space, energy_function, x, landscapes[-1])
+        w = _mapped(workspace, z)
+        final = _energy_of(state_space, energy_function, x, landscapes[-1], w)
         trace.append(final)
     return Thought(x, final, steps, torch.stack(trace), steps.clone())
 
@@ -154,19 +160,24 @@ def _think_comparing(
     encodes_again = model.config.refinement.reencode != "none"
     trace = []
     measured_in = landscapes[0]
-    energy = _energy_of(state_space, function, x, measured_in)
+    workspace = model.workspace()
+    z = noise.initial_workspace()
+    z_result = z  # of all rows, as result is
+    energy = _energy_of(state_space, function, x, measured_in, _mapped(workspace, z))
     for i, landscape in enumerate(landscapes):
         before = x.clone()
         if config.noise:
             x = x + config.noise * noise.langevin(i)[remaining]
         embedded = state_space.embed(x)
-        has_another_context = function.begin_step(i, landscape, embedded.vectors)
+        w = _mapped(workspace, z)
+        has_another_context = function.begin_step(i, landscape, embedded.vectors, w)
         if measured_in != landscape or has_another_context:
-            energy = _energy_of(state_space, function, before, landscape)
+            energy = _energy_of(state_space, function, before, landscape, w)
             measured_in = landscape
-        _, gradient = function.with_gradient(embedded.vectors, landscape)
+        _, gradient, of_w = function.with_gradient(embedded.vectors, landscape, w)
         step_size = (alpha * scale).to(gradient.dtype)
         proposal, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
+        z_proposal = _moved(workspace, z, of_w, scale)
         if trace:
             energies = trace[-1].clone()
         else:
@@ -174,7 +185,8 @@ def _think_comparing(
         energies[remaining] = energy
         trace.append(energies)
 
-        after = _energy_of(state_space, function, proposal, landscape)
+        w = _mapped(workspace, z_proposal)
+        after = _energy_of(state_space, function, proposal, landscape, w)
         taken = active.clone()
         if config.accept_only_if_lower:
             taken &= after < energy
@@ -188,6 +200,9 @@ def _think_comparing(
         if config.tolerance is not None:
             active &= fallen > config.tolerance
         result[remaining] = x
+        if z is not None and z_proposal is not None and z_result is not None:
+            z = torch.where(taken[..., None], z_proposal, z)
+            z_result[remaining] = z
 
         context_moves = active.any(1)
         if not context_moves.any():
@@ -199,10 +214,12 @@ def _think_comparing(
             function = function.select(kept)
             remaining = remaining[kept]
             x = x[kept]
+            z = None if z is None else z[kept]
             scale = scale[kept]
             active = active[kept]
             energy = energy[kept]
-    final = _energy_of(state_space, energy_function, result, landscapes[-1])
+    w = _mapped(workspace, z_result)
+    final = _energy_of(state_space, energy_function, result, landscapes[-1], w)
     while len(trace) < len(landscapes) + 1:
         trace.append(final)
     return Thought(result, final, steps, torch.stack(trace), accepted)
@@ -259,6 +276,27 @@ def _step_size(model, config: ThinkingConfig, device: torch.device) -> Tensor:
     return model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
 
 
-def _energy_of(state_space, energy_function: EnergyFunction, x: Tensor, landscape: int) -> Tensor:
-    """Energies (B, K) of states x (B, K, size), which stay as they are."""
-    return energy_function(state_space.embed(x.clone()).vectors, landscape)
+def _energy_of(
+    state_space, energy_function: EnergyFunction, x: Tensor, landscape: int, w: Tensor | None
+) -> Tensor:
+    """Energies (B, K) of states x (B, K, size), which stay as they are; w: mapped workspaces."""
+    return energy_function(state_space.embed(x.clone()).vectors, landscape, w)
+
+
+def _mapped(workspace: WorkspaceState | None, z: Tensor | None) -> Tensor | None:
+    """w (B, K, D) of z (B, K, width), or None without a workspace."""
+    if workspace is None or z is None:
+        return None
+    return workspace.embed(z)
+
+
+def _moved(
+    workspace: WorkspaceState | None,
+    z: Tensor | None,
+    energy_grad: Tensor | None,
+    scale: Tensor | float,
+) -> Tensor | None:
+    """The next z (B, K, width), or None without a workspace; scale: a factor on beta."""
+    if workspace is None or z is None or energy_grad is None:
+        return None
+    return workspace.update(z, energy_grad, scale)

@@ -6,7 +6,7 @@
 
     linear      w n                  the released head
     quadratic   - n A n / 2          A a full matrix; only its symmetric part counts
-    bilinear    - s e M n
+    bilinear    - s e M n, and - r w M2 n with a workspace w (workspace.py)
     context     - s e C h
 
 The linear term's adjoint is one constant vector, so little content reaches the gradient. The
@@ -15,7 +15,8 @@ others' hold the network's own output: dE/de = -s (M n + C h) + what comes throu
 s = 1 / (refinement.step_size * state.map_scale), both as configured, makes a step of a fresh model
 what a fresh Transformer++ does. The state moves by -alpha W dE/de, W with its factor, so by
 W0 (M n + C h), W0 the unscaled map; and M, C with entries of variance 1 / D keep the length
-of n and h. A starts at entries of deviation sqrt(2) / D: A n is then as long as w.
+of n and h. r = 1 / refinement.workspace_step_size likewise, with a matrix of its own: e and w want
+different things of n. A starts at entries of deviation sqrt(2) / D: A n is then as long as w.
 """
 
 from __future__ import annotations
@@ -31,17 +32,29 @@ from ebwm_scale.model.blocks import RMSNorm
 class ContentTerms(nn.Module):
     """The terms beside the linear one; a term that is not asked for has no parameters.
 
-    scale: s above, a constant.
+    scale, workspace_scale: s and r above, constants; r is None without a workspace.
     """
 
     quadratic: nn.Linear | None  # A
     bilinear: nn.Linear | None  # M
     context: nn.Linear | None  # C
     context_norm: RMSNorm | None
+    workspace: nn.Linear | None  # M2
 
-    def __init__(self, width: int, terms: Sequence[str], epsilon: float, scale: float):
+    def __init__(
+        self,
+        width: int,
+        terms: Sequence[str],
+        epsilon: float,
+        scale: float,
+        workspace_scale: float | None = None,
+    ):
         super().__init__()
         self.scale = scale
+        self.workspace_scale = 0.0 if workspace_scale is None else workspace_scale
+        self.workspace = None
+        if workspace_scale is not None and "bilinear" in terms:
+            self.workspace = nn.Linear(width, width, bias=False)
         self.quadratic = None
         self.bilinear = None
         self.context = None
@@ -56,7 +69,7 @@ class ContentTerms(nn.Module):
 
     def initialize(self, *, zero: bool) -> None:
         """See above; zero: all terms start at 0, as adaln_zero's energy does."""
-        for linear in (self.quadratic, self.bilinear, self.context):
+        for linear in (self.quadratic, self.bilinear, self.context, self.workspace):
             if linear is None:
                 continue
             width = linear.in_features
@@ -71,10 +84,16 @@ class ContentTerms(nn.Module):
         assert self.context is not None and self.context_norm is not None
         return self.context(self.context_norm(observed))
 
-    def energy(self, normed: Tensor, embedded: Tensor, readout: Tensor | None) -> Tensor | None:
+    def energy(
+        self,
+        normed: Tensor,
+        embedded: Tensor,
+        readout: Tensor | None,
+        workspace: Tensor | None = None,
+    ) -> Tensor | None:
         """The terms' sum (B, S), or None where there is none; differentiable.
 
-        normed n, embedded e, readout C h: (B, S, D).
+        normed n, embedded e, readout C h, workspace w: (B, S, D). No w counts as 0.
         """
         energy = None
         if self.quadratic is not None:
@@ -83,6 +102,9 @@ class ContentTerms(nn.Module):
         if pull is not None:
             of_content = -self.scale * (embedded * pull).sum(-1)
             energy = of_content if energy is None else energy + of_content
+        if self.workspace is not None and workspace is not None:
+            assert energy is not None, "it comes with the bilinear term"
+            energy = energy - self.workspace_scale * (workspace * self.workspace(normed)).sum(-1)
         return energy
 
     def pull(self, normed: Tensor, readout: Tensor | None) -> Tensor | None:

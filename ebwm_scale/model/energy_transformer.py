@@ -133,6 +133,7 @@ class EnergyTransformer(nn.Module):
     content_scale: a constant on the head's terms in the candidate (energy_head.py).
     group_size, grid: how the positions are grouped, see RotaryTable.
     reencoded_blocks: how many blocks, the last ones, the observed stream passes again.
+    workspace: its width, or None; workspace_scale: a constant on the head's term in it.
     Raises ValueError for groups under time_embed, whose token would stand in front of the first.
     """
 
@@ -142,6 +143,8 @@ class EnergyTransformer(nn.Module):
     modulations: ModuleList[nn.Linear] | None
     final_modulation: nn.Linear | None
     feedback: nn.Linear | None  # U: predictions into the observed stream
+    workspace_map: nn.Linear | None  # Z: the workspace into the predicted stream
+    workspace_feedback: nn.Linear | None  # Uz: the mapped workspace into the observed stream
 
     def __init__(
         self,
@@ -151,6 +154,8 @@ class EnergyTransformer(nn.Module):
         group_size: int = 1,
         grid: tuple[int, int] | None = None,
         reencoded_blocks: int = 0,
+        workspace: int | None = None,
+        workspace_scale: float = 1.0,
     ):
         super().__init__()
         if group_size > 1 and config.conditioning == "time_embed":
@@ -175,7 +180,11 @@ class EnergyTransformer(nn.Module):
             self.head = nn.Linear(width, 1, bias=False)
         if config.energy_head != ("linear",):
             self.content = ContentTerms(
-                width, config.energy_head, config.norm_epsilon, content_scale
+                width,
+                config.energy_head,
+                config.norm_epsilon,
+                content_scale,
+                None if workspace is None else workspace_scale,
             )
         self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta, group_size, grid)
         self.landscape_embedding = None
@@ -194,8 +203,16 @@ class EnergyTransformer(nn.Module):
         if reencoded_blocks:
             self.feedback = nn.Linear(width, width, bias=False)
         initialize_released(self)
-        if self.feedback is not None:
-            nn.init.zeros_(self.feedback.weight)  # so that a fresh model's contexts are all alike
+        self.workspace_map = None
+        self.workspace_feedback = None
+        if workspace is not None:
+            self.workspace_map = nn.Linear(workspace, width, bias=False)
+            nn.init.normal_(self.workspace_map.weight, std=workspace**-0.5)
+            if reencoded_blocks:
+                self.workspace_feedback = nn.Linear(width, width, bias=False)
+        for linear in (self.feedback, self.workspace_feedback):
+            if linear is not None:
+                nn.init.zeros_(linear.weight)  # so that a fresh model's contexts are all alike
         if self.content is not None:
             self.content.initialize(zero=self.conditioning == "adaln_zero")
         if self.conditioning in ("adaln_zero", "predicted_only"):
@@ -275,10 +292,15 @@ class EnergyTransformer(nn.Module):
         """
         return block + 1 < len(self.layers) or self.reads_output
 
-    def add_predictions(self, stream: ObservedStream, embedded: Tensor) -> ObservedStream:
-        """o_t + U e_t, of position t's own embedded candidate; embedded (B, S, D)."""
+    def add_predictions(
+        self, stream: ObservedStream, embedded: Tensor, workspace: Tensor | None = None
+    ) -> ObservedStream:
+        """o_t + U e_t + Uz w_t, of position t's own candidate and workspace, (B, S, D) each."""
         assert self.feedback is not None, "refinement.reencode gives the map"
         change = self.feedback(embedded)
+        if workspace is not None:
+            assert self.workspace_feedback is not None, "a workspace comes with its map"
+            change = change + self.workspace_feedback(workspace)
         if stream.offset:
             change = F.pad(change, (0, 0, stream.offset, 0))
         return replace(stream, rows=stream.rows + change)
@@ -296,22 +318,28 @@ class EnergyTransformer(nn.Module):
         keys_values = list(stream.keys_values)
         return Context(keys_values, stream.offset, anchor, readout, stream.first_visible)
 
-    def energy(self, embedded: Tensor, context: Context, landscape: int = 0) -> Tensor:
-        """Energies (B, S) of embedded candidates (B, S, D).
+    def energy(
+        self,
+        embedded: Tensor,
+        context: Context,
+        landscape: int = 0,
+        workspace: Tensor | None = None,
+    ) -> Tensor:
+        """Energies (B, S) of embedded candidates (B, S, D), with their mapped workspaces or none.
 
         Row t is a candidate for position t + 1, given observed positions 0 .. t; with groups for
         position t + P, given the groups up to that of t, and beside the candidates of its group.
         """
         modulations, final = self.modulations_of(landscape, predicted=True)
         rotary = self.predicted_rotary(embedded, context)
-        predicted = embedded if context.anchor is None else embedded + context.anchor
+        predicted = entering(embedded, workspace, context)
         for layer, keys_values, modulation in zip(
             self.predicted_blocks, context.keys_values, modulations
         ):
             predicted = layer.forward_predicted(
                 predicted, keys_values, rotary, context.offset, modulation, context.first_visible
             )
-        return self.energy_head(predicted, final, embedded, context.readout)
+        return self.energy_head(predicted, final, embedded, context.readout, workspace)
 
     def predicted_rotary(self, predicted: Tensor, context: Context) -> Rotary:
         """p_t stands where the real o_(t+1) would, with groups o_(t+P)."""
@@ -324,20 +352,28 @@ class EnergyTransformer(nn.Module):
         final: tuple[Tensor, Tensor] | None,
         embedded: Tensor,
         readout: Tensor | None,
+        workspace: Tensor | None = None,
     ) -> Tensor:
         """Energies (B, S) of the predicted stream (B, S, D) behind the last block.
 
         final: (shift, scale) of its norm, where there are any. embedded (B, S, D): the candidates
-        that entered. readout: that of the context.
+        that entered, workspace: what entered beside them. readout: that of the context.
         """
-        return self.energy_of_normed(self.normed_output(predicted, final), embedded, readout)
+        normed = self.normed_output(predicted, final)
+        return self.energy_of_normed(normed, embedded, readout, workspace)
 
-    def energy_of_normed(self, normed: Tensor, embedded: Tensor, readout: Tensor | None) -> Tensor:
+    def energy_of_normed(
+        self,
+        normed: Tensor,
+        embedded: Tensor,
+        readout: Tensor | None,
+        workspace: Tensor | None = None,
+    ) -> Tensor:
         """`energy_head` from its normed input (B, S, D) on."""
         if self.content is None:
             assert self.head is not None, "a head has a term"
             return self.head(normed).squeeze(-1)
-        energy = self.content.energy(normed, embedded, readout)
+        energy = self.content.energy(normed, embedded, readout, workspace)
         assert energy is not None, "a head has a term"
         if self.head is not None:
             energy = energy + self.head(normed).squeeze(-1)
@@ -371,6 +407,16 @@ class EnergyTransformer(nn.Module):
             modulations = [_count_gates_from_one(modulation) for modulation in modulations]
         shift, scale = self.final_modulation(signal).chunk(2)
         return modulations, (shift, scale)
+
+
+def entering(embedded: Tensor, workspace: Tensor | None, context: Context) -> Tensor:
+    """What enters the predicted stream: e + w + anchor, (B, S, D), as far as they are there."""
+    predicted = embedded
+    if workspace is not None:
+        predicted = predicted + workspace
+    if context.anchor is not None:
+        predicted = predicted + context.anchor
+    return predicted
 
 
 def one_context_serves_all(conditioning: str, num_landscapes: int) -> bool:

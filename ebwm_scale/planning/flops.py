@@ -83,6 +83,8 @@ class StepSizes:
     reads_output: bool  # the head reads the observed stream's last output
     content_weights: int  # of the head's terms in n, D x D each
     linear: bool  # whether the head has a linear term
+    workspace: int  # numbers of a workspace, or 0
+    workspace_term: bool  # whether the head has a term in it
 
     @classmethod
     def of(cls, config: Config, num_steps: int | None = None) -> StepSizes:
@@ -125,6 +127,8 @@ class StepSizes:
             content_weights=width**2
             * sum(term in ("quadratic", "bilinear") for term in model.energy_head),
             linear="linear" in model.energy_head,
+            workspace=config.state.workspace or 0,
+            workspace_term=config.state.workspace is not None and "bilinear" in model.energy_head,
         )
 
     def causal_pairs(self) -> int:
@@ -212,6 +216,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy
         # itself is not in the loss.
         "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head),
+        "workspace": _workspace_flops(config, z, rows),
         "recomputation": G * _recomputation(config, z, samples)
         + (config.refinement.recompute == "block") * observed["recomputation"],
         "attention_observed": observed["attention"],
@@ -251,6 +256,8 @@ def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
         in_front = z.first_reencoded
         parts.append((z.fronts, in_front * z.block_weights, 0, in_front, in_front))
     feedback = z.again.forward + z.again.backward + z.graph_predictions
+    if z.workspace:  # a workspace has a matrix of its own; what starts it has no gradient
+        feedback *= 2
     flops = {"products": 2.0 * rows * z.width**2 * feedback, "attention": 0.0, "recomputation": 0.0}
     for passes, weights, beside, blocks, attentions in parts:
         forward = observed_rows * weights + beside
@@ -261,6 +268,25 @@ def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
         flops["attention"] += square * attentions * attention
         once_more = 2.0 * observed_rows * weights + square * attentions * SDPA_FORWARD
         flops["recomputation"] += passes.backward * once_more
+    return flops
+
+
+def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
+    """Of its map, its steps and the head's term in it; the last step's z is never computed."""
+    if not z.workspace:
+        return 0.0
+    N, G = z.steps, z.graph_steps
+    moves_with_graph = N - 1 if config.refinement.graph == "full" else 0
+    # Into each step, and Z's gradient; under full that of z too, but for the first one.
+    products = N + G + moves_with_graph
+    # Each step of z, and under full both gradients of its product.
+    products += N - 1 + 2 * moves_with_graph
+    flops = 2.0 * rows * z.width * z.workspace * products
+    if z.workspace_term:
+        # M2 n and its way back; two products of the latter's gradient, and under full two of
+        # dE/dw's, which later steps read.
+        term = 2 * N + 2 * G + 2 * moves_with_graph
+        flops += 2.0 * rows * z.width**2 * term
     return flops
 
 
@@ -318,15 +344,16 @@ def _recomputation(config: Config, z: StepSizes, samples: int) -> float:
     blocks = z.predicted_layers * z.block_weights
     modulation = z.modulation_weights + z.final_modulation
     head = z.width if z.linear else 0
+    content = z.content_weights + z.width**2 * z.workspace_term
     if config.refinement.recompute == "step":
         return (
-            (2 * 2 + 2) * rows * (blocks + z.content_weights)
+            (2 * 2 + 2) * rows * (blocks + content)
             + 2 * 2 * (rows * head + modulation)
             + z.attention(samples, forward=2, inner=1)
         )
     if config.refinement.recompute == "block":
         spared = 2 * z.predicted_layers * z.width * z.feed_forward
-        head += z.content_weights
+        head += content
         attention = z.attention(samples, forward=3, inner=1, first_order=1)
         return 2.0 * rows * (6 * blocks - spared + 2 * head) + attention
     return 0.0

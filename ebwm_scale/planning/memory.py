@@ -35,6 +35,8 @@ CONTEXT_TERM_D = 4  # the last output, normed, the readout and its cotangent
 CONTENT_D = 4
 # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 OUTSIDE_D = 6
+# of a workspace, per step: w, dE/dw and its gradient; z and its change
+WORKSPACE_D, WORKSPACE_Z = 3, 2
 # score blocks alive at once in the double backward: P, tangent, centred, dP, Z, dS
 ATTENTION_BLOCKS = 6
 # (rows, V) tensors of a tile in kernels/ebwm_kernels/vocabulary/api.py
@@ -135,6 +137,9 @@ def memory_estimate(
             + element * micro_batch * z.positions * D
         )
         kept, recomputed = _predicted_kept(config, z, live_steps)
+        if z.workspace:  # w, dE/dw and its gradient; z and its change, in float32
+            kept += live_steps * WORKSPACE_D * D
+            parts["refined_workspace"] = 4.0 * rows * z.workspace * WORKSPACE_Z * live_steps
         parts["activations_predicted"] = element * rows * kept
         scores = (
             samples

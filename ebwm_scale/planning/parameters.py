@@ -17,8 +17,11 @@ PARAMETER_PARTS = {
     "network.head": "norm_and_head",
     "network.content": "norm_and_head",
     "network.feedback": "feedback",
+    "network.workspace_feedback": "feedback",
+    "network.workspace_map": "workspace",
     "output": "output",
     "step_size": "step_size",
+    "workspace_step_size": "step_size",
 }
 
 

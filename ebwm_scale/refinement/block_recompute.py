@@ -1,11 +1,12 @@
 """A refinement step one block at a time: exact to second order, with one block's graph at hand.
 
 A block maps p_(l+1) = f_l(p_l). The energy is the head of p_L, and with J_l = df_l/dp_l the inner
-gradient g = c_0 + d follows, with d = dE/de where the head reads the candidates e itself, from
+gradient g = c_0 + d follows, with d = dE/de where the head reads the candidates e itself:
 
     forward:    p_0 = e (+ anchor);  p_(l+1) = f_l(p_l)
     inner:      c_L = dE/dp_L;       c_l = J_l' c_(l+1)
                                         kept: p_l and c_l, two tensors of the stream's size a block
+A workspace w beside e has the same c_0 and a d of its own; gamma_0 below is then the sum of both.
 Given the loss's gradient gamma_0 on g, its gradients are those of s = <gamma_0, c_0 + d>, taken
 along both chains:
 
@@ -35,7 +36,12 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_scale.model.blocks import Block, Modulation
-from ebwm_scale.model.energy_transformer import Context, EnergyTransformer, ObservedStream
+from ebwm_scale.model.energy_transformer import (
+    Context,
+    EnergyTransformer,
+    ObservedStream,
+    entering,
+)
 from ebwm_scale.model.rotary import Rotary
 from ebwm_scale.refinement.deferred_backward import leaf_of
 
@@ -82,31 +88,32 @@ def _parameter_of(tensor: Tensor) -> Tensor:
     return info.parameter
 
 
-def energy_and_gradient(
+def energy_and_gradients(
     network: EnergyTransformer,
-    candidates: Tensor,
+    entered: Sequence[Tensor],
     context: Context,
     landscape: int,
     *,
     needs_graph: bool,
-) -> tuple[Tensor, Tensor]:
-    """E (B, s) and g = d(sum E)/d candidates (B, s, D).
+) -> tuple[Tensor, ...]:
+    """E (B, s) and d(sum E)/du (B, s, D) of each u that entered: candidates, and a workspace.
 
-    Both are differentiable once more under needs_graph.
+    All are differentiable once more under needs_graph.
     """
     modulations, final = network.modulations_of(landscape, predicted=True)
-    rotary = network.predicted_rotary(candidates, context)
+    rotary = network.predicted_rotary(entered[0], context)
     layers = []
     for layer, pair, modulation in zip(network.predicted_blocks, context.keys_values, modulations):
         inputs = (*pair, *(modulation or ()))
         layers.append(_Layer(layer, inputs, rotary, context.offset, context.first_visible))
     step = _BlockwiseStep(network, layers, final, context.readout)
-    entering = candidates if context.anchor is None else candidates + context.anchor
+    workspace = entered[1] if len(entered) > 1 else None
+    start = entering(entered[0], workspace, context)
     if not needs_graph:
         with torch.no_grad():
-            energy, gradient, _, _ = step.forward(candidates.detach(), entering.detach())
-        return energy, gradient
-    return _EnergyGradient.apply(step, candidates, entering, *step.inputs())
+            energy, gradients, _, _ = step.forward([u.detach() for u in entered], start.detach())
+        return energy, *gradients
+    return _EnergyGradient.apply(step, len(entered), *entered, start, *step.inputs())
 
 
 def advance(
@@ -206,19 +213,19 @@ class _BlockwiseStep:
         return inputs + self.head_inputs
 
     def forward(
-        self, candidates: Tensor, entering: Tensor
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """(E, g, p_0 .. p_L, c_0 .. c_L) without graph; entering: p_0."""
-        streams = [entering]
+        self, entered: Sequence[Tensor], start: Tensor
+    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """(E, g of each that entered, p_0 .. p_L, c_0 .. c_L) without graph; start: p_0."""
+        streams = [start]
         for layer in self.layers:
             with gathered(layer.block.parameters()):
                 streams.append(layer.forward_predicted(streams[-1], layer.inputs))
         with torch.enable_grad():
             top = _leaf(streams[-1])
-            e = _leaf(candidates)
-            energy = self._energy(top, e, [u.detach() for u in self.head_inputs])
-            c_top, direct = torch.autograd.grad(
-                energy.sum(), (top, e), allow_unused=True, materialize_grads=True
+            own = [_leaf(u) for u in entered]
+            energy = self._energy(top, own, [u.detach() for u in self.head_inputs])
+            c_top, *direct = torch.autograd.grad(
+                energy.sum(), (top, *own), allow_unused=True, materialize_grads=True
             )
             gradients = [c_top]
         for layer, stream in zip(reversed(self.layers), reversed(streams[:-1])):
@@ -228,24 +235,24 @@ class _BlockwiseStep:
                 out = layer.forward_predicted(p, inputs)
                 gradients.append(torch.autograd.grad(out, p, gradients[-1])[0])
         gradients.reverse()
-        return energy.detach(), gradients[0] + direct, streams, gradients
+        return energy.detach(), [gradients[0] + d for d in direct], streams, gradients
 
     def backward(
         self,
-        candidates: Tensor,
+        entered: Sequence[Tensor],
         streams: list[Tensor],
         gradients: list[Tensor],
         energy_cotangent: Tensor | None,
-        gradient_cotangent: Tensor,
+        gradient_cotangents: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """Gradients of candidates and p_0, each on its own, and of inputs().
+        """Gradients of what entered and of p_0, each on its own, and of inputs().
 
         Those of parameters are added to them.
         """
         inputs = [[_leaf(u, u.requires_grad) for u in layer.inputs] for layer in self.layers]
         of_head = [_leaf(u, u.requires_grad) for u in self.head_inputs]
 
-        gamma = gradient_cotangent
+        gamma = _sum_of_given(gradient_cotangents, gradients[0])
         second_order = []  # a_l
         for layer, own, stream, gradient in zip(self.layers, inputs, streams, gradients[1:]):
             with gathered(layer.block.parameters()):
@@ -258,13 +265,13 @@ class _BlockwiseStep:
             second_order.append(p.grad)
 
         top = _leaf(streams[-1])
-        e = _leaf(candidates)
-        energy = self._energy(top, e, of_head)
-        c_top, direct = torch.autograd.grad(
-            energy.sum(), (top, e), create_graph=True, allow_unused=True
+        own_entered = [_leaf(u) for u in entered]
+        energy = self._energy(top, own_entered, of_head)
+        c_top, *direct = torch.autograd.grad(
+            energy.sum(), (top, *own_entered), create_graph=True, allow_unused=True
         )
-        outputs = (c_top, direct, energy)
-        _backward_where_given(outputs, (gamma, gradient_cotangent, energy_cotangent))
+        outputs = (c_top, *direct, energy)
+        _backward_where_given(outputs, (gamma, *gradient_cotangents, energy_cotangent))
 
         delta = top.grad
         for index in reversed(range(len(self.layers))):
@@ -273,46 +280,51 @@ class _BlockwiseStep:
                 p = _leaf(streams[index])
                 layer.forward_predicted(p, tuple(inputs[index])).backward(delta)
             delta = p.grad + second_order[index]
-        result = [e.grad, delta]
+        result = [u.grad for u in own_entered] + [delta]
         for own in inputs:
             result += [u.grad for u in own]
         return result + [u.grad for u in of_head]
 
-    def _energy(self, top: Tensor, candidates: Tensor, of_head: Sequence[Tensor]) -> Tensor:
+    def _energy(self, top: Tensor, entered: Sequence[Tensor], of_head: Sequence[Tensor]) -> Tensor:
         """The head's energies; of_head: as in head_inputs."""
         rest = list(of_head)
         final = None
         if self.modulated:
             final = (rest.pop(0), rest.pop(0))
         readout = rest.pop() if rest else None
-        return self.network.energy_head(top, final, candidates, readout)
+        return self.network.energy_head(top, final, entered[0], readout, *entered[1:])
 
 
 class _EnergyGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, step, candidates, entering, *inputs):
+    def forward(ctx, step, num_entered, *tensors):
         ctx.set_materialize_grads(False)
-        energy, gradient, streams, gradients = step.forward(candidates, entering)
+        entered = tensors[:num_entered]
+        energy, of_entered, streams, gradients = step.forward(entered, tensors[num_entered])
         ctx.step = step
+        ctx.num_entered = num_entered
         ctx.num_streams = len(streams)
-        ctx.save_for_backward(candidates, *streams, *gradients)
-        return energy, gradient
+        ctx.save_for_backward(*entered, *streams, *gradients)
+        return energy, *of_entered
 
     @staticmethod
-    def backward(ctx, energy_cotangent, gradient_cotangent):
+    def backward(ctx, energy_cotangent, *gradient_cotangents):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "refinement.recompute block: the step's third derivative is not defined; "
                 "call backward without create_graph=True"
             )
-        candidates, *kept = ctx.saved_tensors
+        entered = ctx.saved_tensors[: ctx.num_entered]
+        kept = list(ctx.saved_tensors[ctx.num_entered :])
         streams = kept[: ctx.num_streams]
         gradients = kept[ctx.num_streams :]
-        if gradient_cotangent is None:
-            gradient_cotangent = torch.zeros_like(gradients[0])
         with torch.enable_grad():
-            return None, *ctx.step.backward(
-                candidates, streams, gradients, energy_cotangent, gradient_cotangent
+            return (
+                None,
+                None,
+                *ctx.step.backward(
+                    entered, streams, gradients, energy_cotangent, gradient_cotangents
+                ),
             )
 
 
@@ -375,6 +387,17 @@ class _Encode(torch.autograd.Function):
                     delta = of_entry if delta is None else delta + of_entry
                 input_gradients = [u.grad for u in own] + input_gradients
         return None, None, None, delta, *input_gradients
+
+
+def _sum_of_given(cotangents: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """The sum of those that are there, or zeros like another tensor."""
+    given = [cotangent for cotangent in cotangents if cotangent is not None]
+    if not given:
+        return torch.zeros_like(like)
+    total = given[0]
+    for cotangent in given[1:]:
+        total = total + cotangent
+    return total
 
 
 def _backward_where_given(

@@ -6,7 +6,7 @@ reads one that the predictions before it shaped (e_t: position t's embedded cand
 
     front    the observed stream in front of the blocks that are encoded again, once per landscape
     first    the rest of the blocks on front
-    again    the rest of the blocks on front + U e
+    again    the rest of the blocks on front + U e (+ Uz w, of mapped workspaces)
 
 Gradients of all readers of front and first collect in detached copies of their tensors. After the
 last reader they are back-propagated once (deferred_backward.py). `again` is a part of its own
@@ -68,10 +68,10 @@ class ContextCache:
             if part == FIRST:
                 self.reads_left[FRONT, key] += 1
 
-    def of_step(self, step: StepPlan, embedded: Tensor) -> Context:
-        """The context that a step reads; embedded (B, S, D): the candidates that enter it."""
+    def of_step(self, step: StepPlan, embedded: Tensor, workspace: Tensor | None = None) -> Context:
+        """The context that a step reads; embedded, workspace (B, S, D): what enters it."""
         if step.encodes_again:
-            self.again = self._encode_again(step, embedded)
+            self.again = self._encode_again(step, embedded, workspace)
         if step.encoded_before == 0:
             return self._first(step.landscape)
         assert self.again is not None, "the plan encodes before it reads"
@@ -112,13 +112,14 @@ class ContextCache:
         assert isinstance(context, Context)
         return context
 
-    def _encode_again(self, step: StepPlan, embedded: Tensor) -> Context:
-        """embedded (B, S, D): position t's has seen o_1 .. o_t only."""
+    def _encode_again(self, step: StepPlan, embedded: Tensor, workspace: Tensor | None) -> Context:
+        """embedded, workspace (B, S, D): position t's have seen o_1 .. o_t only."""
         front = self._front(step.landscape)
         if not step.needs_graph:
             embedded = embedded.detach()
+            workspace = None if workspace is None else workspace.detach()
         with torch.set_grad_enabled(self.with_backward and step.encodes_with_graph):
-            stream = self.network.add_predictions(front, embedded)
+            stream = self.network.add_predictions(front, embedded, workspace)
             return self._finish(stream, step.landscape)
 
     def _finish(self, stream: ObservedStream, landscape: int) -> Context:

@@ -147,7 +147,12 @@ class StepwiseBackward(DeferredBackward):
         for source, leaf in zip(self.sources, self.leaves):
             graph_entry = _known_leaf(leaf).graph_entry
             sources.append(source if graph_entry is None else graph_entry)
-            sums.append(_take_sum(leaf))
+            total = _take_sum(leaf)
+            if total is None and graph_entry is None:
+                # Nothing read it in this step, as nothing reads a workspace's step size without
+                # the full graph. Engines reduce the gradients of all parameters.
+                total = torch.zeros_like(leaf)
+            sums.append(total)
         self.sources = []
         self.leaves = []
         return _SumsAsGradients.apply(value, sums, *sources)

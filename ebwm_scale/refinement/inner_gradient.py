@@ -4,7 +4,8 @@
     g (B, s, D)  so g = d(sum E) / d candidates holds every row's own gradient
                  (with groups: every group's own gradient, rows of a group see each other's)
 
-Under needs_graph both are differentiable once more with respect to everything.
+With a workspace, whose mapped rows w (B, s, D) enter beside the candidates, dE/dw comes with it.
+Under needs_graph all are differentiable once more with respect to everything.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ def inner_gradient(
     *,
     needs_graph: bool,
     config: RefinementConfig,
-) -> tuple[Tensor, Tensor]:
-    """(E (B, s), g (B, s, D)) of candidates (B, s, D) for some positions of the context.
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(E (B, s), g (B, s, D), dE/dw (B, s, D) or None) for some positions of the context.
+
+    candidates e and workspace w: (B, s, D).
 
     config.recompute: "step" computes the step again in the backward, "block" one block at a time.
     config.compile: TorchInductor generates the code of a differentiated step, once for each shape
@@ -40,29 +44,32 @@ def inner_gradient(
     if needs_graph:
         # The context may be made of the candidates too (`refinement.reencode`). The inner gradient
         # is that of the row alone: of a tensor which only the predicted stream sees.
-        candidates = candidates.view_as(candidates)
+        own = [u.view_as(u) for u in (candidates, workspace) if u is not None]
     else:
-        candidates = candidates.detach().requires_grad_()
+        own = [u.detach().requires_grad_() for u in (candidates, workspace) if u is not None]
     if needs_graph and config.compile:
-        return _run_compiled(network, candidates, context, positions, landscape)
+        return *_run_compiled(network, own[0], context, positions, landscape), None
     if config.recompute == "block":
-        return block_recompute.energy_and_gradient(
+        energy, *gradients = block_recompute.energy_and_gradients(
             network,
-            candidates,
+            own,
             context.visible_to(positions),
             landscape,
             needs_graph=needs_graph,
         )
+        return energy, gradients[0], gradients[1] if workspace is not None else None
 
-    def compute(candidates: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def compute(own: list[Tensor], context: Context) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            energy = network.energy(candidates, context.visible_to(positions), landscape)
-            (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=needs_graph)
-        return energy, gradient
+            energy = network.energy(own[0], context.visible_to(positions), landscape, *own[1:])
+            gradients = torch.autograd.grad(energy.sum(), own, create_graph=needs_graph)
+        return energy, *gradients
 
     if needs_graph and config.recompute == "step":
-        return checkpoint(compute, candidates, context, use_reentrant=False)
-    return compute(candidates, context)
+        found = checkpoint(compute, own, context, use_reentrant=False)
+    else:
+        found = compute(own, context)
+    return found[0], found[1], found[2] if workspace is not None else None
 
 
 def _run_compiled(

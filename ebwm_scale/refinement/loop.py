@@ -16,6 +16,9 @@ all rows of its group contribute, and a tile holds whole groups.
     for each group of samples:      contexts: the observed stream, encoded once (contexts.py)
         for each tile of positions: the steps above, as planned (step_plan.py)
 
+With `state.workspace` numbers z beside x are refined by the same energy, and not scored:
+w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
+
 With `refinement.reencode` a further step's context is the observed stream encoded again with the
 predictions added, o_t + U e_t. The inner gradient does not go through it, the loss's does.
 
@@ -36,6 +39,7 @@ from torch import Tensor
 
 from ebwm_scale.config.schema import RefinementConfig
 from ebwm_scale.model.states import EmbeddedState, EmbeddingState, VocabularyState
+from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.contexts import ContextCache
 from ebwm_scale.refinement.deferred_backward import (
     DeferredBackward,
@@ -194,6 +198,7 @@ class RefinementLoop:
         step_size = world_model.step_size.squeeze(0).clamp(min=MIN_STEP_SIZE)
         self.step_size = self.shared.detach(step_size)
         self.state_space = detach_state_space(world_model.state_space(), self.shared)
+        self.workspace = detach_workspace(world_model.workspace(), self.shared)
         self.targets = None if targets is None else self.state_space.targets(targets)
         self.losses: list[Tensor] = []  # per step, summed over tiles
         self.energies: list[Tensor] = []
@@ -210,6 +215,7 @@ class RefinementLoop:
         step_size_factor = noise.step_size_factor()
         state: Tensor | None = None
         embedded: EmbeddedState | None = None
+        z = None if self.workspace is None else noise.initial_workspace()
         shape = (samples.stop - samples.start, positions.stop - positions.start)
         pending_backwards: list[tuple[Tensor, StepPlan]] = []
         for step in self.plan:
@@ -228,8 +234,12 @@ class RefinementLoop:
                     assert state is not None, "a step gives a state or the next embedded one"
                     embedded = self.state_space.embed(state)
                 state = None  # `embedded` has what is needed: a second reference costs memory
-            context = contexts.of_step(step, embedded.vectors)
-            energy, energy_grad = inner_gradient(
+                w = None
+                if self.workspace is not None:
+                    assert z is not None, "a workspace starts somewhere"
+                    w = self.workspace.embed(z)
+            context = contexts.of_step(step, embedded.vectors, w)
+            energy, energy_grad, workspace_grad = inner_gradient(
                 self.network,
                 embedded.vectors,
                 context,
@@ -237,7 +247,12 @@ class RefinementLoop:
                 step.landscape,
                 needs_graph=step.needs_graph,
                 config=self.config,
+                workspace=w,
             )
+            if self.workspace is not None and not step.is_last:
+                assert z is not None and workspace_grad is not None, "it entered the step"
+                with torch.set_grad_enabled(step.keep_graph):
+                    z = self.workspace.update(z, workspace_grad)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
                 alpha = step_size * step_size_factor
@@ -285,6 +300,15 @@ def back_propagate(
     for _, step in pending_backwards:
         contexts.release(step)
     pending_backwards.clear()
+
+
+def detach_workspace(
+    workspace: WorkspaceState | None, shared: DeferredBackward
+) -> WorkspaceState | None:
+    """The workspace on a detached step size; its map is a module, so a leaf already."""
+    if workspace is None:
+        return None
+    return replace(workspace, step_size=shared.detach(workspace.step_size))
 
 
 def detach_state_space(

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     STEP_SIZE = 1
     NUM_STEPS = 2
     REPLAY = 3
+    WORKSPACE = 4
     LANGEVIN = 16
 
 

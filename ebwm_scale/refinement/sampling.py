@@ -35,6 +35,10 @@ class NoiseSampler(Protocol):
         """Whether x_0 is known to be 0 everywhere, so that nobody has to look at it."""
         ...
 
+    def initial_workspace(self) -> Tensor:
+        """z_0 (B, S, width), of a model with a workspace."""
+        ...
+
     def step_size_factor(self) -> Tensor | float:
         """Factor on alpha: a number or (B, S, 1)."""
         ...
@@ -77,6 +81,7 @@ class TrainingNoise:
     is always the same for a sample.
     last_observed: (B, S, size), for kind "most_recent".
     restart: (rows (n,), states (n, S, size)) of samples that go on from the replay buffer.
+    workspace: its width, or None. workspace_kind: `state.workspace_initial`.
     """
 
     def __init__(
@@ -94,6 +99,8 @@ class TrainingNoise:
         dtype: torch.dtype = torch.float32,
         last_observed: Tensor | None = None,
         restart: tuple[Tensor, Tensor] | None = None,
+        workspace: int | None = None,
+        workspace_kind: str = "zeros",
     ):
         self.source = source
         self.config = config
@@ -108,6 +115,8 @@ class TrainingNoise:
         self.dtype = dtype
         self.last_observed = last_observed
         self.restart = restart
+        self.workspace = workspace
+        self.workspace_kind = workspace_kind
 
     def slice(self, samples: slice, positions: slice) -> TrainingNoise:
         """The same numbers for a part of the batch."""
@@ -143,6 +152,20 @@ class TrainingNoise:
         """`state.initial: zeros`, and no sample goes on from the replay buffer."""
         return self.kind == "zeros" and self.restart is None
 
+    def initial_workspace(self) -> Tensor:
+        """z_0 (B, S, width)."""
+        if self.workspace is None:
+            raise ValueError("state.workspace is absent: there is no workspace to start")
+        width = self.workspace
+        return initial_state(
+            self.workspace_kind,
+            (len(self.sample_ids), self._num_positions, width),
+            normal=lambda: self._normal(Purpose.WORKSPACE, width),
+            last=None,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
     def step_size_factor(self) -> Tensor | float:
         """The schedule's factor, times one per position that is uniform in [1 / r, r]."""
         r = self.config.step_size_random_factor
@@ -167,11 +190,12 @@ class TrainingNoise:
     def _num_positions(self) -> int:
         return self.positions.stop - self.positions.start
 
-    def _normal(self, purpose: int) -> Tensor:
+    def _normal(self, purpose: int, size: int | None = None) -> Tensor:
+        """N(0, 1) (B, S, size); default: of the state's size."""
         return self.source.normal(
             self.sample_ids,
             self._num_positions,
-            self.size,
+            self.size if size is None else size,
             purpose=purpose,
             first_position=self.positions.start,
             device=self.device,

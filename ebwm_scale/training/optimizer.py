@@ -1,5 +1,5 @@
-"""AdamW's parameter groups: everything with weight decay, and alpha alone, with a learning rate of
-its own and no decay.
+"""AdamW's parameter groups: everything with weight decay; and alpha, and beta of a workspace, each
+with a learning rate of its own and no decay.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     """Groups with `rate_scale`, the factor of their learning rate on the model's; norms and
     embeddings decay, as released.
     """
-    alpha = [p for name, p in model.named_parameters() if name == "step_size" and p.requires_grad]
-    rest = [p for name, p in model.named_parameters() if name != "step_size" and p.requires_grad]
-    groups = [{"params": rest, "weight_decay": config.optimizer.weight_decay, "rate_scale": 1.0}]
-    if alpha:
-        groups.append(
-            {
-                "params": alpha,
-                "weight_decay": 0.0,
-                "rate_scale": resolved.learning_rate_multiplier(config.refinement),
-            }
-        )
-    return groups
+    rate_scales = {
+        "step_size": resolved.learning_rate_multiplier(config.refinement),
+        "workspace_step_size": resolved.workspace_learning_rate_multiplier(config.refinement),
+    }
+    rest = []
+    step_sizes = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in rate_scales:
+            step_sizes.append(
+                {"params": [parameter], "weight_decay": 0.0, "rate_scale": rate_scales[name]}
+            )
+        else:
+            rest.append(parameter)
+    decayed = {"params": rest, "weight_decay": config.optimizer.weight_decay, "rate_scale": 1.0}
+    return [decayed, *step_sizes]

@@ -109,6 +109,20 @@ def test_overrides_win_and_yaml_words_become_what_the_key_needs():
             {"refinement": {"reencode": "all"}, "model": {"kind": "baseline"}},
             ["a baseline takes no further step"],
         ),
+        (
+            {"state": {"workspace": 4}, "refinement": {"num_steps": 1}},
+            ["state.workspace is 4 with refinement.num_steps 1"],
+        ),
+        ({"state": {"workspace": 4}, "refinement": {"replay": True}}, ["use replay false"]),
+        ({"state": {"workspace": 4}, "refinement": {"compile": True}}, ["use compile false"]),
+        (
+            {"state": {"workspace": 4}, "model": {"kind": "baseline"}},
+            ["a baseline refines nothing"],
+        ),
+        (
+            {"state": {"workspace_initial": "random_noise"}},
+            ["state.workspace_initial is random_noise without state.workspace"],
+        ),
         ({"refinement": {"step_size_random_factor": 0.5}}, ["must be 1 or more"]),
         ({"refinement": {"schedule": {"noise": [[0.5, 1], [0.1, 1]]}}}, ["progress must rise"]),
         (

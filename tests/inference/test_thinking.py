@@ -20,6 +20,7 @@ from ebwm_scale.inference.generation import (
 from ebwm_scale.inference.initial_states import NextPositionSampler, SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, lowest, think
 from ebwm_scale.model import closed_form, energy_head, kv_cache
+from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.loop import refine
 from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
@@ -66,6 +67,16 @@ CASES = {
     },
     "every other step encoded again": TEXT
     | {"refinement": {"reencode": "all", "reencode_every": 2, "num_steps": 4}},
+    "workspace": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear", "context"]},
+        "state": {"workspace": 5, "workspace_initial": "random_noise"},
+        "refinement": {"num_steps": 3},
+    },
+    "workspace, encoded again": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear", "context"]},
+        "state": {"workspace": 5},
+        "refinement": {"reencode": "all", "num_steps": 3},
+    },
     "video": VIDEO,
     "video, encoded again": VIDEO | {"refinement": {"reencode": 1}},
     "video, shallow": VIDEO
@@ -120,6 +131,8 @@ def uncached(model, prompt, sample_id=0, num_steps=None):
         kind=model.config.state.initial,
         dtype=torch.float64,
         last_observed=prompt[None] if model.config.state.kind == "embedding" else None,
+        workspace=model.config.state.workspace,
+        workspace_kind=model.config.state.workspace_initial,
     )
     return refine(
         model,
@@ -149,9 +162,10 @@ def test_cached_and_uncached_predictions_agree_to_1e_10_while_the_prompt_grows(c
 
 
 @pytest.mark.parametrize("accept_only_if_lower", [False, True])
-def test_thinking_over_all_positions_takes_the_best_start_of_the_last(accept_only_if_lower):
-    """Under reencode: a start is what it is alone, and energies are those of its own context."""
-    model = model_of(CASES["encoded again"])
+@pytest.mark.parametrize("case", ["encoded again", "workspace"])
+def test_thinking_over_all_positions_takes_the_best_start_of_the_last(accept_only_if_lower, case):
+    """A start is what it is alone, and energies are those of its own context."""
+    model = model_of(CASES[case])
     prompts = [prompt_of(model, length, seed=length) for length in (4, 2)]
     config = ThinkingConfig(
         seed=SEED, num_starts=2, num_steps=4, accept_only_if_lower=accept_only_if_lower
@@ -181,6 +195,40 @@ def test_a_cache_refuses_a_model_whose_contexts_are_encoded_again():
     noise = NextPositionSampler(model, SEED, torch.tensor([0]), torch.tensor([2]))
     with pytest.raises(ValueError, match="think over the whole sequence"):
         think(model, CachedEnergy(cache), noise.initial(None), ThinkingConfig(), noise=noise)
+
+
+def test_a_cache_refuses_a_model_with_a_workspace():
+    model = model_of(CASES["workspace"])
+    cache = kv_cache.KVCache(model.network, LENGTH)
+    cache.prefill(model.embed_observed(prompt_of(model, 3)[None]), torch.tensor([3]))
+    noise = NextPositionSampler(model, SEED, torch.tensor([0]), torch.tensor([2]))
+    with pytest.raises(ValueError, match="think over the whole sequence"):
+        think(model, CachedEnergy(cache), noise.initial(None), ThinkingConfig(), noise=noise)
+
+
+def test_a_rejected_step_leaves_the_workspace_as_it_is(monkeypatch):
+    """Every step goes uphill in z alone, so none is accepted: the energy stays the first one."""
+    model = model_of(CASES["workspace"])
+    prompt = prompt_of(model, 4)
+    config = ThinkingConfig(seed=SEED, num_steps=2, accept_only_if_lower=True, step_size=1e-12)
+    noise = SequenceSampler(model, SEED, torch.tensor([0]), 4)
+    function = SequenceEnergy(model, model.embed_observed(prompt[None]))
+    right = WorkspaceState.update
+    monkeypatch.setattr(
+        WorkspaceState, "update", lambda self, z, grad, scale: right(self, z, grad, -0.1)
+    )
+    thought = think(model, function, noise.initial(None), config, noise=noise)
+    assert thought.accepted.eq(0).all()
+    assert torch.equal(thought.trace[0], thought.energy)
+
+
+def test_thinking_that_forgets_the_workspace_is_seen(monkeypatch):
+    model = model_of(CASES["workspace"])
+    prompt = prompt_of(model, 4)
+    right = uncached(model, prompt)
+    monkeypatch.setattr(WorkspaceState, "update", lambda self, z, *rest: z)
+    got = Session(model, [prompt], ThinkingConfig(seed=SEED)).predict().state[0]
+    assert not torch.allclose(got, right, atol=1e-6)
 
 
 def test_thinking_that_forgets_to_encode_again_is_seen(monkeypatch):

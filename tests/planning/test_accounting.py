@@ -256,6 +256,31 @@ FLOP_CASES = {
     "every other step again, truncate": {
         "refinement": {"reencode": 1, "reencode_every": 2, "num_steps": 3, "graph": "truncate"},
     },
+    "workspace": {"state": {"workspace": 5}, "refinement": {"num_steps": 3}},
+    "workspace, bilinear, full": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5},
+        "refinement": {"num_steps": 3, "graph": "full"},
+    },
+    "workspace, bilinear, truncate": {
+        "model": {"energy_head": ["bilinear"]},
+        "state": {"workspace": 5, "workspace_initial": "random_noise"},
+        "refinement": {"num_steps": 3, "graph": "truncate", "loss": "last"},
+    },
+    "workspace, encoded again": {
+        "state": {"workspace": 5},
+        "refinement": {"num_steps": 3, "reencode": "all", "graph": "full"},
+    },
+    "workspace, step recomputed": {
+        "model": {"energy_head": ["bilinear"]},
+        "state": {"workspace": 5},
+        "refinement": {"recompute": "step", "graph": "full"},
+    },
+    "workspace, block recomputed": {
+        "model": {"energy_head": ["bilinear"]},
+        "state": {"workspace": 5},
+        "refinement": {"recompute": "block", "graph": "full"},
+    },
     "frames encoded again": {"state": FRAMES, "refinement": {"reencode": "all"}},
     "zeros": {"state": {"initial": "zeros"}},
     "zeros, logits": {"state": {"initial": "zeros"}, "refinement": {"update": "logits"}},
@@ -395,6 +420,11 @@ MEMORY_CASES = {
     "text, encoded again, full": {
         "refinement": {"reencode": 2, "num_steps": 3, "graph": "full"},
         "model": {"num_layers": 4},
+    },
+    "text, workspace": {
+        "model": {"energy_head": ["bilinear", "context"]},
+        "state": {"workspace": 64},
+        "refinement": {"num_steps": 3, "graph": "full"},
     },
     "text, every other step encoded again": {
         "refinement": {"reencode": "all", "reencode_every": 2, "num_steps": 3},

@@ -79,10 +79,11 @@ def plain_operations():
         yield
 
 
-def reference_energy(model, candidate, observed, landscape, fed=None):
+def reference_energy(model, candidate, observed, landscape, fed=None, workspace=None):
     """Both streams block by block, and the head's terms written out.
 
-    fed (B, S, D): predictions that the observed stream is encoded again with.
+    fed (B, S, D) each: predictions, and mapped workspaces or None, that the observed stream is
+    encoded again with. workspace (B, S, D): mapped, of the candidates.
     """
     network, settings = model.network, model.config.model
     refinement, state = model.config.refinement, model.config.state
@@ -93,10 +94,12 @@ def reference_energy(model, candidate, observed, landscape, fed=None):
     at_observed = rotary.slice(0, o.shape[1])
     at_predicted = rotary.slice(offset + 1, S)
     first = settings.num_layers - settings.predicted_layers
-    p = candidate
+    p = candidate if workspace is None else candidate + workspace
     for index, layer in enumerate(network.layers):
         if fed is not None and index == settings.num_layers - reencoded_blocks(model.config):
-            change = fed @ network.feedback.weight.T
+            change = fed[0] @ network.feedback.weight.T
+            if fed[1] is not None:
+                change = change + fed[1] @ network.workspace_feedback.weight.T
             o = torch.cat([o[:, :offset], o[:, offset:] + change], 1)
         if index == first and settings.predicted_input == "anchored":
             p = p + o[:, offset:]
@@ -118,6 +121,9 @@ def reference_energy(model, candidate, observed, landscape, fed=None):
     if "bilinear" in settings.energy_head:
         bilinear = network.content.bilinear.weight
         energy = energy - units * torch.einsum("bsi,ij,bsj->bs", candidate, bilinear, n)
+        if workspace is not None:
+            own = network.content.workspace.weight / refinement.workspace_step_size
+            energy = energy - torch.einsum("bsi,ij,bsj->bs", workspace, own, n)
     if "context" in settings.energy_head:
         context = network.content.context.weight
         h = network.content.context_norm(o[:, offset:])
@@ -137,7 +143,11 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         kind=model.config.state.initial,
         dtype=torch.float64,
         last_observed=observed if kind == "embedding" else None,
+        workspace=model.config.state.workspace,
+        workspace_kind=model.config.state.workspace_initial,
     )
+    has_workspace = model.config.state.workspace is not None
+    z = draws.initial_workspace() if has_workspace else torch.zeros(())
     alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
     embedded_observed = model.embed_observed(observed)
     x, losses, fed = draws.initial_state(), [], None
@@ -163,11 +173,24 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             shared = F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
             moving = x = x.view_as(x)
             candidate = F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
+        shared_workspace = workspace = None
+        if config.graph != "full":
+            z = z.detach()
+        if has_workspace:
+            shared_workspace = z @ model.network.workspace_map.weight.T
+            z = z.view_as(z) if z.requires_grad else z.requires_grad_()
+            workspace = z @ model.network.workspace_map.weight.T
         if last_encoding(config, i) == i > 0:
-            fed = shared if has_graph(config, i, num_steps) else shared.detach()
-        energy = reference_energy(model, candidate, embedded_observed, landscape, fed)
+            fed = [shared, shared_workspace]
+            if not has_graph(config, i, num_steps):
+                fed = [None if u is None else u.detach() for u in fed]
+        energy = reference_energy(model, candidate, embedded_observed, landscape, fed, workspace)
         by = x if kind == "vocabulary" and config.update == "logits" else moving
-        (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
+        if has_workspace:
+            gradient, z_gradient = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
+            z = z - model.workspace_step_size.squeeze(0) * z_gradient
+        else:
+            (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         if config.graph == "truncate" and not last:
             gradient = gradient.detach()
         start = moving if config.update == "probabilities" else x
@@ -364,6 +387,7 @@ def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning, reen
             "predicted_input": "anchored",
             "energy_head": ALL_TERMS,
         },
+        state={"workspace": 4} if reencode == "all" else None,
         refinement={"reencode": reencode, "num_steps": 3},
     )
     options = {
@@ -556,6 +580,98 @@ def test_an_observed_stream_that_is_encoded_again_is_exact(graph, name, options)
     compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
 
 
+@pytest.mark.parametrize("graph", ["detach", "truncate", "full"])
+@pytest.mark.parametrize(
+    "name, options",
+    {
+        "plain": {"state": {"workspace": 6}, "refinement": {"num_steps": 3}},
+        "bilinear": {
+            "model": {"energy_head": CONTENT, "predicted_input": "anchored"},
+            "state": {"workspace": 6, "workspace_initial": "random_noise"},
+            "refinement": {"num_steps": 3, "workspace_step_size": 0.5, "loss_weights": "rising"},
+        },
+        "last_mirror_in_tiles": {
+            "model": {"energy_head": ["bilinear"], "predicted_layers": 1},
+            "state": {"workspace": 20, "initial": "zeros", "map_scale": 7.0},
+            "refinement": {"update": "mirror", "loss": "last", "tile_rows": 3},
+        },
+        "noise_and_logits": {
+            "state": {"workspace": 4, "workspace_initial": "random_noise"},
+            "refinement": {"update": "logits", "noise": 0.3, "step_size_random_factor": 2.0},
+        },
+        "step_recomputed": {
+            "model": {"energy_head": CONTENT, "conditioning": "adaln"},
+            "state": {"workspace": 6},
+            "refinement": {"recompute": "step"},
+        },
+        "block_recomputed": {
+            "model": {
+                "energy_head": ALL_TERMS,
+                "conditioning": "adaln",
+                "predicted_layers": 1,
+                "predicted_input": "anchored",
+            },
+            "state": {"workspace": 6, "workspace_initial": "random_noise"},
+            "refinement": {"recompute": "block", "num_steps": 3},
+        },
+        "encoded_again": {
+            "model": {"energy_head": CONTENT},
+            "state": {"workspace": 6},
+            "refinement": {"reencode": "all", "num_steps": 3},
+        },
+        "encoded_again_by_block": {
+            "model": {"energy_head": CONTENT, "conditioning": "time_embed"},
+            "state": {"workspace": 6, "workspace_initial": "random_noise"},
+            "refinement": {"reencode": 1, "recompute": "block"},
+        },
+        "frames": {
+            "kind": "embedding",
+            "model": {"energy_head": ["bilinear"]},
+            "state": {"workspace": 6},
+            "refinement": {"num_steps": 3, "reencode": "all", "reencode_every": 2},
+        },
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_workspace_is_exact(graph, name, options):
+    options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph}}
+    model, observed, targets = build(**options)
+    compare(model, observed, targets, num_steps=options["refinement"].get("num_steps", 2))
+    if graph == "full":
+        assert model.workspace_step_size.grad.abs() > 0
+
+
+def test_a_parameter_that_no_step_reads_has_a_gradient_of_zeros():
+    """Engines reduce all parameters' gradients: one step reads no U, detached steps no beta."""
+    model, observed, targets = build(
+        model={"energy_head": CONTENT}, state={"workspace": 6}, refinement={"reencode": "all"}
+    )
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(5, 6)}
+    found = gradients(model, model(observed, targets, num_steps=1, **options).loss)
+    unread = ("network.feedback.weight", "network.workspace_feedback.weight", "workspace_step_size")
+    assert all(found[name].abs().max() == 0 for name in unread)
+    assert found["network.workspace_map.weight"] is not None
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_the_comparison_notices_a_workspace_that_loses_a_gradient(monkeypatch, recompute):
+    """Breaks it on purpose: its numbers stay right, dE/dw has no graph."""
+    right = refinement_loop.inner_gradient
+
+    def broken(*arguments, **options):
+        energy, gradient, of_workspace = right(*arguments, **options)
+        return energy, gradient, of_workspace.detach()
+
+    monkeypatch.setattr(refinement_loop, "inner_gradient", broken)
+    model, observed, targets = build(
+        model={"energy_head": CONTENT},
+        state={"workspace": 6},
+        refinement={"graph": "full", "recompute": recompute},
+    )
+    with pytest.raises(AssertionError):
+        compare(model, observed, targets)
+
+
 def test_the_comparison_notices_an_inner_gradient_that_runs_through_the_context(monkeypatch):
     """Breaks the candidate's own copy: energies of later rows would tell earlier ones the future.
 
@@ -580,12 +696,12 @@ def test_the_comparison_notices_an_encoding_that_loses_a_gradient(monkeypatch, l
     right = EnergyTransformer.add_predictions
     feedback = model.network.feedback
 
-    def broken(self, stream, embedded):
+    def broken(self, stream, embedded, workspace):
         if lost == "front":
             stream = stream.map(torch.Tensor.detach)
         if lost == "predictions":
             embedded = embedded.detach()
-        return right(self, stream, embedded)
+        return right(self, stream, embedded, workspace)
 
     if lost == "map":
         monkeypatch.setattr(feedback, "forward", lambda e: F.linear(e, feedback.weight.detach()))
@@ -724,8 +840,8 @@ def test_the_comparison_notices_an_inner_gradient_without_graph(monkeypatch, che
     right = refinement_loop.inner_gradient
 
     def broken(*arguments, **options):
-        energy, gradient = right(*arguments, **options)
-        return energy, gradient.detach() + 0 * energy.sum()
+        energy, gradient, of_workspace = right(*arguments, **options)
+        return energy, gradient.detach() + 0 * energy.sum(), of_workspace
 
     monkeypatch.setattr(refinement_loop, "inner_gradient", broken)
     with pytest.raises(AssertionError):

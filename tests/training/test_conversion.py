@@ -651,7 +651,7 @@ def test_what_the_released_code_cannot_express_is_listed(tmp_path):
                 "energy_head": ["linear", "context"],
             },
             "refinement": {"update": "mirror", "loss_weights": "rising", "reencode": 1},
-            "state": {"map_scale": 3.0},
+            "state": {"map_scale": 3.0, "workspace": 4},
         }
     )
     with pytest.raises(ConfigError) as caught:
@@ -663,6 +663,7 @@ def test_what_the_released_code_cannot_express_is_listed(tmp_path):
             "model.energy_head is ['linear', 'context']",
             "refinement.loss_weights is 'rising'",
             "refinement.reencode is 1",
+            "state.workspace is 4",
             "refinement.update is 'mirror'",
             "state.map_scale is 3.0",
         )
