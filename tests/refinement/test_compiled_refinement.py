@@ -55,13 +55,12 @@ def gradients(compiled: bool, options: dict):
             },
             marks=pytest.mark.soak,
         ),
-        pytest.param({"refinement": {"graph": "full", "reencode": "all"}}, marks=pytest.mark.soak),
         pytest.param(
             {"model": {"conditioning": "adaln", "num_kv_heads": 1}, "refinement": {"tile_rows": 3}},
             marks=pytest.mark.soak,
         ),
     ],  # compiles for four shapes
-    ids=["detach", "full", "heads_of_a_shallow_stream", "encoded_again", "adaln_in_tiles"],
+    ids=["detach", "full", "heads_of_a_shallow_stream", "adaln_in_tiles"],
 )
 @pytest.mark.multiprocess
 def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):
