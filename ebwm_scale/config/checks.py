@@ -269,6 +269,11 @@ def _check_reencoding(config: Config, require: Require) -> None:
         f"refinement.reencode is {refinement.reencode} with refinement.num_steps 1: "
         "there is no further step; use none or more steps",
     )
+    require(
+        not refinement.compile,
+        f"refinement.reencode is {refinement.reencode} with refinement.compile: a compiled step "
+        "reads no context that has a graph of its own; use compile false",
+    )
     has_one_landscape = config.model.conditioning in ("default", "predicted_only")
     has_one_landscape = has_one_landscape or refinement.landscapes == "one"
     require(

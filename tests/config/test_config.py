@@ -90,6 +90,10 @@ def test_overrides_win_and_yaml_words_become_what_the_key_needs():
             {"refinement": {"reencode": "all", "num_steps": 1}},
             ["refinement.reencode is all with refinement.num_steps 1"],
         ),
+        (
+            {"refinement": {"reencode": "all", "compile": True}},
+            ["refinement.reencode is all with refinement.compile"],
+        ),
         ({"refinement": {"reencode_every": 2}}, ["leave the key out"]),
         (
             {

@@ -60,7 +60,6 @@ def gradients(compiled: bool, options: dict):
             },
             marks=pytest.mark.soak,
         ),
-        pytest.param({"refinement": {"graph": "full", "reencode": "all"}}, marks=pytest.mark.soak),
         pytest.param(
             {"model": {"conditioning": "adaln", "num_kv_heads": 1}, "refinement": {"tile_rows": 3}},
             marks=pytest.mark.soak,
@@ -70,15 +69,7 @@ def gradients(compiled: bool, options: dict):
             {"data": {"group_size": 2}, "model": {"num_heads": 2}}, marks=pytest.mark.soak
         ),
     ],
-    ids=[
-        "detach",
-        "full",
-        "heads_of_a_shallow_stream",
-        "encoded_again",
-        "adaln_in_tiles",
-        "documents",
-        "groups",
-    ],
+    ids=["detach", "full", "heads_of_a_shallow_stream", "adaln_in_tiles", "documents", "groups"],
 )
 @pytest.mark.multiprocess
 def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):
