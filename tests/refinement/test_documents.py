@@ -148,6 +148,12 @@ def test_the_same_for_the_baseline(monkeypatch):
     check(monkeypatch, model={"kind": "baseline"})
 
 
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_the_same_where_predictions_shape_the_context(recompute, monkeypatch):
+    refinement = {"graph": "full", "reencode": "all", "recompute": recompute}
+    check(monkeypatch, refinement=refinement, state={"workspace": 5})
+
+
 def test_the_function_that_is_compiled_gets_the_documents(monkeypatch):
     """Uncompiled here; test_compiled_refinement.py compiles it."""
     monkeypatch.setattr(inner_gradient, "_compiled", lambda: inner_gradient._gradient_inside)

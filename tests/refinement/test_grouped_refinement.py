@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.config.resolved import reencoded_blocks
 from ebwm_scale.model import blocks
 from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.rotary import RotaryTable
@@ -117,14 +118,24 @@ def both_streams(layer, o, p, network, modulations):
     ]
 
 
-def defined_energy(model, candidate, observed, landscape):
-    """Both streams through every block, and the head's terms written out."""
-    network, settings = model.network, model.config.model
+def defined_energy(model, candidate, observed, landscape, fed=None, workspace=None):
+    """Both streams through every block, and the head's terms written out.
+
+    fed, workspace: as in test_refinement.reference_energy.
+    """
+    network, settings, refinement = model.network, model.config.model, model.config.refinement
     of_observed, _ = network.modulations_of(landscape, predicted=False)
     of_predicted, final = network.modulations_of(landscape, predicted=True)
     first = settings.num_layers - settings.predicted_layers
     o, p = observed, candidate
+    if workspace is not None:
+        p = p + workspace
+    again = settings.num_layers - reencoded_blocks(model.config)
     for index, layer in enumerate(network.layers):
+        if fed is not None and index == again:
+            o = o + fed[0] @ network.feedback.weight.T
+            if fed[1] is not None:
+                o = o + fed[1] @ network.workspace_feedback.weight.T
         if index == first and settings.predicted_input == "anchored":
             p = p + o
         of_p = of_predicted[index - first] if index >= first else None
@@ -134,12 +145,15 @@ def defined_energy(model, candidate, observed, landscape):
     if final is not None:
         n = n * (1 + final[1]) + final[0]
     energy = torch.zeros(n.shape[:2], dtype=n.dtype)
-    units = 1 / (model.config.refinement.step_size * model.config.state.map_scale)
+    units = 1 / (refinement.step_size * model.config.state.map_scale)
     if "linear" in settings.energy_head:
         energy = energy + n @ network.head.weight[0]
     if "bilinear" in settings.energy_head:
         bilinear = network.content.bilinear.weight
         energy = energy - units * torch.einsum("bsi,ij,bsj->bs", candidate, bilinear, n)
+        if workspace is not None:
+            own = network.content.workspace.weight / refinement.workspace_step_size
+            energy = energy - torch.einsum("bsi,ij,bsj->bs", workspace, own, n)
     if "context" in settings.energy_head:
         h = network.content.context_norm(o)
         context = network.content.context.weight
@@ -176,8 +190,29 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
             "refinement": {"recompute": "block", "noise": 0.3, "step_size_random_factor": 2.0},
         },
         {"kind": "embedding", "state": {"initial": "most_recent"}, "data": GRID},
+        {
+            "data": GRID,
+            "model": {"energy_head": ["linear", "bilinear"]},
+            "state": {"workspace": 5, "workspace_initial": "random_noise"},
+            "refinement": {"tile_rows": 4},
+        },
+        {
+            "model": {"energy_head": ["linear", "bilinear"], "predicted_input": "anchored"},
+            "state": {"workspace": 5},
+            "refinement": {"reencode": "all", "recompute": "block"},
+        },
     ],
-    ids=["plain", "grid", "step_tiles", "block_tiles", "heads", "adaln", "frames"],
+    ids=[
+        "plain",
+        "grid",
+        "step_tiles",
+        "block_tiles",
+        "heads",
+        "adaln",
+        "frames",
+        "workspace",
+        "encoded_again",
+    ],
 )
 def test_groups_are_exact_to_second_order(graph, loss, options):
     refinement = {**options.get("refinement", {}), "graph": graph, "loss": loss}
