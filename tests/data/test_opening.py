@@ -138,11 +138,12 @@ def _rank(rank, port, manifest, results):
     import torch.distributed as dist
 
     from ebwm_scale.core.world import World
-    from ebwm_scale.data.format import shards
+    from ebwm_scale.data.format import shard_checks
 
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    asked, sizes = [], shards._sizes
-    shards._sizes = lambda paths: asked.extend(paths) or sizes(paths)
+    asked = []
+    sizes = shard_checks._sizes
+    shard_checks._sizes = lambda paths: asked.extend(paths) or sizes(paths)
     world = World(rank, 2, rank, torch.device("cpu"))
     try:
         split = open_splits([(manifest, 1)], ["train"], verify="sizes", group=world)["train"]

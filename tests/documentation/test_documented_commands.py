@@ -29,6 +29,7 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "scaling_study.py": "evaluation/test_scaling.py",
     "data/products": "training/test_reasoning_runs.py",
     "runs/products": "training/test_reasoning_runs.py",
+    "data/mazes": "training/test_reasoning_runs.py",
 }
 SMALL = [
     "model.num_layers=1",

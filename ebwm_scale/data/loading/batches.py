@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ebwm_scale.core.errors import CheckpointError, DataError, UserError
+from ebwm_scale.core.forking import parents_objects_kept
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shards import ShardedSplit
 from ebwm_scale.data.loading.mixture import MixedOrder, MixedSplit
@@ -189,7 +190,8 @@ class BatchLoader:
         # Workers inherit the mask: see _stay_until_the_parent_ends_it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
         try:
-            return iter(self._loader)
+            with parents_objects_kept():
+                return iter(self._loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -8,7 +8,6 @@ Native decoders of files from anywhere can do both; no time-out inside a process
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import multiprocessing.connection
 import signal
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ebwm_scale.core.errors import DataError
+from ebwm_scale.core.forking import parents_objects_kept
 
 STILL_S = 120.0  # without a move, until a worker is ended
 _LOOK_EVERY_S = 0.5
@@ -81,7 +81,8 @@ class _Worker:
         self._process = context.Process(
             target=_work, args=(task, function, self._moves, sender), daemon=True
         )
-        self._process.start()
+        with parents_objects_kept():
+            self._process.start()
         sender.close()  # so that the worker's end is the end of what can be received
 
     def outcome(self, still_s: float, look_every_s: float) -> Outcome | None:
@@ -122,9 +123,6 @@ class _Worker:
 
 def _work(task: Any, function: Callable, moves, sender) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    # What the parent had is never freed here: freeing an open decoder waits for threads that only
-    # the parent has.
-    gc.freeze()
 
     def moved() -> None:
         moves.value += 1
