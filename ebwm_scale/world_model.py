@@ -162,6 +162,12 @@ class WorldModel(nn.Module):
         beta = self.workspace_step_size.squeeze(0).clamp(min=MIN_STEP_SIZE)
         return WorkspaceState(workspace_map, beta)
 
+    def embedding_parameters(self) -> list[nn.Parameter]:
+        """Those that embed_observed reads."""
+        if self.config.state.kind == "vocabulary":
+            return list(self.token_embedding.parameters())
+        return list(self.frame_projection.parameters())
+
     def embed_observed(self, observed: Tensor) -> Tensor:
         """(B, S) token ids or (B, S, dimension) frame embeddings -> (B, S, D)."""
         if self.config.state.kind == "vocabulary":

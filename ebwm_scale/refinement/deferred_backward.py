@@ -25,7 +25,7 @@ of all terms but one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -135,20 +135,22 @@ class StepwiseBackward(DeferredBackward):
             for owner, name, parameter in places:
                 owner._parameters[name] = parameter
 
-    def as_loss(self, value: Tensor) -> Tensor:
+    def as_loss(self, value: Tensor, *, read_outside: Iterable[nn.Parameter] = ()) -> Tensor:
         """The loss, of the given value, whose gradients are the sums.
 
-        It can be back-propagated once.
+        It can be back-propagated once. read_outside: parameters that get a gradient through an
+        input; all others get one here, of zeros where no step has read them.
         """
         if not self.enabled:
             return value
+        elsewhere = {id(parameter) for parameter in read_outside}
         sources = []
         sums = []
         for source, leaf in zip(self.sources, self.leaves):
             graph_entry = _known_leaf(leaf).graph_entry
             sources.append(source if graph_entry is None else graph_entry)
             total = _take_sum(leaf)
-            if total is None and graph_entry is None:
+            if total is None and graph_entry is None and id(source) not in elsewhere:
                 # Nothing read it in this step, as nothing reads a workspace's step size without
                 # the full graph. Engines reduce the gradients of all parameters.
                 total = torch.zeros_like(leaf)

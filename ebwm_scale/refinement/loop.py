@@ -155,7 +155,9 @@ def refine(
     result.energy_per_step = [e / (num_samples * num_positions) for e in loop.energies]
     if targets is not None:
         result.loss_per_step = loop.losses
-        result.loss = backward.as_loss(total_loss(loop.losses, config))
+        result.loss = backward.as_loss(
+            total_loss(loop.losses, config), read_outside=world_model.embedding_parameters()
+        )
     return result
 
 

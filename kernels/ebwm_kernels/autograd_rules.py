@@ -89,7 +89,6 @@ def refuse_kept_graph(operation: str) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
 def transforms_active() -> bool:
     """Whether a transform of torch.func (grad, vjp, jvp, vmap, ..) or forward mode surrounds the
     running code.
@@ -99,6 +98,10 @@ def transforms_active() -> bool:
     call: so the answer is a constant to it.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result does, which imports a compiler: a second, and 120 MiB.
+transforms_active._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def is_mapped(tensor: Tensor | None) -> bool:

@@ -3,9 +3,11 @@ benchmarks are those of the result files.
 """
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import ebwm_kernels
@@ -54,3 +56,10 @@ def test_float16_gradients_beyond_its_range_are_infinite_not_wrong():
         finite = mine.isfinite()
         assert bool((exact[~finite].abs() > 65000).all())
         torch.testing.assert_close(mine[finite].float(), exact[finite], rtol=2e-2, atol=1e2)
+
+
+@pytest.mark.multiprocess
+def test_importing_the_package_imports_no_compiler():
+    """A second and 120 MiB of every start; a compiled function imports it when it is made."""
+    program = "import sys, ebwm_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -22,7 +22,7 @@ from ebwm_scale.config.resolved import reencoded_blocks
 from ebwm_scale.config.schema import RefinementConfig
 from ebwm_scale.model import blocks, states
 from ebwm_scale.model.energy_transformer import EnergyTransformer
-from ebwm_scale.refinement import block_recompute
+from ebwm_scale.refinement import block_recompute, deferred_backward
 from ebwm_scale.refinement import loop as refinement_loop
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
@@ -651,6 +651,22 @@ def test_a_parameter_that_no_step_reads_has_a_gradient_of_zeros():
     unread = ("network.feedback.weight", "network.workspace_feedback.weight", "workspace_step_size")
     assert all(found[name].abs().max() == 0 for name in unread)
     assert found["network.workspace_map.weight"] is not None
+
+
+def test_a_large_embedding_gets_no_second_gradient_of_zeros(monkeypatch):
+    """It has one through the observed stream; zeros beside it would be V x D numbers."""
+    handed_out = []
+    right = deferred_backward._SumsAsGradients.apply
+
+    def noted(value, sums, *sources):
+        handed_out.extend(zip(sources, sums))
+        return right(value, sums, *sources)
+
+    monkeypatch.setattr(deferred_backward._SumsAsGradients, "apply", noted)
+    model, observed, targets = build()
+    model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(5, 6))
+    weight = model.token_embedding.weight
+    assert [total for source, total in handed_out if source is weight] == [None]
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])

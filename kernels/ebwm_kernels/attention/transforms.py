@@ -37,7 +37,6 @@ NUM_TENSORS = 6
 NUM_DIFFERENTIABLE = 5
 
 
-@torch.compiler.disable  # nested Functions are differentiated wrongly there
 def attend_under_transforms(
     q: Tensor,
     k: Tensor,
