@@ -246,6 +246,7 @@ def test_the_same_batches_on_any_number_of_ranks_and_workers(built):
     assert torch.equal(sequences(2, 0, first_step=2), reference[2:])
 
 
+@pytest.mark.multiprocess
 def test_a_video_is_in_one_split_only_and_copies_count_once(built, videos, tmp_path):
     names = {
         name: {

@@ -197,6 +197,7 @@ def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(
         assert constant["auroc_of_energy"]["mean"] == 1
 
 
+@pytest.mark.multiprocess
 def test_a_foreign_text_that_cannot_be_used_is_refused_in_one_line(text, video, tmp_path):
     split, short = open_split(text, "validation", verify="sizes"), tmp_path / "short.txt"
     short.write_text("a")

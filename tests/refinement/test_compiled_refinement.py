@@ -87,6 +87,7 @@ def test_a_compiled_step_has_the_gradients_of_the_eager_one(options):
         )
 
 
+@pytest.mark.multiprocess
 def test_the_comparison_notices_a_compiled_step_whose_inner_gradient_has_no_graph(monkeypatch):
     right = inner_gradient._compiled()
     monkeypatch.setattr(
