@@ -111,7 +111,6 @@ def test_frames_are_those_on_screen_at_each_interval(videos):
         assert abs(int(one.pixels[3, 3, 0]) - min(255, 4 * number)) <= 6, (one.offset, one.k)
 
 
-@pytest.mark.multiprocess
 def test_clips_begin_every_stride_and_hold_frames_an_interval_apart(videos, tmp_path):
     manifest = build(
         videos / "v0.mp4",
@@ -152,7 +151,6 @@ def test_windows_cover_the_frame(videos):
     assert tall[0][1].mean() < tall[1][1].mean()
 
 
-@pytest.mark.multiprocess
 def test_further_zooms_add_windows_to_training_only(videos, tmp_path):
     split = {
         name: open_split(
@@ -174,7 +172,6 @@ def test_further_zooms_add_windows_to_training_only(videos, tmp_path):
     ] | {(2, 2 + i) for i in range(8)}
 
 
-@pytest.mark.multiprocess
 def test_embeddings_are_the_encoders_standardised_over_the_training_frames(built):
     split = open_split(built, "train", verify="hashes")
     content = split.manifest.content
@@ -193,7 +190,6 @@ def test_embeddings_are_the_encoders_standardised_over_the_training_frames(built
     assert (again - states[None, :4]).abs().mean() < 0.3  # back from rounded pixels
 
 
-@pytest.mark.multiprocess
 def test_stored_frames_and_stored_embeddings_are_the_same_states(videos, tmp_path, built):
     frames = build(videos, tmp_path / "frames", stored="jpeg", validation_fraction=0.3)
     batches = {}
@@ -217,7 +213,6 @@ def test_stored_frames_and_stored_embeddings_are_the_same_states(videos, tmp_pat
         )  # float16 in the shards
 
 
-@pytest.mark.multiprocess
 def test_the_same_batches_on_any_number_of_ranks_and_workers(built):
     split = open_split(built, "train", verify="sizes")
 
@@ -246,7 +241,6 @@ def test_the_same_batches_on_any_number_of_ranks_and_workers(built):
     assert torch.equal(sequences(2, 0, first_step=2), reference[2:])
 
 
-@pytest.mark.multiprocess
 def test_a_video_is_in_one_split_only_and_copies_count_once(built, videos, tmp_path):
     names = {
         name: {
@@ -264,7 +258,6 @@ def test_a_video_is_in_one_split_only_and_copies_count_once(built, videos, tmp_p
     assert len(find_videos([tmp_path / "twice"], report=quiet)) == 1
 
 
-@pytest.mark.multiprocess
 def test_a_single_video_is_cut_in_time_with_a_gap(videos, tmp_path):
     said = []
     write_video(tmp_path / "long.mp4", seconds=8)
@@ -282,7 +275,6 @@ def test_a_single_video_is_cut_in_time_with_a_gap(videos, tmp_path):
     assert max(ends) + 0.75 <= min(starts) + 1e-6 and any("split by time" in line for line in said)
 
 
-@pytest.mark.multiprocess
 def test_chosen_videos_are_held_out(videos, tmp_path):
     manifest = build(videos, tmp_path / "d", validation_videos=("v2.mp4",))
     split = open_split(manifest, "validation", verify="sizes")
@@ -291,7 +283,6 @@ def test_chosen_videos_are_held_out(videos, tmp_path):
         build(videos, tmp_path / "e", validation_videos=("nowhere.mp4",))
 
 
-@pytest.mark.multiprocess
 def test_unreadable_and_short_videos_are_reported_and_left_out(videos, tmp_path):
     folder, said = tmp_path / "mixed", []
     folder.mkdir()
@@ -317,7 +308,6 @@ def test_unreadable_and_short_videos_are_reported_and_left_out(videos, tmp_path)
         build(tmp_path / "d", tmp_path / "f")
 
 
-@pytest.mark.multiprocess
 def test_a_decoder_that_crashes_costs_one_video(videos, tmp_path, monkeypatch):
     real, said = video_module.make_part, []
     monkeypatch.setattr(
@@ -332,7 +322,6 @@ def test_a_decoder_that_crashes_costs_one_video(videos, tmp_path, monkeypatch):
     assert load_manifest(manifest).source["num_skipped"] == 1
 
 
-@pytest.mark.multiprocess
 def test_a_decoder_that_stands_still_is_named_and_ended(videos, tmp_path, monkeypatch):
     real, said = video_module.make_part, []
     monkeypatch.setattr(
@@ -348,7 +337,6 @@ def test_a_decoder_that_stands_still_is_named_and_ended(videos, tmp_path, monkey
     assert load_manifest(manifest).source["num_skipped"] == 1
 
 
-@pytest.mark.multiprocess
 def test_what_was_left_out_is_said_per_video_and_in_all_and_again_after_a_restart(videos, tmp_path):
     from recordings import damaged, remux
 
@@ -408,6 +396,9 @@ config = video.VideoDatasetConfig(
 video.make_video_dataset([sys.argv[1]], sys.argv[2], config, workers=1)
 """
 
+# The clips are decoded in processes of their own, by whichever test comes first.
+pytestmark = pytest.mark.multiprocess
+
 
 def test_a_killed_preparation_leaves_no_dataset_and_goes_on_with_the_rest(videos, tmp_path, built):
     done = subprocess.run(
@@ -424,7 +415,6 @@ def test_a_killed_preparation_leaves_no_dataset_and_goes_on_with_the_rest(videos
     assert not (tmp_path / ".d.parts").exists()
 
 
-@pytest.mark.multiprocess
 def test_second_run_keeps_the_dataset_and_other_settings_are_refused(videos, tmp_path):
     said = []
     build(videos, tmp_path / "d")
@@ -434,7 +424,6 @@ def test_second_run_keeps_the_dataset_and_other_settings_are_refused(videos, tmp
         build(videos, tmp_path / "d", quality=50)
 
 
-@pytest.mark.multiprocess
 def test_a_dataset_like_another_can_be_mixed_with_it(videos, tmp_path, built):
     write_video(tmp_path / "new.mp4", seconds=6, seed=9)
     other = build(
@@ -479,7 +468,6 @@ def test_damage_to_a_video_dataset_is_found(built, tmp_path):
         (dict(interval_s=0.25, stride_s=0.1234567), "no common multiple"),
     ],
 )
-@pytest.mark.multiprocess
 def test_impossible_settings_are_one_clear_line(videos, tmp_path, changes, expected):
     said = []
     with pytest.raises(DataError) as error:
