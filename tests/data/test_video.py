@@ -29,6 +29,9 @@ from ebwm_scale.data.prepare.clips import find_videos, resize_and_crop, shown_at
 from ebwm_scale.data.prepare.decoding import pictures
 from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
 
+# The clips are decoded in processes of their own, by whichever test comes first.
+pytestmark = pytest.mark.multiprocess
+
 TINY = dict(
     context_length=3,
     interval_s=0.25,
@@ -395,9 +398,6 @@ config = video.VideoDatasetConfig(
 )
 video.make_video_dataset([sys.argv[1]], sys.argv[2], config, workers=1)
 """
-
-# The clips are decoded in processes of their own, by whichever test comes first.
-pytestmark = pytest.mark.multiprocess
 
 
 def test_a_killed_preparation_leaves_no_dataset_and_goes_on_with_the_rest(videos, tmp_path, built):
