@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -33,16 +33,17 @@ POINTS = "a list of [progress, value] points, for example [[0, 1.0], [1, 0.1]]"
 
 
 def problems_of(error: ValidationError) -> list[str]:
-    """One sentence per problem."""
+    """One sentence per problem; of a key with several kinds of values one for all of them."""
     problems = []
     for found in error.errors(include_url=False):
         problem = _sentence(found)
-        if problem not in problems:
+        if problem is not None and problem not in problems:
             problems.append(problem)
     return problems
 
 
-def _sentence(found: ErrorDetails) -> str:
+def _sentence(found: ErrorDetails) -> str | None:
+    """None where another problem of the same key says it."""
     location = [part for part in found["loc"] if part != "nullable"]
     kind = found["type"]
     value = found["input"]
@@ -54,6 +55,13 @@ def _sentence(found: ErrorDetails) -> str:
         if section is not None:
             keys = ", ".join(section.model_fields)
             return f"{_key(location)}: expected a section with keys {keys}; got {shown(value)}"
+    field = _field_of(location)
+    kinds = _kinds_of(_hint_at(field))
+    if len(kinds) > 1:
+        expected = ", or ".join(_described(one) for one in kinds)
+        if any(isinstance(part, int) for part in location):
+            return None  # the other kinds' problems show the whole list
+        return f"{_key(field)} is {shown(value)}: expected {expected}"
     key = _key(location)
     listed = _key_of_a_list(location)
     if kind == "greater_than":
@@ -124,6 +132,37 @@ def _section_of(hint: Any) -> type[BaseModel] | None:
     return None
 
 
+def _field_of(location: list) -> list:
+    """The names down to a key itself: pydantic adds which of its kinds of values it tried."""
+    section: type[BaseModel] | None = Config
+    for index, part in enumerate(location):
+        if isinstance(part, int):
+            continue
+        if section is None or part not in section.model_fields:
+            return location[:index]
+        section = _section_of(section.model_fields[part].annotation)
+    return location
+
+
+def _kinds_of(hint: Any) -> list:
+    """The types of values that a key may have, null aside."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return [hint]
+    return [one for one in typing.get_args(hint) if one is not type(None)]
+
+
+def _described(hint: Any) -> str:
+    """A type in words."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return _described(typing.get_args(hint)[0])
+    if origin is Literal:
+        return " or ".join(str(choice) for choice in typing.get_args(hint))
+    if origin is tuple:
+        return "a list of numbers that are not negative"
+    return "a whole number of 1 or more"
+
+
 def _hint_at(location: list) -> Any:
     names = [part for part in location if not isinstance(part, int)]
     section = _section_at(names[:-1])
@@ -140,6 +179,8 @@ def _may_be_null(location: list) -> bool:
 
 def _choices(location: list) -> str:
     hint = _hint_at(location)
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
     return ", ".join(str(choice) for choice in typing.get_args(hint))
 
 
@@ -150,15 +191,20 @@ def _key_of_a_list(location: list) -> str | None:
         if isinstance(part, int):
             return _key(names)
         names.append(part)
-    hint = _hint_at(location) if location else None
+    hint = _kinds_of(_hint_at(location))[0] if location else None
     return _key(names) if typing.get_origin(hint) is tuple else None
 
 
 def _expected_list(key: str) -> str:
-    hint = _hint_at(key.split("."))
+    (hint,) = _kinds_of(_hint_at(key.split(".")))
     section = _section_of(hint)
     if section is not None:
         return f"a list of mappings with the keys {', '.join(section.model_fields)}"
-    if typing.get_args(hint)[0] is str:
+    element = typing.get_args(hint)[0]
+    if element is str:
         return "a list of texts"
+    if element is int:
+        return f"a list of {len(typing.get_args(hint))} whole numbers"
+    if typing.get_origin(element) is Literal:
+        return f"a list of {', '.join(typing.get_args(element))}"
     return POINTS

@@ -204,6 +204,26 @@ def test_what_cannot_be_used_is_refused_with_the_value_and_what_is_allowed(value
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "section, key, value, sentence",
+    [
+        ("refinement", "loss_weights", "risng", "'risng': expected rising, or a list of numbers"),
+        ("refinement", "loss_weights", [1, "a"], "[1, 'a']: expected rising, or a list of numbers"),
+        ("refinement", "loss_weights", [-2.0], "[-2.0]: expected rising, or a list of numbers"),
+        ("refinement", "reencode", "some", "'some': expected none or all, or a whole number"),
+        ("refinement", "reencode", -1, "-1: expected none or all, or a whole number"),
+        ("refinement", "reencode", 2.5, "2.5: expected none or all, or a whole number"),
+        ("model", "energy_head", "linear", "'linear': expected a list of linear, quadratic"),
+        ("data", "grid", [3], "(3,): expected a list of 2 whole numbers"),
+    ],
+)
+def test_a_key_of_several_kinds_of_values_is_one_sentence(section, key, value, sentence):
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict({section: {key: value}})
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{section}.{key} is {sentence}")
+
+
 def test_a_key_is_read_under_its_old_name_and_said_to_be_old(caplog):
     config = config_from_dict({"refinement": {"checkpoint": "block"}})
     assert config.refinement.recompute == "block"

@@ -207,6 +207,26 @@ def readme_row(start):
     return baseline.strip(), energy.strip()
 
 
+def losses_of_heads():
+    """results/worth_text.json: recipe -> the losses of seeds 33, 1 and 2 after the trained step."""
+    rows = json.loads((ROOT / "results" / "worth_text.json").read_text())["rows"]
+    losses = {}
+    for row in rows:
+        losses.setdefault(row["recipe"], []).append(row["losses"][row["trained_steps"]]["mean"])
+    return losses
+
+
+def test_the_page_on_recipes_quotes_the_study_of_heads():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for recipe, losses in losses_of_heads().items():
+        figures = [*losses, sum(losses) / len(losses)]
+        assert " | ".join(f"{loss:.3f}" for loss in figures) in text, recipe
+    cost = json.loads((ROOT / "results" / "worth_step_cost.json").read_text())
+    ratio = cost["cpu_ratio_to_transformer++"]["linear, bilinear"]
+    low, high = min(ratio["runs"]), max(ratio["runs"])
+    assert f"costs {ratio['median']:.2f} Transformer++ steps ({low:.2f} to {high:.2f}" in text
+
+
 def test_the_table_of_the_readme_quotes_its_result_files():
     folder = ROOT / "results"
     seeds = {}
@@ -241,6 +261,14 @@ def test_the_table_of_the_readme_quotes_its_result_files():
     forms = ("transformer++, 2 layers", "1 step")
     expected = [", ".join(right[form, seed] for seed in (33, 1, 2)) for form in forms]
     assert list(readme_row("two look-ups")) == expected
+
+    shallow = losses_of_heads()
+    forms = ("transformer++", "shallow-bilinear")
+    expected = [", ".join(f"{loss:.3f}" for loss in shallow[form]) for form in forms]
+    assert list(readme_row("the same text, one step")) == expected
+    cost = json.loads((folder / "worth_step_cost.json").read_text())
+    ratio = cost["cpu_ratio_to_transformer++"]["linear, bilinear"]["median"]
+    assert readme_row("the same of one step") == ("1", f"{ratio:.2f}")
 
     runs = json.loads((folder / "bench_step_xxs.json").read_text())["runs"]
     plain = "python tools/bench_step.py --compare baseline --threads 2 --steps 7"

@@ -81,7 +81,6 @@ FAMILY = Family(
     symbols="01rgb?",
     sizes=range(3, 65),
     size_word="nodes",
-    difficulty_word="search steps",
     draw=draw,
     grid=lambda size: (size, size),
 )

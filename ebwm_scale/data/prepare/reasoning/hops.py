@@ -47,7 +47,6 @@ FAMILY = Family(
     symbols=f"{NODES}>?",
     sizes=range(1, 33),
     size_word="hops",
-    difficulty_word="hops",
     draw=draw,
     longest=lambda size: 3 * len(NODES) + QUESTIONS * (3 + size),
 )

@@ -41,7 +41,6 @@ class Family:
     symbols: str
     sizes: Sequence[int]
     size_word: str
-    difficulty_word: str
     draw: Callable[[Draws, int], Instance]
     grid: Callable[[int], tuple[int, int]] | None = None
     longest: Callable[[int], int] | None = None

@@ -149,7 +149,6 @@ REACHABILITY = Family(
     symbols=_SYMBOLS,
     sizes=SIZES,
     size_word="cells a side",
-    difficulty_word="distance to the farthest cell",
     draw=draw_reachability,
     grid=_square,
 )
@@ -158,7 +157,6 @@ SHORTEST_PATH = Family(
     symbols=_SYMBOLS,
     sizes=SIZES,
     size_word="cells a side",
-    difficulty_word="length of the path",
     draw=draw_shortest_path,
     grid=_square,
 )

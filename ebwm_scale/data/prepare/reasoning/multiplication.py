@@ -51,7 +51,6 @@ FAMILY = Family(
     symbols="0123456789*=",
     sizes=range(1, 13),
     size_word="digits",
-    difficulty_word="carries",
     draw=draw,
     longest=lambda size: 4 * size + 2,
 )

@@ -77,7 +77,6 @@ FAMILY = Family(
     symbols=".123456789",
     sizes=tuple(BOXES),
     size_word="cells a side",
-    difficulty_word="search steps",
     draw=draw,
     grid=lambda size: (size, size),
 )
