@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ebwm_kernels.attention import launches, triton_backend
-from ebwm_kernels.attention.reference import Cotangents
+from ebwm_kernels.attention.tensors import Cotangents, Inputs
 from ebwm_kernels.attention.tuning import KERNELS, Tile, tile_for
 from ebwm_kernels.attention.visibility import Shape
 from ebwm_scale.core.arguments import ArgumentParser
@@ -138,13 +138,11 @@ def _run_levels(work: Work) -> None:
         first_visible = torch.zeros(1, work.positions, dtype=torch.int32)
     own = (q, q) if work.use == "energy" else (None, None)
     keys = (None, None) if work.use == "energy" else (k, k)
-    inputs = (q, k, k, *own, first_visible)
-    out, normalizer = triton_backend.forward(*inputs, shape)
-    triton_backend.gradient(q, *inputs, out, normalizer, shape, with_keys=True)
-    cotangents = Cotangents(q, *keys, *own)
-    triton_backend.double_backward(cotangents, q, *inputs, out, normalizer, shape)
-    tangents = Cotangents(q, k, k, *own)
-    triton_backend.tangent(tangents, *inputs, out, normalizer, shape)
+    inputs = Inputs(q, k, k, *own, first_visible)
+    output = triton_backend.forward(inputs, shape)
+    triton_backend.gradient(q, inputs, output, shape, with_keys=True)
+    triton_backend.double_backward(Cotangents(q, *keys, *own), q, inputs, output, shape)
+    triton_backend.tangent(Cotangents(q, k, k, *own), inputs, output, shape)
 
 
 def _report(work: Work, tile: Tile, flags: dict, compiled) -> dict:
