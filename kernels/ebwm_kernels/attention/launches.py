@@ -209,6 +209,9 @@ def architecture(device: torch.device) -> str:
     return found
 
 
+NO_STRIDES = Strides(0, 0, tl.constexpr(0))
+
+
 @functools.cache
 def _layout_type(names: tuple[str, ...]) -> type:
     return namedtuple("Layout", names)  # pyright: ignore[reportUntypedNamedTuple]
@@ -219,19 +222,27 @@ def _layout(kernel, tensors: Sequence[Tensor | None]) -> tuple:
     strides = {}
     for name, tensor in zip(kernel.arg_names, tensors):
         if name not in STATISTICS:
-            strides[name] = Strides(0, 0, 0) if tensor is None else strides_of(tensor)
+            strides[name] = NO_STRIDES if tensor is None else strides_of(tensor)
     return _layout_type(tuple(strides))(**strides)
 
 
 def strides_of(x: Tensor) -> Strides:
     """Of a tensor (B, H, S, d) that is ready, as kernels take them."""
     align = alignment_of(x.shape[-1], x.dtype)
-    return Strides(*(stride // align * 16 for stride in _steps(x)))
+    batch, head, row = _steps(x)
+    return Strides(batch // align * 16, head // align * 16, tl.constexpr(row))
 
 
-def _steps(x: Tensor) -> list[int]:
-    """Strides of the leading dimensions; what has one place has no step."""
-    return [0 if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride())]
+def _steps(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, heads and rows; what has one place needs no step, but a single row has
+    that of many rows, so that it needs no program of its own.
+    """
+    batch = x.stride(0) if x.shape[0] > 1 else 0
+    head = x.stride(1) if x.shape[1] > 1 else 0
+    row = x.stride(2)
+    if x.shape[2] == 1 and row % alignment_of(x.shape[3], x.dtype):
+        row = x.shape[3]
+    return batch, head, row
 
 
 def alignment_of(width: int, dtype: torch.dtype) -> int:
@@ -270,18 +281,23 @@ def ready(x: Tensor) -> Tensor: ...
 @overload
 def ready(x: Tensor | None) -> Tensor | None: ...
 def ready(x: Tensor | None) -> Tensor | None:
-    """A tensor that kernels can read: itself, wherever each of its rows is in one piece and starts
-    at a multiple of what one load takes; else a copy.
-    """
+    """A tensor that kernels can read: itself, wherever its rows lie, or else a copy."""
     if x is None:
         return None
-    if x.ndim != 4:
+    if x.ndim != 4 or not _can_be_read(x):
         x = x.contiguous()
-    else:
-        align = alignment_of(x.shape[-1], x.dtype)
-        in_one_piece = x.shape[-1] == 1 or x.stride(-1) == 1
-        if not in_one_piece or any(step % align for step in _steps(x)):
-            x = x.contiguous()
     if x.data_ptr() % ALIGNMENT:
         x = x.clone()
     return x
+
+
+def _can_be_read(x: Tensor) -> bool:
+    """Whether each row of a tensor (B, H, S, d) is in one piece and starts at a multiple of what
+    one load takes, and a head's rows are in reach of 32 bits.
+    """
+    in_one_piece = x.shape[3] == 1 or x.stride(3) == 1
+    align = alignment_of(x.shape[3], x.dtype)
+    steps = _steps(x)
+    return (
+        in_one_piece and not any(step % align for step in steps) and x.shape[2] * steps[2] < 2**31
+    )

@@ -93,6 +93,19 @@ def resolve_backend(
     return backend
 
 
+def reads_positions_first(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int
+) -> bool:
+    """Whether attention reads keys and values that lie positions first (attention/tensors.py) where
+    they are, as Triton does.
+
+    The reference copies them at every level: who calls it often gives them heads first.
+    """
+    if backend != "auto":
+        return backend == "triton"
+    return device.type == "cuda" and why_not_triton(device, dtype, head_dimension) is None
+
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 

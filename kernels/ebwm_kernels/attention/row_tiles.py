@@ -34,22 +34,24 @@ class Head(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Steps of a tensor (B, H, S, d), in units of 1/16 of HEAD.align columns.
+    """Steps of a tensor (B, H, S, d).
 
-    Triton compiles a number that is 1, or a multiple of 16, into a program. These are all
-    multiples of 16: one program serves all layouts.
+    batch, head: in units of 1/16 of HEAD.align columns. Triton compiles a number that is 1, or a
+    multiple of 16, into a program; these are all multiples of 16, so that one program serves all.
+    row: in columns, and compiled in: addresses of a tile's rows that are known to the compiler
+    save up to 30 registers. A model has one or two.
     """
 
     batch: int
     head: int
-    row: int
+    row: tl.constexpr
 
 
 @triton.jit
 def head_of(pointer, strides, sample, head, HEAD: tl.constexpr):
     """A head of a tensor: (address of its first row, columns from a row to the next)."""
     start = sample * (strides.batch // 16).to(tl.int64) + head * (strides.head // 16).to(tl.int64)
-    return pointer + start * HEAD.align, strides.row // 16 * HEAD.align
+    return pointer + start * HEAD.align, strides.row
 
 
 @triton.jit
@@ -57,13 +59,12 @@ def _place(head, first_row, num_rows, part: tl.constexpr, COUNT: tl.constexpr, H
     """(addresses, mask) of one part of rows first_row .. first_row + COUNT - 1 of a head: nothing
     beyond num_rows and d.
     """
-    start = head[0] + head[1].to(tl.int64) * first_row
-    rows = tl.arange(0, COUNT)
+    rows = first_row + tl.arange(0, COUNT)
     columns = part * HEAD.part + tl.arange(0, HEAD.part)
-    mask = (first_row + rows)[:, None] < num_rows
+    mask = rows[:, None] < num_rows
     if HEAD.d != HEAD.padded:
         mask = mask & (columns[None, :] < HEAD.d)
-    return start + (rows[:, None] * head[1] + columns[None, :]), mask
+    return head[0] + rows[:, None] * head[1] + columns[None, :], mask
 
 
 @triton.jit

@@ -91,14 +91,3 @@ def empty_gradient(x: Tensor) -> Tensor:
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return torch.empty_like(x)
-
-
-def reads_positions_first(backend: str, obstacle: str | None, device: torch.device) -> bool:
-    """Whether this backend reads keys and values that lie positions first without copying them.
-
-    The reference copies them once per level: a model makes its own copy once, for all of them.
-    obstacle: ops.why_not_triton of the tensors.
-    """
-    if backend == "auto":
-        return obstacle is None and device.type == "cuda"
-    return backend == "triton"
