@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ebwm_kernels.attention.tensors import Inputs
+from ebwm_kernels.autograd_rules import no_third_derivative
 
 NUM_TENSORS = len(Inputs._fields)  # what every level is given, and None where it is absent
 NUM_DIFFERENTIABLE = NUM_TENSORS - 1  # all but first_visible
@@ -139,17 +140,11 @@ class DoubleBackward(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        raise RuntimeError(
-            "attention: its third derivative is not defined; differentiate at most twice "
-            "(for Hessian-vector products torch.func.jvp of torch.func.grad)"
-        )
+        raise RuntimeError(no_third_derivative("attention"))
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise RuntimeError(
-            "attention: its third derivative is not defined; differentiate at most twice "
-            "(for Hessian-vector products torch.func.jvp of torch.func.grad)"
-        )
+        raise RuntimeError(no_third_derivative("attention"))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
