@@ -152,4 +152,4 @@ def gradient(
         dq5.addcmul_(ks, own_dS)
         torch.mul(own_dS, q5, out=dk_self5)
         torch.mul(own_weight, grad5, out=dv_self5)
-    return Gradients(*(rounded(x, q.dtype) for x in result))
+    return rounded(result, q.dtype)

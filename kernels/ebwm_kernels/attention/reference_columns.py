@@ -4,14 +4,21 @@ sums, keys and values as the columns of a row.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from ebwm_kernels.attention.row_blocks import Columns
-from ebwm_kernels.attention.tensors import empty_gradient, wide_dtype
+from ebwm_kernels.attention.tensors import (
+    Gradients,
+    SecondGradients,
+    empty_gradient,
+    wide_dtype,
+)
 from ebwm_kernels.attention.visibility import Shape
+
+Result = TypeVar("Result", Gradients, SecondGradients)
 
 
 @overload
@@ -77,13 +84,9 @@ def zeroed(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.zero_()
 
 
-@overload
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor: ...
-@overload
-def rounded(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
-def rounded(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A result in the precision of the call's tensors."""
-    return None if x is None else x.to(dtype)
+def rounded(result: Result, dtype: torch.dtype) -> Result:
+    """Gradients in the precision of the call's tensors."""
+    return result._make(None if x is None else x.to(dtype) for x in result)
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def double_backward(
         g_q5.addcmul_(own.key, second.Z).addcmul_(own.b, own_dS)
         torch.addcmul(second.Z * at.q, at.a, own_dS, out=g_k_self5)
         torch.mul(second.centred, grad5, out=g_v_self5)
-    return SecondGradients(*(rounded(x, q.dtype) for x in result))
+    return rounded(result, q.dtype)
 
 
 @hidden_stays_hidden

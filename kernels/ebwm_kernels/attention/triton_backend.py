@@ -84,7 +84,14 @@ def double_backward(
 ) -> SecondGradients:
     """As reference.double_backward."""
     call = Call(inputs, shape)
-    result = SecondGradients(empty_for(grad), *(empty_for(x) for x in inputs[:5]))
+    result = SecondGradients(
+        grad=empty_for(grad),
+        q=empty_for(inputs.q),
+        k=empty_for(inputs.k),
+        v=empty_for(inputs.v),
+        k_self=empty_for(inputs.k_self),
+        v_self=empty_for(inputs.v_self),
+    )
     grad = ready(grad)
     output = Output(ready(output.out), ready(output.log_normalizer))
     a, b, c, b_self, c_self = _ready(cotangents)

@@ -122,7 +122,7 @@ KEYS = {
         256: {
             "_tangent": Tile(16, 32, 4, 2),
             "_second_query": Tile(16, 32, 4, 2),
-            "_second_key": Tile(16, 32, 8, 2),
+            "_second_key": Tile(32, 16, 8, 2),
         },
     },
     "sm_90": {
