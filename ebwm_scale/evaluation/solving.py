@@ -146,7 +146,8 @@ def evaluate_solving(
 ) -> dict[str, Any]:
     """The content of solving.json.
 
-    split: of tasks. steps: numbers of refinement steps; those that were trained are added.
+    split: of tasks. steps: numbers of refinement steps, of a looped baseline of loops; the trained
+    number is added.
     tolerance: of early stopping; None: a hundredth of the mean fall of energy in the first step.
     A grid may have another size than those trained on: the model then reads groups of that size
     from there on. Raises UserError for groups of another kind.
@@ -167,10 +168,14 @@ def evaluate_solving(
     if "difficulty" in manifest.content.members:
         difficulty = torch.tensor([difficulty_of(split.read_fields(i)) for i in sample_ids])
         bins = bins_of(difficulty)
-    if config.model.kind == "baseline":
-        marks = Marks.joined([_baseline_marks(model, batch) for batch in batches])
+    if config.model.kind == "baseline" and config.model.loops == 1:
+        (marks,) = _loop_marks(model, batches, [1], progress).values()
         point = {"num_steps": 0} | marks.summary() | {"by_difficulty": marks.by_difficulty(bins)}
         return result | {"trained_steps": None, "steps": [point]}
+    if config.model.kind == "baseline":
+        trained = config.model.loops
+        after = _loop_marks(model, batches, sorted(set(steps) | {trained}), progress)
+        return result | {"trained_steps": trained, "steps": _curve(after, trained, bins)}
     trained, seed = config.refinement.num_steps, config.train.seed
     after: dict[int, Marks] = {}  # number of steps -> marks
     for num_steps in sorted(set(steps) | {trained}):
@@ -181,18 +186,7 @@ def evaluate_solving(
                 for batch in tracked(batches, f"{num_steps} steps", progress)
             ]
         )
-    curve = []
-    previous = None
-    for num_steps, marks in after.items():
-        point = {"num_steps": num_steps} | marks.summary()
-        point["by_difficulty"] = marks.by_difficulty(bins)
-        if previous is not None:
-            point["gain_over_previous"] = marks.gain_over(previous)
-        if num_steps != trained:
-            point["gain_over_trained"] = marks.gain_over(after[trained])
-        curve.append(point)
-        previous = marks
-    result |= {"trained_steps": trained, "steps": curve}
+    result |= {"trained_steps": trained, "steps": _curve(after, trained, bins)}
     stopping = _early_stopping(model, batches, difficulty, 4 * trained, tolerance, seed, progress)
     return result | {"early_stopping": stopping}
 
@@ -248,10 +242,37 @@ def _read(model, split, max_samples: int, batch_size: int) -> tuple[list[Instanc
     return batches, [replaced.get(sample_id, sample_id) for sample_id in sample_ids]
 
 
-def _baseline_marks(model, batch: Instances) -> Marks:
-    embedded = model.embed_observed(batch.observed)
-    logits = model.output(model.network(embedded, model.first_visible(batch.observed)))
-    return Marks.of(logits, batch.targets)
+def _curve(after: dict[int, Marks], trained: int, bins: Sequence[Bin]) -> list[dict[str, Any]]:
+    """What is said of each number of steps, fewest first."""
+    curve = []
+    previous = None
+    for num_steps, marks in after.items():
+        point = {"num_steps": num_steps} | marks.summary()
+        point["by_difficulty"] = marks.by_difficulty(bins)
+        if previous is not None:
+            point["gain_over_previous"] = marks.gain_over(previous)
+        if num_steps != trained:
+            point["gain_over_trained"] = marks.gain_over(after[trained])
+        curve.append(point)
+        previous = marks
+    return curve
+
+
+def _loop_marks(
+    model, batches: Sequence[Instances], numbers: Sequence[int], progress: Progress
+) -> dict[int, Marks]:
+    """Of a baseline after each of these numbers of loops, fewest first."""
+    parts: dict[int, list[Marks]] = {number: [] for number in numbers}
+    for batch in tracked(batches, f"{max(numbers)} loops", progress):
+        hidden = model.network.after_each_loop(
+            model.embed_observed(batch.observed),
+            model.first_visible(batch.observed),
+            max(numbers),
+        )
+        for number in numbers:
+            logits = model.output(hidden[number - 1])
+            parts[number].append(Marks.of(logits, batch.targets))
+    return {number: Marks.joined(marks) for number, marks in parts.items()}
 
 
 def _thought(model, batch: Instances, thinking: ThinkingConfig) -> Thought:

@@ -77,7 +77,7 @@ def _steps_table(result: dict[str, Any], points: list[dict]) -> dict[str, Any]:
         for point in points
     ]
     heads = [
-        "steps",
+        "loops" if _is_looped(result) else "steps",
         "solved instances",
         "right tokens",
         "loss, nats per scored token",
@@ -123,6 +123,11 @@ def _sentences(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _is_looped(result: dict[str, Any]) -> bool:
+    """Whether the steps are passes of a looped baseline."""
+    return result["kind"] == "baseline" and result["trained_steps"] is not None
+
+
 def _steps_name(point: dict, result: dict[str, Any]) -> str:
     if result["trained_steps"] is None:
         return "none: no energy model"
@@ -159,7 +164,7 @@ def _easy_and_hard(axes: Axes, result: dict[str, Any]) -> str:
 
 def _mark_trained(axes: Axes, result: dict[str, Any]) -> None:
     axes.axvline(result["trained_steps"], color=LIGHT["muted"], linewidth=0.7, linestyle=":")
-    axes.set_xlabel("refinement steps")
+    axes.set_xlabel("loops" if _is_looped(result) else "refinement steps")
     axes.set_ylabel("share")
 
 
