@@ -106,6 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of early stopping (default: a hundredth of the mean fall of the first step)",
     )
     parser.add_argument(
+        "--settled",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="tasks: thinking stops when a step changes no scored probability by more than this "
+        "(default %(default)s)",
+    )
+    parser.add_argument(
         "--out-of-distribution",
         type=Path,
         nargs="+",
@@ -171,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 batch_size=options.batch_size,
                 steps=options.steps,
                 tolerance=options.tolerance,
+                settled=options.settled,
                 other=other,
                 num_examples=options.examples,
                 progress=progress,

@@ -24,8 +24,8 @@ from ebwm_scale.core.progress import Progress
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 MAZE, LARGER_MAZE = 6, 8  # cells a side
-NUM_MAZES, HELD_OUT_MAZES = 48_000, 1000
-MOST_STEPS = (1, 2, 3, 4, 8, 16)  # four of them are trained
+NUM_MAZES, HELD_OUT_MAZES = 48_000, 500
+MOST_STEPS = (1, 2, 4, 8, 16, 32)  # up to eight of them are trained
 
 
 @command

@@ -7,16 +7,17 @@ a looped Transformer++ passes of its blocks, of an ordinary one the answer that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 from ebwm_scale.config.schema import Config
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
-from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
+from ebwm_scale.inference.thinking import ThinkingConfig, Thought, Watch, think
 
 MANY_STEPS = 8  # up to so many, each trained step is looked at
 
@@ -60,6 +61,27 @@ def numbers_of_steps(config: Config, asked: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
+def see_answers(
+    model, batch: Instances, numbers: Sequence[int], see: Callable[[int, Tensor], None]
+) -> None:
+    """As answers, without energies and in one pass: see is called with each number of steps and
+    the logits then, which it must read at once. An energy model's steps do not depend on how many
+    follow.
+    """
+    if model.config.model.kind != "energy":
+        for answer in answers(model, batch, numbers):
+            see(answer.num_steps, answer.logits)
+        return
+
+    def watch(num_steps: int, states: Tensor) -> None:
+        if num_steps in numbers:
+            see(num_steps, states)
+
+    thinking = ThinkingConfig(num_steps=numbers[-1], seed=model.config.train.seed)
+    thought_of(model, batch, thinking, with_energy=False, watch=watch)
+
+
+@torch.no_grad()
 def answers(model, batch: Instances, numbers: Sequence[int]) -> Iterator[Answer]:
     """After each of these numbers of steps, which rise; also more than were trained."""
     if model.config.model.kind == "energy":
@@ -76,9 +98,25 @@ def answers(model, batch: Instances, numbers: Sequence[int]) -> Iterator[Answer]
 
 
 @torch.no_grad()
-def thought_of(model, batch: Instances, thinking: ThinkingConfig) -> Thought:
-    """Thinking of an energy model on every position of a batch."""
+def thought_of(
+    model,
+    batch: Instances,
+    thinking: ThinkingConfig,
+    *,
+    with_energy: bool = True,
+    watch: Watch | None = None,
+) -> Thought:
+    """Thinking of an energy model on every position of a batch; scored ones are asked for."""
     noise = SequenceSampler(model, thinking.seed, batch.sample_ids, batch.observed.shape[1])
     embedded = model.embed_observed(batch.observed)
     energy_function = SequenceEnergy(model, embedded, model.first_visible(batch.observed))
-    return think(model, energy_function, noise.initial(None), thinking, noise=noise)
+    return think(
+        model,
+        energy_function,
+        noise.initial(None),
+        thinking,
+        noise=noise,
+        with_energy=with_energy,
+        asked=batch.targets != IGNORE,
+        watch=watch,
+    )

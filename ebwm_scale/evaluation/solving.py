@@ -34,8 +34,8 @@ from ebwm_scale.data.loading.quarantine import BadSample
 from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.evaluation.answers import (
     Instances,
-    answers,
     numbers_of_steps,
+    see_answers,
     thought_of,
     trained_steps,
 )
@@ -152,6 +152,7 @@ def evaluate_solving(
     batch_size: int,
     steps: Sequence[int],
     tolerance: float | None = None,
+    settled: float = 0.1,
     other: Other | None = None,
     num_examples: int = 4,
     progress: Progress = no_progress,
@@ -160,7 +161,8 @@ def evaluate_solving(
 
     split: of tasks. steps: numbers of refinement steps, of a looped baseline of loops; the trained
     number is added, and each below it if they are few. tolerance: of early stopping; None: a
-    hundredth of the mean fall of energy in the first step. other: what it is compared with, after
+    hundredth of the mean fall of energy in the first step. settled: of stopping when the answer
+    settles, see ThinkingConfig. other: what it is compared with, after
     its own trained number of steps. num_examples: instances that are shown whole, unless a group
     has more than MAX_POSITIONS cells.
     A grid may have another size than those trained on: the models then read groups of that size
@@ -192,6 +194,9 @@ def evaluate_solving(
         result["early_stopping"] = _early_stopping(
             model, batches, difficulty, bins, 4 * config.refinement.num_steps, tolerance, progress
         )
+        result["settling"] = _settling(
+            model, batches, difficulty, bins, after[config.refinement.num_steps], settled, progress
+        )
     if other is not None:
         _fit_groups(other.model, manifest)
         result["against"] = _against(other, after[trained or 1], batches, bins, progress)
@@ -217,8 +222,7 @@ def evaluate_solving(
 def _gain(ours: Marks, theirs: Marks, bins: Sequence[Bin]) -> dict[str, Any]:
     """How much better ours are, over all instances and by difficulty."""
     by_difficulty = [
-        part.about() | ours.of_part(part).gain_over(theirs.of_part(part))
-        for part in bins
+        part.about() | ours.of_part(part).gain_over(theirs.of_part(part)) for part in bins
     ]
     return ours.gain_over(theirs) | {"by_difficulty": by_difficulty}
 
@@ -309,8 +313,11 @@ def _marks_after(
     """After each of these numbers of steps, fewest first."""
     parts: dict[int, list[Marks]] = {number: [] for number in numbers}
     for batch in tracked(batches, f"up to {numbers[-1]} steps", progress):
-        for answer in answers(model, batch, numbers):
-            parts[answer.num_steps].append(Marks.of(answer.logits, batch.targets))
+
+        def see(num_steps: int, logits: Tensor, targets: Tensor = batch.targets) -> None:
+            parts[num_steps].append(Marks.of(logits, targets))
+
+        see_answers(model, batch, numbers, see)
     return {number: Marks.joined(marks) for number, marks in parts.items()}
 
 
@@ -325,8 +332,6 @@ def _early_stopping(
 ) -> dict[str, Any]:
     """What early stopping costs, and whether it spends more steps on harder instances; of a model
     of energies.
-
-    The steps of an instance are the mean of those of its scored tokens.
     """
     seed = model.config.train.seed
     rules = ThinkingConfig(num_steps=max_steps, accept_only_if_lower=True, seed=seed, tolerance=0.0)
@@ -338,28 +343,69 @@ def _early_stopping(
         falls.append((thought.trace[0] - thought.trace[1])[batch.targets != IGNORE].cpu())
     if tolerance is None:
         tolerance = 0.01 * max(float(torch.cat(falls).mean()), 1e-12)
-    stopping = dataclasses.replace(rules, tolerance=tolerance)
-    stopped, steps = [], []
+    stopped, steps = _stopped(
+        model, batches, dataclasses.replace(rules, tolerance=tolerance), progress
+    )
+    marks_on = Marks.joined(running_on)
+    return {
+        "max_steps": max_steps,
+        "tolerance": tolerance,
+        "running_on": marks_on.summary(),
+        "gain_over_running_on": stopped.gain_over(marks_on),
+    } | _of_steps(stopped, steps, difficulty, bins)
+
+
+def _settling(
+    model,
+    batches: Sequence[Instances],
+    difficulty: Tensor,
+    bins: Sequence[Bin],
+    as_trained: Marks,
+    settled: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Stopping when an answer settles: at most twice the trained steps, so that hard instances can
+    take more of them, against the trained number for all.
+    """
+    max_steps = 2 * model.config.refinement.num_steps
+    seed = model.config.train.seed
+    rules = ThinkingConfig(num_steps=max_steps, settled=settled, seed=seed)
+    stopped, steps = _stopped(model, batches, rules, progress)
+    return {
+        "max_steps": max_steps,
+        "largest_change": settled,
+        "gain_over_trained": stopped.gain_over(as_trained),
+    } | _of_steps(stopped, steps, difficulty, bins)
+
+
+def _stopped(
+    model, batches: Sequence[Instances], rules: ThinkingConfig, progress: Progress
+) -> tuple[Marks, Tensor]:
+    """Where thinking by these rules stops, and the steps of each instance: the mean of those of its
+    scored tokens.
+    """
+    marks, steps = [], []
     for batch in tracked(batches, "stopping early", progress):
-        thought = thought_of(model, batch, stopping)
-        stopped.append(Marks.of(thought.state, batch.targets))
+        thought = thought_of(model, batch, rules)
+        marks.append(Marks.of(thought.state, batch.targets))
         scored = (batch.targets != IGNORE).double()
         taken = (thought.steps.double() * scored).sum(1) / scored.sum(1)
         steps.append(taken.cpu())
-    steps_taken = torch.cat(steps)
-    marks_on, marks_stopped = Marks.joined(running_on), Marks.joined(stopped)
+    return Marks.joined(marks), torch.cat(steps)
+
+
+def _of_steps(
+    stopped: Marks, steps: Tensor, difficulty: Tensor, bins: Sequence[Bin]
+) -> dict[str, Any]:
+    """What two ways to stop have in common."""
     result = {
-        "max_steps": max_steps,
-        "tolerance": tolerance,
-        "mean_steps": bootstrap_ci(steps_taken),
-        "running_on": marks_on.summary(),
-        "stopped": marks_stopped.summary(),
-        "gain_over_running_on": marks_stopped.gain_over(marks_on),
+        "mean_steps": bootstrap_ci(steps),
+        "stopped": stopped.summary(),
         "by_difficulty": [
-            part.about() | {"mean_steps": bootstrap_ci(steps_taken[part.members])} for part in bins
+            part.about() | {"mean_steps": bootstrap_ci(steps[part.members])} for part in bins
         ],
     }
     if len(difficulty):
-        correlation = correlation_ci(steps_taken[:, None], difficulty[:, None])
+        correlation = correlation_ci(steps[:, None], difficulty[:, None])
         result["rank_correlation_of_steps_with_difficulty"] = correlation
     return result

@@ -88,7 +88,7 @@ def _plots(result: dict[str, Any], points: list[dict]) -> list[dict[str, Any]]:
         plots.append(
             card("What later steps add, by difficulty", lambda axes: _gains(axes, result, gains))
         )
-    stopped = result.get("early_stopping", {}).get("by_difficulty")
+    stopped = result.get("settling", {}).get("by_difficulty")
     if stopped:
         plots.append(
             card("Steps until it stops, by difficulty", lambda axes: _stops(axes, stopped))
@@ -145,16 +145,25 @@ def _sentences(result: dict[str, Any]) -> list[str]:
         return []
     stopping = result["early_stopping"]
     first = (
-        f"Stopping early (tolerance {show(stopping['tolerance'])}) takes "
+        "Stopping when the energy falls no more (tolerance "
+        f"{show(stopping['tolerance'])}) takes "
         f"{with_interval(stopping['mean_steps'])} of {stopping['max_steps']} steps, and solves "
         f"{with_interval(stopping['stopped']['solved'])} of the instances; running on solves "
         f"{with_interval(stopping['running_on']['solved'])}."
     )
     lines = [first]
+    if "settling" in result:
+        settling = result["settling"]
+        lines.append(
+            "Stopping when the answer settles (no scored probability changes by more than "
+            f"{show(settling['largest_change'])}) takes {with_interval(settling['mean_steps'])} of "
+            f"{settling['max_steps']} steps, and solves "
+            f"{with_interval(settling['stopped']['solved'])}."
+        )
     if "rank_correlation_of_steps_with_difficulty" in stopping:
         correlation = stopping["rank_correlation_of_steps_with_difficulty"]
         lines.append(
-            "Rank correlation of the steps taken with the difficulty: "
+            "Rank correlation of the steps that the energy's fall allows with the difficulty: "
             f"{with_interval(correlation)}."
         )
     return lines

@@ -2,7 +2,7 @@
 
 A claim is yes or no where its 95 % interval lies on one side of the line, and unknown where it
 holds the line. That something costs nothing cannot be shown by an interval around zero: it is asked
-whether it costs less than a hundredth of the loss.
+whether it costs less than a hundredth, of the loss or of the instances.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ebwm_scale.reporting.page import with_interval
 from ebwm_scale.reporting.verdict import Check
 
 COSTS_NOTHING = 0.01  # share of the loss
+FEW_SOLVED = 0.01  # share of the instances
 Interval = dict[str, float]
 
 
@@ -37,8 +38,8 @@ def judge_solving(result: dict[str, Any]) -> tuple[str, str, list[Check]] | None
         checks.append(_against(result))
     if result["steps"][-1]["num_steps"] > trained:
         checks.append(_goes_on(result))
-    if "early_stopping" in result:
-        checks += _stopping(result)
+    if "settling" in result:
+        checks += _settling(result)
     return answer, sentence, checks
 
 
@@ -134,27 +135,30 @@ def _goes_on(result: dict[str, Any]) -> Check:
     )
 
 
-def _stopping(result: dict[str, Any]) -> list[Check]:
-    stopping = result["early_stopping"]
-    saved = 1 - stopping["mean_steps"]["mean"] / stopping["max_steps"]
-    checks = []
-    if "gain_over_running_on" in stopping:
-        fall = stopping["gain_over_running_on"]["fall_of_loss"]
-        checks.append(
-            Check(
-                _costs_nothing(fall, stopping["running_on"]["loss"]["mean"]),
-                "Stopping early costs nothing",
-                f"{saved:.0%} of the steps saved",
-                f"{with_interval(stopping['mean_steps'])} of {stopping['max_steps']} steps, loss "
-                f"lower by {with_interval(fall)}; asked for: not worse by a hundredth",
-            )
+def _settling(result: dict[str, Any]) -> list[Check]:
+    settling, trained = result["settling"], result["trained_steps"]
+    solved = settling["gain_over_trained"]["rise_of_solved"]
+    mark = "unknown"
+    if solved["low"] > -FEW_SOLVED:
+        mark = "yes"
+    elif solved["high"] < -FEW_SOLVED:
+        mark = "no"
+    checks = [
+        Check(
+            mark,
+            "Stopping when the answer settles solves as many",
+            f"{settling['mean_steps']['mean']:.1f} steps",
+            f"{with_interval(settling['mean_steps'])} of at most {settling['max_steps']} steps; "
+            f"share solved above that after {trained}: {with_interval(solved)}; asked for: not a "
+            "hundredth of the instances fewer",
         )
-    if "rank_correlation_of_steps_with_difficulty" in stopping:
-        correlation = stopping["rank_correlation_of_steps_with_difficulty"]
+    ]
+    if "rank_correlation_of_steps_with_difficulty" in settling:
+        correlation = settling["rank_correlation_of_steps_with_difficulty"]
         checks.append(
             Check(
                 by_sign(correlation, "yes", "no", "unknown"),
-                "Stopping early spends more steps on harder instances",
+                "Harder instances get more steps until they settle",
                 show_change(correlation["mean"]),
                 f"rank correlation of steps and difficulty: {with_interval(correlation)}",
             )

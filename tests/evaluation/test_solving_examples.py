@@ -219,7 +219,7 @@ def test_what_an_instance_holds_is_escaped_and_may_not_be_anything(results):
 
 def test_a_result_of_before_has_a_page(results):
     result = copy.deepcopy(results["hops"])
-    for key in ("examples", "against", "gain_of_later_steps"):
+    for key in ("examples", "against", "gain_of_later_steps", "settling"):
         del result[key]
     for key in ("gain_over_running_on", "by_difficulty"):
         del result["early_stopping"][key]
@@ -270,8 +270,8 @@ def test_each_claim_follows_its_interval(results):
     for fall, mark in ((0.2, "yes"), (-0.9, "no")):
         found = verdict_of(results, steps__3__gain_over_trained__fall_of_loss=fall)
         assert found[2][goes_on] == mark
-    harder = "Stopping early spends more steps on harder instances"
-    path = "early_stopping__rank_correlation_of_steps_with_difficulty"
+    harder = "Harder instances get more steps until they settle"
+    path = "settling__rank_correlation_of_steps_with_difficulty"
     for correlation, mark in ((0.5, "yes"), (0.0, "unknown"), (-0.5, "no")):
         assert verdict_of(results, **{path: correlation})[2][harder] == mark
 
