@@ -5,7 +5,8 @@ infinite key is no number. So a level whose results hold one is looked at again:
 finite numbers only, and got another, its sample is computed once more, row by row, each over its
 own keys. The same holds for keys, whose gradients come from the rows that see them.
 
-Finite numbers, and what is infinite for all who see it, cost one sum over the results.
+Finite numbers, and what is infinite for all who see it, cost one sum over the results. On a GPU
+nobody asks, since the answer would have to be waited for.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ def hidden_stays_hidden(level: Level) -> Level:
     @functools.wraps(level)
     def isolated(*arguments, **options):
         results = level(*arguments, **options)
-        if _are_finite(_tensors(results[:1] if isinstance(results, Output) else results)):
+        q = _inputs_of(arguments).q
+        checked = results[:1] if isinstance(results, Output) else results
+        if q.device.type != "cpu" or _are_finite(_tensors(checked)):
             return results
-        for sample in range(_inputs_of(arguments).q.shape[0]):
+        for sample in range(q.shape[0]):
             alone = [_sample(argument, sample) for argument in arguments]
             if _is_spoiled(alone, _sample(results, sample)):
                 for whole, part in zip(
