@@ -133,6 +133,9 @@ class RefinementConfig(Section):
     """What conditionings tell apart; `default` has one anyway."""
     graph: Literal["detach", "truncate", "full"] = "detach"
     """detach: each step on its own; truncate: only the last step; full: through all steps."""
+    backprop_steps: Annotated[int, Field(gt=0)] | None = None
+    """Of graph full: the last so many steps of a batch are differentiated and scored, the ones in
+    front of them run without a graph; default: all."""
     loss: Literal["every", "last"] = "every"
     """The mean over the steps' losses, or the last one's."""
     loss_weights: (

@@ -48,7 +48,12 @@ from ebwm_scale.refinement.deferred_backward import (
 )
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.sampling import NoiseSampler
-from ebwm_scale.refinement.step_plan import StepPlan, loss_weight, plan_steps
+from ebwm_scale.refinement.step_plan import (
+    StepPlan,
+    first_graph_step,
+    loss_weight,
+    plan_steps,
+)
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
 MIN_STEP_SIZE = 1e-4
@@ -166,7 +171,7 @@ def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
     if config.loss == "last":
         return losses[-1]
     if config.loss_weights is None:
-        return torch.stack(losses).mean()
+        return torch.stack(losses[first_graph_step(config, len(losses)) :]).mean()
     weights = [loss_weight(config, i, len(losses)) for i in range(len(losses))]
     total = weights[0] * losses[0]
     for weight, loss in zip(weights[1:], losses[1:]):

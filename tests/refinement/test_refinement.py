@@ -151,9 +151,10 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
     embedded_observed = model.embed_observed(observed)
     x, losses, fed = draws.initial_state(), [], None
+    scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
         last = i == num_steps - 1
-        if config.graph != "full":
+        if config.graph != "full" or i <= scored_from:
             x = x.detach()
         noise = draws.langevin(i)
         x = x if noise is None else x + noise
@@ -174,7 +175,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             moving = x = x.view_as(x)
             candidate = F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
         shared_workspace = workspace = None
-        if config.graph != "full":
+        if config.graph != "full" or i <= scored_from:
             z = z.detach()
         if has_workspace:
             shared_workspace = z @ model.network.workspace_map.weight.T
@@ -217,6 +218,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         weights = torch.arange(1, num_steps + 1, dtype=torch.float64).square()
     elif config.loss_weights is not None:
         weights = torch.tensor(config.loss_weights[-num_steps:], dtype=torch.float64)
+    weights[:scored_from] = 0
     return (weights / weights.sum() * torch.stack(losses)).sum()
 
 
