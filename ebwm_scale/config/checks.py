@@ -203,6 +203,12 @@ def _check_refinement(config: Config, require: Require) -> None:
         "a compiled step decides itself what it keeps; use none",
     )
     _check_backprop_steps(config, require)
+    has_logits = config.state.kind == "embedding" or refinement.update != "probabilities"
+    require(
+        refinement.decay == 0 or has_logits,
+        f"refinement.decay is {refinement.decay} with refinement.update probabilities: each step "
+        "starts from probabilities, which sum to 1; use mirror or logits, or 0",
+    )
     _check_loss_weights(config, require)
     _check_reencoding(config, require)
     for name in ("step_size", "num_steps", "noise"):

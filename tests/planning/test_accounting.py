@@ -464,6 +464,17 @@ MEMORY_CASES = {
         "refinement": {"reencode": 2, "num_steps": 5, "graph": "full", "backprop_steps": 2},
         "model": {"num_layers": 4},
     },
+    "text, decay": {"refinement": {"update": "mirror", "decay": 0.2, "num_steps": 3}},
+    "text, decay of logits": {"refinement": {"update": "logits", "decay": 0.2, "num_steps": 3}},
+    "text, decay from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "decay": 0.2, "num_steps": 3},
+    },
+    "text, decay, full": {
+        "state": {"workspace": 64},
+        "refinement": {"update": "mirror", "decay": 0.2, "num_steps": 3, "graph": "full"},
+    },
+    "frames, decay": {"state": FRAMES, "refinement": {"decay": 0.2, "graph": "full"}},
     "frames, last two of full": {
         "state": FRAMES,
         "refinement": {"num_steps": 5, "graph": "full", "backprop_steps": 2},

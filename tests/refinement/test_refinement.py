@@ -189,7 +189,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         by = x if kind == "vocabulary" and config.update == "logits" else moving
         if has_workspace:
             gradient, z_gradient = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
-            z = z - model.workspace_step_size.squeeze(0) * z_gradient
+            z = (1 - config.decay) * z - model.workspace_step_size.squeeze(0) * z_gradient
         else:
             (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         if config.graph == "truncate" and not last:
@@ -198,6 +198,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if config.graph != "full":
             start = start.detach()
         step = alpha.detach() if config.graph == "truncate" and not last else alpha
+        start = (1 - config.decay * draws.step_size_factor()) * start
         change = -step * gradient
         if config.change_clamp is not None:
             change = torch.clamp(change, -config.change_clamp, config.change_clamp)
