@@ -32,6 +32,7 @@ from ebwm_scale.data.loading.batches import validation_batches
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.loading.quarantine import BadSample
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci, correlation_ci, share_ci
+from ebwm_scale.evaluation.step_spectrum import step_spectrum
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
@@ -194,7 +195,9 @@ def evaluate_solving(
         previous = marks
     result |= {"trained_steps": trained, "steps": curve}
     stopping = _early_stopping(model, batches, difficulty, 4 * trained, tolerance, seed, progress)
-    return result | {"early_stopping": stopping}
+    pairs = [(batch.sample_ids, batch.observed) for batch in batches]
+    spectrum = step_spectrum(model, pairs, steps=(trained, 4 * trained), seed=seed)
+    return result | {"early_stopping": stopping, "step_spectrum": spectrum}
 
 
 def bins_of(difficulty: Tensor) -> list[Bin]:

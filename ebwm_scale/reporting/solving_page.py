@@ -15,6 +15,7 @@ from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
+from ebwm_scale.reporting.spectrum import spectrum_sentences
 from ebwm_scale.reporting.style import LIGHT
 
 MAX_POINTS = 300  # of a curve or a table
@@ -120,7 +121,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             "Rank correlation of the steps taken with the difficulty: "
             f"{with_interval(correlation)}."
         )
-    return lines
+    return lines + spectrum_sentences(result)
 
 
 def _steps_name(point: dict, result: dict[str, Any]) -> str:
