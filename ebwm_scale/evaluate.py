@@ -18,6 +18,8 @@ bootstrap over samples. For an energy model:
                  deciles of energy
     allocation   with early stopping: steps used against error, in deciles of it; what the saved
                  steps cost in loss
+    spectrum     what one more refinement step does to a small change of the state, after the
+                 trained steps and four times as many: eigenvalues of the step and of alpha H
     uncertainty  rank correlation of the spread of energy over starts with the error
     distribution (text) energies of shuffled tokens against real ones, as AUROC: the share of pairs
                  in which the real text has the lower energy; the same for each file of

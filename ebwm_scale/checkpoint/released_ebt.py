@@ -192,6 +192,8 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("state.map_scale", state.map_scale, (1.0,)),
         ("refinement.update", refinement.update, ("probabilities",)),
         ("refinement.loss_weights", refinement.loss_weights, (None,)),
+        ("refinement.backprop_steps", refinement.backprop_steps, (None,)),
+        ("refinement.decay", refinement.decay, (0.0,)),
         ("state.workspace", state.workspace, (None,)),
         ("refinement.reencode", refinement.reencode, ("none",)),
         (

@@ -212,6 +212,13 @@ def _check_refinement(config: Config, require: Require) -> None:
         f"refinement.compile is true with refinement.recompute {refinement.recompute}: "
         "a compiled step decides itself what it keeps; use none",
     )
+    _check_backprop_steps(config, require)
+    has_logits = config.state.kind == "embedding" or refinement.update != "probabilities"
+    require(
+        refinement.decay == 0 or has_logits,
+        f"refinement.decay is {refinement.decay} with refinement.update probabilities: each step "
+        "starts from probabilities, which sum to 1; use mirror or logits, or 0",
+    )
     _check_loss_weights(config, require)
     _check_reencoding(config, require)
     for name in ("step_size", "num_steps", "noise"):
@@ -227,6 +234,23 @@ def _check_refinement(config: Config, require: Require) -> None:
             all(value >= low for _, value in points),
             f"refinement.schedule.{name} is {listed}: values must be {low} or more",
         )
+
+
+def _check_backprop_steps(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.backprop_steps is None:
+        return
+    given = f"refinement.backprop_steps is {refinement.backprop_steps}"
+    require(
+        refinement.graph == "full",
+        f"{given} with refinement.graph {refinement.graph}: only a graph through all steps is cut "
+        "off, use full or leave the key out",
+    )
+    require(
+        refinement.backprop_steps < refinement.num_steps,
+        f"{given}: must be below refinement.num_steps {refinement.num_steps}, "
+        "or the key changes nothing",
+    )
 
 
 def _check_loss_weights(config: Config, require: Require) -> None:

@@ -10,7 +10,8 @@
 
 A row is one candidate for one position: of a prompt's next position, or of every position of a
 sequence (energy_functions.py). In a sequence of groups the rows of a group have one energy, so they
-stop, go back and win together. No second-order graph is built, and memory does not depend on the
+stop, go back and win together. With `refinement.decay` E(x) is compared with what decay adds to it
+(refinement/decay.py). No second-order graph is built, and memory does not depend on the
 number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
 """
 
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.core.errors import ConfigError
-from ebwm_scale.inference.energy_functions import EnergyFunction
+from ebwm_scale.inference.energy_functions import EnergyFunction, of_groups
 from ebwm_scale.inference.initial_states import InitialStateSampler
+from ebwm_scale.model.states import EmbeddedState
 from ebwm_scale.model.workspace import WorkspaceState
+from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
 from ebwm_scale.refinement.step_plan import INFERENCE_STEP
 
@@ -138,8 +141,9 @@ def _think_plainly(
         energy, gradient, of_w = energy_function.with_gradient(embedded.vectors, landscape, w)
         trace.append(energy)
         step_size = (alpha * scale).to(gradient.dtype)
+        embedded = _decayed(model, embedded, alpha)
         x, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
-        z = _moved(workspace, z, of_w, 1.0)
+        z = _moved(model, workspace, z, of_w, 1.0)
         if watch is not None:
             watch(i + 1, x)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
@@ -179,6 +183,7 @@ def _think_comparing(
     z = noise.initial_workspace()
     z_result = z  # of all rows, as result is
     energy = _energy_of(state_space, function, x, measured_in, _mapped(workspace, z))
+    added = _added_by_decay(model, x, z, energy)
     for i, landscape in enumerate(landscapes):
         before = x.clone()
         if config.noise:
@@ -191,8 +196,9 @@ def _think_comparing(
             measured_in = landscape
         _, gradient, of_w = function.with_gradient(embedded.vectors, landscape, w)
         step_size = (alpha * scale).to(gradient.dtype)
+        embedded = _decayed(model, embedded, alpha * scale)
         proposal, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
-        z_proposal = _moved(workspace, z, of_w, scale)
+        z_proposal = _moved(model, workspace, z, of_w, scale)
         if trace:
             energies = trace[-1].clone()
         else:
@@ -202,16 +208,19 @@ def _think_comparing(
 
         w = _mapped(workspace, z_proposal)
         after = _energy_of(state_space, function, proposal, landscape, w)
+        added_after = _added_by_decay(model, proposal, z_proposal, after)
+        fall = (energy + added) - (after + added_after)
         taken = active.clone()
         if config.accept_only_if_lower:
-            taken &= after < energy
+            taken &= fall > 0
             halved = active & ~taken
             scale = torch.where(halved[..., None], scale / 2, scale)
         steps[remaining] += active
         accepted[remaining] += taken
         x = torch.where(taken[..., None], proposal, before)
-        fallen = torch.where(taken, energy - after, torch.zeros_like(energy))
+        fallen = torch.where(taken, fall, torch.zeros_like(energy))
         energy = torch.where(taken, after, energy)
+        added = torch.where(taken, added_after, added)
         if config.tolerance is not None:
             active &= fallen > config.tolerance
         if config.settled is not None:
@@ -238,6 +247,7 @@ def _think_comparing(
             scale = scale[kept]
             active = active[kept]
             energy = energy[kept]
+            added = added[kept]
     w = _mapped(workspace, z_result)
     final = _energy_of(state_space, energy_function, result, landscapes[-1], w)
     while len(trace) < len(landscapes) + 1:
@@ -324,7 +334,24 @@ def _mapped(workspace: WorkspaceState | None, z: Tensor | None) -> Tensor | None
     return workspace.embed(z)
 
 
+def _decayed(model, embedded: EmbeddedState, step_size: Tensor) -> EmbeddedState:
+    """Where a step of this size starts from; step_size: a number or (B, K, 1)."""
+    decay = model.config.refinement.decay
+    if decay == 0:
+        return embedded
+    trained = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
+    return embedded.decayed(1 - decay * step_size / trained)
+
+
+def _added_by_decay(model, x: Tensor, z: Tensor | None, energy: Tensor) -> Tensor:
+    """What decay adds to the energies (B, K) of x (B, K, size); zeros without decay."""
+    if model.config.refinement.decay == 0:
+        return torch.zeros_like(energy)
+    return of_groups(decay_energy(model, x, z), model.network.group_size)
+
+
 def _moved(
+    model,
     workspace: WorkspaceState | None,
     z: Tensor | None,
     energy_grad: Tensor | None,
@@ -333,4 +360,4 @@ def _moved(
     """The next z (B, K, width), or None without a workspace; scale: a factor on beta."""
     if workspace is None or z is None or energy_grad is None:
         return None
-    return workspace.update(z, energy_grad, scale)
+    return workspace.update(z, energy_grad, scale, model.config.refinement.decay)

@@ -221,7 +221,8 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head),
         "workspace": _workspace_flops(config, z, rows),
         "recomputation": G * _recomputation(config, z, samples)
-        + (config.refinement.recompute == "block") * observed["recomputation"],
+        + (config.refinement.recompute == "block")
+        * (observed["recomputation"] + (N - G) * _forward_again(z, samples)),
         "attention_observed": observed["attention"],
         "attention_predicted": z.attention(
             samples, forward=N, inner=N, first_order=G, second_order=G
@@ -279,7 +280,7 @@ def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
     if not z.workspace:
         return 0.0
     N, G = z.steps, z.graph_steps
-    moves_with_graph = N - 1 if config.refinement.graph == "full" else 0
+    moves_with_graph = G - 1 if config.refinement.graph == "full" else 0
     # Into each step, and Z's gradient; under full that of z too, but for the first one.
     products = N + G + moves_with_graph
     # Each step of z, and under full both gradients of its product.
@@ -314,7 +315,8 @@ def _state_products(config: Config, z: StepSizes) -> int:
         # Plain autograd: into a step and out of it, W's gradient from both, and the way back
         # through the latter; full: through both.
         back = G - 1 if refinement.graph == "full" else 0
-        return 2 * N + 3 * G + back - 2 * uniform
+        from_zeros = uniform * (1 + (G == N))  # no product into the first step, none back
+        return 2 * N + 3 * G + back - from_zeros
     clamps = refinement.change_clamp is not None or refinement.state_clamp is not None
     adds_up = refinement.update == "mirror" and uniform
     products = 0
@@ -333,6 +335,15 @@ def _state_products(config: Config, z: StepSizes) -> int:
         if step.needs_graph and not fused:
             products += 2
     return products
+
+
+def _forward_again(z: StepSizes, samples: int) -> float:
+    """FLOPs that refinement.recompute block adds to a step without a graph.
+
+    Its inner gradient passes each block once more, as it keeps none.
+    """
+    weights = z.predicted_layers * z.block_weights
+    return 2.0 * samples * z.positions * weights + z.attention(samples, forward=1, inner=0)
 
 
 def _recomputation(config: Config, z: StepSizes, samples: int) -> float:

@@ -77,9 +77,9 @@ def memory_estimate(
     shards = world_size if stage else 1
     baseline = config.model.kind == "baseline"
     plan = plan_steps(config.refinement, range(z.steps), training=True)
-    full = plan[0].keep_graph  # all steps' graphs live at once
+    full = plan[-1].keep_graph  # the graphs of all steps that have one live at once
     # Steps that share a context which is encoded again are back-propagated together.
-    live_steps = z.steps if full else min(z.steps, config.refinement.reencode_every)
+    live_steps = z.graph_steps if full else min(z.steps, config.refinement.reencode_every)
     update = config.refinement.update
     offloaded = config.deepspeed.offload != "none"
     by_block = config.refinement.recompute == "block" and not baseline
@@ -133,7 +133,7 @@ def memory_estimate(
             kept += 0 if by_block else observed_block - LAST_OBSERVED_D * D
         contexts = z.contexts.forward if full or num_parts > 1 else 1
         if full:  # what is encoded again lives with its step
-            contexts += z.again.forward * (z.layers - z.first_reencoded) / z.layers
+            contexts += z.again.backward * (z.layers - z.first_reencoded) / z.layers
         parts["activations_observed"] = (
             element * samples * (z.positions + z.offset) * contexts * kept
             + element * micro_batch * z.positions * D
@@ -151,7 +151,7 @@ def memory_estimate(
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
     if config.state.kind == "embedding":
-        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.steps if full else 1)
+        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.graph_steps if full else 1)
     elif baseline:  # W's gradient exists from the forward on
         parts["vocabulary"] = element * V * D * num_training_losses(config.model)
         workspace = max(
@@ -165,7 +165,7 @@ def memory_estimate(
             config.refinement.state_clamp is not None
         )
         if full:  # autograd keeps what each clamp was given
-            states = (FULL_STATES[update] + clamps) * z.steps + scores + FULL_TRANSIENT
+            states = (FULL_STATES[update] + clamps) * z.graph_steps + scores + FULL_TRANSIENT
         else:  # a byte per number says where a clamp binds
             states = STATES[update]
             if update == "mirror" and starts_uniform(config) and clamps == 0:

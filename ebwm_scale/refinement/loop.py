@@ -19,6 +19,8 @@ all rows of its group contribute, and a tile holds whole groups.
 With `state.workspace` numbers z beside x are refined by the same energy, and not scored:
 w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 
+With `refinement.decay` a step starts from a share of x and z (decay.py).
+
 With `refinement.reencode` a further step's context is the observed stream encoded again with the
 predictions added, o_t + U e_t. The inner gradient does not go through it, the loss's does.
 
@@ -48,7 +50,12 @@ from ebwm_scale.refinement.deferred_backward import (
 )
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.sampling import NoiseSampler
-from ebwm_scale.refinement.step_plan import StepPlan, loss_weight, plan_steps
+from ebwm_scale.refinement.step_plan import (
+    StepPlan,
+    first_graph_step,
+    loss_weight,
+    plan_steps,
+)
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
 MIN_STEP_SIZE = 1e-4
@@ -166,7 +173,7 @@ def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
     if config.loss == "last":
         return losses[-1]
     if config.loss_weights is None:
-        return torch.stack(losses).mean()
+        return torch.stack(losses[first_graph_step(config, len(losses)) :]).mean()
     weights = [loss_weight(config, i, len(losses)) for i in range(len(losses))]
     total = weights[0] * losses[0]
     for weight, loss in zip(weights[1:], losses[1:]):
@@ -254,10 +261,12 @@ class RefinementLoop:
             if self.workspace is not None and not step.is_last:
                 assert z is not None and workspace_grad is not None, "it entered the step"
                 with torch.set_grad_enabled(step.keep_graph):
-                    z = self.workspace.update(z, workspace_grad)
+                    z = self.workspace.update(z, workspace_grad, decay=self.config.decay)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
                 alpha = step_size * step_size_factor
+                if self.config.decay and not starts_at_zero:
+                    embedded = embedded.decayed(1 - self.config.decay * step_size_factor)
                 state, embedded, loss = self.state_space.update(
                     embedded, energy_grad, alpha, targets, step
                 )
