@@ -194,6 +194,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("refinement.loss_weights", refinement.loss_weights, (None,)),
         ("state.workspace", state.workspace, (None,)),
         ("refinement.reencode", refinement.reencode, ("none",)),
+        ("refinement.candidates", refinement.candidates, (None,)),
         (
             "refinement.change_clamp with a random step size",
             refinement.change_clamp is not None and refinement.step_size_random_factor > 1,

@@ -72,6 +72,14 @@ def reencoded_blocks(config: Config) -> int:
     return config.refinement.reencode
 
 
+def num_candidates(config: Config) -> int | None:
+    """How many tokens of a position further steps move, below the vocabulary's size; None: all."""
+    count = config.refinement.candidates
+    if count is None or config.state.kind == "embedding" or count >= vocabulary_size(config):
+        return None
+    return count
+
+
 def min_num_steps(refinement: RefinementConfig) -> int:
     return _known(refinement.min_num_steps, "refinement.min_num_steps", BY_LOADING)
 

@@ -77,6 +77,18 @@ CASES = {
         "state": {"workspace": 5},
         "refinement": {"reencode": "all", "num_steps": 3},
     },
+    "candidates": TEXT
+    | {
+        "refinement": {"candidates": 5, "num_steps": 3, "update": "mirror"},
+        "state": {"initial": "zeros"},
+    },
+    "candidates, logits": TEXT
+    | {"refinement": {"candidates": 5, "num_steps": 3, "update": "logits"}},
+    "candidates, workspace, encoded again": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear", "context"]},
+        "state": {"workspace": 5},
+        "refinement": {"candidates": 5, "reencode": "all", "num_steps": 3},
+    },
     "video": VIDEO,
     "video, encoded again": VIDEO | {"refinement": {"reencode": 1}},
     "video, shallow": VIDEO
