@@ -135,7 +135,7 @@ def test_every_combination_of_graph_loss_and_update_is_exact(graph, loss, update
                 state={"initial": initial, "map_scale": 7.0},
                 refinement={"graph": graph, "loss": loss, "update": update},
             ),
-            whole_gradient=1e-12,
+            whole_gradient=1e-11,
         )
 
 
