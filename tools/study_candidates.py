@@ -2,7 +2,7 @@
 on the same batches.
 
     python tools/study_candidates.py data/sample-64/manifest.json [--candidates 64 256 1024]
-        [--steps 100] [--batch-size 8] [--cost-only] --output results/candidates.json
+        [--steps 100] [--batch-size 8] --output results/candidates.json
 
 Transformer++, one step, two steps of all tokens and two of K candidates each: shallow, with a
 bilinear term, from the uniform distribution, mirror descent, both steps scored and the graph
