@@ -8,13 +8,20 @@ import itertools
 from unittest import mock
 
 import pytest
+import test_grouped_refinement as grouped
 import test_refinement as plain
 import torch
 from torch.nn import functional as F
 
+from ebwm_kernels.vocabulary.api import vocabulary_descend_reference
+from ebwm_kernels.vocabulary.candidates import (
+    Candidates,
+    candidates_embed_reference,
+    candidates_move_reference,
+)
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError
-from ebwm_scale.model import candidates
+from ebwm_scale.model import candidates, states
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
 from ebwm_scale.refinement.step_plan import has_graph, last_encoding
@@ -313,3 +320,78 @@ def test_what_has_no_candidates_refuses_them_in_one_sentence(options, message):
     }
     with pytest.raises(ConfigError, match=message):
         config_from_dict(values)
+
+
+class PlainSteps(candidates.CandidateSteps):
+    """The same steps in plain autograd, with V numbers a row and gathered rows of the map."""
+
+    def first(self, direction, targets, *, probabilities, state, keep_whole, out):
+        rows = [None if u is None else u.flatten(0, 1) for u in (probabilities, state)]
+        hidden = direction.flatten(0, 1)
+        x = vocabulary_descend_reference(
+            self.weight, hidden, probabilities=rows[0], x=rows[1], clamps=self.clamps
+        )
+        mask = lowest_of_the_largest(x, self.count)
+        ids = mask.nonzero()[:, 1].view(len(x), self.count)
+        tail = x.masked_fill(mask, -torch.inf).logsumexp(-1)
+        of_target = x.gather(1, targets.clamp(min=0).flatten()[:, None]).squeeze(1)
+        shape = direction.shape[:2]
+        values = x.gather(1, ids)
+        return candidates.CandidateState(shape, Candidates(ids), values, tail, of_target)
+
+    def embed(self, state):
+        q = state.values.softmax(-1)
+        vectors = candidates_embed_reference(q, self.weight, state.candidates.ids)
+        return vectors.unflatten(0, state.shape), q
+
+    def update(self, state, probabilities, direction):
+        move = candidates_move_reference(self.weight, direction.flatten(0, 1), state.candidates.ids)
+        with mock.patch.object(candidates, "candidates_move", lambda *a, **o: move):
+            return super().update(state, probabilities, direction)
+
+
+@pytest.mark.parametrize("graph", ["detach", "truncate", "full"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_candidates_of_groups_are_those_of_plain_autograd(monkeypatch, graph, recompute):
+    model, observed, targets = grouped.build(
+        data=grouped.GRID,
+        model={"energy_head": CONTENT},
+        refinement={
+            "candidates": K,
+            "num_steps": 3,
+            "graph": graph,
+            "update": "mirror",
+            "recompute": recompute,
+        },
+    )
+    options = {"sample_ids": torch.arange(B), "source": NoiseSource(5, 6)}
+    found = model(observed, targets, **options)
+    ours = plain.gradients(model, found.loss)
+    monkeypatch.setattr(states, "CandidateSteps", PlainSteps)
+    expected = model(observed, targets, **options)
+    theirs = plain.gradients(model, expected.loss)
+    torch.testing.assert_close(found.loss_per_step, expected.loss_per_step, rtol=1e-12, atol=0)
+    largest = max(u.abs().max() for u in theirs.values() if u is not None)
+    for name, gradient in theirs.items():
+        if gradient is None:
+            assert ours[name] is None
+            continue
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=1e-10, atol=float(1e-12 * largest), msg=name
+        )
+
+
+def test_a_bfloat16_model_follows_its_float64_numbers():
+    gradients = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        model, observed, targets = build(
+            state={"initial": "zeros", "map_scale": 7.0},
+            refinement={"update": "mirror", "graph": "full", "candidates": V - 1},
+        )
+        model = model.bfloat16().to(dtype)
+        options = {"sample_ids": torch.arange(B), "source": NoiseSource(5, 6)}
+        output = model(observed, targets, **options)
+        found = plain.gradients(model, output.loss)
+        gradients[dtype] = torch.cat([found[name].flatten().double() for name in sorted(found)])
+    half, exact = gradients[torch.bfloat16], gradients[torch.float64]
+    assert (half - exact).norm() < 0.15 * exact.norm()
