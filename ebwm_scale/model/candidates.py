@@ -48,7 +48,7 @@ class CandidateState(NamedTuple):
     @classmethod
     def chosen(cls, x: Tensor, ids: Tensor) -> CandidateState:
         """Of a whole state x (B, S, V) whose candidates (B, S, K) are known; without targets."""
-        candidates = Candidates(ids.flatten(0, 1))
+        candidates = Candidates(ids.flatten(0, 1), x.shape[-1])
         rows = x.flatten(0, 1)
         return cls(x.shape[:2], candidates, rows.gather(1, candidates.ids), first=rows)
 

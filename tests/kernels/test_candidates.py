@@ -2,6 +2,8 @@
 ties and numbers that are not finite are chosen in one order.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 
 ROWS, V, D, K = 11, 23, 6, 5
+WAYS = (top_candidates, module._top_without_waiting)  # on a CPU; on other devices
 
 
 def problem(seed=3):
@@ -101,7 +104,7 @@ def test_two_steps_equal_a_mask_in_plain_autograd(update, clamps, with_buffer):
 
 def test_all_tokens_as_candidates_are_the_dense_step():
     x, weight, hidden, targets, draw = problem()
-    everything = Candidates(torch.arange(V).expand(ROWS, V).contiguous())
+    everything = Candidates(torch.arange(V).expand(ROWS, V).contiguous(), V)
     tail = torch.full((ROWS,), -torch.inf, dtype=torch.float64)
     q = x.softmax(-1)
     e = candidates_embed(q, weight, everything)
@@ -124,11 +127,11 @@ def test_each_product_equals_its_reference(operation):
     ids = torch.stack([torch.randperm(V)[:K].sort().values for _ in range(ROWS)])
     numbers = draw(ROWS, K).requires_grad_()
     if operation == "embed":
-        ours = candidates_embed(numbers, weight, Candidates(ids))
+        ours = candidates_embed(numbers, weight, Candidates(ids, V))
         plain = candidates_embed_reference(numbers, weight, ids)
         inputs = [numbers, weight]
     else:
-        ours = candidates_move(weight, hidden, Candidates(ids))
+        ours = candidates_move(weight, hidden, Candidates(ids, V))
         plain = candidates_move_reference(weight, hidden, ids)
         inputs = [weight, hidden]
     assert_close(ours, plain)
@@ -142,8 +145,8 @@ def test_of_equal_numbers_the_lowest_tokens_are_chosen():
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(4, (200, V), generator=generator).float()
     x[0] = 0.0
-    for count in (1, K, V - 1):
-        ids = top_candidates(x, count)
+    for count, choose in itertools.product((1, K, V - 1), WAYS):
+        ids = choose(x, count)
         for row, found in zip(x.tolist(), ids.tolist()):
             order = sorted(range(V), key=lambda token: (-row[token], token))
             assert found == sorted(order[:count])
@@ -155,6 +158,7 @@ def test_numbers_that_are_not_finite_are_chosen_first_and_show_in_the_loss():
     x[4] = torch.nan
     x[5, 9] = torch.inf
     ids = top_candidates(x, K)
+    assert torch.equal(module._top_without_waiting(x, K), ids)
     assert 7 in ids[2] and ids[4].tolist() == list(range(K)) and 9 in ids[5]
     first = first_candidates(weight, hidden, targets, K, x=x)
     loss = candidates_loss(first.values, first.tail, first.target, first.candidates, targets)
@@ -162,7 +166,7 @@ def test_numbers_that_are_not_finite_are_chosen_first_and_show_in_the_loss():
 
 
 def test_a_target_has_its_place_or_none():
-    chosen = Candidates(torch.tensor([[1, 4, 9], [0, 2, 3]]))
+    chosen = Candidates(torch.tensor([[1, 4, 9], [0, 2, 3]]), V)
     for targets, places, inside in (([4, 3], [1, 2], [1, 1]), ([10, 1], [2, 1], [0, 0])):
         place, is_candidate = chosen.place_of(torch.tensor(targets))
         assert place.tolist() == places and is_candidate.tolist() == inside
@@ -236,7 +240,7 @@ def test_a_second_backward_through_one_first_step_is_refused():
 
 def test_torch_func_is_refused_in_one_sentence():
     _, weight, hidden, _, _ = problem()
-    chosen = Candidates(torch.arange(K).expand(ROWS, K).contiguous())
+    chosen = Candidates(torch.arange(K).expand(ROWS, K).contiguous(), V)
     with pytest.raises(RuntimeError, match="use vocabulary.candidates.candidates_move_reference"):
         torch.func.grad(lambda h: candidates_move(weight.detach(), h, chosen).sum())(
             hidden.detach()
@@ -259,7 +263,7 @@ def test_nothing_of_a_gathered_map_is_kept():
     weight = torch.randn(1000, 32, requires_grad=True)
     hidden = torch.randn(8, 32, requires_grad=True)
     ids = torch.stack([torch.randperm(1000)[:40].sort().values for _ in range(8)])
-    chosen = Candidates(ids)
+    chosen = Candidates(ids, 1000)
     buffer = torch.zeros(1000, 32)
     with Sizes():
         numbers = candidates_move(weight, hidden, chosen, grad_buffer=buffer)

@@ -337,7 +337,7 @@ class PlainSteps(candidates.CandidateSteps):
         of_target = x.gather(1, targets.clamp(min=0).flatten()[:, None]).squeeze(1)
         shape = direction.shape[:2]
         values = x.gather(1, ids)
-        return candidates.CandidateState(shape, Candidates(ids), values, tail, of_target)
+        return candidates.CandidateState(shape, Candidates(ids, V), values, tail, of_target)
 
     def embed(self, state):
         q = state.values.softmax(-1)

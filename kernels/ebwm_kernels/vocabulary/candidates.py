@@ -23,9 +23,8 @@ no gradient goes through the choice.
     candidates_move           h -> u
     candidates_loss           x_C, T, x_y -> loss
 
-W is read where the candidates are, and the gradient of W is added there: no (rows, K, D) and no
-(V, D) numbers are made. Its rows are added in the order of the tokens, each once: the same sums
-every time, on every device.
+W is read where the candidates are, and the gradient of W is added there, token by token: no
+(rows, K, D) numbers are made, and every run adds in the same order. Nothing here waits for a GPU.
 """
 
 from __future__ import annotations
@@ -60,8 +59,9 @@ PLAIN = {
 class ByToken(NamedTuple):
     """The (row, candidate) pairs of some rows in the order of their tokens.
 
-    pairs (rows * K,): their places in the flattened candidates; rows: the row of each; tokens
-    (U,): the different ones; starts (U,): where each token's pairs begin.
+    pairs (rows * K,): their places in the flattened candidates; rows: the row of each. tokens (U,):
+    the different ones, starts (U,): where each token's pairs begin; U is the smaller one of V and
+    rows * K, and what is more than there are tokens has no pairs.
     """
 
     pairs: Tensor
@@ -72,9 +72,10 @@ class ByToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidates:
-    """The tokens of each row that move: ids (rows, K) int64, ascending in a row."""
+    """The tokens of each row that move: ids (rows, K) int64, ascending in a row; of num_tokens."""
 
     ids: Tensor
+    num_tokens: int
 
     @property
     def count(self) -> int:
@@ -83,11 +84,20 @@ class Candidates:
 
     @cached_property
     def by_token(self) -> ByToken:
-        """Sorted once, for the gradients of the map of all steps."""
+        """Sorted once, for the gradients of the map of all steps; nobody waits for a device."""
         ordered, pairs = self.ids.flatten().sort(stable=True)
-        tokens, counts = torch.unique_consecutive(ordered, return_counts=True)
+        num_pairs = len(ordered)
+        most = min(self.num_tokens, num_pairs)
+        is_start = torch.ones_like(ordered, dtype=torch.bool)
+        is_start[1:] = ordered[1:] != ordered[:-1]
+        number = is_start.cumsum(0) - 1  # of each pair's token among those there are
+        tokens = ordered.new_zeros(most).scatter_(0, number, ordered)
+        # What is no start goes behind all of them.
+        places = torch.where(is_start, number, most)
+        starts = ordered.new_full((most + 1,), num_pairs)
+        starts.scatter_(0, places, torch.arange(num_pairs, device=ordered.device))
         rows = torch.div(pairs, self.count, rounding_mode="floor")
-        return ByToken(pairs, rows, tokens, counts.cumsum(0) - counts)
+        return ByToken(pairs, rows, tokens, starts[:most])
 
     def place_of(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(place (rows,) of each target among the candidates, whether it is one (rows,))."""
@@ -116,6 +126,8 @@ def top_candidates(x: Tensor, count: int) -> Tensor:
     Of equal numbers the lowest tokens come first; a NaN counts as larger than every number.
     count: below V.
     """
+    if x.device.type != "cpu":
+        return _top_without_waiting(x, count)
     values, ids = x.topk(count + 1, dim=-1, sorted=False)
     least, place = values.min(-1, keepdim=True)
     # The one that is left out goes behind all others.
@@ -128,6 +140,22 @@ def top_candidates(x: Tensor, count: int) -> Tensor:
         return ids
     order = x[tied].sort(dim=-1, descending=True, stable=True).indices
     return ids.index_copy(0, tied, order[:, :count].sort(dim=-1).values)
+
+
+def _top_without_waiting(x: Tensor, count: int) -> Tensor:
+    """`top_candidates` whose operations do not depend on the numbers: nobody waits for a device."""
+    least = x.topk(count, dim=-1).values[:, -1:]
+    is_nan, least_is_nan = x.isnan(), least.isnan()
+    larger = (x > least) | (is_nan & ~least_is_nan)
+    equal = (x == least) | (is_nan & least_is_nan)
+    missing = count - larger.sum(-1, keepdim=True)
+    chosen = larger | (equal & (equal.cumsum(-1, dtype=torch.int32) <= missing))
+    # Each chosen token to its place in the row, all others behind the last one.
+    place = chosen.cumsum(-1, dtype=torch.int32) - 1
+    place = torch.where(chosen, place, count).long()
+    tokens = torch.arange(x.shape[1], device=x.device).expand_as(place)
+    ids = tokens.new_zeros(len(x), count + 1).scatter_(1, place, tokens)
+    return ids[:, :count].contiguous()
 
 
 @without_autocast
@@ -167,7 +195,9 @@ def first_candidates(
         clamps,
         out,
     )
-    return FirstCandidates(Candidates(ids), values, tail, target, state if keep_state else None)
+    return FirstCandidates(
+        Candidates(ids, len(weight)), values, tail, target, state if keep_state else None
+    )
 
 
 @without_autocast
