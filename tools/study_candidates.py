@@ -73,6 +73,7 @@ def main() -> int:
         parser.error("give a manifest, or --vocabulary for the cost alone")
     flush_denormals()
     torch.set_num_threads(1)
+    origin = provenance()  # of the code that runs, whatever is committed meanwhile
     forms = {
         "transformer++": ("model.kind=baseline",),
         "one step": ("refinement.num_steps=1",),
@@ -82,15 +83,16 @@ def main() -> int:
         forms[f"two steps, {count} candidates"] = (f"refinement.candidates={count}",)
     batches, held_out, vocabulary = data_of(options)
     runs = {name: Run(form, vocabulary, options) for name, form in forms.items()}
+    rows: list[dict] = []
     for step, (observed, targets) in enumerate(batches):
         for run in runs.values():
             run.train(step, observed, targets)
         if (step + 1) % 10 == 0 or step + 1 == options.steps:
             rows = rows_of(runs, held_out if step + 1 == options.steps else [])
-            result = provenance() | {"steps": step + 1, "threads": 1, "forms": rows}
+            result = origin | {"steps": step + 1, "threads": 1, "forms": rows}
             options.output.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{step + 1} steps", flush=True)
-    for row in rows_of(runs, held_out):
+    for row in rows:
         losses = " -> ".join(f"{loss['mean']:.3f}" for loss in row.get("losses", []))
         print(f"{row['form']}: {row['cpu_ratio']:.2f} {losses}")
     return 0
