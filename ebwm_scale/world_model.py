@@ -153,7 +153,12 @@ class WorldModel(nn.Module):
             weight = self.state_map
         if self.config.state.map_scale != 1:
             weight = weight * self.config.state.map_scale
-        return VocabularyState(weight, self.config.refinement.update, clamps)
+        return VocabularyState(
+            weight,
+            self.config.refinement.update,
+            clamps,
+            num_candidates=resolved.num_candidates(self.config),
+        )
 
     def workspace(self) -> WorkspaceState | None:
         """The workspace on this model's parameters as they are now; None without one."""

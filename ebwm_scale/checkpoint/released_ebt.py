@@ -196,6 +196,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("refinement.decay", refinement.decay, (0.0,)),
         ("state.workspace", state.workspace, (None,)),
         ("refinement.reencode", refinement.reencode, ("none",)),
+        ("refinement.candidates", refinement.candidates, (None,)),
         (
             "refinement.change_clamp with a random step size",
             refinement.change_clamp is not None and refinement.step_size_random_factor > 1,

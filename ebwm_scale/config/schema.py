@@ -148,6 +148,9 @@ class RefinementConfig(Section):
     """With loss every: rising (1, 4, 9, ..) or one weight per step; they are made to sum to 1."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
     """vocabulary states only, see ebwm_kernels.vocabulary.api."""
+    candidates: Count | None = None
+    """Steps after the first move the so many most probable tokens of each position; default: all
+    tokens, as with a number that is not below the vocabulary's size."""
     reencode: Literal["none", "all"] | Annotated[int, Field(gt=0, le=10**4)] = "none"
     """Before a further step the observed stream is encoded again with each position's prediction
     added to it: through all blocks, or through the last so many."""

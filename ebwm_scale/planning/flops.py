@@ -5,7 +5,7 @@ products.
 
 Legend: B samples, S positions, D width, K = H_kv d width of keys, F feed-forward width, L blocks,
 k of them passed by the predicted stream, V size of a state, N refinement steps, G of them with a
-graph, R = B S rows. A FLOP is half a multiply-add.
+graph, C candidates of further steps, R = B S rows. A FLOP is half a multiply-add.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ebwm_scale.config.resolved import (
     context_length,
     group_size,
     model_sizes,
+    num_candidates,
     num_training_losses,
     reencoded_blocks,
     state_size,
@@ -232,7 +233,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     if frames:
         parts["state_projection"] = frames["state_projection"] + of_states
     else:
-        parts["vocabulary"] = of_states
+        parts["vocabulary"] = of_states + _candidate_flops(config, z, rows)
     return {part: value for part, value in parts.items() if value}
 
 
@@ -311,6 +312,10 @@ def _state_products(config: Config, z: StepSizes) -> int:
     """
     refinement, N, G = config.refinement, z.steps, z.graph_steps
     uniform = starts_uniform(config) and config.state.kind == "vocabulary"
+    if _further_plan(config, z):
+        first = plan_steps(refinement, range(N), training=True)[0]
+        products = 1 + 2 * first.needs_graph
+        return products if uniform else products + 1 + first.needs_graph
     if config.state.kind == "embedding" or refinement.graph == "full":
         # Plain autograd: into a step and out of it, W's gradient from both, and the way back
         # through the latter; full: through both.
@@ -344,6 +349,27 @@ def _forward_again(z: StepSizes, samples: int) -> float:
     """
     weights = z.predicted_layers * z.block_weights
     return 2.0 * samples * z.positions * weights + z.attention(samples, forward=1, inner=0)
+
+
+def _further_plan(config: Config, z: StepSizes) -> tuple[StepPlan, ...]:
+    """The steps that move candidates alone; none where all tokens move."""
+    if config.state.kind == "embedding" or num_candidates(config) is None:
+        return ()
+    return plan_steps(config.refinement, range(z.steps), training=True)[1:]
+
+
+def _candidate_flops(config: Config, z: StepSizes, rows: int) -> float:
+    """Of the steps that move candidates alone, see ebwm_kernels/vocabulary/candidates.py."""
+    products = 0
+    for step in _further_plan(config, z):
+        products += 2  # into the step and out of it
+        if step.needs_graph:
+            products += 3  # W's gradient from both, and h's
+        if step.keep_graph:
+            products += 1  # q's, which earlier steps read
+    if products == 0:
+        return 0.0
+    return 2.0 * rows * (num_candidates(config) or 0) * z.width * products
 
 
 def _recomputation(config: Config, z: StepSizes, samples: int) -> float:

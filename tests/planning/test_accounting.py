@@ -118,6 +118,13 @@ class Counted(Inside):
         )
         if name in ("mm", "addmm", "addmm_"):
             self.flops["products"] += 2 * tensors[-2].numel() * tensors[-1].shape[1]
+        elif name.startswith("_embedding_bag"):
+            if "per_sample_weights" in name:  # of each weight, the product of two rows
+                gradient, _, ids = tensors[:3]
+                self.flops["products"] += 2 * ids.numel() * gradient.shape[1]
+            else:
+                vectors, ids = tensors[:2]
+                self.flops["products"] += 2 * ids.numel() * vectors.shape[1]
         elif name in ("bmm", "baddbmm", "baddbmm_"):
             left, right = tensors[-2:]
             self.flops["predicted"] += 2 * left.numel() * right.shape[2]
@@ -325,6 +332,29 @@ FLOP_CASES = {
         "state": {"initial": "zeros"},
         "refinement": {"update": "mirror", "graph": "full", "loss": "last"},
     },
+    "candidates": {"refinement": {"candidates": 4, "num_steps": 3}},
+    "candidates from zeros": {
+        "state": {"initial": "zeros", "map_scale": 3.0},
+        "refinement": {"candidates": 4, "num_steps": 3, "update": "mirror"},
+    },
+    "candidates, full": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 4, "num_steps": 3, "graph": "full", "loss": "last"},
+    },
+    "candidates, full, logits from noise": {
+        "refinement": {"candidates": 3, "graph": "full", "update": "logits", "state_clamp": 3.0},
+    },
+    "candidates, truncate": {
+        "refinement": {"candidates": 4, "num_steps": 3, "graph": "truncate", "loss": "last"},
+    },
+    "candidates, weights": {
+        "refinement": {"candidates": 4, "num_steps": 3, "loss_weights": [0, 1, 2]},
+    },
+    "candidates, encoded again, block recomputed": {
+        "refinement": {"candidates": 4, "reencode": "all", "recompute": "block"},
+    },
+    "more candidates than tokens": {"refinement": {"candidates": 11, "num_steps": 3}},
+    "candidates of groups": {"data": {"group_size": 3}, "refinement": {"candidates": 4}},
     "groups": {"data": {"group_size": 3}, "model": {"num_kv_heads": 2}},
     "groups, block recomputed": {
         "data": {"group_size": 3},
@@ -450,6 +480,18 @@ MEMORY_CASES = {
     "text, one mirror step from zeros": {
         "state": {"initial": "zeros"},
         "refinement": {"update": "mirror", "num_steps": 1},
+    },
+    "text, candidates": {"refinement": {"candidates": 64, "num_steps": 3}},
+    "text, candidates from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 200, "num_steps": 3, "update": "mirror"},
+    },
+    "text, candidates, full": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 64, "num_steps": 3, "update": "mirror", "graph": "full"},
+    },
+    "text, candidates of logits from noise, full": {
+        "refinement": {"candidates": 64, "update": "logits", "graph": "full"},
     },
     "text, encoded again": {
         "refinement": {"reencode": "all", "num_steps": 3},
