@@ -1,0 +1,133 @@
+"""What the hosted workflows, the container and the hooks name is there, in the versions of
+constraints.txt. What GitHub would check of the files' form, actionlint does.
+"""
+
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+BASH = ["bash", "--noprofile", "--norc", "-e", "-c"]  # as GitHub runs a step
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+NOT_PROGRAMS = ("cd", "set", "if", "then", "fi", "test", "export", "echo")
+
+
+def rows_of(job: dict) -> list[dict]:
+    """The rows of a job's matrix; one empty row for a job without."""
+    matrix = job.get("strategy", {}).get("matrix", {})
+    listed = {key: values for key, values in matrix.items() if key not in ("include", "exclude")}
+    product = [dict(zip(listed, row)) for row in itertools.product(*listed.values())]
+    return [row for row in product if row] + matrix.get("include", []) or [{}]
+
+
+def filled(text: str, row: dict) -> str:
+    """A step's text with the matrix's values in place; anything else in ${{ }} is an error."""
+    for key, value in row.items():
+        text = text.replace("${{ matrix." + key + " }}", str(value))
+    assert "${{" not in text, text
+    return text
+
+
+def applies(step: dict, row: dict) -> bool:
+    condition = step.get("if")
+    if condition is None:
+        return True
+    found = re.fullmatch(r"matrix\.(\w+) (!=|==) '([^']*)'", condition)
+    assert found, f"a condition that this test does not read: {condition}"
+    key, sign, value = found.groups()
+    return (str(row[key]) == value) == (sign == "==")
+
+
+def jobs() -> list[tuple[str, str, dict, list[dict]]]:
+    """(workflow and job, Python, the matrix's row, steps that run) of every job."""
+    found = []
+    for path in WORKFLOWS:
+        for name, job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].items():
+            for row in rows_of(job):
+                steps = [step for step in job["steps"] if applies(step, row)]
+                (python,) = [
+                    filled(step["with"]["python-version"], row)
+                    for step in steps
+                    if "setup-python" in step.get("uses", "")
+                ]
+                found.append((f"{path.stem}/{name}", python, row, steps))
+    return found
+
+
+JOBS = jobs()
+
+
+def test_there_are_workflows_for_lint_tests_and_soak():
+    assert {name for name, *_ in JOBS} == {"lint/lint", "test/test", "soak/soak"}
+    assert {python for name, python, *_ in JOBS if name == "test/test"} == {"3.11", "3.12"}
+
+
+@pytest.mark.parametrize(
+    ("python", "row", "steps"),
+    [job[1:] for job in JOBS],
+    ids=[f"{name}-{python}" for name, python, *_ in JOBS],
+)
+def test_every_step_of_the_workflows_runs_what_there_is(tmp_path, python, row, steps):
+    for name in ("Makefile", "constraints.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    scripts = [filled(step["run"], row) for step in steps if "run" in step]
+    assert scripts
+    for script in scripts:
+        for line in script.replace("\\\n", " ").splitlines():
+            program, *words = line.split()
+            assert program in NOT_PROGRAMS or shutil.which(program), line
+            if program != "make":
+                continue
+            done = subprocess.run(
+                ["make", "--dry-run", *words], cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0 and ".venv" in done.stdout, f"{line}: {done.stderr}"
+        if "make " not in script:  # what prepares the folder is quick: it is run
+            done = subprocess.run([*BASH, script], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, f"{script}: {done.stderr}"
+
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (tmp_path / "constraints.txt").read_text(), re.M))
+    assert pins["torch"] == row.get("torch", PINS["torch"])
+    other_torch = pins["torch"] != PINS["torch"]
+    assert pins.keys() == PINS.keys() - ({"triton"} if other_torch else set())
+    least = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text())[1]
+    assert [*map(int, python.split("."))] >= [*map(int, least.split("."))]
+
+
+def test_the_files_that_workflows_cache_by_are_there():
+    for name, _, _, steps in JOBS:
+        for step in steps:
+            cached = step.get("with", {}).get("cache-dependency-path")
+            assert cached is None or (ROOT / cached).is_file(), (name, cached)
+
+
+def test_continuous_integration_calls_targets_that_there_are():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)$", script, re.M)
+    assert targets == ["lint", "test"]
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("hook", ["ruff", "codespell"])
+def test_hooks_before_a_commit_are_of_the_versions_of_make_lint(hook):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (rev,) = [repo["rev"] for repo in hooks["repos"] if hook in repo["repo"]]
+    assert rev == f"v{PINS[hook]}"
+
+
+def test_the_lock_holds_the_versions_of_the_constraints():
+    lock = (ROOT / "requirements" / "test.lock").read_text(encoding="utf-8")
+    locked = {
+        name.lower().replace("_", "-"): version
+        for name, version in re.findall(r"^([\w.-]+)==(\S+)$", lock, re.M)
+    }
+    assert {"torch", "deepspeed", "pytest", "transformers"} <= locked.keys()
+    for name, version in PINS.items():
+        assert locked.get(name.lower().replace("_", "-"), version) == version, name
