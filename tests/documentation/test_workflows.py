@@ -3,6 +3,7 @@ constraints.txt. What GitHub would check of the files' form, actionlint does.
 """
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -14,8 +15,14 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 BASH = ["bash", "--noprofile", "--norc", "-e", "-c"]  # as GitHub runs a step
-PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
 NOT_PROGRAMS = ("cd", "set", "if", "then", "fi", "test", "export", "echo")
+
+
+def pins_of(path: Path) -> dict[str, str]:
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", path.read_text(encoding="utf-8"), re.M))
+
+
+PINS = pins_of(ROOT / "constraints.txt")
 
 
 def rows_of(job: dict) -> list[dict]:
@@ -76,25 +83,30 @@ def test_there_are_workflows_for_lint_tests_and_soak():
 def test_every_step_of_the_workflows_runs_what_there_is(tmp_path, python, row, steps):
     for name in ("Makefile", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
+    for_later_steps = tmp_path / "github_env"
+    for_later_steps.touch()
+    environment = {**os.environ, "GITHUB_ENV": str(for_later_steps)}
+    environment.pop("CONSTRAINTS", None)  # that of a workflow which runs this test
+    run = dict(cwd=tmp_path, capture_output=True, text=True)
     scripts = [filled(step["run"], row) for step in steps if "run" in step]
     assert scripts
     for script in scripts:
+        environment |= dict(line.split("=", 1) for line in for_later_steps.read_text().splitlines())
+        if "make " not in script:  # what prepares the folder is quick: it is run
+            done = subprocess.run([*BASH, script], env=environment, **run)
+            assert done.returncode == 0, f"{script}: {done.stderr}"
         for line in script.replace("\\\n", " ").splitlines():
             program, *words = line.split()
             assert program in NOT_PROGRAMS or shutil.which(program), line
-            if program != "make":
-                continue
-            done = subprocess.run(
-                ["make", "--dry-run", *words], cwd=tmp_path, capture_output=True, text=True
-            )
-            assert done.returncode == 0 and ".venv" in done.stdout, f"{line}: {done.stderr}"
-        if "make " not in script:  # what prepares the folder is quick: it is run
-            done = subprocess.run([*BASH, script], cwd=tmp_path, capture_output=True, text=True)
-            assert done.returncode == 0, f"{script}: {done.stderr}"
+            if program == "make":
+                done = subprocess.run(["make", "--dry-run", *words], env=environment, **run)
+                assert done.returncode == 0, f"{line}: {done.stderr}"
+                installed = re.findall(r'install .*?-c "([^"]+)"', done.stdout)
+                assert installed and len(set(installed)) == 1, done.stdout
 
-    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (tmp_path / "constraints.txt").read_text(), re.M))
+    pins = pins_of(tmp_path / installed[0])
     assert pins["torch"] == row.get("torch", PINS["torch"])
-    other_torch = pins["torch"] != PINS["torch"]
+    other_torch = pins["torch"] != PINS["torch"]  # its Triton is the one that pip takes
     assert pins.keys() == PINS.keys() - ({"triton"} if other_torch else set())
     least = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text())[1]
     assert [*map(int, python.split("."))] >= [*map(int, least.split("."))]
@@ -123,11 +135,8 @@ def test_hooks_before_a_commit_are_of_the_versions_of_make_lint(hook):
 
 
 def test_the_lock_holds_the_versions_of_the_constraints():
-    lock = (ROOT / "requirements" / "test.lock").read_text(encoding="utf-8")
-    locked = {
-        name.lower().replace("_", "-"): version
-        for name, version in re.findall(r"^([\w.-]+)==(\S+)$", lock, re.M)
-    }
+    lock = pins_of(ROOT / "requirements" / "test.lock")
+    locked = {name.lower().replace("_", "-"): version for name, version in lock.items()}
     assert {"torch", "deepspeed", "pytest", "transformers"} <= locked.keys()
     for name, version in PINS.items():
         assert locked.get(name.lower().replace("_", "-"), version) == version, name
