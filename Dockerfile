@@ -17,12 +17,13 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PYTHONUNBUFFERED=1 PATH=/opt/venv/bin:$PATH
 
-# A Python image brings its own python3; the CUDA images get the distribution's. g++ and make are
-# what DeepSpeed and Triton build with, git says which code a run was.
+# A Python image brings its own Python, with all it takes to make an environment and to compile
+# against; other images get the distribution's. g++ and make are what DeepSpeed and Triton build
+# with, git says which commit a mounted checkout is.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential ca-certificates git \
-    && if ! command -v python3 > /dev/null; then \
+    && if ! python3 -c 'import ensurepip, sysconfig; open(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null; then \
          apt-get install --yes --no-install-recommends python3 python3-dev python3-venv; \
        fi \
     && rm -rf /var/lib/apt/lists/* \
@@ -33,13 +34,17 @@ WORKDIR /opt/ebwm_scale
 COPY constraints.txt ./
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c constraints.txt torch \
     && pip install -c constraints.txt setuptools wheel numpy ninja deepspeed
-COPY setup.py pyproject.toml README.md LICENSE ./
+COPY setup.py pyproject.toml LICENSE ./
 COPY ebwm_scale ebwm_scale
 COPY kernels kernels
 COPY configs configs
 COPY tools tools
 COPY slurm slurm
-RUN pip install -c constraints.txt --editable ".[video,cluster]" && ebwm version
+RUN pip install -c constraints.txt --editable ".[video,cluster]"
+# The repository's history is not in the image: runs and results name what the builder says.
+ARG COMMIT=
+ENV EBWM_COMMIT=${COMMIT}
+RUN ebwm version
 
 WORKDIR /workspace
 CMD ["python", "/opt/ebwm_scale/tools/quickstart.py", "text", \
