@@ -52,18 +52,19 @@ def applies(step: dict, row: dict) -> bool:
 
 
 def jobs() -> list[tuple[str, str, dict, list[dict]]]:
-    """(workflow and job, Python, the matrix's row, steps that run) of every job."""
+    """(workflow and job, Python, the matrix's row, steps that run) of every job with a Python."""
     found = []
     for path in WORKFLOWS:
         for name, job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].items():
             for row in rows_of(job):
                 steps = [step for step in job["steps"] if applies(step, row)]
-                (python,) = [
+                versions = [
                     filled(step["with"]["python-version"], row)
                     for step in steps
                     if "setup-python" in step.get("uses", "")
                 ]
-                found.append((f"{path.stem}/{name}", python, row, steps))
+                assert len(versions) == (name != "container")
+                found += [(f"{path.stem}/{name}", python, row, steps) for python in versions]
     return found
 
 
@@ -110,6 +111,21 @@ def test_every_step_of_the_workflows_runs_what_there_is(tmp_path, python, row, s
     assert pins.keys() == PINS.keys() - ({"triton"} if other_torch else set())
     least = re.search(r'python_requires=">=([\d.]+)"', (ROOT / "setup.py").read_text())[1]
     assert [*map(int, python.split("."))] >= [*map(int, least.split("."))]
+
+
+def test_the_workflow_of_the_container_builds_and_runs_what_the_dockerfile_says():
+    soak = yaml.safe_load((ROOT / ".github" / "workflows" / "soak.yml").read_text("utf-8"))
+    steps = soak["jobs"]["container"]["steps"]
+    script = "\n".join(step["run"] for step in steps if "run" in step)
+    subprocess.run(["bash", "-n", "-c", script], check=True)
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    arguments = re.findall(r"--build-arg (\w+)=", script)
+    assert arguments and all(f"\nARG {name}=" in dockerfile for name in arguments)
+    assert re.search(r"--tag (\S+) .*\n(.*\n)*docker run .* \1$", script, re.M)
+    # The report lies where the mounted folder and the image's own command put it.
+    (mounted,) = re.findall(r'--volume "\$PWD/out:(\S+)"', script)
+    assert f'"--runs", "{mounted}/runs"' in dockerfile
+    assert "test -s out/runs/quickstart/report.html" in script
 
 
 def test_the_files_that_workflows_cache_by_are_there():
