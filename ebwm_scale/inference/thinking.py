@@ -11,9 +11,9 @@
 A row is one candidate for one position: of a prompt's next position, or of every position of a
 sequence (energy_functions.py). In a sequence of groups the rows of a group have one energy, so they
 stop, go back and win together. With `refinement.decay` E(x) is compared with what decay adds to it
-(refinement/decay.py). With `refinement.candidates` a row moves a few of its tokens once it has taken
-a step (thinking_state.py). No second-order graph is built, and memory does not depend on the number
-of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
+(refinement/decay.py). With `refinement.candidates` a row moves a few of its tokens once it has
+taken a step (thinking_state.py). No second-order graph is built, and memory does not depend on the
+number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
 """
 
 from __future__ import annotations
