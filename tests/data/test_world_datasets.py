@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
+import re
 import runpy
+import shlex
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -37,7 +39,6 @@ needs_gymnasium = pytest.mark.skipif(
 needs_h5py = pytest.mark.skipif(
     importlib.util.find_spec("h5py") is None, reason="h5py is not installed"
 )
-PYTHON = [sys.executable]
 TOOL = Path(__file__).parents[2] / "tools" / "make_world_shards.py"
 SMALL = {"context_length": 3, "height": 16, "width": 16, "encoder": "raw",
          "encoder_settings": {"patch": 8}, "validation_fraction": 0.3}  # fmt: skip
@@ -451,6 +452,24 @@ def test_a_recording_is_the_environment_as_it_was_played(tmp_path, tool):
 
 
 @needs_gymnasium
+def test_the_recording_that_the_page_shows(tmp_path, tool):
+    pytest.importorskip("pygame", reason="pygame, which draws CartPole, is not installed")
+    page = (TOOL.parents[1] / "docs" / "worlds.md").read_text(encoding="utf-8")
+    shown = r"^    python tools/make_world_shards.py (record.* data/pole)$"
+    (command,) = re.findall(shown, page, re.M)
+    small = ["--episodes", "3", "--context-length", "4", "--workers", "1"]
+    code, _, errors = tool(*shlex.split(command), *small)
+    assert code == 0, errors
+    manifest = load_manifest(tmp_path / "data" / "pole")
+    (info, *_) = episodes_of(manifest)
+    episode = read_episode(manifest, info)
+    # A push changes the velocity at once.
+    pushes = np.sign(np.diff(episode.conditions["proprio"][:, 1]))
+    assert np.array_equal(pushes, 2 * episode.conditions["action"][:-1, 0].astype(int) - 1)
+    assert (episode.frames[0] != episode.frames[-1]).any()
+
+
+@needs_gymnasium
 def test_a_scripted_policy_acts_on_what_it_sees(tmp_path, tool):
     (tmp_path / "policies.py").write_text(
         textwrap.dedent(
@@ -511,44 +530,44 @@ def test_a_recording_that_cannot_be_is_one_line(tmp_path, tool, arguments, expec
     assert not (tmp_path / "world").exists()
 
 
-@needs_gymnasium
-def test_a_killed_recording_goes_on_with_what_is_missing(tmp_path, tool):
-    (tmp_path / "policies.py").write_text(
-        textwrap.dedent(
-            """
-            import pathlib, time
-            def act(observation, step, generator, env):
-                while pathlib.Path("stop").exists() and int(observation.sum()) >= 0 and step == 5:
-                    time.sleep(0.05)
-                return int(generator.integers(5))
-            """
-        )
+class Stopping:
+    """A source of walks that stands still at the third, and says which process does."""
+
+    def __init__(self, source, folder):
+        self.source, self.folder = source, folder
+        self.kind, self.name, self.fps = source.kind, source.name, source.fps
+        self.digest, self.groups = source.digest, source.groups
+
+    def read(self, group, moved):
+        if group == self.groups[2]:
+            (self.folder / "stands-still").write_text(str(os.getpid()))
+            time.sleep(600)
+        yield from self.source.read(group, moved)
+
+
+def test_a_killed_preparation_goes_on_with_what_is_missing(tmp_path):
+    folder = sources.write_npz(tmp_path / "walks", sources.walks([9] * 4))
+    whole = make(tmp_path / "whole", f"npz:{folder}").folder
+    stopping = Stopping(open_source(f"npz:{folder}", Wanted()), tmp_path)
+    running = multiprocessing.get_context("fork").Process(
+        target=make, args=(tmp_path / "world", stopping)
     )
-    command = [*RECORD, "--policy", "scripted:policies.py:act", "--output"]
-    assert tool(*command, "whole")[0] == 0
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    running = subprocess.Popen([*PYTHON, str(TOOL), *command, "world"], cwd=tmp_path,
-                               env=environment, stdout=subprocess.DEVNULL)  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        parts = tmp_path / ".world.parts"
-        while not list(parts.glob("*.json")) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        (tmp_path / "stop").touch()
-        time.sleep(0.2)
-    finally:
-        running.send_signal(signal.SIGKILL)
-        running.wait(timeout=20)
-    (tmp_path / "stop").unlink()
-    done = len(list(parts.glob("*.json")))
-    code, said, errors = tool(*command, "world")
-    assert code == 0, errors
-    if done < 4:
-        assert f"{done} of 4 episodes were read by an earlier run" in said
-    for file in (tmp_path / "whole").rglob("*"):
+    running.start()
+    mark = tmp_path / "stands-still"
+    deadline = time.monotonic() + 120
+    while not (mark.exists() and mark.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in (running.pid, int(mark.read_text())):
+        os.kill(process, signal.SIGKILL)
+    running.join(20)
+    assert not (tmp_path / "world").exists()
+    said = []
+    again = make(tmp_path / "world", f"npz:{folder}", said=said).folder
+    assert "2 of 4 episodes were read by an earlier run" in said
+    for file in whole.rglob("*"):
         if file.is_file():
-            other = tmp_path / "world" / file.relative_to(tmp_path / "whole")
-            assert file.read_bytes() == other.read_bytes()
+            assert file.read_bytes() == (again / file.relative_to(whole)).read_bytes()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_dataset_like_another_shares_its_encoder_and_statistics(tmp_path):
