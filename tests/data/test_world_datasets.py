@@ -143,6 +143,9 @@ def test_the_same_arguments_give_the_same_bytes_and_are_kept(tmp_path):
     said = []
     make(tmp_path / "a", f"npz:{folder}", said=said)
     assert said[0].startswith("already there")
+    (tmp_path / "a" / "episodes" / "000000.npz").unlink()
+    make(tmp_path / "a", f"npz:{folder}")
+    assert (tmp_path / "a" / "episodes" / "000000.npz").exists()
     with pytest.raises(DataError, match="differs in settings"):
         make(tmp_path / "a", f"npz:{folder}", stride=1)
     sources.write_npz(folder, sources.walks([9] * 4, seed=5))
@@ -310,6 +313,16 @@ def test_lerobot_folders_of_both_versions(tmp_path, version):
     assert manifest.content.outcomes == ("reward", "terminated")
 
 
+def test_lerobot_pictures_may_stand_in_the_table(tmp_path):
+    folder = sources.write_lerobot_images(tmp_path / "robot", sources.walks([7, 9, 8]))
+    manifest = make(tmp_path / "world", str(folder), conditions=["action", "proprio"], stride=1)
+    assert check_walk_of_video(manifest) == 5 + 7 + 6
+    table = folder / "data/chunk-000/episode_000001.parquet"
+    sources.damage_picture(table, step=3)
+    with pytest.raises(DataError, match="episode 1, step 3: observation.images.top: no readable"):
+        make(tmp_path / "other", str(folder))
+
+
 def check_walk_of_video(manifest):
     """As check_walk, for pictures that a codec has changed: places are exact, rewards are told by
     the place at the step itself (next.reward stands in the row of its action).
@@ -392,6 +405,7 @@ def test_hdf5_in_both_layouts(tmp_path, layout):
             for number, ((frames, _, _), actions) in enumerate(zip(episodes, padding)):
                 file[f"data/demo_{number}/obs/eye_image"] = frames
                 file[f"data/demo_{number}/actions"] = actions
+            file["mask/train"] = np.arange(3)  # beside the episodes, and none
     keys = {"frames": "obs/eye_image"} if layout == "groups" else {}
     manifest = make(tmp_path / "world", str(tmp_path / "walks.h5"), keys=keys, stride=1)
     assert check_walk(manifest) == 7 + 6 + 9

@@ -11,6 +11,8 @@ import numpy as np
 from recordings import write as write_video
 from worlds import BRIGHT, MOVES, SIDE, walk
 
+from ebwm_scale.data.format.content import encode_image
+
 CAMERA = "observation.images.top"
 FPS = 20  # of recordings.py
 BIG = 64  # a video codec wants more pixels than 16 x 16
@@ -125,6 +127,29 @@ def write_lerobot_v3(folder, episodes, *, per_file=2, lengths=None):
     table = {key: [entry[key] for entry in entries] for key in entries[0]}
     write_table(folder / "meta/episodes/chunk-000/file-000.parquet", table)
     return folder
+
+
+def write_lerobot_images(folder, episodes):
+    """A folder of version 2.1 whose pictures stand in its tables."""
+    info = write_info(folder, "v2.1")
+    write_info(folder, "v2.1", features=info["features"] | {CAMERA: {"dtype": "image"}})
+    lines = []
+    for number, (frames, moves, places) in enumerate(episodes):
+        rows = rows_of(number, frames, moves, places)
+        rows[CAMERA] = [{"bytes": encode_image(f, "png", 90), "path": None} for f in frames]
+        write_table(folder / f"data/chunk-000/episode_{number:06d}.parquet", rows)
+        lines.append(json.dumps({"episode_index": number, "length": len(frames)}))
+    (folder / "meta" / "episodes.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def damage_picture(path, *, step):
+    """Cuts a picture of a table off."""
+    import pyarrow.parquet
+
+    columns = pyarrow.parquet.read_table(path).to_pydict()
+    columns[CAMERA][step]["bytes"] = columns[CAMERA][step]["bytes"][:-30]
+    write_table(path, columns)
 
 
 def write_npz(folder, episodes, **changes):
