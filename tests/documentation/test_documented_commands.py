@@ -31,6 +31,8 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "runs/products": "training/test_reasoning_runs.py",
     "data/mazes": "training/test_reasoning_runs.py",
     "runs/mazes": "training/test_reasoning_runs.py",
+    "make_world_shards.py": "data/test_world_datasets.py",
+    "data/pole": "data/test_world_datasets.py",
 }
 SMALL = [
     "model.num_layers=1",
