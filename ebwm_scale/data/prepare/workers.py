@@ -42,11 +42,13 @@ def each_in_a_process(
     *,
     workers: int = 1,
     still_s: float = STILL_S,
+    look: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
     """The outcome of function(task, moved) for each task, as they end; up to `workers` at a time.
 
     DataError and OSError in a function are problems, as are a crash and `still_s` seconds without a
-    call of moved. Workers are ended when the iteration is left.
+    call of moved. Workers are ended when the iteration is left. look: is called about twice a
+    second while they work.
     """
     waiting = deque(tasks)
     running: list[_Worker] = []
@@ -56,6 +58,7 @@ def each_in_a_process(
             while waiting and len(running) < workers:
                 running.append(_Worker(waiting.popleft(), function))
             multiprocessing.connection.wait([w.receiver for w in running], timeout=look_every_s)
+            look()
             for worker in list(running):
                 outcome = worker.outcome(still_s, look_every_s)
                 if outcome is not None:
