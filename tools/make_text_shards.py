@@ -16,6 +16,7 @@ from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import progress_on_console
 from ebwm_scale.data.prepare.reading.options import add_selection_options, selection_of
 from ebwm_scale.data.prepare.reading.source import patterns
+from ebwm_scale.data.prepare.reading.token_files import TYPES
 from ebwm_scale.data.prepare.text import make_text_dataset
 
 
@@ -36,6 +37,12 @@ def main() -> int:
         metavar="FILE",
         help="a model of tools/train_tokenizer.py, a tokenizer.json, ranks of tiktoken, or the "
         "word bytes",
+    )
+    parser.add_argument(
+        "--tokens",
+        choices=TYPES,
+        help="the inputs hold token ids that this tokenizer made elsewhere (nanoGPT, Megatron, "
+        "litgpt, llm.c, .npy): their type, where the files do not say it",
     )
     parser.add_argument(
         "--context-length",
@@ -77,6 +84,7 @@ def main() -> int:
             seed=arguments.seed,
             samples_per_shard=arguments.samples_per_shard,
             selection=selection_of(arguments),
+            tokens=arguments.tokens,
             progress=progress,
         )
     print(f"{manifest}: {time.monotonic() - start:.1f} s")

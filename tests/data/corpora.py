@@ -12,7 +12,7 @@ import pytest
 from ebwm_scale.core.progress import no_progress
 from ebwm_scale.data.prepare.reading.inputs import find_sources
 from ebwm_scale.data.prepare.reading.left_out import LeftOut
-from ebwm_scale.data.prepare.reading.readers import documents_of
+from ebwm_scale.data.prepare.reading.readers import TextInput, documents_of
 from ebwm_scale.data.prepare.reading.selection import EVERYTHING
 from ebwm_scale.data.prepare.scanning import scan
 from ebwm_scale.data.prepare.text import NothingMaker, make_text_dataset
@@ -78,7 +78,7 @@ def found(*inputs, selection=EVERYTHING):
     with tempfile.TemporaryDirectory() as work:
         scan(
             inputs,
-            selection,
+            TextInput(selection),
             lambda num_threads: NothingMaker(),
             Path(work),
             seed=0,

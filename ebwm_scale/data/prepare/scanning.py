@@ -27,11 +27,8 @@ from ebwm_scale.core.plain_text import printable
 from ebwm_scale.core.progress import Progress
 from ebwm_scale.core.redaction import redacted
 from ebwm_scale.data.format.writer import lock_folder
-from ebwm_scale.data.prepare.reading.inputs import find_sources
 from ebwm_scale.data.prepare.reading.left_out import LeftOut
-from ebwm_scale.data.prepare.reading.readers import documents_of
-from ebwm_scale.data.prepare.reading.selection import Selection
-from ebwm_scale.data.prepare.reading.source import patterns
+from ebwm_scale.data.prepare.reading.source import Source, patterns
 from ebwm_scale.data.prepare.reading.taking import Document
 from ebwm_scale.data.prepare.reading.tasks import Task, tasks_of
 from ebwm_scale.data.prepare.runs import Runs, RunWriter
@@ -43,6 +40,18 @@ STILL_S = 600.0  # a process that reads nothing for so long is ended
 _WORTH_KEEPING = 256 * 2**20  # bytes of input that were read before an error in the input
 _DONE = "done.json"
 _MEGABYTE = 10**6
+
+
+class Input(Protocol):
+    """How inputs are found and read. identity: what tells its documents from another one's."""
+
+    identity: list[Any]
+
+    def find(
+        self, inputs: Sequence[str | Path], left_out: LeftOut, report: Report
+    ) -> list[Source]: ...
+
+    def read(self, source: Source, left_out: LeftOut) -> Iterator[Document]: ...
 
 
 class Maker(Protocol):
@@ -102,7 +111,7 @@ def work_folder(output: Path) -> Iterator[Path]:
 
 def scan(
     inputs: Sequence[str | Path],
-    selection: Selection,
+    how: Input,
     make: Callable[[int], Maker],
     work: Path,
     *,
@@ -119,11 +128,11 @@ def scan(
     DataError when no document is found, and for inputs that cannot be read.
     """
     found = LeftOut()
-    tasks = tasks_of(find_sources(inputs, found, report=report))
-    keys = [task.key(selection, f"{identity}/{seed}") for task in tasks]
+    tasks = tasks_of(how.find(inputs, found, report))
+    keys = [task.key(how.identity, f"{identity}/{seed}") for task in tasks]
     folders = [work / "runs" / key for key in keys]
     _clear_others(work / "runs", set(keys))
-    _run_tasks(tasks, folders, selection, make, dtype, seed, progress, workers)
+    _run_tasks(tasks, folders, how, make, dtype, seed, progress, workers)
     result = Scan(Runs(folders, dtype))
     files = LeftOut()
     for folder in folders:
@@ -155,7 +164,7 @@ def num_cores() -> int:
 def _run_tasks(
     tasks: Sequence[Task],
     folders: Sequence[Path],
-    selection: Selection,
+    how: Input,
     make: Callable[[int], Maker],
     dtype: np.dtype,
     seed: int,
@@ -180,7 +189,7 @@ def _run_tasks(
             read[number] += num_bytes
             moved()
 
-        _do(tasks[number], folders[number], selection, make(num_threads), seed, count)
+        _do(tasks[number], folders[number], how, make(num_threads), seed, count)
         read[number] = tasks[number].size
 
     outcomes = each_in_a_process(waiting, work, workers=workers, still_s=STILL_S, look=look)
@@ -193,7 +202,7 @@ def _run_tasks(
 def _do(
     task: Task,
     folder: Path,
-    selection: Selection,
+    how: Input,
     maker: Maker,
     seed: int,
     count: Callable[[int], None],
@@ -207,7 +216,7 @@ def _do(
     def documents() -> Iterator[Document]:
         nonlocal num_documents
         for source in task.sources:
-            for document in documents_of(source, selection, left_out):
+            for document in how.read(source, left_out):
                 count(document.num_bytes)
                 place = draws_of(document.digest, seed)[0], document.digest
                 places[:] = min([place, *places]), max([place, *places])

@@ -35,10 +35,12 @@ from ebwm_scale.data.format.writer import (
     write_manifest,
 )
 from ebwm_scale.data.prepare.packing import PackedSplit, token_dtype, write_split
+from ebwm_scale.data.prepare.reading.readers import TextInput
 from ebwm_scale.data.prepare.reading.selection import EVERYTHING, Selection
 from ebwm_scale.data.prepare.reading.taking import Document
+from ebwm_scale.data.prepare.reading.token_input import TokenDocument, TokenInput
 from ebwm_scale.data.prepare.runs import Runs
-from ebwm_scale.data.prepare.scanning import Maker, Scan, scan, work_folder
+from ebwm_scale.data.prepare.scanning import Input, Maker, Scan, scan, work_folder
 from ebwm_scale.data.prepare.splitting import SPLITS, SplitRule, threshold_of
 from ebwm_scale.data.tokenizer import Tokenizer, open_tokenizer
 from ebwm_scale.data.walking import Report
@@ -60,6 +62,7 @@ def make_text_dataset(
     seed: int = 0,
     samples_per_shard: int = 4096,
     selection: Selection = EVERYTHING,
+    tokens: str | None = None,
     report: Report = print,
     progress: Progress = no_progress,
 ) -> Path:
@@ -67,7 +70,8 @@ def make_text_dataset(
 
     A complete dataset of the same documents and settings is kept ("already there"). A half-made or
     damaged one is replaced. A complete one of other documents or settings is refused: nothing is
-    deleted behind the user's back. Raises DataError.
+    deleted behind the user's back. selection: what is taken of records. tokens: the inputs hold ids
+    of this tokenizer, "uint16" or "uint32" where their files do not say it. Raises DataError.
     """
     for name, value in (
         ("context length", context_length),
@@ -92,7 +96,8 @@ def make_text_dataset(
             "samples_per_shard": samples_per_shard,
         },
     }
-    reading = _Reading(inputs, selection, seed, report, progress)
+    how = TextInput(selection) if tokens is None else TokenInput(model, tokens)
+    reading = _Reading(inputs, how, seed, report, progress)
     with staged_folder(output) as staging, work_folder(output) as work:
         if (output / MANIFEST_NAME).exists():
             values["source"] = reading.source(reading.digests_only(work))
@@ -117,12 +122,12 @@ class _Reading:
     def __init__(
         self,
         inputs: Sequence[str | Path],
-        selection: Selection,
+        how: Input,
         seed: int,
         report: Report,
         progress: Progress,
     ):
-        self.inputs, self.selection, self.seed = inputs, selection, seed
+        self.inputs, self.how, self.seed = inputs, how, seed
         self.report, self.progress = report, progress
 
     def tokens(self, work: Path, model: Tokenizer) -> Scan:
@@ -143,7 +148,6 @@ class _Reading:
             "inputs": [Path(i).resolve().name for i in map(str, self.inputs)],
             "num_documents": found.num_documents,
             "documents_sha256": digest.hexdigest(),
-            **self.selection.settings(),
         }
 
     def _scan(
@@ -151,7 +155,7 @@ class _Reading:
     ) -> Scan:
         return scan(
             self.inputs,
-            self.selection,
+            self.how,
             make,
             work,
             seed=self.seed,
@@ -175,6 +179,10 @@ class TokenMaker:
         parts: list[str] = []
         num_characters = 0
         for document in documents:
+            if isinstance(document, TokenDocument):
+                ids = np.append(document.ids, self.tokenizer.eos_id)
+                yield document, ids.astype(self.dtype)
+                continue
             own = list(self.tokenizer.parts(document.text))
             waiting.append((document, len(own)))
             parts += own

@@ -14,6 +14,7 @@ import numpy as np
 from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.progress import Progress, no_progress
+from ebwm_scale.data.prepare.reading.readers import TextInput
 from ebwm_scale.data.prepare.reading.selection import EVERYTHING, Selection
 from ebwm_scale.data.prepare.reading.taking import Document
 from ebwm_scale.data.prepare.scanning import Scan, scan, work_folder
@@ -60,7 +61,7 @@ def train_tokenizer(
     with work_folder(output) as work:
         found = scan(
             inputs,
-            selection,
+            TextInput(selection),
             lambda num_threads: FirstTexts(validation_fraction, seed, max_bytes),
             work,
             seed=seed,

@@ -141,7 +141,7 @@ class _Window:
 
     def peek(self) -> str:
         """The next character; nothing at the end."""
-        if self._at == len(self._text):
+        while self._at == len(self._text) and not self._is_last:
             self._more(_CHUNK_BYTES)
         return self._text[self._at : self._at + 1]
 

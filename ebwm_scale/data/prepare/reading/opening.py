@@ -96,7 +96,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 def remote_error(url: str, error: BaseException) -> DataError:
     """What a file system says of its failure, in one line."""
-    said = shorten(redacted(f"{type(error).__name__}: {error}"), 160)
+    said = f"{type(error).__name__}: {shorten(redacted(str(error)), 160)}"
     return DataError(
         f"{printable(redacted(url))}: cannot be read ({said}); check the address, the network and "
         "the credentials"

@@ -162,15 +162,6 @@ class Selection:
             named.append(self.id_field)
         return tuple(dict.fromkeys(named))
 
-    def settings(self) -> dict[str, Any]:
-        """What a manifest says of it: nothing where only the default was used."""
-        said: dict[str, Any] = {}
-        if self.field != DEFAULT_FIELD:
-            said["field"] = self.field
-        if self.filters:
-            said["filters"] = [one.text for one in self.filters]
-        return said
-
 
 EVERYTHING = Selection()
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.prepare.reading.columns import parquet_row_groups
-from ebwm_scale.data.prepare.reading.selection import Selection
 from ebwm_scale.data.prepare.reading.source import LINES, PARQUET, Source
 
 TASK_BYTES = 64 * 2**20  # of input, as it lies on disk
@@ -26,14 +25,9 @@ class Task:
     sources: tuple[Source, ...]
     size: int  # bytes
 
-    def key(self, selection: Selection, payload: str) -> str:
-        """What it reads and what is made of it, in 32 hexadecimal digits."""
-        identity = [
-            [source.identity for source in self.sources],
-            [selection.field, selection.id_field, [one.text for one in selection.filters]],
-            selection.field_given,
-            payload,
-        ]
+    def key(self, how: list, payload: str) -> str:
+        """What it reads, how, and what is made of it, in 32 hexadecimal digits."""
+        identity = [[source.identity for source in self.sources], how, payload]
         return hashlib.sha256(canonical_json(identity)).hexdigest()[:32]
 
 
