@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import time
 from collections import deque
@@ -82,7 +83,7 @@ class _Worker:
         self._still_s = 0.0
         self._looked_at = time.monotonic()
         self._process = context.Process(
-            target=_work, args=(task, function, self._moves, sender), daemon=True
+            target=_work, args=(task, function, self._moves, sender, os.getpid()), daemon=True
         )
         with parents_objects_kept():
             self._process.start()
@@ -124,11 +125,13 @@ class _Worker:
         return f"the decoder ended with exit code {code}"
 
 
-def _work(task: Any, function: Callable, moves, sender) -> None:
+def _work(task: Any, function: Callable, moves, sender, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
 
     def moved() -> None:
         moves.value += 1
+        if os.getppid() != parent:  # it was killed: nobody waits for what comes, or may end us
+            os._exit(1)
 
     try:
         result = function(task, moved), None
