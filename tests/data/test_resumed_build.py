@@ -134,7 +134,7 @@ def test_much_work_outlives_an_error_in_the_input_and_little_does_not(tmp_path, 
     for worth, kept in ((10, True), (10**6, False)):
         monkeypatch.setattr(scanning, "_WORTH_KEEPING", worth)
         with pytest.raises(DataError), scanning.work_folder(tmp_path / "out") as work:
-            (work / "runs" / "task").mkdir(parents=True)
+            (work / "runs" / "task").mkdir(parents=True, exist_ok=True)
             done = {"num_input_bytes": 1000, "left_out": LeftOut().to_json()}
             (work / "runs" / "task" / "done.json").write_text(json.dumps(done))
             raise DataError("a truncated file")

@@ -53,11 +53,11 @@ from ebwm_scale.data.prepare.clips import (
     read_findings,
     read_frames,
 )
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.findings import Findings, total
 from ebwm_scale.data.prepare.video_config import VideoDatasetConfig
 from ebwm_scale.data.prepare.video_split import Clips, split_clips
 from ebwm_scale.data.prepare.workers import STILL_S, each_in_a_process
+from ebwm_scale.data.walking import Report
 
 _OURS = (*DATASET_FILES, "encoder.safetensors")
 BATCH = 512  # frames in memory as pixels

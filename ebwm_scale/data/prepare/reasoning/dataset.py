@@ -43,7 +43,6 @@ from ebwm_scale.data.format.writer import (
     staged_folder,
     write_manifest,
 )
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.reasoning.families import FAMILIES
 from ebwm_scale.data.prepare.reasoning.instance import Draws, Family, Instance
 from ebwm_scale.data.tokenizer import Tokenizer
@@ -52,6 +51,7 @@ from ebwm_scale.data.tokenizers.sentence_piece import (
     SentencePieceTokenizer,
     load_sentencepiece,
 )
+from ebwm_scale.data.walking import Report
 
 HARDER = "harder"
 _OURS = (*DATASET_FILES, "tokenizer.model", f"{HARDER}-*.tar", f"{HARDER}-*.index.json")
