@@ -3,12 +3,14 @@ how far its energies can be trusted.
 
     ebwm evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4]
                       [--out-of-distribution FILE ..] [--split NAME] [--output DIR]
+                      [--against RUN] [--examples 4]
 
 Writes evaluation.json and evaluation.html into RUN (or DIR). On a dataset of tasks with one right
 answer (docs/reasoning.md): solving.json and solving.html, with the share of solved instances by
-difficulty and number of steps. Losses are means per target over the
-validation split (text: nats per token, perplexity is the exponential of the mean; video: SmoothL1),
-with 95 % intervals from a bootstrap over samples. For an energy model:
+difficulty and number of steps, and some instances shown step by step; --against compares with
+another run on the same instances. Losses are means per target over the validation split (text: nats
+per token, perplexity is the exponential of the mean; video: SmoothL1), with 95 % intervals from a
+bootstrap over samples. For an energy model:
 
     curves       loss against the number of refinement steps, and against the number of starts of
                  which the lowest energy is kept
@@ -42,7 +44,7 @@ from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.core.provenance import provenance
 from ebwm_scale.data.format.side_files import refuse_another_tokenizer
 from ebwm_scale.data.loading.mixture import open_sources
-from ebwm_scale.evaluation.solving import evaluate_solving, is_task
+from ebwm_scale.evaluation.solving import Other, evaluate_solving, is_task
 from ebwm_scale.evaluation.thinking_curves import (
     context_length_of,
     evaluate,
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[1, 2, 3, 4, 8],
         metavar="N",
-        help="numbers of refinement steps (default 1 2 3 4 8)",
+        help="numbers of refinement steps, or of a looped baseline's loops (default 1 2 3 4 8)",
     )
     parser.add_argument(
         "--starts",
@@ -102,6 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=None,
         metavar="E",
         help="of early stopping (default: a hundredth of the mean fall of the first step)",
+    )
+    parser.add_argument(
+        "--settled",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="tasks: thinking stops when a step changes no scored probability by more than this "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--out-of-distribution",
@@ -120,14 +130,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
     )
     parser.add_argument(
+        "--against",
+        type=Path,
+        default=None,
+        metavar="RUN",
+        help="tasks: another run or checkpoint folder, compared on the same instances",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="tasks: instances that are shown step by step (default %(default)s)",
+    )
+    parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="default: the run folder"
     )
     options = parser.parse_args(arguments)
     if min(options.max_samples, options.batch_size, *options.steps, *options.starts) < 1:
         raise UserError("--max-samples, --batch-size, --steps and --starts must be at least 1")
-    model, config = load_checkpoint(
-        options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    if options.examples < 0:
+        raise UserError(f"--examples is {options.examples}: must be at least 0")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, config = load_checkpoint(options.checkpoint, device=device)
     sources = sources_of(options.data, config)
     split = open_sources(sources, options.split, verify="sizes")
     refuse_another_tokenizer(config, split.manifest)
@@ -140,6 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_task(split.manifest):
         from ebwm_scale.reporting.solving_page import write_solving
 
+        other = None
+        if options.against is not None:
+            other_model, other_config = load_checkpoint(options.against, device=device)
+            refuse_another_tokenizer(other_config, split.manifest)
+            other = Other(other_model, other_config, str(options.against))
         with progress_on_console() as progress:
             solving = evaluate_solving(
                 model,
@@ -149,10 +179,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 batch_size=options.batch_size,
                 steps=options.steps,
                 tolerance=options.tolerance,
+                settled=options.settled,
+                other=other,
+                num_examples=options.examples,
                 progress=progress,
             )
         say(str(write_solving(folder, about | solving)))
         return EXIT_FINISHED
+    if options.against is not None:
+        raise UserError(
+            f"--against {options.against}: only tasks with one right answer are compared between "
+            "runs, and this dataset has none; leave it out"
+        )
     texts = out_of_distribution_texts(
         options.out_of_distribution,
         split.manifest,

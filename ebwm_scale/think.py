@@ -157,6 +157,13 @@ def add_thinking_options(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="stop a position when a step lowers its energy by no more than this",
     )
+    thinking.add_argument(
+        "--settled",
+        type=float,
+        default=None,
+        metavar="P",
+        help="stop a position when a step changes no probability by more than this",
+    )
 
 
 def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
@@ -170,6 +177,7 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
                 ("num_starts", 1),
                 ("accept_only_if_lower", False),
                 ("tolerance", None),
+                ("settled", None),
             )
             if getattr(options, name) != default
         ]
@@ -185,6 +193,7 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
         num_starts=options.num_starts,
         accept_only_if_lower=options.accept_only_if_lower,
         tolerance=options.tolerance,
+        settled=options.settled,
         seed=config.train.seed if options.seed is None else options.seed,
     )
 

@@ -1,7 +1,7 @@
 """The model that is trained: observed states in, a loss out. START HERE.
 
     observed stream -> K, V (network.encode_context) -> refinement -> loss   (kind: energy)
-    observed stream -> hidden state -> next state -> loss                    (kind: baseline)
+    observed stream -> hidden state -> next state -> loss      (kind: baseline, maybe looped)
 
 Energy-based or Transformer++, for text or for frame embeddings. The refinement itself is in
 refinement/loop.py, the networks are in model/. In training, gradients of an energy model are
@@ -44,7 +44,8 @@ from ebwm_scale.refinement.step_plan import num_landscapes
 class StepOutput:
     """What a batch gives.
 
-    loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph.
+    loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph. Of a
+    baseline loss_per_step has a loss of each pass that is scored, and there is no energy.
     state: final states or None. initial_loss: the criterion of x_0 itself, in eval mode.
     """
 
@@ -234,9 +235,7 @@ class WorldModel(nn.Module):
         replay buffer.
         """
         if self.config.model.kind == "baseline":
-            hidden = self.network(self.embed_observed(observed), self.first_visible(observed))
-            loss = self._baseline_loss(hidden, targets)
-            output = StepOutput(loss, loss.detach()[None], None)
+            output = self._predict_directly(observed, targets)
         else:
             with gathered(self.resident_parameters()):
                 output = self._refine(
@@ -334,6 +333,21 @@ class WorldModel(nn.Module):
             result.state,
             initial_loss,
         )
+
+    def _predict_directly(self, observed: Tensor, targets: Tensor) -> StepOutput:
+        """Of a baseline. In eval mode every loop is scored, in training as model.loop_loss says."""
+        network = self.network
+        assert isinstance(network, BaselineTransformer)
+        embedded = self.embed_observed(observed)
+        first_visible = self.first_visible(observed)
+        scores_every = self.config.model.loop_loss == "every"
+        if scores_every or not self.training:
+            hidden = network.after_each_loop(embedded, first_visible)
+        else:
+            hidden = [network(embedded, first_visible)]
+        losses = torch.stack([self._baseline_loss(h, targets) for h in hidden])
+        loss = losses.mean() if scores_every else losses[-1]
+        return StepOutput(loss, losses.detach(), None)
 
     def _baseline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":

@@ -2,9 +2,21 @@
 
 It predicts the next state directly; of a sequence of groups, the state of the same place in the
 next group, given all groups up to its own.
+
+Looped (model.loops n), the same blocks are passed n times, and what enters the first pass is added
+again before each further one:
+
+    h_1 = blocks(x)      h_(i+1) = blocks(h_i + x)      prediction after pass i: output(norm(h_i))
+
+That is the usual form of looped transformers (arXiv 2311.12424): a pass that is told the input
+again can be the same step of an iterative algorithm each time, where h_i alone would have to carry
+the input along. So it is the fair comparison for refinement: depth from the same parameters,
+without an energy. One pass is Transformer++ itself.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -25,23 +37,44 @@ class BaselineTransformer(nn.Module):
         super().__init__()
         sizes = model_sizes(config)
         self.group_size = group_size
+        self.num_loops = config.loops
         self.layers = ModuleList(Block(config, group_size) for _ in range(sizes.num_layers))
         self.norm = RMSNorm(sizes.width, config.norm_epsilon)
         self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta, group_size, grid)
         initialize_released(self)
 
     def forward(self, observed: Tensor, first_visible: Tensor | None = None) -> Tensor:
-        """Hidden states (B, S, D) of the observed stream (B, S, D).
+        """Hidden states (B, S, D) of the observed stream (B, S, D), after the last pass.
 
         first_visible (B, S): the first position that each sees, the start of its document.
         """
+        last = observed
+        for hidden in self._passes(observed, first_visible, self.num_loops):
+            last = hidden  # what left earlier passes need not be kept
+        return self.norm(last)
+
+    def after_each_loop(
+        self, observed: Tensor, first_visible: Tensor | None = None, num_loops: int | None = None
+    ) -> list[Tensor]:
+        """As forward, after each pass; num_loops: how many, also more than were trained."""
+        passes = self._passes(observed, first_visible, num_loops or self.num_loops)
+        return [self.norm(hidden) for hidden in passes]
+
+    def _passes(
+        self, observed: Tensor, first_visible: Tensor | None, num_loops: int
+    ) -> Iterator[Tensor]:
+        """What leaves the blocks after each pass, (B, S, D)."""
         rotary = self.rotary(observed.shape[1], observed)
-        for layer in self.layers:
-            keys, values = layer.keys_values(observed, rotary)
-            observed = layer.forward_observed(
-                observed, keys, values, rotary, first_visible=first_visible
-            )
-        return self.norm(observed)
+        hidden = observed
+        for loop in range(num_loops):
+            if loop > 0:
+                hidden = hidden + observed
+            for layer in self.layers:
+                keys, values = layer.keys_values(hidden, rotary)
+                hidden = layer.forward_observed(
+                    hidden, keys, values, rotary, first_visible=first_visible
+                )
+            yield hidden
 
     def context_key(self, landscape: int) -> int:
         """It has one context and no landscapes; see EnergyTransformer.context_key."""

@@ -19,6 +19,7 @@ from ebwm_scale.config.resolved import (
     context_length,
     group_size,
     model_sizes,
+    num_training_losses,
     reencoded_blocks,
     state_size,
 )
@@ -196,13 +197,15 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     if config.model.kind == "baseline":
         two = config.model.output == "two_linear"
         hidden_product = 2.0 * rows * z.width**2 if two else 0.0
+        loops = config.model.loops
+        outputs = num_training_losses(config.model)
         return {
-            "blocks_forward": 2.0 * rows * blocks,
-            "blocks_backward": 4.0 * rows * blocks,
-            "attention": square * z.layers * (SDPA_FORWARD + SDPA_BACKWARD),
+            "blocks_forward": 2.0 * rows * loops * blocks,
+            "blocks_backward": 4.0 * rows * loops * blocks,
+            "attention": square * loops * z.layers * (SDPA_FORWARD + SDPA_BACKWARD),
             **frames,
             # forward, dx, dW
-            "output" if frames else "vocabulary": 3 * (state_product + hidden_product),
+            "output" if frames else "vocabulary": 3 * outputs * (state_product + hidden_product),
         }
     N, G = z.steps, z.graph_steps
     observed = _observed_flops(z, samples)
