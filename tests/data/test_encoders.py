@@ -181,7 +181,7 @@ def test_a_timm_model_gives_its_pooled_features(tmp_path):
 @pytest.mark.parametrize(
     "name, settings, expected",
     [
-        ("nonsense", {}, "unknown; allowed: pca, sd-vae"),
+        ("nonsense", {}, "unknown; allowed: pca, raw, sd-vae"),
         ("sd-vae", {}, "needs a local folder"),
         ("transformers", {"path": "/nowhere"}, "needs a local folder"),
         ("timm", {}, "needs the name of a model|needs the package timm|timm"),
