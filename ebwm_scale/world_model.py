@@ -202,9 +202,7 @@ class WorldModel(nn.Module):
             refuse_conditions(conditions)
             return states
         num_groups = observed.shape[1] // self.network.group_size
-        return interleaved(
-            states, self.condition_embeddings(conditions, len(observed), num_groups)
-        )
+        return interleaved(states, self.condition_embeddings(conditions, len(observed), num_groups))
 
     def first_visible(self, observed: Tensor) -> Tensor | None:
         """(B, S) int32: where each position's document begins; None without data.mask_documents.
@@ -268,7 +266,8 @@ class WorldModel(nn.Module):
         replay buffer.
         """
         if self.config.model.kind == "baseline":
-            loss = self._baseline_loss(observed, targets, conditions)
+            hidden = self.baseline_hidden(observed, conditions)
+            loss = self._baseline_loss(hidden, observed, targets)
             output = StepOutput(loss, loss.detach()[None], None)
         else:
             with gathered(self.resident_parameters()):
@@ -387,10 +386,7 @@ class WorldModel(nn.Module):
             return prediction.to(wide) + last.to(wide)
         return prediction
 
-    def _baseline_loss(
-        self, observed: Tensor, targets: Tensor, conditions: Conditions | None
-    ) -> Tensor:
-        hidden = self.baseline_hidden(observed, conditions)
+    def _baseline_loss(self, hidden: Tensor, observed: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":
             return self.output(hidden, targets)
         prediction = self.prediction_of(hidden, observed)

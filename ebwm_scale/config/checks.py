@@ -107,12 +107,11 @@ def _check_conditions(config: Config, require: Require) -> None:
     for number, condition in enumerate(conditions):
         key = f"data.conditions[{number}]"
         require(condition.name != "", f"{key}.name is absent: each condition needs a name")
-        needed, other = "width", "num_values"
-        if condition.kind == "discrete":
-            needed, other = other, needed
+        is_discrete = condition.kind == "discrete"
         require(
-            getattr(condition, needed) is not None and getattr(condition, other) is None,
-            f"{key}: a {condition.kind} condition takes {needed}, and no {other}",
+            is_discrete == (condition.num_values is not None),
+            f"{key}.num_values is {condition.num_values or 'absent'}: a discrete condition needs "
+            "it, a continuous one has none",
         )
     names = [condition.name for condition in conditions]
     require(

@@ -133,6 +133,13 @@ def context_group(config: Config) -> int:
     return group_size(config) + num_conditions(config)
 
 
+def unit(config: Config) -> str:
+    """What a position is, as the dataset's content says it."""
+    if config.state.kind == "vocabulary":
+        return "tokens"
+    return "frames" if config.data.grid is None else "patches"
+
+
 def num_groups(config: Config) -> int:
     """Observed groups per sample: frames, or positions of ordinary text."""
     return context_length(config) // group_size(config)

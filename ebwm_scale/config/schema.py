@@ -180,17 +180,15 @@ class ConditionConfig(Section):
 
     name: str = ""
     kind: Literal["continuous", "discrete"] = "continuous"
-    width: Annotated[int, Field(gt=0, le=10**6)] | None = None
-    """Numbers of a continuous one."""
-    num_values: Annotated[int, Field(gt=0, le=10**8)] | None = None
-    """Values of a discrete one: 0 to num_values - 1."""
+    width: Annotated[int, Field(gt=0, le=10**6)] = 1
+    """Numbers per frame; of a discrete one ids."""
+    num_values: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """discrete: each id is below this; continuous: absent."""
 
     @property
     def size(self) -> int:
-        """Its width, or how many values it has."""
-        size = self.num_values if self.kind == "discrete" else self.width
-        assert size is not None, "config/checks.py refuses a condition without"
-        return size
+        """Inputs of its map: its width, for each of the values that an id can have."""
+        return self.width * (self.num_values or 1)
 
 
 class DataConfig(Section):

@@ -349,14 +349,37 @@ def continue_states(
     *,
     config: ThinkingConfig = ThinkingConfig(),
     sample_ids: Tensor | None = None,
+    conditions: Sequence[Conditions] | None = None,
 ) -> Tensor:
-    """`count` further states (B, count, dimension) of clips, each predicted from those before."""
-    session, states = Session(model, prompts, config, sample_ids=sample_ids, energies=False), []
+    """`count` further frames of clips, each predicted from those before: (B, count, dimension), or
+    (B, count P, dimension) of P states each.
+
+    conditions: of each clip, those of its T frames and of `count` - 1 further ones, (T + .., ..).
+    """
+    own = list(conditions or [{}] * len(prompts))
+    size = resolved.group_size(model.config)
+    lengths = [len(prompt) // size for prompt in prompts]
+    session = Session(
+        model,
+        prompts,
+        config,
+        sample_ids=sample_ids,
+        conditions=[
+            {name: values[:length] for name, values in each.items()}
+            for each, length in zip(own, lengths)
+        ],
+        energies=False,
+    )
+    states = []
     for index in range(count):
         states.append(session.predict().state)
         if index + 1 < count:
-            session.accept(states[-1])
-    return torch.stack(states, 1)
+            further = {
+                name: torch.stack([each[name][n + index] for each, n in zip(own, lengths)])
+                for name in own[0]
+            }
+            session.accept(states[-1], further)
+    return torch.stack(states, 1) if size == 1 else torch.cat(states, 1)
 
 
 @torch.no_grad()

@@ -25,12 +25,15 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.model.module_list import ModuleList
 
 Conditions = Mapping[str, Tensor]
-"""By name: continuous ones (B, T, width), standardised; discrete ones ids (B, T) int64, or their
-probabilities (B, T, num_values), in which everything stays differentiable."""
+"""By name: continuous ones (B, T, width), standardised; discrete ones ids (B, T, width) int64, or
+their probabilities (B, T, width, num_values), in which everything stays differentiable."""
 
 
 class ConditionEmbeddings(nn.Module):
-    """Each condition's own map to D numbers: a Linear with a bias, or an Embedding."""
+    """Each condition's own map to D numbers: a Linear with a bias, or an Embedding.
+
+    Ids have rows of their own in the table for each of their columns, and these are summed.
+    """
 
     def __init__(self, conditions: Sequence[ConditionConfig], width: int):
         super().__init__()
@@ -51,9 +54,11 @@ class ConditionEmbeddings(nn.Module):
             if isinstance(own, nn.Linear):
                 tokens.append(own(value.to(own.weight.dtype)))
             elif value.is_floating_point():
-                tokens.append(value.to(own.weight.dtype) @ own.weight)
+                tokens.append(value.flatten(-2).to(own.weight.dtype) @ own.weight)
             else:
-                tokens.append(own(value))
+                column = torch.arange(condition.width, device=value.device)
+                first_rows = column * (own.num_embeddings // condition.width)
+                tokens.append(own(value + first_rows).sum(2))
         return torch.stack(tokens, 2)
 
 
@@ -79,12 +84,14 @@ def _check_names(values: Conditions, names: Sequence[str]) -> None:
 def _check_shape(
     value: Tensor, condition: ConditionConfig, num_samples: int, num_groups: int
 ) -> None:
-    shape = (num_samples, num_groups)
-    is_discrete = condition.kind == "discrete"
-    is_ids = is_discrete and not value.is_floating_point()
-    expected = shape if is_ids else (*shape, condition.size)
+    expected = (num_samples, num_groups, condition.width)
+    what = "numbers (samples, frames, width)"
+    if condition.kind == "discrete":
+        what = "ids (samples, frames, width)"
+        if value.is_floating_point():
+            what = "probabilities (samples, frames, width, values)"
+            expected = (*expected, condition.num_values)
     if tuple(value.shape) != expected:
-        what = "ids (samples, frames)" if is_ids else "numbers (samples, frames, width)"
         raise DataError(
             f"condition {condition.name} has shape {tuple(value.shape)}: expected {what} {expected}"
         )
@@ -131,10 +138,10 @@ def example_conditions(
     if not conditions:
         return None
     values = {}
-    shape = (num_samples, num_groups)
     for condition in conditions:
-        if condition.kind == "discrete":
-            values[condition.name] = torch.randint(condition.size, shape, generator=generator)
+        shape = (num_samples, num_groups, condition.width)
+        if condition.num_values is not None:
+            values[condition.name] = torch.randint(condition.num_values, shape, generator=generator)
         else:
-            values[condition.name] = torch.randn(*shape, condition.size, generator=generator)
+            values[condition.name] = torch.randn(*shape, generator=generator)
     return values

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.model import blocks
 from ebwm_scale.model.conditions import example_conditions
 from ebwm_scale.model.rotary import RotaryTable
 from ebwm_scale.refinement.noise import NoiseSource
@@ -23,7 +22,7 @@ from ebwm_scale.world_model import WorldModel
 
 B, V, T = 3, 13, 2
 ACTION = {"name": "action", "kind": "continuous", "width": 2}
-BUTTON = {"name": "observation.button", "kind": "discrete", "num_values": 5}
+BUTTON = {"name": "observation.button", "kind": "discrete", "width": 2, "num_values": 5}
 FRAME = {"conditions": [ACTION]}  # one vector per frame, and an action
 GRID = {"group_size": 4, "grid": [2, 2], "conditions": [ACTION, BUTTON]}
 LINE = {"group_size": 3, "conditions": [BUTTON]}
@@ -152,7 +151,7 @@ def defined_stream(model, states, conditions):
         for condition, own in zip(model.config.data.conditions, maps):
             value = conditions[condition.name][:, time]
             if condition.kind == "discrete":
-                value = F.one_hot(value, condition.num_values).double()
+                value = F.one_hot(value, condition.num_values).double().flatten(1)
                 rows.append(value @ own.weight)
             else:
                 rows.append(value.double() @ own.weight.T + own.bias)
@@ -330,6 +329,7 @@ def test_no_prediction_knows_later_frames_or_actions(data, kind):
     for name, value in conditions.items():
         changed[name] = value.clone()
         changed[name][:, 2] = (value[:, 2] + 1) % 5
+        assert not torch.equal(changed[name], value)
     of_frame = (final_state(model, later, targets, conditions) - before).abs().amax(-1)
     of_action = (final_state(model, observed, targets, changed) - before).abs().amax(-1)
     for moved in (of_frame, of_action):
@@ -367,7 +367,11 @@ def test_conditions_that_do_not_fit_are_one_sentence():
         ({**conditions, "reward": action}, "action, observation.button, reward; this model"),
         ({**conditions, "action": action[:, :1]}, r"condition action has shape \(3, 1, 2\)"),
         ({**conditions, "action": action[..., :1]}, r"expected numbers .* \(3, 2, 2\)"),
-        ({**conditions, "observation.button": action}, r"button has shape \(3, 2, 2\)"),
+        ({**conditions, "observation.button": action}, r"expected probabilities .* \(3, 2, 2, 5\)"),
+        (
+            {**conditions, "observation.button": conditions["observation.button"][..., :1]},
+            r"button has shape \(3, 2, 1\): expected ids",
+        ),
     ]
     for given, message in cases:
         with pytest.raises(DataError, match=message):
