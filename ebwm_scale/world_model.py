@@ -40,6 +40,7 @@ from ebwm_scale.model.conditions import (
 from ebwm_scale.model.documents import document_starts, last_document
 from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.groups import regroup
+from ebwm_scale.model.projection import Projection
 from ebwm_scale.model.states import EmbeddingState, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.block_recompute import gathered
@@ -91,7 +92,7 @@ class WorldModel(nn.Module):
         if config.state.kind == "vocabulary":
             self.token_embedding = nn.Embedding(size, width)  # N(0, 1), as released
         else:
-            self.frame_projection = nn.Linear(size, width)
+            self.frame_projection = Projection(size, width)
             nn.init.xavier_normal_(self.frame_projection.weight)
             nn.init.zeros_(self.frame_projection.bias)
         self.condition_embeddings = None

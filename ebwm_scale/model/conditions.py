@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ebwm_scale.config.schema import ConditionConfig
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.model.module_list import ModuleList
+from ebwm_scale.model.projection import Projection
 
 Conditions = Mapping[str, Tensor]
 """By name: continuous ones (B, T, width), standardised; discrete ones ids (B, T, width) int64, or
@@ -30,7 +31,7 @@ their probabilities (B, T, width, num_values), in which everything stays differe
 
 
 class ConditionEmbeddings(nn.Module):
-    """Each condition's own map to D numbers: a Linear with a bias, or an Embedding.
+    """Each condition's own map to D numbers: a Projection, or an Embedding.
 
     Ids have rows of their own in the table for each of their columns, and these are summed.
     """
@@ -51,7 +52,7 @@ class ConditionEmbeddings(nn.Module):
         for condition, own in zip(self.conditions, self.maps):
             value = values[condition.name].to(own.weight.device)
             _check_shape(value, condition, num_samples, num_groups)
-            if isinstance(own, nn.Linear):
+            if isinstance(own, Projection):
                 tokens.append(own(value.to(own.weight.dtype)))
             elif value.is_floating_point():
                 tokens.append(value.flatten(-2).to(own.weight.dtype) @ own.weight)
@@ -62,10 +63,10 @@ class ConditionEmbeddings(nn.Module):
         return torch.stack(tokens, 2)
 
 
-def _map_of(condition: ConditionConfig, width: int) -> nn.Linear | nn.Embedding:
+def _map_of(condition: ConditionConfig, width: int) -> Projection | nn.Embedding:
     if condition.kind == "discrete":
         return nn.Embedding(condition.size, width)
-    linear = nn.Linear(condition.size, width)
+    linear = Projection(condition.size, width)
     nn.init.xavier_normal_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
