@@ -6,7 +6,7 @@ how far its energies can be trusted.
                       [--horizons 1 2 4 8 16] [--against RUN]
 
 Writes evaluation.json and evaluation.html into RUN (or DIR). On a dataset of a world
-(docs/worlds.md) also imagination.json and imagination.html: how far it imagines its held-out
+(docs/imagination.md) also imagination.json and imagination.html: how far it imagines its held-out
 episodes, what its actions are worth, and how well its energy tells real next frames from wrong
 ones. On a dataset of tasks with one right
 answer (docs/reasoning.md): solving.json and solving.html, with the share of solved instances by

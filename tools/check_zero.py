@@ -46,7 +46,7 @@ RECIPES = {
     "shallow": {"update": "mirror", "loss_weights": "rising", "reencode": 2},
     "groups": {"graph": "full", "loss": "last"},
     "workspace": {"graph": "full", "loss": "last"},
-    "world": {"graph": "full", "loss": "last", "step_size": 2.0},
+    "world": {"graph": "full", "step_size": 0.5},
 }
 # What a recipe asks of the model and its states.
 MODELS = {
