@@ -216,6 +216,11 @@ def hparams_of(config: Config) -> dict[str, Any]:
         beyond.append(f"model.loops is {model.loops} (only one pass)")
     if (config.data.group_size or 1) > 1:
         beyond.append(f"data.group_size is {config.data.group_size} (only groups of 1)")
+    if config.data.conditions:
+        names = ", ".join(condition.name for condition in config.data.conditions)
+        beyond.append(f"data.conditions are {names} (only data without)")
+    if model.predicts != "state":
+        beyond.append(f"model.predicts is {model.predicts} (only state)")
     if beyond:
         raise ConfigError("the released layout cannot express this model: " + "; ".join(beyond))
     per_step = refinement.landscapes == "per_step" or refinement.num_steps == 1

@@ -143,6 +143,28 @@ def group_size(config: Config) -> int:
     return config.data.group_size or 1
 
 
+def num_conditions(config: Config) -> int:
+    """Tokens behind each group in the observed stream: actions and the like."""
+    return len(config.data.conditions)
+
+
+def context_group(config: Config) -> int:
+    """Tokens of a group in the observed stream: its states and its conditions."""
+    return group_size(config) + num_conditions(config)
+
+
+def unit(config: Config) -> str:
+    """What a position is, as the dataset's content says it."""
+    if config.state.kind == "vocabulary":
+        return "tokens"
+    return "frames" if config.data.grid is None else "patches"
+
+
+def num_groups(config: Config) -> int:
+    """Observed groups per sample: frames, or positions of ordinary text."""
+    return context_length(config) // group_size(config)
+
+
 def grid(config: Config) -> tuple[int, int] | None:
     """(rows, columns) of the tokens of a group; None where they are no grid."""
     return config.data.grid

@@ -81,6 +81,8 @@ class ModelConfig(Section):
     """Default: the data's."""
     output: Literal["one_linear", "two_linear"] = "one_linear"
     """Of a baseline of frame embeddings: width -> dimension, or width -> width -> dimension."""
+    predicts: Literal["state", "change"] = "state"
+    """Of a baseline of frame embeddings; change: what is added to the last frame."""
     norm_epsilon: Positive = 1e-5
     rope_theta: float = 1e4
     attention_backend: Literal["auto", "triton", "reference"] = "auto"
@@ -185,6 +187,22 @@ class SourceConfig(Section):
     """Its share of the samples, relative to the other weights."""
 
 
+class ConditionConfig(Section):
+    """What is known of each frame beside it, such as an action."""
+
+    name: str = ""
+    kind: Literal["continuous", "discrete"] = "continuous"
+    width: Annotated[int, Field(gt=0, le=10**6)] = 1
+    """Numbers per frame; of a discrete one ids."""
+    num_values: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """discrete: each id is below this; continuous: absent."""
+
+    @property
+    def size(self) -> int:
+        """Inputs of its map: its width, for each of the values that an id can have."""
+        return self.width * (self.num_values or 1)
+
+
 class DataConfig(Section):
     manifest: str | None = None
     """Path of a manifest.json that make_text_shards.py or make_video_shards.py wrote."""
@@ -210,6 +228,8 @@ class DataConfig(Section):
     """Tokens that are predicted together; taken from the dataset, absent: one at a time."""
     grid: Annotated[tuple[int, int] | None, BeforeValidator(as_tuples)] = None
     """(rows, columns) of a group's tokens; taken from the dataset."""
+    conditions: Annotated[tuple[ConditionConfig, ...], BeforeValidator(as_tuples)] = ()
+    """video: actions and the like, tokens behind each frame; taken from the dataset."""
     scored_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the targets that are scored; taken from the dataset, absent: all are."""
     num_workers: Annotated[int, Field(ge=0, le=10**4)] = 0

@@ -253,20 +253,21 @@ def _think_comparing(
     return Thought(result.x, final, steps, torch.stack(trace), accepted)
 
 
-def at_positions(thought: Thought, positions: Tensor) -> Thought:
-    """Of a thought over whole sequences one position each, (B,): rows (B, 1)."""
-    rows = torch.arange(len(positions), device=positions.device)
+def at_positions(thought: Thought, positions: Tensor, group_size: int = 1) -> Thought:
+    """Of a thought over whole sequences the group at one position each, (B,): rows (B, P)."""
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    places = positions[:, None] + torch.arange(group_size, device=positions.device)
     return Thought(
-        thought.state[rows, positions][:, None],
-        None if thought.energy is None else thought.energy[rows, positions][:, None],
-        thought.steps[rows, positions][:, None],
-        thought.trace[:, rows, positions][..., None],
-        thought.accepted[rows, positions][:, None],
+        thought.state[rows, places],
+        None if thought.energy is None else thought.energy[rows, places],
+        thought.steps[rows, places],
+        thought.trace[:, rows, places],
+        thought.accepted[rows, places],
     )
 
 
 def together(starts: list[Thought]) -> Thought:
-    """Thoughts of rows (B, 1) each as one of rows (B, number of thoughts)."""
+    """Thoughts of rows (B, P) each as one of rows (B, P times the number of thoughts)."""
     energies = [thought.energy for thought in starts if thought.energy is not None]
     return Thought(
         torch.cat([thought.state for thought in starts], 1),

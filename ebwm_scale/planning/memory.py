@@ -119,11 +119,11 @@ def memory_estimate(
     observed_block = observed_width * D + OBSERVED_F * F
     if baseline:
         rows = micro_batch * z.positions
+        observed_rows = micro_batch * z.observed_positions
         loops = config.model.loops
         losses = num_training_losses(config.model)
-        parts["activations_observed"] = (
-            element * rows * (loops * z.layers * (observed_block + 2 * K) + losses * 2 * D)
-        )
+        kept = loops * z.layers * (observed_block + 2 * K)
+        parts["activations_observed"] = element * (observed_rows * kept + rows * losses * 2 * D)
     else:
         rows, samples, num_parts = _tile(config, z, micro_batch, device)
         kept = (
@@ -138,8 +138,8 @@ def memory_estimate(
         if full:  # what is encoded again lives with its step
             contexts += z.again.backward * (z.layers - z.first_reencoded) / z.layers
         parts["activations_observed"] = (
-            element * samples * (z.positions + z.offset) * contexts * kept
-            + element * micro_batch * z.positions * D
+            element * samples * (z.observed_positions + z.offset) * contexts * kept
+            + element * micro_batch * z.observed_positions * D
         )
         kept, recomputed = _predicted_kept(config, z, live_steps)
         if z.workspace:  # w, dE/dw and its gradient; z and its change, in float32
@@ -150,7 +150,7 @@ def memory_estimate(
             samples
             * model_sizes(config.model).num_heads
             * min(ROWS, z.positions)
-            * (z.positions + z.offset + z.own_keys)
+            * (z.observed_positions + z.offset + z.own_keys)
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
     if config.state.kind == "embedding":

@@ -106,6 +106,7 @@ def refine(
 ) -> RefinementResult:
     """Refine one candidate per position of the observed embeddings (B, S, D).
 
+    With conditions among the embeddings, (B, T (P + A), D): per position of its groups' states.
     targets: token ids (B, S) or embeddings (B, S, size), or None (inference).
     landscapes: one landscape index per step. keep_state: return the final state, in this dtype.
     record: called after every step with the whole batch, which is then one tile.
@@ -115,7 +116,9 @@ def refine(
     In training, gradients are computed in here; `loss.backward()` only hands them out. They are
     exact for every combination of graph, loss and update, and can be handed out once.
     """
-    num_samples, num_positions = observed.shape[:2]
+    network = world_model.network
+    num_samples = observed.shape[0]
+    num_positions = observed.shape[1] // network.context_group * network.group_size
     with_backward = training and targets is not None and torch.is_grad_enabled()
     plan = plan_steps(
         config,
