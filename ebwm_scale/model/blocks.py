@@ -5,6 +5,7 @@
 
 In a sequence of groups of P positions, read "group" for each of them: the observed stream is
 block-causal, and p_t attends to all observed groups up to its own and to its group's candidates.
+Conditions of a group, such as an action, are further rows of its observed group (conditions.py).
 
 Legend: B batch, S positions, D width, H heads, H_kv key/value heads, d head dimension.
 Source: Energy-Based Transformers, arXiv 2507.02092; blocks as in Llama 2, arXiv 2307.09288.
@@ -56,12 +57,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of both streams, with the same projections. group_size: positions per group."""
+    """Attention of both streams, with the same projections.
 
-    def __init__(self, config: ModelConfig, group_size: int = 1):
+    group_size: positions per group. num_conditions: further ones in the observed stream.
+    """
+
+    def __init__(self, config: ModelConfig, group_size: int = 1, num_conditions: int = 0):
         super().__init__()
         sizes = model_sizes(config)
         self.group_size = group_size
+        self.context_group = group_size + num_conditions
         self.num_heads = sizes.num_heads
         self.num_kv_heads = sizes.num_kv_heads
         self.head_dimension = sizes.head_dimension
@@ -93,7 +98,7 @@ class Attention(nn.Module):
             q,
             keys,
             values,
-            group_size=self.group_size,
+            group_size=self.context_group,
             first_visible=first_visible,
             backend=self.observed_backend,
         )
@@ -121,6 +126,7 @@ class Attention(nn.Module):
             *context,
             context_offset=offset,
             group_size=self.group_size,
+            context_group=self.context_group,
             first_visible=first_visible,
             backend=self.backend,
         )
@@ -165,11 +171,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and beside a residual."""
 
-    def __init__(self, config: ModelConfig, group_size: int = 1):
+    def __init__(self, config: ModelConfig, group_size: int = 1, num_conditions: int = 0):
         super().__init__()
         width = model_sizes(config).width
         self.attention_norm = RMSNorm(width, config.norm_epsilon)
-        self.attention = Attention(config, group_size)
+        self.attention = Attention(config, group_size, num_conditions)
         self.ffn_norm = RMSNorm(width, config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 
