@@ -150,6 +150,16 @@ def test_hooks_before_a_commit_are_of_the_versions_of_make_lint(hook):
     assert rev == f"v{PINS[hook]}"
 
 
+def test_a_package_has_one_version_and_is_asked_for_once():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    names = [line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line]
+    assert len(names) > 40 and len(names) == len(set(names))
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for extra, listed in re.findall(r'"(\w+)": \[(.*?[\w"])\s*,?\s*\](?=,\n)', setup, re.S):
+        asked = re.findall(r'"([\w.-]+)(?:\[[\w,-]+\])?>=', listed)
+        assert len(asked) == len(set(asked)), (extra, asked)
+
+
 def test_the_lock_holds_the_versions_of_the_constraints():
     lock = pins_of(ROOT / "requirements" / "test.lock")
     locked = {name.lower().replace("_", "-"): version for name, version in lock.items()}
