@@ -114,8 +114,8 @@ def main() -> int:
     report = write_report(energy, baseline_dir=baseline)
     if arguments.modality == "reasoning":
         announce(f"thinking with 1 to {MOST_STEPS[-1]} steps on held-out mazes")
-        for dataset, folder in ((larger, energy / "larger"), (manifest, energy)):
-            solve(dataset, energy, baseline, folder)
+        solve(larger, energy, baseline, energy / "larger", HELD_OUT_MAZES // 2)
+        solve(manifest, energy, baseline, energy, HELD_OUT_MAZES)
         report = energy / "solving.html"
         announce(f"the same on larger mazes than were trained: {energy / 'larger' / report.name}")
     announce(f"done. Open the report: {report}")
@@ -139,7 +139,7 @@ def reasoning_datasets(data: Path, announce, progress: Progress) -> list[Path]:
     )
 
 
-def solve(dataset: Path, energy: Path, baseline: Path, folder: Path) -> None:
+def solve(dataset: Path, energy: Path, baseline: Path, folder: Path, num_mazes: int) -> None:
     """`ebwm evaluate` of the energy model against Transformer++."""
     from ebwm_scale.evaluate import main as evaluate
 
@@ -151,7 +151,7 @@ def solve(dataset: Path, energy: Path, baseline: Path, folder: Path) -> None:
             "--data",
             str(dataset),
             "--max-samples",
-            str(HELD_OUT_MAZES),
+            str(num_mazes),
             "--batch-size",
             "128",
             "--steps",

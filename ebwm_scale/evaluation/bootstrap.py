@@ -37,7 +37,9 @@ def share_ci(hits: Tensor) -> dict[str, float]:
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     spread = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     half = z / (1 + z * z / count) * spread
-    return {"mean": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half)}
+    low = 0.0 if share == 0 else max(0.0, middle - half)  # not a rounding error beside it
+    high = 1.0 if share == 1 else min(1.0, middle + half)
+    return {"mean": share, "low": low, "high": high}
 
 
 def correlation_ci(a: Tensor, b: Tensor) -> dict[str, float]:

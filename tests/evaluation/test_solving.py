@@ -86,6 +86,7 @@ def test_ranges_of_difficulty_hold_every_instance_once(seed):
 def test_a_share_of_none_has_an_interval_that_is_not_empty():
     none, half = share_ci(torch.zeros(50)), share_ci(torch.tensor([0.0, 1.0] * 50))
     assert none["mean"] == none["low"] == 0 and none["high"] == pytest.approx(0.0713, abs=1e-4)
+    assert share_ci(torch.zeros(24))["low"] == 0 and share_ci(torch.ones(24))["high"] == 1
     assert half["low"] == pytest.approx(0.4038, abs=1e-4)  # Wilson's interval of 50 in 100
     assert half["high"] == pytest.approx(0.5962, abs=1e-4)
 
