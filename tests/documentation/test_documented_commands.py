@@ -30,6 +30,10 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "data/products": "training/test_reasoning_runs.py",
     "runs/products": "training/test_reasoning_runs.py",
     "data/mazes": "training/test_reasoning_runs.py",
+    "runs/mazes": "training/test_reasoning_runs.py",
+    "make_world_shards.py": "data/test_world_datasets.py",
+    "data/pole": "data/test_world_datasets.py",
+    "runs/world": "training/test_world_runs.py",
 }
 SMALL = [
     "model.num_layers=1",

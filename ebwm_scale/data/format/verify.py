@@ -1,7 +1,7 @@
 """Check a whole dataset: every file's size and hash, the tars against their indexes, every sample.
 
 Each shard belongs to one split and stands in the manifest once; each sample's checksum and
-decoding are tried; the tokenizer is the one the manifest describes.
+decoding are tried; the tokenizer is the one the manifest describes; whole episodes are as listed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.format.content import TextContent
+from ebwm_scale.data.format.episodes import episode_problems
 from ebwm_scale.data.format.index import ShardIndex, load_index
 from ebwm_scale.data.format.manifest import Manifest, load_manifest
 from ebwm_scale.data.format.scored import num_scored
@@ -44,6 +45,7 @@ def verify_dataset(
             first_id += shard.num_samples
             num_samples += shard.num_samples
         reader.close()
+    problems += episode_problems(manifest)
     return list(dict.fromkeys(problems)), num_samples
 
 
