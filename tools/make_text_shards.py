@@ -4,9 +4,9 @@ for data.manifest.
     python tools/make_text_shards.py corpus --output data/corpus --tokenizer tokenizer.model
         --context-length 256
 
-Linked folders are followed; files of other kinds are listed and left out. Documents go to training
-or validation as a whole. The dataset folder appears when it is complete; running the same
-command again keeps it. The formats are described in docs/data.md.
+Files of other kinds are listed and left out. Documents go to training or validation as a whole. The
+dataset folder appears when it is complete. A killed build goes on where it was; running the same
+command again keeps a complete dataset. The formats are described in docs/data.md.
 """
 
 import sys
@@ -14,6 +14,7 @@ import time
 
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import progress_on_console
+from ebwm_scale.data.format.manifest import load_manifest
 from ebwm_scale.data.prepare.reading.options import add_selection_options, selection_of
 from ebwm_scale.data.prepare.reading.source import patterns
 from ebwm_scale.data.prepare.reading.token_files import TYPES
@@ -87,7 +88,10 @@ def main() -> int:
             tokens=arguments.tokens,
             progress=progress,
         )
-    print(f"{manifest}: {time.monotonic() - start:.1f} s")
+    seconds = time.monotonic() - start
+    splits = load_manifest(manifest).splits.values()
+    megabytes = sum(split.facts["num_text_bytes"] for split in splits) / 10**6
+    print(f"{manifest}: {seconds:.1f} s, {megabytes / seconds:.2f} MB of text a second")
     return 0
 
 

@@ -2,7 +2,10 @@
 
 import gc
 import os
+import select
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -124,3 +127,34 @@ def test_what_the_parent_left_behind_is_not_freed_in_a_worker():
         gc.enable()
     gc.collect()
     assert outcomes[1].result is True
+
+
+ORPHANS = """
+import os, sys, time
+from ebwm_scale.data.prepare.workers import each_in_a_process
+
+def work(task, moved):
+    print(os.getpid(), flush=True)
+    while True:
+        moved()
+        time.sleep(0.01)
+
+list(each_in_a_process([1], work))
+"""
+
+
+def test_a_worker_whose_parent_was_killed_ends_by_itself():
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHANS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait(timeout=30)
+    ended, _, _ = select.select([parent.stdout], [], [], 30)  # closed when the worker has ended
+    if not ended:
+        os.kill(worker, signal.SIGKILL)
+    assert ended and parent.stdout.read() == ""
