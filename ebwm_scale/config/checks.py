@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from ebwm_scale.config.resolved import (
+    context_group,
     decay_steps,
     group_size,
     min_num_steps,
@@ -46,13 +47,15 @@ def group_problems(config: Config) -> list[str]:
     when it is known.
     """
     problems: list[str] = []
-    size = group_size(config)
-    if size == 1:
-        return problems
 
     def require(holds: bool, message: str) -> None:
         if not holds:
             problems.append(message)
+
+    _check_conditions(config, require)
+    size = group_size(config)
+    if context_group(config) == 1 or problems:
+        return problems
 
     grid = config.data.grid
     require(
@@ -74,7 +77,7 @@ def group_problems(config: Config) -> list[str]:
     is_energy = config.model.kind == "energy"
     require(
         not is_energy or config.model.conditioning != "time_embed",
-        f"model.conditioning is time_embed with data.group_size {size}: its token stands in front "
+        f"model.conditioning is time_embed with {_groups(config)}: its token stands in front "
         "of the first group and belongs to none; use default, adaln, adaln_zero or predicted_only",
     )
     num_axes = 2 if grid is None else 3
@@ -87,9 +90,34 @@ def group_problems(config: Config) -> list[str]:
     for key in ("mask_documents", "mask_document_starts"):
         require(
             not getattr(config.data, key),
-            f"data.{key} is true with data.group_size {size}: groups belong to no documents",
+            f"data.{key} is true with {_groups(config)}: groups belong to no documents",
         )
     return problems
+
+
+def _groups(config: Config) -> str:
+    """What makes groups of a configuration's positions."""
+    if config.data.group_size is not None:
+        return f"data.group_size {config.data.group_size}"
+    return "data.conditions"
+
+
+def _check_conditions(config: Config, require: Require) -> None:
+    conditions = config.data.conditions
+    for number, condition in enumerate(conditions):
+        key = f"data.conditions[{number}]"
+        require(condition.name != "", f"{key}.name is absent: each condition needs a name")
+        is_discrete = condition.kind == "discrete"
+        require(
+            is_discrete == (condition.num_values is not None),
+            f"{key}.num_values is {condition.num_values or 'absent'}: a discrete condition needs "
+            "it, a continuous one has none",
+        )
+    names = [condition.name for condition in conditions]
+    require(
+        len(set(names)) == len(names),
+        f"data.conditions are named {shown(names)}: each name once",
+    )
 
 
 def _check_model(config: Config, require: Require) -> None:
@@ -121,11 +149,26 @@ def _check_model(config: Config, require: Require) -> None:
         "model.energy_head is [context]: nothing reads the predicted stream; "
         "add linear, quadratic or bilinear",
     )
+    require(
+        model.loops == 1 or model.kind == "baseline",
+        f"model.loops is {model.loops}: only a baseline passes its blocks again, an energy model "
+        "takes refinement.num_steps; leave the key out",
+    )
+    require(
+        model.loop_loss == "last" or model.loops > 1,
+        f"model.loop_loss is {model.loop_loss} with model.loops {model.loops}: there is one loss; "
+        "leave the key out",
+    )
     is_frame_baseline = model.kind == "baseline" and config.state.kind == "embedding"
     require(
         model.output == "one_linear" or is_frame_baseline,
         f"model.output is {model.output}: "
         "only a baseline of frame embeddings has it, leave the key out",
+    )
+    require(
+        model.predicts == "state" or is_frame_baseline,
+        f"model.predicts is {model.predicts}: "
+        "only a baseline of frame embeddings adds it to the last frame, leave the key out",
     )
 
 
@@ -202,6 +245,13 @@ def _check_refinement(config: Config, require: Require) -> None:
         f"refinement.compile is true with refinement.recompute {refinement.recompute}: "
         "a compiled step decides itself what it keeps; use none",
     )
+    _check_backprop_steps(config, require)
+    has_logits = config.state.kind == "embedding" or refinement.update != "probabilities"
+    require(
+        refinement.decay == 0 or has_logits,
+        f"refinement.decay is {refinement.decay} with refinement.update probabilities: each step "
+        "starts from probabilities, which sum to 1; use mirror or logits, or 0",
+    )
     _check_loss_weights(config, require)
     _check_candidates(config, require)
     _check_reencoding(config, require)
@@ -218,6 +268,23 @@ def _check_refinement(config: Config, require: Require) -> None:
             all(value >= low for _, value in points),
             f"refinement.schedule.{name} is {listed}: values must be {low} or more",
         )
+
+
+def _check_backprop_steps(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.backprop_steps is None:
+        return
+    given = f"refinement.backprop_steps is {refinement.backprop_steps}"
+    require(
+        refinement.graph == "full",
+        f"{given} with refinement.graph {refinement.graph}: only a graph through all steps is cut "
+        "off, use full or leave the key out",
+    )
+    require(
+        refinement.backprop_steps < refinement.num_steps,
+        f"{given}: must be below refinement.num_steps {refinement.num_steps}, "
+        "or the key changes nothing",
+    )
 
 
 def _check_loss_weights(config: Config, require: Require) -> None:
@@ -264,6 +331,11 @@ def _check_candidates(config: Config, require: Require) -> None:
         refinement.num_steps > 1,
         f"{given} with refinement.num_steps 1: there is no further step; "
         "use more steps or leave the key out",
+    )
+    require(
+        refinement.decay == 0,
+        f"{given} with refinement.decay {refinement.decay}: all other tokens keep the logits of "
+        "the first step, so they cannot decay; leave one of the two out",
     )
 
 

@@ -73,10 +73,16 @@ class ModelConfig(Section):
     """The predicted stream passes the last so many blocks; default: all."""
     energy_head: Annotated[tuple[HeadTerm, ...], BeforeValidator(as_tuples)] = ("linear",)
     """Terms of the energy behind the last block, see model/energy_head.py; released: linear."""
+    loops: Annotated[int, Field(gt=0, le=10**4)] = 1
+    """Of a baseline: passes through the same blocks, see model/baseline.py; 1: Transformer++."""
+    loop_loss: Literal["last", "every"] = "last"
+    """Of a looped baseline: the loss after the last pass, or the mean over those after each."""
     vocabulary_size: Annotated[int, Field(gt=0, le=10**8)] | None = None
     """Default: the data's."""
     output: Literal["one_linear", "two_linear"] = "one_linear"
     """Of a baseline of frame embeddings: width -> dimension, or width -> width -> dimension."""
+    predicts: Literal["state", "change"] = "state"
+    """Of a baseline of frame embeddings; change: what is added to the last frame."""
     norm_epsilon: Positive = 1e-5
     rope_theta: float = 1e4
     attention_backend: Literal["auto", "triton", "reference"] = "auto"
@@ -133,6 +139,9 @@ class RefinementConfig(Section):
     """What conditionings tell apart; `default` has one anyway."""
     graph: Literal["detach", "truncate", "full"] = "detach"
     """detach: each step on its own; truncate: only the last step; full: through all steps."""
+    backprop_steps: Annotated[int, Field(gt=0)] | None = None
+    """Of graph full: the last so many steps of a batch are differentiated and scored, the ones in
+    front of them run without a graph; default: all."""
     loss: Literal["every", "last"] = "every"
     """The mean over the steps' losses, or the last one's."""
     loss_weights: (
@@ -149,6 +158,8 @@ class RefinementConfig(Section):
     added to it: through all blocks, or through the last so many."""
     reencode_every: Annotated[int, Field(ge=1, le=2)] = 1
     """1: before every further step; 2: before every other one, the second step being the first."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the state and of a workspace that a step forgets: the energy has a minimum then."""
     change_clamp: Positive | None = None
     """Bound on |alpha dE/dx| of each number of a state and step (released: clamp_futures_grad)."""
     state_clamp: Positive | None = None
@@ -176,6 +187,22 @@ class SourceConfig(Section):
     """Its share of the samples, relative to the other weights."""
 
 
+class ConditionConfig(Section):
+    """What is known of each frame beside it, such as an action."""
+
+    name: str = ""
+    kind: Literal["continuous", "discrete"] = "continuous"
+    width: Annotated[int, Field(gt=0, le=10**6)] = 1
+    """Numbers per frame; of a discrete one ids."""
+    num_values: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """discrete: each id is below this; continuous: absent."""
+
+    @property
+    def size(self) -> int:
+        """Inputs of its map: its width, for each of the values that an id can have."""
+        return self.width * (self.num_values or 1)
+
+
 class DataConfig(Section):
     manifest: str | None = None
     """Path of a manifest.json that make_text_shards.py or make_video_shards.py wrote."""
@@ -201,6 +228,8 @@ class DataConfig(Section):
     """Tokens that are predicted together; taken from the dataset, absent: one at a time."""
     grid: Annotated[tuple[int, int] | None, BeforeValidator(as_tuples)] = None
     """(rows, columns) of a group's tokens; taken from the dataset."""
+    conditions: Annotated[tuple[ConditionConfig, ...], BeforeValidator(as_tuples)] = ()
+    """video: actions and the like, tokens behind each frame; taken from the dataset."""
     scored_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the targets that are scored; taken from the dataset, absent: all are."""
     num_workers: Annotated[int, Field(ge=0, le=10**4)] = 0

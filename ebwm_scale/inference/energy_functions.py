@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
+from ebwm_scale.model.context import Context
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.kv_cache import KVCache
 from ebwm_scale.refinement.step_plan import last_encoding
 from ebwm_scale.world_model import WorldModel
@@ -146,10 +147,11 @@ class SequenceEnergy:
 
     def _energy(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
         """Of every row by itself."""
-        context = self._context(landscape)
+        context = self.context(landscape)
         return self.model.energy_network.energy(embedded, context, landscape, workspace)
 
-    def _context(self, landscape: int) -> Context:
+    def context(self, landscape: int) -> Context:
+        """What the current step reads of the observed stream."""
         if self.again is not None:
             return self.again
         network = self.model.energy_network

@@ -4,29 +4,35 @@
         E, g  = energy(x), dE/de                       of every row that still moves
         x'    = update(x, g, alpha)                    and z' of a workspace beside it, by dE/dz
         accept only if lower:  x <- x' where E(x') < E(x); elsewhere x stays, its alpha is halved
-        stop early:            a row whose energy fell by less than `tolerance` moves no more
+        stop early:            a row whose energy fell by less than `tolerance` moves no more, nor
+                               one whose prediction changed by less than `settled`
     of several starts per row the one with the lowest final energy is the prediction
 
 A row is one candidate for one position: of a prompt's next position, or of every position of a
 sequence (energy_functions.py). In a sequence of groups the rows of a group have one energy, so they
-stop, go back and win together. With `refinement.candidates` a row moves a few of its tokens once it
-has taken a step (thinking_state.py). No second-order graph is built, and memory does not depend on
-the number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
+stop, go back and win together. With `refinement.decay` E(x) is compared with what decay adds to it
+(refinement/decay.py). With `refinement.candidates` a row moves a few of its tokens once it has
+taken a step (thinking_state.py). No second-order graph is built, and memory does not depend on the
+number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ebwm_scale.core.errors import ConfigError
-from ebwm_scale.inference.energy_functions import EnergyFunction
+from ebwm_scale.inference.energy_functions import EnergyFunction, of_groups
 from ebwm_scale.inference.initial_states import InitialStateSampler
 from ebwm_scale.inference.thinking_state import ThinkingState
 from ebwm_scale.model.workspace import WorkspaceState
+from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
+
+Watch = Callable[[int, Tensor], None]  # of steps taken and states (B, K, size)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class ThinkingConfig:
     num_steps, step_size: default those of training. noise: deviation of the Langevin noise.
     num_starts: random initial states per row. accept_only_if_lower: undo a step that raises the
     energy. tolerance: a row stops when a step lowers its energy by no more than this; None: never.
-    seed: of noise and initial states.
+    settled: a row stops when a step changes no probability (of an embedding: no number) of its
+    prediction by more than this; None: never. seed: of noise and initial states.
     """
 
     num_steps: int | None = None
@@ -45,6 +52,7 @@ class ThinkingConfig:
     num_starts: int = 1
     accept_only_if_lower: bool = False
     tolerance: float | None = None
+    settled: float | None = None
     seed: int = 33
 
     def __post_init__(self):
@@ -53,6 +61,7 @@ class ThinkingConfig:
             ("num_starts", self.num_starts, 1),
             ("noise", self.noise, 0),
             ("tolerance", self.tolerance, 0),
+            ("settled", self.settled, 0),
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{name} is {value}: must be {low} or more")
@@ -62,7 +71,7 @@ class ThinkingConfig:
     @property
     def compares(self) -> bool:
         """Whether energies after a step are needed."""
-        return self.accept_only_if_lower or self.tolerance is not None
+        return self.accept_only_if_lower or self.tolerance is not None or self.settled is not None
 
 
 @dataclass
@@ -91,15 +100,19 @@ def think(
     *,
     noise: InitialStateSampler,
     with_energy: bool = True,
+    asked: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Thought:
     """Refine rows x (B, K, size), which are the caller's to overwrite.
 
     noise: where Langevin numbers come from. with_energy False saves the pass that only measures
-    where the last step ended; a config that compares energies has made it anyway.
+    where the last step ended; a config that compares energies has made it anyway. asked (B, K),
+    bool: the rows whose answer matters, for config.settled; default: all. watch: called with the
+    number of steps taken and the states then, to be read at once; not with a config that compares.
     """
     if config.compares:
-        return _think_comparing(model, energy_function, x, config, noise)
-    return _think_plainly(model, energy_function, x, config, noise, with_energy)
+        return _think_comparing(model, energy_function, x, config, noise, asked)
+    return _think_plainly(model, energy_function, x, config, noise, with_energy, watch)
 
 
 def _think_plainly(
@@ -109,6 +122,7 @@ def _think_plainly(
     config: ThinkingConfig,
     noise: InitialStateSampler,
     with_energy: bool,
+    watch: Watch | None,
 ) -> Thought:
     """Every row takes every step."""
     landscapes = _landscapes(model, config)
@@ -127,8 +141,10 @@ def _think_plainly(
         energy, gradient, of_w = energy_function.with_gradient(embedded.vectors, landscape, w)
         trace.append(energy)
         step_size = (alpha * scale).to(gradient.dtype)
-        state = embedded.update(gradient, step_size)
-        z = _moved(workspace, z, of_w, 1.0)
+        state = embedded.decayed(_kept(model, alpha)).update(gradient, step_size)
+        z = _moved(model, workspace, z, of_w, 1.0)
+        if watch is not None:
+            watch(i + 1, state.x)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
     final = None
     if with_energy:
@@ -144,6 +160,7 @@ def _think_comparing(
     x: Tensor,
     config: ThinkingConfig,
     noise: InitialStateSampler,
+    asked: Tensor | None,
 ) -> Thought:
     """Rows are compared before and after each step: undone, or left alone when they are done."""
     landscapes = _landscapes(model, config)
@@ -165,6 +182,7 @@ def _think_comparing(
     z = noise.initial_workspace()
     z_result = z  # of all rows, as result is
     energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
+    added = _added_by_decay(model, x, z, energy)
     for i, landscape in enumerate(landscapes):
         before = state
         if config.noise:
@@ -177,8 +195,8 @@ def _think_comparing(
             measured_in = landscape
         _, gradient, of_w = function.with_gradient(embedded.vectors, landscape, w)
         step_size = (alpha * scale).to(gradient.dtype)
-        proposal = embedded.update(gradient, step_size)
-        z_proposal = _moved(workspace, z, of_w, scale)
+        proposal = embedded.decayed(_kept(model, alpha * scale)).update(gradient, step_size)
+        z_proposal = _moved(model, workspace, z, of_w, scale)
         if trace:
             energies = trace[-1].clone()
         else:
@@ -188,18 +206,26 @@ def _think_comparing(
 
         w = _mapped(workspace, z_proposal)
         after = _energy_of(proposal, function, landscape, w)
+        added_after = _added_by_decay(model, proposal.x, z_proposal, after)
+        fall = (energy + added) - (after + added_after)
         taken = active.clone()
         if config.accept_only_if_lower:
-            taken &= after < energy
+            taken &= fall > 0
             halved = active & ~taken
             scale = torch.where(halved[..., None], scale / 2, scale)
         steps[remaining] += active
         accepted[remaining] += taken
         state = proposal.where(taken, before)
-        fallen = torch.where(taken, energy - after, torch.zeros_like(energy))
+        fallen = torch.where(taken, fall, torch.zeros_like(energy))
         energy = torch.where(taken, after, energy)
+        added = torch.where(taken, added_after, added)
         if config.tolerance is not None:
             active &= fallen > config.tolerance
+        if config.settled is not None:
+            change = _change_of_prediction(model, before.x, proposal.x)
+            if asked is not None:
+                change = change.masked_fill(~asked[remaining], 0)
+            active &= _largest_of_group(change, model.network.group_size) > config.settled
         result = result.put(remaining, state)
         if z is not None and z_proposal is not None and z_result is not None:
             z = torch.where(taken[..., None], z_proposal, z)
@@ -219,6 +245,7 @@ def _think_comparing(
             scale = scale[kept]
             active = active[kept]
             energy = energy[kept]
+            added = added[kept]
     w = _mapped(workspace, z_result)
     final = _energy_of(result, energy_function, landscapes[-1], w)
     while len(trace) < len(landscapes) + 1:
@@ -226,20 +253,21 @@ def _think_comparing(
     return Thought(result.x, final, steps, torch.stack(trace), accepted)
 
 
-def at_positions(thought: Thought, positions: Tensor) -> Thought:
-    """Of a thought over whole sequences one position each, (B,): rows (B, 1)."""
-    rows = torch.arange(len(positions), device=positions.device)
+def at_positions(thought: Thought, positions: Tensor, group_size: int = 1) -> Thought:
+    """Of a thought over whole sequences the group at one position each, (B,): rows (B, P)."""
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    places = positions[:, None] + torch.arange(group_size, device=positions.device)
     return Thought(
-        thought.state[rows, positions][:, None],
-        None if thought.energy is None else thought.energy[rows, positions][:, None],
-        thought.steps[rows, positions][:, None],
-        thought.trace[:, rows, positions][..., None],
-        thought.accepted[rows, positions][:, None],
+        thought.state[rows, places],
+        None if thought.energy is None else thought.energy[rows, places],
+        thought.steps[rows, places],
+        thought.trace[:, rows, places],
+        thought.accepted[rows, places],
     )
 
 
 def together(starts: list[Thought]) -> Thought:
-    """Thoughts of rows (B, 1) each as one of rows (B, number of thoughts)."""
+    """Thoughts of rows (B, P) each as one of rows (B, P times the number of thoughts)."""
     energies = [thought.energy for thought in starts if thought.energy is not None]
     return Thought(
         torch.cat([thought.state for thought in starts], 1),
@@ -267,6 +295,20 @@ def lowest(thought: Thought, group_size: int = 1) -> tuple[Tensor, Tensor, Tenso
     return states[rows, best], energy[rows, best], best
 
 
+def _change_of_prediction(model, before: Tensor, after: Tensor) -> Tensor:
+    """(B, K): the largest change of a probability, or of a number of an embedding."""
+    if model.config.state.kind == "vocabulary":
+        before, after = before.softmax(-1), after.softmax(-1)
+    return (after - before).abs().amax(-1)
+
+
+def _largest_of_group(values: Tensor, group_size: int) -> Tensor:
+    """Of values (B, K) the largest of each group, for all of its rows."""
+    if group_size == 1:
+        return values
+    return values.unflatten(1, (-1, group_size)).amax(2).repeat_interleave(group_size, 1)
+
+
 def _landscapes(model, config: ThinkingConfig) -> list[int]:
     return model.landscapes(config.num_steps or model.config.refinement.num_steps)
 
@@ -291,7 +333,24 @@ def _mapped(workspace: WorkspaceState | None, z: Tensor | None) -> Tensor | None
     return workspace.embed(z)
 
 
+def _kept(model, step_size: Tensor) -> Tensor | None:
+    """The share of a state that a step of this size, a number or (B, K, 1), starts from."""
+    decay = model.config.refinement.decay
+    if decay == 0:
+        return None
+    trained = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
+    return 1 - decay * step_size / trained
+
+
+def _added_by_decay(model, x: Tensor, z: Tensor | None, energy: Tensor) -> Tensor:
+    """What decay adds to the energies (B, K) of x (B, K, size); zeros without decay."""
+    if model.config.refinement.decay == 0:
+        return torch.zeros_like(energy)
+    return of_groups(decay_energy(model, x, z), model.network.group_size)
+
+
 def _moved(
+    model,
     workspace: WorkspaceState | None,
     z: Tensor | None,
     energy_grad: Tensor | None,
@@ -300,4 +359,4 @@ def _moved(
     """The next z (B, K, width), or None without a workspace; scale: a factor on beta."""
     if workspace is None or z is None or energy_grad is None:
         return None
-    return workspace.update(z, energy_grad, scale)
+    return workspace.update(z, energy_grad, scale, model.config.refinement.decay)

@@ -8,7 +8,7 @@ stand beside each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,6 +107,15 @@ class EmbeddedRows:
             None if self.dense is None else self.dense.vectors,
             None if self.sparse is None else self.sparse.vectors,
         )
+
+    def decayed(self, kept: Tensor | None) -> EmbeddedRows:
+        """The same, whose update starts from a share of where they were; None: from there.
+
+        A configuration with candidates has no decay.
+        """
+        if kept is None or self.dense is None:
+            return self
+        return replace(self, dense=self.dense.decayed(kept))
 
     def update(self, energy_grad: Tensor, step_size: Tensor) -> ThinkingState:
         """The rows after a step along -dE/dx; energy_grad (B, K, D), step_size (B, K, 1)."""

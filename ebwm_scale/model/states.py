@@ -14,6 +14,7 @@ second order.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -45,6 +46,15 @@ class EmbeddedState(NamedTuple):
     moved: Tensor | None = None
     scratch: Tensor | None = None
     candidates: CandidateState | None = None
+
+    def decayed(self, kept: Tensor | float) -> EmbeddedState:
+        """The same with the state that an update starts from times `kept`, a number or (B, S, 1).
+
+        What entered the network and what the gradient goes through stay.
+        """
+        state = None if self.state is None else self.state * kept
+        moved = None if self.moved is None else self.moved * kept
+        return self._replace(state=state, moved=moved)
 
 
 class StateUpdate(NamedTuple):
@@ -317,6 +327,17 @@ class VocabularyState:
         """dE/dp (B, S, V), p = softmax(x), of dE/de (B, S, D)."""
         return energy_grad @ self.weight.T
 
+    def decay_energy(self, x: Tensor) -> Tensor:
+        """R (B, S) of states (B, S, V), whose step along -dR is the decay of x.
+
+        Mirror descent: the divergence of softmax(x) from the uniform distribution. Of logits that
+        move themselves: |x|^2 / 2.
+        """
+        if self.update_rule != "mirror":
+            return x.square().sum(-1) / 2
+        log_probabilities = x.log_softmax(-1)
+        return (log_probabilities.exp() * log_probabilities).sum(-1) + math.log(self.size)
+
     def loss(self, x: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross-entropy of a state read as logits; reduction "none" gives (B, S)."""
         loss = F.cross_entropy(
@@ -381,6 +402,10 @@ class EmbeddingState:
     def embedding_vjp(self, energy_grad: Tensor) -> Tensor:
         """dE/dx (B, S, size) of dE/de (B, S, D)."""
         return energy_grad @ self.projection.weight
+
+    def decay_energy(self, x: Tensor) -> Tensor:
+        """R = |x|^2 / 2, (B, S) of states (B, S, size), whose step along -dR is the decay of x."""
+        return x.square().sum(-1) / 2
 
     def loss(self, x: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """SmoothL1 against the true embeddings.

@@ -11,7 +11,7 @@ import torch
 from ebwm_kernels.attention.row_blocks import ROWS
 from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
 from ebwm_scale.config.reduce_bucket import reduce_bucket_size
-from ebwm_scale.config.resolved import model_sizes, num_candidates
+from ebwm_scale.config.resolved import model_sizes, num_candidates, num_training_losses
 from ebwm_scale.config.schema import Config
 from ebwm_scale.planning.flops import StepSizes, starts_uniform
 from ebwm_scale.planning.parameters import count_parameters
@@ -79,9 +79,9 @@ def memory_estimate(
     shards = world_size if stage else 1
     baseline = config.model.kind == "baseline"
     plan = plan_steps(config.refinement, range(z.steps), training=True)
-    full = plan[0].keep_graph  # all steps' graphs live at once
+    full = plan[-1].keep_graph  # the graphs of all steps that have one live at once
     # Steps that share a context which is encoded again are back-propagated together.
-    live_steps = z.steps if full else min(z.steps, config.refinement.reencode_every)
+    live_steps = z.graph_steps if full else min(z.steps, config.refinement.reencode_every)
     update = config.refinement.update
     offloaded = config.deepspeed.offload != "none"
     by_block = config.refinement.recompute == "block" and not baseline
@@ -119,9 +119,11 @@ def memory_estimate(
     observed_block = observed_width * D + OBSERVED_F * F
     if baseline:
         rows = micro_batch * z.positions
-        parts["activations_observed"] = (
-            element * rows * (z.layers * (observed_block + 2 * K) + 2 * D)
-        )
+        observed_rows = micro_batch * z.observed_positions
+        loops = config.model.loops
+        losses = num_training_losses(config.model)
+        kept = loops * z.layers * (observed_block + 2 * K)
+        parts["activations_observed"] = element * (observed_rows * kept + rows * losses * 2 * D)
     else:
         rows, samples, num_parts = _tile(config, z, micro_batch, device)
         kept = (
@@ -134,10 +136,10 @@ def memory_estimate(
             kept += 0 if by_block else observed_block - LAST_OBSERVED_D * D
         contexts = z.contexts.forward if full or num_parts > 1 else 1
         if full:  # what is encoded again lives with its step
-            contexts += z.again.forward * (z.layers - z.first_reencoded) / z.layers
+            contexts += z.again.backward * (z.layers - z.first_reencoded) / z.layers
         parts["activations_observed"] = (
-            element * samples * (z.positions + z.offset) * contexts * kept
-            + element * micro_batch * z.positions * D
+            element * samples * (z.observed_positions + z.offset) * contexts * kept
+            + element * micro_batch * z.observed_positions * D
         )
         kept, recomputed = _predicted_kept(config, z, live_steps)
         if z.workspace:  # w, dE/dw and its gradient; z and its change, in float32
@@ -148,13 +150,13 @@ def memory_estimate(
             samples
             * model_sizes(config.model).num_heads
             * min(ROWS, z.positions)
-            * (z.positions + z.offset + z.own_keys)
+            * (z.observed_positions + z.offset + z.own_keys)
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
     if config.state.kind == "embedding":
-        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.steps if full else 1)
+        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.graph_steps if full else 1)
     elif baseline:  # W's gradient exists from the forward on
-        parts["vocabulary"] = element * V * D
+        parts["vocabulary"] = element * V * D * num_training_losses(config.model)
         workspace = max(
             workspace,
             min(4.0 * rows * V, CHUNK_BYTES) * (1.5 if half else 1) + (4 + element) * V * D * half,
@@ -171,7 +173,7 @@ def memory_estimate(
             states += 0.25 * (clamps > 0) + (config.refinement.noise > 0)
             states += config.refinement.replay
         elif full:  # autograd keeps what each clamp was given
-            states = (FULL_STATES[update] + clamps) * z.steps + scores + FULL_TRANSIENT
+            states = (FULL_STATES[update] + clamps) * z.graph_steps + scores + FULL_TRANSIENT
         else:  # a byte per number says where a clamp binds
             states = STATES[update]
             if update == "mirror" and starts_uniform(config) and clamps == 0:

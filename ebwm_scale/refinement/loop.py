@@ -19,6 +19,8 @@ all rows of its group contribute, and a tile holds whole groups.
 With `state.workspace` numbers z beside x are refined by the same energy, and not scored:
 w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 
+With `refinement.decay` a step starts from a share of x and z (decay.py).
+
 With `refinement.candidates` the steps after the first move the most probable tokens alone
 (model/candidates.py).
 
@@ -52,7 +54,12 @@ from ebwm_scale.refinement.deferred_backward import (
 )
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.sampling import NoiseSampler
-from ebwm_scale.refinement.step_plan import StepPlan, loss_weight, plan_steps
+from ebwm_scale.refinement.step_plan import (
+    StepPlan,
+    first_graph_step,
+    loss_weight,
+    plan_steps,
+)
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
 MIN_STEP_SIZE = 1e-4
@@ -99,6 +106,7 @@ def refine(
 ) -> RefinementResult:
     """Refine one candidate per position of the observed embeddings (B, S, D).
 
+    With conditions among the embeddings, (B, T (P + A), D): per position of its groups' states.
     targets: token ids (B, S) or embeddings (B, S, size), or None (inference).
     landscapes: one landscape index per step. keep_state: return the final state, in this dtype.
     record: called after every step with the whole batch, which is then one tile.
@@ -108,7 +116,9 @@ def refine(
     In training, gradients are computed in here; `loss.backward()` only hands them out. They are
     exact for every combination of graph, loss and update, and can be handed out once.
     """
-    num_samples, num_positions = observed.shape[:2]
+    network = world_model.network
+    num_samples = observed.shape[0]
+    num_positions = observed.shape[1] // network.context_group * network.group_size
     with_backward = training and targets is not None and torch.is_grad_enabled()
     plan = plan_steps(
         config,
@@ -170,7 +180,7 @@ def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
     if config.loss == "last":
         return losses[-1]
     if config.loss_weights is None:
-        return torch.stack(losses).mean()
+        return torch.stack(losses[first_graph_step(config, len(losses)) :]).mean()
     weights = [loss_weight(config, i, len(losses)) for i in range(len(losses))]
     total = weights[0] * losses[0]
     for weight, loss in zip(weights[1:], losses[1:]):
@@ -258,10 +268,12 @@ class RefinementLoop:
             if self.workspace is not None and not step.is_last:
                 assert z is not None and workspace_grad is not None, "it entered the step"
                 with torch.set_grad_enabled(step.keep_graph):
-                    z = self.workspace.update(z, workspace_grad)
+                    z = self.workspace.update(z, workspace_grad, decay=self.config.decay)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
                 alpha = step_size * step_size_factor
+                if self.config.decay and not starts_at_zero:
+                    embedded = embedded.decayed(1 - self.config.decay * step_size_factor)
                 state, embedded, loss = self.state_space.update(
                     embedded, energy_grad, alpha, targets, step
                 )

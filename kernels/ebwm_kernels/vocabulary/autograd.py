@@ -337,7 +337,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _refuse_second_derivative(operation: str, *gradients: Tensor | None) -> None:
-    refuse_graph(operation, "second")
+    refuse_graph(operation, PLAIN[operation])
     refuse_transforms(operation, PLAIN[operation], *gradients)
 
 
