@@ -375,15 +375,17 @@ def _further_plan(config: Config, z: StepSizes) -> tuple[StepPlan, ...]:
 
 def _candidate_flops(config: Config, z: StepSizes, rows: int) -> float:
     """Of the steps that move candidates alone, see ebwm_kernels/vocabulary/candidates.py."""
+    further = _further_plan(config, z)
+    if not further:
+        return 0.0
     products = 0
-    for step in _further_plan(config, z):
+    before = plan_steps(config.refinement, range(z.steps), training=True)
+    for previous, step in zip(before, further):
         products += 2  # into the step and out of it
         if step.needs_graph:
             products += 3  # W's gradient from both, and h's
-        if step.keep_graph:
-            products += 1  # q's, which earlier steps read
-    if products == 0:
-        return 0.0
+        if previous.keep_graph:
+            products += 1  # q's, which the steps before it have a part in
     return 2.0 * rows * (num_candidates(config) or 0) * z.width * products
 
 

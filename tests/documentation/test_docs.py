@@ -242,6 +242,22 @@ def test_the_page_on_recipes_quotes_the_study_of_candidates():
         assert f"| {name} | {' | '.join(ratios)} | {losses} | {gained}|" in text, form["form"]
 
 
+def test_the_pages_quote_the_cost_of_candidates():
+    result = json.loads((ROOT / "results" / "candidates_cost.json").read_text())
+    pages = {
+        name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("performance", "recipes")
+    }
+    ratios = {form["form"]: f"{form['cpu_ratio']:.2f}" for form in result["forms"]}
+    for form in result["forms"][1:]:
+        name, ratio = form["form"], ratios[form["form"]]
+        shown = f"**{ratio}**" if name == "two steps, 64 candidates" else ratio
+        assert f"| {name} | {shown} | {form['flops_ratio']:.2f} |" in pages["performance"], name
+    few, dense = ratios["two steps, 64 candidates"], ratios["two steps, all tokens"]
+    assert f"cost {few} Transformer++ steps, of all tokens {dense}" in pages["recipes"]
+    row = f"cost {few} Transformer++ steps in place of {dense} at vocabulary 32000"
+    assert row in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_the_table_of_the_readme_quotes_its_result_files():
     folder = ROOT / "results"
     seeds = {}

@@ -361,6 +361,15 @@ FLOP_CASES = {
     "candidates, encoded again, block recomputed": {
         "refinement": {"candidates": 4, "reencode": "all", "recompute": "block"},
     },
+    "candidates, the last steps of full": {
+        "refinement": {
+            "candidates": 4,
+            "num_steps": 4,
+            "graph": "full",
+            "backprop_steps": 2,
+            "update": "mirror",
+        },
+    },
     "more candidates than tokens": {"refinement": {"candidates": 11, "num_steps": 3}},
     "candidates of groups": {"data": {"group_size": 3}, "refinement": {"candidates": 4}},
     "groups": {"data": {"group_size": 3}, "model": {"num_kv_heads": 2}},

@@ -61,10 +61,10 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     z = draws.initial_workspace() if state.workspace else None
     mask = torch.ones(B, S, V, dtype=torch.bool)
     for i, landscape in enumerate(model.landscapes(num_steps)):
-        last = i == num_steps - 1
         if i == 1:
             mask = lowest_of_the_largest(x, config.candidates)
-        if config.graph != "full":
+        starts_graph = i > 0 and not has_graph(config, i - 1, num_steps)
+        if config.graph != "full" or starts_graph:
             x = x.detach()
             z = None if z is None else z.detach()
         noise = draws.langevin(i)
@@ -91,7 +91,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             gradient, of_z = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
             z = z - model.workspace_step_size.squeeze(0) * of_z
         step = alpha
-        if config.graph == "truncate" and not last:
+        if not has_graph(config, i, num_steps) and config.graph != "detach":
             gradient, step = gradient.detach(), alpha.detach()
         start = p if config.update == "probabilities" else x
         if config.graph != "full":
@@ -104,10 +104,12 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             moved = torch.clamp(moved, -config.state_clamp, config.state_clamp)
         x = torch.where(mask, moved, x)
         losses.append(F.cross_entropy(x.flatten(0, 1), targets.flatten()))
-        if config.graph == "truncate" and not last:
+        if not has_graph(config, i, num_steps) and config.graph != "detach":
             losses[-1] = losses[-1].detach()
     if config.loss == "last":
         return losses[-1]
+    if config.backprop_steps is not None:
+        return torch.stack(losses[-config.backprop_steps :]).mean()
     weights = torch.ones(num_steps, dtype=torch.float64)
     if config.loss_weights == "rising":
         weights = torch.arange(1, num_steps + 1, dtype=torch.float64).square()
@@ -395,3 +397,26 @@ def test_a_bfloat16_model_follows_its_float64_numbers():
         gradients[dtype] = torch.cat([found[name].flatten().double() for name in sorted(found)])
     half, exact = gradients[torch.bfloat16], gradients[torch.float64]
     assert (half - exact).norm() < 0.15 * exact.norm()
+
+
+@pytest.mark.parametrize("backprop_steps", [1, 2, 3])
+@pytest.mark.parametrize("update", ["probabilities", "logits", "mirror"])
+def test_a_graph_through_the_last_steps_alone_is_exact(backprop_steps, update):
+    compare(
+        *build(
+            state={"initial": "zeros", "map_scale": 7.0},
+            refinement={
+                "graph": "full",
+                "num_steps": 4,
+                "backprop_steps": backprop_steps,
+                "update": update,
+            },
+        )
+    )
+
+
+def test_decay_is_refused_with_candidates():
+    values = {"model": {"size": "4xs"}, "refinement": {"candidates": 8, "decay": 0.1}}
+    values["refinement"]["update"] = "mirror"
+    with pytest.raises(ConfigError, match="they cannot decay"):
+        config_from_dict(values)

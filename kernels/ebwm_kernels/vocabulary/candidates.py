@@ -418,5 +418,5 @@ def _add_outer(
 
 
 def _refuse_second_derivative(operation: str, *gradients: Tensor | None) -> None:
-    refuse_graph(operation, "second")
+    refuse_graph(operation, PLAIN[operation])
     refuse_transforms(operation, PLAIN[operation], *gradients)
