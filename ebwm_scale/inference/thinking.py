@@ -28,7 +28,7 @@ from ebwm_scale.model.states import EmbeddedState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
-from ebwm_scale.refinement.step_plan import INFERENCE_STEP
+from ebwm_scale.refinement.step_plan import INFERENCE_STEP, step_scale
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,11 @@ def _think_plainly(
         energy_function.begin_step(i, landscape, embedded.vectors, w)
         energy, gradient, of_w = energy_function.with_gradient(embedded.vectors, landscape, w)
         trace.append(energy)
-        step_size = (alpha * scale).to(gradient.dtype)
-        embedded = _decayed(model, embedded, alpha)
+        damped = step_scale(model.config.refinement, i)
+        step_size = (alpha * scale * damped).to(gradient.dtype)
+        embedded = _decayed(model, embedded, alpha * damped)
         x, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
-        z = _moved(model, workspace, z, of_w, 1.0)
+        z = _moved(model, workspace, z, of_w, damped)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
     final = None
     if with_energy:
@@ -180,10 +181,11 @@ def _think_comparing(
             energy = _energy_of(state_space, function, before, landscape, w)
             measured_in = landscape
         _, gradient, of_w = function.with_gradient(embedded.vectors, landscape, w)
-        step_size = (alpha * scale).to(gradient.dtype)
-        embedded = _decayed(model, embedded, alpha * scale)
+        damped = step_scale(model.config.refinement, i)
+        step_size = (alpha * scale * damped).to(gradient.dtype)
+        embedded = _decayed(model, embedded, alpha * scale * damped)
         proposal, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
-        z_proposal = _moved(model, workspace, z, of_w, scale)
+        z_proposal = _moved(model, workspace, z, of_w, scale * damped)
         if trace:
             energies = trace[-1].clone()
         else:

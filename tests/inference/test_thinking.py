@@ -84,6 +84,12 @@ CASES = {
         "state": {"workspace": 5, "initial": "zeros"},
         "refinement": {"num_steps": 3, "decay": 0.3, "update": "mirror"},
     },
+    "damping": TEXT | {"refinement": {"damping": 1.0, "num_steps": 3}},
+    "workspace, damping, decay": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear"]},
+        "state": {"workspace": 5},
+        "refinement": {"num_steps": 3, "decay": 0.3, "damping": 0.5, "update": "mirror"},
+    },
     "video": VIDEO,
     "video, decay": VIDEO | {"refinement": {"decay": 0.3, "num_steps": 3}},
     "video, encoded again": VIDEO | {"refinement": {"reencode": 1}},
