@@ -1,6 +1,7 @@
 # From nothing but python3, make and a package index:
 #   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
 #   make quickstart-video    the same for video, on three short real clips
+#   make quickstart-reasoning    the same for mazes, made here: a model that thinks, and whether it pays
 #   make lint         environment and every check that reads code: format, lint, types, import rule, spelling
 #   make lock         requirements/test.lock, the versions of a whole test environment
 #   make docs         the documentation and its reference, as pages in site/
@@ -12,8 +13,10 @@ BIN    := $(VENV)/bin
 RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 3
+# The versions to install; another file for another PyTorch.
+CONSTRAINTS ?= constraints.txt
 
-.PHONY: quickstart quickstart-video lint docs test soak lock clean
+.PHONY: quickstart quickstart-video quickstart-reasoning lint docs test soak lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -21,6 +24,9 @@ quickstart: $(VENV)/.installed
 
 quickstart-video: $(VENV)/.installed-video
 	@$(BIN)/python tools/quickstart.py video --runs "$(RUNS)" --data "$(DATA)"
+
+quickstart-reasoning: $(VENV)/.installed
+	@$(BIN)/python tools/quickstart.py reasoning --runs "$(RUNS)" --data "$(DATA)"
 
 lint: $(VENV)/.installed-lint
 	@$(BIN)/ruff check .
@@ -48,27 +54,27 @@ lock:
 	@mv requirements/.test.lock requirements/test.lock
 	@rm -rf $(VENV).lock
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
 	@echo "ebwm_scale: installing PyTorch, DeepSpeed and the rest into $(VENV) (1 to 3 minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch numpy ninja
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" setuptools wheel torch numpy ninja
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable .
 	@touch $@
 
 $(VENV)/.installed-video: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[video]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[video]"
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[lint]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[lint]"
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[docs]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[docs]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking,video,cluster]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[test,tracking,video,cluster]"
 	@touch $@
 
 clean:

@@ -3,12 +3,17 @@ how far its energies can be trusted.
 
     ebwm evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4]
                       [--out-of-distribution FILE ..] [--split NAME] [--output DIR]
+                      [--against RUN] [--examples 4] [--horizons 1 2 4 8 16]
 
-Writes evaluation.json and evaluation.html into RUN (or DIR). On a dataset of tasks with one right
+Writes evaluation.json and evaluation.html into RUN (or DIR). On a dataset of a world
+(docs/imagination.md) also imagination.json and imagination.html: how far it imagines its held-out
+episodes, what its actions are worth, and how well its energy tells real next frames from wrong
+ones. On a dataset of tasks with one right
 answer (docs/reasoning.md): solving.json and solving.html, with the share of solved instances by
-difficulty and number of steps. Losses are means per target over the
-validation split (text: nats per token, perplexity is the exponential of the mean; video: SmoothL1),
-with 95 % intervals from a bootstrap over samples. For an energy model:
+difficulty and number of steps, and some instances shown step by step; --against compares with
+another run on the same instances. Losses are means per target over the validation split (text: nats
+per token, perplexity is the exponential of the mean; video: SmoothL1), with 95 % intervals from a
+bootstrap over samples. For an energy model:
 
     curves       loss against the number of refinement steps, and against the number of starts of
                  which the lowest energy is kept
@@ -42,9 +47,12 @@ from ebwm_scale.core.arguments import ArgumentParser, OldOption, command
 from ebwm_scale.core.console import progress_on_console, say
 from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.core.provenance import provenance
+from ebwm_scale.data.format.content import VideoContent
+from ebwm_scale.data.format.episodes import episodes_of
+from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.side_files import refuse_another_tokenizer
-from ebwm_scale.data.loading.mixture import open_sources
-from ebwm_scale.evaluation.solving import evaluate_solving, is_task
+from ebwm_scale.data.loading.mixture import MixedSplit, open_sources
+from ebwm_scale.evaluation.solving import Other, evaluate_solving, is_task
 from ebwm_scale.evaluation.thinking_curves import (
     context_length_of,
     evaluate,
@@ -88,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[1, 2, 3, 4, 8],
         metavar="N",
-        help="numbers of refinement steps (default 1 2 3 4 8)",
+        help="numbers of refinement steps, or of a looped baseline's loops (default 1 2 3 4 8)",
     )
     parser.add_argument(
         "--starts",
@@ -104,6 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=None,
         metavar="E",
         help="of early stopping (default: a hundredth of the mean fall of the first step)",
+    )
+    parser.add_argument(
+        "--settled",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="tasks: thinking stops when a step changes no scored probability by more than this "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--out-of-distribution",
@@ -122,17 +138,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
     )
     parser.add_argument(
+        "--horizons",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16],
+        metavar="H",
+        help="worlds: numbers of imagined steps (default 1 2 4 8 16)",
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        default=None,
+        metavar="RUN",
+        help="tasks and worlds: another run or checkpoint folder, such as Transformer++, compared "
+        "on the same instances or episodes",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="tasks: instances that are shown step by step (default %(default)s)",
+    )
+    parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="default: the run folder"
     )
     options = parser.parse_args(arguments)
-    if min(options.max_samples, options.batch_size, *options.steps, *options.starts) < 1:
-        raise UserError("--max-samples, --batch-size, --steps and --starts must be at least 1")
-    model, config = load_checkpoint(
-        options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    counts = (*options.steps, *options.starts, *options.horizons)
+    if min(options.max_samples, options.batch_size, *counts) < 1:
+        raise UserError(
+            "--max-samples, --batch-size, --steps, --starts and --horizons must be at least 1"
+        )
+    if options.examples < 0:
+        raise UserError(f"--examples is {options.examples}: must be at least 0")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, config = load_checkpoint(options.checkpoint, device=device)
     sources = sources_of(options.data, config)
     split = open_sources(sources, options.split, verify="sizes")
     refuse_another_tokenizer(config, split.manifest)
+    if options.against is not None and not is_world(split.manifest):
+        raise UserError(
+            f"--against {options.against}: only models of a world are compared here; leave it out"
+        )
     about = {
         "checkpoint": str(options.checkpoint),
         "data": [str(manifest) for manifest, _ in sources],
@@ -142,6 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_task(split.manifest):
         from ebwm_scale.reporting.solving_page import write_solving
 
+        other = None
+        if options.against is not None:
+            other_model, other_config = load_checkpoint(options.against, device=device)
+            refuse_another_tokenizer(other_config, split.manifest)
+            other = Other(other_model, other_config, str(options.against))
         with progress_on_console() as progress:
             solving = evaluate_solving(
                 model,
@@ -151,10 +203,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 batch_size=options.batch_size,
                 steps=options.steps,
                 tolerance=options.tolerance,
+                settled=options.settled,
+                other=other,
+                num_examples=options.examples,
                 progress=progress,
             )
         say(str(write_solving(folder, about | solving)))
         return EXIT_FINISHED
+    if options.against is not None:
+        raise UserError(
+            f"--against {options.against}: only tasks with one right answer are compared between "
+            "runs, and this dataset has none; leave it out"
+        )
     texts = out_of_distribution_texts(
         options.out_of_distribution,
         split.manifest,
@@ -176,7 +236,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress=progress,
         )
     say(str(write_evaluation(folder, about | result)))
+    if is_world(split.manifest):
+        from ebwm_scale.reporting.imagination_page import write_imagination
+
+        imagination = imagined(model, config, split, options)
+        say(str(write_imagination(folder, about | imagination)))
     return EXIT_FINISHED
+
+
+def is_world(manifest: Manifest) -> bool:
+    """Whether a dataset is of frames in patches, of conditioned frames, or of whole episodes."""
+    content = manifest.content
+    if not isinstance(content, VideoContent):
+        return False
+    return bool(content.conditions or content.grid or episodes_of(manifest))
+
+
+def imagined(model, config: Config, split, options) -> dict[str, Any]:
+    """The content of imagination.json but for where it comes from."""
+    from ebwm_scale.evaluation.imagination import evaluate_imagination
+
+    against = None
+    if options.against is not None:
+        against, _ = load_checkpoint(options.against, device=str(next(model.parameters()).device))
+    if isinstance(split, MixedSplit):
+        split = split.parts[0]
+    with progress_on_console() as progress:
+        result = evaluate_imagination(
+            model,
+            split,
+            horizons=options.horizons,
+            max_windows=options.max_samples,
+            batch_size=options.batch_size,
+            seed=config.train.seed,
+            against=against,
+            say=say,
+            progress=progress,
+        )
+    return {"against": None if options.against is None else str(options.against), **result}
 
 
 def sources_of(manifest: str | None, config: Config) -> list[tuple[str, float]]:
@@ -215,14 +312,17 @@ def out_of_distribution_texts(
             f"--out-of-distribution takes texts, and this is a model of {manifest.modality}: "
             "leave it out"
         )
-    from ebwm_scale.data.tokenizer import Tokenizer
+    from ebwm_scale.data.tokenizer import open_tokenizer
 
     texts: dict[str, Tensor] = {}
+    if not paths:
+        return texts
+    content = manifest.content
+    tokenizer = open_tokenizer(content.tokenizer_path, eos_id=content.eos_id)
     for path in paths:
         try:
-            ids = torch.tensor(
-                Tokenizer(manifest.content.tokenizer_path).encode(path.read_text(encoding="utf-8"))
-            )
+            text = path.read_text(encoding="utf-8")
+            ids = torch.tensor(tokenizer.encode(text))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--out-of-distribution {path}: cannot be read as UTF-8 text: {error}"

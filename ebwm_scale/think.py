@@ -4,6 +4,7 @@
                    [--temperature 0.8 --top-p 0.95]
     ebwm think RUN --prompts FILE            one prompt per line
     ebwm think RUN --video FILE [--start 0.0] [--max-new 8] --output continuation.gif
+    ebwm think RUN --episode E [--actions true|hold|random|FILE] [--max-new 8] [--num-starts 3]
 
 RUN is a run folder or a checkpoint folder; energy models and the Transformer++ baseline alike.
 Thinking: --num-steps, --step-size, --noise (Langevin),
@@ -11,7 +12,8 @@ Thinking: --num-steps, --step-size, --noise (Langevin),
   its energy stops falling). The observed stream is computed once; a prompt longer than the context
   is cut to its end; an empty one starts after an end of sequence. One prompt is printed as it is
   written, several when they are done. A clip's continuation is written as .gif, .mp4, or .png (a
-  contact sheet).
+  contact sheet). A held-out episode of a world (its name or number) is imagined under its own or
+other actions, beside the truth: a contact sheet and a video, each start a future of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
 from ebwm_scale.data.format.content import TextContent, VideoContent
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.side_files import open_manifest, refuse_another_tokenizer
-from ebwm_scale.data.tokenizer import Tokenizer, check_text
+from ebwm_scale.data.tokenizer import Tokenizer, check_text, open_tokenizer
 from ebwm_scale.inference.generation import Sampling, Session, continue_texts
 from ebwm_scale.inference.thinking import ThinkingConfig
 
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_modality(options, config)
     if config.state.kind == "vocabulary":
         continue_prompts(model, manifest, options, rules)
+    elif options.episode is not None:
+        imagine_episode(model, manifest, options, rules)
     else:
         continue_video(model, manifest, options, rules)
     return EXIT_FINISHED
@@ -62,11 +66,23 @@ def parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt per line")
     prompts.add_argument("--video", type=Path, metavar="FILE", help="a video model continues this")
     prompts.add_argument(
+        "--episode",
+        metavar="E",
+        help="a world model imagines this held-out episode of its dataset: its name, or its number",
+    )
+    prompts.add_argument(
+        "--actions",
+        default=None,
+        metavar="A",
+        help="episode: true (its own; default), hold (the last one), random (some of its own), or "
+        "a .npy or .csv with a row for each step",
+    )
+    prompts.add_argument(
         "--start",
         type=float,
         default=0.0,
         metavar="S",
-        help="video: where the context begins (default %(default)s)",
+        help="where the context begins: video: a second; episode: a frame (default %(default)s)",
     )
     prompts.add_argument(
         "--data", metavar="MANIFEST", help="the dataset's manifest, if it has moved since training"
@@ -114,7 +130,8 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=None,
         metavar="FILE",
-        help="video: .gif, .mp4 or .png (default continuation.png)",
+        help="video: .gif, .mp4 or .png (default continuation.png); episode: a name without "
+        "ending is written as .png and as .mp4 (default imagination)",
     )
     return result
 
@@ -157,6 +174,13 @@ def add_thinking_options(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="stop a position when a step lowers its energy by no more than this",
     )
+    thinking.add_argument(
+        "--settled",
+        type=float,
+        default=None,
+        metavar="P",
+        help="stop a position when a step changes no probability by more than this",
+    )
 
 
 def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
@@ -170,6 +194,7 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
                 ("num_starts", 1),
                 ("accept_only_if_lower", False),
                 ("tolerance", None),
+                ("settled", None),
             )
             if getattr(options, name) != default
         ]
@@ -185,6 +210,7 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
         num_starts=options.num_starts,
         accept_only_if_lower=options.accept_only_if_lower,
         tolerance=options.tolerance,
+        settled=options.settled,
         seed=config.train.seed if options.seed is None else options.seed,
     )
 
@@ -224,12 +250,18 @@ def tokenizer_of(manifest: Manifest) -> Tokenizer:
     """The tokenizer of a dataset of text; DataError for another dataset."""
     if not isinstance(manifest.content, TextContent):
         raise DataError(f"{manifest.path}: holds {manifest.modality}, and this model reads text")
-    return Tokenizer(manifest.content.tokenizer_path)
+    return open_tokenizer(manifest.content.tokenizer_path, eos_id=manifest.content.eos_id)
 
 
 def check_modality(options: argparse.Namespace, config: Config) -> None:
     if config.state.kind == "vocabulary" and options.video is not None:
         raise UserError("--video: this is a model of text; give --prompt or --prompts")
+    if config.state.kind == "vocabulary" and options.episode is not None:
+        raise UserError("--episode: this is a model of text; give --prompt or --prompts")
+    if options.episode is not None and options.video is not None:
+        raise UserError("--episode and --video are both given: give one of them")
+    if options.actions is not None and options.episode is None:
+        raise UserError(f"--actions {options.actions}: only an episode is imagined under actions")
     if config.state.kind == "embedding" and (options.prompt or options.prompts is not None):
         raise UserError("--prompt: this is a model of video; give --video")
     if options.max_new is not None and options.max_new < 1:
@@ -316,7 +348,12 @@ def continue_video(
     from ebwm_scale.reporting.frames import write_continuation
 
     if options.video is None:
-        raise UserError("nothing to continue: give --video FILE")
+        raise UserError("nothing to continue: give --video FILE, or --episode E of a world")
+    if manifest.content.conditions:
+        raise UserError(
+            "--video: this model is conditioned on actions, which a video does not tell; "
+            "give --episode E"
+        )
     if not options.video.is_file():
         raise UserError(f"{options.video}: no such file; give a video")
     output = options.output or Path("continuation.png")
@@ -347,6 +384,38 @@ def continue_video(
         f"{len(new) / seconds:,.1f} frames/s"
     )
     print(about + (f"; energies {', '.join(f'{e:.3f}' for e in energies)}" if energies else ""))
+
+
+def imagine_episode(
+    model, manifest: Manifest, options: argparse.Namespace, config: ThinkingConfig
+) -> None:
+    from ebwm_scale.data.format.episodes import find_episode, read_episode
+    from ebwm_scale.data.loading.observation import Observation
+    from ebwm_scale.evaluation.rollouts import roll_out
+    from ebwm_scale.reporting.rollouts import shown_rollout
+
+    if options.start != int(options.start):
+        raise UserError(f"--start {options.start}: of an episode it is a whole number of frames")
+    episode = read_episode(manifest, find_episode(manifest, options.episode))
+    observe = Observation(manifest, next(model.parameters()).device)
+    started = time.perf_counter()
+    rollout = roll_out(
+        model,
+        episode,
+        observe,
+        start=int(options.start),
+        num_steps=options.max_new or 8,
+        actions=options.actions or "true",
+        config=config,
+    )
+    seconds = time.perf_counter() - started
+    for line in shown_rollout(rollout, observe, options.output or Path("imagination")):
+        print(line)
+    num_frames = len(rollout.futures) * rollout.num_steps
+    print(
+        f"episode {episode.name}: {rollout.num_context} frames observed, "
+        f"{num_frames / seconds:,.1f} imagined frames/s"
+    )
 
 
 def context_frames(path: Path, content, start_s: float, count: int):

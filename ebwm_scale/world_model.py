@@ -1,7 +1,10 @@
 """The model that is trained: observed states in, a loss out. START HERE.
 
     observed stream -> K, V (network.encode_context) -> refinement -> loss   (kind: energy)
-    observed stream -> hidden state -> next state -> loss                    (kind: baseline)
+    observed stream -> hidden state -> next state -> loss      (kind: baseline, maybe looped)
+
+The observed stream holds states (tokens, frames or a frame's patches) and, where the data has them,
+conditions such as actions behind each frame (model/conditions.py).
 
 Energy-based or Transformer++, for text or for frame embeddings. The refinement itself is in
 refinement/loop.py, the networks are in model/. In training, gradients of an energy model are
@@ -28,9 +31,16 @@ from ebwm_scale.model.baseline import (
     TwoLinearOutput,
     initialize_output,
 )
+from ebwm_scale.model.conditions import (
+    ConditionEmbeddings,
+    Conditions,
+    interleaved,
+    refuse_conditions,
+)
 from ebwm_scale.model.documents import document_starts, last_document
 from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.groups import regroup
+from ebwm_scale.model.projection import Projection
 from ebwm_scale.model.states import EmbeddingState, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.block_recompute import gathered
@@ -44,7 +54,8 @@ from ebwm_scale.refinement.step_plan import num_landscapes
 class StepOutput:
     """What a batch gives.
 
-    loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph.
+    loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph. Of a
+    baseline loss_per_step has a loss of each pass that is scored, and there is no energy.
     state: final states or None. initial_loss: the criterion of x_0 itself, in eval mode.
     """
 
@@ -64,6 +75,7 @@ class WorldModel(nn.Module):
     network: EnergyTransformer | BaselineTransformer
     token_embedding: nn.Embedding  # of text
     frame_projection: nn.Linear  # of frames
+    condition_embeddings: ConditionEmbeddings | None  # of data with conditions
     output: Output | TwoLinearOutput  # of a baseline
     step_size: nn.Parameter  # of an energy model
     workspace_step_size: nn.Parameter  # of an energy model with a workspace
@@ -77,21 +89,25 @@ class WorldModel(nn.Module):
         size = resolved.state_size(config)
         group_size = resolved.group_size(config)
         grid = resolved.grid(config)
+        num_conditions = resolved.num_conditions(config)
         if config.state.kind == "vocabulary":
             self.token_embedding = nn.Embedding(size, width)  # N(0, 1), as released
         else:
-            self.frame_projection = nn.Linear(size, width)
+            self.frame_projection = Projection(size, width)
             nn.init.xavier_normal_(self.frame_projection.weight)
             nn.init.zeros_(self.frame_projection.bias)
+        self.condition_embeddings = None
+        if num_conditions:
+            self.condition_embeddings = ConditionEmbeddings(config.data.conditions, width)
         if model.kind == "baseline":
-            self.network = BaselineTransformer(model, group_size, grid)
+            self.network = BaselineTransformer(model, group_size, grid, num_conditions)
             if config.state.kind == "vocabulary":
                 self.output = Output(width, size, bias=False)
             elif model.output == "one_linear":
                 self.output = Output(width, size, bias=True)
             else:
                 self.output = TwoLinearOutput(width, size)
-            initialize_output(self.output)
+            initialize_output(self.output, predicts=model.predicts)
             return
         refinement = config.refinement
         content_scale = 1 / (refinement.step_size * config.state.map_scale)  # energy_head.py
@@ -104,6 +120,7 @@ class WorldModel(nn.Module):
             resolved.reencoded_blocks(config),
             config.state.workspace,
             1 / refinement.workspace_step_size,
+            num_conditions,
         )
         self.step_size = nn.Parameter(
             torch.tensor([float(refinement.step_size)]), requires_grad=refinement.learnable
@@ -152,7 +169,12 @@ class WorldModel(nn.Module):
             weight = self.state_map
         if self.config.state.map_scale != 1:
             weight = weight * self.config.state.map_scale
-        return VocabularyState(weight, self.config.refinement.update, clamps)
+        return VocabularyState(
+            weight,
+            self.config.refinement.update,
+            clamps,
+            num_candidates=resolved.num_candidates(self.config),
+        )
 
     def workspace(self) -> WorkspaceState | None:
         """The workspace on this model's parameters as they are now; None without one."""
@@ -165,14 +187,29 @@ class WorldModel(nn.Module):
     def embedding_parameters(self) -> list[nn.Parameter]:
         """Those that embed_observed reads."""
         if self.config.state.kind == "vocabulary":
-            return list(self.token_embedding.parameters())
-        return list(self.frame_projection.parameters())
+            read = list(self.token_embedding.parameters())
+        else:
+            read = list(self.frame_projection.parameters())
+        if self.condition_embeddings is not None:
+            read += self.condition_embeddings.parameters()
+        return read
 
-    def embed_observed(self, observed: Tensor) -> Tensor:
-        """(B, S) token ids or (B, S, dimension) frame embeddings -> (B, S, D)."""
+    def embed_observed(self, observed: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """(B, S) token ids or (B, S, dimension) frame embeddings -> the observed stream (B, S, D).
+
+        conditions: of each of the T groups, see model/conditions.py; their A tokens stand behind
+        it, so that the stream is (B, T (P + A), D). Differentiable in them. Raises DataError for
+        conditions that are missing, not those of this model, or of another shape.
+        """
         if self.config.state.kind == "vocabulary":
-            return self.token_embedding(observed)
-        return self.frame_projection(observed.to(self.frame_projection.weight.dtype))
+            states = self.token_embedding(observed)
+        else:
+            states = self.frame_projection(observed.to(self.frame_projection.weight.dtype))
+        if self.condition_embeddings is None:
+            refuse_conditions(conditions)
+            return states
+        num_groups = observed.shape[1] // self.network.group_size
+        return interleaved(states, self.condition_embeddings(conditions, len(observed), num_groups))
 
     def first_visible(self, observed: Tensor) -> Tensor | None:
         """(B, S) int32: where each position's document begins; None without data.mask_documents.
@@ -214,6 +251,7 @@ class WorldModel(nn.Module):
         observed: Tensor,
         targets: Tensor,
         *,
+        conditions: Conditions | None = None,
         sample_ids: Tensor,
         source: NoiseSource,
         num_steps: int | None = None,
@@ -228,20 +266,20 @@ class WorldModel(nn.Module):
         `loss.backward()` only hands them out. In eval mode: the largest number of steps, no
         randomness but x_0, no second-order graph.
 
-        observed, targets: (B, S) ids or (B, S, dimension) embeddings. sample_ids: (B,) int64.
+        observed, targets: (B, S) ids or (B, S, dimension) embeddings. conditions: of the observed
+        groups, where the data has some. sample_ids: (B,) int64.
         num_steps, noise_scale, step_size_scale: this training step's point of the schedules.
         keep_state: return the final states, in this dtype. restart: (rows, states) from the
         replay buffer.
         """
         if self.config.model.kind == "baseline":
-            hidden = self.network(self.embed_observed(observed), self.first_visible(observed))
-            loss = self._baseline_loss(hidden, targets)
-            output = StepOutput(loss, loss.detach()[None], None)
+            output = self._score_directly(observed, targets, conditions)
         else:
             with gathered(self.resident_parameters()):
                 output = self._refine(
                     observed,
                     targets,
+                    conditions,
                     sample_ids,
                     source,
                     num_steps,
@@ -286,6 +324,7 @@ class WorldModel(nn.Module):
         self,
         observed,
         targets,
+        conditions,
         sample_ids,
         source,
         num_steps,
@@ -314,7 +353,7 @@ class WorldModel(nn.Module):
         )
         result = refine(
             self,
-            self.embed_observed(observed),
+            self.embed_observed(observed, conditions),
             targets,
             config=refinement,
             landscapes=self.landscapes(num_steps or refinement.num_steps),
@@ -335,9 +374,43 @@ class WorldModel(nn.Module):
             initial_loss,
         )
 
-    def _baseline_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _score_directly(
+        self, observed: Tensor, targets: Tensor, conditions: Conditions | None
+    ) -> StepOutput:
+        """Of a baseline. In eval mode every loop is scored, in training as model.loop_loss says."""
+        network = self.network
+        assert isinstance(network, BaselineTransformer)
+        embedded = self.embed_observed(observed, conditions)
+        first_visible = self.first_visible(observed)
+        scores_every = self.config.model.loop_loss == "every"
+        if scores_every or not self.training:
+            hidden = network.after_each_loop(embedded, first_visible)
+        else:
+            hidden = [network(embedded, first_visible)]
+        losses = torch.stack([self._baseline_loss(h, observed, targets) for h in hidden])
+        loss = losses.mean() if scores_every else losses[-1]
+        return StepOutput(loss, losses.detach(), None)
+
+    def predict_directly(self, observed: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """A baseline's predictions (B, S, size) of the state after each of the observed ones."""
+        return self.prediction_of(self.baseline_hidden(observed, conditions), observed)
+
+    def baseline_hidden(self, observed: Tensor, conditions: Conditions | None) -> Tensor:
+        """A baseline's hidden states (B, S, D) at observed states."""
+        embedded = self.embed_observed(observed, conditions)
+        return self.network(embedded, self.first_visible(observed))
+
+    def prediction_of(self, hidden: Tensor, last: Tensor) -> Tensor:
+        """A baseline's predictions (B, S, size) of its hidden states; last: the states there."""
+        prediction = self.output(hidden)
+        if self.config.model.predicts == "change":
+            wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+            return prediction.to(wide) + last.to(wide)
+        return prediction
+
+    def _baseline_loss(self, hidden: Tensor, observed: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":
             return self.output(hidden, targets)
-        prediction = self.output(hidden)
+        prediction = self.prediction_of(hidden, observed)
         wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
         return F.smooth_l1_loss(prediction.to(wide), targets.to(wide), beta=1.0)

@@ -22,6 +22,7 @@ LONGEST = (
     "training/test_zero",
     "cluster/test_sbatch",
     "training/test_video_runs",
+    "training/test_world_runs",
     "kernels/test_attention_compiled",
     "cluster/test_failures",
     "training/test_bad_input",

@@ -3,8 +3,8 @@ steps, for the table in docs/distributed.md.
 
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json]
         [--stages 0 1 2 3] [--checkpoint none step block] [--precision fp32 bf16]
-        [--recipe S1 S2 algorithm_1 baseline shallow groups workspace] [--accumulation 2]
-        [--break partition]
+        [--recipe S1 S2 algorithm_1 baseline looped shallow groups workspace candidates world]
+        [--accumulation 2] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
 Prints a JSON line per combination: the largest difference of any parameter and of any first moment
@@ -46,6 +46,8 @@ RECIPES = {
     "shallow": {"update": "mirror", "loss_weights": "rising", "reencode": 2},
     "groups": {"graph": "full", "loss": "last"},
     "workspace": {"graph": "full", "loss": "last"},
+    "candidates": {"graph": "full", "update": "mirror", "candidates": 9, "num_steps": 3},
+    "world": {"graph": "full", "step_size": 0.5},
 }
 # What a recipe asks of the model and its states.
 MODELS = {
@@ -54,9 +56,26 @@ MODELS = {
         "energy_head": ["linear", "quadratic", "bilinear", "context"],
     },
     "workspace": {"energy_head": ["bilinear"]},
+    "candidates": {"energy_head": ["bilinear"]},
+    "baseline": {"kind": "baseline"},
+    "looped": {"kind": "baseline", "loops": 3, "loop_loss": "every"},
+    "world": {"vocabulary_size": None},
 }
-STATES = {"shallow": {"initial": "zeros"}, "workspace": {"workspace": 8}}
-DATA = {"groups": {"group_size": 4}}
+STATES = {
+    "shallow": {"initial": "zeros"},
+    "workspace": {"workspace": 8},
+    "candidates": {"initial": "zeros", "map_scale": 3.0},
+    "world": {"kind": "embedding", "dimension": 7, "initial": "most_recent"},
+}
+# world: frames of patches, an action of numbers and one of buttons behind each
+CONDITIONS = [
+    {"name": "action", "kind": "continuous", "width": 3},
+    {"name": "button", "kind": "discrete", "num_values": 4},
+]
+DATA = {
+    "groups": {"group_size": 4},
+    "world": {"group_size": 4, "grid": [2, 2], "conditions": CONDITIONS},
+}
 LIMITS = {
     "fp32": {"parameters": 3e-5, "gradients": 1e-5},
     "bf16": {"parameters": 0.05, "gradients": 0.1},
@@ -153,7 +172,6 @@ def configuration(
                 "num_heads": 4,
                 "vocabulary_size": 61,
                 "predicted_input": "anchored",
-                "kind": "baseline" if recipe == "baseline" else "energy",
                 **MODELS.get(recipe, {}),
                 **(size or {}).get("model", {}),
             },
@@ -187,15 +205,21 @@ def configuration(
     )
 
 
-def tokens_of(config, step: int):
+def batch_of(config, step: int):
+    """(sequences, conditions or None) of a step's global batch."""
     import torch
 
+    from ebwm_scale.model.conditions import example_conditions
+
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randint(
-        config.model.vocabulary_size,
-        (config.train.global_batch_size, config.data.context_length + group_of(config)),
-        generator=generator,
-    )
+    samples, positions = config.train.global_batch_size, config.data.context_length
+    shape = (samples, positions + group_of(config))
+    if config.state.kind == "vocabulary":
+        sequences = torch.randint(config.model.vocabulary_size, shape, generator=generator)
+    else:
+        sequences = torch.randn(*shape, config.state.dimension, generator=generator)
+    num_groups = positions // group_of(config)
+    return sequences, example_conditions(config.data.conditions, samples, num_groups, generator)
 
 
 def group_of(config) -> int:
@@ -243,12 +267,13 @@ def reference(config) -> dict[str, dict]:
 
     with mock.patch.object(TrainingNoise, "_normal", as_float32):
         for step in range(STEPS):
-            tokens = tokens_of(config, step)
+            sequences, conditions = batch_of(config, step)
             optimizer.zero_grad()
             model(
-                tokens[:, : -group_of(config)],
-                tokens[:, group_of(config) :],
-                sample_ids=torch.arange(len(tokens)),
+                sequences[:, : -group_of(config)],
+                sequences[:, group_of(config) :],
+                conditions=conditions,
+                sample_ids=torch.arange(len(sequences)),
                 source=NoiseSource(0, step),
             ).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.gradient_clipping)
@@ -283,11 +308,13 @@ def trained(config, world, steps: int = STEPS, accumulation: int = 1):
     )
     mine = torch.arange(world.rank * size, (world.rank + 1) * size)
     for step in range(steps):
-        tokens = tokens_of(config, step)
+        sequences, conditions = batch_of(config, step)
         for ids in mine.chunk(accumulation):
+            mine_of = {name: values[ids] for name, values in (conditions or {}).items()}
             output = engine.forward(
-                tokens[ids, : -group_of(config)],
-                tokens[ids, group_of(config) :],
+                sequences[ids, : -group_of(config)],
+                sequences[ids, group_of(config) :],
+                conditions=mine_of,
                 sample_ids=ids,
                 source=NoiseSource(0, step),
             )
@@ -310,7 +337,7 @@ def check(arguments) -> int:
     for recipe, precision, stage, mode in itertools.product(
         arguments.recipe, arguments.precision, arguments.stages, arguments.checkpoint
     ):
-        if recipe == "baseline" and mode != "none":
+        if recipe in ("baseline", "looped") and mode != "none":
             continue
         config = configuration(
             stage=stage,

@@ -96,6 +96,11 @@ def main() -> int:
         help="frozen encoder of frames (default %(default)s); see docs/video.md",
     )
     parser.add_argument(
+        "--patches",
+        action="store_true",
+        help="a frame becomes the patches of its encoder, not one vector",
+    )
+    parser.add_argument(
         "--encoder-path",
         default=None,
         metavar="PATH",
@@ -112,7 +117,12 @@ def main() -> int:
         help="efficientnet: cells along each side (default 1)",
     )
     parser.add_argument(
-        "--pca-patch", type=int, default=None, metavar="N", help="pca: side of a patch (default 16)"
+        "--pca-patch",
+        type=int,
+        default=None,
+        metavar="N",
+        help="side of a patch in pixels: pca (default 16), raw (default 8); sd-vae with --patches: "
+        "in numbers of its latent (default 2)",
     )
     parser.add_argument(
         "--pca-components",
@@ -204,6 +214,7 @@ def main() -> int:
         quality=arguments.quality,
         encoder=arguments.encoder,
         encoder_settings={key: value for key, value in settings.items() if value is not None},
+        patches=arguments.patches,
         split=arguments.split,
         validation_fraction=arguments.validation_fraction,
         validation_videos=tuple(arguments.validation_videos),

@@ -13,6 +13,7 @@ from ebwm_scale.checkpoint.load import build, expected_shapes
 from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError
+from ebwm_scale.model.conditions import example_conditions
 from ebwm_scale.refinement.noise import NoiseSource
 
 DTYPES = {
@@ -87,6 +88,7 @@ def behaviour(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     output = model(
         states[:, :-size],
         states[:, size:],
+        conditions=example_conditions(config.data.conditions, 2, num_positions // size, generator),
         sample_ids=torch.arange(2),
         source=NoiseSource(0, 0),
         keep_state=None,

@@ -197,6 +197,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("refinement.decay", refinement.decay, (0.0,)),
         ("state.workspace", state.workspace, (None,)),
         ("refinement.reencode", refinement.reencode, ("none",)),
+        ("refinement.candidates", refinement.candidates, (None,)),
         (
             "refinement.change_clamp with a random step size",
             refinement.change_clamp is not None and refinement.step_size_random_factor > 1,
@@ -212,8 +213,15 @@ def hparams_of(config: Config) -> dict[str, Any]:
     ):
         if energy and value not in allowed:
             beyond.append(f"{name} is {value!r} (only {' or '.join(map(repr, allowed))})")
+    if model.loops > 1:
+        beyond.append(f"model.loops is {model.loops} (only one pass)")
     if (config.data.group_size or 1) > 1:
         beyond.append(f"data.group_size is {config.data.group_size} (only groups of 1)")
+    if config.data.conditions:
+        names = ", ".join(condition.name for condition in config.data.conditions)
+        beyond.append(f"data.conditions are {names} (only data without)")
+    if model.predicts != "state":
+        beyond.append(f"model.predicts is {model.predicts} (only state)")
     if beyond:
         raise ConfigError("the released layout cannot express this model: " + "; ".join(beyond))
     per_step = refinement.landscapes == "per_step" or refinement.num_steps == 1

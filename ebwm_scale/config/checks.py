@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from ebwm_scale.config.resolved import (
+    context_group,
     decay_steps,
     group_size,
     min_num_steps,
@@ -46,13 +47,15 @@ def group_problems(config: Config) -> list[str]:
     when it is known.
     """
     problems: list[str] = []
-    size = group_size(config)
-    if size == 1:
-        return problems
 
     def require(holds: bool, message: str) -> None:
         if not holds:
             problems.append(message)
+
+    _check_conditions(config, require)
+    size = group_size(config)
+    if context_group(config) == 1 or problems:
+        return problems
 
     grid = config.data.grid
     require(
@@ -74,7 +77,7 @@ def group_problems(config: Config) -> list[str]:
     is_energy = config.model.kind == "energy"
     require(
         not is_energy or config.model.conditioning != "time_embed",
-        f"model.conditioning is time_embed with data.group_size {size}: its token stands in front "
+        f"model.conditioning is time_embed with {_groups(config)}: its token stands in front "
         "of the first group and belongs to none; use default, adaln, adaln_zero or predicted_only",
     )
     num_axes = 2 if grid is None else 3
@@ -87,9 +90,34 @@ def group_problems(config: Config) -> list[str]:
     for key in ("mask_documents", "mask_document_starts"):
         require(
             not getattr(config.data, key),
-            f"data.{key} is true with data.group_size {size}: groups belong to no documents",
+            f"data.{key} is true with {_groups(config)}: groups belong to no documents",
         )
     return problems
+
+
+def _groups(config: Config) -> str:
+    """What makes groups of a configuration's positions."""
+    if config.data.group_size is not None:
+        return f"data.group_size {config.data.group_size}"
+    return "data.conditions"
+
+
+def _check_conditions(config: Config, require: Require) -> None:
+    conditions = config.data.conditions
+    for number, condition in enumerate(conditions):
+        key = f"data.conditions[{number}]"
+        require(condition.name != "", f"{key}.name is absent: each condition needs a name")
+        is_discrete = condition.kind == "discrete"
+        require(
+            is_discrete == (condition.num_values is not None),
+            f"{key}.num_values is {condition.num_values or 'absent'}: a discrete condition needs "
+            "it, a continuous one has none",
+        )
+    names = [condition.name for condition in conditions]
+    require(
+        len(set(names)) == len(names),
+        f"data.conditions are named {shown(names)}: each name once",
+    )
 
 
 def _check_model(config: Config, require: Require) -> None:
@@ -121,11 +149,26 @@ def _check_model(config: Config, require: Require) -> None:
         "model.energy_head is [context]: nothing reads the predicted stream; "
         "add linear, quadratic or bilinear",
     )
+    require(
+        model.loops == 1 or model.kind == "baseline",
+        f"model.loops is {model.loops}: only a baseline passes its blocks again, an energy model "
+        "takes refinement.num_steps; leave the key out",
+    )
+    require(
+        model.loop_loss == "last" or model.loops > 1,
+        f"model.loop_loss is {model.loop_loss} with model.loops {model.loops}: there is one loss; "
+        "leave the key out",
+    )
     is_frame_baseline = model.kind == "baseline" and config.state.kind == "embedding"
     require(
         model.output == "one_linear" or is_frame_baseline,
         f"model.output is {model.output}: "
         "only a baseline of frame embeddings has it, leave the key out",
+    )
+    require(
+        model.predicts == "state" or is_frame_baseline,
+        f"model.predicts is {model.predicts}: "
+        "only a baseline of frame embeddings adds it to the last frame, leave the key out",
     )
 
 
@@ -210,6 +253,7 @@ def _check_refinement(config: Config, require: Require) -> None:
         "starts from probabilities, which sum to 1; use mirror or logits, or 0",
     )
     _check_loss_weights(config, require)
+    _check_candidates(config, require)
     _check_reencoding(config, require)
     for name in ("step_size", "num_steps", "noise"):
         points = getattr(refinement.schedule, name)
@@ -266,6 +310,32 @@ def _check_loss_weights(config: Config, require: Require) -> None:
         len(weights) > 0 and weights[-1] > 0,
         f"refinement.loss_weights is {listed}: "
         "the last weight must be above 0, since the last step gives the prediction",
+    )
+
+
+def _check_candidates(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.candidates is None:
+        return
+    given = f"refinement.candidates is {refinement.candidates}"
+    require(
+        config.model.kind == "energy",
+        f"{given}: a baseline takes no further step, leave the key out",
+    )
+    require(
+        config.state.kind == "vocabulary",
+        f"{given} with state.kind embedding: frames have no tokens to choose from, "
+        "leave the key out",
+    )
+    require(
+        refinement.num_steps > 1,
+        f"{given} with refinement.num_steps 1: there is no further step; "
+        "use more steps or leave the key out",
+    )
+    require(
+        refinement.decay == 0,
+        f"{given} with refinement.decay {refinement.decay}: all other tokens keep the logits of "
+        "the first step, so they cannot decay; leave one of the two out",
     )
 
 

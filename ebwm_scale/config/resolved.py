@@ -72,6 +72,26 @@ def reencoded_blocks(config: Config) -> int:
     return config.refinement.reencode
 
 
+def num_predictions(config: Config) -> int:
+    """Of a position in evaluation: one after each refinement step, or each pass of a baseline."""
+    if config.model.kind == "baseline":
+        return config.model.loops
+    return config.refinement.num_steps
+
+
+def num_training_losses(model: ModelConfig) -> int:
+    """Of a baseline: how many of its passes training scores."""
+    return model.loops if model.loop_loss == "every" else 1
+
+
+def num_candidates(config: Config) -> int | None:
+    """How many tokens of a position further steps move, below the vocabulary's size; None: all."""
+    count = config.refinement.candidates
+    if count is None or config.state.kind == "embedding" or count >= vocabulary_size(config):
+        return None
+    return count
+
+
 def min_num_steps(refinement: RefinementConfig) -> int:
     return _known(refinement.min_num_steps, "refinement.min_num_steps", BY_LOADING)
 
@@ -121,6 +141,28 @@ def context_length(config: Config) -> int:
 def group_size(config: Config) -> int:
     """Tokens that are predicted together: 1 for ordinary text."""
     return config.data.group_size or 1
+
+
+def num_conditions(config: Config) -> int:
+    """Tokens behind each group in the observed stream: actions and the like."""
+    return len(config.data.conditions)
+
+
+def context_group(config: Config) -> int:
+    """Tokens of a group in the observed stream: its states and its conditions."""
+    return group_size(config) + num_conditions(config)
+
+
+def unit(config: Config) -> str:
+    """What a position is, as the dataset's content says it."""
+    if config.state.kind == "vocabulary":
+        return "tokens"
+    return "frames" if config.data.grid is None else "patches"
+
+
+def num_groups(config: Config) -> int:
+    """Observed groups per sample: frames, or positions of ordinary text."""
+    return context_length(config) // group_size(config)
 
 
 def grid(config: Config) -> tuple[int, int] | None:

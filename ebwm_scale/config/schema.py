@@ -73,10 +73,16 @@ class ModelConfig(Section):
     """The predicted stream passes the last so many blocks; default: all."""
     energy_head: Annotated[tuple[HeadTerm, ...], BeforeValidator(as_tuples)] = ("linear",)
     """Terms of the energy behind the last block, see model/energy_head.py; released: linear."""
+    loops: Annotated[int, Field(gt=0, le=10**4)] = 1
+    """Of a baseline: passes through the same blocks, see model/baseline.py; 1: Transformer++."""
+    loop_loss: Literal["last", "every"] = "last"
+    """Of a looped baseline: the loss after the last pass, or the mean over those after each."""
     vocabulary_size: Annotated[int, Field(gt=0, le=10**8)] | None = None
     """Default: the data's."""
     output: Literal["one_linear", "two_linear"] = "one_linear"
     """Of a baseline of frame embeddings: width -> dimension, or width -> width -> dimension."""
+    predicts: Literal["state", "change"] = "state"
+    """Of a baseline of frame embeddings; change: what is added to the last frame."""
     norm_epsilon: Positive = 1e-5
     rope_theta: float = 1e4
     attention_backend: Literal["auto", "triton", "reference"] = "auto"
@@ -144,6 +150,9 @@ class RefinementConfig(Section):
     """With loss every: rising (1, 4, 9, ..) or one weight per step; they are made to sum to 1."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
     """vocabulary states only, see ebwm_kernels.vocabulary.api."""
+    candidates: Count | None = None
+    """Steps after the first move the so many most probable tokens of each position; default: all
+    tokens, as with a number that is not below the vocabulary's size."""
     reencode: Literal["none", "all"] | Annotated[int, Field(gt=0, le=10**4)] = "none"
     """Before a further step the observed stream is encoded again with each position's prediction
     added to it: through all blocks, or through the last so many."""
@@ -180,6 +189,22 @@ class SourceConfig(Section):
     """Its share of the samples, relative to the other weights."""
 
 
+class ConditionConfig(Section):
+    """What is known of each frame beside it, such as an action."""
+
+    name: str = ""
+    kind: Literal["continuous", "discrete"] = "continuous"
+    width: Annotated[int, Field(gt=0, le=10**6)] = 1
+    """Numbers per frame; of a discrete one ids."""
+    num_values: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """discrete: each id is below this; continuous: absent."""
+
+    @property
+    def size(self) -> int:
+        """Inputs of its map: its width, for each of the values that an id can have."""
+        return self.width * (self.num_values or 1)
+
+
 class DataConfig(Section):
     manifest: str | None = None
     """Path of a manifest.json that make_text_shards.py or make_video_shards.py wrote."""
@@ -205,6 +230,8 @@ class DataConfig(Section):
     """Tokens that are predicted together; taken from the dataset, absent: one at a time."""
     grid: Annotated[tuple[int, int] | None, BeforeValidator(as_tuples)] = None
     """(rows, columns) of a group's tokens; taken from the dataset."""
+    conditions: Annotated[tuple[ConditionConfig, ...], BeforeValidator(as_tuples)] = ()
+    """video: actions and the like, tokens behind each frame; taken from the dataset."""
     scored_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the targets that are scored; taken from the dataset, absent: all are."""
     num_workers: Annotated[int, Field(ge=0, le=10**4)] = 0

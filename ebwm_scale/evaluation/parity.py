@@ -146,7 +146,7 @@ def _forward(
     if config.model.kind == "baseline":
         hidden = model.network(model.embed_observed(observed))
         return {
-            "loss": model._baseline_loss(hidden, targets),
+            "loss": model._baseline_loss(hidden, observed, targets),
             "energies": [],
             "prediction_gradients": [],
             "predictions": [_baseline_prediction(model, hidden, tensors)],

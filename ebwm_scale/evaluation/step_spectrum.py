@@ -16,7 +16,8 @@ Where the energy is flat J is 1 - c. So without decay no step_eigenvalue is far 
 
 The iteration is with J', which has J's eigenvalues: the vector-Jacobian product of one step, whose
 inner gradient is differentiated once more. The context is taken as given, also where it is encoded
-again. Clamps count as they bind, Langevin noise does not.
+again. Clamps count as they bind, Langevin noise does not. With `refinement.candidates` all tokens
+are taken to move.
 """
 
 from __future__ import annotations

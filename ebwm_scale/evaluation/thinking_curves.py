@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ from ebwm_scale.evaluation.step_spectrum import step_spectrum
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
+
+
+class SequenceBatch(NamedTuple):
+    """Whole sequences: sample_ids (B,), observed and targets (B, S, ..), conditions by name."""
+
+    sample_ids: Tensor
+    observed: Tensor
+    targets: Tensor
+    conditions: dict[str, Tensor]
 
 
 def context_length_of(config: Config) -> int:
@@ -50,7 +59,7 @@ def evaluate(
     length = context_length_of(config)
     observe = Observation(split.manifest, next(model.parameters()).device)
     batches = list(_batches(split, observe, length, max_samples, batch_size))
-    num_samples = sum(len(ids) for ids, _, _ in batches)
+    num_samples = sum(len(batch.sample_ids) for batch in batches)
     result: dict[str, Any] = {
         "modality": split.manifest.modality,
         "kind": config.model.kind,
@@ -58,9 +67,7 @@ def evaluate(
         "num_targets": num_samples * length,
     }
     if config.model.kind == "baseline":
-        errors = torch.cat(
-            [_baseline_errors(model, observed, targets) for _, observed, targets in batches]
-        )
+        errors = torch.cat([_baseline_errors(model, batch) for batch in batches])
         result["loss"] = _estimate(errors, config)
         return result | _other_texts(model, batches, texts or {}, batch_size, seed=0)
     seed, trained = config.train.seed, config.refinement.num_steps
@@ -120,7 +127,7 @@ def evaluate(
 def _initial_errors(model, batches, seed: int) -> Tensor:
     """(samples, S) loss of the states that thinking starts from."""
     errors = []
-    for ids, observed, targets in batches:
+    for ids, observed, targets, _ in batches:
         sampler = SequenceSampler(model, seed, ids, observed.shape[1])
         errors.append(_errors(model, sampler.initial(_frames(model, observed)), targets))
     return torch.cat(errors)
@@ -128,8 +135,7 @@ def _initial_errors(model, batches, seed: int) -> Tensor:
 
 def _batches(
     split, observe: Observation, length: int, max_samples: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(sample ids, observed, targets)."""
+) -> Iterator[SequenceBatch]:
     from ebwm_scale.data.loading.batches import validation_batches
 
     for batch in validation_batches(
@@ -140,7 +146,9 @@ def _batches(
         rank=0,
         world_size=1,
     ):
-        yield batch.sample_ids, *observe(batch.sequences)
+        observed, targets = observe(batch.sequences)
+        conditions = observe.conditions(batch.conditions)
+        yield SequenceBatch(batch.sample_ids, observed, targets, conditions)
 
 
 def _frames(model, observed: Tensor) -> Tensor | None:
@@ -152,9 +160,9 @@ def _errors(model, state: Tensor, targets: Tensor) -> Tensor:
     return model.state_space().loss(state, targets, reduction="none").float().cpu()
 
 
-def _baseline_errors(model, observed: Tensor, targets: Tensor) -> Tensor:
-    hidden = model.network(model.embed_observed(observed), model.first_visible(observed))
-    prediction = model.output(hidden).float()
+def _baseline_errors(model, batch: SequenceBatch) -> Tensor:
+    targets = batch.targets
+    prediction = model.predict_directly(batch.observed, batch.conditions).float()
     if model.config.state.kind == "embedding":
         return (
             torch.nn.functional.smooth_l1_loss(
@@ -173,11 +181,12 @@ def _baseline_errors(model, observed: Tensor, targets: Tensor) -> Tensor:
 
 
 def _thought(model, batch, config: ThinkingConfig, start: int = 0) -> Thought:
-    ids, observed, _ = batch
+    ids, observed, _, conditions = batch
     noise = SequenceSampler(model, config.seed, ids, observed.shape[1], start)
+    embedded = model.embed_observed(observed, conditions)
     return think(
         model,
-        SequenceEnergy(model, model.embed_observed(observed), model.first_visible(observed)),
+        SequenceEnergy(model, embedded, model.first_visible(observed)),
         noise.initial(_frames(model, observed)),
         config,
         noise=noise,
@@ -188,7 +197,7 @@ def _think(model, batch, config: ThinkingConfig, start: int = 0) -> tuple[Tensor
     """(errors, energies), each (B, S), of every position after thinking."""
     thought = _thought(model, batch, config, start)
     assert thought.energy is not None  # only a baseline has none
-    return _errors(model, thought.state, batch[2]), thought.energy.float().cpu()
+    return _errors(model, thought.state, batch.targets), thought.energy.float().cpu()
 
 
 def _starts(
@@ -246,7 +255,7 @@ def _allocation(
 
     def losses(thoughts: Sequence[Thought]) -> Tensor:
         pairs = zip(thoughts, batches)
-        return torch.cat([_errors(model, thought.state, batch[2]) for thought, batch in pairs])
+        return torch.cat([_errors(model, thought.state, batch.targets) for thought, batch in pairs])
 
     loss_on, loss_stopped = losses(on), losses(stopped)
     steps = torch.cat([t.steps for t in stopped]).double().cpu()
@@ -266,7 +275,7 @@ def _shuffled(model, batches, seed: int) -> dict[str, Any]:
     """Real sequences against the same tokens shuffled."""
     real, shuffled = [], []
     generator = torch.Generator().manual_seed(seed)
-    for _, observed, targets in batches:
+    for _, observed, targets, _ in batches:
         real.append(_energies(model, observed, targets))
         tokens = torch.cat([observed, targets[:, -1:]], 1)
         order = torch.stack(
@@ -288,11 +297,12 @@ def _other_texts(
     """Validation sequences against those of other texts, by energy and by loss."""
 
     def of(observed: Tensor, targets: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        batch = SequenceBatch(ids, observed, targets, {})
         if model.config.model.kind == "baseline":
-            return {"loss": _baseline_errors(model, observed, targets).mean(1)}
+            return {"loss": _baseline_errors(model, batch).mean(1)}
         return {
             "energy": _energies(model, observed, targets),
-            "loss": _think(model, (ids, observed, targets), ThinkingConfig(seed=seed))[0].mean(1),
+            "loss": _think(model, batch, ThinkingConfig(seed=seed))[0].mean(1),
         }
 
     def together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -300,8 +310,8 @@ def _other_texts(
 
     if not texts:
         return {}
-    device, rows = batches[0][1].device, []
-    real = together([of(observed, targets, ids) for ids, observed, targets in batches])
+    device, rows = batches[0].observed.device, []
+    real = together([of(batch.observed, batch.targets, batch.sample_ids) for batch in batches])
     for name, tokens in texts.items():
         ids = torch.arange(len(tokens))
         other = together(

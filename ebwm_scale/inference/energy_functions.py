@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
+from ebwm_scale.model.context import Context
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.kv_cache import KVCache
 from ebwm_scale.refinement.step_plan import last_encoding
 from ebwm_scale.world_model import WorldModel

@@ -5,7 +5,8 @@
     session.accept(tokens or states)      one more position
 
 In a sequence of groups of P positions a prompt holds whole groups, and the next group is predicted
-and accepted as one: states (B, P, size), tokens (B, P).
+and accepted as one: states (B, P, size), tokens (B, P). Conditions are given per group: those of a
+frame lead to the next one, so they come with the prompt, and with each frame that is accepted.
 
 A prompt longer than the context is cut to its end; under data.mask_documents also to its last
 document, which is all that the next position sees. A row that has filled the context goes on with
@@ -36,6 +37,7 @@ from ebwm_scale.inference.thinking import (
     think,
     together,
 )
+from ebwm_scale.model.conditions import Conditions
 from ebwm_scale.model.kv_cache import KVCache
 from ebwm_scale.world_model import WorldModel
 
@@ -56,9 +58,11 @@ class Session:
     """Prompts of different lengths, continued together.
 
     prompts: tokens (S,) int64, or states (S, dimension), S >= 1. sample_ids: what the noise of
-    each is addressed by; default 0, 1, ... energies False leaves out the pass that only measures a
+    each is addressed by; default 0, 1, ... conditions: those of each prompt's groups, tensors
+    (T, ..) by name (model/conditions.py). energies False leaves out the pass that only measures a
     prediction's final energy, unless several starts are compared by it.
-    Raises UserError for an empty prompt, and for one that ends inside a group.
+    Raises UserError for an empty prompt, for one that ends inside a group, and for conditions that
+    are not those of the model for every group.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Session:
         config: ThinkingConfig = ThinkingConfig(),
         *,
         sample_ids: Tensor | None = None,
+        conditions: Sequence[Conditions] | None = None,
         energies: bool = True,
     ):
         if not prompts or any(len(prompt) == 0 for prompt in prompts):
@@ -91,18 +96,17 @@ class Session:
             model.config.refinement.reencode != "none" or model.config.state.workspace is not None
         )
         self.thinks_over_all = self.is_energy and is_beyond_cache
-        if self.thinks_over_all and self.group_size > 1:
-            raise UserError(
-                f"a model of groups of {self.group_size} with refinement.reencode or "
-                "state.workspace is not continued group by group: evaluate it over whole sequences "
-                "(ebwm evaluate)"
-            )
         self.device = next(model.parameters()).device
         self.sample_ids = torch.arange(len(prompts)) if sample_ids is None else sample_ids
         self.rows = []
         for prompt in prompts:
             row = prompt[-self.context_length :].to(self.device)
             self.rows.append(model.visible_prompt(row))
+        self.conditions: list[dict[str, Tensor]] = []
+        for prompt, own in zip(prompts, conditions or [{}] * len(prompts), strict=True):
+            self._check_conditions(own, len(prompt) // self.group_size)
+            self.conditions.append({name: value.to(self.device) for name, value in own.items()})
+        self._keep_last_conditions()
         self.landscapes = [0]
         if self.is_energy:
             num_steps = config.num_steps or model.config.refinement.num_steps
@@ -114,7 +118,9 @@ class Session:
     def predict(self) -> Prediction:
         """The next state of every row."""
         if not self.is_energy:
-            output = self.model.output(self.hidden).float()
+            assert self.hidden is not None, "a baseline's cache gives its hidden states"
+            last = torch.stack([row[-self.group_size :] for row in self.rows])
+            output = self.model.prediction_of(self.hidden, last).float()
             return Prediction(self._as_one(output))
         thought = self._think_over_all() if self.thinks_over_all else self._think_cached()
         if thought.energy is None:
@@ -149,12 +155,14 @@ class Session:
         )
 
     def _think_over_all(self) -> Thought:
-        """Of every position of every row; what is returned is the last position's, (B, K) rows."""
+        """Of every position of every row; what is returned is the last position's, (B, K) rows.
+
+        With groups: the last group's, (B, K P) rows.
+        """
         lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
-        energy_function = SequenceEnergy(
-            self.model, self.model.embed_observed(padded), self.model.first_visible(padded)
-        )
+        embedded = self.model.embed_observed(padded, self._padded_conditions())
+        energy_function = SequenceEnergy(self.model, embedded, self.model.first_visible(padded))
         starts = []
         for start in range(self.config.num_starts):
             noise = SequenceSampler(
@@ -169,15 +177,16 @@ class Session:
                 noise=noise,
                 with_energy=self.with_energy,
             )
-            starts.append(at_positions(thought, lengths - 1))
+            starts.append(at_positions(thought, lengths - self.group_size, self.group_size))
         self.positions_computed += int(lengths.sum())
         return together(starts)
 
     @torch.no_grad()
-    def accept(self, chosen: Tensor) -> None:
+    def accept(self, chosen: Tensor, conditions: Conditions | None = None) -> None:
         """The next observed position of every row: tokens (B,) or states (B, dimension).
 
-        With groups: the next group, tokens (B, P) or states (B, P, dimension).
+        With groups: the next group, tokens (B, P) or states (B, P, dimension). conditions: its own,
+        tensors (B, ..).
         """
         if self.group_size == 1:
             chosen = chosen[:, None]
@@ -185,15 +194,25 @@ class Session:
         for row, new in zip(self.rows, chosen.to(self.device)):
             rows.append(torch.cat([row, new.to(row)]))
         self.rows = rows
+        for index, own in enumerate(self.conditions):
+            new_ones = {name: values[index][None] for name, values in (conditions or {}).items()}
+            self._check_conditions(new_ones, 1)
+            for name, value in new_ones.items():
+                own[name] = torch.cat([own[name], value.to(own[name])])
         seen = [self.model.visible_prompt(self._later_half(row)) for row in rows]
         if any(len(part) < len(row) for part, row in zip(seen, rows)):
             self.rows = seen
+            self._keep_last_conditions()
             self._prefill()
             return
         if self.thinks_over_all:
             return
         newest = torch.stack([row[-self.group_size :] for row in rows])
-        self.hidden = self.cache.append(self.model.embed_observed(newest))
+        newest_conditions = {
+            name: torch.stack([own[name][-1:] for own in self.conditions])
+            for name in self.conditions[0]
+        }
+        self.hidden = self.cache.append(self.model.embed_observed(newest, newest_conditions))
         self.positions_computed += newest.shape[0] * newest.shape[1]
 
     def _later_half(self, row: Tensor) -> Tensor:
@@ -202,6 +221,35 @@ class Session:
             return row
         num_groups = self.context_length // self.group_size
         return row[-max(1, num_groups // 2) * self.group_size :]
+
+    def _keep_last_conditions(self) -> None:
+        """Those of the groups that the rows still hold."""
+        for row, own in zip(self.rows, self.conditions):
+            for name, values in own.items():
+                own[name] = values[-(len(row) // self.group_size) :]
+
+    def _check_conditions(self, own: Conditions, num_groups: int) -> None:
+        """UserError for conditions that are not those of the model, one value for each group."""
+        expected = [condition.name for condition in self.model.config.data.conditions]
+        if sorted(own) != sorted(expected):
+            raise UserError(
+                f"conditions are {', '.join(own) or 'none'}; this model continues from a frame "
+                f"given {', '.join(expected) or 'none'}: give those of every frame"
+            )
+        for name, value in own.items():
+            if len(value) != num_groups:
+                raise UserError(
+                    f"condition {name} is given for {len(value)} frames of {num_groups}: "
+                    "give one value for every frame"
+                )
+
+    def _padded_conditions(self) -> dict[str, Tensor]:
+        """Of all rows, padded as they are; nobody reads what is behind a row's end."""
+        result = {}
+        for name in self.conditions[0]:
+            values = [own[name] for own in self.conditions]
+            result[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+        return result
 
     def _as_one(self, states: Tensor) -> Tensor:
         """(B, P, size) as it is; (B, size) without groups."""
@@ -213,9 +261,12 @@ class Session:
             return
         lengths = torch.tensor([len(row) for row in self.rows], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
-        embedded = self.model.embed_observed(padded)
-        self.cache = KVCache(self.model.network, self.context_length, self.landscapes)
-        self.hidden = self.cache.prefill(embedded, lengths)
+        embedded = self.model.embed_observed(padded, self._padded_conditions())
+        network = self.model.network
+        rows_per_group = network.context_group
+        capacity = self.context_length // self.group_size * rows_per_group
+        self.cache = KVCache(network, capacity, self.landscapes)
+        self.hidden = self.cache.prefill(embedded, lengths // self.group_size * rows_per_group)
         self.positions_computed += int(lengths.sum())
 
 
@@ -298,26 +349,57 @@ def continue_states(
     *,
     config: ThinkingConfig = ThinkingConfig(),
     sample_ids: Tensor | None = None,
+    conditions: Sequence[Conditions] | None = None,
 ) -> Tensor:
-    """`count` further states (B, count, dimension) of clips, each predicted from those before."""
-    session, states = Session(model, prompts, config, sample_ids=sample_ids, energies=False), []
+    """`count` further frames of clips, each predicted from those before: (B, count, dimension), or
+    (B, count P, dimension) of P states each.
+
+    conditions: of each clip, those of its T frames and of `count` - 1 further ones, (T + .., ..).
+    """
+    own = list(conditions or [{}] * len(prompts))
+    size = resolved.group_size(model.config)
+    lengths = [len(prompt) // size for prompt in prompts]
+    session = Session(
+        model,
+        prompts,
+        config,
+        sample_ids=sample_ids,
+        conditions=[
+            {name: values[:length] for name, values in each.items()}
+            for each, length in zip(own, lengths)
+        ],
+        energies=False,
+    )
+    states = []
     for index in range(count):
         states.append(session.predict().state)
         if index + 1 < count:
-            session.accept(states[-1])
-    return torch.stack(states, 1)
+            further = {
+                name: torch.stack([each[name][n + index] for each, n in zip(own, lengths)])
+                for name in own[0]
+            }
+            session.accept(states[-1], further)
+    return torch.stack(states, 1) if size == 1 else torch.cat(states, 1)
 
 
 @torch.no_grad()
-def candidate_energies(model: WorldModel, observed: Tensor, embedded: Tensor) -> Tensor:
+def candidate_energies(
+    model: WorldModel,
+    observed: Tensor,
+    embedded: Tensor,
+    conditions: Conditions | None = None,
+) -> Tensor:
     """Energies (K,) in the last landscape of candidates for the position after some observed ones.
 
-    observed: tokens (S,) or states (S, dimension). embedded: the candidates, (K, D).
+    observed: tokens (S,) or states (S, dimension). embedded: the candidates, (K, D), with groups
+    (K P, D), one candidate after the other. conditions: of the observed groups, tensors (T, ..).
     """
     observed = model.visible_prompt(observed)
-    seen = model.embed_observed(observed[None])
+    own = {name: value[None] for name, value in (conditions or {}).items()}
+    seen = model.embed_observed(observed[None], own)
     landscape = model.energy_network.num_landscapes - 1
-    cache = KVCache(model.network, len(observed), [landscape])
-    cache.prefill(seen, torch.tensor([len(observed)], device=seen.device))
+    cache = KVCache(model.network, seen.shape[1], [landscape])
+    cache.prefill(seen, torch.tensor([seen.shape[1]], device=seen.device))
     energy_function = CachedEnergy(cache)
-    return energy_function(embedded[None], landscape)[0].float()
+    energy = energy_function(embedded[None], landscape)[0].float()
+    return energy[:: resolved.group_size(model.config)]

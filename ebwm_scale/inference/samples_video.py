@@ -1,5 +1,7 @@
 """Clips to look at: what a model saw, what it predicted after each refinement step, the truth, and
-a continuation of its own.
+a continuation of its own, under the true conditions where the data has some.
+
+A frame is P states, 1 or its patches; P is the model's group size.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from torch.nn import functional as F
 from ebwm_scale.config import resolved
 from ebwm_scale.data.encoders.space import FrameSpace
 from ebwm_scale.data.format.content import encode_image
+from ebwm_scale.data.loading.batches import stacked, to_tensor, to_tensors
+from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.inference.generation import Session, candidate_energies, continue_states
 from ebwm_scale.inference.initial_states import NextPositionSampler
 from ebwm_scale.inference.thinking import ThinkingConfig
+from ebwm_scale.model.conditions import Conditions
 from ebwm_scale.world_model import WorldModel
 
 
@@ -37,35 +42,45 @@ def sample_clips(
     model.eval()
     device = next(model.parameters()).device
     space = FrameSpace(split.manifest.content, device)
-    length = resolved.context_length(model.config)
+    size = resolved.group_size(model.config)
+    length = resolved.num_groups(model.config)
+    observe = Observation(split.manifest, device)
+    content = split.manifest.content
     config = ThinkingConfig(seed=seed)
     energy = model.config.model.kind == "energy"
     results = []
     for sample_id in [
         int((i + 0.5) * len(split) / num_samples) for i in range(min(num_samples, len(split)))
     ]:
-        sequence = split.read(sample_id)[: length + 1]
-        states = space.states(torch.from_numpy(np.array(sequence))[None])[0]
-        frames = sequence if sequence.dtype == np.uint8 else decoded(space, states)
-        observed, truth = states[:length], states[length]
-        predicted = each_step(model, observed, config, sample_id)
+        sample = content.first(split.read_sample(sample_id), (length + 1) * size)
+        sequences, stored = stacked([sample])
+        conditions = observe.conditions(to_tensors(stored))
+        conditions = {name: values[0] for name, values in conditions.items()}
+        states = space.states(to_tensor(sequences))[0]
+        frames = sequences[0] if sequences.dtype == np.uint8 else decoded(space, states)
+        states = states.unflatten(0, (-1, size))  # (frames, P, dimension)
+        observed, truth = states[:length].flatten(0, 1), states[length]
+        predicted = each_step(model, observed, config, sample_id, conditions)
         values = [None] * (len(predicted) + 1)
         if energy:
             values = candidate_energies(
                 model,
                 observed,
-                model.state_space().embed(torch.stack([*predicted, truth])[None]).vectors[0],
+                model.state_space().embed(torch.cat([*predicted, truth])[None]).vectors[0],
+                conditions,
             ).tolist()
-        images = decoded(space, torch.stack(predicted))
+        images = decoded(space, torch.cat(predicted))
         first = max(1, length // 2)
         onwards = continue_states(
             model,
-            [states[:first]],
+            [states[:first].flatten(0, 1)],
             length + 1 - first,
             config=config,
             sample_ids=torch.tensor([sample_id]),
+            conditions=[conditions],
         )[0]
         shown = decoded(space, onwards)
+        onwards = onwards.unflatten(0, (-1, size))
         results.append(
             {
                 **split.about(sample_id),
@@ -82,7 +97,7 @@ def sample_clips(
                         zip(predicted, pictures(images, len(predicted)), values)
                     )
                 ],
-                "persistence_loss": smooth_l1(observed[-1], truth),
+                "persistence_loss": smooth_l1(states[length - 1], truth),
                 "truth_energy": values[-1],
                 "first": first,
                 "continuation": pictures(shown, len(onwards)),
@@ -98,34 +113,34 @@ def sample_clips(
 
 
 def each_step(
-    model: WorldModel, observed: Tensor, config: ThinkingConfig, sample_id: int
+    model: WorldModel,
+    observed: Tensor,
+    config: ThinkingConfig,
+    sample_id: int,
+    conditions: Conditions,
 ) -> list[Tensor]:
-    """The prediction of the state after observed (S, dimension), after 0, 1, ...
+    """The prediction (P, dimension) of the frame after observed (T P, dimension), after 0, 1, ...
 
-    N steps: [x_0, ... x_N]; of a baseline, the one it makes.
+    N steps: [x_0, ... x_N]; of a baseline, the one it makes. conditions: of the T frames.
     """
     ids = torch.tensor([sample_id])
+    size = resolved.group_size(model.config)
+
+    def predicted(config: ThinkingConfig) -> Tensor:
+        session = Session(model, [observed], config, sample_ids=ids, conditions=[conditions])
+        return session.predict().state.float().reshape(size, -1)
+
     if model.config.model.kind == "baseline":
-        return [Session(model, [observed], config).predict().state[0]]
-    start = (
-        NextPositionSampler(model, config.seed, ids, torch.tensor([len(observed) - 1]))
-        .initial(observed[None, -1:])[0, 0]
-        .float()
-    )
-    return [
-        start,
-        *(
-            Session(model, [observed], replace(config, num_steps=i + 1), sample_ids=ids)
-            .predict()
-            .state[0]
-            .float()
-            for i in range(model.config.refinement.num_steps)
-        ),
-    ]
+        return [predicted(config)]
+    position = torch.tensor([len(observed) - size])
+    sampler = NextPositionSampler(model, config.seed, ids, position, group_size=size)
+    start = sampler.initial(observed[None, -size:])[0].float()
+    counts = range(1, model.config.refinement.num_steps + 1)
+    return [start, *(predicted(replace(config, num_steps=count)) for count in counts)]
 
 
 def decoded(space: FrameSpace, states: Tensor) -> np.ndarray | None:
-    """States (n, dimension) as frames (n, height, width, 3)."""
+    """States (n P, dimension) as frames (n, height, width, 3)."""
     frames = space.frames(states[None])
     return None if frames is None else frames[0].cpu().numpy()
 

@@ -23,6 +23,7 @@ from ebwm_scale.core.errors import UserError
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, think
+from ebwm_scale.model.conditions import Conditions
 from ebwm_scale.model.states import VocabularyState
 from ebwm_scale.world_model import WorldModel
 
@@ -163,19 +164,25 @@ def windows(request: int, tokens: list[int], first: int, length: int) -> Iterato
         yield Window(request, tokens[max(0, end - 1 - length) : end], end - start)
 
 
-def last_states(model: WorldModel, observed: Tensor, config: ThinkingConfig) -> Tensor:
+def last_states(
+    model: WorldModel,
+    observed: Tensor,
+    config: ThinkingConfig,
+    conditions: Conditions | None = None,
+) -> Tensor:
     """Predictions (B, S, size) for the state after each observed one.
 
-    observed: tokens (B, S) or states (B, S, dimension). A baseline's output, or what thinking ends
-    with; of several starts the one with the lowest energy. Every row draws the noise of sample 0,
-    so that a text's score is its own.
+    observed: tokens (B, S) or states (B, S, dimension). conditions: of its groups, see
+    model/conditions.py. A baseline's output, or what thinking ends with; of several starts the one
+    with the lowest energy. Every row draws the noise of sample 0, so that a text's score is its
+    own.
     """
-    embedded = model.embed_observed(observed)
     if model.config.model.kind == "baseline":
-        prediction = model.output(model.network(embedded, model.first_visible(observed)))
+        prediction = model.predict_directly(observed, conditions)
         return prediction if prediction.dtype == torch.float64 else prediction.float()
     frames = observed if model.config.state.kind == "embedding" else None
     sample_ids = torch.zeros(len(observed), dtype=torch.int64)
+    embedded = model.embed_observed(observed, conditions)
     energy_function = SequenceEnergy(model, embedded, model.first_visible(observed))
     state = None
     lowest = None

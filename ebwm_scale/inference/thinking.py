@@ -4,18 +4,21 @@
         E, g  = energy(x), dE/de                       of every row that still moves
         x'    = update(x, g, alpha)                    and z' of a workspace beside it, by dE/dz
         accept only if lower:  x <- x' where E(x') < E(x); elsewhere x stays, its alpha is halved
-        stop early:            a row whose energy fell by less than `tolerance` moves no more
+        stop early:            a row whose energy fell by less than `tolerance` moves no more, nor
+                               one whose prediction changed by less than `settled`
     of several starts per row the one with the lowest final energy is the prediction
 
 A row is one candidate for one position: of a prompt's next position, or of every position of a
 sequence (energy_functions.py). In a sequence of groups the rows of a group have one energy, so they
 stop, go back and win together. With `refinement.decay` E(x) is compared with what decay adds to it
-(refinement/decay.py). No second-order graph is built, and memory does not depend on the
+(refinement/decay.py). With `refinement.candidates` a row moves a few of its tokens once it has
+taken a step (thinking_state.py). No second-order graph is built, and memory does not depend on the
 number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +27,13 @@ from torch import Tensor
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.inference.energy_functions import EnergyFunction, of_groups
 from ebwm_scale.inference.initial_states import InitialStateSampler
-from ebwm_scale.model.states import EmbeddedState
+from ebwm_scale.inference.thinking_state import ThinkingState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
-from ebwm_scale.refinement.step_plan import INFERENCE_STEP, step_scale
+from ebwm_scale.refinement.step_plan import step_scale
+
+Watch = Callable[[int, Tensor], None]  # of steps taken and states (B, K, size)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class ThinkingConfig:
     num_steps, step_size: default those of training. noise: deviation of the Langevin noise.
     num_starts: random initial states per row. accept_only_if_lower: undo a step that raises the
     energy. tolerance: a row stops when a step lowers its energy by no more than this; None: never.
-    seed: of noise and initial states.
+    settled: a row stops when a step changes no probability (of an embedding: no number) of its
+    prediction by more than this; None: never. seed: of noise and initial states.
     """
 
     num_steps: int | None = None
@@ -47,6 +53,7 @@ class ThinkingConfig:
     num_starts: int = 1
     accept_only_if_lower: bool = False
     tolerance: float | None = None
+    settled: float | None = None
     seed: int = 33
 
     def __post_init__(self):
@@ -55,6 +62,7 @@ class ThinkingConfig:
             ("num_starts", self.num_starts, 1),
             ("noise", self.noise, 0),
             ("tolerance", self.tolerance, 0),
+            ("settled", self.settled, 0),
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{name} is {value}: must be {low} or more")
@@ -64,7 +72,7 @@ class ThinkingConfig:
     @property
     def compares(self) -> bool:
         """Whether energies after a step are needed."""
-        return self.accept_only_if_lower or self.tolerance is not None
+        return self.accept_only_if_lower or self.tolerance is not None or self.settled is not None
 
 
 @dataclass
@@ -93,15 +101,19 @@ def think(
     *,
     noise: InitialStateSampler,
     with_energy: bool = True,
+    asked: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Thought:
     """Refine rows x (B, K, size), which are the caller's to overwrite.
 
     noise: where Langevin numbers come from. with_energy False saves the pass that only measures
-    where the last step ended; a config that compares energies has made it anyway.
+    where the last step ended; a config that compares energies has made it anyway. asked (B, K),
+    bool: the rows whose answer matters, for config.settled; default: all. watch: called with the
+    number of steps taken and the states then, to be read at once; not with a config that compares.
     """
     if config.compares:
-        return _think_comparing(model, energy_function, x, config, noise)
-    return _think_plainly(model, energy_function, x, config, noise, with_energy)
+        return _think_comparing(model, energy_function, x, config, noise, asked)
+    return _think_plainly(model, energy_function, x, config, noise, with_energy, watch)
 
 
 def _think_plainly(
@@ -111,35 +123,37 @@ def _think_plainly(
     config: ThinkingConfig,
     noise: InitialStateSampler,
     with_energy: bool,
+    watch: Watch | None,
 ) -> Thought:
     """Every row takes every step."""
     landscapes = _landscapes(model, config)
     alpha = _step_size(model, config, x.device)
-    state_space = model.state_space()
+    state = ThinkingState(model.state_space(), x)
     scale = torch.ones(*x.shape[:2], 1, device=x.device, dtype=x.dtype)
     workspace = model.workspace()
     z = noise.initial_workspace()
     trace = []
     for i, landscape in enumerate(landscapes):
         if config.noise:
-            x = x + config.noise * noise.langevin(i)
-        embedded = state_space.embed(x)
+            state = state.with_noise(config.noise * noise.langevin(i))
+        embedded = state.embed(overwrite=True)
         w = _mapped(workspace, z)
         energy_function.begin_step(i, landscape, embedded.vectors, w)
         energy, gradient, of_w = energy_function.with_gradient(embedded.vectors, landscape, w)
         trace.append(energy)
         damped = step_scale(model.config.refinement, i)
         step_size = (alpha * scale * damped).to(gradient.dtype)
-        embedded = _decayed(model, embedded, alpha * damped)
-        x, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
+        state = embedded.decayed(_kept(model, alpha * damped)).update(gradient, step_size)
         z = _moved(model, workspace, z, of_w, damped)
+        if watch is not None:
+            watch(i + 1, state.x)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
     final = None
     if with_energy:
         w = _mapped(workspace, z)
-        final = _energy_of(state_space, energy_function, x, landscapes[-1], w)
+        final = _energy_of(state, energy_function, landscapes[-1], w)
         trace.append(final)
-    return Thought(x, final, steps, torch.stack(trace), steps.clone())
+    return Thought(state.x, final, steps, torch.stack(trace), steps.clone())
 
 
 def _think_comparing(
@@ -148,14 +162,15 @@ def _think_comparing(
     x: Tensor,
     config: ThinkingConfig,
     noise: InitialStateSampler,
+    asked: Tensor | None,
 ) -> Thought:
     """Rows are compared before and after each step: undone, or left alone when they are done."""
     landscapes = _landscapes(model, config)
     alpha = _step_size(model, config, x.device)
-    state_space = model.state_space()
     num_contexts, num_candidates, _ = x.shape
     shape = (num_contexts, num_candidates)
-    result = x  # of all rows; the tensors below are those of contexts that still move
+    state = ThinkingState(model.state_space(), x)
+    result = state  # of all rows; what is below is that of contexts that still move
     remaining = torch.arange(num_contexts, device=x.device)
     scale = torch.ones(*shape, 1, device=x.device, dtype=x.dtype)
     active = torch.ones(shape, dtype=torch.bool, device=x.device)
@@ -168,23 +183,23 @@ def _think_comparing(
     workspace = model.workspace()
     z = noise.initial_workspace()
     z_result = z  # of all rows, as result is
-    energy = _energy_of(state_space, function, x, measured_in, _mapped(workspace, z))
+    energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
     added = _added_by_decay(model, x, z, energy)
     for i, landscape in enumerate(landscapes):
-        before = x.clone()
+        before = state
         if config.noise:
-            x = x + config.noise * noise.langevin(i)[remaining]
-        embedded = state_space.embed(x)
+            state = state.with_noise(config.noise * noise.langevin(i)[remaining])
+        embedded = state.embed()
         w = _mapped(workspace, z)
         has_another_context = function.begin_step(i, landscape, embedded.vectors, w)
         if measured_in != landscape or has_another_context:
-            energy = _energy_of(state_space, function, before, landscape, w)
+            energy = _energy_of(before, function, landscape, w)
             measured_in = landscape
         _, gradient, of_w = function.with_gradient(embedded.vectors, landscape, w)
         damped = step_scale(model.config.refinement, i)
         step_size = (alpha * scale * damped).to(gradient.dtype)
-        embedded = _decayed(model, embedded, alpha * scale * damped)
-        proposal, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
+        kept = _kept(model, alpha * scale * damped)
+        proposal = embedded.decayed(kept).update(gradient, step_size)
         z_proposal = _moved(model, workspace, z, of_w, scale * damped)
         if trace:
             energies = trace[-1].clone()
@@ -194,8 +209,8 @@ def _think_comparing(
         trace.append(energies)
 
         w = _mapped(workspace, z_proposal)
-        after = _energy_of(state_space, function, proposal, landscape, w)
-        added_after = _added_by_decay(model, proposal, z_proposal, after)
+        after = _energy_of(proposal, function, landscape, w)
+        added_after = _added_by_decay(model, proposal.x, z_proposal, after)
         fall = (energy + added) - (after + added_after)
         taken = active.clone()
         if config.accept_only_if_lower:
@@ -204,13 +219,18 @@ def _think_comparing(
             scale = torch.where(halved[..., None], scale / 2, scale)
         steps[remaining] += active
         accepted[remaining] += taken
-        x = torch.where(taken[..., None], proposal, before)
+        state = proposal.where(taken, before)
         fallen = torch.where(taken, fall, torch.zeros_like(energy))
         energy = torch.where(taken, after, energy)
         added = torch.where(taken, added_after, added)
         if config.tolerance is not None:
             active &= fallen > config.tolerance
-        result[remaining] = x
+        if config.settled is not None:
+            change = _change_of_prediction(model, before.x, proposal.x)
+            if asked is not None:
+                change = change.masked_fill(~asked[remaining], 0)
+            active &= _largest_of_group(change, model.network.group_size) > config.settled
+        result = result.put(remaining, state)
         if z is not None and z_proposal is not None and z_result is not None:
             z = torch.where(taken[..., None], z_proposal, z)
             z_result[remaining] = z
@@ -224,33 +244,34 @@ def _think_comparing(
             kept = context_moves.nonzero().squeeze(1)
             function = function.select(kept)
             remaining = remaining[kept]
-            x = x[kept]
+            state = state.select(kept)
             z = None if z is None else z[kept]
             scale = scale[kept]
             active = active[kept]
             energy = energy[kept]
             added = added[kept]
     w = _mapped(workspace, z_result)
-    final = _energy_of(state_space, energy_function, result, landscapes[-1], w)
+    final = _energy_of(result, energy_function, landscapes[-1], w)
     while len(trace) < len(landscapes) + 1:
         trace.append(final)
-    return Thought(result, final, steps, torch.stack(trace), accepted)
+    return Thought(result.x, final, steps, torch.stack(trace), accepted)
 
 
-def at_positions(thought: Thought, positions: Tensor) -> Thought:
-    """Of a thought over whole sequences one position each, (B,): rows (B, 1)."""
-    rows = torch.arange(len(positions), device=positions.device)
+def at_positions(thought: Thought, positions: Tensor, group_size: int = 1) -> Thought:
+    """Of a thought over whole sequences the group at one position each, (B,): rows (B, P)."""
+    rows = torch.arange(len(positions), device=positions.device)[:, None]
+    places = positions[:, None] + torch.arange(group_size, device=positions.device)
     return Thought(
-        thought.state[rows, positions][:, None],
-        None if thought.energy is None else thought.energy[rows, positions][:, None],
-        thought.steps[rows, positions][:, None],
-        thought.trace[:, rows, positions][..., None],
-        thought.accepted[rows, positions][:, None],
+        thought.state[rows, places],
+        None if thought.energy is None else thought.energy[rows, places],
+        thought.steps[rows, places],
+        thought.trace[:, rows, places],
+        thought.accepted[rows, places],
     )
 
 
 def together(starts: list[Thought]) -> Thought:
-    """Thoughts of rows (B, 1) each as one of rows (B, number of thoughts)."""
+    """Thoughts of rows (B, P) each as one of rows (B, P times the number of thoughts)."""
     energies = [thought.energy for thought in starts if thought.energy is not None]
     return Thought(
         torch.cat([thought.state for thought in starts], 1),
@@ -278,6 +299,20 @@ def lowest(thought: Thought, group_size: int = 1) -> tuple[Tensor, Tensor, Tenso
     return states[rows, best], energy[rows, best], best
 
 
+def _change_of_prediction(model, before: Tensor, after: Tensor) -> Tensor:
+    """(B, K): the largest change of a probability, or of a number of an embedding."""
+    if model.config.state.kind == "vocabulary":
+        before, after = before.softmax(-1), after.softmax(-1)
+    return (after - before).abs().amax(-1)
+
+
+def _largest_of_group(values: Tensor, group_size: int) -> Tensor:
+    """Of values (B, K) the largest of each group, for all of its rows."""
+    if group_size == 1:
+        return values
+    return values.unflatten(1, (-1, group_size)).amax(2).repeat_interleave(group_size, 1)
+
+
 def _landscapes(model, config: ThinkingConfig) -> list[int]:
     return model.landscapes(config.num_steps or model.config.refinement.num_steps)
 
@@ -289,10 +324,10 @@ def _step_size(model, config: ThinkingConfig, device: torch.device) -> Tensor:
 
 
 def _energy_of(
-    state_space, energy_function: EnergyFunction, x: Tensor, landscape: int, w: Tensor | None
+    state: ThinkingState, energy_function: EnergyFunction, landscape: int, w: Tensor | None
 ) -> Tensor:
-    """Energies (B, K) of states x (B, K, size), which stay as they are; w: mapped workspaces."""
-    return energy_function(state_space.embed(x.clone()).vectors, landscape, w)
+    """Energies (B, K) of states, which stay as they are; w: mapped workspaces."""
+    return energy_function(state.embed().vectors, landscape, w)
 
 
 def _mapped(workspace: WorkspaceState | None, z: Tensor | None) -> Tensor | None:
@@ -302,13 +337,13 @@ def _mapped(workspace: WorkspaceState | None, z: Tensor | None) -> Tensor | None
     return workspace.embed(z)
 
 
-def _decayed(model, embedded: EmbeddedState, step_size: Tensor) -> EmbeddedState:
-    """Where a step of this size starts from; step_size: a number or (B, K, 1)."""
+def _kept(model, step_size: Tensor) -> Tensor | None:
+    """The share of a state that a step of this size, a number or (B, K, 1), starts from."""
     decay = model.config.refinement.decay
     if decay == 0:
-        return embedded
+        return None
     trained = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
-    return embedded.decayed(1 - decay * step_size / trained)
+    return 1 - decay * step_size / trained
 
 
 def _added_by_decay(model, x: Tensor, z: Tensor | None, energy: Tensor) -> Tensor:

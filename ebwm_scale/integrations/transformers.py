@@ -75,9 +75,12 @@ class EbwmModel(PreTrainedModel):
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         num_steps: int | None = None,
+        conditions: dict[str, Tensor] | None = None,
         **_,
     ) -> Prediction:
-        """input_ids (B, S) of text, or inputs_embeds (B, S, dimension) of video."""
+        """input_ids (B, S) of text, or inputs_embeds (B, S, dimension) of video; conditions of its
+        frames, by name (model/conditions.py).
+        """
         text = self.world_model.config.state.kind == "vocabulary"
         observed = input_ids if text else inputs_embeds
         if observed is None:
@@ -89,6 +92,7 @@ class EbwmModel(PreTrainedModel):
             self.world_model,
             observed,
             ThinkingConfig(num_steps=num_steps, seed=self.world_model.config.train.seed),
+            conditions,
         )
         return Prediction(logits=state) if text else Prediction(predictions=state)
 

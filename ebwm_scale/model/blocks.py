@@ -5,6 +5,7 @@
 
 In a sequence of groups of P positions, read "group" for each of them: the observed stream is
 block-causal, and p_t attends to all observed groups up to its own and to its group's candidates.
+Conditions of a group, such as an action, are further rows of its observed group (conditions.py).
 
 Legend: B batch, S positions, D width, H heads, H_kv key/value heads, d head dimension.
 Source: Energy-Based Transformers, arXiv 2507.02092; blocks as in Llama 2, arXiv 2307.09288.
@@ -19,7 +20,11 @@ from torch import Tensor, nn
 
 from ebwm_kernels import energy_attention, observed_attention, rms_norm, swiglu
 from ebwm_kernels.attention.first_order import resolve_observed_backend, why_not_flash_attn
-from ebwm_kernels.attention.ops import resolve_backend, why_not_triton
+from ebwm_kernels.attention.ops import (
+    reads_positions_first,
+    resolve_backend,
+    why_not_triton,
+)
 from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
 from ebwm_scale.model.rotary import Rotary
@@ -52,12 +57,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of both streams, with the same projections. group_size: positions per group."""
+    """Attention of both streams, with the same projections.
 
-    def __init__(self, config: ModelConfig, group_size: int = 1):
+    group_size: positions per group. num_conditions: further ones in the observed stream.
+    """
+
+    def __init__(self, config: ModelConfig, group_size: int = 1, num_conditions: int = 0):
         super().__init__()
         sizes = model_sizes(config)
         self.group_size = group_size
+        self.context_group = group_size + num_conditions
         self.num_heads = sizes.num_heads
         self.num_kv_heads = sizes.num_kv_heads
         self.head_dimension = sizes.head_dimension
@@ -70,9 +79,10 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """(K, V), each (B, H_kv, S, d), of rows x (B, S, D)."""
-        keys = rotary.rotate(self._split_heads(self.wk(x)))
-        values = self._split_heads(self.wv(x)).contiguous()
-        return keys, values
+        values = self._split_heads(self.wv(x))
+        if self._heads_first(x):
+            values = values.contiguous()
+        return self._rotate(self.wk(x), rotary), values
 
     def forward_observed(
         self,
@@ -83,12 +93,12 @@ class Attention(nn.Module):
         first_visible: Tensor | None = None,
     ) -> Tensor:
         """Causal self-attention of the observed stream (B, S, D); first order only."""
-        q = rotary.rotate(self._split_heads(self.wq(x)))
+        q = self._rotate(self.wq(x), rotary)
         attended = observed_attention(
             q,
             keys,
             values,
-            group_size=self.group_size,
+            group_size=self.context_group,
             first_visible=first_visible,
             backend=self.observed_backend,
         )
@@ -106,12 +116,9 @@ class Attention(nn.Module):
 
         context: the observed keys and values (B, H_kv, C, d). first_visible: see Context.
         """
-        q = rotary.rotate(self._split_heads(self.wq(p)))
-        k_self, v_self = self.keys_values(p, rotary)
-        if self.num_kv_heads != self.num_heads:
-            heads_sharing = self.num_heads // self.num_kv_heads
-            k_self = k_self.repeat_interleave(heads_sharing, 1)
-            v_self = v_self.repeat_interleave(heads_sharing, 1)
+        q = self._rotate(self.wq(p), rotary)
+        k_self = self._per_query_head(self._rotate(self.wk(p), rotary))
+        v_self = self._per_query_head(self._split_heads(self.wv(p)))
         attended = energy_attention(
             q,
             k_self,
@@ -119,14 +126,32 @@ class Attention(nn.Module):
             *context,
             context_offset=offset,
             group_size=self.group_size,
+            context_group=self.context_group,
             first_visible=first_visible,
             backend=self.backend,
         )
         return self.wo(attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """(B, S, H d) -> (B, H, S, d)."""
+        """(B, S, H d) -> (B, H, S, d), a view."""
         return x.unflatten(-1, (-1, self.head_dimension)).transpose(1, 2)
+
+    def _rotate(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """(B, S, H d) -> (B, H, S, d), rotated, as attention reads it."""
+        return rotary.rotate(self._split_heads(x), heads_first=self._heads_first(x))
+
+    def _heads_first(self, x: Tensor) -> bool:
+        """Whether attention would copy what lies as a projection gives it, at every level."""
+        return not reads_positions_first(self.backend, x.device, x.dtype, self.head_dimension)
+
+    def _per_query_head(self, x: Tensor) -> Tensor:
+        """Own keys or values (B, H_kv, S, d) -> (B, H, S, d), lying as they do."""
+        if self.num_kv_heads == self.num_heads:
+            return x
+        heads_sharing = self.num_heads // self.num_kv_heads
+        if x.is_contiguous():
+            return x.repeat_interleave(heads_sharing, 1)
+        return x.transpose(1, 2).repeat_interleave(heads_sharing, 2).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -146,11 +171,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and beside a residual."""
 
-    def __init__(self, config: ModelConfig, group_size: int = 1):
+    def __init__(self, config: ModelConfig, group_size: int = 1, num_conditions: int = 0):
         super().__init__()
         width = model_sizes(config).width
         self.attention_norm = RMSNorm(width, config.norm_epsilon)
-        self.attention = Attention(config, group_size)
+        self.attention = Attention(config, group_size, num_conditions)
         self.ffn_norm = RMSNorm(width, config.norm_epsilon)
         self.feed_forward = FeedForward(config)
 

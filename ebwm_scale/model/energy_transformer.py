@@ -19,6 +19,8 @@ last block (energy_head.py).
 In a sequence of groups of P positions, row t is cell t % P of the candidate for the next group. It
 sees the observed groups up to its own whole, and all P candidates of its group. So a row's energy
 depends on its whole group, and only the sum over a group's rows has a meaning of its own.
+Conditions (conditions.py) are further rows of the observed groups: what is said of position t above
+is said of the states alone.
 
 Step conditioning (`model.conditioning`) tells refinement steps apart by a landscape index:
     default         not at all
@@ -33,8 +35,8 @@ Step conditioning (`model.conditioning`) tells refinement steps apart by a lands
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -43,88 +45,11 @@ from torch.nn import functional as F
 from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
 from ebwm_scale.model.blocks import Block, Modulation, RMSNorm, initialize_released, modulate
+from ebwm_scale.model.conditions import states_of, with_empty_conditions
+from ebwm_scale.model.context import Context, ObservedStream
 from ebwm_scale.model.energy_head import ContentTerms
 from ebwm_scale.model.module_list import ModuleList
 from ebwm_scale.model.rotary import Rotary, RotaryTable
-
-
-@dataclass(frozen=True)
-class Context:
-    """The observed stream as the predicted one sees it.
-
-    keys_values: (K, V) per block of the predicted stream, each (B, H_kv, C, d). offset: keys in
-    front of the first row's own observed position. anchor (B, S, D): added to the candidates;
-    None where they stand alone. readout (B, S, D): of the head's context term, where there is one.
-    first_visible (B, S) int32: the first key that each row sees, the start of its document; None:
-    all see key 0.
-    """
-
-    keys_values: list[tuple[Tensor, Tensor]]
-    offset: int
-    anchor: Tensor | None = None
-    readout: Tensor | None = None
-    first_visible: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Context:
-        """The same with every tensor that carries gradients replaced by the function's result."""
-        return replace(
-            self,
-            keys_values=[(function(keys), function(values)) for keys, values in self.keys_values],
-            anchor=None if self.anchor is None else function(self.anchor),
-            readout=None if self.readout is None else function(self.readout),
-        )
-
-    def select(self, rows: Tensor | slice) -> Context:
-        """The context of some samples."""
-        part = self.map(lambda tensor: tensor[rows])
-        if self.first_visible is None:
-            return part
-        return replace(part, first_visible=self.first_visible[rows])
-
-    def visible_to(self, positions: slice) -> Context:
-        """What the candidates of some positions see.
-
-        That is everything up to the last of them, the first one's own observed position included.
-        """
-        last = self.offset + positions.stop
-        pairs = [(keys[:, :, :last], values[:, :, :last]) for keys, values in self.keys_values]
-        first_visible = None
-        if self.first_visible is not None:
-            first_visible = self.first_visible[:, positions]
-        return replace(
-            self,
-            keys_values=pairs,
-            offset=self.offset + positions.start,
-            anchor=None if self.anchor is None else self.anchor[:, positions],
-            readout=None if self.readout is None else self.readout[:, positions],
-            first_visible=first_visible,
-        )
-
-
-@dataclass(frozen=True)
-class ObservedStream:
-    """The observed stream on its way through the blocks.
-
-    rows (B, offset + S, D): in front of block `block`. offset: the landscape's token in front.
-    keys_values: of the predicted stream's blocks passed so far. entry (B, offset + S, D): the
-    stream where the predicted one enters, once that is passed. first_visible: see Context.
-    """
-
-    rows: Tensor
-    offset: int
-    block: int = 0
-    keys_values: tuple[tuple[Tensor, Tensor], ...] = ()
-    entry: Tensor | None = None
-    first_visible: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> ObservedStream:
-        """The same with every tensor that carries gradients replaced by the function's result."""
-        return replace(
-            self,
-            rows=function(self.rows),
-            keys_values=tuple((function(k), function(v)) for k, v in self.keys_values),
-            entry=None if self.entry is None else function(self.entry),
-        )
 
 
 class EnergyTransformer(nn.Module):
@@ -132,9 +57,11 @@ class EnergyTransformer(nn.Module):
 
     content_scale: a constant on the head's terms in the candidate (energy_head.py).
     group_size, grid: how the positions are grouped, see RotaryTable.
+    num_conditions: further rows of each observed group, see conditions.py.
     reencoded_blocks: how many blocks, the last ones, the observed stream passes again.
     workspace: its width, or None; workspace_scale: a constant on the head's term in it.
-    Raises ValueError for groups under time_embed, whose token would stand in front of the first.
+    Raises ValueError for groups of several rows under time_embed, whose token would stand in front
+    of the first.
     """
 
     head: nn.Linear | None  # of the linear term
@@ -156,15 +83,18 @@ class EnergyTransformer(nn.Module):
         reencoded_blocks: int = 0,
         workspace: int | None = None,
         workspace_scale: float = 1.0,
+        num_conditions: int = 0,
     ):
         super().__init__()
-        if group_size > 1 and config.conditioning == "time_embed":
+        context_group = group_size + num_conditions
+        if context_group > 1 and config.conditioning == "time_embed":
             raise ValueError(
-                f"model.conditioning is time_embed with groups of {group_size}: its token stands "
-                "in front of the first group and belongs to none; "
+                f"model.conditioning is time_embed with groups of {context_group}: its token "
+                "stands in front of the first group and belongs to none; "
                 "use default, adaln, adaln_zero or predicted_only"
             )
         self.group_size = group_size
+        self.num_conditions = num_conditions
         self.conditioning = config.conditioning
         self.num_landscapes = num_landscapes
         sizes = model_sizes(config)
@@ -172,7 +102,9 @@ class EnergyTransformer(nn.Module):
         self.is_anchored = config.predicted_input == "anchored"
         self.first_predicted = sizes.num_layers - sizes.predicted_layers
         self.first_reencoded = sizes.num_layers - reencoded_blocks if reencoded_blocks else 0
-        self.layers = ModuleList(Block(config, group_size) for _ in range(sizes.num_layers))
+        self.layers = ModuleList(
+            Block(config, group_size, num_conditions) for _ in range(sizes.num_layers)
+        )
         self.norm = RMSNorm(width, config.norm_epsilon)
         self.head = None
         self.content = None
@@ -186,7 +118,9 @@ class EnergyTransformer(nn.Module):
                 content_scale,
                 None if workspace is None else workspace_scale,
             )
-        self.rotary = RotaryTable(sizes.head_dimension, config.rope_theta, group_size, grid)
+        self.rotary = RotaryTable(
+            sizes.head_dimension, config.rope_theta, group_size, grid, num_conditions
+        )
         self.landscape_embedding = None
         if self.conditioning != "default":
             self.landscape_embedding = nn.Embedding(num_landscapes, width)
@@ -221,6 +155,11 @@ class EnergyTransformer(nn.Module):
                 nn.init.zeros_(linear.weight)
         if self.conditioning == "adaln_zero" and self.head is not None:
             nn.init.zeros_(self.head.weight)
+
+    @property
+    def context_group(self) -> int:
+        """Rows of a group in the observed stream."""
+        return self.group_size + self.num_conditions
 
     @property
     def shares_context(self) -> bool:
@@ -301,6 +240,7 @@ class EnergyTransformer(nn.Module):
         if workspace is not None:
             assert self.workspace_feedback is not None, "a workspace comes with its map"
             change = change + self.workspace_feedback(workspace)
+        change = with_empty_conditions(change, self.group_size, self.num_conditions)
         if stream.offset:
             change = F.pad(change, (0, 0, stream.offset, 0))
         return replace(stream, rows=stream.rows + change)
@@ -310,13 +250,36 @@ class EnergyTransformer(nn.Module):
         anchor = None
         if self.is_anchored:
             assert stream.entry is not None, "the stream has passed all blocks"
-            anchor = stream.entry[:, stream.offset :]
+            anchor = self._states_of(stream.entry[:, stream.offset :])
         readout = None
         if self.reads_output:
             assert self.content is not None
-            readout = self.content.readout(stream.rows[:, stream.offset :])
-        keys_values = list(stream.keys_values)
-        return Context(keys_values, stream.offset, anchor, readout, stream.first_visible)
+            readout = self.content.readout(self._states_of(stream.rows[:, stream.offset :]))
+        return self.context(
+            list(stream.keys_values), stream.offset, anchor, readout, stream.first_visible
+        )
+
+    def context(
+        self,
+        keys_values: list[tuple[Tensor, Tensor]],
+        offset: int,
+        anchor: Tensor | None,
+        readout: Tensor | None,
+        first_visible: Tensor | None,
+    ) -> Context:
+        """A Context of this network's groups."""
+        return Context(
+            keys_values,
+            offset,
+            anchor,
+            readout,
+            first_visible,
+            self.group_size,
+            self.context_group,
+        )
+
+    def _states_of(self, rows: Tensor) -> Tensor:
+        return states_of(rows, self.group_size, self.num_conditions)
 
     def energy(
         self,
@@ -343,7 +306,10 @@ class EnergyTransformer(nn.Module):
 
     def predicted_rotary(self, predicted: Tensor, context: Context) -> Rotary:
         """p_t stands where the real o_(t+1) would, with groups o_(t+P)."""
-        first = context.offset + self.group_size
+        if self.context_group > 1:
+            first_group = context.offset // self.context_group + 1
+            return self.rotary.of_states(first_group, predicted.shape[1], predicted)
+        first = context.offset + 1
         return self.rotary(first + predicted.shape[1], predicted).slice(first, predicted.shape[1])
 
     def energy_head(

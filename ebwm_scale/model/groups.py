@@ -17,7 +17,10 @@ def regroup(
     Raises ValueError as RotaryTable does.
     """
     table = network.rotary
-    network.rotary = RotaryTable(table.head_dimension, table.theta, group_size, grid)
+    network.rotary = RotaryTable(
+        table.head_dimension, table.theta, group_size, grid, table.num_conditions
+    )
     network.group_size = group_size
     for layer in network.layers:
         layer.attention.group_size = group_size
+        layer.attention.context_group = network.context_group

@@ -8,11 +8,13 @@
 The same formulas as training, for rows that stand at the end of their own context (see
 closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies behind is masked.
 All blocks' keys and values are kept, also where the predicted stream passes the last ones only:
-a further observed position reads them.
+a further observed position reads them. A looped baseline has keys and values of its own for each
+pass of a block.
 
 In a sequence of groups of P positions, read "group" for "position": lengths are multiples of P,
 what is appended is a group, and K candidates for the next one are K P rows, one candidate after the
-other. A row's energy depends on all rows of its candidate; gradients are those of their sum.
+other. A row's energy depends on all rows of its candidate; gradients are those of their sum. What
+is observed of a group holds its conditions too (conditions.py), P + A rows; so do lengths.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class KVCache:
         return hidden
 
     def append(self, observed: Tensor) -> Tensor | None:
-        """observed (B, P, D): the next group of every row.
+        """observed (B, P, D), with conditions (B, P + A, D): the next group of every row.
 
         Returns a baseline's hidden states (B, P, D) there. ValueError when a row is full.
         """
@@ -100,18 +102,22 @@ class LandscapeKVCache:
         self.network = network
         self.landscape = landscape
         self.group_size = network.group_size
+        self.context_group = network.context_group
         self.is_energy = isinstance(network, EnergyTransformer)
         self.offset = 0  # rows in front of the context: the landscape's token
-        self.modulations: Sequence[Modulation | None] = [None] * len(network.layers)
+        self.layers = list(network.layers)  # in the order in which they are passed
+        if isinstance(network, BaselineTransformer):
+            self.layers *= network.num_loops
+        self.modulations: Sequence[Modulation | None] = [None] * len(self.layers)
         if isinstance(network, EnergyTransformer):
             self.offset = int(network.conditioning == "time_embed")
             self.modulations, _ = network.modulations_of(landscape, predicted=False)
         self.capacity = capacity + self.offset
-        self.keys: list[Tensor] = []  # per layer (B, H_kv, capacity, d)
+        self.keys: list[Tensor] = []  # per passed layer (B, H_kv, capacity, d)
         self.values: list[Tensor] = []
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) entries of each row, with offset
         self.longest = 0  # the largest of them
-        # Of each row's last group, (B, P, D): see energy_transformer.Context.
+        # Of each row's last group, (B, P, D): see context.Context.
         self.anchor: Tensor | None = None
         self.readout: Tensor | None = None
 
@@ -122,12 +128,15 @@ class LandscapeKVCache:
             observed, _ = self.network.prepend_landscape(observed, self.landscape)
         rows = torch.arange(len(observed), device=observed.device)[:, None]
         self.lengths = lengths.to(observed.device) + self.offset
-        last_group = self._next_places() - self.group_size
+        last_group = self._next_places(self.group_size) - self.context_group
         self.longest = int(self.lengths.max())
         self.keys = []
         self.values = []
         rotary = self.network.rotary(observed.shape[1], observed)
-        for index, (layer, modulation) in enumerate(zip(self.network.layers, self.modulations)):
+        entering = observed
+        for index, (layer, modulation) in enumerate(zip(self.layers, self.modulations)):
+            if self._begins_again(index):
+                observed = observed + entering
             self._keep_anchor(index, observed[rows, last_group])
             keys, values = layer.keys_values(observed, rotary, modulation)
             self.keys.append(_with_capacity(keys, self.capacity))
@@ -150,12 +159,14 @@ class LandscapeKVCache:
             )
         x = observed
         rows = torch.arange(len(observed), device=observed.device)[:, None]
-        places = self._next_places()
-        factors = self._factors(1, x)
-        self.longest += self.group_size
-        mask = self._mask(self.lengths + self.group_size)
-        for index, (layer, modulation) in enumerate(zip(self.network.layers, self.modulations)):
-            self._keep_anchor(index, x)
+        places = self._next_places(self.context_group)
+        factors = self._factors(places, x)[:, None]
+        self.longest += self.context_group
+        mask = self._mask(self.lengths + self.context_group)
+        for index, (layer, modulation) in enumerate(zip(self.layers, self.modulations)):
+            if self._begins_again(index):
+                x = x + observed
+            self._keep_anchor(index, x[:, : self.group_size])
             q, k, v = project_heads(layer, attention_input(layer, x, modulation), factors)
             self.keys[index][rows, :, places] = k.transpose(1, 2)
             self.values[index][rows, :, places] = v.transpose(1, 2)
@@ -166,11 +177,12 @@ class LandscapeKVCache:
                     change = change * modulation.attention_gate
                 x = x + change
                 x = x + feed_forward(layer, x, modulation)[0]
-        self.lengths = self.lengths + self.group_size
+        self.lengths = self.lengths + self.context_group
+        last = x[:, : self.group_size]
         if self.is_energy:
-            self._keep_readout(x)
+            self._keep_readout(last)
             return None
-        return norm(self.network.norm, x)
+        return norm(self.network.norm, last)
 
     @torch.no_grad()
     def energy(self, embedded: Tensor, landscape: int) -> Tensor:
@@ -206,7 +218,10 @@ class LandscapeKVCache:
             raise TypeError("a baseline has no energy")
         modulations, final = network.modulations_of(landscape, predicted=True)
         num_candidates = embedded.shape[1] // self.group_size
-        factors = self._factors(num_candidates, embedded)
+        factors = self._factors(self._next_places(self.group_size), embedded)
+        if self.group_size > 1:
+            factors = factors.repeat(1, num_candidates, 1)
+        factors = factors[:, None]
         mask = self._mask(self.lengths)
         first = network.first_predicted
         readout = self._for_each(self.readout, num_candidates)
@@ -237,6 +252,10 @@ class LandscapeKVCache:
             gradient = gradient + direct
         return energy, gradient
 
+    def _begins_again(self, index: int) -> bool:
+        """Whether a further pass of a looped baseline begins here, see model/baseline.py."""
+        return index > 0 and index % len(self.network.layers) == 0
+
     def _keep_anchor(self, index: int, last: Tensor) -> None:
         """last (B, P, D): each row's last group in front of block `index`."""
         network = self.network
@@ -262,9 +281,9 @@ class LandscapeKVCache:
         """Keys and values of a layer as far as any row has them."""
         return self.keys[index][:, :, : self.longest], self.values[index][:, :, : self.longest]
 
-    def _next_places(self) -> Tensor:
-        """(B, P): where each row's next group stands."""
-        cells = torch.arange(self.group_size, device=self.lengths.device)
+    def _next_places(self, count: int) -> Tensor:
+        """(B, count): where the first so many rows of each row's next group stand."""
+        cells = torch.arange(count, device=self.lengths.device)
         return self.lengths[:, None] + cells
 
     def _for_each(self, of_group: Tensor | None, num_candidates: int) -> Tensor | None:
@@ -273,16 +292,10 @@ class LandscapeKVCache:
             return of_group
         return of_group.repeat(1, num_candidates, 1)
 
-    def _factors(self, num_candidates: int, like: Tensor) -> Tensor:
-        """Rotations of each row's next place, for all its candidates: complex (B, 1, 1, d / 2).
-
-        With groups: (B, 1, K P, d / 2).
-        """
-        table = self.network.rotary(self.capacity + 1 + self.group_size, like).factors
-        factors = torch.view_as_complex(table[self._next_places()])
-        if self.group_size > 1:
-            factors = factors.repeat(1, num_candidates, 1)
-        return factors[:, None]
+    def _factors(self, places: Tensor, like: Tensor) -> Tensor:
+        """Rotations of places (B, n): complex (B, n, d / 2)."""
+        table = self.network.rotary(self.capacity + 1 + self.context_group, like).factors
+        return torch.view_as_complex(table[places])
 
     def _mask(self, lengths: Tensor) -> Tensor | None:
         """(B, 1, 1, longest), True where a row has no entry; None where every row has all."""

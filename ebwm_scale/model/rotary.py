@@ -7,6 +7,10 @@ several coordinates, and each rotates pairs of its own (axial rotary positions):
     groups of P            (time, cell): the group's number, and the place in it
     groups on a grid       (time, row, column)
 
+Conditions stand behind the cells (model/conditions.py): condition i of a group is its cell P + i,
+on a grid the i-th of a row below the last one. So no patch has a condition's place, and each
+condition has its own.
+
 The first coordinate has the pairs that are left over. Only differences of coordinates reach an
 attention's scores. So a shift of all groups in time changes nothing.
 """
@@ -24,11 +28,14 @@ class Rotary(NamedTuple):
 
     factors: Tensor
 
-    def rotate(self, x_BHSd: Tensor) -> Tensor:
-        """x (B, H, S, d), rotated; differentiable as often as one likes."""
+    def rotate(self, x_BHSd: Tensor, *, heads_first: bool = True) -> Tensor:
+        """x (B, H, S, d), rotated; differentiable as often as one likes.
+
+        heads_first: whether the result lies so, or positions first, as projections give and take.
+        """
         if torch.compiler.is_compiling():  # the definition, for the compiler to fuse
             return _rotated(x_BHSd, self.factors)
-        return _Rotation.apply(x_BHSd, torch.view_as_complex(self.factors), True)
+        return _Rotation.apply(x_BHSd, torch.view_as_complex(self.factors), heads_first, False)
 
     def slice(self, start: int, count: int) -> Rotary:
         return Rotary(self.factors[start : start + count])
@@ -37,14 +44,14 @@ class Rotary(NamedTuple):
 class _Rotation(torch.autograd.Function):
     """Linear: its derivative of any order is the rotation by the opposite angle.
 
-    So nothing but the table is kept. The result is laid out heads first, as attention takes it,
-    that of the derivative positions first, as the projections take it.
+    So nothing but the table is kept. The result is laid out as attention takes it, heads first or
+    not, that of the derivative as the projections take it, and its derivative as attention's again.
     """
 
     @staticmethod
-    def forward(ctx, x_BHSd, factors, heads_first):
+    def forward(ctx, x_BHSd, factors, heads_first, derivative_heads_first):
         ctx.factors = factors
-        ctx.heads_first = heads_first
+        ctx.layouts = (derivative_heads_first, heads_first)
         wide = x_BHSd.to(torch.float64 if x_BHSd.dtype == torch.float64 else torch.float32)
         if wide.stride(-1) != 1:
             wide = wide.contiguous()
@@ -59,7 +66,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Rotation.apply(grad, ctx.factors.conj(), not ctx.heads_first), None, None
+        return _Rotation.apply(grad, ctx.factors.conj(), *ctx.layouts), None, None, None
 
 
 def _rotated(x_BHSd: Tensor, factors: Tensor) -> Tensor:
@@ -81,6 +88,7 @@ class RotaryTable(nn.Module):
     Kept per device in double or single precision, in single also for half-precision inputs.
 
     group_size: positions per group. grid: (rows, columns) of a group's cells, where they are one.
+    num_conditions: further positions behind each group, in the observed stream alone.
     Raises ValueError for a grid of another size, and for heads with fewer pairs than coordinates.
     """
 
@@ -90,6 +98,7 @@ class RotaryTable(nn.Module):
         theta: float,
         group_size: int = 1,
         grid: tuple[int, int] | None = None,
+        num_conditions: int = 0,
     ):
         super().__init__()
         if grid is not None and grid[0] * grid[1] != group_size:
@@ -101,6 +110,7 @@ class RotaryTable(nn.Module):
         self.theta = theta
         self.group_size = group_size
         self.grid = grid
+        self.num_conditions = num_conditions
         num_axes = len(self.coordinates(torch.zeros(1, dtype=torch.int64)))
         if head_dimension // 2 < num_axes:
             raise ValueError(
@@ -119,16 +129,34 @@ class RotaryTable(nn.Module):
             self._tables[key] = Rotary(factors.to(like.device, dtype))
         return self._tables[key].slice(0, num_positions)
 
+    def of_states(self, first_group: int, num_positions: int, like: Tensor) -> Rotary:
+        """Rotations of the states of groups from first_group on, conditions left out."""
+        num_groups = first_group + num_positions // self.group_size
+        whole = self(num_groups * self.context_group, like)
+        first = first_group * self.context_group
+        if self.num_conditions == 0:
+            return whole.slice(first, num_positions)
+        groups = whole.factors[first:].unflatten(0, (-1, self.context_group))
+        return Rotary(groups[:, : self.group_size].flatten(0, 1))
+
+    @property
+    def context_group(self) -> int:
+        """Positions of a group in the observed stream."""
+        return self.group_size + self.num_conditions
+
     def coordinates(self, positions: Tensor) -> list[Tensor]:
-        """The coordinates of positions (S,), each (S,); see the top of this file."""
-        if self.group_size == 1:
+        """The coordinates of positions (S,) of the observed stream, each (S,); see the top."""
+        if self.context_group == 1:
             return [positions]
-        time = positions // self.group_size
-        cell = positions % self.group_size
+        time = positions // self.context_group
+        cell = positions % self.context_group
         if self.grid is None:
             return [time, cell]
-        _, columns = self.grid
-        return [time, cell // columns, cell % columns]
+        rows, columns = self.grid
+        is_condition = cell >= self.group_size
+        row = torch.where(is_condition, rows, cell // columns)
+        column = torch.where(is_condition, cell - self.group_size, cell % columns)
+        return [time, row, column]
 
     def _angles(self, positions: Tensor) -> Tensor:
         """(S, d / 2) float64: every pair's angle at positions (S,)."""

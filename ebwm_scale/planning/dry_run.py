@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from ebwm_scale.config import resolved
 from ebwm_scale.config.checks import batch_arithmetic
-from ebwm_scale.config.resolved import context_length
 from ebwm_scale.config.schema import Config
 from ebwm_scale.planning.flops import model_flops, step_flops
 from ebwm_scale.planning.hardware import peak_flops_per_s
@@ -30,10 +30,10 @@ def describe(
     validation_samples, validation_tokens (or frames), vocabulary_size (or dimension),
     context_length; or None. Raises ConfigError when the batch does not divide over the processes.
     """
-    train, positions = config.train, context_length(config)
+    train, positions = config.train, resolved.context_length(config)
     micro_batch, accumulation = batch_arithmetic(train, world_size, paired=config.refinement.replay)
     tokens = train.global_batch_size * positions
-    unit = "tokens" if config.state.kind == "vocabulary" else "frames"
+    unit = resolved.unit(config)
     counts, flops = count_parameters(model), step_flops(config, samples=train.global_batch_size)
     memory = memory_estimate(config, world_size=world_size, micro_batch=micro_batch)
     total_flops = sum(flops.values())

@@ -3,9 +3,10 @@ products.
 
     step_flops(config, samples=128)["observed"]
 
-Legend: B samples, S positions, D width, K = H_kv d width of keys, F feed-forward width, L blocks,
-k of them passed by the predicted stream, V size of a state, N refinement steps, G of them with a
-graph, R = B S rows. A FLOP is half a multiply-add.
+Legend: B samples, S positions (of states; conditions are further rows of the observed stream), D
+width, K = H_kv d width of keys, F feed-forward width, L blocks, k of them passed by the predicted
+stream, V size of a state, N refinement steps, G of them with a graph, C candidates of further
+steps, R = B S rows. A FLOP is half a multiply-add.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from dataclasses import dataclass
 from ebwm_kernels.attention.ops import PRODUCTS
 from ebwm_kernels.attention.visibility import visible_pairs
 from ebwm_scale.config.resolved import (
+    context_group,
     context_length,
     group_size,
     model_sizes,
+    num_candidates,
+    num_groups,
+    num_training_losses,
     reencoded_blocks,
     state_size,
 )
@@ -66,8 +71,11 @@ class StepSizes:
     predicted_layers: int  # blocks of the predicted stream
     state: int  # V: vocabulary size, or dimension of a frame embedding
     positions: int
+    observed_positions: int  # with the conditions between them
     offset: int  # rows in front of the observed ones
     group: int  # positions that are predicted together
+    context_group: int  # with their conditions
+    condition_weights: int  # of the maps of conditions, per group and sample
     steps: int
     graph_steps: int
     first_reencoded: int  # the block where the observed stream is encoded again from, or 0
@@ -106,8 +114,12 @@ class StepSizes:
             predicted_layers=sizes.predicted_layers,
             state=state_size(config),
             positions=context_length(config),
+            observed_positions=num_groups(config) * context_group(config),
             offset=int(model.conditioning == "time_embed"),
             group=group_size(config),
+            context_group=context_group(config),
+            condition_weights=width
+            * sum(c.width for c in config.data.conditions if c.kind == "continuous"),
             steps=steps,
             graph_steps=num_graph_steps(refinement, steps),
             first_reencoded=(sizes.num_layers - reencoded_blocks(config)) * (len(again) > 0),
@@ -135,10 +147,10 @@ class StepSizes:
         """(query, key) pairs of one head of the predicted stream, own keys aside."""
         return visible_pairs(
             self.positions,
-            self.positions + self.offset,
+            self.observed_positions + self.offset,
             self.offset,
             group_size=self.group,
-            context_group=self.group,
+            context_group=self.context_group,
         )
 
     @property
@@ -189,21 +201,27 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     z = StepSizes.of(config, num_steps)
     rows = samples * z.positions
     blocks, state_product = z.layers * z.block_weights, 2.0 * rows * z.state * z.width
-    square = 2.0 * samples * z.width * (z.positions + z.offset) ** 2
+    square = 2.0 * samples * z.width * (z.observed_positions + z.offset) ** 2
     frames = {}
     if config.state.kind == "embedding":
         frames = {"state_projection": 2 * state_product}  # observed: forward, dW
+    conditions = 4.0 * samples * (z.positions // z.group) * z.condition_weights  # forward, dW
     if config.model.kind == "baseline":
         two = config.model.output == "two_linear"
         hidden_product = 2.0 * rows * z.width**2 if two else 0.0
-        return {
-            "blocks_forward": 2.0 * rows * blocks,
-            "blocks_backward": 4.0 * rows * blocks,
-            "attention": square * z.layers * (SDPA_FORWARD + SDPA_BACKWARD),
+        loops = config.model.loops
+        outputs = num_training_losses(config.model)
+        observed_rows = samples * z.observed_positions
+        parts = {
+            "blocks_forward": 2.0 * observed_rows * loops * blocks,
+            "blocks_backward": 4.0 * observed_rows * loops * blocks,
+            "attention": square * loops * z.layers * (SDPA_FORWARD + SDPA_BACKWARD),
+            "conditions": conditions,
             **frames,
             # forward, dx, dW
-            "output" if frames else "vocabulary": 3 * (state_product + hidden_product),
+            "output" if frames else "vocabulary": 3 * outputs * (state_product + hidden_product),
         }
+        return {part: value for part, value in parts.items() if value}
     N, G = z.steps, z.graph_steps
     observed = _observed_flops(z, samples)
     predicted = z.predicted_layers * z.block_weights + z.content_weights
@@ -211,6 +229,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     head = z.width if z.linear else 0
     parts = {
         "observed": observed["products"],
+        "conditions": conditions,
         "predicted_forward": 2.0 * N * (rows * (predicted + head) + modulation),
         "inner_gradient": 2.0 * N * rows * (predicted + head),
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy
@@ -229,7 +248,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     if frames:
         parts["state_projection"] = frames["state_projection"] + of_states
     else:
-        parts["vocabulary"] = of_states
+        parts["vocabulary"] = of_states + _candidate_flops(config, z, rows)
     return {part: value for part, value in parts.items() if value}
 
 
@@ -240,8 +259,8 @@ def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
     norm is computed but not used. A pass through some blocks computes the adaLN of all of them.
     """
     rows = samples * z.positions
-    observed_rows = samples * (z.positions + z.offset)
-    square = 2.0 * samples * z.width * (z.positions + z.offset) ** 2
+    observed_rows = samples * (z.observed_positions + z.offset)
+    square = 2.0 * samples * z.width * (z.observed_positions + z.offset) ** 2
     final = z.final_modulation if z.observed_modulation else 0
     behind = z.layers - z.first_reencoded
     weights = behind * z.block_weights
@@ -308,6 +327,10 @@ def _state_products(config: Config, z: StepSizes) -> int:
     """
     refinement, N, G = config.refinement, z.steps, z.graph_steps
     uniform = starts_uniform(config) and config.state.kind == "vocabulary"
+    if _further_plan(config, z):
+        first = plan_steps(refinement, range(N), training=True)[0]
+        products = 1 + 2 * first.needs_graph
+        return products if uniform else products + 1 + first.needs_graph
     if config.state.kind == "embedding" or refinement.graph == "full":
         # Plain autograd: into a step and out of it, W's gradient from both, and the way back
         # through the latter; full: through both.
@@ -341,6 +364,27 @@ def _forward_again(z: StepSizes, samples: int) -> float:
     """
     weights = z.predicted_layers * z.block_weights
     return 2.0 * samples * z.positions * weights + z.attention(samples, forward=1, inner=0)
+
+
+def _further_plan(config: Config, z: StepSizes) -> tuple[StepPlan, ...]:
+    """The steps that move candidates alone; none where all tokens move."""
+    if config.state.kind == "embedding" or num_candidates(config) is None:
+        return ()
+    return plan_steps(config.refinement, range(z.steps), training=True)[1:]
+
+
+def _candidate_flops(config: Config, z: StepSizes, rows: int) -> float:
+    """Of the steps that move candidates alone, see ebwm_kernels/vocabulary/candidates.py."""
+    products = 0
+    for step in _further_plan(config, z):
+        products += 2  # into the step and out of it
+        if step.needs_graph:
+            products += 3  # W's gradient from both, and h's
+        if step.keep_graph:
+            products += 1  # q's, which earlier steps read
+    if products == 0:
+        return 0.0
+    return 2.0 * rows * (num_candidates(config) or 0) * z.width * products
 
 
 def _recomputation(config: Config, z: StepSizes, samples: int) -> float:

@@ -8,6 +8,7 @@ from torch import nn
 PARAMETER_PARTS = {
     "token_embedding": "token_embedding",
     "frame_projection": "frame_projection",
+    "condition_embeddings": "condition_embeddings",
     "state_map": "state_map",
     "network.layers": "blocks",
     "network.landscape_embedding": "conditioning",

@@ -36,12 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_scale.model.blocks import Block, Modulation
-from ebwm_scale.model.energy_transformer import (
-    Context,
-    EnergyTransformer,
-    ObservedStream,
-    entering,
-)
+from ebwm_scale.model.context import Context, ObservedStream
+from ebwm_scale.model.energy_transformer import EnergyTransformer, entering
 from ebwm_scale.model.rotary import Rotary
 from ebwm_scale.refinement.deferred_backward import leaf_of
 

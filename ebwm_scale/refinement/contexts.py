@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ebwm_scale.model.energy_transformer import Context, EnergyTransformer, ObservedStream
+from ebwm_scale.model.context import Context, ObservedStream
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.refinement import block_recompute
 from ebwm_scale.refinement.deferred_backward import DeferredBackward
 from ebwm_scale.refinement.step_plan import StepPlan

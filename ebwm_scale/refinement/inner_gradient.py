@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ebwm_scale.config.schema import RefinementConfig
-from ebwm_scale.model.energy_transformer import Context, EnergyTransformer
+from ebwm_scale.model.context import Context
+from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.refinement import block_recompute
 
 
@@ -123,7 +124,7 @@ def _gradient_inside(
     So what is compiled is differentiated once, which is all that torch.compile supports.
     """
     pairs = list(zip(keys_values[::2], keys_values[1::2]))
-    context = Context(pairs, offset, anchor, readout, first_visible)
+    context = network.context(pairs, offset, anchor, readout, first_visible)
     energy = network.energy(candidates, context.visible_to(slice(start, stop)), landscape)
     (gradient,) = torch.autograd.grad(energy.sum(), candidates, create_graph=True)
     return energy, gradient

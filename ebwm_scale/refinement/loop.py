@@ -22,6 +22,9 @@ w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 With `refinement.damping` later steps are shorter, alpha / i^p of step i = 1, 2, .., beta too.
 With `refinement.decay` a step starts from a share of x and z (decay.py).
 
+With `refinement.candidates` the steps after the first move the most probable tokens alone
+(model/candidates.py).
+
 With `refinement.reencode` a further step's context is the observed stream encoded again with the
 predictions added, o_t + U e_t. The inner gradient does not go through it, the loss's does.
 
@@ -41,6 +44,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config.schema import RefinementConfig
+from ebwm_scale.model.candidates import CandidateState, whole_state, with_noise
 from ebwm_scale.model.states import EmbeddedState, EmbeddingState, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.contexts import ContextCache
@@ -103,6 +107,7 @@ def refine(
 ) -> RefinementResult:
     """Refine one candidate per position of the observed embeddings (B, S, D).
 
+    With conditions among the embeddings, (B, T (P + A), D): per position of its groups' states.
     targets: token ids (B, S) or embeddings (B, S, size), or None (inference).
     landscapes: one landscape index per step. keep_state: return the final state, in this dtype.
     record: called after every step with the whole batch, which is then one tile.
@@ -112,7 +117,9 @@ def refine(
     In training, gradients are computed in here; `loss.backward()` only hands them out. They are
     exact for every combination of graph, loss and update, and can be handed out once.
     """
-    num_samples, num_positions = observed.shape[:2]
+    network = world_model.network
+    num_samples = observed.shape[0]
+    num_positions = observed.shape[1] // network.context_group * network.group_size
     with_backward = training and targets is not None and torch.is_grad_enabled()
     plan = plan_steps(
         config,
@@ -223,7 +230,7 @@ class RefinementLoop:
         """The final state (b, s, size) of a tile, if it is kept."""
         targets = None if self.targets is None else self.targets.slice(samples, positions)
         step_size_factor = noise.step_size_factor()
-        state: Tensor | None = None
+        state: Tensor | CandidateState | None = None
         embedded: EmbeddedState | None = None
         z = None if self.workspace is None else noise.initial_workspace()
         shape = (samples.stop - samples.start, positions.stop - positions.start)
@@ -235,7 +242,7 @@ class RefinementLoop:
                 state = noise.initial_state()
             if langevin is not None:
                 assert state is not None, "the plan keeps every state under Langevin noise"
-                state = state + langevin
+                state = with_noise(state, langevin)
 
             with torch.set_grad_enabled(step.needs_graph):
                 if starts_at_zero:
@@ -281,10 +288,9 @@ class RefinementLoop:
             self._add_up(step, energy, loss)
             if self.record is not None:
                 assert state is not None, "the plan keeps every state for a record"
-                self.record(
-                    StepRecord(energy.detach(), energy_grad.detach(), state.detach().clone())
-                )
-        return state
+                whole = whole_state(state).detach().clone()
+                self.record(StepRecord(energy.detach(), energy_grad.detach(), whole))
+        return None if state is None else whole_state(state)
 
     def _add_up(self, step: StepPlan, energy: Tensor, loss: Tensor | None) -> None:
         _add_at(self.energies, step.index, energy.detach().sum())

@@ -35,6 +35,8 @@ class StepPlan:
     is differentiated.
     ends_graph: what is pending is back-propagated after this step, since the next one reads neither
     its graph nor its encoded context.
+    chooses_candidates: after it, further steps move the most probable tokens alone
+    (`refinement.candidates`). keep_whole: with candidates, all tokens of a state will be asked for.
     """
 
     index: int
@@ -49,6 +51,8 @@ class StepPlan:
     encoded_before: int = 0
     encodes_with_graph: bool = False
     ends_graph: bool = True
+    chooses_candidates: bool = False
+    keep_whole: bool = False
 
     @property
     def encodes_again(self) -> bool:
@@ -65,6 +69,7 @@ INFERENCE_STEP = StepPlan(
     keep_graph=False,
     keep_state=True,
     loss_weight=0.0,
+    keep_whole=True,
 )
 
 
@@ -107,6 +112,8 @@ def plan_steps(
                 encoded_before=encoded_before[i],
                 encodes_with_graph=any(needs_graph[j] for j in readers),
                 ends_graph=is_last or not (keep_graph or shares_context),
+                chooses_candidates=config.candidates is not None and i == 0 and not is_last,
+                keep_whole=keep_last_state or keep_every_state,
             )
         )
     return tuple(plan)

@@ -34,11 +34,13 @@ NUMBERS = (
     "step_time_s",
     "tokens_per_s",
     "frames_per_s",
+    "patches_per_s",
     "model_tflops",
     "mfu",
     "peak_memory_gib",
     "tokens_seen",
     "frames_seen",
+    "patches_seen",
 )
 VALIDATION = (  # what is kept of a validation row, beside its step and losses
     "initial_loss",
@@ -48,6 +50,7 @@ VALIDATION = (  # what is kept of a validation row, beside its step and losses
     "linear_extrapolation_loss",
     "num_tokens",
     "num_frames",
+    "num_patches",
 )
 _TRAINING, _VALIDATION = 1, 2
 

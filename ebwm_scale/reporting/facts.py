@@ -28,8 +28,10 @@ MEDIANS = (
     ("Median step time", "step_time_s", "s"),
     ("Median throughput", "tokens_per_s", "tokens per second"),
     ("Median throughput", "frames_per_s", "frames per second"),
+    ("Median throughput", "patches_per_s", "patches per second"),
     ("Model compute", "model_tflops", "TFLOP/s"),
 )
+UNITS = ("tokens", "frames", "patches")  # what is counted
 NO_MFU = "not measured (no accelerator, or its peak is not known)"
 Facts = list[tuple[str, Any]]
 
@@ -70,6 +72,8 @@ def _of_model(run: Run) -> Facts:
     facts: Facts = [("Model", _settings(run, "model", MODEL_KEYS))]
     for name, count in parameters_of(run).items():
         facts.append((f"Parameters, {name.replace('_', ' ')}", f"{count:,}"))
+    if run.is_looped:
+        facts.append(("Loops", str(run.setting("model", "loops"))))
     if run.refines:
         facts.append(("Refinement", _settings(run, "refinement", REFINEMENT_KEYS)))
     return facts
@@ -88,7 +92,7 @@ def _of_data(run: Run) -> Facts:
 
 def _of_training(run: Run) -> Facts:
     facts: Facts = []
-    for unit in ("tokens", "frames"):
+    for unit in UNITS:
         seen = run.training.curves.get(f"{unit}_seen")
         if seen is not None and seen.num_finite:
             facts.append(("Seen in training", f"{int(seen.last):,} {unit}"))
@@ -109,7 +113,7 @@ def _of_validation(run: Run) -> Facts:
     best = run.validated.best
     if best is not None:
         facts.append(("Lowest validation loss", f"{show(best['loss'])} at step {best['step']:,}"))
-    for unit in ("tokens", "frames"):
+    for unit in UNITS:
         count = number(run.validation[-1].get(f"num_{unit}"))
         if math.isfinite(count):
             facts.append(("Validation", f"{int(count):,} {unit}"))

@@ -5,6 +5,7 @@ Predicted frames have a coloured border.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,48 @@ def write_continuation(
         {".png": _sheet, ".gif": _gif, ".mp4": _mp4}[path.suffix.lower()](path, frames, interval_s)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def write_rollout(
+    path: Path,
+    truth: np.ndarray,
+    futures: Sequence[np.ndarray],
+    num_context: int,
+    *,
+    interval_s: float,
+) -> None:
+    """What was (F, height, width, 3) above imagined futures (F - num_context, ...) of it, uint8.
+
+    .png: a row each, time to the right; .gif and .mp4: one above the other, moving. Imagined frames
+    have the border. Raises UserError.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: unknown kind of file; use {', '.join(SUFFIXES)}")
+    rows = [[enlarged(frame) for frame in truth]]
+    for future in futures:
+        seen = rows[0][:num_context]
+        rows.append([*seen, *(bordered(enlarged(frame)) for frame in future)])
+    try:
+        if path.suffix.lower() == ".png":
+            _grid(path, rows)
+            return
+        moments = [np.concatenate(moment) for moment in zip(*rows)]
+        {".gif": _gif, ".mp4": _mp4}[path.suffix.lower()](path, moments, interval_s)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _grid(path: Path, rows: Sequence[Sequence[np.ndarray]]) -> None:
+    from PIL import Image
+
+    height, width = rows[0][0].shape[:2]
+    columns = len(rows[0])
+    sheet = np.full((len(rows) * (height + 4), columns * (width + 4), 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, frame in enumerate(row):
+            top, left = i * (height + 4) + 2, j * (width + 4) + 2
+            sheet[top : top + height, left : left + width] = frame
+    Image.fromarray(sheet).save(path)
 
 
 def enlarged(frame: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ from ebwm_scale.reporting.axes import (
     markers,
 )
 from ebwm_scale.reporting.curves import Curve, number, of_refinement_step, series, thin_by_stride
+from ebwm_scale.reporting.facts import UNITS
 from ebwm_scale.reporting.numbers import show, show_change
 from ebwm_scale.reporting.style import LIGHT, NARROW, STYLE, TALL, WIDE
 from ebwm_scale.reporting.svg import figure_as_svg
@@ -90,7 +91,7 @@ def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
         x, y = thin_by_stride(*of_refinement_step(run.validation, index))
         if not np.isfinite(y).any():
             continue
-        label = f"after step {index + 1}" if run.refines else run.label
+        label = run.curve_label(index, count)
         axes.plot(x, y, label=label, **curve_style(index, count), **markers(x))
         shown.append(y)
     references = []
@@ -199,7 +200,7 @@ def draw_training_loss(axes: Axes, run: Run, baseline: Run | None) -> str | None
             axes.fill_between(
                 x, curve.low, curve.high, color=LIGHT["curve5"], alpha=0.15, linewidth=0
             )
-        label = f"after step {index + 1}" if run.refines else run.label
+        label = run.curve_label(index, len(curves))
         style = curve_style(index, len(curves))
         axes.plot(x, curve.mean, label=label, **style, **markers(x, few=8))
         shown.append(curve.mean)
@@ -317,9 +318,9 @@ def draw_learning_rate(axes: Axes, run: Run, baseline: Run | None) -> str | None
 
 
 def draw_throughput(axes: Axes, run: Run, baseline: Run | None) -> str | None:
-    unit, curve = "tokens", _curve(run, "tokens_per_s")
-    if curve is None:
-        unit, curve = "frames", _curve(run, "frames_per_s")
+    known = {unit: _curve(run, f"{unit}_per_s") for unit in UNITS}
+    unit = next((unit for unit, curve in known.items() if curve is not None), UNITS[0])
+    curve = known[unit]
     if curve is None:
         return None
     _single(axes, run, curve, f"{unit} per second")

@@ -16,6 +16,7 @@ import torch
 
 from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
+from ebwm_scale.model.conditions import example_conditions
 from ebwm_scale.planning.dry_run import describe
 from ebwm_scale.planning.flops import step_flops
 from ebwm_scale.refinement.noise import NoiseSource
@@ -108,12 +109,14 @@ def measure_step(config: Config, micro_batch: int, say: Callable[[str], None]) -
         states = torch.randint(resolved.vocabulary_size(config), shape, device=device)
     else:
         states = torch.randn(*shape, resolved.state_dimension(config), device=device)
+    conditions = example_conditions(config.data.conditions, part.samples, positions // size)
     seconds = float("inf")
     for _ in range(2):  # the first one warms up
         start = time.perf_counter()
         output = model(
             states[:, :-size],
             states[:, size:],
+            conditions=conditions,
             sample_ids=torch.arange(part.samples),
             source=NoiseSource(0, 0),
         )

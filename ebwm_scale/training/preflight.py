@@ -25,7 +25,7 @@ from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_la
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config import resolved
 from ebwm_scale.config.checks import batch_arithmetic, group_problems
-from ebwm_scale.config.schema import Config
+from ebwm_scale.config.schema import ConditionConfig, Config
 from ebwm_scale.core.errors import ConfigError, UserError
 from ebwm_scale.core.ownership import Ownership
 from ebwm_scale.core.plain_text import shorten
@@ -136,7 +136,7 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str]:
     """What computes the attention of each stream; ConfigError if the backend asked for cannot."""
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     try:
-        is_masked = config.data.mask_documents or resolved.group_size(config) > 1
+        is_masked = config.data.mask_documents or resolved.context_group(config) > 1
         return attention_paths(config.model, device, precision, is_masked=is_masked)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -223,6 +223,13 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
             f"{len(train):,} samples: lower train.max_steps, or name a larger dataset"
         )
         check.warnings.append(("data", warning))
+    few, size = config.refinement.candidates, resolved.state_size(config)
+    if few is not None and few >= size:
+        warning = (
+            f"refinement.candidates is {few}, the vocabulary has {size} tokens: all of them move "
+            "in every step; give fewer, or leave the key out"
+        )
+        check.warnings.append(("refinement", warning))
 
 
 def check_groups(config: Config) -> None:
@@ -311,6 +318,7 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
             tokenizer_sha256=tokenizer_sha256,
             eos_id=eos_id,
             scored_share=manifest.scored_share,
+            conditions=_conditions_of(config, manifest),
             **groups,
         ),
     )
@@ -333,6 +341,37 @@ def _groups_of(config: Config, manifest: Manifest) -> dict[str, Any]:
                 "the key out"
             )
     return found
+
+
+def _conditions_of(config: Config, manifest: Manifest) -> tuple[ConditionConfig, ...]:
+    """What the dataset's frames are conditioned on; ConfigError where the configuration says
+    otherwise.
+    """
+    found = tuple(
+        ConditionConfig(
+            name=condition.name,
+            kind="discrete" if condition.is_discrete else "continuous",
+            width=condition.width,
+            num_values=condition.num_values or None,
+        )
+        for condition in manifest.content.conditions
+    )
+    given = config.data.conditions
+    if given not in ((), found):
+        raise ConfigError(
+            f"data.conditions are {_named(given)}, the dataset {manifest.path} has "
+            f"{_named(found)}; leave the key out"
+        )
+    return found
+
+
+def _named(conditions: tuple[ConditionConfig, ...]) -> str:
+    """A few words on conditions."""
+    words = []
+    for condition in conditions:
+        values = f" of {condition.num_values} values" if condition.num_values else ""
+        words.append(f"{condition.name} ({condition.kind}, width {condition.width}{values})")
+    return ", ".join(words) or "none"
 
 
 def _eos_id(given: int | None, manifest: Manifest) -> int | None:

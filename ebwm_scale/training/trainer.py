@@ -26,7 +26,7 @@ from ebwm_scale.core.errors import (
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.shards import ShardedSplit
-from ebwm_scale.data.loading.batches import BatchLoader, DataState
+from ebwm_scale.data.loading.batches import Batch, BatchLoader, DataState
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.loading.quarantine import BadSample, Quarantine
@@ -256,21 +256,21 @@ class Trainer:
         rate = self.engine.set_learning_rates(self.step)
         total: torch.Tensor | None = None
         norm: torch.Tensor | float | None = None
-        final: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+        final: list[tuple[Batch, torch.Tensor | None]] = []
         samples: list[int] = []
         num_steps = 0
         for index in range(self.loader.micro_batches_per_step):
             if index and self._stop_requested():
                 return None
             batch = next(self.loader)
-            sequences = batch.sequences
             restart = None
             if self.replay is not None:
-                sequences, restart = self.replay.restart(sequences, batch.positions, source)
-            observed, targets = self.observe(sequences)
+                batch, restart = self.replay.restart(batch, source)
+            observed, targets = self.observe(batch.sequences)
             output = self.engine.forward(
                 observed,
                 targets,
+                conditions=self.observe.conditions(batch.conditions),
                 sample_ids=batch.sample_ids,
                 source=source,
                 num_steps=point.num_steps,
@@ -282,7 +282,7 @@ class Trainer:
             self.watchdog.heartbeat(f"step {self.step}, its backward pass")
             self.engine.backward(output.loss if fault is None else output.loss * float("nan"))
             norm = self.engine.step()
-            final.append((sequences, batch.positions, output.state))
+            final.append((batch, output.state))
             samples += batch.sample_ids.tolist()
             parts = [output.loss.detach()[None], output.loss_per_step]
             if output.energy_per_step is not None:
@@ -297,9 +297,9 @@ class Trainer:
         means = total / self.loader.micro_batches_per_step
         result = StepResult(means, num_steps, float(norm), rate, samples)
         if self.replay is not None and result.applied:
-            for sequences, positions, states in final:
+            for batch, states in final:
                 assert states is not None, "they were asked for"
-                self.replay.store(sequences, positions, states)
+                self.replay.store(batch, states)
         return result
 
     def record_skipped_step(self, result: StepResult) -> bool:

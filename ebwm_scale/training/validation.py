@@ -20,6 +20,7 @@ from ebwm_scale.data.loading.batches import validation_batches
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.loading.quarantine import BadSample
+from ebwm_scale.model.conditions import example_conditions
 from ebwm_scale.refinement.noise import EVALUATION_STEP, NoiseSource
 from ebwm_scale.world_model import WorldModel
 
@@ -38,10 +39,11 @@ def validate(
     stop_requested: Callable[[], bool] = lambda: False,
     found: list[BadSample] | None = None,
 ) -> dict[str, Any] | None:
-    """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N],
-    initial_loss, energy_per_step; for text the perplexity and the unigram entropy, for video the
-    same loss of two predictors that learn nothing: copying the last frame (persistence_loss), and
-    going on in a straight line from the last two (linear_extrapolation_loss).
+    """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N], of a
+    looped baseline after each loop, initial_loss, energy_per_step; for text the perplexity and the
+    unigram entropy, for video the same loss of two predictors that learn nothing: copying the last
+    frame (persistence_loss), and going on in a straight line from the last two
+    (linear_extrapolation_loss).
 
     stop_requested is asked before every batch, by all ranks together; once it says so, nothing more
     is computed and the result is None. found: damaged samples are added to it.
@@ -75,10 +77,11 @@ def validate(
                 return None
             if index >= len(batches):
                 if config.deepspeed.zero_stage == 3:
-                    observed, targets = _nothing(config, context_length, world.device)
+                    observed, targets, conditions = _nothing(config, context_length, world.device)
                     model(
                         observed,
                         targets,
+                        conditions=conditions,
                         sample_ids=torch.zeros(1, dtype=torch.int64),
                         source=source,
                         step_size_scale=step_size_scale,
@@ -89,6 +92,7 @@ def validate(
             output = model(
                 observed,
                 targets,
+                conditions=observe.conditions(batch.conditions),
                 sample_ids=batch.sample_ids,
                 source=source,
                 step_size_scale=step_size_scale,
@@ -104,14 +108,15 @@ def validate(
             if output.initial_loss is not None:
                 parts.append(output.initial_loss.detach().double() * scale)
             if not is_text:
-                parts += [loss.double() * scale for loss in untrained_losses(observed, targets)]
+                untrained = untrained_losses(observed, targets, observe.group_size)
+                parts += [loss.double() * scale for loss in untrained]
             values = torch.cat([part.reshape(-1) for part in parts])
             values = torch.cat([values, values.new_tensor([counted, num_positions])])
             sums = values if sums is None else sums + values
     finally:
         model.train(was_training)
-    num_steps = config.refinement.num_steps if energy else 1
-    size = (2 * num_steps + 1 if energy else 1) + (0 if is_text else 2)
+    num_steps = resolved.num_predictions(config)
+    size = (2 * num_steps + 1 if energy else num_steps) + (0 if is_text else 2)
     total = (
         torch.zeros(size + 2, dtype=torch.float64, device=world.device) if sums is None else sums
     )
@@ -136,15 +141,18 @@ def validate(
     return row | {
         "persistence_loss": means[-2],
         "linear_extrapolation_loss": means[-1],
-        "num_frames": int(counted),
+        f"num_{resolved.unit(config)}": int(counted),
     }
 
 
-def untrained_losses(observed: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+def untrained_losses(
+    observed: torch.Tensor, targets: torch.Tensor, group_size: int
+) -> list[torch.Tensor]:
     """Mean SmoothL1 of o_t, and of 2 o_t - o_(t-1), as predictions of the next state; the first
-    position has only one frame to copy.
+    frame has only itself to copy. group_size: states of a frame.
     """
-    straight = torch.cat([observed[:, :1], 2 * observed[:, 1:] - observed[:, :-1]], 1)
+    first, before, after = observed[:, :group_size], observed[:, :-group_size], observed
+    straight = torch.cat([first, 2 * after[:, group_size:] - before], 1)
     return [F.smooth_l1_loss(guess, targets, beta=1.0) for guess in (observed, straight)]
 
 
@@ -160,9 +168,10 @@ def unigram_entropy(split: ShardedSplit | MixedSplit) -> float:
 
 def _nothing(
     config: Config, context_length: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None]:
     if config.state.kind == "vocabulary":
         observed = torch.zeros(1, context_length, dtype=torch.int64, device=device)
     else:
         observed = torch.zeros(1, context_length, resolved.state_dimension(config), device=device)
-    return observed, observed
+    num_groups = context_length // resolved.group_size(config)
+    return observed, observed, example_conditions(config.data.conditions, 1, num_groups)

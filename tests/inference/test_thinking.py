@@ -90,6 +90,23 @@ CASES = {
         "state": {"workspace": 5},
         "refinement": {"num_steps": 3, "decay": 0.3, "damping": 0.5, "update": "mirror"},
     },
+    "candidates": TEXT
+    | {
+        "refinement": {"candidates": 5, "num_steps": 3, "update": "mirror"},
+        "state": {"initial": "zeros"},
+    },
+    "candidates, damping": TEXT
+    | {
+        "refinement": {"candidates": 5, "num_steps": 3, "update": "mirror", "damping": 1.0},
+        "state": {"initial": "zeros"},
+    },
+    "candidates, logits": TEXT
+    | {"refinement": {"candidates": 5, "num_steps": 3, "update": "logits"}},
+    "candidates, workspace, encoded again": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear", "context"]},
+        "state": {"workspace": 5},
+        "refinement": {"candidates": 5, "reencode": "all", "num_steps": 3},
+    },
     "video": VIDEO,
     "video, decay": VIDEO | {"refinement": {"decay": 0.3, "num_steps": 3}},
     "video, encoded again": VIDEO | {"refinement": {"reencode": 1}},

@@ -11,6 +11,7 @@ from ebwm_kernels.attention import ops as attention_ops
 from ebwm_kernels.attention import row_blocks as attention_blocks
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.model.conditions import example_conditions
 from ebwm_scale.planning.dry_run import describe
 from ebwm_scale.planning.flops import model_flops, step_flops
 from ebwm_scale.planning.hardware import peak_flops_per_s
@@ -21,6 +22,10 @@ from ebwm_scale.world_model import WorldModel
 
 SAMPLES, FRAME = 2, 7
 FRAMES = {"kind": "embedding", "dimension": FRAME}
+CONDITIONS = [
+    {"name": "action", "kind": "continuous", "width": 2},
+    {"name": "button", "kind": "discrete", "num_values": 3},
+]
 
 
 def configuration(
@@ -63,6 +68,8 @@ def training_step(config, mode, **options):
         if config.state.kind == "embedding"
         else torch.randint(config.model.vocabulary_size, shape)
     )
+    num_groups = config.data.context_length // size
+    conditions = example_conditions(config.data.conditions, shape[0], num_groups)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with mode:
@@ -71,6 +78,7 @@ def training_step(config, mode, **options):
         model(
             stream[:, :-size],
             stream[:, size:],
+            conditions=conditions,
             sample_ids=torch.arange(shape[0]),
             source=NoiseSource(3, 0),
             **options,
@@ -118,6 +126,13 @@ class Counted(Inside):
         )
         if name in ("mm", "addmm", "addmm_"):
             self.flops["products"] += 2 * tensors[-2].numel() * tensors[-1].shape[1]
+        elif name.startswith("_embedding_bag"):
+            if "per_sample_weights" in name:  # of each weight, the product of two rows
+                gradient, _, ids = tensors[:3]
+                self.flops["products"] += 2 * ids.numel() * gradient.shape[1]
+            else:
+                vectors, ids = tensors[:2]
+                self.flops["products"] += 2 * ids.numel() * vectors.shape[1]
         elif name in ("bmm", "baddbmm", "baddbmm_"):
             left, right = tensors[-2:]
             self.flops["predicted"] += 2 * left.numel() * right.shape[2]
@@ -325,6 +340,29 @@ FLOP_CASES = {
         "state": {"initial": "zeros"},
         "refinement": {"update": "mirror", "graph": "full", "loss": "last"},
     },
+    "candidates": {"refinement": {"candidates": 4, "num_steps": 3}},
+    "candidates from zeros": {
+        "state": {"initial": "zeros", "map_scale": 3.0},
+        "refinement": {"candidates": 4, "num_steps": 3, "update": "mirror"},
+    },
+    "candidates, full": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 4, "num_steps": 3, "graph": "full", "loss": "last"},
+    },
+    "candidates, full, logits from noise": {
+        "refinement": {"candidates": 3, "graph": "full", "update": "logits", "state_clamp": 3.0},
+    },
+    "candidates, truncate": {
+        "refinement": {"candidates": 4, "num_steps": 3, "graph": "truncate", "loss": "last"},
+    },
+    "candidates, weights": {
+        "refinement": {"candidates": 4, "num_steps": 3, "loss_weights": [0, 1, 2]},
+    },
+    "candidates, encoded again, block recomputed": {
+        "refinement": {"candidates": 4, "reencode": "all", "recompute": "block"},
+    },
+    "more candidates than tokens": {"refinement": {"candidates": 11, "num_steps": 3}},
+    "candidates of groups": {"data": {"group_size": 3}, "refinement": {"candidates": 4}},
     "groups": {"data": {"group_size": 3}, "model": {"num_kv_heads": 2}},
     "groups, block recomputed": {
         "data": {"group_size": 3},
@@ -332,6 +370,18 @@ FLOP_CASES = {
         "refinement": {"recompute": "block"},
     },
     "baseline of groups": {"data": {"group_size": 3}, "model": {"kind": "baseline"}},
+    "world": {"state": FRAMES, "data": {"group_size": 3, "conditions": CONDITIONS}},
+    "world, block recomputed, encoded again": {
+        "state": FRAMES,
+        "data": {"group_size": 3, "conditions": CONDITIONS},
+        "model": {"energy_head": ["bilinear", "context"]},
+        "refinement": {"recompute": "block", "reencode": 1},
+    },
+    "baseline of a world": {
+        "state": FRAMES,
+        "data": {"group_size": 3, "conditions": CONDITIONS},
+        "model": {"kind": "baseline", "predicts": "change"},
+    },
     "frames": {"state": FRAMES, "refinement": {"num_steps": 3}},
     "frames, full": {
         "state": FRAMES | {"initial": "most_recent"},
@@ -343,6 +393,19 @@ FLOP_CASES = {
         "model": {"conditioning": "time_embed"},
     },
     "baseline": {"model": {"kind": "baseline", "num_kv_heads": 1}},
+    "looped": {"model": {"kind": "baseline", "loops": 3}},
+    "looped, every loop scored": {
+        "model": {"kind": "baseline", "loops": 3, "loop_loss": "every"},
+    },
+    "looped, frames, every loop scored": {
+        "model": {
+            "kind": "baseline",
+            "loops": 2,
+            "loop_loss": "every",
+            "output": "two_linear",
+        },
+        "state": FRAMES,
+    },
     "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
     "released baseline of frames": {
         "model": {"kind": "baseline", "output": "two_linear"},
@@ -412,6 +475,12 @@ MEMORY_CASES = {
     },
     "text, mirror": {"refinement": {"update": "mirror", "num_steps": 3}},
     "groups": {"data": {"group_size": 16}, "refinement": {"num_steps": 3}},
+    "world": {"data": {"group_size": 4, "conditions": CONDITIONS}, "state": FRAMES},
+    "baseline of a world": {
+        "data": {"group_size": 4, "conditions": CONDITIONS},
+        "state": FRAMES,
+        "model": {"kind": "baseline", "predicts": "change"},
+    },
     "text, full": {"refinement": {"graph": "full"}},
     "text, shallow with all terms": {
         "model": {
@@ -437,6 +506,18 @@ MEMORY_CASES = {
     "text, one mirror step from zeros": {
         "state": {"initial": "zeros"},
         "refinement": {"update": "mirror", "num_steps": 1},
+    },
+    "text, candidates": {"refinement": {"candidates": 64, "num_steps": 3}},
+    "text, candidates from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 200, "num_steps": 3, "update": "mirror"},
+    },
+    "text, candidates, full": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 64, "num_steps": 3, "update": "mirror", "graph": "full"},
+    },
+    "text, candidates of logits from noise, full": {
+        "refinement": {"candidates": 64, "update": "logits", "graph": "full"},
     },
     "text, encoded again": {
         "refinement": {"reencode": "all", "num_steps": 3},
@@ -493,6 +574,10 @@ MEMORY_CASES = {
     },
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},
     "baseline": {"model": {"kind": "baseline"}},
+    "looped": {"model": {"kind": "baseline", "loops": 3}},
+    "looped, every loop scored": {
+        "model": {"kind": "baseline", "loops": 3, "loop_loss": "every"},
+    },
     "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
     "released baseline of frames": {
         "model": {"kind": "baseline", "output": "two_linear"},
@@ -511,7 +596,8 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
     measured = training_step(config, Live()).peak / 2**30
     # A shallow stream's lower blocks get their gradients when the states are gone: parts whose
     # peaks lie further apart are added up.
-    tolerance = 0.2 if "text, shallow" in case else 0.12
+    # Of frames this small the estimate is 14 % low; with conditions between them as well.
+    tolerance = 0.2 if case.startswith(("text, shallow", "world")) else 0.12
     assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=tolerance)
 
 

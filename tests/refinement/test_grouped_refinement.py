@@ -123,7 +123,7 @@ def defined_energy(model, candidate, observed, landscape, fed=None, workspace=No
 
     fed, workspace: as in test_refinement.reference_energy.
     """
-    network, settings, refinement = model.network, model.config.model, model.config.refinement
+    network, settings = model.network, model.config.model
     of_observed, _ = network.modulations_of(landscape, predicted=False)
     of_predicted, final = network.modulations_of(landscape, predicted=True)
     first = settings.num_layers - settings.predicted_layers
@@ -144,6 +144,12 @@ def defined_energy(model, candidate, observed, landscape, fed=None, workspace=No
     n = network.norm(p)
     if final is not None:
         n = n * (1 + final[1]) + final[0]
+    return energy_of_terms(model, n, candidate, o, workspace)
+
+
+def energy_of_terms(model, n, candidate, o, workspace):
+    """The head's terms; o: the observed stream behind the last block, at the candidates' places."""
+    network, settings, refinement = model.network, model.config.model, model.config.refinement
     energy = torch.zeros(n.shape[:2], dtype=n.dtype)
     units = 1 / (refinement.step_size * model.config.state.map_scale)
     if "linear" in settings.energy_head:

@@ -49,13 +49,14 @@ def test_two_processes_train_the_reference_at_every_stage(recipe):
     assert all((row["numbers_resident_between_steps"] == 0) == (row["stage"] == 3) for row in rows)
 
 
-def test_heads_shallow_streams_and_workspaces_train_the_reference_at_stages_1_and_3():
+def test_heads_shallow_streams_workspaces_and_candidates_train_the_reference_at_stages_1_and_3():
     code, rows = checked(
         "--processes",
         "2",
         "--recipe",
         "shallow",
         "workspace",
+        "candidates",
         "--precision",
         "fp32",
         "--stages",
@@ -64,13 +65,20 @@ def test_heads_shallow_streams_and_workspaces_train_the_reference_at_stages_1_an
         "--checkpoint",
         "block",
     )
-    assert code == 0 and len(rows) == 4, rows
+    assert code == 0 and len(rows) == 6, rows
 
 
-def test_groups_train_the_reference_without_and_with_partitioned_parameters():
-    options = ["--recipe", "groups", "--precision", "fp32", "--stages", "1", "3"]
+def test_looped_blocks_train_the_reference_without_and_with_partitioned_parameters():
+    options = ["--recipe", "looped", "--precision", "fp32", "--stages", "0", "2", "3"]
+    code, rows = checked("--processes", "2", *options, "--checkpoint", "none")
+    assert code == 0 and len(rows) == 3, rows
+
+
+def test_groups_and_worlds_train_the_reference_without_and_with_partitioned_parameters():
+    """A world: frames of patches, with an action of numbers and one of buttons behind each."""
+    options = ["--recipe", "groups", "world", "--precision", "fp32", "--stages", "1", "3"]
     code, rows = checked("--processes", "2", *options, "--checkpoint", "block")
-    assert code == 0 and len(rows) == 2, rows
+    assert code == 0 and len(rows) == 4, rows
 
 
 def test_accumulated_micro_batches_train_the_same_at_every_stage():

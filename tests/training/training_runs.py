@@ -210,6 +210,7 @@ class Runs:
             "step_time_s",
             "tokens_per_s",
             "frames_per_s",
+            "patches_per_s",
             "model_tflops",
             "mfu",
             "peak_memory_gib",

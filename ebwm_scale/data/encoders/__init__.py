@@ -2,6 +2,7 @@
 
     name          an embedding is                                        weights            frames
     pca           whitened principal components of each patch            fitted, see below  yes
+    raw           the pixels of each patch, from 0 to 1                  none               yes
     sd-vae        the latent mean of a Stable Diffusion VAE (diffusers)  a local folder     yes
     transformers  the pooled or class token of a vision backbone         a local folder     no
     timm          the pooled features of a timm model                    a local file       no
@@ -10,6 +11,10 @@
 
 pca is fitted on the training frames, and its embeddings stand patch after patch. A vision backbone
 is, for example, DINOv2.
+
+Asked for patches, an encoder gives a grid of embeddings instead of one, P = rows * columns of them,
+row by row: pca and raw those of each patch, sd-vae squares of its latent, backbones their patch
+tokens, efficientnet the cells of its grid.
 
 An encoder holds no statistics: those are the dataset's (data/encoders/space.py). Nothing is ever
 downloaded here.
@@ -30,6 +35,9 @@ from ebwm_scale.core.errors import DataError
 class FrameEncoder(Protocol):
     """name and settings say which encoder it is; height, width: the frames it takes; parameters:
     tensors to be kept with a dataset.
+
+    grid: (rows, columns) where a frame becomes a grid of patches; None where it becomes one vector.
+    dimension: of a vector, or of a patch.
     """
 
     name: str
@@ -37,13 +45,16 @@ class FrameEncoder(Protocol):
     height: int
     width: int
     dimension: int
+    grid: tuple[int, int] | None
 
     def encode(self, frames: Tensor) -> Tensor:
-        """uint8 (n, height, width, 3) -> float32 (n, dimension), on the frames' device."""
+        """uint8 (n, height, width, 3) -> float32 (n, dimension), of patches (n, P, dimension), on
+        the frames' device.
+        """
         ...
 
     def decode(self, embeddings: Tensor) -> Tensor | None:
-        """float32 (n, dimension) -> uint8 (n, height, width, 3); None where an encoder cannot."""
+        """What encode gives -> uint8 (n, height, width, 3); None where an encoder cannot."""
         ...
 
     def groups(self) -> Tensor:
@@ -57,7 +68,7 @@ class FrameEncoder(Protocol):
         ...
 
 
-ENCODERS = ("pca", "sd-vae", "transformers", "timm", "efficientnet")
+ENCODERS = ("pca", "raw", "sd-vae", "transformers", "timm", "efficientnet")
 
 
 def build_encoder(
@@ -68,10 +79,12 @@ def build_encoder(
     width: int,
     parameters: dict[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
+    patches: bool = False,
 ) -> FrameEncoder:
     """The encoder of these settings.
 
-    parameters: of a fitted one. Raises DataError for what does not exist or cannot be loaded.
+    parameters: of a fitted one. patches: whether a frame becomes a grid of them. Raises DataError
+    for what does not exist or cannot be loaded.
     """
     if name == "pca":
         from ebwm_scale.data.encoders.pca import PcaEncoder
@@ -80,12 +93,20 @@ def build_encoder(
             raise DataError(
                 "the pca encoder has no parameters yet: it is fitted when shards are made"
             )
-        return PcaEncoder(settings, parameters, height=height, width=width, device=device)
+        return PcaEncoder(
+            settings, parameters, height=height, width=width, device=device, patches=patches
+        )
+    if name == "raw":
+        from ebwm_scale.data.encoders.raw import RawEncoder
+
+        return RawEncoder(settings, height=height, width=width, patches=patches)
     if name not in ENCODERS:
         raise DataError(f"encoder {name!r}: unknown; allowed: {', '.join(ENCODERS)}")
     from ebwm_scale.data.encoders.pretrained import build_pretrained
 
-    return build_pretrained(name, settings, height=height, width=width, device=device)
+    return build_pretrained(
+        name, settings, height=height, width=width, device=device, patches=patches
+    )
 
 
 def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
@@ -100,14 +121,20 @@ def load_encoder(content, device: torch.device | str = "cpu") -> FrameEncoder:
         width=content.width,
         parameters=parameters,
         device=device,
+        patches=content.grid is not None,
     )
-    if encoder.dimension != content.dimension:
+    if (encoder.dimension, encoder.grid) != (content.dimension, content.grid):
         raise DataError(
-            f"encoder {content.encoder_name} gives embeddings of {encoder.dimension} numbers, the "
-            f"dataset was made with {content.dimension}: other weights or another version; make "
-            "the dataset again"
+            f"encoder {content.encoder_name} gives {_shape(encoder.dimension, encoder.grid)}, the "
+            f"dataset was made with {_shape(content.dimension, content.grid)}: other weights or "
+            "another version; make the dataset again"
         )
     return encoder
+
+
+def _shape(dimension: int, grid: tuple[int, int] | None) -> str:
+    numbers = f"embeddings of {dimension} numbers"
+    return numbers if grid is None else f"{grid[0]} x {grid[1]} {numbers}"
 
 
 def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:

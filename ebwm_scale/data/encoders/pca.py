@@ -3,7 +3,7 @@ the training frames.
 
     frame (height, width, 3) in [0, 1]  ->  patches of P x P x 3 numbers
     c = (patch - mean) @ basis / scale
-    embedding = the C components of every patch, patch after patch
+    embedding = the C components of every patch, patch after patch; as patches, each on its own
 
 Components are ordered by variance, and each has variance 1 over the training patches. Back to a
 frame: mean + (c * scale) @ basis^T, which is the best linear reconstruction from C numbers per
@@ -32,6 +32,7 @@ class PcaEncoder:
         height: int,
         width: int,
         device: torch.device | str = "cpu",
+        patches: bool = False,
     ):
         self.settings = settings
         self.height = height
@@ -41,23 +42,21 @@ class PcaEncoder:
         self.mean, self.basis, self.scale = (
             parameters[key].to(device, torch.float32) for key in ("mean", "basis", "scale")
         )
-        self.grid = (height // self.patch, width // self.patch)
-        self.dimension = self.grid[0] * self.grid[1] * self.components
+        self._places = (height // self.patch, width // self.patch)
+        self.grid = self._places if patches else None
+        self.dimension = self.components
+        if not patches:
+            self.dimension *= self._places[0] * self._places[1]
 
     def encode(self, frames: Tensor) -> Tensor:
         patches = to_patches(frames, self.patch).to(self.mean.device)
-        return ((patches - self.mean) @ self.basis / self.scale).flatten(1)
+        components = (patches - self.mean) @ self.basis / self.scale
+        return components.flatten(1) if self.grid is None else components
 
     def decode(self, embeddings: Tensor) -> Tensor:
-        components = embeddings.to(self.mean.device).view(len(embeddings), -1, self.components)
+        components = embeddings.to(self.mean.device).reshape(len(embeddings), -1, self.components)
         patches = self.mean + (components * self.scale) @ self.basis.T
-        rows, columns = self.grid
-        frames = (
-            patches.view(-1, rows, columns, self.patch, self.patch, 3)
-            .permute(0, 1, 3, 2, 4, 5)
-            .reshape(-1, self.height, self.width, 3)
-        )
-        return (frames * 255).round().clamp(0, 255).to(torch.uint8)
+        return from_patches(patches, self.patch, self._places)
 
     def groups(self) -> Tensor:
         return torch.arange(self.components).repeat(self.dimension // self.components)
@@ -71,7 +70,13 @@ class PcaEncoder:
 
 
 def fit_pca(
-    frames: Iterable[Tensor], *, patch: int, components: int, height: int, width: int
+    frames: Iterable[Tensor],
+    *,
+    patch: int,
+    components: int,
+    height: int,
+    width: int,
+    patches: bool = False,
 ) -> tuple[PcaEncoder, float]:
     """(the encoder, its share of the variance) of the frames, uint8 (n, height, width, 3) a batch;
     two float64 sums, any number of frames.
@@ -82,10 +87,10 @@ def fit_pca(
     total = torch.zeros(size, dtype=torch.float64)
     products = torch.zeros(size, size, dtype=torch.float64)
     for batch in frames:
-        patches = to_patches(batch, patch).flatten(0, 1).double()
-        count = count + len(patches)
-        total = total + patches.sum(0)
-        products = products + patches.T @ patches
+        rows = to_patches(batch, patch).flatten(0, 1).double()
+        count = count + len(rows)
+        total = total + rows.sum(0)
+        products = products + rows.T @ rows
     mean = total / count
     values, vectors = torch.linalg.eigh(products / count - torch.outer(mean, mean))
     values, vectors = values.flip(0), vectors.flip(1)
@@ -100,7 +105,11 @@ def fit_pca(
     }
     share = float(values[:components].sum() / values.sum().clamp(min=1e-12))
     return PcaEncoder(
-        {"patch": patch, "components": components}, parameters, height=height, width=width
+        {"patch": patch, "components": components},
+        parameters,
+        height=height,
+        width=width,
+        patches=patches,
     ), share
 
 
@@ -113,10 +122,24 @@ def to_patches(frames: Tensor, patch: int) -> Tensor:
     return rows.reshape(n, -1, patch * patch * 3).float() / 255
 
 
-def check_patches(patch: int, components: int, height: int, width: int) -> None:
+def from_patches(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
+    """float32 (n, patches, patch * patch * 3) in [0, 1] -> uint8 (n, height, width, 3)."""
+    rows, columns = grid
+    frames = (
+        patches.view(-1, rows, columns, patch, patch, 3)
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(-1, rows * patch, columns * patch, 3)
+    )
+    return (frames * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def check_patches(
+    patch: int, components: int, height: int, width: int, *, name: str = "pca"
+) -> None:
+    """DataError for patches that do not fill a frame, or have fewer numbers than are asked for."""
     if patch < 1 or height % patch or width % patch:
         raise DataError(
-            f"pca patch is {patch}: must divide the frame's height {height} and width {width}"
+            f"{name} patch is {patch}: must divide the frame's height {height} and width {width}"
         )
     if not 1 <= components <= patch * patch * 3:
         raise DataError(

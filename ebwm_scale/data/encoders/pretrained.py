@@ -26,7 +26,13 @@ BATCH = 64  # frames encoded at a time
 
 
 def build_pretrained(
-    name: str, settings: dict[str, Any], *, height: int, width: int, device: torch.device | str
+    name: str,
+    settings: dict[str, Any],
+    *,
+    height: int,
+    width: int,
+    device: torch.device | str,
+    patches: bool = False,
 ) -> Pretrained:
     kinds = {
         "sd-vae": SdVae,
@@ -34,7 +40,7 @@ def build_pretrained(
         "timm": TimmBackbone,
         "efficientnet": EfficientNetLite,
     }
-    return kinds[name](settings, height=height, width=width, device=device)
+    return kinds[name](settings, height=height, width=width, device=device, patches=patches)
 
 
 class Pretrained:
@@ -44,8 +50,16 @@ class Pretrained:
     model: Any  # a Module with the methods of its library
 
     def __init__(
-        self, settings: dict[str, Any], *, height: int, width: int, device: torch.device | str
+        self,
+        settings: dict[str, Any],
+        *,
+        height: int,
+        width: int,
+        device: torch.device | str,
+        patches: bool = False,
     ):
+        self.patches = patches
+        self.grid: tuple[int, int] | None = None  # set by tokens
         self.height = height
         self.width = width
         self.device = torch.device(device)
@@ -65,7 +79,7 @@ class Pretrained:
                 f"the encoder {self.name} has weights {found[:12]}..., the dataset was made with "
                 f"{expected[:12]}...: use the same weights"
             )
-        self.dimension = self.encode(torch.zeros(1, height, width, 3, dtype=torch.uint8)).shape[1]
+        self.dimension = self.encode(torch.zeros(1, height, width, 3, dtype=torch.uint8)).shape[-1]
 
     def load(self) -> nn.Module:
         raise NotImplementedError
@@ -74,15 +88,20 @@ class Pretrained:
         """Normalised images (n, 3, height, width) -> (n, dimension)."""
         raise NotImplementedError
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Normalised images (n, 3, height, width) -> patches (n, P, dimension), row by row; says
+        what the grid is.
+        """
+        raise NotImplementedError
+
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         mean, std = (
             torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std)
         )
+        embed = self.tokens if self.patches else self.features
         parts = [
-            self.features(
-                (part.to(self.device).permute(0, 3, 1, 2).float() / 255 - mean) / std
-            ).float()
+            embed((part.to(self.device).permute(0, 3, 1, 2).float() / 255 - mean) / std).float()
             for part in frames.split(BATCH)
         ]
         return torch.cat(parts)
@@ -114,6 +133,9 @@ class Pretrained:
 class SdVae(Pretrained):
     """The latent mean of a Stable Diffusion autoencoder: height/8 x width/8 x 4 numbers, 3136 for
     224 x 224 frames.
+
+    As patches: squares of the latent with a side of settings["patch"] (2 if it is not there), their
+    channels one after the other.
     """
 
     name = "sd-vae"
@@ -129,14 +151,31 @@ class SdVae(Pretrained):
         self.latent_shape = latents.shape[1:]
         return latents.flatten(1)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        latents = self.model.encode(images).latent_dist.mean
+        side = self.settings.setdefault("patch", 2)
+        height, width = latents.shape[2:]
+        if side < 1 or height % side or width % side:
+            raise DataError(
+                f"sd-vae patch is {side}: must divide the latent's height {height} and width "
+                f"{width}, which are an eighth of a frame's"
+            )
+        self.latent_shape = latents.shape[1:]
+        self.grid = (height // side, width // side)
+        return F.unfold(latents, side, stride=side).transpose(1, 2)
+
     def groups(self) -> Tensor:
-        channels = self.latent_shape[0]
+        channels = self.latent_shape[0]  # of a patch, each has side * side numbers
         return torch.arange(channels).repeat_interleave(self.dimension // channels)
 
     @torch.no_grad()
     def decode(self, embeddings: Tensor) -> Tensor:
+        if self.grid is not None:
+            side = self.settings["patch"]
+            size = self.latent_shape[1:]
+            embeddings = F.fold(embeddings.transpose(1, 2), size, side, stride=side)
         images = [
-            self.model.decode(part.to(self.device).view(-1, *self.latent_shape)).sample
+            self.model.decode(part.to(self.device).reshape(-1, *self.latent_shape)).sample
             for part in embeddings.split(BATCH)
         ]
         return (
@@ -166,6 +205,12 @@ class TransformersBackbone(Pretrained):
         output = self.model(images)
         pooled = getattr(output, "pooler_output", None)
         return output.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        hidden = self.model(images).last_hidden_state
+        patch = getattr(self.model.config, "patch_size", None)
+        self.grid, patches = patch_tokens(hidden, images, patch, self.name)
+        return patches
 
 
 class TimmBackbone(Pretrained):
@@ -199,6 +244,14 @@ class TimmBackbone(Pretrained):
     def features(self, images: Tensor) -> Tensor:
         return self.model(images)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        hidden = self.model.forward_features(images)
+        if hidden.ndim == 4 and hidden.shape[1] != self.model.num_features:
+            hidden = hidden.permute(0, 3, 1, 2)  # some models keep their channels last
+        patch = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
+        self.grid, patches = patch_tokens(hidden, images, patch, self.name)
+        return patches
+
 
 class EfficientNetLite(Pretrained):
     """EfficientNet-Lite0's last feature map, averaged over a grid x grid of cells: weights come
@@ -221,9 +274,40 @@ class EfficientNetLite(Pretrained):
             self.model.extract_features(images), self.settings["grid"]
         ).flatten(1)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        cells = F.adaptive_avg_pool2d(self.model.extract_features(images), self.settings["grid"])
+        self.grid = (self.settings["grid"],) * 2
+        return cells.flatten(2).transpose(1, 2)
+
     def groups(self) -> Tensor:
-        cells = self.settings["grid"] ** 2
+        cells = 1 if self.patches else self.settings["grid"] ** 2
         return torch.arange(self.dimension // cells).repeat_interleave(cells)
+
+
+def patch_tokens(
+    hidden: Tensor, images: Tensor, patch: Any, name: str
+) -> tuple[tuple[int, int], Tensor]:
+    """(grid, patches (n, P, dimension)) of a backbone's last hidden states.
+
+    hidden: a map (n, dimension, rows, columns), or tokens (n, T, dimension) whose last ones are the
+    patches: class and register tokens stand before them. patch: side in pixels, or (height, width).
+    Raises DataError where the patches cannot be told.
+    """
+    if hidden.ndim == 4:
+        return (hidden.shape[2], hidden.shape[3]), hidden.flatten(2).transpose(1, 2)
+    sides = (patch, patch) if isinstance(patch, int) else patch
+    if hidden.ndim != 3 or not isinstance(sides, tuple | list) or len(sides) != 2:
+        raise DataError(
+            f"the encoder {name}: this model has no grid of patches that can be told; leave "
+            "--patches out, or use another model"
+        )
+    rows, columns = images.shape[2] // sides[0], images.shape[3] // sides[1]
+    if not 1 <= rows * columns <= hidden.shape[1]:
+        raise DataError(
+            f"the encoder {name} gives {hidden.shape[1]} tokens for {rows} x {columns} patches of "
+            f"{sides[0]} x {sides[1]} pixels: no grid; leave --patches out, or use another --size"
+        )
+    return (rows, columns), hidden[:, hidden.shape[1] - rows * columns :]
 
 
 def fingerprint(model: nn.Module) -> str:

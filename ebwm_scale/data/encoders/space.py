@@ -35,20 +35,26 @@ class FrameSpace:
 
     @torch.no_grad()
     def states(self, sequences: Tensor) -> Tensor:
-        """Stored sequences, embeddings (b, S, dimension) or uint8 frames (b, S, height, width, 3)
-        -> states float32 (b, S, dimension).
+        """Stored sequences -> states float32 (b, S, dimension).
+
+        They are embeddings (b, S, dimension) or uint8 frames (b, F, height, width, 3), where S is
+        F times the patches of a frame.
         """
         sequences = sequences.to(self.device)
         if sequences.dtype == torch.uint8:
-            embeddings = self.encoder.encode(sequences.flatten(0, 1)).view(*sequences.shape[:2], -1)
+            embeddings = self.encoder.encode(sequences.flatten(0, 1))
+            embeddings = embeddings.reshape(len(sequences), -1, self.content.dimension)
         else:
             embeddings = sequences
         return (embeddings.float() - self.mean) / self.std
 
     @torch.no_grad()
     def frames(self, states: Tensor) -> Tensor | None:
-        """States (b, S, dimension) -> uint8 frames (b, S, height, width, 3); None where the encoder
-        cannot go back.
+        """States (b, S, dimension) -> uint8 frames (b, F, height, width, 3), F = S / patches of a
+        frame; None where the encoder cannot go back.
         """
-        decoded = self.encoder.decode((states * self.std + self.mean).flatten(0, 1).float())
-        return None if decoded is None else decoded.view(*states.shape[:2], *decoded.shape[1:])
+        embeddings = (states * self.std + self.mean).flatten(0, 1).float()
+        if self.content.grid is not None:
+            embeddings = embeddings.view(-1, self.content.group_size, self.content.dimension)
+        decoded = self.encoder.decode(embeddings)
+        return None if decoded is None else decoded.view(len(states), -1, *decoded.shape[1:])

@@ -6,13 +6,16 @@ checked.
                                                            (data/format/scored.py)
     video, embedding    frames.npy                      -> float16 or float32, as the encoder gave
                                                            them: (block_length, dimension)
-    video, jpeg, webp   000.jpg, 001.jpg, ... or .webp  -> uint8 (block_length, height, width, 3)
+    video, jpeg, webp   000.jpg, 001.jpg, ... or .webp  -> uint8 (frames, height, width, 3)
 
-A block of text is a sequence of groups of group_size tokens: 1 for ordinary text, the cells of a
-grid for tasks on grids. Each group after the first is predicted from those before it.
+A block is a sequence of groups of group_size states. For text that is 1, and the cells of a grid
+for tasks on grids; for video it is 1 where a frame is one vector, and the patches of a frame, row
+by row, where it is a grid of them. Each group after the first is predicted from those before it. A
+clip has block_length / group_size frames.
 
-Video samples carry a clip.json beside them: which video, and where in it. How raw frames become the
-standardised embeddings that a model sees is the business of ebwm_scale/data/encoders/.
+Video samples carry a clip.json beside them: which video, and where in it. Clips of worlds also
+carry conditions and outcomes (data/format/conditions.py). How raw frames become the standardised
+embeddings that a model sees is the business of ebwm_scale/data/encoders/.
 """
 
 from __future__ import annotations
@@ -21,15 +24,21 @@ import functools
 import io
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import shorten
+from ebwm_scale.data.format.conditions import (
+    Condition,
+    check_outcome,
+    check_values,
+    shorter,
+)
 from ebwm_scale.data.format.scored import mark_unscored, plain_tokens
 
 STORED = ("embedding", "jpeg", "webp")
@@ -46,6 +55,18 @@ _NPY_TEXT = re.compile(
 )
 _TOKENS = ("|u1", "<u2", "<u4", "<u8")
 _EMBEDDINGS = ("<f2", "<f4", "<f8")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as stored.
+
+    states: as content.decode gives them. conditions: per name, (frames - 1, width); none of text,
+    nor of a video dataset without.
+    """
+
+    states: np.ndarray
+    conditions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +87,8 @@ class TextContent:
     modality = "text"
     unit = "tokens"
     size_name = "vocabulary_size"
+    conditions: ClassVar[tuple[Condition, ...]] = ()
+    outcomes: ClassVar[tuple[str, ...]] = ()
 
     @property
     def size(self) -> int:
@@ -100,6 +123,22 @@ class TextContent:
         shape = (block_length - self.group_size,)
         return mark_unscored(tokens, _npy(fields["scored.npy"], ("|u1",), shape, "uint8"))
 
+    def decode_conditions(
+        self, fields: Mapping[str, bytes], block_length: int
+    ) -> dict[str, np.ndarray]:
+        """None: text is conditioned on nothing but what is before it."""
+        return {}
+
+    def decode_outcomes(
+        self, fields: Mapping[str, bytes], block_length: int
+    ) -> dict[str, np.ndarray]:
+        """None: text has no steps of a world."""
+        return {}
+
+    def first(self, sample: Sample, length: int) -> Sample:
+        """The first `length` tokens."""
+        return Sample(sample.states[:length])
+
     def problem(self, sequences: np.ndarray) -> str | None:
         """What is wrong with the values of decoded sequences, one or a batch."""
         highest = int(plain_tokens(sequences).max())
@@ -110,24 +149,36 @@ class TextContent:
 
 @dataclass(frozen=True, eq=False)
 class VideoContent:
+    """group_size: patches of a frame, grid: their (rows, columns); 1 and None where a frame is one
+    vector.
+
+    conditions: what each step is conditioned on. outcomes: of OUTCOMES, what else a step has.
+    """
+
     stored: str  # of STORED
     height: int  # of a frame in pixels, as the encoder sees it
     width: int
     interval_s: float  # between frames
-    dimension: int  # of an embedding
+    dimension: int  # of the embedding of a frame, or of a patch where frames are grids of them
     encoder_name: str
     encoder_settings: dict[str, Any]
     encoder_path: Path | None  # of fitted parameters, inside the dataset folder
     encoder_sha256: str | None
     mean: np.ndarray  # (dimension,) float32 statistics of the training embeddings, per component
     std: np.ndarray
+    group_size: int = 1
+    grid: tuple[int, int] | None = None
+    conditions: tuple[Condition, ...] = ()
+    outcomes: tuple[str, ...] = ()
 
     modality = "video"
-    unit = "frames"
     size_name = "dimension"
-    group_size = 1
-    grid = None
     members = ()
+
+    @property
+    def unit(self) -> str:
+        """What a state is."""
+        return "frames" if self.grid is None else "patches"
 
     @property
     def size(self) -> int:
@@ -144,6 +195,10 @@ class VideoContent:
             "frames": [self.height, self.width],
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
+            "group_size": self.group_size,
+            "grid": self.grid,
+            "conditions": [condition.describe() for condition in self.conditions],
+            "outcomes": self.outcomes,
         }
 
     def files(self) -> dict[Path, str]:
@@ -152,15 +207,52 @@ class VideoContent:
         return {self.encoder_path: self.encoder_sha256}
 
     def fields(self, block_length: int) -> tuple[str, ...]:
-        return field_names(self.stored, block_length)
+        *frames, about = field_names(self.stored, block_length // self.group_size)
+        beside = (*(c.field for c in self.conditions), *(f"{o}.npy" for o in self.outcomes))
+        return (*frames, *beside, about)
 
     def decode(self, fields: Mapping[str, bytes], block_length: int) -> np.ndarray:
         if self.stored != "embedding":
+            *names, _ = field_names(self.stored, block_length // self.group_size)
             size = self.height, self.width
-            return np.stack(
-                [decode_image(fields[name], size) for name in self.fields(block_length)[:-1]]
-            )
+            return np.stack([decode_image(fields[name], size) for name in names])
         return _npy(fields["frames.npy"], _EMBEDDINGS, (block_length, self.dimension), "floats")
+
+    def decode_conditions(
+        self, fields: Mapping[str, bytes], block_length: int
+    ) -> dict[str, np.ndarray]:
+        """The conditions of a sample by name, each (frames - 1, width): float32, or uint32 where
+        discrete.
+
+        ValueError says what is wrong with one, or with an outcome.
+        """
+        num_steps = block_length // self.group_size - 1
+        self.decode_outcomes(fields, block_length)
+        decoded = {}
+        for condition in self.conditions:
+            shape, what = (num_steps, condition.width), f"{condition.name}: {condition.kind}"
+            values = _npy(fields[condition.field], (condition.dtype,), shape, what)
+            decoded[condition.name] = check_values(condition, values)
+        return decoded
+
+    def decode_outcomes(
+        self, fields: Mapping[str, bytes], block_length: int
+    ) -> dict[str, np.ndarray]:
+        """The outcomes of a sample's steps by name, each (frames - 1,); ValueError as above."""
+        shape = (block_length // self.group_size - 1,)
+        dtypes = {"reward": "<f4", "terminated": "|u1"}
+        return {
+            name: check_outcome(
+                name, _npy(fields[f"{name}.npy"], (dtypes[name],), shape, f"of {name}")
+            )
+            for name in self.outcomes
+        }
+
+    def first(self, sample: Sample, length: int) -> Sample:
+        """The frames that the first `length` states belong to, and the steps between them."""
+        num_frames = length // self.group_size
+        rows = length if self.stored == "embedding" else num_frames
+        return Sample(sample.states[:rows], shorter(sample.conditions, num_frames - 1))
 
     def problem(self, sequences: np.ndarray) -> str | None:
         """What is wrong with the values of decoded sequences, one or a batch."""
@@ -174,8 +266,28 @@ def decode_sample(
     """content.decode for bytes that nobody has vouched for: whatever goes wrong in it is a
     ValueError of one line.
     """
+    return _guarded(content.decode, fields, block_length)
+
+
+def decode_conditions(
+    content: TextContent | VideoContent, fields: Mapping[str, bytes], block_length: int
+) -> dict[str, np.ndarray]:
+    """content.decode_conditions for such bytes, in the same way."""
+    return _guarded(content.decode_conditions, fields, block_length)
+
+
+def decode_outcomes(
+    content: TextContent | VideoContent, fields: Mapping[str, bytes], block_length: int
+) -> dict[str, np.ndarray]:
+    """content.decode_outcomes for such bytes, in the same way."""
+    return _guarded(content.decode_outcomes, fields, block_length)
+
+
+def _guarded(
+    decode: Callable[[Mapping[str, bytes], int], Any], fields: Mapping[str, bytes], length: int
+) -> Any:
     try:
-        return content.decode(fields, block_length)
+        return decode(fields, length)
     except DataError:  # a package is missing, which is no fault of the sample
         raise
     except Exception as error:  # noqa: BLE001 (bytes from outside make numpy raise whatever it does)
@@ -188,11 +300,11 @@ def difficulty_of(fields: Mapping[str, bytes]) -> int:
     return int(_npy(fields["difficulty.npy"], ("<u4",), (1,), "a uint32")[0])
 
 
-def field_names(stored: str, block_length: int) -> tuple[str, ...]:
-    """The fields of a video sample, clip.json last."""
+def field_names(stored: str, num_frames: int) -> tuple[str, ...]:
+    """The frames of a video sample, and clip.json last."""
     if stored == "embedding":
         return ("frames.npy", CLIP_FIELD)
-    return (*(f"{i:03d}.{_SUFFIX[stored]}" for i in range(block_length)), CLIP_FIELD)
+    return (*(f"{i:03d}.{_SUFFIX[stored]}" for i in range(num_frames)), CLIP_FIELD)
 
 
 def decode_image(content: bytes, size: tuple[int, int] | None = None) -> np.ndarray:

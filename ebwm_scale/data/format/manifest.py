@@ -27,6 +27,7 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import read_small
 from ebwm_scale.core.plain_text import shorten, shown
 from ebwm_scale.core.strict_json import canonical_json, is_whole, other_version, parse
+from ebwm_scale.data.format.conditions import OUTCOMES, read_conditions
 from ebwm_scale.data.format.content import STORED, TextContent, VideoContent
 from ebwm_scale.data.format.scored import MEMBERS
 from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, inside_folder
@@ -193,7 +194,7 @@ def _read_splits(
 
 def _text_content(take: _Taker, values: dict) -> TextContent:
     tokenizer = take(values, "tokenizer", dict)
-    group_size, grid, members = _groups(take, values)
+    group_size, grid = _groups(take, values)
     return TextContent(
         vocabulary_size=take(values, "vocabulary_size", int),
         eos_id=take(values, "eos_id", int),
@@ -201,12 +202,12 @@ def _text_content(take: _Taker, values: dict) -> TextContent:
         tokenizer_sha256=take(tokenizer, "sha256", str, "tokenizer."),
         group_size=group_size,
         grid=grid,
-        members=members,
+        members=_listed(take, values, "members", MEMBERS),
     )
 
 
-def _groups(take: _Taker, values: dict) -> tuple[int, tuple[int, int] | None, tuple[str, ...]]:
-    """(group_size, grid, members): 1, None and none where the manifest does not give them."""
+def _groups(take: _Taker, values: dict) -> tuple[int, tuple[int, int] | None]:
+    """(group_size, grid): 1 and None where the manifest does not give them."""
     group_size = take(values, "group_size", int) if "group_size" in values else 1
     if group_size < 1:
         raise take.wrong("group_size", group_size, "1 or more")
@@ -218,11 +219,16 @@ def _groups(take: _Taker, values: dict) -> tuple[int, tuple[int, int] | None, tu
             expected = f"[rows, columns] with group_size {group_size} cells"
             raise take.wrong("grid", sides, expected)
         grid = (sides[0], sides[1])
-    members = take(values, "members", list) if "members" in values else []
-    if members != [member for member in MEMBERS if member in members]:
-        expected = f"some of {', '.join(MEMBERS)}, once each and in this order"
-        raise take.wrong("members", members, expected)
-    return group_size, grid, tuple(members)
+    return group_size, grid
+
+
+def _listed(take: _Taker, values: dict, key: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of what lies beside the states of a sample: none where the manifest gives none."""
+    names = take(values, key, list) if key in values else []
+    if names != [name for name in allowed if name in names]:
+        expected = f"some of {', '.join(allowed)}, once each and in this order"
+        raise take.wrong(key, names, expected)
+    return tuple(names)
 
 
 def _check_scored(take: _Taker, splits: dict[str, SplitInfo], context_length: int) -> None:
@@ -255,6 +261,14 @@ def _video_content(take: _Taker, values: dict) -> VideoContent:
     if "file" in encoder:
         file = take.path.parent / take.relative(encoder, "file", "encoder.")
         sha256 = take(encoder, "sha256", str, "encoder.")
+    group_size, grid = _groups(take, values)
+    if group_size > 1 and grid is None:
+        raise take.wrong("grid", None, "[rows, columns] of the patches, with group_size above 1")
+    entries = take(values, "conditions", list) if "conditions" in values else []
+    try:
+        conditions = read_conditions(entries)
+    except ValueError as error:
+        raise DataError(f"{take.path}: conditions{error}; {_REMAKE}") from None
     return VideoContent(
         stored=stored,
         height=take(frames, "height", int, "frames."),
@@ -267,6 +281,10 @@ def _video_content(take: _Taker, values: dict) -> VideoContent:
         encoder_sha256=sha256,
         mean=np.array(mean, np.float32),
         std=np.array(std, np.float32),
+        group_size=group_size,
+        grid=grid,
+        conditions=conditions,
+        outcomes=_listed(take, values, "outcomes", OUTCOMES),
     )
 
 

@@ -27,7 +27,13 @@ from typing import Any, Literal
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.format.content import CLIP_FIELD, decode_sample
+from ebwm_scale.data.format.content import (
+    CLIP_FIELD,
+    Sample,
+    decode_conditions,
+    decode_outcomes,
+    decode_sample,
+)
 from ebwm_scale.data.format.index import REMAKE, ShardIndex, load_index
 from ebwm_scale.data.format.manifest import Manifest, SplitInfo
 from ebwm_scale.data.format.shard_checks import split_problems
@@ -136,9 +142,24 @@ class ShardedSplit:
         """The states of a sample (block_length, ...) as stored; SampleError if it is damaged,
         ShardError if its whole shard is out of reach.
         """
+        return self.read_sample(sample_id).states
+
+    def read_sample(self, sample_id: int) -> Sample:
+        """A sample's states with its conditions, all checked. Raises like read."""
+        fields = self.read_fields(sample_id)
+        content, length = self.manifest.content, self.manifest.block_length
+        try:
+            return Sample(
+                decode_sample(content, fields, length), decode_conditions(content, fields, length)
+            )
+        except ValueError as error:
+            raise self._error(sample_id, str(error)) from None
+
+    def outcomes(self, sample_id: int) -> dict[str, np.ndarray]:
+        """What came of a clip's steps, by name (frames - 1,); none of text. Raises like read."""
         fields = self.read_fields(sample_id)
         try:
-            return decode_sample(self.manifest.content, fields, self.manifest.block_length)
+            return decode_outcomes(self.manifest.content, fields, self.manifest.block_length)
         except ValueError as error:
             raise self._error(sample_id, str(error)) from None
 

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ebwm_scale.core.errors import CheckpointError, DataError, UserError
 from ebwm_scale.core.forking import parents_objects_kept
+from ebwm_scale.data.format.content import Sample
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shards import ShardedSplit
 from ebwm_scale.data.loading.mixture import MixedOrder, MixedSplit
@@ -43,11 +44,15 @@ class Batch:
     These are token ids (b, S + group_size) int64, marked where they are not scored
     (data/format/scored.py), embeddings (b, S + 1, dimension) float32, or frames
     (b, S + 1, height, width, 3) uint8.
+
+    conditions: per name as stored, of the F - 1 steps between the frames of a clip: float32
+    (b, F - 1, width), int64 where discrete; none where the dataset has none.
     """
 
     sequences: torch.Tensor
     sample_ids: torch.Tensor  # (b,) int64, index in the split
     positions: torch.Tensor  # (b,) int64, global stream positions (in validation: the sample ids)
+    conditions: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -283,12 +288,16 @@ class _Reader(Dataset):
     def __getitem__(self, request: tuple[np.ndarray, np.ndarray]):
         sample_ids, positions = request
         before = dict(self.known_bad)
-        length = self.context_length + self.split.manifest.content.group_size
+        content = self.split.manifest.content
+        length = self.context_length + content.group_size
+        conditions: dict[str, np.ndarray] = {}
         try:
-            sequences = np.stack(
-                [read_or_replace(self.split, int(i), self.known_bad)[:length] for i in sample_ids]
-            )
-            problem = self.split.manifest.content.problem(sequences)
+            samples = [
+                content.first(read_or_replace(self.split, int(i), self.known_bad), length)
+                for i in sample_ids
+            ]
+            sequences, conditions = stacked(samples)
+            problem = content.problem(sequences)
             if problem is not None:  # checksums are right, so the dataset was made wrong
                 raise DataError(
                     f"{self.split.manifest.path}: one of the samples {sample_ids.tolist()} "
@@ -298,6 +307,7 @@ class _Reader(Dataset):
             sequences = error
         return (
             sequences,
+            conditions,
             sample_ids,
             positions,
             [bad for i, bad in self.known_bad.items() if before.get(i) != bad],
@@ -306,6 +316,7 @@ class _Reader(Dataset):
 
 def _batch(
     sequences: np.ndarray | UserError,
+    conditions: dict[str, np.ndarray],
     sample_ids: np.ndarray,
     positions: np.ndarray,
     found: list[BadSample],
@@ -316,7 +327,22 @@ def _batch(
         sequences=to_tensor(sequences),
         sample_ids=torch.from_numpy(sample_ids),
         positions=torch.from_numpy(positions),
+        conditions=to_tensors(conditions),
     ), found
+
+
+def stacked(samples: Sequence[Sample]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(the states of samples, their conditions), a batch of each."""
+    names = samples[0].conditions
+    return (
+        np.stack([sample.states for sample in samples]),
+        {name: np.stack([sample.conditions[name] for sample in samples]) for name in names},
+    )
+
+
+def to_tensors(conditions: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Continuous conditions as float32, values of discrete ones as int64."""
+    return {name: to_tensor(values) for name, values in conditions.items()}
 
 
 def to_tensor(sequences: np.ndarray) -> torch.Tensor:
@@ -346,7 +372,8 @@ def check_context(manifest: Manifest, context_length: int) -> None:
     if context_length % group_size:
         raise DataError(
             f"data.context_length is {context_length}: the samples of {manifest.path} are groups "
-            f"of {group_size} tokens; use a multiple of it, up to {packed}, or leave the key out"
+            f"of {group_size} {manifest.content.unit}; use a multiple of it, up to {packed}, or "
+            "leave the key out"
         )
     if not 1 <= context_length <= packed:
         tool = f"tools/make_{manifest.modality}_shards.py"

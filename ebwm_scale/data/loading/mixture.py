@@ -20,6 +20,7 @@ import numpy as np
 
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.strict_json import canonical_json
+from ebwm_scale.data.format.content import Sample
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shards import INDEX_BYTES, SampleError, ShardedSplit, Verify, open_split
 from ebwm_scale.data.order import SampleOrder, permutation
@@ -128,9 +129,14 @@ class MixedSplit:
         return "; ".join(part.describe() for part in self.parts)
 
     def read(self, sample_id: int) -> np.ndarray:
+        """As ShardedSplit.read."""
+        return self.read_sample(sample_id).states
+
+    def read_sample(self, sample_id: int) -> Sample:
+        """As ShardedSplit.read_sample."""
         part, inside = self._inside(sample_id)
         try:
-            return self.parts[part].read(inside)
+            return self.parts[part].read_sample(inside)
         except SampleError as error:
             error.sample_id = sample_id
             raise

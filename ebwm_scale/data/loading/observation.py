@@ -3,16 +3,20 @@ video.
 
 text    observed = tokens[:, :-P], targets = tokens[:, P:], P = group_size, 1 for ordinary text;
         targets that are not scored become IGNORE
-video   the same of standardised embeddings (data/encoders/space.py)
+video   the same of standardised embeddings (data/encoders/space.py), P the patches of a frame
+        and their conditions beside (data/format/conditions.py): observe.conditions(...)
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 from ebwm_scale.data.encoders.space import FrameSpace
+from ebwm_scale.data.format.conditions import Condition
 from ebwm_scale.data.format.content import TextContent, VideoContent
 from ebwm_scale.data.format.manifest import Manifest
 
@@ -28,15 +32,26 @@ class Observation:
         self.content, self.device = manifest.content, torch.device(device)
         self.space: FrameSpace | None = None
         self.masked_after: int | None = None  # the token before a document's first
-        if isinstance(self.content, VideoContent):
-            self.space = FrameSpace(self.content, device)
-        elif mask_document_starts:
-            self.masked_after = self.content.eos_id
         self.group_size = 1
         self.is_marked = False  # whether tokens say that they are not scored
+        self._conditions: tuple[Condition, ...] = ()
+        if isinstance(self.content, VideoContent):
+            self.space = FrameSpace(self.content, device)
+            self.group_size = self.content.group_size
+            self._conditions = self.content.conditions
+        elif mask_document_starts:
+            self.masked_after = self.content.eos_id
         if isinstance(self.content, TextContent):
             self.group_size = self.content.group_size
             self.is_marked = "scored" in self.content.members
+        self._statistics = {
+            condition.name: tuple(
+                torch.from_numpy(values).to(self.device)
+                for values in (condition.mean, condition.std)
+            )
+            for condition in self._conditions
+            if not condition.is_discrete
+        }
 
     def __call__(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
         """Stored sequences (b, S + group_size, ...) -> observed and targets.
@@ -51,3 +66,25 @@ class Observation:
         if self.masked_after is not None:
             targets = targets.masked_fill(observed == self.masked_after, IGNORE)
         return observed, targets
+
+    def conditions(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A batch's conditions as a model takes them, on its device, in the manifest's order.
+
+        stored: (b, steps, width) each, as in Batch.conditions. Continuous ones become float32,
+        standardised; the values of discrete ones stay int64.
+        """
+        conditions = {}
+        for condition in self._conditions:
+            values = stored[condition.name].to(self.device)
+            if not condition.is_discrete:
+                mean, std = self._statistics[condition.name]
+                values = (values.float() - mean) / std
+            conditions[condition.name] = values
+        return conditions
+
+    def restored(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The way back, from a model's conditions to stored ones; differentiable."""
+        stored = dict(conditions)
+        for name, (mean, std) in self._statistics.items():
+            stored[name] = conditions[name] * std + mean
+        return stored

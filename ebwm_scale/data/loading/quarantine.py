@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.rows import Rows
+from ebwm_scale.data.format.content import Sample
 from ebwm_scale.data.format.shards import SampleError, ShardError
 
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -36,7 +35,7 @@ class BadSample:
     replaced_by: int
 
 
-def read_or_replace(split, sample_id: int, known: dict[int, BadSample]) -> np.ndarray:
+def read_or_replace(split, sample_id: int, known: dict[int, BadSample]) -> Sample:
     """The sample, or what replaces it; new findings enter `known`.
 
     Raises DataError when nothing readable is near.
@@ -47,7 +46,7 @@ def read_or_replace(split, sample_id: int, known: dict[int, BadSample]) -> np.nd
     candidate = sample_id
     for _ in range(MAX_TRIES):
         try:
-            sequence = split.read(candidate)
+            sample = split.read_sample(candidate)
         except SampleError as error:
             last, following = error, split.after(candidate)
         except ShardError as error:
@@ -55,7 +54,7 @@ def read_or_replace(split, sample_id: int, known: dict[int, BadSample]) -> np.nd
         else:
             if found is not None:
                 known[sample_id] = _record(split, sample_id, found, candidate)
-            return sequence
+            return sample
         found, candidate = found or last, following
         if candidate == sample_id:
             break

@@ -27,9 +27,15 @@ from ebwm_scale.core.errors import ConfigError, DataError
 from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.core.redaction import redacted
 from ebwm_scale.data.format import tar
-from ebwm_scale.data.format.content import decode_sample
+from ebwm_scale.data.format.content import Sample, decode_conditions, decode_sample
 from ebwm_scale.data.format.manifest import Manifest
-from ebwm_scale.data.loading.batches import Batch, check_context, to_tensor
+from ebwm_scale.data.loading.batches import (
+    Batch,
+    check_context,
+    stacked,
+    to_tensor,
+    to_tensors,
+)
 from ebwm_scale.data.loading.quarantine import BadSample
 from ebwm_scale.data.loading.stream_checks import Checksums, StreamIndexes, no_report
 from ebwm_scale.data.order import permutation
@@ -104,20 +110,22 @@ class StreamLoader:
         self.micro += 1
         if self.micro == self.micro_batches_per_step:
             self.step, self.micro = self.step + 1, 0
+        sequences, conditions = stacked([sample for _, sample in taken])
         return Batch(
-            sequences=to_tensor(np.stack([sequence for _, sequence in taken])),
+            sequences=to_tensor(sequences),
             sample_ids=torch.tensor([sample_id for sample_id, _ in taken]),
             positions=torch.arange(first, first + self.micro_batch_size),
+            conditions=to_tensors(conditions),
         )
 
     def close(self) -> None:
         self._samples.close()
 
-    def _shuffled(self) -> Generator[tuple[int, np.ndarray], None, None]:
+    def _shuffled(self) -> Generator[tuple[int, Sample], None, None]:
         """A buffer from which a random sample leaves when one enters; what leaves is decided by a
         counter, not by a generator's history.
         """
-        buffer: list[tuple[int, np.ndarray]] = []
+        buffer: list[tuple[int, Sample]] = []
         generator = np.random.Generator(
             np.random.Philox(
                 key=np.array([self.seed, _KEY], dtype=np.uint64),
@@ -132,7 +140,7 @@ class StreamLoader:
             buffer[place], leaving = item, buffer[place]
             yield leaving
 
-    def _in_order(self) -> Iterator[tuple[int, np.ndarray]]:
+    def _in_order(self) -> Iterator[tuple[int, Sample]]:
         position, empty = self.first_shard + self.rank, 0
         while True:
             self.next_shard = position - self.rank + self.world_size
@@ -152,8 +160,8 @@ class StreamLoader:
                 )
             position += self.world_size
 
-    def _of_shard(self, number: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(sample id, sequence) of each whole sample; what is damaged goes on the list."""
+    def _of_shard(self, number: int) -> Iterator[tuple[int, Sample]]:
+        """(sample id, sample) of each whole sample; what is damaged goes on the list."""
         url = self.shards[number]
         row = 0
         content = self.manifest.content
@@ -166,12 +174,12 @@ class StreamLoader:
                     sample_id = (number << 32) + row
                     row += 1
                     try:
-                        sequence = self._checked(key, fields, names, checksums)
+                        sample = self._checked(key, fields, names, checksums)
                     except ValueError as error:
                         offset = min(member.offset for member in fields.values())
                         self._bad(url, sample_id, key, offset, str(error))
                         continue
-                    yield sample_id, sequence[:length]
+                    yield sample_id, content.first(sample, length)
         except ImportError as error:  # the same for every shard
             raise DataError(f"{redacted(url)}: {_line(error)}; install it with pip") from None
         except Exception as error:  # noqa: BLE001 (a file system of fsspec raises what its client does)
@@ -184,8 +192,8 @@ class StreamLoader:
         fields: dict[str, tar.Member],
         names: set[str],
         checksums: Checksums | None,
-    ) -> np.ndarray:
-        """The sequence of a sample; ValueError says what is wrong with it."""
+    ) -> Sample:
+        """The sample of these fields; ValueError says what is wrong with it."""
         if missing := names - fields.keys():
             raise ValueError(f"has no {', '.join(sorted(missing))}")
         if checksums is not None:
@@ -196,7 +204,8 @@ class StreamLoader:
         problem = content.problem(sequence)
         if problem is not None:
             raise ValueError(problem)
-        return sequence
+        conditions = decode_conditions(content, contents, self.manifest.block_length)
+        return Sample(sequence, conditions)
 
     def _bad(
         self, url: str, sample_id: int, key: str | None, offset: int | None, reason: str

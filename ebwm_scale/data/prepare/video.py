@@ -19,12 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.progress import Progress, no_progress, tracked
-from ebwm_scale.data.encoders import FrameEncoder, build_encoder, load_encoder
-from ebwm_scale.data.encoders.pca import fit_pca
 from ebwm_scale.data.format.content import (
     CLIP_FIELD,
     VideoContent,
@@ -53,16 +50,21 @@ from ebwm_scale.data.prepare.clips import (
     read_findings,
     read_frames,
 )
-from ebwm_scale.data.prepare.documents import Report
+from ebwm_scale.data.prepare.encoding import (
+    BATCH,
+    ENCODER_FILE,
+    MAX_FITTED_FRAMES,
+    FittedEncoder,
+    encoder_of,
+    fit_encoder,
+)
 from ebwm_scale.data.prepare.findings import Findings, total
 from ebwm_scale.data.prepare.video_config import VideoDatasetConfig
 from ebwm_scale.data.prepare.video_split import Clips, split_clips
 from ebwm_scale.data.prepare.workers import STILL_S, each_in_a_process
+from ebwm_scale.data.walking import Report
 
-_OURS = (*DATASET_FILES, "encoder.safetensors")
-BATCH = 512  # frames in memory as pixels
-# training frames that an encoder is fitted to, and statistics are taken of, evenly over the videos
-MAX_FITTED_FRAMES = 50_000
+_OURS = (*DATASET_FILES, ENCODER_FILE)
 
 
 def make_video_dataset(
@@ -96,10 +98,13 @@ def make_video_dataset(
             width=content.width,
             interval_s=content.interval_s,
             encoder=content.encoder_name,
+            patches=content.grid is not None,
         )
     videos = find_videos(inputs, report=report)
     refuse_foreign_files(output, ours=_OURS)
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    if not config.patches:
+        del settings["patches"]  # as datasets of before have it
     source = {
         "inputs": [Path(i).resolve().name for i in inputs],
         "num_videos": len(videos),
@@ -109,7 +114,6 @@ def make_video_dataset(
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "modality": "video",
-        "block_length": config.context_length + 1,
         "source": source,
         "settings": settings,
     }
@@ -130,8 +134,15 @@ def make_video_dataset(
             source["num_skipped"] = len(videos) - len(parts)
             source["findings"] = _report_findings(parts, len(videos), report).counts()
             splits = split_clips(parts, config, report)
-            encoder, statistics = _encoder(other, config, splits["train"], report)
-            values.update(_describe(staging, encoder, statistics, config))
+            encoder = _encoder(other, config, splits["train"], report)
+            values["block_length"] = (config.context_length + 1) * encoder.num_patches
+            values |= encoder.describe(
+                staging,
+                stored=config.stored,
+                height=config.height,
+                width=config.width,
+                interval_s=config.interval_s,
+            )
             values["splits"] = {
                 name: _write_split(staging, name, splits[name], encoder, config, progress)
                 for name in splits
@@ -199,48 +210,19 @@ def _report_findings(
     return summary
 
 
-def _encoder(
-    other, config: VideoDatasetConfig, train: Clips, report: Report
-) -> tuple[FrameEncoder, tuple[np.ndarray, np.ndarray]]:
-    """(encoder, (mean, std) of its embeddings over the training frames), or those of another
-    dataset.
-    """
+def _encoder(other, config: VideoDatasetConfig, train: Clips, report: Report) -> FittedEncoder:
+    """Fitted to the training frames, or that of another dataset."""
     if other is not None:
-        return load_encoder(other.content), (other.content.mean, other.content.std)
-    if config.encoder == "pca":
-        settings = {"patch": 16, "components": 16} | config.encoder_settings
-        encoder, share = fit_pca(
-            (torch.from_numpy(frames) for frames in _training_frames(train, config)),
-            **settings,
-            height=config.height,
-            width=config.width,
-        )
-        report(
-            f"pca: {settings['components']} components of {settings['patch']} x "
-            f"{settings['patch']} patches hold {share:.1%} of the variance of the training frames"
-        )
-    else:
-        encoder = build_encoder(
-            config.encoder, config.encoder_settings, height=config.height, width=config.width
-        )
-    groups = encoder.groups()
-    count = 0
-    total = torch.zeros(encoder.dimension, dtype=torch.float64)
-    squares = torch.zeros(encoder.dimension, dtype=torch.float64)
-    for frames in _training_frames(train, config):
-        embeddings = encoder.encode(torch.from_numpy(frames)).double().cpu()
-        count = count + len(embeddings)
-        total = total + embeddings.sum(0)
-        squares = squares + embeddings.square().sum(0)
-    sizes = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add(
-        0, groups, torch.ones(len(groups), dtype=torch.float64)
+        return encoder_of(other.content)
+    return fit_encoder(
+        config.encoder,
+        config.encoder_settings,
+        lambda: _training_frames(train, config),
+        height=config.height,
+        width=config.width,
+        patches=config.patches,
+        report=report,
     )
-    mean, square = (
-        torch.zeros_like(sizes).index_add(0, groups, v) / sizes / count for v in (total, squares)
-    )
-    std = (square - mean.square()).clamp(min=0).sqrt()
-    std = torch.where(std > 1e-6 * std.max(), std, 1.0)  # a constant component stays what it is
-    return encoder, (mean[groups].float().numpy(), std[groups].float().numpy())
 
 
 def _training_frames(train: Clips, config: VideoDatasetConfig) -> Iterator[np.ndarray]:
@@ -261,44 +243,11 @@ def _decoded(frames: Sequence[bytes], config: VideoDatasetConfig) -> Iterator[np
         yield np.stack([decode_image(frame, size) for frame in frames[start : start + BATCH]])
 
 
-def _describe(
-    staging: Path,
-    encoder: FrameEncoder,
-    statistics: tuple[np.ndarray, np.ndarray],
-    config: VideoDatasetConfig,
-) -> dict[str, Any]:
-    """The manifest's entries about frames and embeddings; writes the encoder's parameters where it
-    has some.
-    """
-    described: dict[str, Any] = {"name": encoder.name, "settings": encoder.settings}
-    parameters = encoder.parameters()
-    if parameters:
-        from safetensors.torch import save
-
-        content = save(parameters)
-        (staging / "encoder.safetensors").write_bytes(content)
-        described |= {"file": "encoder.safetensors", "sha256": hashlib.sha256(content).hexdigest()}
-    return {
-        "dimension": encoder.dimension,
-        "encoder": described,
-        "frames": {
-            "stored": config.stored,
-            "height": config.height,
-            "width": config.width,
-            "interval_s": config.interval_s,
-        },
-        "statistics": {
-            "mean": [float(f"{v:.7g}") for v in statistics[0]],
-            "std": [float(f"{v:.7g}") for v in statistics[1]],
-        },
-    }
-
-
 def _write_split(
     folder: Path,
     name: str,
     clips_of: Clips,
-    encoder: FrameEncoder,
+    encoder: FittedEncoder,
     config: VideoDatasetConfig,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -307,15 +256,12 @@ def _write_split(
         for video, path, clips in tracked(clips_of, f"{name}: videos encoded", progress):
             frames, embeddings = read_frames(path), None
             if config.stored == "embedding":
-                embeddings = np.concatenate(
-                    [
-                        encoder.encode(torch.from_numpy(batch)).cpu().numpy().astype(np.float16)
-                        for batch in _decoded(frames, config)
-                    ]
-                )
+                batches = [encoder.encode(batch) for batch in _decoded(frames, config)]
+                embeddings = np.concatenate(batches)
             for clip in clips:
                 if embeddings is not None:
-                    fields = {"frames.npy": embeddings[list(clip.frames)]}
+                    taken = embeddings[list(clip.frames)]
+                    fields = {"frames.npy": taken.reshape(-1, taken.shape[-1])}
                 else:
                     fields = dict(
                         zip(
@@ -331,7 +277,7 @@ def _write_split(
                 }
                 writer.add(
                     {**fields, CLIP_FIELD: json.dumps(about).encode()},
-                    num_targets=config.context_length,
+                    num_targets=config.context_length * encoder.num_patches,
                 )
         shards = writer.close()
     finally:
@@ -340,7 +286,7 @@ def _write_split(
         "shards": shards,
         "num_videos": len(clips_of),
         "num_samples": writer.num_samples,
-        "num_targets": writer.num_samples * config.context_length,
+        "num_targets": writer.num_samples * config.context_length * encoder.num_patches,
     }
 
 

@@ -29,6 +29,7 @@ class VideoDatasetConfig:
     quality: int = 95
     encoder: str = "pca"
     encoder_settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    patches: bool = False  # a frame becomes a grid of patches, each a state, not one vector
     split: str = "auto"  # video, time, or auto: by video where there are several
     validation_fraction: float = 0.1
     validation_videos: tuple[str, ...] = ()  # names, instead of a fraction

@@ -1,0 +1,1 @@
+"""Worlds: episodes of frames, actions and rewards, recorded or imported, as a dataset of clips."""
