@@ -11,11 +11,13 @@ eigenvalues of J for all rows that see each other (the cells of a group; else ea
                          itself moves along the energy, that is alpha H, of its second derivatives
                          H. Above 2 - c a step overshoots, below -c changes grow.
 
-Where the energy is flat J is 1 - c. So without decay no step_eigenvalue is far below 1.
+Where the energy is flat J is 1 - c. So without decay no step_eigenvalue is far below 1. With
+`refinement.damping` alpha and c are those of the step at hand.
 
 The iteration is with J', which has J's eigenvalues: the vector-Jacobian product of one step, whose
 inner gradient is differentiated once more. The context is taken as given, also where it is encoded
-again. Clamps count as they bind, Langevin noise does not.
+again. Clamps count as they bind, Langevin noise does not. With `refinement.candidates` all tokens
+are taken to move.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
-from ebwm_scale.refinement.step_plan import INFERENCE_STEP
+from ebwm_scale.refinement.step_plan import INFERENCE_STEP, step_scale
 
 NUM_ITERATIONS = 24
 MAX_SAMPLES = 16
@@ -59,8 +61,9 @@ def step_spectrum(
     rows = []
     for num_steps, (point, function) in points.items():
         landscape = model.landscapes(num_steps)[-1]
-        eigenvalues = step_eigenvalues(model, function, point, landscape)
-        curvatures = step_eigenvalues(model, function, point, landscape, of_curvature=True)
+        where = (model, function, point, landscape, num_steps)
+        eigenvalues = step_eigenvalues(*where)
+        curvatures = step_eigenvalues(*where, of_curvature=True)
         rows.append(
             {
                 "num_steps": num_steps,
@@ -88,7 +91,10 @@ def points_after(
         z = noise.initial_workspace()
         point: Point = (noise.initial(frames),) if z is None else (noise.initial(frames), z)
         for i, landscape in enumerate(model.landscapes(num_steps)):
-            point = take_step(model, function, point, landscape, index=i)
+            w = None if z is None else model.workspace().embed(point[1])
+            embedded = model.state_space().embed(point[0].clone())
+            function.begin_step(i, landscape, embedded.vectors, w)
+            point = take_step(model, function, point, landscape, i)
         found[num_steps] = (point, function)
     return found
 
@@ -98,13 +104,11 @@ def take_step(
     function: SequenceEnergy,
     point: Point,
     landscape: int,
+    index: int,
     *,
-    index: int | None = None,
     needs_graph: bool = False,
 ) -> Point:
-    """The next point. index: the step's number, at which a context may be encoded again; None: in
-    the context that is there.
-    """
+    """The point after step `index`, in the context that is there."""
     config = model.config.refinement.replace(recompute="none", compile=False)
     state_space, workspace = model.state_space(), model.workspace()
     x = point[0] if needs_graph else point[0].clone()  # embedding may overwrite it
@@ -112,8 +116,6 @@ def take_step(
     with torch.set_grad_enabled(needs_graph):
         embedded = state_space.embed(x)
         w = None if workspace is None else workspace.embed(point[1])
-        if index is not None:
-            function.begin_step(index, landscape, embedded.vectors, w)
         _, gradient, of_w = inner_gradient(
             model.network,
             embedded.vectors,
@@ -125,11 +127,12 @@ def take_step(
             workspace=w,
         )
         alpha = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
-        embedded = embedded.decayed(1 - config.decay)
-        state, _, _ = state_space.update(embedded, gradient, alpha, None, plan)
+        scale = step_scale(config, index)
+        embedded = embedded.decayed(1 - config.decay * scale)
+        state, _, _ = state_space.update(embedded, gradient, alpha * scale, None, plan)
         if workspace is None or of_w is None:
             return (state,)
-        return state, workspace.update(point[1], of_w, decay=config.decay)
+        return state, workspace.update(point[1], of_w, scale, config.decay)
 
 
 def step_eigenvalues(
@@ -137,17 +140,20 @@ def step_eigenvalues(
     function: SequenceEnergy,
     point: Point,
     landscape: int,
+    index: int,
     *,
     of_curvature: bool = False,
 ) -> Tensor:
-    """(B, S) of each row, or (B, S / P) of each group, by power iteration; float64, on the CPU.
+    """Of step `index` from there: (B, S) of each row, or (B, S / P) of each group, by power
+    iteration; float64, on the CPU.
 
     of_curvature: of (1 - c) I - J in place of J.
     """
     group_size = model.network.group_size
-    kept = 1 - model.config.refinement.decay
+    refinement = model.config.refinement
+    kept = 1 - refinement.decay * step_scale(refinement, index)
     start = tuple(part.detach().clone().requires_grad_() for part in point)
-    after = take_step(model, function, start, landscape, needs_graph=True)
+    after = take_step(model, function, start, landscape, index, needs_graph=True)
     generator = torch.Generator().manual_seed(0)
     direction: Point = tuple(
         torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part) for part in start

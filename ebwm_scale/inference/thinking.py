@@ -31,6 +31,7 @@ from ebwm_scale.inference.thinking_state import ThinkingState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
+from ebwm_scale.refinement.step_plan import step_scale
 
 Watch = Callable[[int, Tensor], None]  # of steps taken and states (B, K, size)
 
@@ -140,9 +141,10 @@ def _think_plainly(
         energy_function.begin_step(i, landscape, embedded.vectors, w)
         energy, gradient, of_w = energy_function.with_gradient(embedded.vectors, landscape, w)
         trace.append(energy)
-        step_size = (alpha * scale).to(gradient.dtype)
-        state = embedded.decayed(_kept(model, alpha)).update(gradient, step_size)
-        z = _moved(model, workspace, z, of_w, 1.0)
+        damped = step_scale(model.config.refinement, i)
+        step_size = (alpha * scale * damped).to(gradient.dtype)
+        state = embedded.decayed(_kept(model, alpha * damped)).update(gradient, step_size)
+        z = _moved(model, workspace, z, of_w, damped)
         if watch is not None:
             watch(i + 1, state.x)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
@@ -194,9 +196,11 @@ def _think_comparing(
             energy = _energy_of(before, function, landscape, w)
             measured_in = landscape
         _, gradient, of_w = function.with_gradient(embedded.vectors, landscape, w)
-        step_size = (alpha * scale).to(gradient.dtype)
-        proposal = embedded.decayed(_kept(model, alpha * scale)).update(gradient, step_size)
-        z_proposal = _moved(model, workspace, z, of_w, scale)
+        damped = step_scale(model.config.refinement, i)
+        step_size = (alpha * scale * damped).to(gradient.dtype)
+        kept = _kept(model, alpha * scale * damped)
+        proposal = embedded.decayed(kept).update(gradient, step_size)
+        z_proposal = _moved(model, workspace, z, of_w, scale * damped)
         if trace:
             energies = trace[-1].clone()
         else:

@@ -19,6 +19,7 @@ all rows of its group contribute, and a tile holds whole groups.
 With `state.workspace` numbers z beside x are refined by the same energy, and not scored:
 w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 
+With `refinement.damping` later steps are shorter, alpha / i^p of step i = 1, 2, .., beta too.
 With `refinement.decay` a step starts from a share of x and z (decay.py).
 
 With `refinement.candidates` the steps after the first move the most probable tokens alone
@@ -268,12 +269,13 @@ class RefinementLoop:
             if self.workspace is not None and not step.is_last:
                 assert z is not None and workspace_grad is not None, "it entered the step"
                 with torch.set_grad_enabled(step.keep_graph):
-                    z = self.workspace.update(z, workspace_grad, decay=self.config.decay)
+                    z = self.workspace.update(z, workspace_grad, step.scale, self.config.decay)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
-                alpha = step_size * step_size_factor
+                factor = step_size_factor * step.scale
+                alpha = step_size * factor
                 if self.config.decay and not starts_at_zero:
-                    embedded = embedded.decayed(1 - self.config.decay * step_size_factor)
+                    embedded = embedded.decayed(1 - self.config.decay * factor)
                 state, embedded, loss = self.state_space.update(
                     embedded, energy_grad, alpha, targets, step
                 )

@@ -29,6 +29,7 @@ class StepPlan:
     keep_state: the next state itself is needed, not only what enters the next step: somebody asked
     for it, noise is added to it, or the graph begins there.
     loss_weight: of the step's loss in what is back-propagated; 0 without a graph.
+    scale: factor on the sizes of the step, alpha and beta (`refinement.damping`).
     encoded_before: the step before which the context that this one reads is encoded; 0 is the
     observed stream alone. encodes_with_graph: a step that reads the context which this one encodes
     is differentiated.
@@ -46,6 +47,7 @@ class StepPlan:
     keep_graph: bool
     keep_state: bool
     loss_weight: float
+    scale: float = 1.0
     encoded_before: int = 0
     encodes_with_graph: bool = False
     ends_graph: bool = True
@@ -106,6 +108,7 @@ def plan_steps(
                 keep_graph=keep_graph,
                 keep_state=keep_state or keep_every_state,
                 loss_weight=loss_weight(config, i, num_steps) if needs_graph[i] else 0.0,
+                scale=step_scale(config, i),
                 encoded_before=encoded_before[i],
                 encodes_with_graph=any(needs_graph[j] for j in readers),
                 ends_graph=is_last or not (keep_graph or shares_context),
@@ -114,6 +117,11 @@ def plan_steps(
             )
         )
     return tuple(plan)
+
+
+def step_scale(config: RefinementConfig, index: int) -> float:
+    """Factor on alpha and beta of step `index`, by `refinement.damping`."""
+    return (index + 1) ** -config.damping
 
 
 def last_encoding(config: RefinementConfig, index: int) -> int:

@@ -311,3 +311,20 @@ def test_the_table_of_the_readme_quotes_its_result_files():
         f"{generation['baseline']['cached_tokens_per_s']:.1f}",
         f"{generation['energy']['cached_tokens_per_s']:.2f}",
     )
+
+
+def test_the_page_on_recipes_quotes_the_study_of_further_steps():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "results" / "stability.json").read_text())["rows"]
+    for form in ("4 steps", "4 steps, damping 1"):
+        of_form = {row["seed"]: row for row in rows if row["form"] == form}
+        runs = [of_form[seed] for seed in (33, 1, 2)]
+        rises = []
+        for run in runs:
+            fall = run["after"][-1]["fall_of_loss_from_trained"]
+            rises.append(f"{-fall['mean']:.3f} [{-fall['high']:.3f}, {-fall['low']:.3f}]")
+        assert len(rises) == 3 and ", ".join(rises) in text, form
+        for number in (1, 2, 4, 8, 16):
+            points = [p for run in runs for p in run["after"] if p["num_steps"] == number]
+            cells = [f"{p['loss']['mean']:.3f} ({p['solved']['mean']:.2f})" for p in points]
+            assert f"| {'; '.join(cells)} |" in text, (form, number)

@@ -84,9 +84,20 @@ CASES = {
         "state": {"workspace": 5, "initial": "zeros"},
         "refinement": {"num_steps": 3, "decay": 0.3, "update": "mirror"},
     },
+    "damping": TEXT | {"refinement": {"damping": 1.0, "num_steps": 3}},
+    "workspace, damping, decay": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear"]},
+        "state": {"workspace": 5},
+        "refinement": {"num_steps": 3, "decay": 0.3, "damping": 0.5, "update": "mirror"},
+    },
     "candidates": TEXT
     | {
         "refinement": {"candidates": 5, "num_steps": 3, "update": "mirror"},
+        "state": {"initial": "zeros"},
+    },
+    "candidates, damping": TEXT
+    | {
+        "refinement": {"candidates": 5, "num_steps": 3, "update": "mirror", "damping": 1.0},
         "state": {"initial": "zeros"},
     },
     "candidates, logits": TEXT

@@ -153,6 +153,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     x, losses, fed = draws.initial_state(), [], None
     scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
+        scale = 1 / (i + 1) ** config.damping
         last = i == num_steps - 1
         if config.graph != "full" or i <= scored_from:
             x = x.detach()
@@ -189,7 +190,8 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         by = x if kind == "vocabulary" and config.update == "logits" else moving
         if has_workspace:
             gradient, z_gradient = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
-            z = (1 - config.decay) * z - model.workspace_step_size.squeeze(0) * z_gradient
+            beta = scale * model.workspace_step_size.squeeze(0)
+            z = (1 - config.decay * scale) * z - beta * z_gradient
         else:
             (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         if config.graph == "truncate" and not last:
@@ -198,8 +200,8 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if config.graph != "full":
             start = start.detach()
         step = alpha.detach() if config.graph == "truncate" and not last else alpha
-        start = (1 - config.decay * draws.step_size_factor()) * start
-        change = -step * gradient
+        start = (1 - config.decay * scale * draws.step_size_factor()) * start
+        change = -step * scale * gradient
         if config.change_clamp is not None:
             change = torch.clamp(change, -config.change_clamp, config.change_clamp)
         x = start + change

@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import study_candidates
 import study_hops
+import study_stability
 import study_uncertainty
 
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
@@ -56,9 +57,22 @@ def test_chains_of_look_ups_are_answered_by_looking_up():
                 assert answers[i] == n + node
 
 
+def test_cells_of_strips_are_reached_from_their_neighbours():
+    observed, targets = study_stability.strips(50, seed=1)
+    for cells, answers in zip(observed.tolist(), targets.tolist()):
+        reached = {cells.index(study_stability.START)}
+        for _ in cells:
+            near = {i + step for i in reached for step in (-1, 1)} & set(range(len(cells)))
+            reached |= {i for i in near if cells[i] != study_stability.WALL}
+        for i, (cell, answer) in enumerate(zip(cells, answers)):
+            expected = IGNORE if cell == study_stability.WALL else int(i in reached)
+            assert answer == expected
+
+
 @pytest.mark.parametrize(
     "tool, arguments, rows",
     [
+        (study_stability, ["--steps", "2", "--seeds", "1"], len(study_stability.FORMS)),
         (
             study_hops,
             [
