@@ -1,6 +1,7 @@
 # From nothing but python3, make and a package index:
 #   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
 #   make quickstart-video    the same for video, on three short real clips
+#   make quickstart-reasoning    the same for mazes, made here: a model that thinks, and whether it pays
 #   make lint         environment and every check that reads code: format, lint, types, import rule, spelling
 #   make lock         requirements/test.lock, the versions of a whole test environment
 #   make docs         the documentation and its reference, as pages in site/
@@ -13,7 +14,7 @@ RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 3
 
-.PHONY: quickstart quickstart-video lint docs test soak lock clean
+.PHONY: quickstart quickstart-video quickstart-reasoning lint docs test soak lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -21,6 +22,9 @@ quickstart: $(VENV)/.installed
 
 quickstart-video: $(VENV)/.installed-video
 	@$(BIN)/python tools/quickstart.py video --runs "$(RUNS)" --data "$(DATA)"
+
+quickstart-reasoning: $(VENV)/.installed
+	@$(BIN)/python tools/quickstart.py reasoning --runs "$(RUNS)" --data "$(DATA)"
 
 lint: $(VENV)/.installed-lint
 	@$(BIN)/ruff check .

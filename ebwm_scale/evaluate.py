@@ -3,16 +3,17 @@ how far its energies can be trusted.
 
     ebwm evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4]
                       [--out-of-distribution FILE ..] [--split NAME] [--output DIR]
-                      [--horizons 1 2 4 8 16] [--against RUN]
+                      [--against RUN] [--examples 4] [--horizons 1 2 4 8 16]
 
 Writes evaluation.json and evaluation.html into RUN (or DIR). On a dataset of a world
 (docs/imagination.md) also imagination.json and imagination.html: how far it imagines its held-out
 episodes, what its actions are worth, and how well its energy tells real next frames from wrong
 ones. On a dataset of tasks with one right
 answer (docs/reasoning.md): solving.json and solving.html, with the share of solved instances by
-difficulty and number of steps. Losses are means per target over the
-validation split (text: nats per token, perplexity is the exponential of the mean; video: SmoothL1),
-with 95 % intervals from a bootstrap over samples. For an energy model:
+difficulty and number of steps, and some instances shown step by step; --against compares with
+another run on the same instances. Losses are means per target over the validation split (text: nats
+per token, perplexity is the exponential of the mean; video: SmoothL1), with 95 % intervals from a
+bootstrap over samples. For an energy model:
 
     curves       loss against the number of refinement steps, and against the number of starts of
                  which the lowest energy is kept
@@ -49,7 +50,7 @@ from ebwm_scale.data.format.episodes import episodes_of
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.side_files import refuse_another_tokenizer
 from ebwm_scale.data.loading.mixture import MixedSplit, open_sources
-from ebwm_scale.evaluation.solving import evaluate_solving, is_task
+from ebwm_scale.evaluation.solving import Other, evaluate_solving, is_task
 from ebwm_scale.evaluation.thinking_curves import (
     context_length_of,
     evaluate,
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[1, 2, 3, 4, 8],
         metavar="N",
-        help="numbers of refinement steps (default 1 2 3 4 8)",
+        help="numbers of refinement steps, or of a looped baseline's loops (default 1 2 3 4 8)",
     )
     parser.add_argument(
         "--starts",
@@ -109,6 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=None,
         metavar="E",
         help="of early stopping (default: a hundredth of the mean fall of the first step)",
+    )
+    parser.add_argument(
+        "--settled",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="tasks: thinking stops when a step changes no scored probability by more than this "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--out-of-distribution",
@@ -127,19 +136,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
     )
     parser.add_argument(
+        "--against",
+        type=Path,
+        default=None,
+        metavar="RUN",
+        help="tasks and worlds: another run or checkpoint folder, compared on the same instances",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=4,
+        metavar="N",
+        help="tasks: instances that are shown step by step (default %(default)s)",
+    )
+    parser.add_argument(
         "--horizons",
         type=int,
         nargs="+",
         default=[1, 2, 4, 8, 16],
         metavar="H",
         help="worlds: numbers of imagined steps (default 1 2 4 8 16)",
-    )
-    parser.add_argument(
-        "--against",
-        type=Path,
-        default=None,
-        metavar="CHECKPOINT",
-        help="worlds: another model of the same data, such as Transformer++, beside this one",
     )
     parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="default: the run folder"
@@ -150,16 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             "--max-samples, --batch-size, --steps, --starts and --horizons must be at least 1"
         )
-    model, config = load_checkpoint(
-        options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    if options.examples < 0:
+        raise UserError(f"--examples is {options.examples}: must be at least 0")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, config = load_checkpoint(options.checkpoint, device=device)
     sources = sources_of(options.data, config)
     split = open_sources(sources, options.split, verify="sizes")
     refuse_another_tokenizer(config, split.manifest)
-    if options.against is not None and not is_world(split.manifest):
-        raise UserError(
-            f"--against {options.against}: only models of a world are compared here; leave it out"
-        )
     about = {
         "checkpoint": str(options.checkpoint),
         "data": [str(manifest) for manifest, _ in sources],
@@ -169,6 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_task(split.manifest):
         from ebwm_scale.reporting.solving_page import write_solving
 
+        other = None
+        if options.against is not None:
+            other_model, other_config = load_checkpoint(options.against, device=device)
+            refuse_another_tokenizer(other_config, split.manifest)
+            other = Other(other_model, other_config, str(options.against))
         with progress_on_console() as progress:
             solving = evaluate_solving(
                 model,
@@ -178,10 +196,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 batch_size=options.batch_size,
                 steps=options.steps,
                 tolerance=options.tolerance,
+                settled=options.settled,
+                other=other,
+                num_examples=options.examples,
                 progress=progress,
             )
         say(str(write_solving(folder, about | solving)))
         return EXIT_FINISHED
+    if options.against is not None and not is_world(split.manifest):
+        raise UserError(
+            f"--against {options.against}: only tasks with one right answer are compared between "
+            "runs, and this dataset has none; leave it out"
+        )
     texts = out_of_distribution_texts(
         options.out_of_distribution,
         split.manifest,

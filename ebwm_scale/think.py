@@ -174,6 +174,13 @@ def add_thinking_options(parser: argparse.ArgumentParser) -> None:
         metavar="E",
         help="stop a position when a step lowers its energy by no more than this",
     )
+    thinking.add_argument(
+        "--settled",
+        type=float,
+        default=None,
+        metavar="P",
+        help="stop a position when a step changes no probability by more than this",
+    )
 
 
 def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
@@ -187,6 +194,7 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
                 ("num_starts", 1),
                 ("accept_only_if_lower", False),
                 ("tolerance", None),
+                ("settled", None),
             )
             if getattr(options, name) != default
         ]
@@ -202,6 +210,7 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
         num_starts=options.num_starts,
         accept_only_if_lower=options.accept_only_if_lower,
         tolerance=options.tolerance,
+        settled=options.settled,
         seed=config.train.seed if options.seed is None else options.seed,
     )
 

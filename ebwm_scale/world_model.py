@@ -1,7 +1,7 @@
 """The model that is trained: observed states in, a loss out. START HERE.
 
     observed stream -> K, V (network.encode_context) -> refinement -> loss   (kind: energy)
-    observed stream -> hidden state -> next state -> loss                    (kind: baseline)
+    observed stream -> hidden state -> next state -> loss      (kind: baseline, maybe looped)
 
 The observed stream holds states (tokens, frames or a frame's patches) and, where the data has them,
 conditions such as actions behind each frame (model/conditions.py).
@@ -54,7 +54,8 @@ from ebwm_scale.refinement.step_plan import num_landscapes
 class StepOutput:
     """What a batch gives.
 
-    loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph.
+    loss: scalar with graph. loss_per_step, energy_per_step: (N,) float tensors without graph. Of a
+    baseline loss_per_step has a loss of each pass that is scored, and there is no energy.
     state: final states or None. initial_loss: the criterion of x_0 itself, in eval mode.
     """
 
@@ -267,9 +268,7 @@ class WorldModel(nn.Module):
         replay buffer.
         """
         if self.config.model.kind == "baseline":
-            hidden = self.baseline_hidden(observed, conditions)
-            loss = self._baseline_loss(hidden, observed, targets)
-            output = StepOutput(loss, loss.detach()[None], None)
+            output = self._predict_directly(observed, targets, conditions)
         else:
             with gathered(self.resident_parameters()):
                 output = self._refine(
@@ -386,6 +385,23 @@ class WorldModel(nn.Module):
             wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
             return prediction.to(wide) + last.to(wide)
         return prediction
+
+    def _predict_directly(
+        self, observed: Tensor, targets: Tensor, conditions: Conditions | None
+    ) -> StepOutput:
+        """Of a baseline. In eval mode every loop is scored, in training as model.loop_loss says."""
+        network = self.network
+        assert isinstance(network, BaselineTransformer)
+        embedded = self.embed_observed(observed, conditions)
+        first_visible = self.first_visible(observed)
+        scores_every = self.config.model.loop_loss == "every"
+        if scores_every or not self.training:
+            hidden = network.after_each_loop(embedded, first_visible)
+        else:
+            hidden = [network(embedded, first_visible)]
+        losses = torch.stack([self._baseline_loss(h, observed, targets) for h in hidden])
+        loss = losses.mean() if scores_every else losses[-1]
+        return StepOutput(loss, losses.detach(), None)
 
     def _baseline_loss(self, hidden: Tensor, observed: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":

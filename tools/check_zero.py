@@ -3,7 +3,8 @@ steps, for the table in docs/distributed.md.
 
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json]
         [--stages 0 1 2 3] [--checkpoint none step block] [--precision fp32 bf16]
-        [--recipe S1 S2 algorithm_1 baseline shallow groups workspace world] [--accumulation 2]
+        [--recipe S1 S2 algorithm_1 baseline looped shallow groups workspace world]
+        [--accumulation 2]
         [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
@@ -55,6 +56,8 @@ MODELS = {
         "energy_head": ["linear", "quadratic", "bilinear", "context"],
     },
     "workspace": {"energy_head": ["bilinear"]},
+    "baseline": {"kind": "baseline"},
+    "looped": {"kind": "baseline", "loops": 3, "loop_loss": "every"},
     "world": {"vocabulary_size": None},
 }
 STATES = {
@@ -167,7 +170,6 @@ def configuration(
                 "num_heads": 4,
                 "vocabulary_size": 61,
                 "predicted_input": "anchored",
-                "kind": "baseline" if recipe == "baseline" else "energy",
                 **MODELS.get(recipe, {}),
                 **(size or {}).get("model", {}),
             },
@@ -333,7 +335,7 @@ def check(arguments) -> int:
     for recipe, precision, stage, mode in itertools.product(
         arguments.recipe, arguments.precision, arguments.stages, arguments.checkpoint
     ):
-        if recipe == "baseline" and mode != "none":
+        if recipe in ("baseline", "looped") and mode != "none":
             continue
         config = configuration(
             stage=stage,

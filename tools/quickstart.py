@@ -1,7 +1,7 @@
-"""The quick start: real data, shards, Transformer++ and an energy-based world model trained on
-them, and a report. For text or for video.
+"""The quick start: data, shards, Transformer++ and an energy-based world model trained on them, and
+a report. For text, for video, or for reasoning: mazes, made here, in which thinking longer pays.
 
-    python tools/quickstart.py [text|video] [--runs runs] [--data data] [--input DIR]
+    python tools/quickstart.py [text|video|reasoning] [--runs runs] [--data data] [--input DIR]
         [--hold-out VIDEO]
 
 Every stage is kept when it is done, and a killed run goes on where it was: repeat the command.
@@ -18,17 +18,25 @@ from pathlib import Path
 
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import progress_on_console
+from ebwm_scale.core.errors import UserError
 from ebwm_scale.core.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
+MAZE, LARGER_MAZE = 6, 8  # cells a side
+NUM_MAZES, HELD_OUT_MAZES = 48_000, 500
+MOST_STEPS = (1, 2, 4, 8, 16, 32)  # up to eight of them are trained
 
 
 @command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
-        "modality", nargs="?", choices=("text", "video"), default="text", help="default text"
+        "modality",
+        nargs="?",
+        choices=("text", "video", "reasoning"),
+        default="text",
+        help="default text",
     )
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), help="run folders (default runs)"
@@ -54,6 +62,11 @@ def main() -> int:
         "own)",
     )
     arguments = parser.parse_args()
+    if arguments.modality == "reasoning" and arguments.input is not None:
+        raise UserError(
+            f"--input {arguments.input}: the mazes of this quick start are made, not read; "
+            "leave it out"
+        )
     start = time.monotonic()
 
     def announce(stage: str) -> None:
@@ -62,12 +75,14 @@ def main() -> int:
     with progress_on_console() as progress:
         if arguments.modality == "text":
             manifest = text_dataset(arguments.data, arguments.input, announce, progress)
-        else:
+        elif arguments.modality == "video":
             manifest = video_dataset(
                 arguments.data, arguments.input, arguments.hold_out, announce, progress
             )
+        else:
+            manifest, larger = reasoning_datasets(arguments.data, announce, progress)
 
-    name = "quickstart" if arguments.modality == "text" else "quickstart_video"
+    name = "quickstart" + ("" if arguments.modality == "text" else f"_{arguments.modality}")
     baseline, energy = arguments.runs / f"{name}_baseline", arguments.runs / name
     for title, run in (
         ("Transformer++, for comparison", baseline),
@@ -97,8 +112,56 @@ def main() -> int:
     from ebwm_scale.report import write_report
 
     report = write_report(energy, baseline_dir=baseline)
+    if arguments.modality == "reasoning":
+        announce(f"thinking with 1 to {MOST_STEPS[-1]} steps on held-out mazes")
+        for dataset, folder in ((larger, energy / "larger"), (manifest, energy)):
+            solve(dataset, energy, baseline, folder)
+        report = energy / "solving.html"
+        announce(f"the same on larger mazes than were trained: {energy / 'larger' / report.name}")
     announce(f"done. Open the report: {report}")
     return 0
+
+
+def reasoning_datasets(data: Path, announce, progress: Progress) -> list[Path]:
+    """The manifests of mazes to train on and of larger ones; every training maze is seen once."""
+    from ebwm_scale.data.prepare.reasoning.dataset import make_reasoning_dataset
+
+    announce(f"mazes: {NUM_MAZES:,} of {MAZE} x {MAZE} cells; which of them can be reached?")
+    return make_reasoning_dataset(
+        "reachability",
+        data / f"mazes-{MAZE}",
+        sizes=[MAZE],
+        larger=[LARGER_MAZE],
+        num_train=NUM_MAZES,
+        num_validation=HELD_OUT_MAZES,
+        report=lambda line: print(line, flush=True),
+        progress=progress,
+    )
+
+
+def solve(dataset: Path, energy: Path, baseline: Path, folder: Path) -> None:
+    """`ebwm evaluate` of the energy model against Transformer++."""
+    from ebwm_scale.evaluate import main as evaluate
+
+    code = evaluate(
+        [
+            str(energy),
+            "--against",
+            str(baseline),
+            "--data",
+            str(dataset),
+            "--max-samples",
+            str(HELD_OUT_MAZES),
+            "--batch-size",
+            "128",
+            "--steps",
+            *map(str, MOST_STEPS),
+            "--output",
+            str(folder),
+        ]
+    )
+    if code:
+        raise UserError(f"the evaluation ended with exit code {code}; repeat the command to go on")
 
 
 def text_dataset(data: Path, source: Path | None, announce, progress: Progress) -> Path:

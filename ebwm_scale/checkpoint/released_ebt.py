@@ -209,6 +209,8 @@ def hparams_of(config: Config) -> dict[str, Any]:
     ):
         if energy and value not in allowed:
             beyond.append(f"{name} is {value!r} (only {' or '.join(map(repr, allowed))})")
+    if model.loops > 1:
+        beyond.append(f"model.loops is {model.loops} (only one pass)")
     if (config.data.group_size or 1) > 1:
         beyond.append(f"data.group_size is {config.data.group_size} (only groups of 1)")
     if config.data.conditions:

@@ -149,6 +149,16 @@ def _check_model(config: Config, require: Require) -> None:
         "model.energy_head is [context]: nothing reads the predicted stream; "
         "add linear, quadratic or bilinear",
     )
+    require(
+        model.loops == 1 or model.kind == "baseline",
+        f"model.loops is {model.loops}: only a baseline passes its blocks again, an energy model "
+        "takes refinement.num_steps; leave the key out",
+    )
+    require(
+        model.loop_loss == "last" or model.loops > 1,
+        f"model.loop_loss is {model.loop_loss} with model.loops {model.loops}: there is one loss; "
+        "leave the key out",
+    )
     is_frame_baseline = model.kind == "baseline" and config.state.kind == "embedding"
     require(
         model.output == "one_linear" or is_frame_baseline,

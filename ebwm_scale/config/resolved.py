@@ -72,6 +72,18 @@ def reencoded_blocks(config: Config) -> int:
     return config.refinement.reencode
 
 
+def num_predictions(config: Config) -> int:
+    """Of a position in evaluation: one after each refinement step, or each pass of a baseline."""
+    if config.model.kind == "baseline":
+        return config.model.loops
+    return config.refinement.num_steps
+
+
+def num_training_losses(model: ModelConfig) -> int:
+    """Of a baseline: how many of its passes training scores."""
+    return model.loops if model.loop_loss == "every" else 1
+
+
 def min_num_steps(refinement: RefinementConfig) -> int:
     return _known(refinement.min_num_steps, "refinement.min_num_steps", BY_LOADING)
 

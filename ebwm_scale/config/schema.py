@@ -73,6 +73,10 @@ class ModelConfig(Section):
     """The predicted stream passes the last so many blocks; default: all."""
     energy_head: Annotated[tuple[HeadTerm, ...], BeforeValidator(as_tuples)] = ("linear",)
     """Terms of the energy behind the last block, see model/energy_head.py; released: linear."""
+    loops: Annotated[int, Field(gt=0, le=10**4)] = 1
+    """Of a baseline: passes through the same blocks, see model/baseline.py; 1: Transformer++."""
+    loop_loss: Literal["last", "every"] = "last"
+    """Of a looped baseline: the loss after the last pass, or the mean over those after each."""
     vocabulary_size: Annotated[int, Field(gt=0, le=10**8)] | None = None
     """Default: the data's."""
     output: Literal["one_linear", "two_linear"] = "one_linear"

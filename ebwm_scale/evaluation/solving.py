@@ -31,10 +31,21 @@ from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.loading.batches import validation_batches
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.loading.quarantine import BadSample
+from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.evaluation.answers import (
+    Instances,
+    numbers_of_steps,
+    see_answers,
+    thought_of,
+    trained_steps,
+)
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci, correlation_ci, share_ci
-from ebwm_scale.inference.energy_functions import SequenceEnergy
-from ebwm_scale.inference.initial_states import SequenceSampler
-from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
+from ebwm_scale.evaluation.solving_examples import (
+    MAX_POSITIONS,
+    Shown,
+    numbers_shown,
+)
+from ebwm_scale.inference.thinking import ThinkingConfig
 
 MAX_BINS = 6  # of difficulty
 
@@ -42,15 +53,6 @@ MAX_BINS = 6  # of difficulty
 def is_task(manifest: Manifest) -> bool:
     """Whether the samples of a dataset are instances with an answer: marked so, or in groups."""
     return bool(manifest.content.members) or manifest.content.group_size > 1
-
-
-@dataclass(frozen=True)
-class Instances:
-    """A batch: sample_ids (B,), observed and targets (B, S) tokens, on the model's device."""
-
-    sample_ids: Tensor
-    observed: Tensor
-    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,12 @@ class Marks:
         }
 
     def by_difficulty(self, bins: Sequence[Bin]) -> list[dict[str, Any]]:
-        rows = []
-        for part in bins:
-            marks = Marks(
-                self.loss[part.members], self.accuracy[part.members], self.solved[part.members]
-            )
-            rows.append(part.about() | marks.summary())
-        return rows
+        return [part.about() | self.of_part(part).summary() for part in bins]
+
+    def of_part(self, part: Bin) -> Marks:
+        """Of the instances of one range of difficulty."""
+        chosen = part.members
+        return Marks(self.loss[chosen], self.accuracy[chosen], self.solved[chosen])
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,15 @@ class Bin:
         }
 
 
+@dataclass(frozen=True)
+class Other:
+    """A model to compare with on the same instances; name: where it was loaded from."""
+
+    model: Any
+    config: Config
+    name: str
+
+
 @torch.no_grad()
 def evaluate_solving(
     model,
@@ -142,13 +152,20 @@ def evaluate_solving(
     batch_size: int,
     steps: Sequence[int],
     tolerance: float | None = None,
+    settled: float = 0.1,
+    other: Other | None = None,
+    num_examples: int = 4,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """The content of solving.json.
 
-    split: of tasks. steps: numbers of refinement steps; those that were trained are added.
-    tolerance: of early stopping; None: a hundredth of the mean fall of energy in the first step.
-    A grid may have another size than those trained on: the model then reads groups of that size
+    split: of tasks. steps: numbers of refinement steps, of a looped baseline of loops; the trained
+    number is added, and each below it if they are few. tolerance: of early stopping; None: a
+    hundredth of the mean fall of energy in the first step. settled: of stopping when the answer
+    settles, see ThinkingConfig. other: what it is compared with, after
+    its own trained number of steps. num_examples: instances that are shown whole, unless a group
+    has more than MAX_POSITIONS cells.
+    A grid may have another size than those trained on: the models then read groups of that size
     from there on. Raises UserError for groups of another kind.
     """
     manifest = split.manifest
@@ -167,34 +184,58 @@ def evaluate_solving(
     if "difficulty" in manifest.content.members:
         difficulty = torch.tensor([difficulty_of(split.read_fields(i)) for i in sample_ids])
         bins = bins_of(difficulty)
-    if config.model.kind == "baseline":
-        marks = Marks.joined([_baseline_marks(model, batch) for batch in batches])
-        point = {"num_steps": 0} | marks.summary() | {"by_difficulty": marks.by_difficulty(bins)}
-        return result | {"trained_steps": None, "steps": [point]}
-    trained, seed = config.refinement.num_steps, config.train.seed
-    after: dict[int, Marks] = {}  # number of steps -> marks
-    for num_steps in sorted(set(steps) | {trained}):
-        thinking = ThinkingConfig(num_steps=num_steps, seed=seed)
-        after[num_steps] = Marks.joined(
-            [
-                Marks.of(_thought(model, batch, thinking).state, batch.targets)
-                for batch in tracked(batches, f"{num_steps} steps", progress)
-            ]
+    trained = trained_steps(config)
+    numbers = numbers_of_steps(config, steps)
+    after = _marks_after(model, batches, numbers, progress)
+    result |= {"trained_steps": trained, "steps": _curve(after, trained, bins)}
+    if trained is not None and 1 in after and trained > 1:
+        result["gain_of_later_steps"] = _gain(after[trained], after[1], bins)
+    if config.model.kind == "energy":
+        result["early_stopping"] = _early_stopping(
+            model, batches, difficulty, bins, 4 * config.refinement.num_steps, tolerance, progress
         )
-    curve = []
-    previous = None
-    for num_steps, marks in after.items():
-        point = {"num_steps": num_steps} | marks.summary()
-        point["by_difficulty"] = marks.by_difficulty(bins)
-        if previous is not None:
-            point["gain_over_previous"] = marks.gain_over(previous)
-        if num_steps != trained:
-            point["gain_over_trained"] = marks.gain_over(after[trained])
-        curve.append(point)
-        previous = marks
-    result |= {"trained_steps": trained, "steps": curve}
-    stopping = _early_stopping(model, batches, difficulty, 4 * trained, tolerance, seed, progress)
-    return result | {"early_stopping": stopping}
+        result["settling"] = _settling(
+            model, batches, difficulty, bins, after[config.refinement.num_steps], settled, progress
+        )
+    if other is not None:
+        _fit_groups(other.model, manifest)
+        result["against"] = _against(other, after[trained or 1], batches, bins, progress)
+    if num_examples and manifest.content.group_size <= MAX_POSITIONS:
+        everything = torch.ones(len(sample_ids), dtype=torch.bool)
+        shown = Shown.choose(
+            batches,
+            [part.members for part in bins] or [everything],
+            num_examples,
+            difficulty if len(difficulty) else None,
+            Tokenizer(manifest.content.tokenizer_path),
+            is_grid=manifest.content.grid is not None,
+        )
+        result["examples"] = shown.to_dict(
+            model,
+            numbers_shown(numbers, trained),
+            None if other is None else other.model,
+            None if other is None else trained_steps(other.config) or 1,
+        )
+    return result
+
+
+def _gain(ours: Marks, theirs: Marks, bins: Sequence[Bin]) -> dict[str, Any]:
+    """How much better ours are, over all instances and by difficulty."""
+    by_difficulty = [
+        part.about() | ours.of_part(part).gain_over(theirs.of_part(part)) for part in bins
+    ]
+    return ours.gain_over(theirs) | {"by_difficulty": by_difficulty}
+
+
+def _against(
+    other: Other, ours: Marks, batches: Sequence[Instances], bins: Sequence[Bin], progress: Progress
+) -> dict[str, Any]:
+    """What another model solves, and how far we are above it, paired by instance."""
+    trained = trained_steps(other.config)
+    (theirs,) = _marks_after(other.model, batches, [trained or 1], progress).values()
+    about = {"name": other.name, "kind": other.config.model.kind, "trained_steps": trained}
+    about |= theirs.summary() | {"by_difficulty": theirs.by_difficulty(bins)}
+    return about | {"gain_over_it": _gain(ours, theirs, bins)}
 
 
 def bins_of(difficulty: Tensor) -> list[Bin]:
@@ -248,58 +289,123 @@ def _read(model, split, max_samples: int, batch_size: int) -> tuple[list[Instanc
     return batches, [replaced.get(sample_id, sample_id) for sample_id in sample_ids]
 
 
-def _baseline_marks(model, batch: Instances) -> Marks:
-    embedded = model.embed_observed(batch.observed)
-    logits = model.output(model.network(embedded, model.first_visible(batch.observed)))
-    return Marks.of(logits, batch.targets)
+def _curve(
+    after: dict[int, Marks], trained: int | None, bins: Sequence[Bin]
+) -> list[dict[str, Any]]:
+    """What is said of each number of steps, fewest first; 0 steps where there is but one answer."""
+    curve = []
+    previous = None
+    for num_steps, marks in after.items():
+        point = {"num_steps": 0 if trained is None else num_steps} | marks.summary()
+        point["by_difficulty"] = marks.by_difficulty(bins)
+        if previous is not None:
+            point["gain_over_previous"] = marks.gain_over(previous)
+        if trained is not None and num_steps != trained:
+            point["gain_over_trained"] = marks.gain_over(after[trained])
+        curve.append(point)
+        previous = marks
+    return curve
 
 
-def _thought(model, batch: Instances, thinking: ThinkingConfig) -> Thought:
-    noise = SequenceSampler(model, thinking.seed, batch.sample_ids, batch.observed.shape[1])
-    embedded = model.embed_observed(batch.observed)
-    energy_function = SequenceEnergy(model, embedded, model.first_visible(batch.observed))
-    return think(model, energy_function, noise.initial(None), thinking, noise=noise)
+def _marks_after(
+    model, batches: Sequence[Instances], numbers: Sequence[int], progress: Progress
+) -> dict[int, Marks]:
+    """After each of these numbers of steps, fewest first."""
+    parts: dict[int, list[Marks]] = {number: [] for number in numbers}
+    for batch in tracked(batches, f"up to {numbers[-1]} steps", progress):
+
+        def see(num_steps: int, logits: Tensor, targets: Tensor = batch.targets) -> None:
+            parts[num_steps].append(Marks.of(logits, targets))
+
+        see_answers(model, batch, numbers, see)
+    return {number: Marks.joined(marks) for number, marks in parts.items()}
 
 
 def _early_stopping(
     model,
     batches: Sequence[Instances],
     difficulty: Tensor,
+    bins: Sequence[Bin],
     max_steps: int,
     tolerance: float | None,
-    seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What early stopping costs, and whether it spends more steps on harder instances.
-
-    The steps of an instance are the mean of those of its scored tokens.
+    """What early stopping costs, and whether it spends more steps on harder instances; of a model
+    of energies.
     """
+    seed = model.config.train.seed
     rules = ThinkingConfig(num_steps=max_steps, accept_only_if_lower=True, seed=seed, tolerance=0.0)
     running_on = []
     falls = []
     for batch in tracked(batches, "running on", progress):
-        thought = _thought(model, batch, rules)
+        thought = thought_of(model, batch, rules)
         running_on.append(Marks.of(thought.state, batch.targets))
         falls.append((thought.trace[0] - thought.trace[1])[batch.targets != IGNORE].cpu())
     if tolerance is None:
         tolerance = 0.01 * max(float(torch.cat(falls).mean()), 1e-12)
-    stopping = dataclasses.replace(rules, tolerance=tolerance)
-    stopped, steps = [], []
+    stopped, steps = _stopped(
+        model, batches, dataclasses.replace(rules, tolerance=tolerance), progress
+    )
+    marks_on = Marks.joined(running_on)
+    return {
+        "max_steps": max_steps,
+        "tolerance": tolerance,
+        "running_on": marks_on.summary(),
+        "gain_over_running_on": stopped.gain_over(marks_on),
+    } | _of_steps(stopped, steps, difficulty, bins)
+
+
+def _settling(
+    model,
+    batches: Sequence[Instances],
+    difficulty: Tensor,
+    bins: Sequence[Bin],
+    as_trained: Marks,
+    settled: float,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Stopping when an answer settles: at most twice the trained steps, so that hard instances can
+    take more of them, against the trained number for all.
+    """
+    max_steps = 2 * model.config.refinement.num_steps
+    seed = model.config.train.seed
+    rules = ThinkingConfig(num_steps=max_steps, settled=settled, seed=seed)
+    stopped, steps = _stopped(model, batches, rules, progress)
+    return {
+        "max_steps": max_steps,
+        "largest_change": settled,
+        "gain_over_trained": stopped.gain_over(as_trained),
+    } | _of_steps(stopped, steps, difficulty, bins)
+
+
+def _stopped(
+    model, batches: Sequence[Instances], rules: ThinkingConfig, progress: Progress
+) -> tuple[Marks, Tensor]:
+    """Where thinking by these rules stops, and the steps of each instance: the mean of those of its
+    scored tokens.
+    """
+    marks, steps = [], []
     for batch in tracked(batches, "stopping early", progress):
-        thought = _thought(model, batch, stopping)
-        stopped.append(Marks.of(thought.state, batch.targets))
+        thought = thought_of(model, batch, rules)
+        marks.append(Marks.of(thought.state, batch.targets))
         scored = (batch.targets != IGNORE).double()
         taken = (thought.steps.double() * scored).sum(1) / scored.sum(1)
         steps.append(taken.cpu())
-    steps_taken = torch.cat(steps)
+    return Marks.joined(marks), torch.cat(steps)
+
+
+def _of_steps(
+    stopped: Marks, steps: Tensor, difficulty: Tensor, bins: Sequence[Bin]
+) -> dict[str, Any]:
+    """What two ways to stop have in common."""
     result = {
-        "max_steps": max_steps,
-        "tolerance": tolerance,
-        "mean_steps": bootstrap_ci(steps_taken),
-        "running_on": Marks.joined(running_on).summary(),
-        "stopped": Marks.joined(stopped).summary(),
+        "mean_steps": bootstrap_ci(steps),
+        "stopped": stopped.summary(),
+        "by_difficulty": [
+            part.about() | {"mean_steps": bootstrap_ci(steps[part.members])} for part in bins
+        ],
     }
     if len(difficulty):
-        correlation = correlation_ci(steps_taken[:, None], difficulty[:, None])
+        correlation = correlation_ci(steps[:, None], difficulty[:, None])
         result["rank_correlation_of_steps_with_difficulty"] = correlation
     return result

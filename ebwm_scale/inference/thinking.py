@@ -4,7 +4,8 @@
         E, g  = energy(x), dE/de                       of every row that still moves
         x'    = update(x, g, alpha)                    and z' of a workspace beside it, by dE/dz
         accept only if lower:  x <- x' where E(x') < E(x); elsewhere x stays, its alpha is halved
-        stop early:            a row whose energy fell by less than `tolerance` moves no more
+        stop early:            a row whose energy fell by less than `tolerance` moves no more, nor
+                               one whose prediction changed by less than `settled`
     of several starts per row the one with the lowest final energy is the prediction
 
 A row is one candidate for one position: of a prompt's next position, or of every position of a
@@ -15,6 +16,7 @@ number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,8 @@ from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
 from ebwm_scale.refinement.step_plan import INFERENCE_STEP
 
+Watch = Callable[[int, Tensor], None]  # of steps taken and states (B, K, size)
+
 
 @dataclass(frozen=True)
 class ThinkingConfig:
@@ -35,7 +39,8 @@ class ThinkingConfig:
     num_steps, step_size: default those of training. noise: deviation of the Langevin noise.
     num_starts: random initial states per row. accept_only_if_lower: undo a step that raises the
     energy. tolerance: a row stops when a step lowers its energy by no more than this; None: never.
-    seed: of noise and initial states.
+    settled: a row stops when a step changes no probability (of an embedding: no number) of its
+    prediction by more than this; None: never. seed: of noise and initial states.
     """
 
     num_steps: int | None = None
@@ -44,6 +49,7 @@ class ThinkingConfig:
     num_starts: int = 1
     accept_only_if_lower: bool = False
     tolerance: float | None = None
+    settled: float | None = None
     seed: int = 33
 
     def __post_init__(self):
@@ -52,6 +58,7 @@ class ThinkingConfig:
             ("num_starts", self.num_starts, 1),
             ("noise", self.noise, 0),
             ("tolerance", self.tolerance, 0),
+            ("settled", self.settled, 0),
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{name} is {value}: must be {low} or more")
@@ -61,7 +68,7 @@ class ThinkingConfig:
     @property
     def compares(self) -> bool:
         """Whether energies after a step are needed."""
-        return self.accept_only_if_lower or self.tolerance is not None
+        return self.accept_only_if_lower or self.tolerance is not None or self.settled is not None
 
 
 @dataclass
@@ -90,15 +97,19 @@ def think(
     *,
     noise: InitialStateSampler,
     with_energy: bool = True,
+    asked: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Thought:
     """Refine rows x (B, K, size), which are the caller's to overwrite.
 
     noise: where Langevin numbers come from. with_energy False saves the pass that only measures
-    where the last step ended; a config that compares energies has made it anyway.
+    where the last step ended; a config that compares energies has made it anyway. asked (B, K),
+    bool: the rows whose answer matters, for config.settled; default: all. watch: called with the
+    number of steps taken and the states then, to be read at once; not with a config that compares.
     """
     if config.compares:
-        return _think_comparing(model, energy_function, x, config, noise)
-    return _think_plainly(model, energy_function, x, config, noise, with_energy)
+        return _think_comparing(model, energy_function, x, config, noise, asked)
+    return _think_plainly(model, energy_function, x, config, noise, with_energy, watch)
 
 
 def _think_plainly(
@@ -108,6 +119,7 @@ def _think_plainly(
     config: ThinkingConfig,
     noise: InitialStateSampler,
     with_energy: bool,
+    watch: Watch | None,
 ) -> Thought:
     """Every row takes every step."""
     landscapes = _landscapes(model, config)
@@ -128,6 +140,8 @@ def _think_plainly(
         step_size = (alpha * scale).to(gradient.dtype)
         x, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
         z = _moved(workspace, z, of_w, 1.0)
+        if watch is not None:
+            watch(i + 1, x)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
     final = None
     if with_energy:
@@ -143,6 +157,7 @@ def _think_comparing(
     x: Tensor,
     config: ThinkingConfig,
     noise: InitialStateSampler,
+    asked: Tensor | None,
 ) -> Thought:
     """Rows are compared before and after each step: undone, or left alone when they are done."""
     landscapes = _landscapes(model, config)
@@ -199,6 +214,11 @@ def _think_comparing(
         energy = torch.where(taken, after, energy)
         if config.tolerance is not None:
             active &= fallen > config.tolerance
+        if config.settled is not None:
+            change = _change_of_prediction(model, before, proposal)
+            if asked is not None:
+                change = change.masked_fill(~asked[remaining], 0)
+            active &= _largest_of_group(change, model.network.group_size) > config.settled
         result[remaining] = x
         if z is not None and z_proposal is not None and z_result is not None:
             z = torch.where(taken[..., None], z_proposal, z)
@@ -265,6 +285,20 @@ def lowest(thought: Thought, group_size: int = 1) -> tuple[Tensor, Tensor, Tenso
         return thought.state[rows, best], energy[rows, best], best
     states = thought.state.unflatten(1, (-1, group_size))
     return states[rows, best], energy[rows, best], best
+
+
+def _change_of_prediction(model, before: Tensor, after: Tensor) -> Tensor:
+    """(B, K): the largest change of a probability, or of a number of an embedding."""
+    if model.config.state.kind == "vocabulary":
+        before, after = before.softmax(-1), after.softmax(-1)
+    return (after - before).abs().amax(-1)
+
+
+def _largest_of_group(values: Tensor, group_size: int) -> Tensor:
+    """Of values (B, K) the largest of each group, for all of its rows."""
+    if group_size == 1:
+        return values
+    return values.unflatten(1, (-1, group_size)).amax(2).repeat_interleave(group_size, 1)
 
 
 def _landscapes(model, config: ThinkingConfig) -> list[int]:

@@ -2,9 +2,21 @@
 
 It predicts the next state directly; of a sequence of groups, the state of the same place in the
 next group, given all groups up to its own, with their conditions.
+
+Looped (model.loops n), the same blocks are passed n times, and what enters the first pass is added
+again before each further one:
+
+    h_1 = blocks(x)      h_(i+1) = blocks(h_i + x)      prediction after pass i: output(norm(h_i))
+
+That is the usual form of looped transformers (arXiv 2311.12424): a pass that is told the input
+again can be the same step of an iterative algorithm each time, where h_i alone would have to carry
+the input along. So it is the fair comparison for refinement: depth from the same parameters,
+without an energy. One pass is Transformer++ itself.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -31,6 +43,7 @@ class BaselineTransformer(nn.Module):
         sizes = model_sizes(config)
         self.group_size = group_size
         self.num_conditions = num_conditions
+        self.num_loops = config.loops
         self.layers = ModuleList(
             Block(config, group_size, num_conditions) for _ in range(sizes.num_layers)
         )
@@ -41,23 +54,46 @@ class BaselineTransformer(nn.Module):
         initialize_released(self)
 
     def forward(self, observed: Tensor, first_visible: Tensor | None = None) -> Tensor:
-        """Hidden states (B, S, D) of the observed stream (B, S, D); of its states alone, where
-        conditions stand between them.
+        """Hidden states (B, S, D) of the observed stream (B, S, D), after the last pass; of its
+        states alone, where conditions stand between them.
 
         first_visible (B, S): the first position that each sees, the start of its document.
         """
-        rotary = self.rotary(observed.shape[1], observed)
-        for layer in self.layers:
-            keys, values = layer.keys_values(observed, rotary)
-            observed = layer.forward_observed(
-                observed, keys, values, rotary, first_visible=first_visible
-            )
-        return self.norm(states_of(observed, self.group_size, self.num_conditions))
+        last = observed
+        for hidden in self._passes(observed, first_visible, self.num_loops):
+            last = hidden  # what left earlier passes need not be kept
+        return self._normed_states(last)
+
+    def after_each_loop(
+        self, observed: Tensor, first_visible: Tensor | None = None, num_loops: int | None = None
+    ) -> list[Tensor]:
+        """As forward, after each pass; num_loops: how many, also more than were trained."""
+        passes = self._passes(observed, first_visible, num_loops or self.num_loops)
+        return [self._normed_states(hidden) for hidden in passes]
 
     @property
     def context_group(self) -> int:
         """Rows of a group in the observed stream."""
         return self.group_size + self.num_conditions
+
+    def _normed_states(self, rows: Tensor) -> Tensor:
+        return self.norm(states_of(rows, self.group_size, self.num_conditions))
+
+    def _passes(
+        self, observed: Tensor, first_visible: Tensor | None, num_loops: int
+    ) -> Iterator[Tensor]:
+        """What leaves the blocks after each pass, (B, S, D)."""
+        rotary = self.rotary(observed.shape[1], observed)
+        hidden = observed
+        for loop in range(num_loops):
+            if loop > 0:
+                hidden = hidden + observed
+            for layer in self.layers:
+                keys, values = layer.keys_values(hidden, rotary)
+                hidden = layer.forward_observed(
+                    hidden, keys, values, rotary, first_visible=first_visible
+                )
+            yield hidden
 
     def context_key(self, landscape: int) -> int:
         """It has one context and no landscapes; see EnergyTransformer.context_key."""

@@ -8,7 +8,8 @@
 The same formulas as training, for rows that stand at the end of their own context (see
 closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies behind is masked.
 All blocks' keys and values are kept, also where the predicted stream passes the last ones only:
-a further observed position reads them.
+a further observed position reads them. A looped baseline has keys and values of its own for each
+pass of a block.
 
 In a sequence of groups of P positions, read "group" for "position": lengths are multiples of P,
 what is appended is a group, and K candidates for the next one are K P rows, one candidate after the
@@ -104,12 +105,15 @@ class LandscapeKVCache:
         self.context_group = network.context_group
         self.is_energy = isinstance(network, EnergyTransformer)
         self.offset = 0  # rows in front of the context: the landscape's token
-        self.modulations: Sequence[Modulation | None] = [None] * len(network.layers)
+        self.layers = list(network.layers)  # in the order in which they are passed
+        if isinstance(network, BaselineTransformer):
+            self.layers *= network.num_loops
+        self.modulations: Sequence[Modulation | None] = [None] * len(self.layers)
         if isinstance(network, EnergyTransformer):
             self.offset = int(network.conditioning == "time_embed")
             self.modulations, _ = network.modulations_of(landscape, predicted=False)
         self.capacity = capacity + self.offset
-        self.keys: list[Tensor] = []  # per layer (B, H_kv, capacity, d)
+        self.keys: list[Tensor] = []  # per passed layer (B, H_kv, capacity, d)
         self.values: list[Tensor] = []
         self.lengths = torch.empty(0, dtype=torch.long)  # (B,) entries of each row, with offset
         self.longest = 0  # the largest of them
@@ -129,7 +133,10 @@ class LandscapeKVCache:
         self.keys = []
         self.values = []
         rotary = self.network.rotary(observed.shape[1], observed)
-        for index, (layer, modulation) in enumerate(zip(self.network.layers, self.modulations)):
+        entering = observed
+        for index, (layer, modulation) in enumerate(zip(self.layers, self.modulations)):
+            if self._begins_again(index):
+                observed = observed + entering
             self._keep_anchor(index, observed[rows, last_group])
             keys, values = layer.keys_values(observed, rotary, modulation)
             self.keys.append(_with_capacity(keys, self.capacity))
@@ -156,7 +163,9 @@ class LandscapeKVCache:
         factors = self._factors(places, x)[:, None]
         self.longest += self.context_group
         mask = self._mask(self.lengths + self.context_group)
-        for index, (layer, modulation) in enumerate(zip(self.network.layers, self.modulations)):
+        for index, (layer, modulation) in enumerate(zip(self.layers, self.modulations)):
+            if self._begins_again(index):
+                x = x + observed
             self._keep_anchor(index, x[:, : self.group_size])
             q, k, v = project_heads(layer, attention_input(layer, x, modulation), factors)
             self.keys[index][rows, :, places] = k.transpose(1, 2)
@@ -242,6 +251,10 @@ class LandscapeKVCache:
         if direct is not None:
             gradient = gradient + direct
         return energy, gradient
+
+    def _begins_again(self, index: int) -> bool:
+        """Whether a further pass of a looped baseline begins here, see model/baseline.py."""
+        return index > 0 and index % len(self.network.layers) == 0
 
     def _keep_anchor(self, index: int, last: Tensor) -> None:
         """last (B, P, D): each row's last group in front of block `index`."""

@@ -22,6 +22,7 @@ from ebwm_scale.config.resolved import (
     group_size,
     model_sizes,
     num_groups,
+    num_training_losses,
     reencoded_blocks,
     state_size,
 )
@@ -208,14 +209,16 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         two = config.model.output == "two_linear"
         hidden_product = 2.0 * rows * z.width**2 if two else 0.0
         observed_rows = samples * z.observed_positions
+        loops = config.model.loops
+        outputs = num_training_losses(config.model)
         parts = {
-            "blocks_forward": 2.0 * observed_rows * blocks,
-            "blocks_backward": 4.0 * observed_rows * blocks,
-            "attention": square * z.layers * (SDPA_FORWARD + SDPA_BACKWARD),
+            "blocks_forward": 2.0 * observed_rows * loops * blocks,
+            "blocks_backward": 4.0 * observed_rows * loops * blocks,
+            "attention": square * loops * z.layers * (SDPA_FORWARD + SDPA_BACKWARD),
             "conditions": conditions,
             **frames,
             # forward, dx, dW
-            "output" if frames else "vocabulary": 3 * (state_product + hidden_product),
+            "output" if frames else "vocabulary": 3 * outputs * (state_product + hidden_product),
         }
         return {part: value for part, value in parts.items() if value}
     N, G = z.steps, z.graph_steps

@@ -11,7 +11,7 @@ import torch
 from ebwm_kernels.attention.row_blocks import ROWS
 from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
 from ebwm_scale.config.reduce_bucket import reduce_bucket_size
-from ebwm_scale.config.resolved import model_sizes
+from ebwm_scale.config.resolved import model_sizes, num_training_losses
 from ebwm_scale.config.schema import Config
 from ebwm_scale.planning.flops import StepSizes, starts_uniform
 from ebwm_scale.planning.parameters import count_parameters
@@ -117,9 +117,10 @@ def memory_estimate(
     if baseline:
         rows = micro_batch * z.positions
         observed_rows = micro_batch * z.observed_positions
-        parts["activations_observed"] = (
-            element * observed_rows * (z.layers * (observed_block + 2 * K) + 2 * D)
-        )
+        loops = config.model.loops
+        losses = num_training_losses(config.model)
+        of_blocks = loops * z.layers * (observed_block + 2 * K)
+        parts["activations_observed"] = element * observed_rows * (of_blocks + losses * 2 * D)
     else:
         rows, samples, num_parts = _tile(config, z, micro_batch, device)
         kept = (
@@ -152,7 +153,7 @@ def memory_estimate(
     if config.state.kind == "embedding":
         parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.steps if full else 1)
     elif baseline:  # W's gradient exists from the forward on
-        parts["vocabulary"] = element * V * D
+        parts["vocabulary"] = element * V * D * num_training_losses(config.model)
         workspace = max(
             workspace,
             min(4.0 * rows * V, CHUNK_BYTES) * (1.5 if half else 1) + (4 + element) * V * D * half,

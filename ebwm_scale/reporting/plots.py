@@ -91,7 +91,7 @@ def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
         x, y = thin_by_stride(*of_refinement_step(run.validation, index))
         if not np.isfinite(y).any():
             continue
-        label = f"after step {index + 1}" if run.refines else run.label
+        label = run.curve_label(index, count)
         axes.plot(x, y, label=label, **curve_style(index, count), **markers(x))
         shown.append(y)
     references = []
@@ -200,7 +200,7 @@ def draw_training_loss(axes: Axes, run: Run, baseline: Run | None) -> str | None
             axes.fill_between(
                 x, curve.low, curve.high, color=LIGHT["curve5"], alpha=0.15, linewidth=0
             )
-        label = f"after step {index + 1}" if run.refines else run.label
+        label = run.curve_label(index, len(curves))
         style = curve_style(index, len(curves))
         axes.plot(x, curve.mean, label=label, **style, **markers(x, few=8))
         shown.append(curve.mean)

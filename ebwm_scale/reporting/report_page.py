@@ -68,7 +68,9 @@ def render(run: Run, baseline: Run | None) -> str:
 
 
 def _subtitle(run: Run) -> str:
-    kind = "Energy-based world model" if run.refines else "Transformer++ (baseline)"
+    kind = "Energy-based world model"
+    if not run.refines:
+        kind = "Looped Transformer++ (baseline)" if run.is_looped else "Transformer++ (baseline)"
     total = parameters_of(run).get("total")
     pieces = [kind]
     if total:
@@ -88,6 +90,8 @@ def _validations(run: Run) -> dict[str, Any] | None:
     heads = ["training step"]
     if run.refines:
         heads += ["initial state", *(f"after step {i + 1}" for i in range(count))]
+    elif run.is_looped:
+        heads += [f"after loop {i + 1}" for i in range(count)]
     else:
         heads += ["loss"] * count
     if run.is_text:

@@ -68,7 +68,21 @@ class Run:
 
     @property
     def label(self) -> str:
-        return f"energy model ({self.name})" if self.refines else "Transformer++"
+        if self.refines:
+            return f"energy model ({self.name})"
+        return "looped Transformer++" if self.is_looped else "Transformer++"
+
+    @property
+    def is_looped(self) -> bool:
+        """Whether this is a baseline that passes its blocks several times."""
+        loops = self.setting("model", "loops")
+        return not self.refines and isinstance(loops, int) and loops > 1
+
+    def curve_label(self, index: int, count: int) -> str:
+        """Of the loss after the refinement step, or loop, of this index; count: of such curves."""
+        if self.refines:
+            return f"after step {index + 1}"
+        return f"after loop {index + 1}" if count > 1 else self.label
 
     @property
     def is_text(self) -> bool:

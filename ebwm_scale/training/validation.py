@@ -39,10 +39,11 @@ def validate(
     stop_requested: Callable[[], bool] = lambda: False,
     found: list[BadSample] | None = None,
 ) -> dict[str, Any] | None:
-    """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N],
-    initial_loss, energy_per_step; for text the perplexity and the unigram entropy, for video the
-    same loss of two predictors that learn nothing: copying the last frame (persistence_loss), and
-    going on in a straight line from the last two (linear_extrapolation_loss).
+    """Mean loss per target over the first evaluation.max_samples samples: loss_per_step [N], of a
+    looped baseline after each loop, initial_loss, energy_per_step; for text the perplexity and the
+    unigram entropy, for video the same loss of two predictors that learn nothing: copying the last
+    frame (persistence_loss), and going on in a straight line from the last two
+    (linear_extrapolation_loss).
 
     stop_requested is asked before every batch, by all ranks together; once it says so, nothing more
     is computed and the result is None. found: damaged samples are added to it.
@@ -114,8 +115,8 @@ def validate(
             sums = values if sums is None else sums + values
     finally:
         model.train(was_training)
-    num_steps = config.refinement.num_steps if energy else 1
-    size = (2 * num_steps + 1 if energy else 1) + (0 if is_text else 2)
+    num_steps = resolved.num_predictions(config)
+    size = (2 * num_steps + 1 if energy else num_steps) + (0 if is_text else 2)
     total = (
         torch.zeros(size + 2, dtype=torch.float64, device=world.device) if sums is None else sums
     )

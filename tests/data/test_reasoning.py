@@ -18,7 +18,7 @@ from ebwm_scale.data.prepare.reasoning.dataset import (
     make_reasoning_dataset,
 )
 from ebwm_scale.data.prepare.reasoning.families import FAMILIES
-from ebwm_scale.data.prepare.reasoning.instance import Draws
+from ebwm_scale.data.prepare.reasoning.instance import Draws, Family, Instance
 from ebwm_scale.data.prepare.reasoning.search import Search, thinned
 from ebwm_scale.data.tokenizer import Tokenizer
 
@@ -353,3 +353,46 @@ def test_what_cannot_be_made_is_one_line(name, changes, part, tmp_path):
             make_reasoning_dataset(name, tmp_path, num_train=1, num_validation=1, **changes)
         )
     assert "\n" not in str(error.value) and not (tmp_path / "data").exists()
+
+
+def family(grid=None, symbols="ab", longest=None, **instance):
+    """A family of one's own, all of whose instances are the same but for what they are like."""
+    given = {"puzzle": "ab", "solution": "ba", "scored": "10", "difficulty": 1} | instance
+
+    def draw(draws, size):
+        return Instance(**given, identity=str(draws.below(10**9)))
+
+    return Family("own", symbols, range(1, 9), "characters", draw, grid=grid, longest=longest)
+
+
+def flat(size):
+    return 1, 2
+
+
+@pytest.mark.parametrize(
+    "own, part",
+    [
+        (family(), "give grid .* or longest"),
+        (family(grid=flat, longest=len), "and not both"),
+        (family(grid=flat, symbols="aab"), "different characters"),
+        (family(grid=flat, symbols="a b"), "symbols hold ' ': must be printable and no blanks"),
+        (family(grid=flat, puzzle="abb"), "puzzle has 3 characters, must .* each of 1 x 2 cells"),
+        (family(grid=flat, solution="b"), "solution has 1 characters"),
+        (family(grid=flat, scored="1"), "scored has 1 characters"),
+        (family(grid=flat, solution="ac"), "'c' is not among the symbols ab"),
+        (family(grid=flat, solution="a "), "' ' is not among the symbols ab"),
+        (family(grid=flat, scored="00"), "scored is '00': must be of 0 and 1, with a 1 at least"),
+        (family(grid=flat, scored="12"), "scored is '12'"),
+        (family(grid=flat, difficulty=-1), "difficulty is -1: must be a whole number"),
+        (family(grid=flat, difficulty=0.5), "difficulty is 0.5"),
+        (family(longest=lambda size: 4), "scored has 2 characters, must have 3: .* the end after"),
+        (family(longest=lambda size: 3, scored="101"), "both together at most longest.4. = 3"),
+        (family(longest=lambda size: 4, scored="101", puzzle=""), "the puzzle needs one at least"),
+    ],
+)
+def test_a_family_of_ones_own_that_does_not_fit_is_refused_in_one_line(own, part, tmp_path):
+    with pytest.raises(DataError, match=part) as error:
+        make_reasoning_dataset(
+            own, tmp_path / "d", sizes=[4], num_train=1, num_validation=1, report=lambda line: None
+        )
+    assert "\n" not in str(error.value) and not (tmp_path / "d").exists()

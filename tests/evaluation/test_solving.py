@@ -90,9 +90,10 @@ def test_a_share_of_none_has_an_interval_that_is_not_empty():
     assert half["high"] == pytest.approx(0.5962, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["energy", "baseline"])
+@pytest.mark.parametrize("kind", ["energy", "baseline", "looped"])
 def test_the_loss_is_that_of_validation_and_difficulties_add_up(hops, kind):
-    model, config = model_of(hops[0], kind=kind)
+    looped = {"kind": "baseline", "loops": 2}
+    model, config = model_of(hops[0], **(looped if kind == "looped" else {"kind": kind}))
     split = open_split(hops[0], "validation", verify="sizes")
     row = validate(
         model,
@@ -104,7 +105,7 @@ def test_the_loss_is_that_of_validation_and_difficulties_add_up(hops, kind):
         batch_size=5,
     )
     result = run(model, config, hops[0])
-    trained = 2 if kind == "energy" else 0
+    trained = 0 if kind == "baseline" else 2
     (point,) = [p for p in result["steps"] if p["num_steps"] == trained]
     # Every instance has four scored answers: a mean over instances is one over answers.
     assert point["loss"]["mean"] == pytest.approx(row["loss"], rel=1e-5)
@@ -113,6 +114,7 @@ def test_the_loss_is_that_of_validation_and_difficulties_add_up(hops, kind):
     assert [part["lowest"] for part in parts] == [1, 2]
     mean = sum(part["num_samples"] * part["accuracy"]["mean"] for part in parts) / 24
     assert mean == pytest.approx(point["accuracy"]["mean"])
+    assert len(row["loss_per_step"]) == (1 if kind == "baseline" else 2)
     ones = sum(difficulty_of(split.read_fields(i)) == 1 for i in range(24))
     assert parts[0]["num_samples"] == ones
     if kind == "energy":
@@ -133,7 +135,22 @@ def test_the_loss_is_that_of_validation_and_difficulties_add_up(hops, kind):
         assert 1 <= stopping["mean_steps"]["mean"] <= stopping["max_steps"] == 8
         assert -1 <= stopping["rank_correlation_of_steps_with_difficulty"]["mean"] <= 1
     else:
-        assert "early_stopping" not in result and result["trained_steps"] is None
+        assert "early_stopping" not in result
+        assert result["trained_steps"] == (2 if kind == "looped" else None)
+
+
+def test_a_looped_baseline_is_scored_after_each_number_of_loops(hops):
+    model, config = model_of(hops[0], kind="baseline", loops=2)
+    result = run(model, config, hops[0], steps=[1, 5])
+    assert [point["num_steps"] for point in result["steps"]] == [1, 2, 5]
+    assert result["trained_steps"] == 2 and "early_stopping" not in result
+    for point in result["steps"]:
+        other, _ = model_of(hops[0], kind="baseline", loops=point["num_steps"])
+        alone = run(other, other.config, hops[0], steps=[])  # the same weights
+        assert alone["steps"][-1]["loss"]["mean"] == pytest.approx(point["loss"]["mean"], rel=1e-6)
+    assert "gain_over_trained" in result["steps"][2]
+    page = render(result)
+    assert "loops" in page and "refinement steps" not in page and "2 (trained)" in page
 
 
 def test_solved_are_the_instances_that_greedy_generation_answers_right(hops):
@@ -206,7 +223,7 @@ def test_the_page_shows_every_step_and_range_and_escapes_what_it_is_given(hops, 
     result = run(model, config, hops[0]) | {"checkpoint": "<script>alert(1)</script>"}
     page = write_solving(tmp_path, result).read_text()
     assert json.loads((tmp_path / "solving.json").read_text())["steps"] == result["steps"]
-    assert "<script>" not in page and page.count("<svg") == 3
+    assert "<script>" not in page and page.count("<svg") == 6
     for text in ("2 (trained)", "Solved instances by difficulty", "hops, validation: 24 instances"):
         assert text in page
     baseline = run(*model_of(hops[0], kind="baseline"), hops[0])

@@ -338,6 +338,19 @@ FLOP_CASES = {
         "model": {"conditioning": "time_embed"},
     },
     "baseline": {"model": {"kind": "baseline", "num_kv_heads": 1}},
+    "looped": {"model": {"kind": "baseline", "loops": 3}},
+    "looped, every loop scored": {
+        "model": {"kind": "baseline", "loops": 3, "loop_loss": "every"},
+    },
+    "looped, frames, every loop scored": {
+        "model": {
+            "kind": "baseline",
+            "loops": 2,
+            "loop_loss": "every",
+            "output": "two_linear",
+        },
+        "state": FRAMES,
+    },
     "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
     "released baseline of frames": {
         "model": {"kind": "baseline", "output": "two_linear"},
@@ -466,6 +479,10 @@ MEMORY_CASES = {
     },
     "frames, adaln": {"model": {"conditioning": "adaln"}, "state": FRAMES},
     "baseline": {"model": {"kind": "baseline"}},
+    "looped": {"model": {"kind": "baseline", "loops": 3}},
+    "looped, every loop scored": {
+        "model": {"kind": "baseline", "loops": 3, "loop_loss": "every"},
+    },
     "baseline of frames": {"model": {"kind": "baseline"}, "state": FRAMES},
     "released baseline of frames": {
         "model": {"kind": "baseline", "output": "two_linear"},

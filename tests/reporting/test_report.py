@@ -376,6 +376,20 @@ def test_report_of_a_baseline_run_makes_no_claims_about_refinement(tmp_path):
     assert "there is nothing to refine" in page
 
 
+def test_the_curves_of_a_looped_baseline_are_named_by_their_loop(tmp_path):
+    rows = [training_row(10, [5.0], energy_per_step=None), validation_row(20, [4.5, 4.0, 3.9])]
+    run_folder(tmp_path, rows, kind="baseline")
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    settings["model"]["loops"] = 3
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    loops = [f"after loop {i}" for i in (1, 2, 3)]
+    names = drawn(draw_validation, tmp_path)[1]
+    assert [name for name in names if name.startswith("after")] == loops
+    assert "looped Transformer++" in drawn(draw_training_loss, tmp_path)[1]  # the last one alone
+    page = page_of(tmp_path)
+    assert "Looped Transformer++ (baseline)" in page and "after loop 3" in page
+
+
 @pytest.mark.parametrize("key", ["persistence_loss", "copy_last_loss"])
 def test_video_runs_are_held_against_persistence(tmp_path, without_plots, key):
     """Under today's name of the key, and under the one of before."""

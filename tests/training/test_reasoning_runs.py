@@ -12,6 +12,9 @@ import pytest
 import training_runs
 
 from ebwm_scale import evaluate
+from ebwm_scale.data.format.scored import plain_tokens
+from ebwm_scale.data.format.shards import open_split
+from ebwm_scale.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.multiprocess
 ROOT = training_runs.ROOT
@@ -68,3 +71,30 @@ def test_the_commands_of_the_page_lead_from_shards_to_what_is_solved(tmp_path, m
     assert results[1]["num_targets"] > results[0]["num_targets"] > 20 * 2
     assert (run / "larger" / "solving.html").exists()
     assert "0 problems" in capsys.readouterr().out
+
+
+def test_the_task_of_ones_own_that_the_page_shows_is_made_trained_and_evaluated(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    shorter = code.replace("num_train=3000", "num_train=60").replace("=500", "=20")
+    assert shorter != code
+    Path("sorting.py").write_text(shorter, encoding="utf-8")
+    runpy.run_path("sorting.py")
+    manifest = Path("data/sorting/manifest.json")
+    split = open_split(manifest, "validation", verify="sizes")
+    tokenizer = Tokenizer(split.manifest.content.tokenizer_path)
+    for index in range(len(split)):
+        text = "".join(map(tokenizer.piece, plain_tokens(split.read(index)).tolist()))
+        digits, answer = re.fullmatch(r"</s>(\d+)>(\d+)(?:</s>)+", text).groups()
+        assert answer == "".join(sorted(digits)) and len(digits) in (4, 6)
+    command = [str(ROOT / "ebwm_scale" / "train.py"), "--run-dir", "runs/sorting"]
+    command += ["--config", str(ROOT / "configs" / "reasoning" / "hops.yaml")]
+    command += ["--set", f"data.manifest={manifest}", *SMALL[:-1]]
+    subprocess.run([sys.executable, *command], check=True, timeout=240)
+    larger = "data/sorting-larger-8/manifest.json"
+    assert evaluate.main(["runs/sorting", "--data", larger, "--max-samples", "8"]) == 0
+    page = Path("runs/sorting/solving.html").read_text(encoding="utf-8")
+    assert "sorting, validation: 8 instances" in page and "right answer" in page

@@ -67,6 +67,12 @@ def test_heads_shallow_streams_and_workspaces_train_the_reference_at_stages_1_an
     assert code == 0 and len(rows) == 4, rows
 
 
+def test_looped_blocks_train_the_reference_without_and_with_partitioned_parameters():
+    options = ["--recipe", "looped", "--precision", "fp32", "--stages", "0", "2", "3"]
+    code, rows = checked("--processes", "2", *options, "--checkpoint", "none")
+    assert code == 0 and len(rows) == 3, rows
+
+
 def test_groups_and_worlds_train_the_reference_without_and_with_partitioned_parameters():
     """A world: frames of patches, with an action of numbers and one of buttons behind each."""
     options = ["--recipe", "groups", "world", "--precision", "fp32", "--stages", "1", "3"]

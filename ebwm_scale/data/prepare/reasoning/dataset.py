@@ -45,6 +45,7 @@ from ebwm_scale.data.format.writer import (
 )
 from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.reasoning.families import FAMILIES
+from ebwm_scale.data.prepare.reasoning.family_checks import check_family, check_instance
 from ebwm_scale.data.prepare.reasoning.instance import Draws, Family, Instance
 from ebwm_scale.data.tokenizer import EOS, Tokenizer, _sentencepiece
 
@@ -82,7 +83,7 @@ class Request:
 
 
 def make_reasoning_dataset(
-    family: str,
+    family: str | Family,
     output: str | Path,
     *,
     sizes: Sequence[int],
@@ -97,11 +98,16 @@ def make_reasoning_dataset(
 ) -> list[Path]:
     """The manifests of a dataset and of one more per larger size. DataError for what cannot be.
 
-    Complete datasets of the same arguments are kept, as by make_text_dataset.
+    family: the name of one of ours, or one of your own. Complete datasets of the same arguments are
+    kept, as by make_text_dataset: after a change of your own family name another folder.
     """
-    if family not in FAMILIES:
+    if isinstance(family, Family):
+        chosen = family
+    elif family in FAMILIES:
+        chosen = FAMILIES[family]
+    else:
         raise DataError(f"family is {family}: must be one of {', '.join(FAMILIES)}")
-    chosen = FAMILIES[family]
+    check_family(chosen)
     _check(chosen, sizes, larger)
     for name, value, lowest in (
         ("the number of training instances", num_train, 1),
@@ -219,7 +225,9 @@ def drawn(request: Request) -> Iterator[tuple[str, Instance]]:
     fruitless = 0
     for number in itertools.count():
         draws = Draws(request.family.name, request.sizes, request.seed, number)
-        instance = request.family.draw(draws, draws.pick(request.sizes))
+        size = draws.pick(request.sizes)
+        instance = request.family.draw(draws, size)
+        check_instance(request.family, size, instance)
         digest = hashlib.sha256(f"{request.seed}/{instance.identity}".encode()).digest()[:16]
         name = _split_of(instance, digest, request)
         if digest in seen or not missing.get(name):
