@@ -205,8 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FINISHED
     if options.against is not None and not is_world(split.manifest):
         raise UserError(
-            f"--against {options.against}: only tasks with one right answer are compared between "
-            "runs, and this dataset has none; leave it out"
+            f"--against {options.against}: only worlds and tasks with one right answer are "
+            "compared between runs, and this dataset has none; leave it out"
         )
     texts = out_of_distribution_texts(
         options.out_of_distribution,

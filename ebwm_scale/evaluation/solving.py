@@ -52,6 +52,8 @@ MAX_BINS = 6  # of difficulty
 
 def is_task(manifest: Manifest) -> bool:
     """Whether the samples of a dataset are instances with an answer: marked so, or in groups."""
+    if manifest.modality != "text":
+        return False  # the patches of a frame are groups too
     return bool(manifest.content.members) or manifest.content.group_size > 1
 
 
