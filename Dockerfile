@@ -1,28 +1,33 @@
 # The environment, and in it the quick start: sample text, two models trained on it, a report.
 #
-#   docker build -t ebwm_scale .                                                         for CPUs
-#   docker build -t ebwm_scale --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04 .   for GPUs
-#   docker run --rm -v "$PWD/out:/workspace" ebwm_scale             the quick start; report in out/
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/workspace" ebwm_scale \
-#       ebwm train --config configs/nlp/anchored.yaml --set data.manifest=/workspace/data/manifest.json
+#   docker build --tag ebwm_scale --build-arg COMMIT="$(git describe --always --dirty)" .
+#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/out:/workspace" ebwm_scale
 #
-# BASE: an image with apt and python3 of 3.11 or later. GPU images need the CUDA toolkit (-devel):
-# DeepSpeed and Triton compile. TORCH_INDEX: a page of PyTorch builds, if not the one that pip takes
-# by itself.
+# The report is then in out/runs/quickstart; make the folder out first, or Docker makes it for root.
+# For GPUs, and a training of one's own on data in the current folder:
+#
+#   docker build --tag ebwm_scale --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04 .
+#   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/workspace" ebwm_scale \
+#       ebwm train --config nlp/anchored.yaml --set data.manifest=data/mine/manifest.json
+#
+# podman and buildah do the same.
+# BASE: an image with apt, and a Python of 3.11 or later in it or in its distribution. GPU images
+# need the CUDA toolkit (-devel): DeepSpeed and Triton compile. TORCH_INDEX: a page of PyTorch
+# builds, if not the one that pip takes by itself.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
 ARG TORCH_INDEX=
-SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PYTHONUNBUFFERED=1 PATH=/opt/venv/bin:$PATH
+ARG DEBIAN_FRONTEND=noninteractive
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 PATH=/opt/venv/bin:$PATH
 
-# A Python image brings its own python3; the CUDA images get the distribution's. g++ and make are
-# what DeepSpeed and Triton build with, git says which code a run was.
+# A Python image brings its own Python, with all it takes to make an environment and to compile
+# against; other images get the distribution's. g++ and make are what DeepSpeed and Triton build
+# with, git says which commit a mounted checkout is.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential ca-certificates git \
-    && if ! command -v python3 > /dev/null; then \
+    && if ! python3 -c 'import ensurepip, sysconfig; open(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null; then \
          apt-get install --yes --no-install-recommends python3 python3-dev python3-venv; \
        fi \
     && rm -rf /var/lib/apt/lists/* \
@@ -33,13 +38,18 @@ WORKDIR /opt/ebwm_scale
 COPY constraints.txt ./
 RUN pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c constraints.txt torch \
     && pip install -c constraints.txt setuptools wheel numpy ninja deepspeed
-COPY setup.py pyproject.toml README.md LICENSE ./
+COPY setup.py pyproject.toml LICENSE ./
 COPY ebwm_scale ebwm_scale
 COPY kernels kernels
 COPY configs configs
 COPY tools tools
 COPY slurm slurm
-RUN pip install -c constraints.txt --editable ".[video,cluster]" && ebwm version
+RUN pip install -c constraints.txt --editable ".[video,cluster]"
+# The repository's history is not in the image: runs and results name what the builder says.
+# HOME: any user of the host may run the image, and libraries keep small files at home.
+ARG COMMIT=
+ENV EBWM_COMMIT=${COMMIT} HOME=/tmp
+RUN ebwm version
 
 WORKDIR /workspace
 CMD ["python", "/opt/ebwm_scale/tools/quickstart.py", "text", \

@@ -13,6 +13,8 @@ BIN    := $(VENV)/bin
 RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 3
+# The versions to install; another file for another PyTorch.
+CONSTRAINTS ?= constraints.txt
 
 .PHONY: quickstart quickstart-video quickstart-reasoning lint docs test soak lock clean
 .DEFAULT_GOAL := quickstart
@@ -52,27 +54,27 @@ lock:
 	@mv requirements/.test.lock requirements/test.lock
 	@rm -rf $(VENV).lock
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
 	@echo "ebwm_scale: installing PyTorch, DeepSpeed and the rest into $(VENV) (1 to 3 minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch numpy ninja
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" setuptools wheel torch numpy ninja
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable .
 	@touch $@
 
 $(VENV)/.installed-video: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[video]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[video]"
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[lint]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[lint]"
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[docs]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[docs]"
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test,tracking,video,cluster]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[test,tracking,video,cluster]"
 	@touch $@
 
 clean:

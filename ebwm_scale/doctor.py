@@ -54,6 +54,10 @@ OPTIONAL = {
     "wandb": "logging.wandb",
     "submitit": "ebwm_scale.launch",
     "av": "video shards",
+    "pyarrow": "text in .parquet and .arrow",
+    "zstandard": "text in .zst",
+    "tokenizers": "tokenizer.json",
+    "tiktoken": "ranks of tiktoken",
 }
 COLLECTIVE_S = 120  # for processes that import torch and meet
 DISK_MIB = 64

@@ -21,6 +21,8 @@ bootstrap over samples. For an energy model:
                  deciles of energy
     allocation   with early stopping: steps used against error, in deciles of it; what the saved
                  steps cost in loss
+    spectrum     what one more refinement step does to a small change of the state, after the
+                 trained steps and four times as many: eigenvalues of the step and of alpha H
     uncertainty  rank correlation of the spread of energy over starts with the error
     distribution (text) energies of shuffled tokens against real ones, as AUROC: the share of pairs
                  in which the real text has the lower energy; the same for each file of
@@ -136,11 +138,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nargs="+",
     )
     parser.add_argument(
+        "--horizons",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16],
+        metavar="H",
+        help="worlds: numbers of imagined steps (default 1 2 4 8 16)",
+    )
+    parser.add_argument(
         "--against",
         type=Path,
         default=None,
         metavar="RUN",
-        help="tasks and worlds: another run or checkpoint folder, compared on the same instances",
+        help="tasks and worlds: another run or checkpoint folder, such as Transformer++, compared "
+        "on the same instances or episodes",
     )
     parser.add_argument(
         "--examples",
@@ -148,14 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=4,
         metavar="N",
         help="tasks: instances that are shown step by step (default %(default)s)",
-    )
-    parser.add_argument(
-        "--horizons",
-        type=int,
-        nargs="+",
-        default=[1, 2, 4, 8, 16],
-        metavar="H",
-        help="worlds: numbers of imagined steps (default 1 2 4 8 16)",
     )
     parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="default: the run folder"
@@ -205,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FINISHED
     if options.against is not None and not is_world(split.manifest):
         raise UserError(
-            f"--against {options.against}: only worlds and tasks with one right answer are "
+            f"--against {options.against}: only tasks with one right answer and worlds are "
             "compared between runs, and this dataset has none; leave it out"
         )
     texts = out_of_distribution_texts(
@@ -305,14 +308,17 @@ def out_of_distribution_texts(
             f"--out-of-distribution takes texts, and this is a model of {manifest.modality}: "
             "leave it out"
         )
-    from ebwm_scale.data.tokenizer import Tokenizer
+    from ebwm_scale.data.tokenizer import open_tokenizer
 
     texts: dict[str, Tensor] = {}
+    if not paths:
+        return texts
+    content = manifest.content
+    tokenizer = open_tokenizer(content.tokenizer_path, eos_id=content.eos_id)
     for path in paths:
         try:
-            ids = torch.tensor(
-                Tokenizer(manifest.content.tokenizer_path).encode(path.read_text(encoding="utf-8"))
-            )
+            text = path.read_text(encoding="utf-8")
+            ids = torch.tensor(tokenizer.encode(text))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--out-of-distribution {path}: cannot be read as UTF-8 text: {error}"

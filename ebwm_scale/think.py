@@ -33,7 +33,7 @@ from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
 from ebwm_scale.data.format.content import TextContent, VideoContent
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.side_files import open_manifest, refuse_another_tokenizer
-from ebwm_scale.data.tokenizer import Tokenizer, check_text
+from ebwm_scale.data.tokenizer import Tokenizer, check_text, open_tokenizer
 from ebwm_scale.inference.generation import Sampling, Session, continue_texts
 from ebwm_scale.inference.thinking import ThinkingConfig
 
@@ -250,7 +250,7 @@ def tokenizer_of(manifest: Manifest) -> Tokenizer:
     """The tokenizer of a dataset of text; DataError for another dataset."""
     if not isinstance(manifest.content, TextContent):
         raise DataError(f"{manifest.path}: holds {manifest.modality}, and this model reads text")
-    return Tokenizer(manifest.content.tokenizer_path)
+    return open_tokenizer(manifest.content.tokenizer_path, eos_id=manifest.content.eos_id)
 
 
 def check_modality(options: argparse.Namespace, config: Config) -> None:

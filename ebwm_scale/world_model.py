@@ -169,7 +169,12 @@ class WorldModel(nn.Module):
             weight = self.state_map
         if self.config.state.map_scale != 1:
             weight = weight * self.config.state.map_scale
-        return VocabularyState(weight, self.config.refinement.update, clamps)
+        return VocabularyState(
+            weight,
+            self.config.refinement.update,
+            clamps,
+            num_candidates=resolved.num_candidates(self.config),
+        )
 
     def workspace(self) -> WorkspaceState | None:
         """The workspace on this model's parameters as they are now; None without one."""
@@ -268,7 +273,7 @@ class WorldModel(nn.Module):
         replay buffer.
         """
         if self.config.model.kind == "baseline":
-            output = self._predict_directly(observed, targets, conditions)
+            output = self._score_directly(observed, targets, conditions)
         else:
             with gathered(self.resident_parameters()):
                 output = self._refine(
@@ -369,6 +374,23 @@ class WorldModel(nn.Module):
             initial_loss,
         )
 
+    def _score_directly(
+        self, observed: Tensor, targets: Tensor, conditions: Conditions | None
+    ) -> StepOutput:
+        """Of a baseline. In eval mode every loop is scored, in training as model.loop_loss says."""
+        network = self.network
+        assert isinstance(network, BaselineTransformer)
+        embedded = self.embed_observed(observed, conditions)
+        first_visible = self.first_visible(observed)
+        scores_every = self.config.model.loop_loss == "every"
+        if scores_every or not self.training:
+            hidden = network.after_each_loop(embedded, first_visible)
+        else:
+            hidden = [network(embedded, first_visible)]
+        losses = torch.stack([self._baseline_loss(h, observed, targets) for h in hidden])
+        loss = losses.mean() if scores_every else losses[-1]
+        return StepOutput(loss, losses.detach(), None)
+
     def predict_directly(self, observed: Tensor, conditions: Conditions | None = None) -> Tensor:
         """A baseline's predictions (B, S, size) of the state after each of the observed ones."""
         return self.prediction_of(self.baseline_hidden(observed, conditions), observed)
@@ -385,23 +407,6 @@ class WorldModel(nn.Module):
             wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
             return prediction.to(wide) + last.to(wide)
         return prediction
-
-    def _predict_directly(
-        self, observed: Tensor, targets: Tensor, conditions: Conditions | None
-    ) -> StepOutput:
-        """Of a baseline. In eval mode every loop is scored, in training as model.loop_loss says."""
-        network = self.network
-        assert isinstance(network, BaselineTransformer)
-        embedded = self.embed_observed(observed, conditions)
-        first_visible = self.first_visible(observed)
-        scores_every = self.config.model.loop_loss == "every"
-        if scores_every or not self.training:
-            hidden = network.after_each_loop(embedded, first_visible)
-        else:
-            hidden = [network(embedded, first_visible)]
-        losses = torch.stack([self._baseline_loss(h, observed, targets) for h in hidden])
-        loss = losses.mean() if scores_every else losses[-1]
-        return StepOutput(loss, losses.detach(), None)
 
     def _baseline_loss(self, hidden: Tensor, observed: Tensor, targets: Tensor) -> Tensor:
         if self.config.state.kind == "vocabulary":

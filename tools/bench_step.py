@@ -24,6 +24,14 @@ import time
 
 from ebwm_scale.core.arguments import ArgumentParser, command
 
+# What --set asks of an energy model and a baseline refuses.
+WITHOUT_FURTHER_STEPS = (
+    "refinement.candidates=null",
+    "refinement.reencode=none",
+    "refinement.reencode_every=1",
+    "state.workspace=null",
+    "state.workspace_initial=zeros",
+)
 SWEEPABLE = ("vocabulary", "sequence", "batch", "num-refinement-steps")
 
 
@@ -89,6 +97,7 @@ def main() -> int:
                 f"train.global_batch_size={arguments.batch}",
                 f"train.precision={arguments.precision}",
                 *arguments.set,
+                *(WITHOUT_FURTHER_STEPS if kind == "baseline" else ()),
             ],
         )
 

@@ -3,9 +3,8 @@ steps, for the table in docs/distributed.md.
 
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json]
         [--stages 0 1 2 3] [--checkpoint none step block] [--precision fp32 bf16]
-        [--recipe S1 S2 algorithm_1 baseline looped shallow groups workspace world]
-        [--accumulation 2]
-        [--break partition]
+        [--recipe S1 S2 algorithm_1 baseline looped shallow groups workspace candidates world]
+        [--accumulation 2] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
 Prints a JSON line per combination: the largest difference of any parameter and of any first moment
@@ -47,6 +46,7 @@ RECIPES = {
     "shallow": {"update": "mirror", "loss_weights": "rising", "reencode": 2},
     "groups": {"graph": "full", "loss": "last"},
     "workspace": {"graph": "full", "loss": "last"},
+    "candidates": {"graph": "full", "update": "mirror", "candidates": 9, "num_steps": 3},
     "world": {"graph": "full", "step_size": 0.5},
 }
 # What a recipe asks of the model and its states.
@@ -56,6 +56,7 @@ MODELS = {
         "energy_head": ["linear", "quadratic", "bilinear", "context"],
     },
     "workspace": {"energy_head": ["bilinear"]},
+    "candidates": {"energy_head": ["bilinear"]},
     "baseline": {"kind": "baseline"},
     "looped": {"kind": "baseline", "loops": 3, "loop_loss": "every"},
     "world": {"vocabulary_size": None},
@@ -63,6 +64,7 @@ MODELS = {
 STATES = {
     "shallow": {"initial": "zeros"},
     "workspace": {"workspace": 8},
+    "candidates": {"initial": "zeros", "map_scale": 3.0},
     "world": {"kind": "embedding", "dimension": 7, "initial": "most_recent"},
 }
 # world: frames of patches, an action of numbers and one of buttons behind each

@@ -4,7 +4,7 @@ report what the compiler made of them.
 
     python tools/compile_kernels.py --architecture sm_90 --head-dimension 64 128
         [--kernel _second_key ...] [--tile ROWS,KEYS,WARPS,STAGES ...]
-        [--groups] [--first-visible] [--sharing] [--not-causal]
+        [--groups] [--first-visible] [--sharing] [--not-causal] [--heads 16] [--heads-first]
 
 The levels of kernels/ebwm_kernels/attention/triton_backend.py run as they do on a GPU, on tiny
 tensors, and each kernel is compiled where it would be launched, with the arguments of that launch:
@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from ebwm_kernels.attention import launches, triton_backend
-from ebwm_kernels.attention.reference import Cotangents
+from ebwm_kernels.attention.tensors import Cotangents, Inputs
 from ebwm_kernels.attention.tuning import KERNELS, Tile, tile_for
 from ebwm_kernels.attention.visibility import Shape
 from ebwm_scale.core.arguments import ArgumentParser
@@ -63,6 +63,8 @@ class Work(NamedTuple):
     first_visible: bool
     sharing: bool
     tile: Tile | None
+    heads: int = 16
+    heads_first: bool = False
     positions: int = 6
     scale: float = 0.125
 
@@ -130,21 +132,26 @@ def _run_levels(work: Work) -> None:
     group = work.positions if work.groups else 1
     shape = Shape(work.scale, 0, work.causal, group, group)
     dtype = getattr(torch, work.dtype)
-    heads = 2 if work.sharing else 1
-    q = torch.zeros(1, heads, work.positions, work.head_dimension, dtype=dtype)
-    k = torch.zeros(1, 1, work.positions, work.head_dimension, dtype=dtype)
+    q = _zeros(work, work.heads, dtype)
+    k = _zeros(work, work.heads // 2 if work.sharing else work.heads, dtype)
     first_visible = None
     if work.first_visible:
         first_visible = torch.zeros(1, work.positions, dtype=torch.int32)
     own = (q, q) if work.use == "energy" else (None, None)
     keys = (None, None) if work.use == "energy" else (k, k)
-    inputs = (q, k, k, *own, first_visible)
-    out, normalizer = triton_backend.forward(*inputs, shape)
-    triton_backend.gradient(q, *inputs, out, normalizer, shape, with_keys=True)
-    cotangents = Cotangents(q, *keys, *own)
-    triton_backend.double_backward(cotangents, q, *inputs, out, normalizer, shape)
-    tangents = Cotangents(q, k, k, *own)
-    triton_backend.tangent(tangents, *inputs, out, normalizer, shape)
+    inputs = Inputs(q, k, k, *own, first_visible)
+    output = triton_backend.forward(inputs, shape)
+    triton_backend.gradient(q, inputs, output, shape, with_keys=True)
+    triton_backend.double_backward(Cotangents(q, *keys, *own), q, inputs, output, shape)
+    triton_backend.tangent(Cotangents(q, k, k, *own), inputs, output, shape)
+
+
+def _zeros(work: Work, heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """(1, heads, positions, head dimension), lying as it is told."""
+    if work.heads_first:
+        return torch.zeros(1, heads, work.positions, work.head_dimension, dtype=dtype)
+    rows = torch.zeros(1, work.positions, heads, work.head_dimension, dtype=dtype)
+    return rows.transpose(1, 2)
 
 
 def _report(work: Work, tile: Tile, flags: dict, compiled) -> dict:
@@ -204,6 +211,10 @@ def main() -> int:
     parser.add_argument("--groups", action="store_true", help="own keys and context in groups")
     parser.add_argument("--first-visible", action="store_true", help="a first key per row")
     parser.add_argument("--sharing", action="store_true", help="query heads share key heads")
+    parser.add_argument("--heads", type=int, default=16, help="of queries")
+    parser.add_argument(
+        "--heads-first", action="store_true", help="tensors lie so, and not positions first"
+    )
     parser.add_argument("--positions", type=int, default=6, help="of the tensors")
     parser.add_argument("--scale", type=float, default=0.125, help="of the scores")
     arguments = parser.parse_args()
@@ -219,6 +230,8 @@ def main() -> int:
             arguments.first_visible,
             arguments.sharing,
             None if tile is None else Tile(*map(int, tile.split(","))),
+            arguments.heads,
+            arguments.heads_first,
             arguments.positions,
             arguments.scale,
         )

@@ -14,6 +14,9 @@ import time
 
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import progress_on_console
+from ebwm_scale.data.prepare.reading.options import add_selection_options, selection_of
+from ebwm_scale.data.prepare.reading.source import patterns
+from ebwm_scale.data.prepare.reading.token_files import TYPES
 from ebwm_scale.data.prepare.text import make_text_dataset
 
 
@@ -24,11 +27,22 @@ def main() -> int:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="text files or folders: *.txt, *.md, *.rst, *.jsonl with a text field",
+        help="files, folders, globs or addresses (s3://, https://, ...) with text: " + patterns(),
     )
+    add_selection_options(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset folder")
     parser.add_argument(
-        "--tokenizer", required=True, metavar="FILE", help="a model of tools/train_tokenizer.py"
+        "--tokenizer",
+        required=True,
+        metavar="FILE",
+        help="a model of tools/train_tokenizer.py, a tokenizer.json, ranks of tiktoken, or the "
+        "word bytes",
+    )
+    parser.add_argument(
+        "--tokens",
+        choices=TYPES,
+        help="the inputs hold token ids that this tokenizer made elsewhere (nanoGPT, Megatron, "
+        "litgpt, llm.c, .npy): their type, where the files do not say it",
     )
     parser.add_argument(
         "--context-length",
@@ -69,6 +83,8 @@ def main() -> int:
             validation_fraction=arguments.validation_fraction,
             seed=arguments.seed,
             samples_per_shard=arguments.samples_per_shard,
+            selection=selection_of(arguments),
+            tokens=arguments.tokens,
             progress=progress,
         )
     print(f"{manifest}: {time.monotonic() - start:.1f} s")

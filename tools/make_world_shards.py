@@ -38,7 +38,7 @@ _DEFAULT = WorldDatasetConfig()
 @command
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="record|import")
+    commands = parser.add_subparsers(dest="command", required=True)
     record = commands.add_parser("record", help="episodes of a Gymnasium environment")
     _add_recording(record)
     _add_common(record)

@@ -11,6 +11,8 @@ import time
 
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import progress_on_console
+from ebwm_scale.data.prepare.reading.options import add_selection_options, selection_of
+from ebwm_scale.data.prepare.reading.source import patterns
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 
 
@@ -21,8 +23,9 @@ def main() -> int:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="text files or folders: *.txt, *.md, *.rst, *.jsonl with a text field",
+        help="files, folders, globs or addresses (s3://, https://, ...) with text: " + patterns(),
     )
+    add_selection_options(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write")
     parser.add_argument(
         "--vocabulary-size",
@@ -50,6 +53,7 @@ def main() -> int:
             arguments.vocabulary_size,
             validation_fraction=arguments.validation_fraction,
             seed=arguments.seed,
+            selection=selection_of(arguments),
             progress=progress,
         )
     print(

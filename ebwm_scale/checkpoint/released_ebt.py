@@ -192,8 +192,11 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("state.map_scale", state.map_scale, (1.0,)),
         ("refinement.update", refinement.update, ("probabilities",)),
         ("refinement.loss_weights", refinement.loss_weights, (None,)),
+        ("refinement.backprop_steps", refinement.backprop_steps, (None,)),
+        ("refinement.decay", refinement.decay, (0.0,)),
         ("state.workspace", state.workspace, (None,)),
         ("refinement.reencode", refinement.reencode, ("none",)),
+        ("refinement.candidates", refinement.candidates, (None,)),
         (
             "refinement.change_clamp with a random step size",
             refinement.change_clamp is not None and refinement.step_size_random_factor > 1,

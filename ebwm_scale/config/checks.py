@@ -245,7 +245,15 @@ def _check_refinement(config: Config, require: Require) -> None:
         f"refinement.compile is true with refinement.recompute {refinement.recompute}: "
         "a compiled step decides itself what it keeps; use none",
     )
+    _check_backprop_steps(config, require)
+    has_logits = config.state.kind == "embedding" or refinement.update != "probabilities"
+    require(
+        refinement.decay == 0 or has_logits,
+        f"refinement.decay is {refinement.decay} with refinement.update probabilities: each step "
+        "starts from probabilities, which sum to 1; use mirror or logits, or 0",
+    )
     _check_loss_weights(config, require)
+    _check_candidates(config, require)
     _check_reencoding(config, require)
     for name in ("step_size", "num_steps", "noise"):
         points = getattr(refinement.schedule, name)
@@ -260,6 +268,23 @@ def _check_refinement(config: Config, require: Require) -> None:
             all(value >= low for _, value in points),
             f"refinement.schedule.{name} is {listed}: values must be {low} or more",
         )
+
+
+def _check_backprop_steps(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.backprop_steps is None:
+        return
+    given = f"refinement.backprop_steps is {refinement.backprop_steps}"
+    require(
+        refinement.graph == "full",
+        f"{given} with refinement.graph {refinement.graph}: only a graph through all steps is cut "
+        "off, use full or leave the key out",
+    )
+    require(
+        refinement.backprop_steps < refinement.num_steps,
+        f"{given}: must be below refinement.num_steps {refinement.num_steps}, "
+        "or the key changes nothing",
+    )
 
 
 def _check_loss_weights(config: Config, require: Require) -> None:
@@ -285,6 +310,32 @@ def _check_loss_weights(config: Config, require: Require) -> None:
         len(weights) > 0 and weights[-1] > 0,
         f"refinement.loss_weights is {listed}: "
         "the last weight must be above 0, since the last step gives the prediction",
+    )
+
+
+def _check_candidates(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.candidates is None:
+        return
+    given = f"refinement.candidates is {refinement.candidates}"
+    require(
+        config.model.kind == "energy",
+        f"{given}: a baseline takes no further step, leave the key out",
+    )
+    require(
+        config.state.kind == "vocabulary",
+        f"{given} with state.kind embedding: frames have no tokens to choose from, "
+        "leave the key out",
+    )
+    require(
+        refinement.num_steps > 1,
+        f"{given} with refinement.num_steps 1: there is no further step; "
+        "use more steps or leave the key out",
+    )
+    require(
+        refinement.decay == 0,
+        f"{given} with refinement.decay {refinement.decay}: all other tokens keep the logits of "
+        "the first step, so they cannot decay; leave one of the two out",
     )
 
 

@@ -84,6 +84,14 @@ def num_training_losses(model: ModelConfig) -> int:
     return model.loops if model.loop_loss == "every" else 1
 
 
+def num_candidates(config: Config) -> int | None:
+    """How many tokens of a position further steps move, below the vocabulary's size; None: all."""
+    count = config.refinement.candidates
+    if count is None or config.state.kind == "embedding" or count >= vocabulary_size(config):
+        return None
+    return count
+
+
 def min_num_steps(refinement: RefinementConfig) -> int:
     return _known(refinement.min_num_steps, "refinement.min_num_steps", BY_LOADING)
 

@@ -139,6 +139,9 @@ class RefinementConfig(Section):
     """What conditionings tell apart; `default` has one anyway."""
     graph: Literal["detach", "truncate", "full"] = "detach"
     """detach: each step on its own; truncate: only the last step; full: through all steps."""
+    backprop_steps: Annotated[int, Field(gt=0)] | None = None
+    """Of graph full: the last so many steps of a batch are differentiated and scored, the ones in
+    front of them run without a graph; default: all."""
     loss: Literal["every", "last"] = "every"
     """The mean over the steps' losses, or the last one's."""
     loss_weights: (
@@ -147,11 +150,16 @@ class RefinementConfig(Section):
     """With loss every: rising (1, 4, 9, ..) or one weight per step; they are made to sum to 1."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
     """vocabulary states only, see ebwm_kernels.vocabulary.api."""
+    candidates: Count | None = None
+    """Steps after the first move the so many most probable tokens of each position; default: all
+    tokens, as with a number that is not below the vocabulary's size."""
     reencode: Literal["none", "all"] | Annotated[int, Field(gt=0, le=10**4)] = "none"
     """Before a further step the observed stream is encoded again with each position's prediction
     added to it: through all blocks, or through the last so many."""
     reencode_every: Annotated[int, Field(ge=1, le=2)] = 1
     """1: before every further step; 2: before every other one, the second step being the first."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the state and of a workspace that a step forgets: the energy has a minimum then."""
     change_clamp: Positive | None = None
     """Bound on |alpha dE/dx| of each number of a state and step (released: clamp_futures_grad)."""
     state_clamp: Positive | None = None

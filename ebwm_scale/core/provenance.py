@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from ebwm_scale.core.code_version import ROOT, commit
 
 
 def provenance(*packages: str, arguments: list[str] | None = None) -> dict:
@@ -24,9 +22,6 @@ def provenance(*packages: str, arguments: list[str] | None = None) -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.strip()
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     start = ["-m", spec.name] if spec is not None else [os.path.relpath(sys.argv[0], ROOT)]
     return {
@@ -35,5 +30,5 @@ def provenance(*packages: str, arguments: list[str] | None = None) -> dict:
         ),
         "machine": f"{os.cpu_count()}-core {platform.machine()} machine",
         "versions": versions,
-        "commit": commit,
+        "commit": commit(),
     }

@@ -31,7 +31,7 @@ from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.loading.batches import validation_batches
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.loading.quarantine import BadSample
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 from ebwm_scale.evaluation.answers import (
     Instances,
     numbers_of_steps,
@@ -45,9 +45,11 @@ from ebwm_scale.evaluation.solving_examples import (
     Shown,
     numbers_shown,
 )
+from ebwm_scale.evaluation.step_spectrum import step_spectrum
 from ebwm_scale.inference.thinking import ThinkingConfig
 
 MAX_BINS = 6  # of difficulty
+SETTLED = 0.1  # the largest change of a probability in an answer that has settled
 
 
 def is_task(manifest: Manifest) -> bool:
@@ -154,7 +156,7 @@ def evaluate_solving(
     batch_size: int,
     steps: Sequence[int],
     tolerance: float | None = None,
-    settled: float = 0.1,
+    settled: float = SETTLED,
     other: Other | None = None,
     num_examples: int = 4,
     progress: Progress = no_progress,
@@ -171,8 +173,8 @@ def evaluate_solving(
     from there on. Raises UserError for groups of another kind.
     """
     manifest = split.manifest
-    _fit_groups(model, manifest)
-    batches, sample_ids = _read(model, split, max_samples, batch_size)
+    fit_groups(model, manifest)
+    batches, sample_ids = read_instances(model, split, max_samples, batch_size)
     result: dict[str, Any] = {
         "task": str(manifest.source.get("generator", manifest.folder.name)),
         "split": split.split,
@@ -188,7 +190,7 @@ def evaluate_solving(
         bins = bins_of(difficulty)
     trained = trained_steps(config)
     numbers = numbers_of_steps(config, steps)
-    after = _marks_after(model, batches, numbers, progress)
+    after = marks_after(model, batches, numbers, progress)
     result |= {"trained_steps": trained, "steps": _curve(after, trained, bins)}
     if trained is not None and 1 in after and trained > 1:
         result["gain_of_later_steps"] = _gain(after[trained], after[1], bins)
@@ -196,11 +198,18 @@ def evaluate_solving(
         result["early_stopping"] = _early_stopping(
             model, batches, difficulty, bins, 4 * config.refinement.num_steps, tolerance, progress
         )
-        result["settling"] = _settling(
+        result["settling"] = settling(
             model, batches, difficulty, bins, after[config.refinement.num_steps], settled, progress
         )
+        trained_number = config.refinement.num_steps
+        result["step_spectrum"] = step_spectrum(
+            model,
+            [(batch.sample_ids, batch.observed) for batch in batches],
+            steps=(trained_number, 4 * trained_number),
+            seed=config.train.seed,
+        )
     if other is not None:
-        _fit_groups(other.model, manifest)
+        fit_groups(other.model, manifest)
         result["against"] = _against(other, after[trained or 1], batches, bins, progress)
     if num_examples and manifest.content.group_size <= MAX_POSITIONS:
         everything = torch.ones(len(sample_ids), dtype=torch.bool)
@@ -209,7 +218,7 @@ def evaluate_solving(
             [part.members for part in bins] or [everything],
             num_examples,
             difficulty if len(difficulty) else None,
-            Tokenizer(manifest.content.tokenizer_path),
+            open_tokenizer(manifest.content.tokenizer_path, eos_id=manifest.content.eos_id),
             is_grid=manifest.content.grid is not None,
         )
         result["examples"] = shown.to_dict(
@@ -234,7 +243,7 @@ def _against(
 ) -> dict[str, Any]:
     """What another model solves, and how far we are above it, paired by instance."""
     trained = trained_steps(other.config)
-    (theirs,) = _marks_after(other.model, batches, [trained or 1], progress).values()
+    (theirs,) = marks_after(other.model, batches, [trained or 1], progress).values()
     about = {"name": other.name, "kind": other.config.model.kind, "trained_steps": trained}
     about |= theirs.summary() | {"by_difficulty": theirs.by_difficulty(bins)}
     return about | {"gain_over_it": _gain(ours, theirs, bins)}
@@ -256,7 +265,7 @@ def bins_of(difficulty: Tensor) -> list[Bin]:
     return bins
 
 
-def _fit_groups(model, manifest: Manifest) -> None:
+def fit_groups(model, manifest: Manifest) -> None:
     """Have the model read the groups of a dataset; UserError where it cannot."""
     content = manifest.content
     group_size = resolved.group_size(model.config)
@@ -270,7 +279,9 @@ def _fit_groups(model, manifest: Manifest) -> None:
     model.regroup(content.group_size, content.grid)
 
 
-def _read(model, split, max_samples: int, batch_size: int) -> tuple[list[Instances], list[int]]:
+def read_instances(
+    model, split, max_samples: int, batch_size: int
+) -> tuple[list[Instances], list[int]]:
     """(batches, the ids of the samples in them). A damaged one's replacement is named instead."""
     found: list[BadSample] = []
     observe = Observation(split.manifest, next(model.parameters()).device)
@@ -309,8 +320,11 @@ def _curve(
     return curve
 
 
-def _marks_after(
-    model, batches: Sequence[Instances], numbers: Sequence[int], progress: Progress
+def marks_after(
+    model,
+    batches: Sequence[Instances],
+    numbers: Sequence[int],
+    progress: Progress = no_progress,
 ) -> dict[int, Marks]:
     """After each of these numbers of steps, fewest first."""
     parts: dict[int, list[Marks]] = {number: [] for number in numbers}
@@ -357,14 +371,14 @@ def _early_stopping(
     } | _of_steps(stopped, steps, difficulty, bins)
 
 
-def _settling(
+def settling(
     model,
     batches: Sequence[Instances],
     difficulty: Tensor,
     bins: Sequence[Bin],
     as_trained: Marks,
-    settled: float,
-    progress: Progress,
+    settled: float = SETTLED,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Stopping when an answer settles: at most twice the trained steps, so that hard instances can
     take more of them, against the trained number for all.

@@ -16,6 +16,7 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci, correlation_ci, deciles
+from ebwm_scale.evaluation.step_spectrum import step_spectrum
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
@@ -114,6 +115,9 @@ def evaluate(
     result["allocation"] = _allocation(
         model, config, batches, 4 * trained, tolerance, seed, progress
     )
+    say("what a further step does to a small change")
+    pairs = [(ids, observed) for ids, observed, _ in batches]
+    result["step_spectrum"] = step_spectrum(model, pairs, steps=(trained, 4 * trained), seed=seed)
     if split.manifest.modality == "text":
         result["out_of_distribution"] = _shuffled(model, batches, seed)
         result |= _other_texts(model, batches, texts or {}, batch_size, seed)

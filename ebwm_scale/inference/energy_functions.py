@@ -147,10 +147,11 @@ class SequenceEnergy:
 
     def _energy(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
         """Of every row by itself."""
-        context = self._context(landscape)
+        context = self.context(landscape)
         return self.model.energy_network.energy(embedded, context, landscape, workspace)
 
-    def _context(self, landscape: int) -> Context:
+    def context(self, landscape: int) -> Context:
+        """What the current step reads of the observed stream."""
         if self.again is not None:
             return self.again
         network = self.model.energy_network

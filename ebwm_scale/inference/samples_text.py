@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ebwm_scale.config import resolved
 from ebwm_scale.data.format.scored import plain_tokens
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 from ebwm_scale.inference.generation import Session, candidate_energies
 from ebwm_scale.inference.thinking import ThinkingConfig
 from ebwm_scale.world_model import WorldModel
@@ -32,7 +32,8 @@ def sample_continuations(
     """
     was_training = model.training
     model.eval()
-    tokenizer = Tokenizer(split.manifest.content.tokenizer_path)
+    content = split.manifest.content
+    tokenizer = open_tokenizer(content.tokenizer_path, eos_id=content.eos_id)
     length = resolved.context_length(model.config)
     results = []
     for sample_id in [

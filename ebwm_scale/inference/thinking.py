@@ -10,7 +10,9 @@
 
 A row is one candidate for one position: of a prompt's next position, or of every position of a
 sequence (energy_functions.py). In a sequence of groups the rows of a group have one energy, so they
-stop, go back and win together. No second-order graph is built, and memory does not depend on the
+stop, go back and win together. With `refinement.decay` E(x) is compared with what decay adds to it
+(refinement/decay.py). With `refinement.candidates` a row moves a few of its tokens once it has
+taken a step (thinking_state.py). No second-order graph is built, and memory does not depend on the
 number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
 """
 
@@ -23,11 +25,12 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.core.errors import ConfigError
-from ebwm_scale.inference.energy_functions import EnergyFunction
+from ebwm_scale.inference.energy_functions import EnergyFunction, of_groups
 from ebwm_scale.inference.initial_states import InitialStateSampler
+from ebwm_scale.inference.thinking_state import ThinkingState
 from ebwm_scale.model.workspace import WorkspaceState
+from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
-from ebwm_scale.refinement.step_plan import INFERENCE_STEP
 
 Watch = Callable[[int, Tensor], None]  # of steps taken and states (B, K, size)
 
@@ -124,31 +127,31 @@ def _think_plainly(
     """Every row takes every step."""
     landscapes = _landscapes(model, config)
     alpha = _step_size(model, config, x.device)
-    state_space = model.state_space()
+    state = ThinkingState(model.state_space(), x)
     scale = torch.ones(*x.shape[:2], 1, device=x.device, dtype=x.dtype)
     workspace = model.workspace()
     z = noise.initial_workspace()
     trace = []
     for i, landscape in enumerate(landscapes):
         if config.noise:
-            x = x + config.noise * noise.langevin(i)
-        embedded = state_space.embed(x)
+            state = state.with_noise(config.noise * noise.langevin(i))
+        embedded = state.embed(overwrite=True)
         w = _mapped(workspace, z)
         energy_function.begin_step(i, landscape, embedded.vectors, w)
         energy, gradient, of_w = energy_function.with_gradient(embedded.vectors, landscape, w)
         trace.append(energy)
         step_size = (alpha * scale).to(gradient.dtype)
-        x, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
-        z = _moved(workspace, z, of_w, 1.0)
+        state = embedded.decayed(_kept(model, alpha)).update(gradient, step_size)
+        z = _moved(model, workspace, z, of_w, 1.0)
         if watch is not None:
-            watch(i + 1, x)
+            watch(i + 1, state.x)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
     final = None
     if with_energy:
         w = _mapped(workspace, z)
-        final = _energy_of(state_space, energy_function, x, landscapes[-1], w)
+        final = _energy_of(state, energy_function, landscapes[-1], w)
         trace.append(final)
-    return Thought(x, final, steps, torch.stack(trace), steps.clone())
+    return Thought(state.x, final, steps, torch.stack(trace), steps.clone())
 
 
 def _think_comparing(
@@ -162,10 +165,10 @@ def _think_comparing(
     """Rows are compared before and after each step: undone, or left alone when they are done."""
     landscapes = _landscapes(model, config)
     alpha = _step_size(model, config, x.device)
-    state_space = model.state_space()
     num_contexts, num_candidates, _ = x.shape
     shape = (num_contexts, num_candidates)
-    result = x  # of all rows; the tensors below are those of contexts that still move
+    state = ThinkingState(model.state_space(), x)
+    result = state  # of all rows; what is below is that of contexts that still move
     remaining = torch.arange(num_contexts, device=x.device)
     scale = torch.ones(*shape, 1, device=x.device, dtype=x.dtype)
     active = torch.ones(shape, dtype=torch.bool, device=x.device)
@@ -178,21 +181,22 @@ def _think_comparing(
     workspace = model.workspace()
     z = noise.initial_workspace()
     z_result = z  # of all rows, as result is
-    energy = _energy_of(state_space, function, x, measured_in, _mapped(workspace, z))
+    energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
+    added = _added_by_decay(model, x, z, energy)
     for i, landscape in enumerate(landscapes):
-        before = x.clone()
+        before = state
         if config.noise:
-            x = x + config.noise * noise.langevin(i)[remaining]
-        embedded = state_space.embed(x)
+            state = state.with_noise(config.noise * noise.langevin(i)[remaining])
+        embedded = state.embed()
         w = _mapped(workspace, z)
         has_another_context = function.begin_step(i, landscape, embedded.vectors, w)
         if measured_in != landscape or has_another_context:
-            energy = _energy_of(state_space, function, before, landscape, w)
+            energy = _energy_of(before, function, landscape, w)
             measured_in = landscape
         _, gradient, of_w = function.with_gradient(embedded.vectors, landscape, w)
         step_size = (alpha * scale).to(gradient.dtype)
-        proposal, _, _ = state_space.update(embedded, gradient, step_size, None, INFERENCE_STEP)
-        z_proposal = _moved(workspace, z, of_w, scale)
+        proposal = embedded.decayed(_kept(model, alpha * scale)).update(gradient, step_size)
+        z_proposal = _moved(model, workspace, z, of_w, scale)
         if trace:
             energies = trace[-1].clone()
         else:
@@ -201,25 +205,28 @@ def _think_comparing(
         trace.append(energies)
 
         w = _mapped(workspace, z_proposal)
-        after = _energy_of(state_space, function, proposal, landscape, w)
+        after = _energy_of(proposal, function, landscape, w)
+        added_after = _added_by_decay(model, proposal.x, z_proposal, after)
+        fall = (energy + added) - (after + added_after)
         taken = active.clone()
         if config.accept_only_if_lower:
-            taken &= after < energy
+            taken &= fall > 0
             halved = active & ~taken
             scale = torch.where(halved[..., None], scale / 2, scale)
         steps[remaining] += active
         accepted[remaining] += taken
-        x = torch.where(taken[..., None], proposal, before)
-        fallen = torch.where(taken, energy - after, torch.zeros_like(energy))
+        state = proposal.where(taken, before)
+        fallen = torch.where(taken, fall, torch.zeros_like(energy))
         energy = torch.where(taken, after, energy)
+        added = torch.where(taken, added_after, added)
         if config.tolerance is not None:
             active &= fallen > config.tolerance
         if config.settled is not None:
-            change = _change_of_prediction(model, before, proposal)
+            change = _change_of_prediction(model, before.x, proposal.x)
             if asked is not None:
                 change = change.masked_fill(~asked[remaining], 0)
             active &= _largest_of_group(change, model.network.group_size) > config.settled
-        result[remaining] = x
+        result = result.put(remaining, state)
         if z is not None and z_proposal is not None and z_result is not None:
             z = torch.where(taken[..., None], z_proposal, z)
             z_result[remaining] = z
@@ -233,16 +240,17 @@ def _think_comparing(
             kept = context_moves.nonzero().squeeze(1)
             function = function.select(kept)
             remaining = remaining[kept]
-            x = x[kept]
+            state = state.select(kept)
             z = None if z is None else z[kept]
             scale = scale[kept]
             active = active[kept]
             energy = energy[kept]
+            added = added[kept]
     w = _mapped(workspace, z_result)
-    final = _energy_of(state_space, energy_function, result, landscapes[-1], w)
+    final = _energy_of(result, energy_function, landscapes[-1], w)
     while len(trace) < len(landscapes) + 1:
         trace.append(final)
-    return Thought(result, final, steps, torch.stack(trace), accepted)
+    return Thought(result.x, final, steps, torch.stack(trace), accepted)
 
 
 def at_positions(thought: Thought, positions: Tensor, group_size: int = 1) -> Thought:
@@ -312,10 +320,10 @@ def _step_size(model, config: ThinkingConfig, device: torch.device) -> Tensor:
 
 
 def _energy_of(
-    state_space, energy_function: EnergyFunction, x: Tensor, landscape: int, w: Tensor | None
+    state: ThinkingState, energy_function: EnergyFunction, landscape: int, w: Tensor | None
 ) -> Tensor:
-    """Energies (B, K) of states x (B, K, size), which stay as they are; w: mapped workspaces."""
-    return energy_function(state_space.embed(x.clone()).vectors, landscape, w)
+    """Energies (B, K) of states, which stay as they are; w: mapped workspaces."""
+    return energy_function(state.embed().vectors, landscape, w)
 
 
 def _mapped(workspace: WorkspaceState | None, z: Tensor | None) -> Tensor | None:
@@ -325,7 +333,24 @@ def _mapped(workspace: WorkspaceState | None, z: Tensor | None) -> Tensor | None
     return workspace.embed(z)
 
 
+def _kept(model, step_size: Tensor) -> Tensor | None:
+    """The share of a state that a step of this size, a number or (B, K, 1), starts from."""
+    decay = model.config.refinement.decay
+    if decay == 0:
+        return None
+    trained = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
+    return 1 - decay * step_size / trained
+
+
+def _added_by_decay(model, x: Tensor, z: Tensor | None, energy: Tensor) -> Tensor:
+    """What decay adds to the energies (B, K) of x (B, K, size); zeros without decay."""
+    if model.config.refinement.decay == 0:
+        return torch.zeros_like(energy)
+    return of_groups(decay_energy(model, x, z), model.network.group_size)
+
+
 def _moved(
+    model,
     workspace: WorkspaceState | None,
     z: Tensor | None,
     energy_grad: Tensor | None,
@@ -334,4 +359,4 @@ def _moved(
     """The next z (B, K, width), or None without a workspace; scale: a factor on beta."""
     if workspace is None or z is None or energy_grad is None:
         return None
-    return workspace.update(z, energy_grad, scale)
+    return workspace.update(z, energy_grad, scale, model.config.refinement.decay)

@@ -42,8 +42,8 @@ class BaselineTransformer(nn.Module):
         super().__init__()
         sizes = model_sizes(config)
         self.group_size = group_size
-        self.num_conditions = num_conditions
         self.num_loops = config.loops
+        self.num_conditions = num_conditions
         self.layers = ModuleList(
             Block(config, group_size, num_conditions) for _ in range(sizes.num_layers)
         )
@@ -62,22 +62,14 @@ class BaselineTransformer(nn.Module):
         last = observed
         for hidden in self._passes(observed, first_visible, self.num_loops):
             last = hidden  # what left earlier passes need not be kept
-        return self._normed_states(last)
+        return self._read_out(last)
 
     def after_each_loop(
         self, observed: Tensor, first_visible: Tensor | None = None, num_loops: int | None = None
     ) -> list[Tensor]:
         """As forward, after each pass; num_loops: how many, also more than were trained."""
         passes = self._passes(observed, first_visible, num_loops or self.num_loops)
-        return [self._normed_states(hidden) for hidden in passes]
-
-    @property
-    def context_group(self) -> int:
-        """Rows of a group in the observed stream."""
-        return self.group_size + self.num_conditions
-
-    def _normed_states(self, rows: Tensor) -> Tensor:
-        return self.norm(states_of(rows, self.group_size, self.num_conditions))
+        return [self._read_out(hidden) for hidden in passes]
 
     def _passes(
         self, observed: Tensor, first_visible: Tensor | None, num_loops: int
@@ -94,6 +86,15 @@ class BaselineTransformer(nn.Module):
                     hidden, keys, values, rotary, first_visible=first_visible
                 )
             yield hidden
+
+    def _read_out(self, hidden: Tensor) -> Tensor:
+        """What is predicted from: the states of the stream, without their conditions."""
+        return self.norm(states_of(hidden, self.group_size, self.num_conditions))
+
+    @property
+    def context_group(self) -> int:
+        """Rows of a group in the observed stream."""
+        return self.group_size + self.num_conditions
 
     def context_key(self, landscape: int) -> int:
         """It has one context and no landscapes; see EnergyTransformer.context_key."""

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 
 from ebwm_kernels import energy_attention, observed_attention, rms_norm, swiglu
 from ebwm_kernels.attention.first_order import resolve_observed_backend, why_not_flash_attn
-from ebwm_kernels.attention.ops import resolve_backend, why_not_triton
+from ebwm_kernels.attention.ops import (
+    reads_positions_first,
+    resolve_backend,
+    why_not_triton,
+)
 from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
 from ebwm_scale.model.rotary import Rotary
@@ -75,9 +79,10 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """(K, V), each (B, H_kv, S, d), of rows x (B, S, D)."""
-        keys = rotary.rotate(self._split_heads(self.wk(x)))
-        values = self._split_heads(self.wv(x)).contiguous()
-        return keys, values
+        values = self._split_heads(self.wv(x))
+        if self._heads_first(x):
+            values = values.contiguous()
+        return self._rotate(self.wk(x), rotary), values
 
     def forward_observed(
         self,
@@ -88,7 +93,7 @@ class Attention(nn.Module):
         first_visible: Tensor | None = None,
     ) -> Tensor:
         """Causal self-attention of the observed stream (B, S, D); first order only."""
-        q = rotary.rotate(self._split_heads(self.wq(x)))
+        q = self._rotate(self.wq(x), rotary)
         attended = observed_attention(
             q,
             keys,
@@ -111,12 +116,9 @@ class Attention(nn.Module):
 
         context: the observed keys and values (B, H_kv, C, d). first_visible: see Context.
         """
-        q = rotary.rotate(self._split_heads(self.wq(p)))
-        k_self, v_self = self.keys_values(p, rotary)
-        if self.num_kv_heads != self.num_heads:
-            heads_sharing = self.num_heads // self.num_kv_heads
-            k_self = k_self.repeat_interleave(heads_sharing, 1)
-            v_self = v_self.repeat_interleave(heads_sharing, 1)
+        q = self._rotate(self.wq(p), rotary)
+        k_self = self._per_query_head(self._rotate(self.wk(p), rotary))
+        v_self = self._per_query_head(self._split_heads(self.wv(p)))
         attended = energy_attention(
             q,
             k_self,
@@ -131,8 +133,25 @@ class Attention(nn.Module):
         return self.wo(attended.transpose(1, 2).flatten(2))
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        """(B, S, H d) -> (B, H, S, d)."""
+        """(B, S, H d) -> (B, H, S, d), a view."""
         return x.unflatten(-1, (-1, self.head_dimension)).transpose(1, 2)
+
+    def _rotate(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """(B, S, H d) -> (B, H, S, d), rotated, as attention reads it."""
+        return rotary.rotate(self._split_heads(x), heads_first=self._heads_first(x))
+
+    def _heads_first(self, x: Tensor) -> bool:
+        """Whether attention would copy what lies as a projection gives it, at every level."""
+        return not reads_positions_first(self.backend, x.device, x.dtype, self.head_dimension)
+
+    def _per_query_head(self, x: Tensor) -> Tensor:
+        """Own keys or values (B, H_kv, S, d) -> (B, H, S, d), lying as they do."""
+        if self.num_kv_heads == self.num_heads:
+            return x
+        heads_sharing = self.num_heads // self.num_kv_heads
+        if x.is_contiguous():
+            return x.repeat_interleave(heads_sharing, 1)
+        return x.transpose(1, 2).repeat_interleave(heads_sharing, 2).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

@@ -28,11 +28,14 @@ class Rotary(NamedTuple):
 
     factors: Tensor
 
-    def rotate(self, x_BHSd: Tensor) -> Tensor:
-        """x (B, H, S, d), rotated; differentiable as often as one likes."""
+    def rotate(self, x_BHSd: Tensor, *, heads_first: bool = True) -> Tensor:
+        """x (B, H, S, d), rotated; differentiable as often as one likes.
+
+        heads_first: whether the result lies so, or positions first, as projections give and take.
+        """
         if torch.compiler.is_compiling():  # the definition, for the compiler to fuse
             return _rotated(x_BHSd, self.factors)
-        return _Rotation.apply(x_BHSd, torch.view_as_complex(self.factors), True)
+        return _Rotation.apply(x_BHSd, torch.view_as_complex(self.factors), heads_first, False)
 
     def slice(self, start: int, count: int) -> Rotary:
         return Rotary(self.factors[start : start + count])
@@ -41,14 +44,14 @@ class Rotary(NamedTuple):
 class _Rotation(torch.autograd.Function):
     """Linear: its derivative of any order is the rotation by the opposite angle.
 
-    So nothing but the table is kept. The result is laid out heads first, as attention takes it,
-    that of the derivative positions first, as the projections take it.
+    So nothing but the table is kept. The result is laid out as attention takes it, heads first or
+    not, that of the derivative as the projections take it, and its derivative as attention's again.
     """
 
     @staticmethod
-    def forward(ctx, x_BHSd, factors, heads_first):
+    def forward(ctx, x_BHSd, factors, heads_first, derivative_heads_first):
         ctx.factors = factors
-        ctx.heads_first = heads_first
+        ctx.layouts = (derivative_heads_first, heads_first)
         wide = x_BHSd.to(torch.float64 if x_BHSd.dtype == torch.float64 else torch.float32)
         if wide.stride(-1) != 1:
             wide = wide.contiguous()
@@ -63,7 +66,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _Rotation.apply(grad, ctx.factors.conj(), not ctx.heads_first), None, None
+        return _Rotation.apply(grad, ctx.factors.conj(), *ctx.layouts), None, None, None
 
 
 def _rotated(x_BHSd: Tensor, factors: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """What is refined: the state spaces, each with its size, its embedding, its update and its loss.
 
     x (B, S, size)         a candidate next state per position, float32 (float64 in tests)
-                           whatever the weights' dtype
+                           whatever the weights' dtype; after a first step with
+                           `refinement.candidates` a CandidateState (candidates.py)
     embed(x)               what a step needs of x: e (B, S, D), and for text p = softmax(x)
     update(e, g, alpha)    the step along -dE/dx, given g = dE/de, and the loss after it:
                            the chain rule through the embedding is the state space's own business
@@ -13,6 +14,7 @@ second order.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,6 +26,7 @@ from ebwm_kernels.vocabulary.api import vocabulary_descend_reference, vocabulary
 from ebwm_kernels.vocabulary.autograd import vocabulary_descend, vocabulary_embed, vocabulary_step
 from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps, clamped_step, state_dtype
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_scale.model.candidates import CandidateState, CandidateSteps
 
 
 class EmbeddedState(NamedTuple):
@@ -33,7 +36,8 @@ class EmbeddedState(NamedTuple):
     (B, S, V) alone where they are what moves, state (B, S, size) alone where it moves directly,
     both where the state moves through the softmax; neither for a state of zeros that moves
     directly. moved (B, S, D): the state is moved @ W.T, after steps of a kind that started there.
-    scratch: memory of a state's size whose contents nobody needs any more.
+    scratch: memory of a state's size whose contents nobody needs any more. candidates: the state,
+    where only its candidates move; probabilities are then theirs, (B S, K).
     """
 
     vectors: Tensor
@@ -41,6 +45,16 @@ class EmbeddedState(NamedTuple):
     state: Tensor | None = None
     moved: Tensor | None = None
     scratch: Tensor | None = None
+    candidates: CandidateState | None = None
+
+    def decayed(self, kept: Tensor | float) -> EmbeddedState:
+        """The same with the state that an update starts from times `kept`, a number or (B, S, 1).
+
+        What entered the network and what the gradient goes through stay.
+        """
+        state = None if self.state is None else self.state * kept
+        moved = None if self.moved is None else self.moved * kept
+        return self._replace(state=state, moved=moved)
 
 
 class StateUpdate(NamedTuple):
@@ -50,7 +64,7 @@ class StateUpdate(NamedTuple):
     where it costs nothing. loss: a scalar, with targets.
     """
 
-    state: Tensor | None
+    state: Tensor | CandidateState | None
     next_embedded: EmbeddedState | None
     loss: Tensor | None
 
@@ -85,6 +99,10 @@ class UpdateChoices(Protocol):
     def loss_weight(self) -> float: ...
     @property
     def ends_graph(self) -> bool: ...
+    @property
+    def chooses_candidates(self) -> bool: ...
+    @property
+    def keep_whole(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -93,12 +111,14 @@ class VocabularyState:
 
     weight (V, D): a map of its own, or the token embedding's. update_rule: `refinement.update`.
     grad_buffer (V, D): where the map's gradient is summed, see ebwm_kernels.vocabulary.api.
+    num_candidates: how many tokens of a position further steps move, below V; None: all.
     """
 
     weight: Tensor
     update_rule: str
     clamps: Clamps = NO_CLAMPS
     grad_buffer: Tensor | None = None
+    num_candidates: int | None = None
 
     @property
     def size(self) -> int:
@@ -113,8 +133,11 @@ class VocabularyState:
         """Token ids (B, S); IGNORE where a position does not count."""
         return Targets(values, (values != IGNORE).sum())
 
-    def embed(self, x: Tensor) -> EmbeddedState:
+    def embed(self, x: Tensor | CandidateState) -> EmbeddedState:
         """x (B, S, V) is overwritten where it can be."""
+        if isinstance(x, CandidateState):
+            vectors, probabilities = self._candidate_steps().embed(x)
+            return EmbeddedState(vectors, probabilities=probabilities, candidates=x)
         rows = x.flatten(0, 1)
         probabilities_move = self.update_rule == "probabilities"
         if x.requires_grad:
@@ -162,6 +185,8 @@ class VocabularyState:
         energy_grad (B, S, D): dE/d vectors. alpha: scalar or (B, S, 1).
         """
         direction = -alpha * energy_grad.to(self._dtype)
+        if embedded.candidates is not None or self._chooses(step):
+            return self._update_candidates(embedded, direction, targets, step)
         if step.keep_graph:
             return self._update_with_graph(embedded, direction, targets)
         # Mirror steps from zeros add up in front of the map: nothing of the state's size is kept.
@@ -259,9 +284,59 @@ class VocabularyState:
             state = state.unflatten(0, direction.shape[:2])
         return StateUpdate(state, None, loss)
 
+    def _chooses(self, step: UpdateChoices) -> bool:
+        return step.chooses_candidates and self.num_candidates is not None
+
+    def _candidate_steps(self) -> CandidateSteps:
+        assert self.num_candidates is not None, "the state has candidates"
+        return CandidateSteps(
+            self.weight, self.update_rule, self.clamps, self.grad_buffer, self.num_candidates
+        )
+
+    def _update_candidates(
+        self,
+        embedded: EmbeddedState,
+        direction: Tensor,
+        targets: Targets | None,
+        step: UpdateChoices,
+    ) -> StateUpdate:
+        """The first step, after which candidates are chosen, or one that moves them."""
+        steps = self._candidate_steps()
+        loss = None
+        # Where only the next step has a graph, nobody reads the gradients of this one's loss.
+        with torch.set_grad_enabled(step.needs_graph):
+            if embedded.candidates is None:
+                state = steps.first(
+                    direction,
+                    None if targets is None else targets.values,
+                    probabilities=embedded.probabilities,
+                    state=embedded.state,
+                    keep_whole=step.keep_whole,
+                    out=embedded.scratch,
+                )
+            else:
+                assert embedded.probabilities is not None, "candidates enter by their probabilities"
+                state = steps.update(embedded.candidates, embedded.probabilities, direction)
+            if targets is not None:
+                loss = steps.loss(state, targets.values, targets.count)
+        if step.is_last and not step.keep_whole:
+            return StateUpdate(None, None, loss)
+        return StateUpdate(state if step.keep_graph else state.detach(), None, loss)
+
     def embedding_vjp(self, energy_grad: Tensor) -> Tensor:
         """dE/dp (B, S, V), p = softmax(x), of dE/de (B, S, D)."""
         return energy_grad @ self.weight.T
+
+    def decay_energy(self, x: Tensor) -> Tensor:
+        """R (B, S) of states (B, S, V), whose step along -dR is the decay of x.
+
+        Mirror descent: the divergence of softmax(x) from the uniform distribution. Of logits that
+        move themselves: |x|^2 / 2.
+        """
+        if self.update_rule != "mirror":
+            return x.square().sum(-1) / 2
+        log_probabilities = x.log_softmax(-1)
+        return (log_probabilities.exp() * log_probabilities).sum(-1) + math.log(self.size)
 
     def loss(self, x: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """Cross-entropy of a state read as logits; reduction "none" gives (B, S)."""
@@ -291,8 +366,9 @@ class EmbeddingState:
         """Embeddings (B, S, size)."""
         return Targets(values, values.new_tensor(values.shape[:-1].numel()))
 
-    def embed(self, x: Tensor) -> EmbeddedState:
+    def embed(self, x: Tensor | CandidateState) -> EmbeddedState:
         """x (B, S, size)."""
+        assert isinstance(x, Tensor), "a frame has no candidates"
         return EmbeddedState(self.projection(x.to(self.projection.weight.dtype)), state=x)
 
     def embed_zeros(self, shape: tuple[int, int]) -> EmbeddedState:
@@ -326,6 +402,10 @@ class EmbeddingState:
     def embedding_vjp(self, energy_grad: Tensor) -> Tensor:
         """dE/dx (B, S, size) of dE/de (B, S, D)."""
         return energy_grad @ self.projection.weight
+
+    def decay_energy(self, x: Tensor) -> Tensor:
+        """R = |x|^2 / 2, (B, S) of states (B, S, size), whose step along -dR is the decay of x."""
+        return x.square().sum(-1) / 2
 
     def loss(self, x: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
         """SmoothL1 against the true embeddings.

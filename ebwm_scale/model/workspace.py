@@ -3,6 +3,7 @@
     z (B, S, width)        carries intermediate results from step to step; float32 or float64
     w = Z z (B, S, D)      enters the predicted stream beside the embedded candidate
     z <- z - beta dE/dz    dE/dz = Z' dE/dw; beta has a learned step size of its own
+                           (with `refinement.decay` c from (1 - c) z)
 
 The loss reads the state alone. So z is trained where a later step's graph reaches an earlier one:
 under `refinement.graph: full`, or through a context that is encoded again.
@@ -30,7 +31,19 @@ class WorkspaceState:
         """w (B, S, D) of z (B, S, width)."""
         return self.map(z.to(self.map.weight.dtype))
 
-    def update(self, z: Tensor, energy_grad: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """The next z, given dE/dw (B, S, D). scale: a factor on beta, a number or (B, S, 1)."""
+    def update(
+        self,
+        z: Tensor,
+        energy_grad: Tensor,
+        scale: Tensor | float = 1.0,
+        decay: float = 0.0,
+    ) -> Tensor:
+        """The next z, given dE/dw (B, S, D). scale: a factor on the step, a number or (B, S, 1).
+
+        decay: `refinement.decay`, the share of z that a whole step forgets.
+        """
         of_z = energy_grad @ self.map.weight
-        return z - self.step_size * scale * of_z.to(z.dtype)
+        change = self.step_size * scale * of_z.to(z.dtype)
+        if decay:
+            z = z * (1 - decay * scale)
+        return z - change

@@ -5,8 +5,8 @@ products.
 
 Legend: B samples, S positions (of states; conditions are further rows of the observed stream), D
 width, K = H_kv d width of keys, F feed-forward width, L blocks, k of them passed by the predicted
-stream, V size of a state, N refinement steps, G of them with a graph, R = B S rows. A FLOP is half
-a multiply-add.
+stream, V size of a state, N refinement steps, G of them with a graph, C candidates of further
+steps, R = B S rows. A FLOP is half a multiply-add.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ebwm_scale.config.resolved import (
     context_length,
     group_size,
     model_sizes,
+    num_candidates,
     num_groups,
     num_training_losses,
     reencoded_blocks,
@@ -208,9 +209,9 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     if config.model.kind == "baseline":
         two = config.model.output == "two_linear"
         hidden_product = 2.0 * rows * z.width**2 if two else 0.0
-        observed_rows = samples * z.observed_positions
         loops = config.model.loops
         outputs = num_training_losses(config.model)
+        observed_rows = samples * z.observed_positions
         parts = {
             "blocks_forward": 2.0 * observed_rows * loops * blocks,
             "blocks_backward": 4.0 * observed_rows * loops * blocks,
@@ -236,7 +237,8 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head),
         "workspace": _workspace_flops(config, z, rows),
         "recomputation": G * _recomputation(config, z, samples)
-        + (config.refinement.recompute == "block") * observed["recomputation"],
+        + (config.refinement.recompute == "block")
+        * (observed["recomputation"] + (N - G) * _forward_again(z, samples)),
         "attention_observed": observed["attention"],
         "attention_predicted": z.attention(
             samples, forward=N, inner=N, first_order=G, second_order=G
@@ -246,7 +248,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     if frames:
         parts["state_projection"] = frames["state_projection"] + of_states
     else:
-        parts["vocabulary"] = of_states
+        parts["vocabulary"] = of_states + _candidate_flops(config, z, rows)
     return {part: value for part, value in parts.items() if value}
 
 
@@ -294,7 +296,7 @@ def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
     if not z.workspace:
         return 0.0
     N, G = z.steps, z.graph_steps
-    moves_with_graph = N - 1 if config.refinement.graph == "full" else 0
+    moves_with_graph = G - 1 if config.refinement.graph == "full" else 0
     # Into each step, and Z's gradient; under full that of z too, but for the first one.
     products = N + G + moves_with_graph
     # Each step of z, and under full both gradients of its product.
@@ -325,11 +327,16 @@ def _state_products(config: Config, z: StepSizes) -> int:
     """
     refinement, N, G = config.refinement, z.steps, z.graph_steps
     uniform = starts_uniform(config) and config.state.kind == "vocabulary"
+    if _further_plan(config, z):
+        first = plan_steps(refinement, range(N), training=True)[0]
+        products = 1 + 2 * first.needs_graph
+        return products if uniform else products + 1 + first.needs_graph
     if config.state.kind == "embedding" or refinement.graph == "full":
         # Plain autograd: into a step and out of it, W's gradient from both, and the way back
         # through the latter; full: through both.
         back = G - 1 if refinement.graph == "full" else 0
-        return 2 * N + 3 * G + back - 2 * uniform
+        from_zeros = uniform * (1 + (G == N))  # no product into the first step, none back
+        return 2 * N + 3 * G + back - from_zeros
     clamps = refinement.change_clamp is not None or refinement.state_clamp is not None
     adds_up = refinement.update == "mirror" and uniform
     products = 0
@@ -348,6 +355,36 @@ def _state_products(config: Config, z: StepSizes) -> int:
         if step.needs_graph and not fused:
             products += 2
     return products
+
+
+def _forward_again(z: StepSizes, samples: int) -> float:
+    """FLOPs that refinement.recompute block adds to a step without a graph.
+
+    Its inner gradient passes each block once more, as it keeps none.
+    """
+    weights = z.predicted_layers * z.block_weights
+    return 2.0 * samples * z.positions * weights + z.attention(samples, forward=1, inner=0)
+
+
+def _further_plan(config: Config, z: StepSizes) -> tuple[StepPlan, ...]:
+    """The steps that move candidates alone; none where all tokens move."""
+    if config.state.kind == "embedding" or num_candidates(config) is None:
+        return ()
+    return plan_steps(config.refinement, range(z.steps), training=True)[1:]
+
+
+def _candidate_flops(config: Config, z: StepSizes, rows: int) -> float:
+    """Of the steps that move candidates alone, see ebwm_kernels/vocabulary/candidates.py."""
+    products = 0
+    for step in _further_plan(config, z):
+        products += 2  # into the step and out of it
+        if step.needs_graph:
+            products += 3  # W's gradient from both, and h's
+        if step.keep_graph:
+            products += 1  # q's, which earlier steps read
+    if products == 0:
+        return 0.0
+    return 2.0 * rows * (num_candidates(config) or 0) * z.width * products
 
 
 def _recomputation(config: Config, z: StepSizes, samples: int) -> float:

@@ -11,7 +11,7 @@ import torch
 from ebwm_kernels.attention.row_blocks import ROWS
 from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
 from ebwm_scale.config.reduce_bucket import reduce_bucket_size
-from ebwm_scale.config.resolved import model_sizes, num_training_losses
+from ebwm_scale.config.resolved import model_sizes, num_candidates, num_training_losses
 from ebwm_scale.config.schema import Config
 from ebwm_scale.planning.flops import StepSizes, starts_uniform
 from ebwm_scale.planning.parameters import count_parameters
@@ -45,6 +45,8 @@ UNIFORM_MIRROR_STATES = 2  # what it moved by is added up in D numbers a row
 # (R, V) tensors of plain autograd (graph full): per step, and once
 FULL_STATES = {"probabilities": 1, "mirror": 1, "logits": 3}
 FULL_TRANSIENT = 2
+# bytes per row and candidate: ids and their order by token in int64; and numbers of a live step
+CANDIDATE_ORDER, CANDIDATE_STEP = 40, 28
 FRAME_STATES = 4  # per step: state, slope, alpha * slope, difference to the target
 
 
@@ -77,9 +79,9 @@ def memory_estimate(
     shards = world_size if stage else 1
     baseline = config.model.kind == "baseline"
     plan = plan_steps(config.refinement, range(z.steps), training=True)
-    full = plan[0].keep_graph  # all steps' graphs live at once
+    full = plan[-1].keep_graph  # the graphs of all steps that have one live at once
     # Steps that share a context which is encoded again are back-propagated together.
-    live_steps = z.steps if full else min(z.steps, config.refinement.reencode_every)
+    live_steps = z.graph_steps if full else min(z.steps, config.refinement.reencode_every)
     update = config.refinement.update
     offloaded = config.deepspeed.offload != "none"
     by_block = config.refinement.recompute == "block" and not baseline
@@ -93,15 +95,16 @@ def memory_estimate(
         ),
         "optimizer": 0 if offloaded else num_parameters * (12 if half or stage else 8) / shards,
     }
-    workspace = 0.0
+    bytes_of_sums = 0.0  # of each parameter
     if not baseline and (
         stage >= 2 or (stage == 0 and config.train.global_batch_size > world_size * micro_batch)
     ):
         # A micro-batch's gradients are summed on their own, beside accumulated or partitioned ones.
-        workspace += 4 * num_parameters
+        bytes_of_sums = 4.0
     elif not baseline and half:
         # Their sums are in float32 (refinement/deferred_backward.py) until they are handed out.
-        workspace += (4 - element) * num_parameters
+        bytes_of_sums = 4.0 - element
+    workspace = bytes_of_sums * num_parameters
     if stage == 3:  # whole while they are used; the baseline gathers a block at a time too
         blocks = z.layers * (z.block_weights + 2 * D)
         # gradients on their way to the others
@@ -119,8 +122,8 @@ def memory_estimate(
         observed_rows = micro_batch * z.observed_positions
         loops = config.model.loops
         losses = num_training_losses(config.model)
-        of_blocks = loops * z.layers * (observed_block + 2 * K)
-        parts["activations_observed"] = element * observed_rows * (of_blocks + losses * 2 * D)
+        kept = loops * z.layers * (observed_block + 2 * K)
+        parts["activations_observed"] = element * (observed_rows * kept + rows * losses * 2 * D)
     else:
         rows, samples, num_parts = _tile(config, z, micro_batch, device)
         kept = (
@@ -133,7 +136,7 @@ def memory_estimate(
             kept += 0 if by_block else observed_block - LAST_OBSERVED_D * D
         contexts = z.contexts.forward if full or num_parts > 1 else 1
         if full:  # what is encoded again lives with its step
-            contexts += z.again.forward * (z.layers - z.first_reencoded) / z.layers
+            contexts += z.again.backward * (z.layers - z.first_reencoded) / z.layers
         parts["activations_observed"] = (
             element * samples * (z.observed_positions + z.offset) * contexts * kept
             + element * micro_batch * z.observed_positions * D
@@ -151,7 +154,7 @@ def memory_estimate(
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
     if config.state.kind == "embedding":
-        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.steps if full else 1)
+        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.graph_steps if full else 1)
     elif baseline:  # W's gradient exists from the forward on
         parts["vocabulary"] = element * V * D * num_training_losses(config.model)
         workspace = max(
@@ -164,8 +167,13 @@ def memory_estimate(
         clamps = (config.refinement.change_clamp is not None) + (
             config.refinement.state_clamp is not None
         )
-        if full:  # autograd keeps what each clamp was given
-            states = (FULL_STATES[update] + clamps) * z.steps + scores + FULL_TRANSIENT
+        candidates = num_candidates(config) if z.steps > 1 else None
+        if candidates is not None:  # further steps keep nothing of the state's size
+            states = 1 if starts_uniform(config) else STATES[update]
+            states += 0.25 * (clamps > 0) + (config.refinement.noise > 0)
+            states += config.refinement.replay
+        elif full:  # autograd keeps what each clamp was given
+            states = (FULL_STATES[update] + clamps) * z.graph_steps + scores + FULL_TRANSIENT
         else:  # a byte per number says where a clamp binds
             states = STATES[update]
             if update == "mirror" and starts_uniform(config) and clamps == 0:
@@ -179,6 +187,18 @@ def memory_estimate(
         parts["vocabulary"] = state * (states + half / 2) + V * D * element * (
             2 * (config.state.map_scale != 1) + half
         )
+        if candidates is not None:
+            per_candidate = CANDIDATE_ORDER + CANDIDATE_STEP * (z.steps - 1 if full else 1)
+            of_candidates = rows * candidates * per_candidate
+            # rows of the map's gradient, of the tokens that are candidates anywhere
+            of_candidates += 4.0 * min(V, rows * candidates) * D
+            if full:  # what the first step's backward reads of its two ends
+                of_candidates += state * (1 if starts_uniform(config) else 2)
+            # Otherwise that is back-propagated before the others begin.
+            parts["vocabulary"] = max(parts["vocabulary"], of_candidates)
+            if not config.state.tie_embedding:
+                # The token embedding's gradient is summed when the only state is gone.
+                workspace -= min(bytes_of_sums * V * D, parts["vocabulary"])
     gib = {part: value / GIB for part, value in (parts | {"workspace": workspace}).items()}
     return gib | {"total": sum(gib.values())}
 

@@ -19,6 +19,11 @@ all rows of its group contribute, and a tile holds whole groups.
 With `state.workspace` numbers z beside x are refined by the same energy, and not scored:
 w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 
+With `refinement.decay` a step starts from a share of x and z (decay.py).
+
+With `refinement.candidates` the steps after the first move the most probable tokens alone
+(model/candidates.py).
+
 With `refinement.reencode` a further step's context is the observed stream encoded again with the
 predictions added, o_t + U e_t. The inner gradient does not go through it, the loss's does.
 
@@ -38,6 +43,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config.schema import RefinementConfig
+from ebwm_scale.model.candidates import CandidateState, whole_state, with_noise
 from ebwm_scale.model.states import EmbeddedState, EmbeddingState, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.contexts import ContextCache
@@ -48,7 +54,12 @@ from ebwm_scale.refinement.deferred_backward import (
 )
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.sampling import NoiseSampler
-from ebwm_scale.refinement.step_plan import StepPlan, loss_weight, plan_steps
+from ebwm_scale.refinement.step_plan import (
+    StepPlan,
+    first_graph_step,
+    loss_weight,
+    plan_steps,
+)
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
 MIN_STEP_SIZE = 1e-4
@@ -169,7 +180,7 @@ def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
     if config.loss == "last":
         return losses[-1]
     if config.loss_weights is None:
-        return torch.stack(losses).mean()
+        return torch.stack(losses[first_graph_step(config, len(losses)) :]).mean()
     weights = [loss_weight(config, i, len(losses)) for i in range(len(losses))]
     total = weights[0] * losses[0]
     for weight, loss in zip(weights[1:], losses[1:]):
@@ -218,7 +229,7 @@ class RefinementLoop:
         """The final state (b, s, size) of a tile, if it is kept."""
         targets = None if self.targets is None else self.targets.slice(samples, positions)
         step_size_factor = noise.step_size_factor()
-        state: Tensor | None = None
+        state: Tensor | CandidateState | None = None
         embedded: EmbeddedState | None = None
         z = None if self.workspace is None else noise.initial_workspace()
         shape = (samples.stop - samples.start, positions.stop - positions.start)
@@ -230,7 +241,7 @@ class RefinementLoop:
                 state = noise.initial_state()
             if langevin is not None:
                 assert state is not None, "the plan keeps every state under Langevin noise"
-                state = state + langevin
+                state = with_noise(state, langevin)
 
             with torch.set_grad_enabled(step.needs_graph):
                 if starts_at_zero:
@@ -257,10 +268,12 @@ class RefinementLoop:
             if self.workspace is not None and not step.is_last:
                 assert z is not None and workspace_grad is not None, "it entered the step"
                 with torch.set_grad_enabled(step.keep_graph):
-                    z = self.workspace.update(z, workspace_grad)
+                    z = self.workspace.update(z, workspace_grad, decay=self.config.decay)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
                 alpha = step_size * step_size_factor
+                if self.config.decay and not starts_at_zero:
+                    embedded = embedded.decayed(1 - self.config.decay * step_size_factor)
                 state, embedded, loss = self.state_space.update(
                     embedded, energy_grad, alpha, targets, step
                 )
@@ -273,10 +286,9 @@ class RefinementLoop:
             self._add_up(step, energy, loss)
             if self.record is not None:
                 assert state is not None, "the plan keeps every state for a record"
-                self.record(
-                    StepRecord(energy.detach(), energy_grad.detach(), state.detach().clone())
-                )
-        return state
+                whole = whole_state(state).detach().clone()
+                self.record(StepRecord(energy.detach(), energy_grad.detach(), whole))
+        return None if state is None else whole_state(state)
 
     def _add_up(self, step: StepPlan, energy: Tensor, loss: Tensor | None) -> None:
         _add_at(self.energies, step.index, energy.detach().sum())

@@ -1,7 +1,8 @@
 """What each refinement step does, decided once before the loop.
 
 graph      detach: each step has a graph of its own;  truncate: only the last one has;
-           full: one graph through all steps
+           full: one graph through all steps, or through the last `backprop_steps`; the ones in
+           front of them run without a graph and are not scored
 loss       every: the mean over the steps' losses, or a weighted one (`loss_weights`);
            last: the last step's loss
 reencode   before a further step the observed stream is encoded again: such a step reads a context
@@ -25,13 +26,16 @@ class StepPlan:
     needs_graph: the step is differentiated, so its inner gradient has a graph.
     next_needs_graph: the step after it is differentiated.
     keep_graph: the next state carries this step's graph (`refinement.graph: full`).
-    keep_state: the next state itself is needed, not only what enters the next step.
+    keep_state: the next state itself is needed, not only what enters the next step: somebody asked
+    for it, noise is added to it, or the graph begins there.
     loss_weight: of the step's loss in what is back-propagated; 0 without a graph.
     encoded_before: the step before which the context that this one reads is encoded; 0 is the
     observed stream alone. encodes_with_graph: a step that reads the context which this one encodes
     is differentiated.
     ends_graph: what is pending is back-propagated after this step, since the next one reads neither
     its graph nor its encoded context.
+    chooses_candidates: after it, further steps move the most probable tokens alone
+    (`refinement.candidates`). keep_whole: with candidates, all tokens of a state will be asked for.
     """
 
     index: int
@@ -45,6 +49,8 @@ class StepPlan:
     encoded_before: int = 0
     encodes_with_graph: bool = False
     ends_graph: bool = True
+    chooses_candidates: bool = False
+    keep_whole: bool = False
 
     @property
     def encodes_again(self) -> bool:
@@ -61,6 +67,7 @@ INFERENCE_STEP = StepPlan(
     keep_graph=False,
     keep_state=True,
     loss_weight=0.0,
+    keep_whole=True,
 )
 
 
@@ -83,7 +90,9 @@ def plan_steps(
         if is_last:
             keep_state = keep_last_state
         else:
-            keep_state = config.noise > 0  # Langevin noise is added to the state itself
+            # Langevin noise is added to the state itself, and a graph through steps begins at one.
+            starts_graph = config.graph == "full" and needs_graph[i + 1] and not needs_graph[i]
+            keep_state = config.noise > 0 or starts_graph
         keep_graph = needs_graph[i] and config.graph == "full"
         shares_context = not is_last and 0 < encoded_before[i] == encoded_before[i + 1]
         readers = [j for j in range(num_steps) if encoded_before[j] == i]
@@ -100,6 +109,8 @@ def plan_steps(
                 encoded_before=encoded_before[i],
                 encodes_with_graph=any(needs_graph[j] for j in readers),
                 ends_graph=is_last or not (keep_graph or shares_context),
+                chooses_candidates=config.candidates is not None and i == 0 and not is_last,
+                keep_whole=keep_last_state or keep_every_state,
             )
         )
     return tuple(plan)
@@ -115,20 +126,30 @@ def last_encoding(config: RefinementConfig, index: int) -> int:
 def has_graph(config: RefinementConfig, index: int, num_steps: int) -> bool:
     """Whether training differentiates step `index` of num_steps."""
     if config.graph == "full":
-        return True
+        return index >= first_graph_step(config, num_steps)
     if config.graph == "detach":
         return loss_weight(config, index, num_steps) > 0
     return index == num_steps - 1
+
+
+def first_graph_step(config: RefinementConfig, num_steps: int) -> int:
+    """The step that `refinement.backprop_steps` starts to differentiate at, and to score."""
+    if config.backprop_steps is None:
+        return 0
+    return max(0, num_steps - config.backprop_steps)
 
 
 def loss_weight(config: RefinementConfig, index: int, num_steps: int) -> float:
     """Of the loss of step `index` in the training loss; those of all steps sum to 1."""
     if config.loss == "last":
         return float(index == num_steps - 1)
+    first = first_graph_step(config, num_steps)
+    if index < first:
+        return 0.0
     if config.loss_weights is None:
-        return 1 / num_steps
+        return 1 / (num_steps - first)
     weights = relative_loss_weights(config.loss_weights, num_steps)
-    return weights[index] / sum(weights)
+    return weights[index] / sum(weights[first:])
 
 
 def relative_loss_weights(given: str | tuple[float, ...], num_steps: int) -> list[float]:

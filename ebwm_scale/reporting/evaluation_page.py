@@ -14,6 +14,7 @@ from ebwm_scale.reporting.numbers import by_sign, show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
+from ebwm_scale.reporting.spectrum import spectrum_sentences
 from ebwm_scale.reporting.style import LIGHT
 
 MAX_POINTS = 300  # of a curve or a table
@@ -137,7 +138,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             f"{with_interval(result['out_of_distribution']['auroc'])}: the share of pairs in which "
             "the real one has the lower energy (0.5: cannot tell)."
         )
-    return lines
+    return lines + spectrum_sentences(result)
 
 
 def _curves(axes: Axes, result: dict[str, Any], unit: str) -> str:

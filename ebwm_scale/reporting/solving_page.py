@@ -18,6 +18,7 @@ from ebwm_scale.reporting.plain import bounded, page_text
 from ebwm_scale.reporting.report_page import SIGNS
 from ebwm_scale.reporting.solving_examples import examples_of
 from ebwm_scale.reporting.solving_verdict import judge_solving, name_of_other, word_for_steps
+from ebwm_scale.reporting.spectrum import spectrum_sentences
 from ebwm_scale.reporting.style import LIGHT
 
 MAX_POINTS = 300  # of a curve or a table
@@ -166,7 +167,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             "Rank correlation of the steps that the energy's fall allows with the difficulty: "
             f"{with_interval(correlation)}."
         )
-    return lines
+    return lines + spectrum_sentences(result)
 
 
 def _steps_name(point: dict, result: dict[str, Any]) -> str:

@@ -223,6 +223,13 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
             f"{len(train):,} samples: lower train.max_steps, or name a larger dataset"
         )
         check.warnings.append(("data", warning))
+    few, size = config.refinement.candidates, resolved.state_size(config)
+    if few is not None and few >= size:
+        warning = (
+            f"refinement.candidates is {few}, the vocabulary has {size} tokens: all of them move "
+            "in every step; give fewer, or leave the key out"
+        )
+        check.warnings.append(("refinement", warning))
 
 
 def check_groups(config: Config) -> None:

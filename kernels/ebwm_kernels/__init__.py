@@ -14,11 +14,23 @@ from ebwm_kernels.vocabulary.autograd import (
     vocabulary_embed,
     vocabulary_step,
 )
+from ebwm_kernels.vocabulary.candidates import (
+    Candidates,
+    candidates_embed,
+    candidates_loss,
+    candidates_move,
+    first_candidates,
+)
 
 __all__ = [
+    "Candidates",
+    "candidates_embed",
+    "candidates_loss",
+    "candidates_move",
     "causal_attention",
     "cross_attention",
     "energy_attention",
+    "first_candidates",
     "observed_attention",
     "rms_norm",
     "swiglu",

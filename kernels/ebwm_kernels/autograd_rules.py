@@ -47,21 +47,34 @@ def needs_grad(ctx, position: int) -> bool:
         return True
 
 
-def refuse_graph(operation: str, order: str = "third") -> None:
+def no_third_derivative(operation: str) -> str:
+    """What to say where one is asked for, in whatever mode."""
+    return (
+        f"{operation}: its third derivative is not defined; differentiate at most twice: the last "
+        "time by backward or autograd.grad without create_graph=True "
+        "(torch.autograd.functional.hvp asks for one more than it needs: use vhp, or "
+        "torch.func.jvp of torch.func.grad)"
+    )
+
+
+def refuse_graph(operation: str, instead: str | None = None) -> None:
     """Raise if the running backward was asked for a graph: the derivative it would be for does not
     exist here.
 
-    `torch.is_grad_enabled()` inside a backward is true exactly under create_graph=True.
+    instead: what has every derivative, for an operation that has one only; without it there are
+    two. `torch.is_grad_enabled()` inside a backward is true exactly under create_graph=True.
     `once_differentiable` would not do: autograd drops its error node where that lies on no path to
     the inputs, and a wrong number comes out.
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{operation}: its {order} derivative is not defined; call backward or autograd.grad "
-            "without create_graph=True for the last differentiation "
-            "(torch.autograd.functional.hvp asks for one more than it needs: use vhp, or "
-            "torch.func.jvp of torch.func.grad)"
-        )
+    if not torch.is_grad_enabled():
+        return
+    if instead is None:
+        raise RuntimeError(no_third_derivative(operation))
+    raise RuntimeError(
+        f"{operation}: its second derivative is not defined; call backward or autograd.grad "
+        "without create_graph=True (torch.autograd.functional.hvp, vhp and hessian need the "
+        f"second derivative: use {instead})"
+    )
 
 
 def is_traced_without_graph() -> bool:

@@ -4,11 +4,18 @@ damage.
 
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from ebwm_scale.data.prepare.text import make_text_dataset
+from ebwm_scale.core.progress import no_progress
+from ebwm_scale.data.prepare.reading.inputs import find_sources
+from ebwm_scale.data.prepare.reading.left_out import LeftOut
+from ebwm_scale.data.prepare.reading.readers import TextInput, documents_of
+from ebwm_scale.data.prepare.reading.selection import EVERYTHING
+from ebwm_scale.data.prepare.scanning import scan
+from ebwm_scale.data.prepare.text import NothingMaker, make_text_dataset
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 
 CONTEXT_LENGTH = 16
@@ -57,6 +64,30 @@ def write_corpus(folder: Path, *, num_documents: int = 24, seed: int = 0) -> Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"Document {i}\n\n\t" + "\n  ".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+def read_documents(*inputs, selection=EVERYTHING):
+    """All documents in this process; what is said of the others is not looked at."""
+    sources = find_sources(inputs, LeftOut(), report=lambda line: None)
+    return [d for s in sources for d in documents_of(s, selection, LeftOut())]
+
+
+def found(*inputs, selection=EVERYTHING):
+    """({name: text}, what is said); the saying, and the errors, are those of the tools."""
+    said = []
+    with tempfile.TemporaryDirectory() as work:
+        scan(
+            inputs,
+            TextInput(selection),
+            lambda num_threads: NothingMaker(),
+            Path(work),
+            seed=0,
+            identity="test",
+            dtype=NothingMaker.dtype,
+            report=said.append,
+            progress=no_progress,
+        )
+    return {d.name: d.text for d in read_documents(*inputs, selection=selection)}, said
 
 
 @pytest.fixture(scope="session")

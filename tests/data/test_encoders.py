@@ -8,6 +8,7 @@ import torch
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.encoders import build_encoder
 from ebwm_scale.data.encoders.pca import fit_pca, to_patches
+from ebwm_scale.data.encoders.pretrained import patch_tokens
 
 
 def frames(n=6, height=32, width=32, seed=0):
@@ -192,3 +193,89 @@ def test_what_cannot_be_loaded_is_one_clear_line(name, settings, expected):
     with pytest.raises(DataError, match=expected) as error:
         build_encoder(name, settings, height=32, width=32)
     assert "\n" not in str(error.value)
+
+
+def test_patches_are_the_parts_of_a_frame_row_by_row():
+    data = frames(40)
+    whole, _ = fit_pca([data], patch=8, components=6, height=32, width=32)
+    patches, _ = fit_pca([data], patch=8, components=6, height=32, width=32, patches=True)
+    assert whole.grid is None and patches.grid == (4, 4) and patches.dimension == 6
+    assert torch.equal(patches.encode(data).flatten(1), whole.encode(data))
+    assert torch.equal(patches.decode(patches.encode(data)), whole.decode(whole.encode(data)))
+    assert torch.equal(patches.groups(), torch.arange(6))
+    changed = data[:1].clone()
+    changed[:, 8:16, 24:] = 0  # second row, fourth column
+    moved = (patches.encode(changed) != patches.encode(data[:1])).any(2)[0]
+    assert moved.nonzero().flatten().tolist() == [7]
+
+
+def test_raw_patches_come_back_without_loss_even_from_float16():
+    data = torch.randint(0, 256, (3, 16, 24, 3), dtype=torch.uint8)
+    for patches, shape in ((True, (3, 24, 48)), (False, (3, 1152))):
+        encoder = build_encoder("raw", {"patch": 4}, height=16, width=24, patches=patches)
+        embeddings = encoder.encode(data)
+        assert embeddings.shape == shape and len(encoder.groups()) == encoder.dimension
+        assert torch.equal(encoder.decode(embeddings.half().float()), data)
+    with pytest.raises(DataError, match="raw patch is 5: must divide"):
+        build_encoder("raw", {"patch": 5}, height=16, width=24)
+
+
+def test_an_sd_vae_gives_squares_of_its_latent(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = dict(block_out_channels=[4] * 4, norm_num_groups=1, layers_per_block=1)
+    model = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4,
+        **blocks,
+    )
+    model.save_pretrained(tmp_path / "vae")
+    settings = {"path": str(tmp_path / "vae")}
+    whole = build_encoder("sd-vae", dict(settings), height=32, width=64)
+    patches = build_encoder("sd-vae", dict(settings), height=32, width=64, patches=True)
+    assert patches.grid == (2, 4) and patches.dimension == 16 and patches.settings["patch"] == 2
+    data = frames(2, 32, 64)
+    latent = whole.encode(data).view(2, 4, 4, 8)
+    found = patches.encode(data)
+    assert torch.equal(found[:, 5].view(2, 4, 2, 2), latent[:, :, 2:4, 2:4])
+    assert torch.equal(patches.decode(found), whole.decode(whole.encode(data)))
+    with pytest.raises(DataError, match="sd-vae patch is 3: must divide the latent's height 4"):
+        build_encoder("sd-vae", settings | {"patch": 3}, height=32, width=64, patches=True)
+
+
+def test_a_vision_backbone_gives_its_patch_tokens_and_no_others(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        num_register_tokens=3,
+    )
+    transformers.Dinov2WithRegistersModel(config).save_pretrained(tmp_path / "dino")
+    encoder = build_encoder(
+        "transformers", {"path": str(tmp_path / "dino")}, height=28, width=42, patches=True
+    )
+    assert encoder.grid == (2, 3) and encoder.dimension == 16
+    data = frames(2, 28, 42)
+    images = data.permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (encoder.mean, encoder.std))
+    with torch.no_grad():
+        hidden = encoder.model((images - mean) / std).last_hidden_state
+    assert hidden.shape[1] == 1 + 3 + 6
+    assert torch.allclose(encoder.encode(data), hidden[:, 4:], atol=1e-6)
+    assert encoder.decode(encoder.encode(data)) is None
+
+
+def test_a_map_of_features_is_a_grid_and_a_vector_is_none():
+    images = torch.zeros(2, 3, 32, 64)
+    hidden = torch.arange(2 * 5 * 4 * 8.0).view(2, 5, 4, 8)
+    grid, patches = patch_tokens(hidden, images, None, "timm")
+    assert grid == (4, 8) and torch.equal(patches[:, 9], hidden[:, :, 1, 1])
+    with pytest.raises(DataError, match="no grid of patches that can be told; leave --patches out"):
+        patch_tokens(torch.zeros(2, 7), images, 16, "timm")
+    with pytest.raises(DataError, match="gives 5 tokens for 2 x 4 patches of 16 x 16 pixels"):
+        patch_tokens(torch.zeros(2, 5, 3), images, 16, "timm")

@@ -20,7 +20,7 @@ from ebwm_scale.data.prepare.reasoning.dataset import (
 from ebwm_scale.data.prepare.reasoning.families import FAMILIES
 from ebwm_scale.data.prepare.reasoning.instance import Draws, Family, Instance
 from ebwm_scale.data.prepare.reasoning.search import Search, thinned
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 
 SMALL = {
     "reachability": 5,
@@ -313,7 +313,7 @@ def test_a_dataset_is_sound_and_reads_back_as_the_instances(name, tmp_path):
     problems, count = verify_dataset(manifest)
     assert problems == [] and count == 80
     split = open_split(manifest, "validation", verify="hashes")
-    tokenizer = Tokenizer(split.manifest.content.tokenizer_path)
+    tokenizer = open_tokenizer(split.manifest.content.tokenizer_path)
     family = FAMILIES[name]
     request = Request(family, (SMALL[name],), {"train": 60, "validation": 20}, None, 0, 25)
     expected = [instance for where, instance in drawn(request) if where == "validation"]

@@ -19,7 +19,7 @@ from ebwm_scale.data.format.verify import verify_dataset
 from ebwm_scale.data.loading.mixture import open_sources
 from ebwm_scale.data.prepare.text import make_text_dataset
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 from ebwm_scale.think import manifest_of
 from ebwm_scale.training.preflight import fill_from_data
 
@@ -68,7 +68,7 @@ OPENERS = {
 def test_another_tokenizer_is_refused_by_whoever_opens(dataset, other_tokenizer, name):
     OPENERS[name](dataset)
     shutil.copyfile(other_tokenizer, dataset.parent / "tokenizer.model")
-    assert Tokenizer(dataset.parent / "tokenizer.model").vocabulary_size == 320
+    assert open_tokenizer(dataset.parent / "tokenizer.model").vocabulary_size == 320
     with pytest.raises(
         DataError, match="tokenizer.model: sha256 is .*, the manifest says"
     ) as error:

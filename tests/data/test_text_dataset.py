@@ -6,14 +6,15 @@ import sys
 import numpy as np
 import pytest
 import webdataset
-from corpora import CONTEXT_LENGTH, write_corpus
+from corpora import CONTEXT_LENGTH, found, read_documents, write_corpus
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.format.shards import open_split
-from ebwm_scale.data.prepare import text
-from ebwm_scale.data.prepare.documents import Document, find_documents, split_documents
-from ebwm_scale.data.prepare.text import Packer, make_text_dataset
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.prepare import packing, text
+from ebwm_scale.data.prepare.packing import Packer
+from ebwm_scale.data.prepare.splitting import split_documents
+from ebwm_scale.data.prepare.text import make_text_dataset
+from ebwm_scale.data.tokenizer import open_tokenizer
 
 
 def quiet(line):
@@ -68,9 +69,9 @@ def test_every_token_is_a_target_exactly_once(pieces, length):
 def test_dataset_holds_the_split_documents_in_order_with_an_end_after_each(
     pristine, corpus, tokenizer_path, split
 ):
-    tokenizer = Tokenizer(tokenizer_path)
-    documents = split_documents(find_documents([corpus]), validation_fraction=0.2, seed=0)[split]
-    stream = [i for d in documents for i in tokenizer.encode(d.read()) + [tokenizer.eos_id]]
+    tokenizer = open_tokenizer(tokenizer_path)
+    documents = split_documents(read_documents(corpus), validation_fraction=0.2, seed=0)[split]
+    stream = [i for d in documents for i in tokenizer.encode(d.text) + [tokenizer.eos_id]]
     blocks = blocks_of(pristine, split)
     info = open_split(pristine, split, verify="sizes").info
     got = [int(blocks[0, 0]), *blocks[:, 1:].ravel().tolist()]
@@ -87,16 +88,7 @@ def test_dataset_holds_the_split_documents_in_order_with_an_end_after_each(
     assert info.facts["unigram_entropy"] == pytest.approx(
         -(p[p > 0] * np.log(p[p > 0])).sum(), rel=1e-12
     )
-    assert info.facts["num_text_bytes"] == sum(len(d.read().encode()) for d in documents)
-
-
-def test_each_document_is_read_once_more_after_the_search(
-    corpus, tokenizer_path, tmp_path, monkeypatch
-):
-    read, names = Document.read, []
-    monkeypatch.setattr(Document, "read", lambda self: names.append(self.name) or read(self))
-    build([corpus], tmp_path / "d", tokenizer_path)
-    assert sorted(names) == sorted(document.name for document in find_documents([corpus]))
+    assert info.facts["num_text_bytes"] == sum(len(d.text.encode()) for d in documents)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -120,14 +112,14 @@ def test_split_is_disjoint_and_stable_when_files_move_or_are_added(tmp_path):
     write_corpus(tmp_path / "b", num_documents=10, seed=9)
     sides = {}
     for inputs in ([tmp_path / "a"], [tmp_path / "b", tmp_path / "a"], [tmp_path]):
-        split = split_documents(find_documents(inputs), validation_fraction=0.2, seed=3)
-        train, validation = ({d.read() for d in split[name]} for name in ("train", "validation"))
+        split = split_documents(read_documents(*inputs), validation_fraction=0.2, seed=3)
+        train, validation = ({d.text for d in split[name]} for name in ("train", "validation"))
         assert train and validation and not train & validation
         for name, documents in (("train", train), ("validation", validation)):
             for document in documents:
                 assert sides.setdefault(document, name) == name
     assert len(sides) == 50
-    other = split_documents(find_documents([tmp_path]), validation_fraction=0.2, seed=4)
+    other = split_documents(read_documents(tmp_path), validation_fraction=0.2, seed=4)
     assert {d.digest for d in other["validation"]} != {d.digest for d in split["validation"]}
 
 
@@ -135,7 +127,7 @@ def test_copies_of_a_text_are_on_one_side(tmp_path):
     for i in range(30):
         for copy in "ab":
             (tmp_path / f"{i}{copy}.txt").write_text(f"text number {i}")
-    split = split_documents(find_documents([tmp_path]), validation_fraction=0.3, seed=0)
+    split = split_documents(read_documents(tmp_path), validation_fraction=0.3, seed=0)
     assert sum(map(len, split.values())) == 60
     assert not {d.digest for d in split["train"]} & {d.digest for d in split["validation"]}
 
@@ -147,7 +139,7 @@ def test_each_side_gets_a_document(tmp_path, fraction):
     assert [
         len(d)
         for d in split_documents(
-            find_documents([tmp_path]), validation_fraction=fraction, seed=0
+            read_documents(tmp_path), validation_fraction=fraction, seed=0
         ).values()
     ] == [1, 1]
 
@@ -162,9 +154,8 @@ def test_jsonl_lines_are_documents_and_bad_ones_are_named(tmp_path):
         json.dumps({"text": 3}),
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    said = []
-    documents = find_documents([tmp_path], report=said.append)
-    assert {d.name: d.read() for d in documents} == {"a.jsonl#1": "first é", "a.jsonl#5": "second"}
+    documents, said = found(tmp_path)
+    assert documents == {"a.jsonl#1": "first é", "a.jsonl#5": "second"}
     assert len(said) == 1 and "3 lines skipped" in said[0] and "line 2 (not JSON)" in said[0]
 
 
@@ -174,10 +165,8 @@ def test_undecodable_files_are_skipped_and_named(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"ab\xff\xfe")
     (tmp_path / ".hidden.txt").write_text("hidden")
     (tmp_path / "program.py").write_text("pass")
-    said = []
-    assert [
-        d.name for d in find_documents([tmp_path, tmp_path / "good.txt"], report=said.append)
-    ] == ["good.txt"]
+    texts, said = found(tmp_path, tmp_path / "good.txt")
+    assert list(texts) == ["good.txt"]
     assert len(said) == 3 and "bad.txt" in said[0] and "not UTF-8 at byte 2" in said[0]
     assert said[1] == "ignored: 1 files of other kinds (.py)"
     assert "1 documents of nothing but white space" in said[2] and "empty.txt" in said[2]
@@ -282,19 +271,20 @@ def test_foreign_files_in_the_output_folder_are_never_deleted(corpus, tokenizer_
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
 
 
-@pytest.mark.parametrize("failing", ["write_manifest", "Packer.unigram_entropy"])
-def test_a_build_that_fails_leaves_no_dataset_and_the_next_succeeds(
-    corpus, tokenizer_path, tmp_path, monkeypatch, failing
+@pytest.mark.parametrize("module, failing", [(text, "write_manifest"), (packing, "_link")])
+def test_a_build_that_fails_leaves_its_work_and_the_next_one_goes_on(
+    corpus, tokenizer_path, tmp_path, monkeypatch, module, failing
 ):
     def fail(*arguments):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(text.Packer if "." in failing else text, failing.split(".")[-1], fail)
+        patch.setattr(module, failing, fail)
         with pytest.raises(OSError, match="disk full"):
             build([corpus], tmp_path / "out", tokenizer_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.work"]
     assert len(blocks_of(build([corpus], tmp_path / "out", tokenizer_path), "train")) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 KILLED = """
@@ -340,7 +330,8 @@ import resource, sys
 from ebwm_scale.data.prepare.text import make_text_dataset
 folder, output, model = sys.argv[1:]
 make_text_dataset([folder], output, tokenizer=model, context_length=4096, report=str)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+print(max(resource.getrusage(who).ru_maxrss for who in whose) * 1024)
 """
 
 
@@ -366,7 +357,7 @@ def test_memory_is_a_small_multiple_of_the_largest_document(tokenizer_path, tmp_
 def test_a_document_in_parts_gives_the_bytes_of_the_whole(
     corpus, tokenizer_path, pristine, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ebwm_scale.data.tokenizer._PART_CHARACTERS", 50)
+    monkeypatch.setattr("ebwm_scale.data.tokenizers.sentence_piece._PART_CHARACTERS", 50)
     monkeypatch.setattr(text, "_BATCH_CHARACTERS", 120)
     again = build(
         [corpus], tmp_path / "o", tokenizer_path, validation_fraction=0.2, samples_per_shard=20

@@ -2,12 +2,13 @@ import random
 
 import pytest
 import sentencepiece
+from corpora import read_documents
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data import tokenizer as tokenizer_module
-from ebwm_scale.data.prepare.documents import find_documents, split_documents
+from ebwm_scale.data.prepare.splitting import split_documents
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
+from ebwm_scale.data.tokenizers import sentence_piece as tokenizer_module
 
 TEXTS = [
     "",
@@ -29,7 +30,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS, ids=[repr(t)[:24] for t in TEXTS])
 def test_text_survives_a_round_trip(tokenizer_path, text):
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(0 <= i < tokenizer.vocabulary_size for i in ids) and tokenizer.eos_id not in ids
@@ -41,13 +42,13 @@ def test_text_survives_a_round_trip(tokenizer_path, text):
 
 
 def test_whole_documents_survive_a_round_trip(tokenizer_path, corpus):
-    tokenizer = Tokenizer(tokenizer_path)
-    for document in find_documents([corpus]):
-        assert tokenizer.decode(tokenizer.encode(document.read())) == document.read()
+    tokenizer = open_tokenizer(tokenizer_path)
+    for document in read_documents(corpus):
+        assert tokenizer.decode(tokenizer.encode(document.text)) == document.text
 
 
 def test_frequent_words_become_pieces_and_pieces_are_printable(tokenizer_path):
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     assert len(tokenizer.encode("energy minimum gradient")) < len("energy minimum gradient") / 1.5
     assert all(tokenizer.piece(i).isprintable() for i in range(tokenizer.vocabulary_size))
     assert (
@@ -71,13 +72,13 @@ def test_validation_text_is_not_trained_on(tmp_path):
         (tmp_path / "in" / f"{i}.txt").write_text(
             f"number {i} " + chr(0x4E00 + i) * 400, encoding="utf-8"
         )
-    split = split_documents(find_documents([tmp_path / "in"]), validation_fraction=0.3, seed=1)
+    split = split_documents(read_documents(tmp_path / "in"), validation_fraction=0.3, seed=1)
     tokenizer = train_tokenizer(
         [tmp_path / "in"], tmp_path / "m.model", 290, validation_fraction=0.3, seed=1
     )
     pieces = "".join(tokenizer.piece(i) for i in range(tokenizer.vocabulary_size))
-    assert all(d.read()[-1] in pieces for d in split["train"]) and split["train"]
-    assert not any(d.read()[-1] in pieces for d in split["validation"]) and split["validation"]
+    assert all(d.text[-1] in pieces for d in split["train"]) and split["train"]
+    assert not any(d.text[-1] in pieces for d in split["validation"]) and split["validation"]
 
 
 def test_too_large_vocabulary_names_the_largest_and_that_one_works(tmp_path):
@@ -103,7 +104,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "m.model").write_bytes(content)
     with pytest.raises(DataError, match="m.model: .*tools/train_tokenizer.py") as error:
-        Tokenizer(tmp_path / "m.model")
+        open_tokenizer(tmp_path / "m.model")
     assert "\n" not in str(error.value)
 
 
@@ -130,7 +131,7 @@ def test_a_damaged_model_is_refused_when_it_is_opened_or_works(tokenizer_path, t
     for content in damaged_models(tokenizer_path.read_bytes(), 400):
         (tmp_path / "m.model").write_bytes(content)
         try:
-            tokenizer = Tokenizer(tmp_path / "m.model")
+            tokenizer = open_tokenizer(tmp_path / "m.model")
         except DataError as error:
             refused.append(str(error))
             continue
@@ -151,13 +152,13 @@ def test_pieces_that_are_not_text_are_refused_though_sentencepiece_opens_them(
     sentencepiece.SentencePieceProcessor(model_proto=content)
     (tmp_path / "m.model").write_bytes(content)
     with pytest.raises(DataError, match=r"m.model: piece \d+ of the tokenizer is not UTF-8"):
-        Tokenizer(tmp_path / "m.model")
+        open_tokenizer(tmp_path / "m.model")
 
 
 @pytest.mark.parametrize("text", ["\udcff", "a b\ud800c"])
 def test_text_that_is_not_utf8_is_refused(tokenizer_path, text):
     with pytest.raises(DataError, match="not UTF-8 at character") as error:
-        Tokenizer(tokenizer_path).encode(text)
+        open_tokenizer(tokenizer_path).encode(text)
     assert "\n" not in str(error.value) and str(error.value).encode("utf-8")
 
 
@@ -189,7 +190,7 @@ def long_texts():
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_parts_of_a_text_have_the_tokens_of_the_text(tokenizer_path, monkeypatch, size):
     monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", size)
-    tokenizer, num_parts = Tokenizer(tokenizer_path), 0
+    tokenizer, num_parts = open_tokenizer(tokenizer_path), 0
     for text in long_texts():
         parts = list(tokenizer.parts(text))
         num_parts += len(parts)
@@ -202,7 +203,7 @@ def test_parts_of_a_text_have_the_tokens_of_the_text(tokenizer_path, monkeypatch
 def test_a_text_without_a_safe_place_is_cut_all_the_same(tokenizer_path, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 10)
     monkeypatch.setattr(tokenizer_module, "_LONGEST_PART", 30)
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     text = "en" * 100
     assert {"en", "ne"} <= tokenizer._neighbours
     parts = list(tokenizer.parts(text))
@@ -212,7 +213,7 @@ def test_a_text_without_a_safe_place_is_cut_all_the_same(tokenizer_path, monkeyp
 
 
 def test_short_texts_and_foreign_models_are_not_cut(tokenizer_path, corpus, tmp_path):
-    assert list(Tokenizer(tokenizer_path).parts("a b c")) == ["a b c"]
+    assert list(open_tokenizer(tokenizer_path).parts("a b c")) == ["a b c"]
     sentencepiece.SentencePieceTrainer.train(
         input=str(next(corpus.glob("*.txt"))),
         model_prefix=str(tmp_path / "foreign"),
@@ -221,4 +222,4 @@ def test_short_texts_and_foreign_models_are_not_cut(tokenizer_path, corpus, tmp_
         minloglevel=2,
     )  # normalises, and adds a space in front
     text = "energy minimum " * 20_000
-    assert list(Tokenizer(tmp_path / "foreign.model").parts(text)) == [text]
+    assert list(open_tokenizer(tmp_path / "foreign.model").parts(text)) == [text]

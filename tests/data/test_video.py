@@ -216,6 +216,21 @@ def test_stored_frames_and_stored_embeddings_are_the_same_states(videos, tmp_pat
         )  # float16 in the shards
 
 
+def test_with_patches_each_state_is_a_patch_of_the_same_numbers(videos, tmp_path, built):
+    patches = build(videos, tmp_path / "patches", patches=True, validation_fraction=0.3)
+    whole, cut = (open_split(path, "train", verify="hashes") for path in (built, patches))
+    content = cut.manifest.content
+    assert (content.group_size, content.grid, content.dimension) == (4, (2, 2), 4)
+    assert cut.manifest.context_length == 3 * 4 and cut.num_targets == 4 * whole.num_targets
+    assert len(cut) == len(whole)
+    for number in range(len(whole)):
+        assert np.array_equal(cut.read(number), whole.read(number).reshape(-1, 4))
+    stored = [torch.from_numpy(split.read(0)[None].copy()) for split in (whole, cut)]
+    a, b = (FrameSpace(split.manifest.content).states(s) for split, s in zip((whole, cut), stored))
+    assert torch.equal(a.reshape(b.shape), b)
+    assert "patches" not in load_manifest(built).values["settings"]
+
+
 def test_the_same_batches_on_any_number_of_ranks_and_workers(built):
     split = open_split(built, "train", verify="sizes")
 

@@ -86,7 +86,7 @@ def test_a_shorter_context_cuts_frames_and_conditions_together(tmp_path):
     webp = write_world(tmp_path / "webp", stored="webp")
     _, pictures = a_batch(webp, context_length=2 * P)
     assert pictures.sequences.shape == (3, 3, 16, 16, 3)
-    with pytest.raises(DataError, match="are groups of 4 tokens"):
+    with pytest.raises(DataError, match="are groups of 4 patches"):
         a_batch(manifest, context_length=P + 1)
 
 

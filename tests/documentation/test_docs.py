@@ -227,6 +227,21 @@ def test_the_page_on_recipes_quotes_the_study_of_heads():
     assert f"costs {ratio['median']:.2f} Transformer++ steps ({low:.2f} to {high:.2f}" in text
 
 
+def test_the_page_on_recipes_quotes_the_study_of_candidates():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "results" / "candidates.json").read_text())
+    assert f"`{result['command']}`" in text
+    for form in result["forms"]:
+        ratios = [f"{form[key]:.2f}".replace("1.00", "1") for key in ("cpu_ratio", "flops_ratio")]
+        losses = " → ".join(f"{loss['mean']:.3f}" for loss in form["losses"])
+        gain = form.get("gain")
+        gained = ""
+        if gain is not None:
+            gained = f"{gain['mean']:.3f} ({gain['low']:.3f} to {gain['high']:.3f}) "
+        name = form["form"].replace("transformer", "Transformer")
+        assert f"| {name} | {' | '.join(ratios)} | {losses} | {gained}|" in text, form["form"]
+
+
 def test_the_table_of_the_readme_quotes_its_result_files():
     folder = ROOT / "results"
     seeds = {}

@@ -30,6 +30,9 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "data/products": "training/test_reasoning_runs.py",
     "runs/products": "training/test_reasoning_runs.py",
     "data/mazes": "training/test_reasoning_runs.py",
+    "runs/mazes": "training/test_reasoning_runs.py",
+    "make_world_shards.py": "data/test_world_datasets.py",
+    "data/pole": "data/test_world_datasets.py",
     "runs/world": "training/test_world_runs.py",
 }
 SMALL = [
@@ -204,6 +207,7 @@ def test_every_command_runs_somewhere():
             "conversion.md",
             "video.md",
             "distributed.md",
+            "data.md",
         )
         for video in (False, True)
         for command in of(page, video=video)
@@ -233,6 +237,21 @@ def test_the_commands_and_the_python_of_the_readme_and_the_tutorial_on_text(chec
     for page in ("README.md", "docs/tutorial.md"):
         (checkout.folder / "snippet.py").write_text(python_of(page), encoding="utf-8")
         checkout.run("python snippet.py")
+
+
+def test_the_commands_of_the_page_on_data(checkout):
+    pyarrow = pytest.importorskip("pyarrow", reason="the package pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [path.read_text() for path in sorted((checkout.folder / "my_text").iterdir())]
+    rows = [
+        {"content": {"text": text}, "url": f"u/{i}", "score": i / 4} for i, text in enumerate(texts)
+    ]
+    (checkout.folder / "dumps").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), checkout.folder / "dumps" / "a.parquet")
+    (command,) = of("data.md", video=False)
+    checkout.run(command)
+    manifest = json.loads((checkout.folder / "data" / "dumps" / "manifest.json").read_text())
+    assert manifest["source"]["num_documents"] == len(texts) - 2
 
 
 @pytest.mark.soak

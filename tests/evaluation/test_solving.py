@@ -224,7 +224,12 @@ def test_the_page_shows_every_step_and_range_and_escapes_what_it_is_given(hops, 
     page = write_solving(tmp_path, result).read_text()
     assert json.loads((tmp_path / "solving.json").read_text())["steps"] == result["steps"]
     assert "<script>" not in page and page.count("<svg") == 6
-    for text in ("2 (trained)", "Solved instances by difficulty", "hops, validation: 24 instances"):
+    for text in (
+        "2 (trained)",
+        "Solved instances by difficulty",
+        "hops, validation: 24 instances",
+        "After 8 steps the strongest eigenvalue of a further step is",
+    ):
         assert text in page
     baseline = run(*model_of(hops[0], kind="baseline"), hops[0])
     assert "none: no energy model" in render(baseline)

@@ -17,7 +17,7 @@ from ebwm_scale.data.format.manifest import load_manifest
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.prepare.reasoning.dataset import make_reasoning_dataset
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 from ebwm_scale.evaluation.answers import Instances, answers, numbers_of_steps
 from ebwm_scale.evaluation.solving import Other, evaluate_solving
 from ebwm_scale.evaluation.solving_examples import choose_instances, numbers_shown
@@ -80,7 +80,7 @@ def results(manifests):
 def test_what_is_shown_is_what_the_model_answers_to_the_stored_instance(family, manifests, results):
     manifest = manifests[family]
     split = open_split(manifest, "validation", verify="sizes")
-    piece = Tokenizer(split.manifest.content.tokenizer_path).piece
+    piece = open_tokenizer(split.manifest.content.tokenizer_path).piece
     model, _ = model_of(manifest)
     instances = results[family]["examples"]["instances"]
     assert 1 <= len(instances) <= 4

@@ -104,6 +104,7 @@ def test_every_part_is_there_and_the_page_says_it(text):
         "perplexity",
         "rank correlation",
         "shuffled",
+        "strongest eigenvalue of a further step",
     ):
         assert words in page, words
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")

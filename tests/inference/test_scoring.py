@@ -11,7 +11,7 @@ from test_think_command import LENGTH, text, video  # noqa: F401  (fixtures)
 from ebwm_scale import questions
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import DataError, UserError
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 from ebwm_scale.inference.scoring import ContinuationScore, Scorer, windows
 from ebwm_scale.inference.thinking import ThinkingConfig
 from ebwm_scale.refinement.loop import refine
@@ -39,7 +39,7 @@ def model_of(manifest, **model):
             "train": {"seed": SEED},
         }
     )
-    return WorldModel(config).double().eval(), Tokenizer(manifest.parent / "tokenizer.model")
+    return WorldModel(config).double().eval(), open_tokenizer(manifest.parent / "tokenizer.model")
 
 
 def log_probabilities(model, observed):

@@ -12,7 +12,7 @@ from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.data.prepare.text import make_text_dataset
 from ebwm_scale.data.prepare.tokenizer import train_tokenizer
 from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 from ebwm_scale.world_model import WorldModel
 
 LENGTH = 12
@@ -143,7 +143,7 @@ def test_streamed_text_is_the_decoded_text(text, use, capsys):
         and alone
         == run(capsys, "--prompt", "abc", "--max-new", 12, "--temperature", 1, "--seed", 3)[1]
     )
-    tokenizer = Tokenizer(json.loads(text.read_text()) and text.parent / "tokenizer.model")
+    tokenizer = open_tokenizer(json.loads(text.read_text()) and text.parent / "tokenizer.model")
     assert tokenizer.encode(greedy.rstrip("\n"))
 
 

@@ -77,7 +77,27 @@ CASES = {
         "state": {"workspace": 5},
         "refinement": {"reencode": "all", "num_steps": 3},
     },
+    "decay": TEXT | {"refinement": {"update": "mirror", "decay": 0.3, "num_steps": 3}},
+    "decay of logits": TEXT | {"refinement": {"update": "logits", "decay": 0.3, "num_steps": 3}},
+    "workspace, decay": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {"num_steps": 3, "decay": 0.3, "update": "mirror"},
+    },
+    "candidates": TEXT
+    | {
+        "refinement": {"candidates": 5, "num_steps": 3, "update": "mirror"},
+        "state": {"initial": "zeros"},
+    },
+    "candidates, logits": TEXT
+    | {"refinement": {"candidates": 5, "num_steps": 3, "update": "logits"}},
+    "candidates, workspace, encoded again": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear", "context"]},
+        "state": {"workspace": 5},
+        "refinement": {"candidates": 5, "reencode": "all", "num_steps": 3},
+    },
     "video": VIDEO,
+    "video, decay": VIDEO | {"refinement": {"decay": 0.3, "num_steps": 3}},
     "video, encoded again": VIDEO | {"refinement": {"reencode": 1}},
     "video, shallow": VIDEO
     | {
@@ -215,7 +235,7 @@ def test_a_rejected_step_leaves_the_workspace_as_it_is(monkeypatch):
     function = SequenceEnergy(model, model.embed_observed(prompt[None]))
     right = WorkspaceState.update
     monkeypatch.setattr(
-        WorkspaceState, "update", lambda self, z, grad, scale: right(self, z, grad, -0.1)
+        WorkspaceState, "update", lambda self, z, grad, *_: right(self, z, grad, -0.1)
     )
     thought = think(model, function, noise.initial(None), config, noise=noise)
     assert thought.accepted.eq(0).all()

@@ -1,5 +1,5 @@
-"""What the Triton kernels launch compiles for the GPUs it is meant for: at most 8 bytes are
-spilled, memory fits, tensor cores are used. The common configurations always; every shipped one
+"""What the Triton kernels launch compiles for the GPUs it is meant for: half precisions spill no
+register, memory fits, tensor cores are used. The common configurations always; every shipped one
 with the mark soak.
 
 In a process of its own: Triton's interpreter, which the other tests use, and its compiler exclude
@@ -44,8 +44,7 @@ def compiled(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-def check(rows: list[dict], allowed_spills: int = 8) -> None:
-    """The compiler spills 8 bytes to keep _gradient_key at 128 registers (sm_80, 128 columns)."""
+def check(rows: list[dict], allowed_spills: int = 0) -> None:
     for row in rows:
         assert row["fits"], row
         assert row["spilled_bytes"] <= allowed_spills, row
@@ -125,13 +124,14 @@ def test_every_half_precision_program_fits_its_gpu_without_spills(architecture, 
 @pytest.mark.soak
 @pytest.mark.parametrize("masks", MASKS, ids=lambda masks: "".join(masks) or "plain")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_float32_program_fits_its_gpu_and_spills_ten_registers_at_most(architecture, masks):
+def test_every_float32_program_fits_its_gpu_and_spills_few_registers_if_any(architecture, masks):
     rows = compiled(
         *("--architecture", architecture, "--dtype", "float32", *masks),
         *("--head-dimension", "16", "32", "64", "96", "128"),
     )
     check([row for row in rows if row["head_dimension"] <= 64])
-    check([row for row in rows if row["head_dimension"] > 64], allowed_spills=40)
+    allowed = 40 if architecture in ("sm_86", "sm_120") else 16  # bytes: 99 KiB of shared memory
+    check([row for row in rows if row["head_dimension"] > 64], allowed_spills=allowed)
 
 
 @pytest.mark.soak

@@ -16,8 +16,8 @@ from ebwm_kernels import causal_attention, cross_attention, energy_attention
 from ebwm_kernels.attention import ops, reference, row_blocks
 from ebwm_kernels.attention.causal import causal_attention_definition
 from ebwm_kernels.attention.energy import energy_attention_definition
-from ebwm_kernels.attention.reference import Cotangents
 from ebwm_kernels.attention.row_blocks import ROWS, block_rows, blocks
+from ebwm_kernels.attention.tensors import Cotangents, Inputs
 from ebwm_kernels.attention.visibility import Shape, visible_keys, visible_pairs
 
 BITS = Path(__file__).with_name("attention_bits.safetensors")
@@ -156,11 +156,9 @@ def test_the_tangent_is_forward_mode_of_the_definition(case, own):
     first = ebwm_kernels.attention.visibility.first_visible_keys(
         "test", q, case.C, options.get("first_visible"), case.window, shape, own=own
     )
-    point = (q, k, v, *self_pair, first)
-    out, log_normalizer = reference.forward(*point, shape)
-    moved = reference.tangent(
-        Cotangents(a, b, c, *self_tangents), *point, out, log_normalizer, shape
-    )
+    point = Inputs(q, k, v, *self_pair, first)
+    output = reference.forward(point, shape)
+    moved = reference.tangent(Cotangents(a, b, c, *self_tangents), point, output, shape)
     torch.testing.assert_close(moved, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -252,15 +250,15 @@ def test_a_row_that_sees_no_key_gets_zeros_and_gives_no_gradient():
     """What the operations promise where the values of first_visible are not checked."""
     q, k, v = Seen(1, 1, 4, 4, B=1).inputs(own=False)
     first = torch.tensor([[0, 1, 3, 3]], dtype=torch.int32)  # row 2 sees keys before 3
-    out = ops.attend(q, k, v, None, None, first, Shape(0.5, 0, True), "reference")
+    point = Inputs(q, k, v, None, None, first)
+    out = ops.attend(point, Shape(0.5, 0, True), "reference")
     assert torch.equal(out[:, :, 2], torch.zeros_like(out[:, :, 2]))
     inner = torch.autograd.grad(out.sin().sum(), [q, k, v], create_graph=True)
     outer = torch.autograd.grad(sum(g.cos().sum() for g in inner), [q, k, v])
     assert all(u.isfinite().all() for u in (*inner, *outer))
     assert not inner[0][:, :, 2].any() and not outer[0][:, :, 2].any()
-    _, normalizer = reference.forward(
-        q.detach(), k.detach(), v.detach(), None, None, first, Shape(0.5, 0, True)
-    )
+    point = Inputs(q.detach(), k.detach(), v.detach(), None, None, first)
+    _, normalizer = reference.forward(point, Shape(0.5, 0, True))
     assert torch.equal(normalizer.isneginf()[0, 0], torch.tensor([False, False, True, False]))
 
 
@@ -307,15 +305,15 @@ def test_counted_products_are_those_that_are_made(own, monkeypatch):
     made = []
     multiply = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda *x, **o: made.append(1) or multiply(*x, **o))
-    point = (q, k, v, *self_pair, None)
-    state = reference.forward(*point, shape)
+    point = Inputs(q, k, v, *self_pair, None)
+    output = reference.forward(point, shape)
     assert len(made) == ops.PRODUCTS["reference"]["forward"]
     for with_keys in (False, True):
         made.clear()
-        reference.gradient(q, *point, *state, shape, with_keys=with_keys)
+        reference.gradient(q, point, output, shape, with_keys=with_keys)
         assert len(made) == ops.PRODUCTS["reference"]["gradient"][with_keys]
     made.clear()
-    reference.double_backward(cotangents, q, *point, *state, shape)
+    reference.double_backward(cotangents, q, point, output, shape)
     assert len(made) == ops.PRODUCTS["reference"]["double_backward"][not own]
 
 

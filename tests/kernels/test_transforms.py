@@ -269,6 +269,40 @@ def test_functional_hvp_raises_and_names_what_does_it(name):
     loss = summed(with_first(operation, others))
     with pytest.raises(RuntimeError, match="use vhp, or torch.func.jvp of torch.func.grad"):
         torch.autograd.functional.hvp(loss, first, first)
+    _, product = torch.autograd.functional.vhp(loss, first, first)
+    assert product.shape == first.shape
+
+
+@pytest.mark.parametrize("name", vocabulary_calls(*draw([(3, 4), (6, 4)])))
+@pytest.mark.parametrize("product", ["hvp", "vhp"])
+def test_products_with_a_hessian_that_is_not_there_name_what_has_one(name, product):
+    """vhp is no way out here: these operations are differentiable once."""
+    hidden, weight = draw([(3, 4), (6, 4)])
+    loss = summed(vocabulary_calls(hidden, weight)[name])
+    message = f"{name}: its second derivative is not defined; .*hvp, vhp and hessian need .* use "
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.autograd.functional, product)(loss, weight, weight)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_way_to_a_third_derivative_names_vhp(name):
+    """By the engine, and by each transform around a second derivative."""
+    shapes, operation, _ = CASES[name]
+    first, *others = draw(shapes)
+    loss = summed(with_first(operation, others))
+
+    def along(x):
+        return func.grad(lambda y: (func.grad(loss)(y) * first).sum())(x)
+
+    for ask in (
+        lambda: torch.autograd.functional.hvp(loss, first, first),
+        lambda: func.grad(lambda x: along(x).sum())(first),
+        lambda: func.vjp(along, first)[1](first),
+        lambda: func.jvp(along, (first,), (first,)),
+        lambda: func.vmap(func.grad(lambda x: along(x).sum()))(first[None]),
+    ):
+        with pytest.raises(RuntimeError, match="functional.hvp asks .* use vhp"):
+            ask()
 
 
 @pytest.mark.parametrize("name", vocabulary_calls(*draw([(3, 4), (6, 4)])))

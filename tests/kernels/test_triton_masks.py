@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ebwm_kernels.attention import reference
 from ebwm_kernels.attention.ops import why_not_triton
-from ebwm_kernels.attention.reference import Cotangents
+from ebwm_kernels.attention.tensors import Cotangents, Inputs
 from ebwm_kernels.attention.tuning import architecture_of
 from ebwm_kernels.attention.visibility import Shape, same_group, visible_keys
 
@@ -108,14 +108,14 @@ class Problem(NamedTuple):
     def levels(self, implementation) -> dict[str, tuple[Tensor | None, ...]]:
         """Every level of an implementation (triton_backend, reference)."""
         q, k, v, *own = self.inputs
-        arguments = (q, k, v, *(own or (None, None)), self.first_visible)
-        out, normalizer = implementation.forward(*arguments, self.shape)
-        statistics = (out, normalizer, self.shape)
-        first = implementation.gradient(self.grad, *arguments, *statistics, with_keys=True)
-        second = implementation.double_backward(self.cotangents, self.grad, *arguments, *statistics)
-        tangent = implementation.tangent(self.cotangents, *arguments, *statistics)
+        inputs = Inputs(q, k, v, *(own or (None, None)), self.first_visible)
+        output = implementation.forward(inputs, self.shape)
+        at = (inputs, output, self.shape)
+        first = implementation.gradient(self.grad, *at, with_keys=True)
+        second = implementation.double_backward(self.cotangents, self.grad, *at)
+        tangent = implementation.tangent(self.cotangents, *at)
         return {
-            "forward": (out,),
+            "forward": (output.out,),
             "gradient": first,
             "double_backward": second,
             "tangent": (tangent,),
@@ -217,7 +217,8 @@ def test_rows_without_any_key_give_zeros_and_no_nan(own):
     if not own:
         assert (ours["forward"][0][:, :, 2:] == 0).all()
         q, k, v = task.inputs
-        normalizer = triton_backend.forward(q, k, v, None, None, first_visible, task.shape)[1]
+        inputs = Inputs(q, k, v, None, None, first_visible)
+        normalizer = triton_backend.forward(inputs, task.shape).log_normalizer
         assert (normalizer[:, :, 2:] == float("-inf")).all()
 
 

@@ -126,6 +126,13 @@ class Counted(Inside):
         )
         if name in ("mm", "addmm", "addmm_"):
             self.flops["products"] += 2 * tensors[-2].numel() * tensors[-1].shape[1]
+        elif name.startswith("_embedding_bag"):
+            if "per_sample_weights" in name:  # of each weight, the product of two rows
+                gradient, _, ids = tensors[:3]
+                self.flops["products"] += 2 * ids.numel() * gradient.shape[1]
+            else:
+                vectors, ids = tensors[:2]
+                self.flops["products"] += 2 * ids.numel() * vectors.shape[1]
         elif name in ("bmm", "baddbmm", "baddbmm_"):
             left, right = tensors[-2:]
             self.flops["predicted"] += 2 * left.numel() * right.shape[2]
@@ -171,6 +178,31 @@ FLOP_CASES = {
     "truncate, loss of every step": {"refinement": {"num_steps": 2, "graph": "truncate"}},
     "full": {"refinement": {"num_steps": 3, "graph": "full", "loss": "last"}},
     "full, loss of every step": {"refinement": {"num_steps": 2, "graph": "full"}},
+    "last two of full": {
+        "refinement": {"num_steps": 4, "graph": "full", "backprop_steps": 2},
+    },
+    "last two of full, zeros, mirror": {
+        "state": {"initial": "zeros", "workspace": 5},
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "refinement": {"num_steps": 4, "graph": "full", "backprop_steps": 2, "update": "mirror"},
+    },
+    "last of full, encoded again, block recomputed": {
+        "refinement": {
+            "num_steps": 3,
+            "graph": "full",
+            "backprop_steps": 1,
+            "reencode": 1,
+            "recompute": "block",
+        },
+    },
+    "truncate, block recomputed, shallow": {
+        "refinement": {"num_steps": 3, "graph": "truncate", "recompute": "block"},
+        "model": {"num_layers": 3, "predicted_layers": 2, "energy_head": ["bilinear"]},
+    },
+    "last two of full frames": {
+        "state": FRAMES,
+        "refinement": {"num_steps": 4, "graph": "full", "backprop_steps": 2, "loss": "last"},
+    },
     "grouped-query": {"model": {"num_kv_heads": 2}},
     "one block": {"model": {"num_layers": 1}},
     "tied": {"state": {"tie_embedding": True}},
@@ -308,6 +340,29 @@ FLOP_CASES = {
         "state": {"initial": "zeros"},
         "refinement": {"update": "mirror", "graph": "full", "loss": "last"},
     },
+    "candidates": {"refinement": {"candidates": 4, "num_steps": 3}},
+    "candidates from zeros": {
+        "state": {"initial": "zeros", "map_scale": 3.0},
+        "refinement": {"candidates": 4, "num_steps": 3, "update": "mirror"},
+    },
+    "candidates, full": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 4, "num_steps": 3, "graph": "full", "loss": "last"},
+    },
+    "candidates, full, logits from noise": {
+        "refinement": {"candidates": 3, "graph": "full", "update": "logits", "state_clamp": 3.0},
+    },
+    "candidates, truncate": {
+        "refinement": {"candidates": 4, "num_steps": 3, "graph": "truncate", "loss": "last"},
+    },
+    "candidates, weights": {
+        "refinement": {"candidates": 4, "num_steps": 3, "loss_weights": [0, 1, 2]},
+    },
+    "candidates, encoded again, block recomputed": {
+        "refinement": {"candidates": 4, "reencode": "all", "recompute": "block"},
+    },
+    "more candidates than tokens": {"refinement": {"candidates": 11, "num_steps": 3}},
+    "candidates of groups": {"data": {"group_size": 3}, "refinement": {"candidates": 4}},
     "groups": {"data": {"group_size": 3}, "model": {"num_kv_heads": 2}},
     "groups, block recomputed": {
         "data": {"group_size": 3},
@@ -452,6 +507,18 @@ MEMORY_CASES = {
         "state": {"initial": "zeros"},
         "refinement": {"update": "mirror", "num_steps": 1},
     },
+    "text, candidates": {"refinement": {"candidates": 64, "num_steps": 3}},
+    "text, candidates from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 200, "num_steps": 3, "update": "mirror"},
+    },
+    "text, candidates, full": {
+        "state": {"initial": "zeros"},
+        "refinement": {"candidates": 64, "num_steps": 3, "update": "mirror", "graph": "full"},
+    },
+    "text, candidates of logits from noise, full": {
+        "refinement": {"candidates": 64, "update": "logits", "graph": "full"},
+    },
     "text, encoded again": {
         "refinement": {"reencode": "all", "num_steps": 3},
         "model": {"num_layers": 4},
@@ -464,6 +531,34 @@ MEMORY_CASES = {
         "model": {"energy_head": ["bilinear", "context"]},
         "state": {"workspace": 64},
         "refinement": {"num_steps": 3, "graph": "full"},
+    },
+    "text, last two of full": {
+        "model": {"energy_head": ["bilinear", "context"]},
+        "state": {"workspace": 64},
+        "refinement": {"num_steps": 6, "graph": "full", "backprop_steps": 2},
+    },
+    "text, last two of full mirror from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"num_steps": 6, "graph": "full", "backprop_steps": 2, "update": "mirror"},
+    },
+    "text, last two of full encoded again": {
+        "refinement": {"reencode": 2, "num_steps": 5, "graph": "full", "backprop_steps": 2},
+        "model": {"num_layers": 4},
+    },
+    "text, decay": {"refinement": {"update": "mirror", "decay": 0.2, "num_steps": 3}},
+    "text, decay of logits": {"refinement": {"update": "logits", "decay": 0.2, "num_steps": 3}},
+    "text, decay from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "decay": 0.2, "num_steps": 3},
+    },
+    "text, decay, full": {
+        "state": {"workspace": 64},
+        "refinement": {"update": "mirror", "decay": 0.2, "num_steps": 3, "graph": "full"},
+    },
+    "frames, decay": {"state": FRAMES, "refinement": {"decay": 0.2, "graph": "full"}},
+    "frames, last two of full": {
+        "state": FRAMES,
+        "refinement": {"num_steps": 5, "graph": "full", "backprop_steps": 2},
     },
     "text, every other step encoded again": {
         "refinement": {"reencode": "all", "reencode_every": 2, "num_steps": 3},
@@ -697,3 +792,16 @@ def test_memory_does_not_grow_with_the_number_of_steps(conditioning, update):
         )
         peaks.append(training_step(config, Live()).peak)
     assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_memory_of_a_graph_through_the_last_steps_does_not_grow_with_the_steps_in_front_of_them():
+    peaks = []
+    for num_steps in (3, 9):
+        config = configuration(
+            refinement={"num_steps": num_steps, "graph": "full", "backprop_steps": 2},
+            model={"width": 64, "num_layers": 2},
+            context_length=32,
+            vocabulary_size=4000,
+        )
+        peaks.append(training_step(config, Live()).peak)
+    assert peaks[1] < 1.02 * peaks[0]

@@ -151,9 +151,10 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
     embedded_observed = model.embed_observed(observed)
     x, losses, fed = draws.initial_state(), [], None
+    scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
         last = i == num_steps - 1
-        if config.graph != "full":
+        if config.graph != "full" or i <= scored_from:
             x = x.detach()
         noise = draws.langevin(i)
         x = x if noise is None else x + noise
@@ -174,7 +175,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             moving = x = x.view_as(x)
             candidate = F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
         shared_workspace = workspace = None
-        if config.graph != "full":
+        if config.graph != "full" or i <= scored_from:
             z = z.detach()
         if has_workspace:
             shared_workspace = z @ model.network.workspace_map.weight.T
@@ -188,7 +189,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         by = x if kind == "vocabulary" and config.update == "logits" else moving
         if has_workspace:
             gradient, z_gradient = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
-            z = z - model.workspace_step_size.squeeze(0) * z_gradient
+            z = (1 - config.decay) * z - model.workspace_step_size.squeeze(0) * z_gradient
         else:
             (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         if config.graph == "truncate" and not last:
@@ -197,6 +198,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if config.graph != "full":
             start = start.detach()
         step = alpha.detach() if config.graph == "truncate" and not last else alpha
+        start = (1 - config.decay * draws.step_size_factor()) * start
         change = -step * gradient
         if config.change_clamp is not None:
             change = torch.clamp(change, -config.change_clamp, config.change_clamp)
@@ -217,6 +219,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         weights = torch.arange(1, num_steps + 1, dtype=torch.float64).square()
     elif config.loss_weights is not None:
         weights = torch.tensor(config.loss_weights[-num_steps:], dtype=torch.float64)
+    weights[:scored_from] = 0
     return (weights / weights.sum() * torch.stack(losses)).sum()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import study_candidates
 import study_hops
 import study_uncertainty
 
@@ -88,3 +89,32 @@ def test_a_study_runs_and_writes_its_rows(tmp_path, monkeypatch, capsys, tool, a
             assert tool.main() == 0 and not capsys.readouterr().out
     finally:
         torch.set_flush_denormal(flush)
+
+
+def test_the_study_of_candidates_trains_every_form_on_the_same_batches(tmp_path, monkeypatch):
+    output = tmp_path / "r.json"
+    arguments = ["--vocabulary", "50", "--candidates", "4", "50", "--context-length", "6"]
+    arguments += ["--steps", "2", "--batch-size", "2", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["study_candidates.py", *arguments])
+    flush = torch.tensor(1e-40).mul(1).item() == 0
+    threads = torch.get_num_threads()
+    try:
+        assert study_candidates.main() == 0
+    finally:
+        torch.set_flush_denormal(flush)
+        torch.set_num_threads(threads)
+    rows = {row["form"]: row for row in json.loads(output.read_text())["forms"]}
+    assert len(rows) == 5 and rows["transformer++"]["cpu_ratio"] == 1
+    dense, few, all_tokens = (
+        rows[f"two steps, {which}"] for which in ("all tokens", "4 candidates", "50 candidates")
+    )
+    assert dense["training_loss_per_step"] == all_tokens["training_loss_per_step"]
+    assert dense["training_loss_per_step"][1] != few["training_loss_per_step"][1]
+    assert dense["flops_ratio"] == all_tokens["flops_ratio"] > few["flops_ratio"]
+
+
+def test_a_study_of_candidates_needs_data_or_the_size_of_a_vocabulary(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study_candidates.py", "--output", "r.json"])
+    with pytest.raises(SystemExit) as stopped:
+        study_candidates.main()
+    assert stopped.value.code == 2 and "give a manifest" in capsys.readouterr().err

@@ -161,11 +161,12 @@ WARNED = [
     ({"train": {"max_steps": 8}, "schedule": {"warmup_steps": 8}}, "ends in the warm-up"),
     ({"schedule": {"decay_steps": 1000}}, "schedule.decay_steps 1000 is above train.max_steps 8"),
     ({"train": {"max_steps": 100_000_000}}, "epochs of"),
+    ({"refinement": {"candidates": 10**6}}, "all of them move in every step"),
 ]
 
 
 @pytest.mark.parametrize("sections, part", WARNED)
-def test_schedules_and_epochs_that_are_hardly_meant_are_said(sections, part, dataset, tmp_path):
+def test_what_is_hardly_meant_is_said(sections, part, dataset, tmp_path):
     check = check_run(configuration(dataset, **sections), world_size=1, run_dir=tmp_path / "run")
     assert check.problems == [] and len(check.warnings) == 1 and part in check.warnings[0][1]
 

@@ -14,7 +14,7 @@ import training_runs
 from ebwm_scale import evaluate
 from ebwm_scale.data.format.scored import plain_tokens
 from ebwm_scale.data.format.shards import open_split
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 
 pytestmark = pytest.mark.multiprocess
 ROOT = training_runs.ROOT
@@ -85,7 +85,7 @@ def test_the_task_of_ones_own_that_the_page_shows_is_made_trained_and_evaluated(
     runpy.run_path("sorting.py")
     manifest = Path("data/sorting/manifest.json")
     split = open_split(manifest, "validation", verify="sizes")
-    tokenizer = Tokenizer(split.manifest.content.tokenizer_path)
+    tokenizer = open_tokenizer(split.manifest.content.tokenizer_path)
     for index in range(len(split)):
         text = "".join(map(tokenizer.piece, plain_tokens(split.read(index)).tolist()))
         digits, answer = re.fullmatch(r"</s>(\d+)>(\d+)(?:</s>)+", text).groups()

@@ -49,13 +49,14 @@ def test_two_processes_train_the_reference_at_every_stage(recipe):
     assert all((row["numbers_resident_between_steps"] == 0) == (row["stage"] == 3) for row in rows)
 
 
-def test_heads_shallow_streams_and_workspaces_train_the_reference_at_stages_1_and_3():
+def test_heads_shallow_streams_workspaces_and_candidates_train_the_reference_at_stages_1_and_3():
     code, rows = checked(
         "--processes",
         "2",
         "--recipe",
         "shallow",
         "workspace",
+        "candidates",
         "--precision",
         "fp32",
         "--stages",
@@ -64,7 +65,7 @@ def test_heads_shallow_streams_and_workspaces_train_the_reference_at_stages_1_an
         "--checkpoint",
         "block",
     )
-    assert code == 0 and len(rows) == 4, rows
+    assert code == 0 and len(rows) == 6, rows
 
 
 def test_looped_blocks_train_the_reference_without_and_with_partitioned_parameters():

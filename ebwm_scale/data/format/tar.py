@@ -11,7 +11,7 @@ proportional to the bytes read, and no more than one sample is held.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import BinaryIO
@@ -37,10 +37,13 @@ class Member:
     content: bytes
 
 
-def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
+def walk(
+    stream: BinaryIO, name: str, *, wanted: Callable[[str], bool] = lambda path: True
+) -> Iterator[Member]:
     """The members of an archive that is read once, front to back.
 
-    name: for messages. Raises DataError at the first unsoundness.
+    name: for messages. wanted: whether a member of that path is held; others are read past, and
+    given without content. Raises DataError at the first unsoundness.
 
     All members yielded before the error are whole; the sample that was being read is not, so a
     caller drops it (see `samples`).
@@ -110,11 +113,12 @@ def walk(stream: BinaryIO, name: str) -> Iterator[Member]:
         seen.add(path)
         folder, _, file = path.rpartition("/")
         key, _, field = file.partition(".")
+        read = _content if wanted(path) else _no_content
         yield Member(
             f"{folder}/{key}" if folder else key,
             field,
             offset,
-            _content(stream, size, name, offset, path),
+            read(stream, size, name, offset, path),
         )
         offset += _padded(size)
 
@@ -171,6 +175,16 @@ def _content(stream: BinaryIO, size: int, name: str, offset: int, path: str) -> 
     content = _take(stream, size, name, offset, f"the content of {shown(path)}")
     _take(stream, _padded(size) - size, name, offset + size, f"the padding of {shown(path)}")
     return content
+
+
+def _no_content(stream: BinaryIO, size: int, name: str, offset: int, path: str) -> bytes:
+    """Past the content of a member, which must be whole all the same."""
+    left = _padded(size)
+    while left:
+        piece = min(left, _READ_BYTES)
+        _take(stream, piece, name, offset + _padded(size) - left, f"the content of {shown(path)}")
+        left -= piece
+    return b""
 
 
 def _padded(size: int) -> int:

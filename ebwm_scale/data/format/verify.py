@@ -1,7 +1,7 @@
 """Check a whole dataset: every file's size and hash, the tars against their indexes, every sample.
 
 Each shard belongs to one split and stands in the manifest once; each sample's checksum and
-decoding are tried; the tokenizer is the one the manifest describes.
+decoding are tried; the tokenizer is the one the manifest describes; whole episodes are as listed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.format.content import TextContent
+from ebwm_scale.data.format.episodes import episode_problems
 from ebwm_scale.data.format.index import ShardIndex, load_index
 from ebwm_scale.data.format.manifest import Manifest, load_manifest
 from ebwm_scale.data.format.scored import num_scored
@@ -22,7 +23,7 @@ from ebwm_scale.data.format.shard_table import ShardInfo
 from ebwm_scale.data.format.shards import ShardedSplit, ShardError
 from ebwm_scale.data.format.side_files import side_file_problems
 from ebwm_scale.data.format.writer import read_tar_index
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizer import open_tokenizer
 
 
 def verify_dataset(
@@ -44,6 +45,7 @@ def verify_dataset(
             first_id += shard.num_samples
             num_samples += shard.num_samples
         reader.close()
+    problems += episode_problems(manifest)
     return list(dict.fromkeys(problems)), num_samples
 
 
@@ -179,7 +181,7 @@ def _vocabulary_problems(manifest: Manifest, *, tokenizer_is_sound: bool) -> lis
     if not tokenizer_is_sound:
         return problems
     try:
-        tokenizer = Tokenizer(content.tokenizer_path)
+        tokenizer = open_tokenizer(content.tokenizer_path, eos_id=content.eos_id)
     except DataError as error:
         return problems + [str(error)]
     for name in ("vocabulary_size", "eos_id"):

@@ -48,22 +48,26 @@ class ShardWriter:
 
     `add(fields, num_targets=)` takes one sample: {"tokens.npy": array, "clip.json": bytes}.
     `close()` returns the manifest's list of shards. Each finished shard is indexed by reading it
-    back, so the index describes what is on the disk.
+    back, so the index describes what is on the disk. first_shard: the number of the first one,
+    where several writers make the shards of one split.
     """
 
-    def __init__(self, folder: Path, prefix: str, *, samples_per_shard: int):
+    def __init__(self, folder: Path, prefix: str, *, samples_per_shard: int, first_shard: int = 0):
         self.folder = folder
         self.prefix = prefix
         self.samples_per_shard = samples_per_shard
         self.num_samples = 0
+        self._first_shard = first_shard
         self._shards: list[dict[str, Any]] = []
         self._target_counts: list[int] = []
         self._open: _OpenShard | None = None
 
     def add(self, fields: Mapping[str, np.ndarray | bytes], *, num_targets: int) -> None:
         if self._open is None:
-            self._open = _OpenShard(self.folder / f"{self.prefix}-{len(self._shards):06d}.tar")
-        sample: dict[str, str | bytes] = {"__key__": f"{self.prefix}-{self.num_samples:09d}"}
+            shard = self._first_shard + len(self._shards)
+            self._open = _OpenShard(self.folder / f"{self.prefix}-{shard:06d}.tar")
+        number = self._first_shard * self.samples_per_shard + self.num_samples
+        sample: dict[str, str | bytes] = {"__key__": f"{self.prefix}-{number:09d}"}
         for name, value in fields.items():
             sample[name] = value if isinstance(value, bytes) else _npy(value)
         self._open.tar.write(sample)
@@ -119,7 +123,7 @@ class _OpenShard:
         self.path = path
         self.file = path.open("wb")
         # No clock: equal inputs give equal files.
-        self.tar = _webdataset().TarWriter(self.file, encoder=False, mtime=0)
+        self.tar = load_webdataset().TarWriter(self.file, encoder=False, mtime=0)
 
 
 def read_tar_index(path: Path) -> dict[str, Any]:
@@ -160,7 +164,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".{output.name}.partial")
     previous = output.with_name(f".{output.name}.replaced")
-    lock = _lock_folder(staging)
+    lock = lock_folder(staging)
     ours = True  # once renamed or removed, the name may be another process's folder
     try:
         for leftover in staging.iterdir():
@@ -245,7 +249,7 @@ def _npy(array: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _lock_folder(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """An open, exclusively locked descriptor of the folder, made if need be; waits while another
     process builds in it.
     """
@@ -267,7 +271,8 @@ def _sync_all(folder: Path) -> None:
     sync(folder)
 
 
-def _webdataset() -> Any:
+def load_webdataset() -> Any:
+    """The package; whoever forks processes that write imports it once, before."""
     try:
         import webdataset
     except ImportError:

@@ -372,7 +372,8 @@ def check_context(manifest: Manifest, context_length: int) -> None:
     if context_length % group_size:
         raise DataError(
             f"data.context_length is {context_length}: the samples of {manifest.path} are groups "
-            f"of {group_size} tokens; use a multiple of it, up to {packed}, or leave the key out"
+            f"of {group_size} {manifest.content.unit}; use a multiple of it, up to {packed}, or "
+            "leave the key out"
         )
     if not 1 <= context_length <= packed:
         tool = f"tools/make_{manifest.modality}_shards.py"

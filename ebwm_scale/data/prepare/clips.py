@@ -34,9 +34,8 @@ from ebwm_scale.core.files import file_sha256
 from ebwm_scale.data.format.content import _SUFFIX, _pillow, encode_image
 from ebwm_scale.data.format.tar import walk
 from ebwm_scale.data.prepare.decoding import Picture, not_watched, pictures
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.findings import Findings
-from ebwm_scale.data.walking import walk_files
+from ebwm_scale.data.walking import Report, walk_files
 
 VIDEO_SUFFIXES = (
     ".mp4",

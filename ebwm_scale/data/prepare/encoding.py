@@ -16,7 +16,7 @@ import torch
 from ebwm_scale.data.encoders import FrameEncoder, build_encoder, load_encoder
 from ebwm_scale.data.encoders.pca import fit_pca
 from ebwm_scale.data.format.content import VideoContent
-from ebwm_scale.data.prepare.documents import Report
+from ebwm_scale.data.walking import Report
 
 ENCODER_FILE = "encoder.safetensors"
 BATCH = 512  # frames in memory as pixels

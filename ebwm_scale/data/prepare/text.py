@@ -1,29 +1,26 @@
-"""Documents -> blocks of tokens -> a dataset folder.
+"""Text -> a dataset folder: read and tokenised once on all cores, sorted on disk, packed.
 
-documents of a split      [ a a a ] [ b b ] [ c c c c c ] ...   in the split's shuffled order
-stream                      a a a E   b b E   c c c c c E ...   E: end of sequence
-blocks, context L = 4      [a a a E b]
-                                   [b b E c c]
-                                           [c c c c E] ...
+    inputs -> scanning.py -> runs of tokens -> packing.py -> shards -> NAME/
 
-E is a target like any other. Neighbouring blocks share one token, block i = stream[i L : i L + L +
-1], so each token is a target exactly once. The tokens after the last full block are dropped and
-counted.
+Everything on the way lies in `.NAME.work`, so a killed build goes on where it was, and memory does
+not depend on the size of the input. The dataset's bytes depend on neither: they follow from the
+texts, the settings and the tokenizer.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.files import file_sha256
-from ebwm_scale.core.progress import Progress, no_progress, tracked
+from ebwm_scale.core.plain_text import printable
+from ebwm_scale.core.progress import Progress, no_progress
+from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -33,57 +30,26 @@ from ebwm_scale.data.format.manifest import (
 )
 from ebwm_scale.data.format.writer import (
     DATASET_FILES,
-    ShardWriter,
     refuse_foreign_files,
     staged_folder,
     write_manifest,
 )
-from ebwm_scale.data.prepare.documents import (
-    Document,
-    Report,
-    digest_of,
-    find_documents,
-    split_documents,
-)
-from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.prepare.packing import PackedSplit, token_dtype, write_split
+from ebwm_scale.data.prepare.reading.readers import TextInput
+from ebwm_scale.data.prepare.reading.selection import EVERYTHING, Selection
+from ebwm_scale.data.prepare.reading.taking import Document
+from ebwm_scale.data.prepare.reading.token_input import TokenDocument, TokenInput
+from ebwm_scale.data.prepare.runs import Runs
+from ebwm_scale.data.prepare.scanning import Input, Maker, Scan, scan, work_folder
+from ebwm_scale.data.prepare.splitting import SPLITS, SplitRule, threshold_of
+from ebwm_scale.data.tokenizer import Tokenizer, open_tokenizer
+from ebwm_scale.data.walking import Report
 
-_OURS = (*DATASET_FILES, "tokenizer.model")
+_OURS = (*DATASET_FILES, "tokenizer.*")
 _BATCH_CHARACTERS = 2**20  # text tokenised at a time
-
-
-class Packer:
-    """Cuts a stream of tokens into overlapping blocks of context_length + 1, and counts targets."""
-
-    def __init__(self, *, context_length: int, vocabulary_size: int):
-        self.context_length = context_length
-        self.dtype = np.dtype("<u2" if vocabulary_size < 65536 else "<u4")
-        self.counts = np.zeros(vocabulary_size, dtype=np.int64)  # of the targets in full blocks
-        self.num_tokens = 0  # given in
-        self._rest = np.empty(0, dtype=self.dtype)
-
-    def blocks(self, pieces: Iterable[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Blocks (context_length + 1,) of the pieces' concatenation; the rest is left over."""
-        length = self.context_length
-        for piece in pieces:
-            self.num_tokens += len(piece)
-            stream = np.concatenate([self._rest, np.asarray(piece, dtype=self.dtype)])
-            num_blocks = max(len(stream) - 1, 0) // length
-            self.counts += np.bincount(
-                stream[1 : num_blocks * length + 1], minlength=len(self.counts)
-            )
-            for i in range(num_blocks):
-                yield stream[i * length : i * length + length + 1]
-            self._rest = stream[num_blocks * length :]
-
-    @property
-    def num_dropped(self) -> int:
-        """Tokens that are no target of any block, except the very first of the stream."""
-        return max(len(self._rest) - 1, 0)
-
-    def unigram_entropy(self) -> float:
-        """Entropy of the targets under their own frequencies, in nats per token."""
-        p = self.counts[self.counts > 0] / self.counts.sum()
-        return float(-(p * np.log(p)).sum())
+_CHECKED_DOCUMENTS = 8  # of each task, whether they come back from their tokens
+_CHECKED_CHARACTERS = 2**14
+_VERSION = 1  # of what the work folder holds
 
 
 def make_text_dataset(
@@ -95,6 +61,8 @@ def make_text_dataset(
     validation_fraction: float = 0.05,
     seed: int = 0,
     samples_per_shard: int = 4096,
+    selection: Selection = EVERYTHING,
+    tokens: str | None = None,
     report: Report = print,
     progress: Progress = no_progress,
 ) -> Path:
@@ -102,7 +70,8 @@ def make_text_dataset(
 
     A complete dataset of the same documents and settings is kept ("already there"). A half-made or
     damaged one is replaced. A complete one of other documents or settings is refused: nothing is
-    deleted behind the user's back. Raises DataError.
+    deleted behind the user's back. selection: what is taken of records. tokens: the inputs hold ids
+    of this tokenizer, "uint16" or "uint32" where their files do not say it. Raises DataError.
     """
     for name, value in (
         ("context length", context_length),
@@ -110,10 +79,9 @@ def make_text_dataset(
     ):
         if value < 1:
             raise DataError(f"{name} is {value}: must be at least 1")
+    threshold_of(validation_fraction)
     output = Path(output).resolve()
-    model = Tokenizer(tokenizer)
-    documents = find_documents(inputs, report=report)
-    splits = split_documents(documents, validation_fraction=validation_fraction, seed=seed)
+    model = open_tokenizer(tokenizer)
     refuse_foreign_files(output, ours=_OURS)
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -121,107 +89,226 @@ def make_text_dataset(
         "block_length": context_length + 1,
         "vocabulary_size": model.vocabulary_size,
         "eos_id": model.eos_id,
-        "tokenizer": {"path": "tokenizer.model", "sha256": file_sha256(model.path)},
-        "source": {
-            "inputs": [Path(i).resolve().name for i in inputs],
-            "num_documents": len(documents),
-            "documents_sha256": digest_of(documents),
-        },
+        "tokenizer": _described(model),
         "settings": {
             "validation_fraction": validation_fraction,
             "seed": seed,
             "samples_per_shard": samples_per_shard,
         },
     }
-    with staged_folder(output) as staging:
-        if already_there(output, values, digest="documents_sha256"):
-            shutil.rmtree(staging)
-            report(f"already there: {output / MANIFEST_NAME}")
-        else:
-            shutil.copyfile(model.path, staging / "tokenizer.model")
-            values["splits"] = {
-                name: _write_split(
-                    staging, name, splits[name], model, context_length, samples_per_shard, progress
-                )
-                for name in splits
-            }
-            write_manifest(staging, values)
+    how = TextInput(selection) if tokens is None else TokenInput(model, tokens)
+    reading = _Reading(inputs, how, seed, report, progress)
+    with staged_folder(output) as staging, work_folder(output) as work:
+        if (output / MANIFEST_NAME).exists():
+            values["source"] = reading.source(reading.digests_only(work))
+            if already_there(output, values, digest="documents_sha256"):
+                shutil.rmtree(staging)
+                report(f"already there: {output / MANIFEST_NAME}")
+                return _summarised(output, context_length, report)
+            reading.report = _silent  # what was left out has been said
+        found = reading.tokens(work, model)
+        values["source"] = reading.source(found)
+        rule = SplitRule.of(validation_fraction, *found.places())
+        _report_losses(found, model, report)
+        (staging / model.file_name).write_bytes(model.file_content())
+        values["splits"] = _write_splits(staging, work, values, found.runs, rule, progress)
+        write_manifest(staging, values)
+    return _summarised(output, context_length, report)
+
+
+class _Reading:
+    """The inputs and how they are read."""
+
+    def __init__(
+        self,
+        inputs: Sequence[str | Path],
+        how: Input,
+        seed: int,
+        report: Report,
+        progress: Progress,
+    ):
+        self.inputs, self.how, self.seed = inputs, how, seed
+        self.report, self.progress = report, progress
+
+    def tokens(self, work: Path, model: Tokenizer) -> Scan:
+        identity = f"tokens {_VERSION} {model.kind} {model.sha256} {model.eos_id}"
+        dtype = token_dtype(model.vocabulary_size)
+        return self._scan(work, lambda n: TokenMaker(model, dtype, n), identity, dtype)
+
+    def digests_only(self, work: Path) -> Scan:
+        dtype = np.dtype("u1")
+        return self._scan(work / "digests", lambda n: NothingMaker(), f"nothing {_VERSION}", dtype)
+
+    def source(self, found: Scan) -> dict[str, Any]:
+        """What the manifest says of the inputs."""
+        digest = hashlib.sha256()
+        for number, one in enumerate(found.runs.digests()):
+            digest.update(b"\n" * bool(number) + one.encode())
+        return {
+            "inputs": [Path(i).resolve().name for i in map(str, self.inputs)],
+            "num_documents": found.num_documents,
+            "documents_sha256": digest.hexdigest(),
+        }
+
+    def _scan(
+        self, work: Path, make: Callable[[int], Maker], identity: str, dtype: np.dtype
+    ) -> Scan:
+        return scan(
+            self.inputs,
+            self.how,
+            make,
+            work,
+            seed=self.seed,
+            identity=identity,
+            dtype=dtype,
+            report=self.report,
+            progress=self.progress,
+        )
+
+
+class TokenMaker:
+    """Tokens of each document with the end of sequence behind them; encoded many at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype, num_threads: int):
+        self.tokenizer, self.dtype, self.num_threads = tokenizer, dtype, num_threads
+        self._num_checked = 0
+        self._lossy: list[str] = []
+
+    def __call__(self, documents: Iterator[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        waiting: list[tuple[Document, int]] = []  # with the number of its parts
+        parts: list[str] = []
+        num_characters = 0
+        for document in documents:
+            if isinstance(document, TokenDocument):
+                ids = np.append(document.ids, self.tokenizer.eos_id)
+                yield document, ids.astype(self.dtype)
+                continue
+            own = list(self.tokenizer.parts(document.text))
+            waiting.append((document, len(own)))
+            parts += own
+            num_characters += len(document.text)
+            if num_characters >= _BATCH_CHARACTERS:
+                yield from self._encoded(waiting, parts)
+                waiting, parts, num_characters = [], [], 0
+        yield from self._encoded(waiting, parts)
+
+    def facts(self) -> dict[str, Any]:
+        return {"num_checked": self._num_checked, "lossy": self._lossy}
+
+    def _encoded(
+        self, documents: Iterable[tuple[Document, int]], parts: Sequence[str]
+    ) -> Iterator[tuple[Document, np.ndarray]]:
+        ids_of_parts = iter(self._ids(parts))
+        for document, num_parts in documents:
+            ids = [next(ids_of_parts) for _ in range(num_parts)]
+            ids.append(np.array([self.tokenizer.eos_id], dtype=self.dtype))
+            tokens = np.concatenate(ids)
+            self._check(document, tokens)
+            yield document, tokens
+
+    def _ids(self, parts: Sequence[str]) -> Iterator[np.ndarray]:
+        """The tokens of each part, as small arrays; a batch of parts is encoded at a time."""
+        batch: list[str] = []
+        num_characters = 0
+        for part in parts:
+            batch.append(part)
+            num_characters += len(part)
+            if num_characters >= _BATCH_CHARACTERS:
+                yield from self._ids_of_batch(batch)
+                batch, num_characters = [], 0
+        yield from self._ids_of_batch(batch)
+
+    def _ids_of_batch(self, batch: Sequence[str]) -> Iterator[np.ndarray]:
+        for ids in self.tokenizer.encode_many(batch, num_threads=self.num_threads):
+            yield np.array(ids, dtype=self.dtype)
+
+    def _check(self, document: Document, tokens: np.ndarray) -> None:
+        """Whether a sample of the documents comes back from its tokens."""
+        if self._num_checked >= _CHECKED_DOCUMENTS or len(document.text) > _CHECKED_CHARACTERS:
+            return
+        self._num_checked += 1
+        if self.tokenizer.decode(tokens[:-1].tolist()) != document.text:
+            self._lossy.append(document.name)
+
+
+class NothingMaker:
+    """No payload: only the documents' digests are wanted."""
+
+    dtype = np.dtype("u1")
+
+    def __call__(self, documents: Iterator[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        nothing = np.empty(0, dtype=self.dtype)
+        for document in documents:
+            yield document, nothing
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+def _described(model: Tokenizer) -> dict[str, Any]:
+    """The manifest's entry; of SentencePiece models it is what it has always been."""
+    entry = {"path": model.file_name, "sha256": model.sha256}
+    if model.kind == "sentencepiece":
+        return entry
+    return {**entry, "kind": model.kind, "lossless": model.is_lossless()}
+
+
+def _report_losses(found: Scan, model: Tokenizer, report: Report) -> None:
+    """Say of a tokenizer that it does not give the texts back."""
+    num_checked = sum(facts["num_checked"] for facts in found.facts)
+    lossy = [name for facts in found.facts for name in facts["lossy"]]
+    if lossy:
+        report(
+            f"warning: the tokenizer is lossy: {len(lossy)} of {num_checked} documents that were "
+            f"tried do not come back from their tokens, the first is {printable(lossy[0])}; bytes "
+            "per token and losses per byte are of the texts as they were"
+        )
+    elif not model.is_lossless():
+        report(
+            f"note: the tokenizer gave back the {num_checked} documents that were tried, and does "
+            "not give back every text (some characters, or runs of spaces)"
+        )
+
+
+def _write_splits(
+    staging: Path,
+    work: Path,
+    values: dict[str, Any],
+    runs: Runs,
+    rule: SplitRule,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The manifest's entries of both splits, their shards in `staging`."""
+    key = hashlib.sha256(canonical_json(values)).hexdigest()[:32]
+    shards = work / "shards" / key
+    for other in (work / "shards").iterdir() if (work / "shards").is_dir() else ():
+        if other.name != key:
+            shutil.rmtree(other)
+    totals = runs.totals(rule, SPLITS)
+    entries = {}
+    for name in SPLITS:
+        split = PackedSplit(
+            name=name,
+            runs=runs,
+            rule=rule,
+            totals=totals[name],
+            context_length=values["block_length"] - 1,
+            samples_per_shard=values["settings"]["samples_per_shard"],
+            vocabulary_size=values["vocabulary_size"],
+        )
+        entries[name] = write_split(split, staging, shards, progress=progress)
+    return entries
+
+
+def _silent(line: str) -> None:
+    """Of a second reading of the same inputs."""
+
+
+def _summarised(output: Path, context_length: int, report: Report) -> Path:
     manifest = load_manifest(output)
     for name, split in manifest.splits.items():
         report(_summary(name, split, context_length))
     return manifest.path
-
-
-def _write_split(
-    folder: Path,
-    name: str,
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    context_length: int,
-    samples_per_shard: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    packer = Packer(context_length=context_length, vocabulary_size=tokenizer.vocabulary_size)
-    read = tracked(documents, f"{name}: documents", progress)
-    tokens = _TokenStream(read, tokenizer)
-    writer = ShardWriter(folder, name, samples_per_shard=samples_per_shard)
-    try:
-        for block in packer.blocks(tokens):
-            writer.add({"tokens.npy": block}, num_targets=context_length)
-        shards = writer.close()
-    finally:
-        writer.abandon()
-    if not shards:
-        raise DataError(
-            f"the {name} split has {packer.num_tokens} tokens in {len(documents)} documents: one "
-            f"block of context length {context_length} needs {context_length + 1}; give more text, "
-            "a shorter context, or another validation fraction or seed"
-        )
-    return {
-        "shards": shards,
-        "num_documents": len(documents),
-        "num_samples": writer.num_samples,
-        "num_targets": writer.num_samples * context_length,
-        "num_dropped_tokens": packer.num_dropped,
-        "num_text_bytes": tokens.num_text_bytes,
-        "unigram_entropy": packer.unigram_entropy(),
-    }
-
-
-class _TokenStream:
-    """The tokens of each document, in parts, with the end-of-sequence id after the last one.
-
-    num_text_bytes: UTF-8 bytes of the documents that were read so far.
-    """
-
-    def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer):
-        self.documents, self.tokenizer = documents, tokenizer
-        self.num_text_bytes = 0
-        self._parts: list[str] = []
-        self._ends: list[bool] = []  # whether a document ends with this part
-
-    def __iter__(self) -> Iterator[list[int]]:
-        num_characters = 0
-        for document in self.documents:
-            text = document.read()
-            self.num_text_bytes += len(text.encode("utf-8"))
-            for part in self.tokenizer.parts(text):
-                if num_characters >= _BATCH_CHARACTERS:
-                    yield from self._encoded()
-                    num_characters = 0
-                self._parts.append(part)
-                self._ends.append(False)
-                num_characters += len(part)
-            self._ends[-1] = True
-        yield from self._encoded()
-
-    def _encoded(self) -> Iterator[list[int]]:
-        """The tokens of the parts that wait."""
-        ids_of_parts = self.tokenizer.encode_many(self._parts, num_threads=os.cpu_count() or 1)
-        for ids, is_end in zip(ids_of_parts, self._ends):
-            yield [*ids, self.tokenizer.eos_id] if is_end else ids
-        self._parts.clear()
-        self._ends.clear()
 
 
 def _summary(name: str, split: SplitInfo, context_length: int) -> str:

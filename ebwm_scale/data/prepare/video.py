@@ -50,7 +50,6 @@ from ebwm_scale.data.prepare.clips import (
     read_findings,
     read_frames,
 )
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.encoding import (
     BATCH,
     ENCODER_FILE,
@@ -63,6 +62,7 @@ from ebwm_scale.data.prepare.findings import Findings, total
 from ebwm_scale.data.prepare.video_config import VideoDatasetConfig
 from ebwm_scale.data.prepare.video_split import Clips, split_clips
 from ebwm_scale.data.prepare.workers import STILL_S, each_in_a_process
+from ebwm_scale.data.walking import Report
 
 _OURS = (*DATASET_FILES, ENCODER_FILE)
 

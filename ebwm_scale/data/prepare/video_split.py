@@ -10,8 +10,9 @@ from ebwm_scale.data.prepare.clips import (
     Video,
     read_clips,
 )
-from ebwm_scale.data.prepare.documents import Report, split_documents
+from ebwm_scale.data.prepare.splitting import split_documents
 from ebwm_scale.data.prepare.video_config import VideoDatasetConfig
+from ebwm_scale.data.walking import Report
 
 Clips = list[tuple[Video, Path, list[Clip]]]  # of each video, in order
 

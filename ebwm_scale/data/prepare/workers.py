@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
 import time
 from collections import deque
@@ -43,12 +44,13 @@ def each_in_a_process(
     workers: int = 1,
     still_s: float = STILL_S,
     what: str = "the decoder",
+    look: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
     """The outcome of function(task, moved) for each task, as they end; up to `workers` at a time.
 
     what: does it, for messages of a crash. DataError and OSError in a function are problems, as are
     a crash and `still_s` seconds without a call of moved. Workers are ended when the iteration is
-    left.
+    left. look: is called about twice a second while they work.
     """
     waiting = deque(tasks)
     running: list[_Worker] = []
@@ -58,6 +60,7 @@ def each_in_a_process(
             while waiting and len(running) < workers:
                 running.append(_Worker(waiting.popleft(), function, what))
             multiprocessing.connection.wait([w.receiver for w in running], timeout=look_every_s)
+            look()
             for worker in list(running):
                 outcome = worker.outcome(still_s, look_every_s)
                 if outcome is not None:
@@ -82,7 +85,7 @@ class _Worker:
         self._still_s = 0.0
         self._looked_at = time.monotonic()
         self._process = context.Process(
-            target=_work, args=(task, function, self._moves, sender), daemon=True
+            target=_work, args=(task, function, self._moves, sender, os.getpid()), daemon=True
         )
         with parents_objects_kept():
             self._process.start()
@@ -124,11 +127,13 @@ class _Worker:
         return f"{self.what} ended with exit code {code}"
 
 
-def _work(task: Any, function: Callable, moves, sender) -> None:
+def _work(task: Any, function: Callable, moves, sender, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
 
     def moved() -> None:
         moves.value += 1
+        if os.getppid() != parent:  # it was killed: nobody waits for what comes, or may end us
+            os._exit(1)
 
     try:
         result = function(task, moved), None

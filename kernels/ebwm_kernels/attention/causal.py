@@ -14,6 +14,7 @@ from torch import Tensor
 from ebwm_kernels.attention.definition import attention_definition
 from ebwm_kernels.attention.energy import check_keys, check_tensors
 from ebwm_kernels.attention.ops import attend, resolve_backend
+from ebwm_kernels.attention.tensors import Inputs
 from ebwm_kernels.attention.visibility import (
     Shape,
     check_groups,
@@ -90,7 +91,7 @@ def _attention(
     first = first_visible_keys(operation, q, k.shape[2], first_visible, window, shape, own=False)
     widest = max(q.shape[-1], v.shape[-1])
     backend = resolve_backend(backend, q.device, q.dtype, widest, operation)
-    return attend(q, k, v, None, None, first, shape, backend)
+    return attend(Inputs(q, k, v, None, None, first), shape, backend)
 
 
 def causal_attention_definition(

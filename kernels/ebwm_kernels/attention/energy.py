@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ebwm_kernels.attention.definition import attention_definition
 from ebwm_kernels.attention.ops import attend, resolve_backend
+from ebwm_kernels.attention.tensors import Inputs
 from ebwm_kernels.attention.visibility import (
     Shape,
     check_groups,
@@ -75,7 +76,8 @@ def energy_attention(
     )
     widest = max(q.shape[-1], v_context.shape[-1])
     backend = resolve_backend(backend, q.device, q.dtype, widest, operation)
-    return attend(q, k_context, v_context, k_self, v_self, first, shape, backend)
+    inputs = Inputs(q, k_context, v_context, k_self, v_self, first)
+    return attend(inputs, shape, backend)
 
 
 def energy_attention_definition(

@@ -6,65 +6,23 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ebwm_kernels.attention.reference import Cotangents
+from ebwm_kernels.attention.tensors import Cotangents, Gradients, Inputs, Output, SecondGradients
 from ebwm_kernels.attention.visibility import Shape
 
 
 class Implementation(Protocol):
     """What a backend is: three levels and the tangent, as attention/reference.py defines them."""
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        shape: Shape,
-    ) -> tuple[Tensor, Tensor]: ...
+    def forward(self, inputs: Inputs, shape: Shape) -> Output: ...
 
     def gradient(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
-        *,
-        with_keys: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+        self, grad: Tensor, inputs: Inputs, output: Output, shape: Shape, *, with_keys: bool
+    ) -> Gradients: ...
 
     def double_backward(
-        self,
-        cotangents: Cotangents,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]: ...
+        self, cotangents: Cotangents, grad: Tensor, inputs: Inputs, output: Output, shape: Shape
+    ) -> SecondGradients: ...
 
     def tangent(
-        self,
-        tangents: Cotangents,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        out: Tensor,
-        log_normalizer: Tensor,
-        shape: Shape,
+        self, tangents: Cotangents, inputs: Inputs, output: Output, shape: Shape
     ) -> Tensor: ...

@@ -63,11 +63,14 @@ def head_and_tile(num_tiles, all_heads, heads_at_once):
 
 
 @triton.jit
-def my_rows(S, all_heads, heads_at_once, BM: tl.constexpr):
-    """(head, first row) of this program: the last rows come first, since they see most keys."""
+def my_rows(S, heads, all_heads, heads_at_once, BM: tl.constexpr):
+    """(sample, head in it, where the head's statistics start, first row) of this program: the last
+    rows come first, since they see most keys.
+    """
     num_tiles = tl.cdiv(S, BM)
     head, tile = head_and_tile(num_tiles, all_heads, heads_at_once)
-    return head, (num_tiles - 1 - tile) * BM
+    sample = head // heads
+    return sample, head - sample * heads, head * S, (num_tiles - 1 - tile) * BM
 
 
 @triton.jit
@@ -86,10 +89,10 @@ def inside(places, first, last, LOWER: tl.constexpr):
 
 
 @triton.jit
-def _first_key(FIRST, head, heads, rows, S, MASK: tl.constexpr):
+def _first_key(FIRST, sample, rows, S, MASK: tl.constexpr):
     """The first context key of rows, which are one or many."""
     if MASK.lower:
-        first = tl.load(FIRST + head // heads * S + rows, mask=rows < S, other=0)
+        first = tl.load(FIRST + sample * S + rows, mask=rows < S, other=0)
     else:
         first = rows * 0
     return first
@@ -110,8 +113,7 @@ def _last_key(rows, C, offset, group_size, context_group, MASK: tl.constexpr):
 @triton.jit
 def context_keys(
     FIRST,
-    head,
-    heads,
+    sample,
     row,
     S,
     C,
@@ -123,11 +125,11 @@ def context_keys(
 ):
     """(start, end, first, last) of the context keys that rows row .. row + BM - 1 see."""
     rows = row + tl.arange(0, BM)
-    first = _first_key(FIRST, head, heads, rows, S, MASK)
+    first = _first_key(FIRST, sample, rows, S, MASK)
     last = _last_key(rows, C, offset, group_size, context_group, MASK)
     if not MASK.causal:
         last = tl.zeros([1], tl.int32) + C
-    start = _first_key(FIRST, head, heads, row, S, MASK)
+    start = _first_key(FIRST, sample, row, S, MASK)
     final_row = tl.minimum(row + BM, S) - 1
     end = _last_key(final_row, C, offset, group_size, context_group, MASK)
     return start, end, first, last
@@ -136,8 +138,7 @@ def context_keys(
 @triton.jit
 def common_keys(
     FIRST,
-    head,
-    heads,
+    sample,
     row,
     S,
     C,
@@ -149,7 +150,7 @@ def common_keys(
 ):
     """(start, end) of the context keys that every one of these rows sees; there may be none."""
     final_row = tl.minimum(row + BM, S) - 1
-    start = _first_key(FIRST, head, heads, final_row, S, MASK)
+    start = _first_key(FIRST, sample, final_row, S, MASK)
     return start, _last_key(row, C, offset, group_size, context_group, MASK)
 
 

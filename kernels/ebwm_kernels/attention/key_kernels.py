@@ -25,21 +25,30 @@ from ebwm_kernels.attention.intervals import (
     rows_of_own,
 )
 from ebwm_kernels.attention.query_kernels import LOG2_E
-from ebwm_kernels.attention.row_tiles import add_mix, put, rows_of, scores, statistic, zeros
+from ebwm_kernels.attention.row_tiles import (
+    add_mix,
+    load,
+    scores,
+    statistic,
+    store,
+    zeros,
+)
 
 
 @triton.jit
-def _my_keys(C, all_heads, heads_at_once, BN: tl.constexpr):
-    """(key head, first key) of this program: the first keys come first, most rows see them."""
+def _my_keys(C, heads, all_heads, heads_at_once, BN: tl.constexpr):
+    """(sample, key head in it, first key) of this program: the first keys come first, most rows
+    see them.
+    """
     key_head, tile = head_and_tile(tl.cdiv(C, BN), all_heads, heads_at_once)
-    return key_head, tile * BN
+    sample = key_head // heads
+    return sample, key_head - sample * heads, tile * BN
 
 
 @triton.jit
 def _rows_of_keys(
     LAST_ROW,
-    key_head,
-    heads,
+    sample,
     key,
     S,
     C,
@@ -54,7 +63,7 @@ def _rows_of_keys(
         start, end, first, last = rows_of_own(key, S, group_size, BN)
     else:
         start, end, first, last = rows_of_context(
-            LAST_ROW, key_head // heads, key, S, C, offset, group_size, context_group, BN, MASK
+            LAST_ROW, sample, key, S, C, offset, group_size, context_group, BN, MASK
         )
     return start, end, first, last
 
@@ -62,7 +71,7 @@ def _rows_of_keys(
 @triton.jit
 def _head_and_row(step, tiles, key_head, sharing, start, SHARED: tl.constexpr, BM: tl.constexpr):
     """(query head, first row) of a step of the one loop over heads and rows: two nested loops cost
-    40 registers. Without SHARED keys there is nothing to divide.
+    40 registers. Without SHARED keys there is nothing to divide. Heads are those of a sample.
     """
     if SHARED:
         head, row = key_head * sharing + step // tiles, start + step % tiles * BM
@@ -89,6 +98,7 @@ def _gradient_key(
     DELTA,
     DK,
     DV,
+    AT,
     S,
     C,
     offset,
@@ -109,28 +119,27 @@ def _gradient_key(
     BN: tl.constexpr,
 ):
     """dK = s dS' Q, dV = P' G, over all heads that share the keys."""
-    key_head, key = _my_keys(C, all_heads, heads_at_once, BN)
-    keys = key + tl.arange(0, BN)
-    seen = key_head * C
+    sample, key_head, key = _my_keys(C, heads, all_heads, heads_at_once, BN)
+    seen = (sample, key_head, key)
     start, end, first, last = _rows_of_keys(
-        LAST_ROW, key_head, heads, key, S, C, offset, group_size, context_group, MASK, OWN, BN
+        LAST_ROW, sample, key, S, C, offset, group_size, context_group, MASK, OWN, BN
     )
     LOWER: tl.constexpr = MASK.causal or OWN
-    k, v = rows_of(K, seen, keys, C, HEAD), rows_of(V, seen, keys, C, VALUE)
+    k, v = load(K, AT.K, seen, C, BN, HEAD), load(V, AT.V, seen, C, BN, VALUE)
     dk, dv = zeros(BN, HEAD), zeros(BN, VALUE)
     tiles = tl.cdiv(tl.maximum(end - start, 0), BM)
     for step in range(sharing * tiles):
         head, row = _head_and_row(step, tiles, key_head, sharing, start, SHARED, BM)
-        own = head * S
-        rows = row + tl.arange(0, BM)
-        q, g = rows_of(Q, own, rows, S, HEAD), rows_of(G, own, rows, S, VALUE)
-        normalizer, delta = statistic(L, own, rows, S) * LOG2_E, statistic(DELTA, own, rows, S)
+        place, rows = (sample, head, row), row + tl.arange(0, BM)
+        own = (sample * (heads * sharing) + head) * S
+        q, g = load(Q, AT.Q, place, S, BM, HEAD), load(G, AT.G, place, S, BM, VALUE)
+        normalizer, delta = statistic(L + own, rows, S) * LOG2_E, statistic(DELTA + own, rows, S)
         p = _weights(k, q, normalizer, inside(rows, first, last, LOWER), factor, HEAD)
         dv = add_mix(dv, p, g, HEAD)
         ds = p * (scores(v, g, HEAD) - delta[None, :])
         dk = add_mix(dk, ds, q, HEAD)
-    put(DK, seen, keys, C, dk, HEAD, scale)
-    put(DV, seen, keys, C, dv, VALUE)
+    store(DK, AT.DK, seen, C, dk, BN, HEAD, scale)
+    store(DV, AT.DV, seen, C, dv, BN, VALUE)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -149,6 +158,7 @@ def _second_key(
     DELTA,
     GK,
     GV,
+    AT,
     S,
     C,
     offset,
@@ -170,31 +180,30 @@ def _second_key(
     BN: tl.constexpr,
 ):
     """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys."""
-    key_head, key = _my_keys(C, all_heads, heads_at_once, BN)
-    keys = key + tl.arange(0, BN)
-    seen = key_head * C
+    sample, key_head, key = _my_keys(C, heads, all_heads, heads_at_once, BN)
+    seen = (sample, key_head, key)
     start, end, first, last = _rows_of_keys(
-        LAST_ROW, key_head, heads, key, S, C, offset, group_size, context_group, MASK, OWN, BN
+        LAST_ROW, sample, key, S, C, offset, group_size, context_group, MASK, OWN, BN
     )
     LOWER: tl.constexpr = MASK.causal or OWN
-    k, v = rows_of(K, seen, keys, C, HEAD), rows_of(V, seen, keys, C, VALUE)
+    k, v = load(K, AT.K, seen, C, BN, HEAD), load(V, AT.V, seen, C, BN, VALUE)
     if KEYS:
-        b, c = rows_of(B, seen, keys, C, HEAD), rows_of(CV, seen, keys, C, VALUE)
+        b, c = load(B, AT.B, seen, C, BN, HEAD), load(CV, AT.CV, seen, C, BN, VALUE)
     gk, gv = zeros(BN, HEAD), zeros(BN, VALUE)
     tiles = tl.cdiv(tl.maximum(end - start, 0), BM)
     for step in range(sharing * tiles):
         head, row = _head_and_row(step, tiles, key_head, sharing, start, SHARED, BM)
-        own = head * S
-        rows = row + tl.arange(0, BM)
-        q, a = rows_of(Q, own, rows, S, HEAD), rows_of(A, own, rows, S, HEAD)
-        normalizer, mu = statistic(L, own, rows, S) * LOG2_E, statistic(MU, own, rows, S)
-        phi, delta = statistic(PHI, own, rows, S), statistic(DELTA, own, rows, S)
+        place, rows = (sample, head, row), row + tl.arange(0, BM)
+        own = (sample * (heads * sharing) + head) * S
+        q, a = load(Q, AT.Q, place, S, BM, HEAD), load(A, AT.A, place, S, BM, HEAD)
+        normalizer, mu = statistic(L + own, rows, S) * LOG2_E, statistic(MU + own, rows, S)
+        phi, delta = statistic(PHI + own, rows, S), statistic(DELTA + own, rows, S)
         p = _weights(k, q, normalizer, inside(rows, first, last, LOWER), factor, HEAD)
         sd = scores(k, a, HEAD)
         if KEYS:
             sd += scores(b, q, HEAD)
         sd = sd * scale - mu[None, :]
-        g = rows_of(G, own, rows, S, VALUE)
+        g = load(G, AT.G, place, S, BM, VALUE)
         gv = add_mix(gv, p * sd, g, HEAD)
         ds = p * (scores(v, g, HEAD) - delta[None, :])
         gk = add_mix(gk, ds, a, HEAD)
@@ -202,5 +211,5 @@ def _second_key(
         if KEYS:
             z += p * scores(c, g, HEAD)
         gk = add_mix(gk, z, q, HEAD)
-    put(GK, seen, keys, C, gk, HEAD, scale)
-    put(GV, seen, keys, C, gv, VALUE)
+    store(GK, AT.GK, seen, C, gk, BN, HEAD, scale)
+    store(GV, AT.GV, seen, C, gv, BN, VALUE)

@@ -1,5 +1,5 @@
-"""How the Triton kernels of attention are launched: one call of a level, its tensors made ready,
-its sizes, and its tiles for the GPU at hand.
+"""How the Triton kernels of attention are launched: one call of a level, its tensors made ready
+and where they lie, its sizes, and its tiles for the GPU at hand.
 """
 
 from __future__ import annotations
@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections import namedtuple
+from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
@@ -14,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ebwm_kernels.attention.intervals import Mask
-from ebwm_kernels.attention.reference import wide_dtype
-from ebwm_kernels.attention.row_tiles import Head
+from ebwm_kernels.attention.row_tiles import Head, Strides
+from ebwm_kernels.attention.tensors import Inputs, empty_gradient, empty_output, wide_dtype
 from ebwm_kernels.attention.tuning import (
     Tile,
     architecture_of,
@@ -31,32 +33,28 @@ CACHE_BYTES = 24 * 2**20
 ALIGNMENT = 16  # bytes, of every tensor a kernel reads: a load is 16 bytes
 
 
+# One number per row, (B, H, S), and what visibility gives: the tensors that always lie alike.
+STATISTICS = frozenset({"FIRST", "LAST_ROW", "L", "DELTA", "MU", "PHI", "Z", "DS"})
+
+
 class Call:
     """One call of a level: the tensors all of its kernels read, and how they are launched."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_self: Tensor | None,
-        v_self: Tensor | None,
-        first_visible: Tensor | None,
-        shape: Shape,
-    ):
+    def __init__(self, inputs: Inputs, shape: Shape):
+        q, k, v = inputs.q, inputs.k, inputs.v
         self.q, self.k, self.v = ready(q), ready(k), ready(v)
-        self.k_self, self.v_self = ready(k_self), ready(v_self)
+        self.k_self, self.v_self = ready(inputs.k_self), ready(inputs.v_self)
         self.first_visible = None
-        if first_visible is not None:
-            self.first_visible = ready(first_visible.to(torch.int32))
+        if inputs.first_visible is not None:
+            self.first_visible = ready(inputs.first_visible.to(torch.int32))
         self.batch, self.heads, self.num_rows = q.shape[:3]
         self.key_heads, self.num_keys = k.shape[1:3]
         self.shape, self.dtype, self.device = shape, q.dtype, q.device
-        self.own = k_self is not None
+        self.own = self.k_self is not None
         self.has_groups = (shape.group_size, shape.context_group) != (1, 1)
         self.architecture = architecture(q.device)
         self.head, self.value = self._head(q.shape[-1]), self._head(v.shape[-1])
-        self.mask = Mask(shape.causal, self.has_groups, first_visible is not None)
+        self.mask = Mask(shape.causal, self.has_groups, self.first_visible is not None)
 
     def _head(self, d: int) -> Head:
         padded = padded_for(d)
@@ -64,6 +62,7 @@ class Call:
             d=d,
             padded=padded,
             part=part_for(self.architecture, padded, self.dtype),
+            align=alignment_of(d, self.dtype),
             acc=tl.float64 if self.dtype == torch.float64 else tl.float32,
             precision=precision_for(self.dtype),
         )
@@ -75,21 +74,27 @@ class Call:
         """Whether own keys come in groups, whose gradients are sums over rows."""
         return self.own and self.has_groups
 
-    def like_queries(self) -> Tensor:
-        return torch.empty(self.q.shape, dtype=self.dtype, device=self.device)
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What kernels over rows are given first."""
+        return self.q, self.k, self.v, self.k_self, self.v_self, self.first_visible
 
-    def like_outputs(self) -> Tensor:
-        shape = (*self.q.shape[:-1], self.v.shape[-1])
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    @property
+    def context_keys(self) -> tuple[Tensor | None, ...]:
+        """What kernels over context keys are given first."""
+        return self.q, self.k, self.v, self.last_row
 
-    def like_keys(self) -> Tensor:
-        return torch.empty(self.k.shape, dtype=self.dtype, device=self.device)
+    @property
+    def own_keys(self) -> tuple[Tensor | None, ...]:
+        """What kernels over own keys are given first."""
+        return self.q, self.k_self, self.v_self, None
 
-    def like_values(self) -> Tensor:
-        return torch.empty(self.v.shape, dtype=self.dtype, device=self.device)
+    def empty_output(self) -> Tensor:
+        return empty_output(self.q, self.v.shape[-1])
 
     def statistic(self) -> Tensor:
-        return torch.empty(self.q.shape[:-1], dtype=wide_dtype(self.dtype), device=self.device)
+        shape = self.q.shape[:-1]
+        return torch.empty(shape, dtype=wide_dtype(self.dtype), device=self.device)
 
     @functools.cached_property
     def last_row(self) -> Tensor | None:
@@ -179,6 +184,7 @@ class Call:
             **flags,
         }
         pointers = [self.q if tensor is None else tensor for tensor in tensors]
+        arguments["AT"] = _layout(kernel, tensors)
         named = {name: arguments[name] for name in kernel.arg_names[len(pointers) :]}
         on_its_device = contextlib.nullcontext()
         if self.device.type == "cuda":
@@ -203,6 +209,47 @@ def architecture(device: torch.device) -> str:
     return found
 
 
+NO_STRIDES = Strides(0, 0, tl.constexpr(0))
+
+
+@functools.cache
+def _layout_type(names: tuple[str, ...]) -> type:
+    return namedtuple("Layout", names)  # pyright: ignore[reportUntypedNamedTuple]
+
+
+def _layout(kernel, tensors: Sequence[Tensor | None]) -> tuple:
+    """Strides of the tensors (B, H, S, d) that a kernel is given, by its names for them."""
+    strides = {}
+    for name, tensor in zip(kernel.arg_names, tensors):
+        if name not in STATISTICS:
+            strides[name] = NO_STRIDES if tensor is None else strides_of(tensor)
+    return _layout_type(tuple(strides))(**strides)
+
+
+def strides_of(x: Tensor) -> Strides:
+    """Of a tensor (B, H, S, d) that is ready, as kernels take them."""
+    align = alignment_of(x.shape[-1], x.dtype)
+    batch, head, row = _steps(x)
+    return Strides(batch // align * 16, head // align * 16, tl.constexpr(row))
+
+
+def _steps(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, heads and rows; what has one place needs no step, but a single row has
+    that of many rows, so that it needs no program of its own.
+    """
+    batch = x.stride(0) if x.shape[0] > 1 else 0
+    head = x.stride(1) if x.shape[1] > 1 else 0
+    row = x.stride(2)
+    if x.shape[2] == 1 and row % alignment_of(x.shape[3], x.dtype):
+        row = x.shape[3]
+    return batch, head, row
+
+
+def alignment_of(width: int, dtype: torch.dtype) -> int:
+    """The numbers that a row's place is a multiple of: as many as one load takes, if rows do."""
+    return math.gcd(width, ALIGNMENT // dtype.itemsize)
+
+
 def _num_tiles(count: int, size: int) -> int:
     """How many tiles of `size` cover `count`."""
     return -(-count // size)
@@ -221,14 +268,36 @@ def precision_for(dtype: torch.dtype) -> str:
 
 
 @overload
+def empty_for(x: Tensor) -> Tensor: ...
+@overload
+def empty_for(x: Tensor | None) -> Tensor | None: ...
+def empty_for(x: Tensor | None) -> Tensor | None:
+    """Memory for the gradient of a tensor."""
+    return None if x is None else empty_gradient(x)
+
+
+@overload
 def ready(x: Tensor) -> Tensor: ...
 @overload
-def ready(x: None) -> None: ...
+def ready(x: Tensor | None) -> Tensor | None: ...
 def ready(x: Tensor | None) -> Tensor | None:
-    """Contiguous and aligned: a view may start in the middle of an aligned tensor."""
+    """A tensor that kernels can read: itself, wherever its rows lie, or else a copy."""
     if x is None:
         return None
-    x = x.contiguous()
+    if x.ndim != 4 or not _can_be_read(x):
+        x = x.contiguous()
     if x.data_ptr() % ALIGNMENT:
         x = x.clone()
     return x
+
+
+def _can_be_read(x: Tensor) -> bool:
+    """Whether each row of a tensor (B, H, S, d) is in one piece and starts at a multiple of what
+    one load takes, and a head's rows are in reach of 32 bits.
+    """
+    in_one_piece = x.shape[3] == 1 or x.stride(3) == 1
+    align = alignment_of(x.shape[3], x.dtype)
+    steps = _steps(x)
+    return (
+        in_one_piece and not any(step % align for step in steps) and x.shape[2] * steps[2] < 2**31
+    )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +30,14 @@ from torch.library import custom_op, register_autograd
 from ebwm_kernels.attention import reference
 from ebwm_kernels.attention.definition import attention_definition
 from ebwm_kernels.attention.implementation import Implementation
-from ebwm_kernels.attention.reference import Cotangents
+from ebwm_kernels.attention.tensors import (
+    Cotangents,
+    Inputs,
+    Output,
+    empty_gradient,
+    empty_output,
+    wide_dtype,
+)
 from ebwm_kernels.attention.transforms import DoubleBackward, Gradient, attend_under_transforms
 from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION, architecture_of
 from ebwm_kernels.attention.visibility import Shape
@@ -85,6 +93,19 @@ def resolve_backend(
     return backend
 
 
+def reads_positions_first(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dimension: int
+) -> bool:
+    """Whether attention reads keys and values that lie positions first (attention/tensors.py) where
+    they are, as Triton does.
+
+    The reference copies them at every level: who calls it often gives them heads first.
+    """
+    if backend != "auto":
+        return backend == "triton"
+    return device.type == "cuda" and why_not_triton(device, dtype, head_dimension) is None
+
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -113,26 +134,15 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dimension: int
     return None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    shape: Shape,
-    backend: str,
-) -> Tensor:
-    """Output (B, H, S, d of values) of attention in which a query may see keys of its own; backend
-    resolved.
+def attend(inputs: Inputs, shape: Shape, backend: str) -> Tensor:
+    """Output (B, H, S, d of values) of attention in which a query may see keys of its own, lying
+    positions first; backend resolved.
     """
-    tensors = (q, k, v, k_self, v_self, first_visible)
     if transforms_active():
         if torch.compiler.is_compiling():  # which differentiates nested Functions wrongly
-            return attention_definition(*tensors, shape)
-        rest = (*shape, backend)
-        return attend_under_transforms(*tensors, rest)  # pyright: ignore[reportCallIssue]
-    return torch.ops.ebwm.attention(*tensors, *shape, backend)[0]
+            return attention_definition(*inputs, shape)
+        return attend_under_transforms(inputs, (*shape, backend))
+    return torch.ops.ebwm.attention(*inputs, *shape, backend)[0]
 
 
 def _is_transformed() -> bool:
@@ -148,77 +158,55 @@ def _implementation(backend: str) -> Implementation:
     return reference
 
 
-def _empty_for_none(result: Tensor | None, like: Tensor) -> Tensor:
-    """A result of an operation: empty in place of None."""
-    return like.new_empty(0) if result is None else result
+def _empty_for_none(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """The results of an operation: empty in place of None."""
+    return tuple(like.new_empty(0) if x is None else x for x in results)
+
+
+# What every operation is given: tensors.Inputs, and visibility.Shape with the backend.
+INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? k_self, Tensor? v_self, Tensor? first_visible"
+OUTPUT = "Tensor out, Tensor log_normalizer"
+COTANGENTS = "Tensor a, Tensor? b, Tensor? c, Tensor? b_self, Tensor? c_self"
+REST = (
+    "float scale, SymInt offset, bool causal, SymInt group_size, SymInt context_group, str backend"
+)
+NUM_INPUTS = len(Inputs._fields)
+NUM_REST = len(Shape._fields) + 1
+
+
+def _shape_and_backend(rest: Sequence) -> tuple[Shape, Implementation]:
+    *numbers, backend = rest
+    return Shape(*numbers), _implementation(backend)
 
 
 # ------------------------------------------------------------------------------------------ forward
 
 
-@custom_op("ebwm::attention", mutates_args=())
+@custom_op("ebwm::attention", mutates_args=(), schema=f"({INPUTS}, {REST}) -> (Tensor, Tensor)")
 @without_autocast
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    scale: float,
-    offset: int,
-    causal: bool,
-    group_size: int,
-    context_group: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    shape = Shape(scale, offset, causal, group_size, context_group)
-    return _implementation(backend).forward(q, k, v, k_self, v_self, first_visible, shape)
+def _attention(*arguments):
+    shape, implementation = _shape_and_backend(arguments[NUM_INPUTS:])
+    return tuple(implementation.forward(Inputs(*arguments[:NUM_INPUTS]), shape))
 
 
 @_attention.register_fake
-def _(
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-):
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty(q.shape[:-1], dtype=reference.wide_dtype(q.dtype))
+def _(q, k, v, *_rest):
+    return empty_output(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide_dtype(q.dtype))
 
 
 def _setup_attention(ctx, inputs, output):
-    q, k, v, k_self, v_self, first_visible, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, k_self, v_self, first_visible, *output)
+    ctx.rest = inputs[NUM_INPUTS:]
+    ctx.save_for_backward(*inputs[:NUM_INPUTS], *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward_attention(ctx, grad, _):
     if grad is None:
-        return (None,) * 12
-    q, k, v, k_self, v_self, first_visible, out, log_normalizer = (
-        ctx.saved_tensors
-    )  # read once: a checkpoint recomputes for each reading
+        return (None,) * (NUM_INPUTS + NUM_REST)
+    # read once: a checkpoint recomputes for each reading
+    *inputs, out, log_normalizer = ctx.saved_tensors
     with_keys = needs_grad(ctx, 1) or needs_grad(ctx, 2)
-    tensors = (
-        grad,
-        q,
-        k,
-        v,
-        k_self,
-        v_self,
-        first_visible,
-        out.detach(),
-        log_normalizer.detach(),
-    )
+    tensors = (grad, *inputs, out.detach(), log_normalizer.detach())
     if _is_transformed():
         result = Gradient.apply(*tensors, (*ctx.rest, with_keys))
     else:
@@ -226,8 +214,9 @@ def _backward_attention(ctx, grad, _):
             *tensors, *ctx.rest, with_keys, is_traced_without_graph()
         )
     dq, dk, dv, dk_self, dv_self = result
-    own = (None, None) if k_self is None else (dk_self, dv_self)
-    return dq, *((dk, dv) if with_keys else (None, None)), *own, *(None,) * 7
+    own = (None, None) if inputs[3] is None else (dk_self, dv_self)
+    keys = (dk, dv) if with_keys else (None, None)
+    return dq, *keys, *own, None, *(None,) * NUM_REST
 
 
 register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_attention)
@@ -236,91 +225,49 @@ register_autograd("ebwm::attention", _backward_attention, setup_context=_setup_a
 # ------------------------------------------------------------------------------------- its gradient
 
 
-@custom_op("ebwm::attention_gradient", mutates_args=())
+@custom_op(
+    "ebwm::attention_gradient",
+    mutates_args=(),
+    schema=f"(Tensor grad, {INPUTS}, {OUTPUT}, {REST}, bool with_keys, bool compiled)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 @without_autocast
-def _gradient(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    out: Tensor,
-    log_normalizer: Tensor,
-    scale: float,
-    offset: int,
-    causal: bool,
-    group_size: int,
-    context_group: int,
-    backend: str,
-    with_keys: bool,
-    compiled: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradient(grad, *arguments):
+    *inputs_and_rest, with_keys, compiled = arguments
     if compiled:
         refuse_kept_graph("attention")
-    dq, dk, dv, dk_self, dv_self = _implementation(backend).gradient(
-        grad,
-        q,
-        k,
-        v,
-        k_self,
-        v_self,
-        first_visible,
-        out,
-        log_normalizer,
-        Shape(scale, offset, causal, group_size, context_group),
-        with_keys=with_keys,
-    )
-    return (
-        dq,
-        _empty_for_none(dk, dq),
-        _empty_for_none(dv, dq),
-        _empty_for_none(dk_self, dq),
-        _empty_for_none(dv_self, dq),
-    )
+    inputs, output, rest = _parts(inputs_and_rest)
+    shape, implementation = _shape_and_backend(rest)
+    result = implementation.gradient(grad, inputs, output, shape, with_keys=with_keys)
+    return _empty_for_none(result, result.q)
+
+
+def _parts(arguments: Sequence) -> tuple[Inputs, Output, Sequence]:
+    """Inputs, output and the rest of an operation's arguments."""
+    end = NUM_INPUTS + len(Output._fields)
+    return Inputs(*arguments[:NUM_INPUTS]), Output(*arguments[NUM_INPUTS:end]), arguments[end:]
 
 
 @_gradient.register_fake
-def _(
-    grad,
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    out,
-    log_normalizer,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-    with_keys,
-    compiled,
-):
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape if with_keys else 0),
-        v.new_empty(v.shape if with_keys else 0),
-        q.new_empty(0 if k_self is None else k_self.shape),
-        q.new_empty(0 if v_self is None else v_self.shape),
-    )
+def _(_grad, q, k, v, k_self, v_self, *rest):
+    with_keys = rest[-2]
+    keys = (k, v) if with_keys else (None, None)
+    tensors = (q, *keys, k_self, v_self)
+    return _empty_for_none((None if x is None else empty_gradient(x) for x in tensors), q)
 
 
 def _setup_gradient(ctx, inputs, output):
     *tensors_and_numbers, _with_keys, _compiled = inputs
-    ctx.save_for_backward(*tensors_and_numbers[:9])
-    ctx.rest = tensors_and_numbers[9:]
+    ctx.rest = tensors_and_numbers[-NUM_REST:]
+    ctx.save_for_backward(*tensors_and_numbers[:-NUM_REST])
     ctx.set_materialize_grads(False)
 
 
 def _backward_gradient(ctx, a, b, c, b_self, c_self):
     refuse_graph("attention")
+    num_arguments = 1 + NUM_INPUTS + len(Output._fields) + NUM_REST + 2
     if all(u is None for u in (a, b, c, b_self, c_self)):
-        return (None,) * 17
+        return (None,) * num_arguments
     saved = ctx.saved_tensors
     q, k, v, k_self, v_self = saved[1:6]
     a = _or_zeros(a, q)
@@ -337,7 +284,7 @@ def _backward_gradient(ctx, a, b, c, b_self, c_self):
         result = torch.ops.ebwm.attention_double_backward(*tensors, *ctx.rest)
     g_grad, g_q, g_k, g_v, g_k_self, g_v_self = result
     own = (None, None) if k_self is None else (g_k_self, g_v_self)
-    return g_grad, g_q, g_k, g_v, *own, *(None,) * 11
+    return g_grad, g_q, g_k, g_v, *own, *(None,) * (num_arguments - 6)
 
 
 def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor:
@@ -350,126 +297,42 @@ register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=
 # ---------------------------------------------------------------------------------- double backward
 
 
-@custom_op("ebwm::attention_double_backward", mutates_args=())
+@custom_op(
+    "ebwm::attention_double_backward",
+    mutates_args=(),
+    schema=f"({COTANGENTS}, Tensor grad, {INPUTS}, {OUTPUT}, {REST})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 @without_autocast
-def _double_backward(
-    a: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    b_self: Tensor | None,
-    c_self: Tensor | None,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    out: Tensor,
-    log_normalizer: Tensor,
-    scale: float,
-    offset: int,
-    causal: bool,
-    group_size: int,
-    context_group: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    g_grad, g_q, g_k, g_v, g_k_self, g_v_self = _implementation(backend).double_backward(
-        Cotangents(a, b, c, b_self, c_self),
-        grad,
-        q,
-        k,
-        v,
-        k_self,
-        v_self,
-        first_visible,
-        out,
-        log_normalizer,
-        Shape(scale, offset, causal, group_size, context_group),
-    )
-    return (
-        g_grad,
-        g_q,
-        g_k,
-        g_v,
-        _empty_for_none(g_k_self, g_q),
-        _empty_for_none(g_v_self, g_q),
-    )
+def _double_backward(a, b, c, b_self, c_self, grad, *arguments):
+    inputs, output, rest = _parts(arguments)
+    shape, implementation = _shape_and_backend(rest)
+    cotangents = Cotangents(a, b, c, b_self, c_self)
+    result = implementation.double_backward(cotangents, grad, inputs, output, shape)
+    return _empty_for_none(result, result.q)
 
 
 @_double_backward.register_fake
-def _(
-    a,
-    b,
-    c,
-    b_self,
-    c_self,
-    grad,
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    out,
-    log_normalizer,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-):
-    return (
-        grad.new_empty(grad.shape),
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        q.new_empty(0 if k_self is None else k_self.shape),
-        q.new_empty(0 if v_self is None else v_self.shape),
-    )
+def _(_a, _b, _c, _b_self, _c_self, grad, q, k, v, k_self, v_self, *_rest):
+    tensors = (grad, q, k, v, k_self, v_self)
+    return _empty_for_none((None if x is None else empty_gradient(x) for x in tensors), q)
 
 
 # -------------------------------------------------------------------------------------- the tangent
 
 
-@custom_op("ebwm::attention_tangent", mutates_args=())
+@custom_op(
+    "ebwm::attention_tangent",
+    mutates_args=(),
+    schema=f"({COTANGENTS}, {INPUTS}, {OUTPUT}, {REST}) -> Tensor",
+)
 @without_autocast
-def _tangent(
-    a: Tensor,
-    b: Tensor | None,
-    c: Tensor | None,
-    b_self: Tensor | None,
-    c_self: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    out: Tensor,
-    log_normalizer: Tensor,
-    scale: float,
-    offset: int,
-    causal: bool,
-    group_size: int,
-    context_group: int,
-    backend: str,
-) -> Tensor:
-    return _implementation(backend).tangent(
-        Cotangents(a, b, c, b_self, c_self),
-        q,
-        k,
-        v,
-        k_self,
-        v_self,
-        first_visible,
-        out,
-        log_normalizer,
-        Shape(scale, offset, causal, group_size, context_group),
-    )
+def _tangent(a, b, c, b_self, c_self, *arguments):
+    inputs, output, rest = _parts(arguments)
+    shape, implementation = _shape_and_backend(rest)
+    return implementation.tangent(Cotangents(a, b, c, b_self, c_self), inputs, output, shape)
 
 
 @_tangent.register_fake
-def _(a, b, c, b_self, c_self, q, k, v, k_self, v_self, first_visible, out, *rest):
-    return out.new_empty(out.shape)
+def _(_a, _b, _c, _b_self, _c_self, q, _k, v, *_rest):
+    return empty_output(q, v.shape[-1])

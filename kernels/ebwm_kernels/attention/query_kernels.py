@@ -9,10 +9,12 @@ function of its own (.._over). A group of own keys is the same loop once more, o
 keys of the groups that the tile's rows belong to. A single own key is no tile but a column, where
 it costs no registers in the loop: in the prologue or the epilogue.
 
-Tensors are contiguous: (B H S, d) for what belongs to queries, (B H_kv C, d) for keys and values,
-(B H S) for statistics, (B S) for FIRST, the first visible key. Scores are multiplied by scale
-log2(e), so that exp2 serves; L is kept in natural units.
+Tensors are (B, H, S, d) for what belongs to queries, (B, H_kv, C, d) for keys and values, and lie
+as AT says, by their names: row_tiles.Strides. Contiguous are (B, H, S) for statistics, (B, S) for
+FIRST, the first visible key. Scores are multiplied by scale log2(e), so that exp2 serves; L is
+kept in natural units.
 
+K, V and the like are heads (row_tiles.head_of) in the functions, and tensors in the kernels.
 Constants: HEAD (row_tiles.Head), MASK (intervals.Mask), OWN where queries have own keys, BM rows
 and BN keys of a tile.
 """
@@ -38,14 +40,16 @@ from ebwm_kernels.attention.intervals import (
 from ebwm_kernels.attention.row_tiles import (
     add_mix,
     add_scaled,
+    head_of,
+    load,
     mean_row,
-    put,
     put_statistic,
     row_dot,
     rows_of,
     scaled,
     scores,
     statistic,
+    store,
     zeros,
 )
 
@@ -67,7 +71,6 @@ def _softmax_over(
     q,
     K,
     V,
-    base,
     num_keys,
     start,
     end,
@@ -86,7 +89,7 @@ def _softmax_over(
     """The online softmax over keys start .. end - 1; EMPTY where a row may have met none yet."""
     for first_key in range(start, end, BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = rows_of(K, base, keys, num_keys, HEAD), rows_of(V, base, keys, num_keys, VALUE)
+        k, v = rows_of(K, first_key, num_keys, BN, HEAD), rows_of(V, first_key, num_keys, BN, VALUE)
         score = scores(q, k, HEAD) * factor
         score = tl.where(inside(keys, first, last, LOWER), score, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(score, 1))
@@ -110,6 +113,7 @@ def _forward(
     FIRST,
     O,
     L,
+    AT,
     S,
     C,
     offset,
@@ -128,36 +132,41 @@ def _forward(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    head, row = my_rows(S, all_heads, heads_at_once, BM)
-    own, seen = head * S, head // sharing * C
-    rows = row + tl.arange(0, BM)
+    sample, head, own, row = my_rows(S, heads, all_heads, heads_at_once, BM)
+    place, rows = (sample, head, row), row + tl.arange(0, BM)
+    k_head = head_of(K, AT.K, sample, head // sharing, HEAD)
+    v_head = head_of(V, AT.V, sample, head // sharing, VALUE)
     start, end, first, last = context_keys(
-        FIRST, head, heads, row, S, C, offset, group_size, context_group, BM, MASK
+        FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
-    q = rows_of(Q, own, rows, S, HEAD)
+    q = load(Q, AT.Q, place, S, BM, HEAD)
     if OWN and not MASK.groups:
-        row_max = row_dot(q, rows_of(KO, own, rows, S, HEAD), HEAD) * factor
+        row_max = row_dot(q, load(KO, AT.KO, place, S, BM, HEAD), HEAD) * factor
         total = tl.full([BM], 1.0, HEAD.acc)
-        mixed = scaled(rows_of(VO, own, rows, S, VALUE), total, HEAD)
+        mixed = scaled(load(VO, AT.VO, place, S, BM, VALUE), total, HEAD)
     else:
         row_max = tl.full([BM], float("-inf"), HEAD.acc)
         total = tl.zeros([BM], HEAD.acc)
         mixed = zeros(BM, VALUE)
     EMPTY: tl.constexpr = MASK.lower and (MASK.groups or not OWN)
     row_max, total, mixed = _softmax_over(
-        q, K, V, seen, C, start, end, first, last,
+        q, k_head, v_head, C, start, end, first, last,
         row_max, total, mixed, factor, HEAD, VALUE, BN, MASK.lower, EMPTY,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
+        k_own, v_own = (
+            head_of(KO, AT.KO, sample, head, HEAD),
+            head_of(VO, AT.VO, sample, head, VALUE),
+        )
         row_max, total, mixed = _softmax_over(
-            q, KO, VO, own, S, start, end, first, last,
+            q, k_own, v_own, S, start, end, first, last,
             row_max, total, mixed, factor, HEAD, VALUE, BN, True, EMPTY,
         )  # fmt: skip
     if EMPTY:
         total = tl.where(total > 0, total, 1.0)  # no key at all: O = 0, L = -inf
-    put(O, own, rows, S, scaled(mixed, 1 / total, HEAD), VALUE)
-    put_statistic(L, own, rows, S, (row_max + tl.log2(total)) / LOG2_E)
+    store(O, AT.O, place, S, scaled(mixed, 1 / total, HEAD), BM, VALUE)
+    put_statistic(L + own, rows, S, (row_max + tl.log2(total)) / LOG2_E)
 
 
 # ----------------------------------------------------------------------------------------- gradient
@@ -169,7 +178,6 @@ def _gradient_over(
     g,
     K,
     V,
-    base,
     num_keys,
     start,
     end,
@@ -188,9 +196,9 @@ def _gradient_over(
     """dq + dS K and left_over + rowsum(dS) over keys start .. end - 1."""
     for first_key in range(start, end, BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = rows_of(K, base, keys, num_keys, HEAD), rows_of(V, base, keys, num_keys, VALUE)
+        k, v = rows_of(K, first_key, num_keys, BN, HEAD), rows_of(V, first_key, num_keys, BN, VALUE)
         p = weights_of(q, k, normalizer, inside(keys, first, last, LOWER), factor, HEAD)
-        ds = (p * (scores(g, v, HEAD) - delta[:, None])).to(K.dtype.element_ty)
+        ds = (p * (scores(g, v, HEAD) - delta[:, None])).to(K[0].dtype.element_ty)
         left_over += tl.sum(ds.to(HEAD.acc), 1)
         dq = add_mix(dq, ds, k, HEAD)
     return dq, left_over
@@ -211,6 +219,7 @@ def _gradient_query(
     DKO,
     DVO,
     DELTA,
+    AT,
     S,
     C,
     offset,
@@ -235,37 +244,40 @@ def _gradient_query(
     A row of dS sums to zero, as rounded for the product it does not: what is left over takes its
     share of a mean key away again.
     """
-    head, row = my_rows(S, all_heads, heads_at_once, BM)
-    own, seen = head * S, head // sharing * C
-    rows = row + tl.arange(0, BM)
+    sample, head, own, row = my_rows(S, heads, all_heads, heads_at_once, BM)
+    place, rows = (sample, head, row), row + tl.arange(0, BM)
+    k_head = head_of(K, AT.K, sample, head // sharing, HEAD)
+    v_head = head_of(V, AT.V, sample, head // sharing, VALUE)
     start, end, first, last = context_keys(
-        FIRST, head, heads, row, S, C, offset, group_size, context_group, BM, MASK
+        FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
-    q, g = rows_of(Q, own, rows, S, HEAD), rows_of(G, own, rows, S, VALUE)
-    normalizer = statistic(L, own, rows, S) * LOG2_E
-    delta = row_dot(rows_of(O, own, rows, S, VALUE), g, HEAD)
-    put_statistic(DELTA, own, rows, S, delta)
+    q, g = load(Q, AT.Q, place, S, BM, HEAD), load(G, AT.G, place, S, BM, VALUE)
+    normalizer = statistic(L + own, rows, S) * LOG2_E
+    delta = row_dot(load(O, AT.O, place, S, BM, VALUE), g, HEAD)
+    put_statistic(DELTA + own, rows, S, delta)
     if OWN and not MASK.groups:  # in the prologue: what it loads is dead before the loop
-        k_self = rows_of(KO, own, rows, S, HEAD)
+        k_self = load(KO, AT.KO, place, S, BM, HEAD)
         p_own = tl.exp2(row_dot(q, k_self, HEAD) * factor - normalizer)
-        ds_own = p_own * (row_dot(g, rows_of(VO, own, rows, S, VALUE), HEAD) - delta)
-        put(DKO, own, rows, S, scaled(q, ds_own * scale, HEAD), HEAD)
-        put(DVO, own, rows, S, scaled(g, p_own, HEAD), VALUE)
+        ds_own = p_own * (row_dot(g, load(VO, AT.VO, place, S, BM, VALUE), HEAD) - delta)
+        store(DKO, AT.DKO, place, S, scaled(q, ds_own * scale, HEAD), BM, HEAD)
+        store(DVO, AT.DVO, place, S, scaled(g, p_own, HEAD), BM, VALUE)
         dq, left_over = scaled(k_self, ds_own, HEAD), ds_own
     else:
         dq, left_over = zeros(BM, HEAD), tl.zeros([BM], HEAD.acc)
     dq, left_over = _gradient_over(
-        q, g, K, V, seen, C, start, end, first, last,
+        q, g, k_head, v_head, C, start, end, first, last,
         normalizer, delta, dq, left_over, factor, HEAD, VALUE, BN, MASK.lower,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
+        k_own, v_own = (
+            head_of(KO, AT.KO, sample, head, HEAD),
+            head_of(VO, AT.VO, sample, head, VALUE),
+        )
         dq, left_over = _gradient_over(
-            q, g, KO, VO, own, S, start, end, first, last,
+            q, g, k_own, v_own, S, start, end, first, last,
             normalizer, delta, dq, left_over, factor, HEAD, VALUE, BN, True,
         )  # fmt: skip
-    start, end = common_keys(
-        FIRST, head, heads, row, S, C, offset, group_size, context_group, BM, MASK
-    )
-    dq = add_scaled(dq, mean_row(K, seen, start, end, HEAD), -left_over, HEAD)
-    put(DQ, own, rows, S, dq, HEAD, scale)
+    start, end = common_keys(FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK)
+    dq = add_scaled(dq, mean_row(k_head, start, end, HEAD), -left_over, HEAD)
+    store(DQ, AT.DQ, place, S, dq, BM, HEAD, scale)

@@ -24,7 +24,8 @@ ROWS = 64
 class Columns(NamedTuple):
     """What belongs to the columns of a block's rows: keys, values, cotangents on these, gradients.
 
-    context: (N, C, d), or None: zero. own: (N, group, S, d) with groups, else None.
+    context: (N, C, d), or None: zero. own: (B, H_kv, group, S, d) with groups, else None. Sums over
+    rows, which are written where a gradient lies, have (B, H_kv, C, d) in place of (N, C, d).
     """
 
     context: Tensor | None
@@ -38,7 +39,8 @@ class Columns(NamedTuple):
 class Block:
     """Query rows first .. last - 1 of every head, and context keys first_key .. last_key - 1.
 
-    Heads of a group share one product. Rows belong to whole groups, or to a part of one.
+    Heads that share keys share one product. Rows belong to whole groups, or to a part of one. What
+    belongs to queries comes as (B, H_kv, group, S, n), in any layout.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class Block:
         # none.
         self.late_from = last_visible_of(first, C, shape)
         self.early_to = 0
+        self.is_blind = False  # whether no row sees any context
         self.first_visible = None
         if first_visible is not None:
             self.first_visible = first_visible[:, first:last]
             least, largest = torch.stack(self.first_visible.aminmax()).tolist()
             # One hidden column rather than none: a maximum needs one.
+            self.is_blind = least >= self.last_key
             self.first_key = min(least, self.last_key - 1)
             self.early_to = min(largest, self.last_key)
 
@@ -67,17 +71,17 @@ class Block:
         return self.last_key - self.first_key
 
     def rows(self, x: Tensor) -> Tensor:
-        """(N, group, S, n) -> (N, group * rows, n)."""
-        return x[:, :, self.first : self.last].flatten(1, 2)
+        """(B, H_kv, group, S, n) -> (N, group * rows, n), a copy where x is not heads first."""
+        return x[..., self.first : self.last, :].flatten(0, 1).flatten(1, 2)
 
     def write(self, x: Tensor, rows: Tensor, factor: float = 1.0) -> None:
         """The inverse: put factor * (N, group * rows, n) where they belong."""
-        place = x[:, :, self.first : self.last]
+        place = x[..., self.first : self.last, :]
         rows = rows.view(place.shape)
         place.copy_(rows) if factor == 1 else torch.mul(rows, factor, out=place)
 
     def add(self, x: Tensor, rows: Tensor, factor: float) -> None:
-        place = x[:, :, self.first : self.last]
+        place = x[..., self.first : self.last, :]
         place.add_(rows.view(place.shape), alpha=factor)
 
     def scratch(self, name: str, shape: torch.Size, like: Tensor) -> Tensor:
@@ -121,15 +125,16 @@ class Block:
 
     def collect(self, into: Columns, weights: Tensor, rows: Tensor, factor: float = 1.0) -> None:
         """into += factor * weights' @ rows: each column's sum over the rows that see it."""
-        if into.context is not None:
+        if into.context is not None and not self.is_blind:
             of_context = weights
             if into.own is not None:
                 of_context = weights[..., : self.num_context]
             sums = self._product("keys", of_context.mT, rows)
-            self._seen(into.context).add_(sums, alpha=factor)
+            place = into.context[:, :, self.seen]
+            place.add_(sums.view(place.shape), alpha=factor)
         if into.own is not None:
             own_sums = torch.bmm(self._of_own(weights).mT, self._by_group(rows))
-            place = into.own[:, :, self._own_places()]
+            place = into.own[..., self.own_places, :]
             place.add_(own_sums.view(place.shape), alpha=factor)
 
     def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
@@ -137,26 +142,26 @@ class Block:
         shape = torch.Size((*left.shape[:2], right.shape[2]))
         return torch.bmm(left, right, out=self.scratch(name, shape, right))
 
-    def scores(self, q: Tensor, keys: Columns) -> Tensor:
-        """scale * q K' (N, group * rows, columns), -inf where a row does not see."""
-        scores = self.against("P", self.rows(q), keys).mul_(self.shape.scale)
-        return self._mask(scores, q.shape[1])
+    def scores(self, rows: Tensor, keys: Columns) -> Tensor:
+        """scale * q K' (N, group * rows, columns) of these rows, -inf where one does not see."""
+        return self._mask(self.against("P", rows, keys).mul_(self.shape.scale))
 
-    def weights(self, q: Tensor, keys: Columns, log_normalizer: Tensor) -> Tensor:
+    def weights(self, rows: Tensor, keys: Columns, log_normalizer: Tensor) -> Tensor:
         """P (N, group * rows, columns) = exp(scale * q K' - L), 0 where a row does not see."""
-        scores = self.against("P", self.rows(q), keys)
+        scores = self.against("P", rows, keys)
         torch.add(-self.rows(log_normalizer), scores, alpha=self.shape.scale, out=scores)
-        return self._mask(scores, q.shape[1]).exp_()
+        return self._mask(scores).exp_()
 
-    def _mask(self, scores: Tensor, num_heads: int) -> Tensor:
+    def _mask(self, scores: Tensor) -> Tensor:
         """scores (N, group * rows, columns) with -inf for context that is too late or too early."""
+        num_rows = self.last - self.first
         late_from = max(self.late_from, self.first_key)
         if late_from < self.last_key:
-            by_head = scores.unflatten(1, (num_heads, -1))
+            by_head = scores.unflatten(1, (-1, num_rows))
             late = by_head[..., late_from - self.first_key : self.num_context]
             late.masked_fill_(self._too_late(late_from, scores.device), float("-inf"))
         if self.early_to > self.first_key:
-            by_head = scores.unflatten(1, (num_heads, -1))
+            by_head = scores.unflatten(1, (-1, num_rows))
             early = by_head[..., : self.early_to - self.first_key]
             early.masked_fill_(self._too_early(scores), float("-inf"))
         return scores
@@ -179,18 +184,26 @@ class Block:
         key_heads = scores.shape[0] // hidden.shape[0]
         return hidden.repeat_interleave(key_heads, 0)[:, None]
 
-    def _seen(self, context: Tensor) -> Tensor:
-        """The context keys that are seen, (N, num_context, d)."""
-        return context[:, self.first_key : self.last_key]
+    @property
+    def seen(self) -> slice:
+        """Which context keys some row sees."""
+        return slice(self.first_key, self.last_key)
 
-    def _own_places(self) -> slice:
+    def _seen(self, context: Tensor) -> Tensor:
+        """The context keys that are seen, (N, num_context, d); a zero in place of none."""
+        if self.is_blind:
+            return context.new_zeros(context.shape[0], 1, context.shape[2])
+        return context[:, self.seen]
+
+    @property
+    def own_places(self) -> slice:
         """Where the own keys of the block's groups are."""
         size = self.shape.group_size
         return slice(self.first // size * size, -(-self.last // size) * size)
 
     def _own(self, own: Tensor) -> Tensor:
         """Own keys of the block's groups, (N * group * groups, group_size, d)."""
-        groups = own[:, :, self._own_places()]
+        groups = own[..., self.own_places, :]
         return groups.reshape(-1, self.shape.group_size, own.shape[-1])
 
     def _by_group(self, rows: Tensor) -> Tensor:
@@ -206,26 +219,31 @@ class Block:
 
 
 def blocks(
-    num_rows: int, num_keys: int, first_visible: Tensor | None, shape: Shape
+    num_rows: int,
+    num_keys: int,
+    first_visible: Tensor | None,
+    shape: Shape,
+    size: int | None = None,
 ) -> Iterator[Block]:
-    """The rows in blocks of about ROWS."""
+    """The rows in blocks of about `size`, or ROWS."""
     buffers: dict[str, Tensor] = {}
     # The last block comes first: it sees most, so its buffers fit all.
-    for first, last in reversed(block_rows(num_rows, shape.group_size)):
+    for first, last in reversed(block_rows(num_rows, shape.group_size, size)):
         yield Block(first, last, first_visible, num_keys, shape, buffers)
 
 
-def block_rows(num_rows: int, group_size: int) -> list[tuple[int, int]]:
-    """(first, last) of every block: as many whole groups as fit into ROWS, or equal parts of one
-    group that does not fit.
+def block_rows(num_rows: int, group_size: int, size: int | None = None) -> list[tuple[int, int]]:
+    """(first, last) of every block: as many whole groups as fit into `size` rows (ROWS), or equal
+    parts of one group that does not fit.
     """
-    if group_size <= ROWS:
-        size = ROWS // group_size * group_size
-        return [(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
-    parts = -(-group_size // ROWS)
-    size = -(-group_size // parts)
+    size = ROWS if size is None else size
+    if group_size <= size:
+        step = size // group_size * group_size
+        return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
+    parts = -(-group_size // size)
+    step = -(-group_size // parts)
     bounds = []
     for group in range(0, num_rows, group_size):
         end = group + group_size
-        bounds += [(first, min(first + size, end)) for first in range(group, end, size)]
+        bounds += [(first, min(first + step, end)) for first in range(group, end, step)]
     return bounds

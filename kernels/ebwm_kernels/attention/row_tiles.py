@@ -4,6 +4,9 @@ few products attention makes of them.
 A row of `padded` columns is padded / part tiles of `part`: a tile has a power of two of columns,
 which 96 and 192 are not; and three TF32 passes over 128 columns at once do not fit the registers.
 d of the padded columns are in memory, the rest is zero.
+
+A head of a tensor (B, H, S, d) is its first row's address and the step from a row to the next: the
+tensor lies where it likes, as long as each row is in one piece.
 """
 
 # Triton compiles these functions and Python never runs them: a loop over tl.static_range is
@@ -25,69 +28,109 @@ class Head(NamedTuple):
     d: int  # columns in memory
     padded: int  # columns of a tile's rows together
     part: int  # columns of one tile
+    align: int  # columns that every row's place is a multiple of
     acc: Any  # the type of sums and statistics: float32, and float64 in tests
     precision: str  # of tl.dot: its input_precision
 
 
-@triton.jit
-def _place(pointer, first_row, rows, num_rows, part: tl.constexpr, HEAD: tl.constexpr):
-    """(addresses, mask) of one part of rows from first_row on in a (.., d) tensor: nothing beyond
-    num_rows and d.
+class Strides(NamedTuple):
+    """Steps of a tensor (B, H, S, d).
+
+    batch, head: in units of 1/16 of HEAD.align columns. Triton compiles a number that is 1, or a
+    multiple of 16, into a program; these are all multiples of 16, so that one program serves all.
+    row: in columns, and compiled in: addresses of a tile's rows that are known to the compiler
+    save up to 30 registers. A model has one or two.
     """
+
+    batch: int
+    head: int
+    row: tl.constexpr
+
+
+@triton.jit
+def head_of(pointer, strides, sample, head, HEAD: tl.constexpr):
+    """A head of a tensor: (address of its first row, columns from a row to the next)."""
+    start = sample * (strides.batch // 16).to(tl.int64) + head * (strides.head // 16).to(tl.int64)
+    return pointer + start * HEAD.align, strides.row
+
+
+@triton.jit
+def _place(head, first_row, num_rows, part: tl.constexpr, COUNT: tl.constexpr, HEAD: tl.constexpr):
+    """(addresses, mask) of one part of rows first_row .. first_row + COUNT - 1 of a head: nothing
+    beyond num_rows and d.
+    """
+    rows = first_row + tl.arange(0, COUNT)
     columns = part * HEAD.part + tl.arange(0, HEAD.part)
     mask = rows[:, None] < num_rows
     if HEAD.d != HEAD.padded:
         mask = mask & (columns[None, :] < HEAD.d)
-    return pointer + first_row * HEAD.d + rows[:, None] * HEAD.d + columns[None, :], mask
+    return head[0] + rows[:, None] * head[1] + columns[None, :], mask
 
 
 @triton.jit
-def rows_of(pointer, first_row, rows, num_rows, HEAD: tl.constexpr):
-    """Rows of a (.., d) tensor from first_row on, in parts (len(rows), part); zeros beyond num_rows
-    and d.
+def rows_of(head, first_row, num_rows, COUNT: tl.constexpr, HEAD: tl.constexpr):
+    """Rows first_row .. first_row + COUNT - 1 of a head, in parts (COUNT, part); zeros beyond
+    num_rows and d.
     """
     parts = ()
     for part in tl.static_range(HEAD.padded // HEAD.part):
-        addresses, mask = _place(pointer, first_row, rows, num_rows, part, HEAD)
+        addresses, mask = _place(head, first_row, num_rows, part, COUNT, HEAD)
         parts += (tl.load(addresses, mask=mask, other=0.0),)
     return parts
 
 
 @triton.jit
-def put(
+def put(head, first_row, num_rows, parts, COUNT: tl.constexpr, HEAD: tl.constexpr, factor=1.0):
+    """Write factor * parts where rows_of would read them."""
+    for part in tl.static_range(HEAD.padded // HEAD.part):
+        addresses, mask = _place(head, first_row, num_rows, part, COUNT, HEAD)
+        tl.store(addresses, (parts[part] * factor).to(head[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load(pointer, strides, place, num_rows, COUNT: tl.constexpr, HEAD: tl.constexpr):
+    """rows_of a tensor, where place is (sample, head, first row)."""
+    head = head_of(pointer, strides, place[0], place[1], HEAD)
+    return rows_of(head, place[2], num_rows, COUNT, HEAD)
+
+
+@triton.jit
+def store(
     pointer,
-    first_row,
-    rows,
+    strides,
+    place,
     num_rows,
     parts,
+    COUNT: tl.constexpr,
     HEAD: tl.constexpr,
     factor=1.0,
 ):
-    """Write factor * parts where rows_of would read them."""
-    for part in tl.static_range(HEAD.padded // HEAD.part):
-        addresses, mask = _place(pointer, first_row, rows, num_rows, part, HEAD)
-        tl.store(addresses, (parts[part] * factor).to(pointer.dtype.element_ty), mask=mask)
+    """Write factor * parts where `load` would read them."""
+    head = head_of(pointer, strides, place[0], place[1], HEAD)
+    put(head, place[2], num_rows, parts, COUNT, HEAD, factor)
 
 
 @triton.jit
-def statistic(pointer, first_row, rows, num_rows):
-    """One number for each of the rows; zero beyond num_rows."""
-    return tl.load(pointer + first_row + rows, mask=rows < num_rows, other=0.0)
+def statistic(pointer, rows, num_rows):
+    """One number for each of the rows of a head, whose first one pointer is at; zero beyond
+    num_rows.
+    """
+    return tl.load(pointer + rows, mask=rows < num_rows, other=0.0)
 
 
 @triton.jit
-def put_statistic(pointer, first_row, rows, num_rows, numbers):
+def put_statistic(pointer, rows, num_rows, numbers):
     """Write numbers where `statistic` would read them."""
-    tl.store(pointer + first_row + rows, numbers, mask=rows < num_rows)
+    tl.store(pointer + rows, numbers, mask=rows < num_rows)
 
 
 @triton.jit
-def mean_row(pointer, first_row, start, end, HEAD: tl.constexpr):
-    """The mean of rows start .. end - 1, of the first 16 where they are more, in parts (1, part);
-    zeros where there are none. No other row is read.
+def mean_row(head, start, end, HEAD: tl.constexpr):
+    """The mean of a head's rows start .. end - 1, of the first 16 where they are more, in parts
+    (1, part); zeros where there are none. No other row is read.
     """
     count = tl.maximum(tl.minimum(end - start, 16), 1).to(HEAD.acc)
-    rows = rows_of(pointer, first_row, start + tl.arange(0, 16), end, HEAD)
+    rows = rows_of(head, start, end, 16, HEAD)
     parts = ()
     for part in tl.static_range(len(rows)):
         parts += ((tl.sum(rows[part].to(HEAD.acc), 0) / count)[None, :],)

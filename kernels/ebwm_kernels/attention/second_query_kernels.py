@@ -31,14 +31,16 @@ from ebwm_kernels.attention.query_kernels import LOG2_E, weights_of
 from ebwm_kernels.attention.row_tiles import (
     add_mix,
     add_scaled,
+    head_of,
+    load,
     mean_row,
-    put,
     put_statistic,
     row_dot,
     rows_of,
     scaled,
     scores,
     statistic,
+    store,
     zeros,
 )
 
@@ -51,7 +53,6 @@ def _tangent_over(
     V,
     B,
     CV,
-    base,
     num_keys,
     start,
     end,
@@ -74,12 +75,12 @@ def _tangent_over(
     """
     for first_key in range(start, end, BN):
         keys = first_key + tl.arange(0, BN)
-        k, v = rows_of(K, base, keys, num_keys, HEAD), rows_of(V, base, keys, num_keys, VALUE)
+        k, v = rows_of(K, first_key, num_keys, BN, HEAD), rows_of(V, first_key, num_keys, BN, VALUE)
         p = weights_of(q, k, normalizer, inside(keys, first, last, LOWER), factor, HEAD)
         sd = scores(a, k, HEAD)
         if KEYS:
-            sd += scores(q, rows_of(B, base, keys, num_keys, HEAD), HEAD)
-            moved = add_mix(moved, p, rows_of(CV, base, keys, num_keys, VALUE), HEAD)
+            sd += scores(q, rows_of(B, first_key, num_keys, BN, HEAD), HEAD)
+            moved = add_mix(moved, p, rows_of(CV, first_key, num_keys, BN, VALUE), HEAD)
         weighted = p * (sd * scale - centre[:, None])
         mu += tl.sum(weighted, 1)
         moved = add_mix(moved, weighted, v, HEAD)
@@ -106,6 +107,7 @@ def _tangent(
     MU,
     PHI,
     DELTA,
+    AT,
     S,
     C,
     offset,
@@ -132,47 +134,60 @@ def _tangent(
     Sdot loses s A . (a mean key) per row, which is exact for any constant (sum P = 1) and keeps
     what keys have in common out of the rounding.
     """
-    head, row = my_rows(S, all_heads, heads_at_once, BM)
-    own, seen = head * S, head // sharing * C
-    rows = row + tl.arange(0, BM)
+    sample, head, own, row = my_rows(S, heads, all_heads, heads_at_once, BM)
+    place, rows = (sample, head, row), row + tl.arange(0, BM)
+    k_head = head_of(K, AT.K, sample, head // sharing, HEAD)
+    v_head = head_of(V, AT.V, sample, head // sharing, VALUE)
+    b_head, c_head = k_head, v_head
+    if KEYS:
+        b_head = head_of(B, AT.B, sample, head // sharing, HEAD)
+        c_head = head_of(CV, AT.CV, sample, head // sharing, VALUE)
     start, end, first, last = context_keys(
-        FIRST, head, heads, row, S, C, offset, group_size, context_group, BM, MASK
+        FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
     common, common_end = common_keys(
-        FIRST, head, heads, row, S, C, offset, group_size, context_group, BM, MASK
+        FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
-    a = rows_of(A, own, rows, S, HEAD)
-    centre = row_dot(a, mean_row(K, seen, common, common_end, HEAD), HEAD) * scale
-    q = rows_of(Q, own, rows, S, HEAD)
-    normalizer = statistic(L, own, rows, S) * LOG2_E
+    a = load(A, AT.A, place, S, BM, HEAD)
+    centre = row_dot(a, mean_row(k_head, common, common_end, HEAD), HEAD) * scale
+    q = load(Q, AT.Q, place, S, BM, HEAD)
+    normalizer = statistic(L + own, rows, S) * LOG2_E
     if OWN and not MASK.groups:
-        k_self = rows_of(KO, own, rows, S, HEAD)
+        k_self = load(KO, AT.KO, place, S, BM, HEAD)
         p_own = tl.exp2(row_dot(q, k_self, HEAD) * factor - normalizer)
-        sd_own = row_dot(a, k_self, HEAD) + row_dot(q, rows_of(BO, own, rows, S, HEAD), HEAD)
+        sd_own = row_dot(a, k_self, HEAD) + row_dot(q, load(BO, AT.BO, place, S, BM, HEAD), HEAD)
         mu = p_own * (sd_own * scale - centre)
-        moved = scaled(rows_of(VO, own, rows, S, VALUE), mu, HEAD)
-        moved = add_scaled(moved, rows_of(CO, own, rows, S, VALUE), p_own, HEAD)
+        moved = scaled(load(VO, AT.VO, place, S, BM, VALUE), mu, HEAD)
+        moved = add_scaled(moved, load(CO, AT.CO, place, S, BM, VALUE), p_own, HEAD)
     else:
         mu = tl.zeros([BM], HEAD.acc)
         moved = zeros(BM, VALUE)
     mu, moved = _tangent_over(
-        q, a, K, V, B, CV, seen, C, start, end, first, last,
+        q, a, k_head, v_head, b_head, c_head, C, start, end, first, last,
         normalizer, centre, mu, moved, factor, scale, HEAD, VALUE, BN, MASK.lower, KEYS,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
+        k_own, v_own = (
+            head_of(KO, AT.KO, sample, head, HEAD),
+            head_of(VO, AT.VO, sample, head, VALUE),
+        )
+        b_own, c_own = (
+            head_of(BO, AT.BO, sample, head, HEAD),
+            head_of(CO, AT.CO, sample, head, VALUE),
+        )
         mu, moved = _tangent_over(
-            q, a, KO, VO, BO, CO, own, S, start, end, first, last,
+            q, a, k_own, v_own, b_own, c_own, S, start, end, first, last,
             normalizer, centre, mu, moved, factor, scale, HEAD, VALUE, BN, True, True,
         )  # fmt: skip
-    out = rows_of(O, own, rows, S, VALUE)
+    out = load(O, AT.O, place, S, BM, VALUE)
     moved = add_scaled(moved, out, -mu, HEAD)
-    put(GG, own, rows, S, moved, VALUE)
+    store(GG, AT.GG, place, S, moved, BM, VALUE)
     if SECOND:
-        g = rows_of(G, own, rows, S, VALUE)
-        put_statistic(MU, own, rows, S, mu + centre)
-        put_statistic(PHI, own, rows, S, row_dot(moved, g, HEAD))
-        put_statistic(DELTA, own, rows, S, row_dot(out, g, HEAD))
+        g = load(G, AT.G, place, S, BM, VALUE)
+        put_statistic(MU + own, rows, S, mu + centre)
+        put_statistic(PHI + own, rows, S, row_dot(moved, g, HEAD))
+        put_statistic(DELTA + own, rows, S, row_dot(out, g, HEAD))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -192,7 +207,9 @@ def _second_own(
     GVO,
     Z,
     DS,
+    AT,
     S,
+    heads,
     all_heads,
     heads_at_once,
     scale,
@@ -205,22 +222,24 @@ def _second_own(
 
     Groups of own keys have _second_key instead.
     """
-    head, row = my_rows(S, all_heads, heads_at_once, BM)
-    own = head * S
-    rows = row + tl.arange(0, BM)
-    q, a = rows_of(Q, own, rows, S, HEAD), rows_of(A, own, rows, S, HEAD)
-    g, k_self = rows_of(G, own, rows, S, VALUE), rows_of(KO, own, rows, S, HEAD)
-    p_own = tl.exp2(row_dot(q, k_self, HEAD) * factor - statistic(L, own, rows, S) * LOG2_E)
-    sd_own = row_dot(a, k_self, HEAD) + row_dot(q, rows_of(BO, own, rows, S, HEAD), HEAD)
-    dp_own = row_dot(g, rows_of(VO, own, rows, S, VALUE), HEAD) - statistic(DELTA, own, rows, S)
+    sample, head, own, row = my_rows(S, heads, all_heads, heads_at_once, BM)
+    place, rows = (sample, head, row), row + tl.arange(0, BM)
+    q, a = load(Q, AT.Q, place, S, BM, HEAD), load(A, AT.A, place, S, BM, HEAD)
+    g, k_self = load(G, AT.G, place, S, BM, VALUE), load(KO, AT.KO, place, S, BM, HEAD)
+    p_own = tl.exp2(row_dot(q, k_self, HEAD) * factor - statistic(L + own, rows, S) * LOG2_E)
+    sd_own = row_dot(a, k_self, HEAD) + row_dot(q, load(BO, AT.BO, place, S, BM, HEAD), HEAD)
+    dp_own = row_dot(g, load(VO, AT.VO, place, S, BM, VALUE), HEAD) - statistic(
+        DELTA + own, rows, S
+    )
     ds = p_own * dp_own
-    pd = p_own * (sd_own * scale - statistic(MU, own, rows, S))
-    e_own = row_dot(g, rows_of(CO, own, rows, S, VALUE), HEAD) - statistic(PHI, own, rows, S)
+    pd = p_own * (sd_own * scale - statistic(MU + own, rows, S))
+    e_own = row_dot(g, load(CO, AT.CO, place, S, BM, VALUE), HEAD) - statistic(PHI + own, rows, S)
     z = pd * dp_own + p_own * e_own
-    put(GKO, own, rows, S, add_scaled(scaled(q, scale * z, HEAD), a, scale * ds, HEAD), HEAD)
-    put(GVO, own, rows, S, scaled(g, pd, HEAD), VALUE)
-    put_statistic(Z, own, rows, S, z)
-    put_statistic(DS, own, rows, S, ds)
+    g_k_self = add_scaled(scaled(q, scale * z, HEAD), a, scale * ds, HEAD)
+    store(GKO, AT.GKO, place, S, g_k_self, BM, HEAD)
+    store(GVO, AT.GVO, place, S, scaled(g, pd, HEAD), BM, VALUE)
+    put_statistic(Z + own, rows, S, z)
+    put_statistic(DS + own, rows, S, ds)
 
 
 @triton.jit
@@ -232,7 +251,6 @@ def _second_over(
     V,
     B,
     CV,
-    base,
     num_keys,
     start,
     end,
@@ -255,19 +273,19 @@ def _second_over(
     """gq + Z K + dS B and left_over + rowsum(Z) over keys start .. end - 1."""
     for first_key in range(start, end, BN):
         keys = first_key + tl.arange(0, BN)
-        k = rows_of(K, base, keys, num_keys, HEAD)
+        k = rows_of(K, first_key, num_keys, BN, HEAD)
         p = weights_of(q, k, normalizer, inside(keys, first, last, LOWER), factor, HEAD)
         sd = scores(a, k, HEAD)
         if KEYS:  # in this order: others cost up to hundreds of registers
-            b = rows_of(B, base, keys, num_keys, HEAD)
+            b = rows_of(B, first_key, num_keys, BN, HEAD)
             sd += scores(q, b, HEAD)
-        ds = p * (scores(g, rows_of(V, base, keys, num_keys, VALUE), HEAD) - delta[:, None])
+        ds = p * (scores(g, rows_of(V, first_key, num_keys, BN, VALUE), HEAD) - delta[:, None])
         if KEYS:
             gq = add_mix(gq, ds, b, HEAD)
         z = ds * (sd * scale - mu[:, None]) - p * phi[:, None]
         if KEYS:
-            z += p * scores(g, rows_of(CV, base, keys, num_keys, VALUE), HEAD)
-        z = z.to(K.dtype.element_ty)
+            z += p * scores(g, rows_of(CV, first_key, num_keys, BN, VALUE), HEAD)
+        z = z.to(K[0].dtype.element_ty)
         left_over += tl.sum(z.to(HEAD.acc), 1)
         gq = add_mix(gq, z, k, HEAD)
     return gq, left_over
@@ -294,6 +312,7 @@ def _second_query(
     Z,
     DS,
     GQ,
+    AT,
     S,
     C,
     offset,
@@ -314,35 +333,47 @@ def _second_query(
     BN: tl.constexpr,
 ):
     """gQ = s (Z K + dS B + z* k* + ds* b*); Z of a row sums to zero, see _gradient_query."""
-    head, row = my_rows(S, all_heads, heads_at_once, BM)
-    own, seen = head * S, head // sharing * C
-    rows = row + tl.arange(0, BM)
+    sample, head, own, row = my_rows(S, heads, all_heads, heads_at_once, BM)
+    place, rows = (sample, head, row), row + tl.arange(0, BM)
+    k_head = head_of(K, AT.K, sample, head // sharing, HEAD)
+    v_head = head_of(V, AT.V, sample, head // sharing, VALUE)
+    b_head, c_head = k_head, v_head
+    if KEYS:
+        b_head = head_of(B, AT.B, sample, head // sharing, HEAD)
+        c_head = head_of(CV, AT.CV, sample, head // sharing, VALUE)
     start, end, first, last = context_keys(
-        FIRST, head, heads, row, S, C, offset, group_size, context_group, BM, MASK
+        FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
-    q, a = rows_of(Q, own, rows, S, HEAD), rows_of(A, own, rows, S, HEAD)
-    g = rows_of(G, own, rows, S, VALUE)
-    normalizer, mu = statistic(L, own, rows, S) * LOG2_E, statistic(MU, own, rows, S)
-    phi, delta = statistic(PHI, own, rows, S), statistic(DELTA, own, rows, S)
+    q, a = load(Q, AT.Q, place, S, BM, HEAD), load(A, AT.A, place, S, BM, HEAD)
+    g = load(G, AT.G, place, S, BM, VALUE)
+    normalizer, mu = statistic(L + own, rows, S) * LOG2_E, statistic(MU + own, rows, S)
+    phi, delta = statistic(PHI + own, rows, S), statistic(DELTA + own, rows, S)
     gq, left_over = zeros(BM, HEAD), tl.zeros([BM], HEAD.acc)
     gq, left_over = _second_over(
-        q, a, g, K, V, B, CV, seen, C, start, end, first, last, normalizer, mu, phi, delta,
+        q, a, g, k_head, v_head, b_head, c_head, C, start, end, first, last,
+        normalizer, mu, phi, delta,
         gq, left_over, factor, scale, HEAD, VALUE, BN, MASK.lower, KEYS,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
+        k_own, v_own = (
+            head_of(KO, AT.KO, sample, head, HEAD),
+            head_of(VO, AT.VO, sample, head, VALUE),
+        )
+        b_own, c_own = (
+            head_of(BO, AT.BO, sample, head, HEAD),
+            head_of(CO, AT.CO, sample, head, VALUE),
+        )
         gq, left_over = _second_over(
-            q, a, g, KO, VO, BO, CO, own, S, start, end, first, last,
+            q, a, g, k_own, v_own, b_own, c_own, S, start, end, first, last,
             normalizer, mu, phi, delta,
             gq, left_over, factor, scale, HEAD, VALUE, BN, True, True,
         )  # fmt: skip
     elif OWN:  # in the epilogue: nothing of it lives through the loop
-        z_own = statistic(Z, own, rows, S)
+        z_own = statistic(Z + own, rows, S)
         left_over += z_own
-        gq = add_scaled(gq, rows_of(KO, own, rows, S, HEAD), z_own, HEAD)
-        gq = add_scaled(gq, rows_of(BO, own, rows, S, HEAD), statistic(DS, own, rows, S), HEAD)
-    start, end = common_keys(
-        FIRST, head, heads, row, S, C, offset, group_size, context_group, BM, MASK
-    )
-    gq = add_scaled(gq, mean_row(K, seen, start, end, HEAD), -left_over, HEAD)
-    put(GQ, own, rows, S, gq, HEAD, scale)
+        gq = add_scaled(gq, load(KO, AT.KO, place, S, BM, HEAD), z_own, HEAD)
+        gq = add_scaled(gq, load(BO, AT.BO, place, S, BM, HEAD), statistic(DS + own, rows, S), HEAD)
+    start, end = common_keys(FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK)
+    gq = add_scaled(gq, mean_row(k_head, start, end, HEAD), -left_over, HEAD)
+    store(GQ, AT.GQ, place, S, gq, BM, HEAD, scale)

@@ -32,25 +32,19 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-# q, k, v, k_self, v_self, first_visible: what every level is given, and None where it is absent
-NUM_TENSORS = 6
-NUM_DIFFERENTIABLE = 5
+from ebwm_kernels.attention.tensors import Inputs
+from ebwm_kernels.autograd_rules import no_third_derivative
+
+NUM_TENSORS = len(Inputs._fields)  # what every level is given, and None where it is absent
+NUM_DIFFERENTIABLE = NUM_TENSORS - 1  # all but first_visible
 
 
-def attend_under_transforms(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    rest: tuple,
-) -> Tensor:
+def attend_under_transforms(inputs: Inputs, rest: tuple) -> Tensor:
     """Output (B, H, S, d of values), as `ops.attend`; rest: the numbers of Shape, and the backend.
 
     Raises RuntimeError where a third derivative or forward mode over forward mode is asked for.
     """
-    return Attention.apply(q, k, v, k_self, v_self, first_visible, rest)[0]
+    return Attention.apply(*inputs, rest)[0]
 
 
 class Attention(Function):
@@ -146,17 +140,11 @@ class DoubleBackward(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        raise RuntimeError(
-            "attention: its third derivative is not defined; differentiate at most twice "
-            "(for Hessian-vector products torch.func.jvp of torch.func.grad)"
-        )
+        raise RuntimeError(no_third_derivative("attention"))
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise RuntimeError(
-            "attention: its third derivative is not defined; differentiate at most twice "
-            "(for Hessian-vector products torch.func.jvp of torch.func.grad)"
-        )
+        raise RuntimeError(no_third_derivative("attention"))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):

@@ -21,197 +21,97 @@ from __future__ import annotations
 from torch import Tensor
 
 from ebwm_kernels.attention.key_kernels import _gradient_key, _second_key
-from ebwm_kernels.attention.launches import Call, ready
+from ebwm_kernels.attention.launches import Call, empty_for, ready
 from ebwm_kernels.attention.query_kernels import _forward, _gradient_query
-from ebwm_kernels.attention.reference import Cotangents
 from ebwm_kernels.attention.second_query_kernels import _second_own, _second_query, _tangent
+from ebwm_kernels.attention.tensors import Cotangents, Gradients, Inputs, Output, SecondGradients
 from ebwm_kernels.attention.visibility import Shape
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    shape: Shape,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, shape: Shape) -> Output:
     """As reference.forward."""
-    call = Call(q, k, v, k_self, v_self, first_visible, shape)
-    out, log_normalizer = call.like_outputs(), call.statistic()
-    call.over_rows(
-        _forward,
-        call.q,
-        call.k,
-        call.v,
-        call.k_self,
-        call.v_self,
-        call.first_visible,
-        out,
-        log_normalizer,
-        OWN=call.own,
-    )
-    return out, log_normalizer
+    call = Call(inputs, shape)
+    output = Output(call.empty_output(), call.statistic())
+    call.over_rows(_forward, *call.tensors, *output, OWN=call.own)
+    return output
 
 
 def gradient(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    out: Tensor,
-    log_normalizer: Tensor,
-    shape: Shape,
-    *,
-    with_keys: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    grad: Tensor, inputs: Inputs, output: Output, shape: Shape, *, with_keys: bool
+) -> Gradients:
     """As reference.gradient."""
-    call = Call(q, k, v, k_self, v_self, first_visible, shape)
-    grad, out, log_normalizer = ready(grad), ready(out), ready(log_normalizer)
-    dq, delta = call.like_queries(), call.statistic()
-    dk_self = call.like_queries() if call.own else None
-    dv_self = call.like_outputs() if call.own else None
+    call = Call(inputs, shape)
+    grad, out, log_normalizer = ready(grad), ready(output.out), ready(output.log_normalizer)
+    result = Gradients(
+        q=empty_for(inputs.q),
+        k=empty_for(inputs.k) if with_keys else None,
+        v=empty_for(inputs.v) if with_keys else None,
+        k_self=empty_for(inputs.k_self),
+        v_self=empty_for(inputs.v_self),
+    )
+    delta = call.statistic()
     call.over_rows(
         _gradient_query,
-        call.q,
-        call.k,
-        call.v,
-        call.k_self,
-        call.v_self,
-        call.first_visible,
+        *call.tensors,
         out,
         log_normalizer,
         grad,
-        dq,
-        dk_self,
-        dv_self,
+        result.q,
+        result.k_self,
+        result.v_self,
         delta,
         OWN=call.own,
     )
+    of_rows = (log_normalizer, grad, delta)
     if call.own_groups:
-        call.over_own_keys(
-            _gradient_key,
-            call.q,
-            call.k_self,
-            call.v_self,
-            None,
-            log_normalizer,
-            grad,
-            delta,
-            dk_self,
-            dv_self,
-        )
-    dk = call.like_keys() if with_keys else None
-    dv = call.like_values() if with_keys else None
+        call.over_own_keys(_gradient_key, *call.own_keys, *of_rows, result.k_self, result.v_self)
     if with_keys:
-        call.over_keys(
-            _gradient_key,
-            call.q,
-            call.k,
-            call.v,
-            call.last_row,
-            log_normalizer,
-            grad,
-            delta,
-            dk,
-            dv,
-        )
-    return dq, dk, dv, dk_self, dv_self
+        call.over_keys(_gradient_key, *call.context_keys, *of_rows, result.k, result.v)
+    return result
 
 
-def tangent(
-    tangents: Cotangents,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    out: Tensor,
-    log_normalizer: Tensor,
-    shape: Shape,
-) -> Tensor:
+def tangent(tangents: Cotangents, inputs: Inputs, output: Output, shape: Shape) -> Tensor:
     """As reference.tangent."""
-    call = Call(q, k, v, k_self, v_self, first_visible, shape)
-    return _tangent_of(call, _ready(tangents), None, ready(out), ready(log_normalizer), None)
+    call = Call(inputs, shape)
+    moved = call.empty_output()
+    output = Output(ready(output.out), ready(output.log_normalizer))
+    _tangent_into(moved, call, _ready(tangents), None, output, None)
+    return moved
 
 
 def double_backward(
-    cotangents: Cotangents,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_self: Tensor | None,
-    v_self: Tensor | None,
-    first_visible: Tensor | None,
-    out: Tensor,
-    log_normalizer: Tensor,
-    shape: Shape,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    cotangents: Cotangents, grad: Tensor, inputs: Inputs, output: Output, shape: Shape
+) -> SecondGradients:
     """As reference.double_backward."""
-    call = Call(q, k, v, k_self, v_self, first_visible, shape)
-    grad, out, log_normalizer = ready(grad), ready(out), ready(log_normalizer)
-    cotangents = _ready(cotangents)
-    a, b, c, b_self, c_self = cotangents
-    has_keys = b is not None
-    mu, phi, delta = call.statistic(), call.statistic(), call.statistic()
-    g_grad = _tangent_of(call, cotangents, grad, out, log_normalizer, (mu, phi, delta))
-    statistics = (mu, phi, delta)
-    g_k_self = call.like_queries() if call.own else None
-    g_v_self = call.like_outputs() if call.own else None
+    call = Call(inputs, shape)
+    result = SecondGradients(
+        grad=empty_for(grad),
+        q=empty_for(inputs.q),
+        k=empty_for(inputs.k),
+        v=empty_for(inputs.v),
+        k_self=empty_for(inputs.k_self),
+        v_self=empty_for(inputs.v_self),
+    )
+    grad = ready(grad)
+    output = Output(ready(output.out), ready(output.log_normalizer))
+    a, b, c, b_self, c_self = _ready(cotangents)
+    statistics = (call.statistic(), call.statistic(), call.statistic())
+    cotangents = Cotangents(a, b, c, b_self, c_self)
+    _tangent_into(result.grad, call, cotangents, grad, output, statistics)
+    of_rows = (output.log_normalizer, grad, a)
+    own = (*statistics, result.k_self, result.v_self)
     z = ds = None
     if call.own_groups:
-        call.over_own_keys(
-            _second_key,
-            call.q,
-            call.k_self,
-            call.v_self,
-            None,
-            log_normalizer,
-            grad,
-            a,
-            b_self,
-            c_self,
-            *statistics,
-            g_k_self,
-            g_v_self,
-            KEYS=True,
-        )
+        call.over_own_keys(_second_key, *call.own_keys, *of_rows, b_self, c_self, *own, KEYS=True)
     elif call.own:
         z, ds = call.statistic(), call.statistic()
-        call.over_rows(
-            _second_own,
-            call.q,
-            call.k_self,
-            call.v_self,
-            log_normalizer,
-            grad,
-            a,
-            b_self,
-            c_self,
-            *statistics,
-            g_k_self,
-            g_v_self,
-            z,
-            ds,
-        )
-    g_q = call.like_queries()
+        own_tensors = (call.q, call.k_self, call.v_self)
+        call.over_rows(_second_own, *own_tensors, *of_rows, b_self, c_self, *own, z, ds)
+    has_keys = {"KEYS": b is not None, "with_keys": b is not None}
     call.over_rows(
         _second_query,
-        call.q,
-        call.k,
-        call.v,
-        call.k_self,
-        call.v_self,
-        call.first_visible,
-        log_normalizer,
-        grad,
-        a,
+        *call.tensors,
+        *of_rows,
         b,
         c,
         b_self,
@@ -219,63 +119,37 @@ def double_backward(
         *statistics,
         z,
         ds,
-        g_q,
+        result.q,
         OWN=call.own,
-        KEYS=has_keys,
-        with_keys=has_keys,
+        **has_keys,
     )
-    g_k, g_v = call.like_keys(), call.like_values()
+    context = call.context_keys
     call.over_keys(
-        _second_key,
-        call.q,
-        call.k,
-        call.v,
-        call.last_row,
-        log_normalizer,
-        grad,
-        a,
-        b,
-        c,
-        *statistics,
-        g_k,
-        g_v,
-        KEYS=has_keys,
-        with_keys=has_keys,
+        _second_key, *context, *of_rows, b, c, *statistics, result.k, result.v, **has_keys
     )
-    return g_grad, g_q, g_k, g_v, g_k_self, g_v_self
+    return result
 
 
 def _ready(cotangents: Cotangents) -> Cotangents:
-    return Cotangents(
-        ready(cotangents.query),
-        ready(cotangents.key),
-        ready(cotangents.value),
-        ready(cotangents.k_self),
-        ready(cotangents.v_self),
-    )
+    return Cotangents(ready(cotangents.query), *(ready(x) for x in cotangents[1:]))
 
 
-def _tangent_of(
+def _tangent_into(
+    moved: Tensor,
     call: Call,
     tangents: Cotangents,
     grad: Tensor | None,
-    out: Tensor,
-    log_normalizer: Tensor,
+    output: Output,
     statistics: tuple[Tensor, Tensor, Tensor] | None,
-) -> Tensor:
-    """The tangent of O; with `statistics`, which it fills, for the double backward of `grad`."""
-    moved = call.like_outputs()
+) -> None:
+    """Write the tangent of O; with `statistics`, which it fills, for the double backward of
+    `grad`.
+    """
     has_keys = tangents.key is not None
     call.over_rows(
         _tangent,
-        call.q,
-        call.k,
-        call.v,
-        call.k_self,
-        call.v_self,
-        call.first_visible,
-        out,
-        log_normalizer,
+        *call.tensors,
+        *output,
         grad,
         *tangents,
         moved,
@@ -285,4 +159,3 @@ def _tangent_of(
         SECOND=statistics is not None,
         with_keys=has_keys,
     )
-    return moved

@@ -117,12 +117,12 @@ HALF["sm_100"] = HALF["sm_90"] | {
 KEYS = {
     "sm_80": {
         64: {},
-        96: {"_second_query": Tile(32, 32, 4, 2)},
+        96: {"_second_query": Tile(32, 16, 4, 2)},
         128: {"_tangent": Tile(32, 64, 8, 2), "_second_query": Tile(32, 64, 8, 2)},
         256: {
             "_tangent": Tile(16, 32, 4, 2),
             "_second_query": Tile(16, 32, 4, 2),
-            "_second_key": Tile(16, 32, 8, 2),
+            "_second_key": Tile(32, 16, 8, 2),
         },
     },
     "sm_90": {

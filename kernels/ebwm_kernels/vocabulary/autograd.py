@@ -337,20 +337,25 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _refuse_second_derivative(operation: str, *gradients: Tensor | None) -> None:
-    refuse_graph(operation, "second")
+    refuse_graph(operation, PLAIN[operation])
     refuse_transforms(operation, PLAIN[operation], *gradients)
 
 
-def _take_saved_grads(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
-    """The gradients that a forward prepared, times the loss's: once, since they are scaled in
-    place.
-    """
+def _take_unspent(ctx, name: str) -> None:
+    """Note that a backward used up what its forward kept; raise where one did before."""
     if ctx.spent:
         raise RuntimeError(
             f"{name}: a second backward through the same loss is not possible: the first one took "
             "its gradients; compute the loss again"
         )
     ctx.spent = True
+
+
+def _take_saved_grads(ctx, grad_loss: Tensor, name: str) -> list[Tensor]:
+    """The gradients that a forward prepared, times the loss's: once, since they are scaled in
+    place.
+    """
+    _take_unspent(ctx, name)
     return [tensor.mul_(grad_loss.to(tensor.dtype)) for tensor in ctx.saved_tensors]
 
 

@@ -43,11 +43,16 @@ from ebwm_scale.data.format.writer import (
     staged_folder,
     write_manifest,
 )
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.reasoning.families import FAMILIES
 from ebwm_scale.data.prepare.reasoning.family_checks import check_family, check_instance
 from ebwm_scale.data.prepare.reasoning.instance import Draws, Family, Instance
-from ebwm_scale.data.tokenizer import EOS, Tokenizer, _sentencepiece
+from ebwm_scale.data.tokenizer import Tokenizer
+from ebwm_scale.data.tokenizers.sentence_piece import (
+    EOS,
+    SentencePieceTokenizer,
+    load_sentencepiece,
+)
+from ebwm_scale.data.walking import Report
 
 HARDER = "harder"
 _OURS = (*DATASET_FILES, "tokenizer.model", f"{HARDER}-*.tar", f"{HARDER}-*.index.json")
@@ -316,7 +321,7 @@ class _Split:
 def _write_tokenizer(path: Path, family: Family) -> Tokenizer:
     """A tokenizer whose pieces are the family's symbols and the space, one character each."""
     model = io.BytesIO()
-    _sentencepiece().SentencePieceTrainer.train(
+    load_sentencepiece().SentencePieceTrainer.train(
         sentence_iterator=iter([" "]),  # SentencePiece wants to learn something
         model_writer=model,
         model_type="char",
@@ -334,4 +339,4 @@ def _write_tokenizer(path: Path, family: Family) -> Tokenizer:
         minloglevel=2,
     )  # the file records num_threads
     path.write_bytes(model.getvalue())
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)

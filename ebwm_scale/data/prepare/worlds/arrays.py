@@ -140,8 +140,10 @@ class ArraySource:
                 return self._flat(path, lengths, offsets)
             if any("/" not in key for key in keys):
                 return [("", _Place(path, "", 0, None))]
-            below = "data/" if all(key.startswith("data/") for key in keys) else ""
-            names = dict.fromkeys(key.removeprefix(below).split("/")[0] for key in keys)
+            # What stands beside robomimic's data/, masks for example, is no episode.
+            inside = [key for key in keys if key.startswith("data/") and key.count("/") > 1]
+            below = "data/" if inside else ""
+            names = dict.fromkeys(key.removeprefix(below).split("/")[0] for key in inside or keys)
             named = [f"{below}{name}/" for name in sorted(names, key=_natural)]
             return [(group.split("/")[-2], _Place(path, group, 0, None)) for group in named]
 

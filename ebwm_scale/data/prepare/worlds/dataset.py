@@ -25,7 +25,12 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.progress import Progress, no_progress, tracked
 from ebwm_scale.data.format.conditions import OUTCOMES, Condition
 from ebwm_scale.data.format.content import CLIP_FIELD, VideoContent, encode_image, field_names
-from ebwm_scale.data.format.episodes import EPISODES_FOLDER, Episode, episode_bytes
+from ebwm_scale.data.format.episodes import (
+    EPISODES_FOLDER,
+    Episode,
+    episode_bytes,
+    episodes_of,
+)
 from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -104,7 +109,7 @@ def make_world_dataset(
     }
     parts_folder = output.with_name(f".{output.name}.parts")
     with staged_folder(output) as staging:
-        if already_there(output, values, digest="episodes_sha256"):
+        if already_there(output, values, digest="episodes_sha256") and _has_episodes(output):
             shutil.rmtree(staging)
             report(f"already there: {output / MANIFEST_NAME}")
         else:
@@ -130,6 +135,13 @@ def make_world_dataset(
     manifest = load_manifest(output)
     _summarize(manifest, config, report)
     return manifest.path
+
+
+def _has_episodes(output: Path) -> bool:
+    """Whether the held-out episodes of a complete dataset are all there."""
+    infos = episodes_of(load_manifest(output))
+    paths = [(output / info.path, info.size) for info in infos]
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
 def _like(other: Manifest, config: WorldDatasetConfig) -> WorldDatasetConfig:

@@ -201,9 +201,10 @@ class RecordedSource:
                 f"the environment {config.env} needs a package: {shorten(error, 200)}"
             ) from None
         except ModuleNotFoundError as error:
+            module = error.name or config.env.partition(":")[0]
             raise DataError(
-                f"the environment {config.env} needs the package {error.name}; install it with: "
-                f"python -m pip install {error.name}"
+                f"the environment {config.env} needs the package {module}; install it with: "
+                f"python -m pip install {module}"
             ) from None
         except Exception as error:  # noqa: BLE001 (an environment's constructor raises what it likes)
             raise DataError(

@@ -1,0 +1,31 @@
+"""Decay: a step forgets a share of where it was, so that the energy has a minimum to end at.
+
+Along the network's energy alone a workspace and the logits of a state can move on for ever: the
+energy is about linear in their lengths. With `refinement.decay` c a step is
+
+    x <- (1 - c) x - alpha dE/d..        z <- (1 - c) z - beta dE/dz
+
+which is the step along an energy with two more terms:
+
+    E + c / alpha R(x) + c / beta |z|^2 / 2
+
+R is the states' `decay_energy` (model/states.py). alpha and beta in it are the model's: where a
+step is of another size, x and z decay by as much more or less. The energies that are shown are E.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ebwm_scale.refinement.loop import MIN_STEP_SIZE
+
+
+def decay_energy(model, x: Tensor, z: Tensor | None) -> Tensor:
+    """What decay adds to the energies (B, K) of states x (B, K, size) and workspaces z."""
+    decay = model.config.refinement.decay
+    alpha = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
+    energy = decay / alpha * model.state_space().decay_energy(x)
+    workspace = model.workspace()
+    if workspace is not None and z is not None:
+        energy = energy + decay / workspace.step_size.detach() * z.square().sum(-1) / 2
+    return energy
