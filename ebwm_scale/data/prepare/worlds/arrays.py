@@ -26,10 +26,9 @@ import numpy as np
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import shorten
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.worlds.columns import RawEpisode
 from ebwm_scale.data.prepare.worlds.source import FRAMES, Wanted, files_digest, needed
-from ebwm_scale.data.walking import walk_files
+from ebwm_scale.data.walking import Report, walk_files
 
 _USUAL = {
     FRAMES: ("frames", "pixels", "images", "observations", "observation", "obs"),

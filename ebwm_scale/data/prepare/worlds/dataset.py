@@ -45,7 +45,6 @@ from ebwm_scale.data.format.writer import (
     staged_folder,
     write_manifest,
 )
-from ebwm_scale.data.prepare.documents import Report, split_documents
 from ebwm_scale.data.prepare.encoding import (
     BATCH,
     ENCODER_FILE,
@@ -54,6 +53,7 @@ from ebwm_scale.data.prepare.encoding import (
     encoder_of,
     fit_encoder,
 )
+from ebwm_scale.data.prepare.splitting import split_documents
 from ebwm_scale.data.prepare.workers import STILL_S
 from ebwm_scale.data.prepare.worlds.columns import Kind
 from ebwm_scale.data.prepare.worlds.config import DEFAULT_FPS, WorldDatasetConfig
@@ -65,6 +65,7 @@ from ebwm_scale.data.prepare.worlds.parts import (
     stored_episode,
 )
 from ebwm_scale.data.prepare.worlds.source import Source, Wanted
+from ebwm_scale.data.walking import Report
 
 _OURS = (*DATASET_FILES, ENCODER_FILE, EPISODES_FOLDER)
 Parts = Sequence[Part]

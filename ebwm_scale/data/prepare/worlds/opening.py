@@ -13,11 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.worlds.arrays import ArraySource
 from ebwm_scale.data.prepare.worlds.lerobot import LeRobotSource
 from ebwm_scale.data.prepare.worlds.minari import MinariSource
 from ebwm_scale.data.prepare.worlds.source import Source, Wanted
+from ebwm_scale.data.walking import Report
 
 KINDS = ("minari", "lerobot", "hdf5", "npz")
 

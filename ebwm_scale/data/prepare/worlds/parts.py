@@ -22,13 +22,13 @@ from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.progress import Progress, tracked
 from ebwm_scale.data.format.episodes import Episode, episode_bytes, parse_episode
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.workers import each_in_a_process
 from ebwm_scale.data.prepare.worlds import columns
 from ebwm_scale.data.prepare.worlds.columns import Kind, RawEpisode
 from ebwm_scale.data.prepare.worlds.config import WorldDatasetConfig
 from ebwm_scale.data.prepare.worlds.images import sized
 from ebwm_scale.data.prepare.worlds.source import OPTIONAL, Source, Wanted
+from ebwm_scale.data.walking import Report
 
 _FORMAT = 1  # counts changes of what a part of the same source and settings holds
 

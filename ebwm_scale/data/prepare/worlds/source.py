@@ -20,9 +20,8 @@ from typing import Protocol
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.files import file_sha256
-from ebwm_scale.data.prepare.documents import Report
 from ebwm_scale.data.prepare.worlds.columns import RawEpisode
-from ebwm_scale.data.walking import walk_files
+from ebwm_scale.data.walking import Report, walk_files
 
 FRAMES = "frames"
 OPTIONAL = ("reward", "terminated")
