@@ -176,10 +176,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sources = sources_of(options.data, config)
     split = open_sources(sources, options.split, verify="sizes")
     refuse_another_tokenizer(config, split.manifest)
-    if options.against is not None and not is_world(split.manifest):
-        raise UserError(
-            f"--against {options.against}: only models of a world are compared here; leave it out"
-        )
     about = {
         "checkpoint": str(options.checkpoint),
         "data": [str(manifest) for manifest, _ in sources],
@@ -210,10 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         say(str(write_solving(folder, about | solving)))
         return EXIT_FINISHED
-    if options.against is not None:
+    if options.against is not None and not is_world(split.manifest):
         raise UserError(
-            f"--against {options.against}: only tasks with one right answer are compared between "
-            "runs, and this dataset has none; leave it out"
+            f"--against {options.against}: only tasks with one right answer and worlds are "
+            "compared between runs, and this dataset has none; leave it out"
         )
     texts = out_of_distribution_texts(
         options.out_of_distribution,

@@ -54,6 +54,8 @@ SETTLED = 0.1  # the largest change of a probability in an answer that has settl
 
 def is_task(manifest: Manifest) -> bool:
     """Whether the samples of a dataset are instances with an answer: marked so, or in groups."""
+    if manifest.modality != "text":
+        return False  # the patches of a frame are groups too
     return bool(manifest.content.members) or manifest.content.group_size > 1
 
 

@@ -49,15 +49,20 @@ def step_spectrum(
     *,
     steps: Sequence[int],
     seed: int,
+    conditions: Sequence[dict[str, Tensor]] = (),
 ) -> list[dict[str, Any]]:
     """For each number of steps the eigenvalues where so many steps end: means with intervals over
     samples, and which share of the rows (or groups) has changes that grow.
 
     batches: (sample ids (B,), observed); the first MAX_SAMPLES samples are read, fewer of states
-    so large that they would not fit.
+    so large that they would not fit. conditions: of each batch, where the data has some.
     """
     sample_ids, observed = _first_samples(model, batches)
-    points = points_after(model, sample_ids, observed, steps=steps, seed=seed)
+    own = {
+        name: torch.cat([each[name] for each in conditions])[: len(sample_ids)]
+        for name in (conditions[0] if conditions else {})
+    }
+    points = points_after(model, sample_ids, observed, steps=steps, seed=seed, conditions=own)
     rows = []
     for num_steps, (point, function) in points.items():
         landscape = model.landscapes(num_steps)[-1]
@@ -77,7 +82,13 @@ def step_spectrum(
 
 
 def points_after(
-    model, sample_ids: Tensor, observed: Tensor, *, steps: Sequence[int], seed: int
+    model,
+    sample_ids: Tensor,
+    observed: Tensor,
+    *,
+    steps: Sequence[int],
+    seed: int,
+    conditions: dict[str, Tensor] | None = None,
 ) -> dict[int, tuple[Point, SequenceEnergy]]:
     """States and workspaces after each of some numbers of steps, with the contexts that the last
     step read.
@@ -85,7 +96,7 @@ def points_after(
     found = {}
     for num_steps in sorted(set(steps)):
         noise = SequenceSampler(model, seed, sample_ids, observed.shape[1])
-        embedded = model.embed_observed(observed)
+        embedded = model.embed_observed(observed, conditions)
         function = SequenceEnergy(model, embedded, model.first_visible(observed))
         frames = observed if model.config.state.kind == "embedding" else None
         z = noise.initial_workspace()

@@ -116,8 +116,14 @@ def evaluate(
         model, config, batches, 4 * trained, tolerance, seed, progress
     )
     say("what a further step does to a small change")
-    pairs = [(ids, observed) for ids, observed, _ in batches]
-    result["step_spectrum"] = step_spectrum(model, pairs, steps=(trained, 4 * trained), seed=seed)
+    pairs = [(batch.sample_ids, batch.observed) for batch in batches]
+    result["step_spectrum"] = step_spectrum(
+        model,
+        pairs,
+        steps=(trained, 4 * trained),
+        seed=seed,
+        conditions=[batch.conditions for batch in batches],
+    )
     if split.manifest.modality == "text":
         result["out_of_distribution"] = _shuffled(model, batches, seed)
         result |= _other_texts(model, batches, texts or {}, batch_size, seed)

@@ -1,5 +1,6 @@
 """Imagination: who is held against what, which actions are swapped, and intervals over episodes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
 
 from worlds import walk, write_world
 
-from ebwm_scale import think
+from ebwm_scale import evaluate, think
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import DataError, UserError
 from ebwm_scale.data.format.manifest import load_manifest
@@ -228,6 +229,27 @@ def test_the_page_shows_every_measure(world, tmp_path):
     assert "No held-out episode is long enough for 16 steps" in text
     with pytest.raises(DataError, match="not a result of ebwm evaluate on a world"):
         render({"errors": []})
+
+
+def test_the_command_evaluates_a_world_beside_another_run(world, monkeypatch, tmp_path):
+    models = {"one": model_of(world), "two": model_of(world, kind="baseline", predicts="change")}
+    monkeypatch.setattr(
+        evaluate, "load_checkpoint", lambda path, **k: (models[path.name], models[path.name].config)
+    )
+    asked = ["--steps", "1", "2", "--horizons", "1", "3", "--max-samples", "6"]
+    code = evaluate.main(
+        [str(tmp_path / "one"), "--against", str(tmp_path / "two"), *asked, "--output",
+         str(tmp_path / "out")]
+    )  # fmt: skip
+    assert code == 0
+    found = json.loads((tmp_path / "out" / "imagination.json").read_text())
+    assert found["horizons"] == [1, 3] and found["against"].endswith("two")
+    # A fresh baseline of changes is a copy of the last frame, and so is its prediction error.
+    for row in found["errors"]:
+        assert row["against"] == pytest.approx(row["persistence"], rel=1e-5)
+    assert {"imagination.html", "evaluation.json", "evaluation.html"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
 
 
 @pytest.fixture
