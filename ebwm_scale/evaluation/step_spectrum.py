@@ -102,7 +102,7 @@ def points_after(
         z = noise.initial_workspace()
         point: Point = (noise.initial(frames),) if z is None else (noise.initial(frames), z)
         for i, landscape in enumerate(model.landscapes(num_steps)):
-            w = None if z is None else model.workspace().embed(point[1])
+            w = None if z is None else model.workspace().embed(point[-1])
             embedded = model.state_space().embed(point[0].clone())
             function.begin_step(i, landscape, embedded.vectors, w)
             point = take_step(model, function, point, landscape, i)
