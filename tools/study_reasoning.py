@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.checkpoint.load import load_checkpoint
+from ebwm_scale.config.resolved import min_num_steps
+from ebwm_scale.config.schema import Config
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.numerics import flush_denormals
 from ebwm_scale.core.provenance import provenance
@@ -45,6 +47,7 @@ from ebwm_scale.evaluation.solving import (
     read_instances,
     settling,
 )
+from ebwm_scale.planning.flops import model_flops, step_flops
 
 
 @command
@@ -169,6 +172,17 @@ def gain(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray
     }
 
 
+def training_flops(config: Config) -> float:
+    """Of a whole training, with the mean over the numbers of steps that it draws."""
+    refinement = config.refinement
+    numbers = range(min_num_steps(refinement), refinement.num_steps + 1)
+    samples = config.train.global_batch_size
+    of_steps = [
+        model_flops(step_flops(config, samples=samples, num_steps=number)) for number in numbers
+    ]
+    return config.train.max_steps * sum(of_steps) / len(of_steps)
+
+
 def curve(runs: list[dict[int, Marks]], trained: int) -> dict[str, Any]:
     """After each number of steps, what it gains over the one before, and what going on costs."""
     numbers = list(runs[0])
@@ -193,7 +207,7 @@ def summary(seeds: dict[str, Measured]) -> dict[str, Any]:
         "seeds": list(seeds),
         "trained_steps": first.trained,
         "parameters": first.run["all_parameters"],
-        "training_flops": first.run["flops"],
+        "training_flops": training_flops(first.config),
         "step_time_s": [run.run["step_time_s"] for run in runs],
         "learning_rate": first.run["learning_rate"],
         "num_instances": len(first.difficulty),

@@ -328,3 +328,31 @@ def test_the_page_on_recipes_quotes_the_study_of_further_steps():
             points = [p for run in runs for p in run["after"] if p["num_steps"] == number]
             cells = [f"{p['loss']['mean']:.3f} ({p['solved']['mean']:.2f})" for p in points]
             assert f"| {'; '.join(cells)} |" in text, (form, number)
+
+
+def test_the_page_on_reasoning_quotes_the_study_of_mazes():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_reachability.json").read_text())
+
+    def shown(value: dict, digits: int) -> str:
+        return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+    unit = study["recipes"]["transformer++"]["training_flops"]
+    for recipe in study["recipes"].values():
+        (trained,) = [
+            point for point in recipe["steps"] if point["num_steps"] == recipe["trained_steps"]
+        ]
+        row = (
+            f"| {len(recipe['seeds'])} | {recipe['parameters']:,} "
+            f"| {recipe['training_flops'] / unit:.1f} | {shown(trained['loss'], 3)} "
+            f"| {shown(trained['solved'], 2)} |"
+        )
+        assert row in text, row
+    for point in study["recipes"]["energy"]["steps"]:
+        row = f"| {point['num_steps']} | {shown(point['loss'], 3)} | {shown(point['solved'], 2)} |"
+        if "gain_over_previous" in point:
+            row += f" {shown(point['gain_over_previous']['fall_of_loss'], 3)} |"
+        assert row in text, row
+    against = study["against"]["energy"]
+    assert shown(against["transformer++"]["rise_of_solved"], 2) in text
+    assert shown(against["looped-8"]["fall_of_loss"], 3) in text
