@@ -152,6 +152,7 @@ READ_THE_MANIFEST_ALONE = {
     "data/format/manifest.py": "looks whether a dataset is there already",
     "data/prepare/text.py": "has just written it",
     "data/prepare/video.py": "has just written it",
+    "data/prepare/worlds/dataset.py": "has just written it, or takes the encoder of --like",
     "plan.py": "takes sizes only",
 }
 

@@ -163,8 +163,8 @@ def test_text_of_another_kind_is_told_apart_where_energy_or_loss_differ(
     observe = Observation(split.manifest, "cpu")
     own = torch.cat(
         [
-            torch.cat([observed, targets[:, -1:]], 1)
-            for _, observed, targets in thinking_curves._batches(split, observe, LENGTH, 12, 5)
+            torch.cat([batch.observed, batch.targets[:, -1:]], 1)
+            for batch in thinking_curves._batches(split, observe, LENGTH, 12, 5)
         ]
     )
     kinds = ("loss", "energy") if kind == "energy" else ("loss",)
