@@ -11,6 +11,7 @@ Every stage is kept when it is done, and a killed run goes on where it was: repe
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -80,6 +81,8 @@ def main() -> int:
                 arguments.data, arguments.input, arguments.hold_out, announce, progress
             )
         else:
+            # Its products are so small that handing a part to a second thread takes longer.
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
             manifest, larger = reasoning_datasets(arguments.data, announce, progress)
 
     name = "quickstart" + ("" if arguments.modality == "text" else f"_{arguments.modality}")
