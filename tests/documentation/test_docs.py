@@ -356,3 +356,22 @@ def test_the_page_on_reasoning_quotes_the_study_of_mazes():
     against = study["against"]["energy"]
     assert shown(against["transformer++"]["rise_of_solved"], 2) in text
     assert shown(against["looped-8"]["fall_of_loss"], 3) in text
+
+
+def test_the_page_on_reasoning_quotes_the_study_of_sudokus():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_sudoku.json").read_text())
+    unit = study["recipes"]["transformer++"]["training_flops"]
+    for recipe in study["recipes"].values():
+        (trained,) = [
+            point for point in recipe["steps"] if point["num_steps"] == recipe["trained_steps"]
+        ]
+        loss, solved = trained["loss"], trained["solved"]
+        row = (
+            f"| {recipe['parameters']:,} | {recipe['training_flops'] / unit:.1f} "
+            f"| {loss['mean']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}] "
+            f"| {solved['mean']:.2f} [{solved['low']:.2f}, {solved['high']:.2f}] |"
+        )
+        assert row in text, row
+    solved = [f"{p['solved']['mean']:.2f}" for p in study["recipes"]["energy"]["steps"][:8]]
+    assert f"after one to eight steps: {', '.join(solved)}." in text
