@@ -207,7 +207,7 @@ class ConditionConfig(Section):
 
 class DataConfig(Section):
     manifest: str | None = None
-    """Path of a manifest.json that make_text_shards.py or make_video_shards.py wrote."""
+    """Path of a manifest.json that one of tools/make_*_shards.py wrote."""
     sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_tuples)] = ()
     """Instead of manifest: a mixture, a list of {manifest, weight}."""
     stream: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()

@@ -189,8 +189,8 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
         sources = [(config.data.manifest, 1.0)]
     if sources[0][0] is None:
         problem = (
-            "data.manifest is absent: make a dataset with tools/make_text_shards.py or "
-            "make_video_shards.py and name its manifest.json"
+            "data.manifest is absent: make a dataset with one of "
+            "tools/make_*_shards.py and name its manifest.json"
         )
         check.problems.append(("data", problem))
         return

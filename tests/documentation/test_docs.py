@@ -375,3 +375,17 @@ def test_the_page_on_reasoning_quotes_the_study_of_sudokus():
         assert row in text, row
     solved = [f"{p['solved']['mean']:.2f}" for p in study["recipes"]["energy"]["steps"][:8]]
     assert f"after one to eight steps: {', '.join(solved)}." in text
+
+
+def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for family in ("reachability", "sudoku"):
+        study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
+        cells = []
+        for name in ("transformer++", "energy"):
+            recipe = study["recipes"][name]
+            (trained,) = [
+                point for point in recipe["steps"] if point["num_steps"] == recipe["trained_steps"]
+            ]
+            cells.append(", ".join(f"{share:.2f}" for share in trained["solved"]["seeds"]))
+        assert f"| {cells[0]} | {cells[1]} | `results/reasoning_{family}.json` |" in text

@@ -25,10 +25,7 @@ from ebwm_scale.data.format.tar import MAX_MEMBER_BYTES
 INDEX_VERSION = 2
 MAX_INDEX_BYTES = 256 * 2**20
 _PLACE = np.dtype([("offset", "<i8"), ("size", "<u4"), ("crc32", "<u4")])
-REMAKE = (
-    "copy the dataset again, or make it again with tools/make_text_shards.py or "
-    "tools/make_video_shards.py"
-)
+REMAKE = "copy the dataset again, or make it again with the tool that did (tools/make_*_shards.py)"
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, inside_fold
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 2**30
-_REMAKE = "make the dataset again with tools/make_text_shards.py or tools/make_video_shards.py"
+_REMAKE = "make the dataset again with the tool that did (tools/make_*_shards.py)"
 
 _SMALLEST_STD = float(np.finfo(np.float32).tiny)  # what is below becomes 0 in float32
 _FACTS = {
