@@ -29,11 +29,11 @@ def documents_of(first_visible: Tensor) -> Documents | None:
     """
     if first_visible.is_inference():  # it does not count its changes
         return _find(first_visible)
-    version, documents = _FOUND.get(first_visible, (None, None))
-    if version != first_visible._version:
-        documents = _find(first_visible)
-        _FOUND[first_visible] = (first_visible._version, documents)
-    return documents
+    found = _FOUND.get(first_visible)
+    if found is None or found[0] != first_visible._version:
+        found = (first_visible._version, _find(first_visible))
+        _FOUND[first_visible] = found
+    return found[1]
 
 
 _FOUND = WeakTensorKeyDictionary()
