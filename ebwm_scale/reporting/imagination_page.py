@@ -4,16 +4,15 @@ and how well it judges next frames.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from ebwm_scale.core.errors import DataError
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
+from ebwm_scale.reporting.result_pages import refuses_other_results, write_result
 from ebwm_scale.reporting.style import LIGHT
 
 WHO = {  # key of a row -> its name on the page, in the order of the columns
@@ -39,22 +38,13 @@ PIXELS = {"psnr": "PSNR, dB", "ssim": "SSIM"}
 
 def write_imagination(folder: Path, result: dict[str, Any]) -> Path:
     """imagination.json and the page beside it, whose path is returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "imagination.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-    page = folder / "imagination.html"
-    page.write_text(render(result), encoding="utf-8", errors="replace")
-    return page
+    return write_result(folder, "imagination", result, render)
 
 
 def render(result: dict[str, Any]) -> str:
     """The page as HTML text. Raises DataError for what is no result of evaluate_imagination."""
-    try:
+    with refuses_other_results("ebwm evaluate on a world"):
         return _render(bounded(result))
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise DataError(
-            f"not a result of ebwm evaluate on a world: {page_text(repr(error), 160)}; "
-            "evaluate again"
-        ) from None
 
 
 def _render(result: dict[str, Any]) -> str:
