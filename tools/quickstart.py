@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 MAZE, LARGER_MAZE = 6, 8  # cells a side
 NUM_MAZES, HELD_OUT_MAZES = 48_000, 500
-MOST_STEPS = (1, 2, 4, 8, 16, 32)  # up to eight of them are trained
+MOST_STEPS = (1, 2, 4, 6, 12, 24)  # up to six of them are trained
 
 
 @command
