@@ -252,6 +252,11 @@ def _check_refinement(config: Config, require: Require) -> None:
         f"refinement.decay is {refinement.decay} with refinement.update probabilities: each step "
         "starts from probabilities, which sum to 1; use mirror or logits, or 0",
     )
+    require(
+        refinement.momentum == 0 or refinement.num_steps > 1,
+        f"refinement.momentum is {refinement.momentum} with refinement.num_steps 1: there is no "
+        "step to go on from; use more steps or leave the key out",
+    )
     _check_loss_weights(config, require)
     _check_candidates(config, require)
     _check_reencoding(config, require)

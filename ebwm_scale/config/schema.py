@@ -160,6 +160,8 @@ class RefinementConfig(Section):
     """1: before every further step; 2: before every other one, the second step being the first."""
     damping: NotNegative = 0.0
     """p: alpha and beta of step i = 1, 2, .. are over i ** p, also beyond the trained steps."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """mu: a step of the state and of a workspace goes on with so much of the one before it."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the state and of a workspace that a step forgets: the energy has a minimum then."""
     change_clamp: Positive | None = None

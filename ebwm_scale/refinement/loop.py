@@ -19,6 +19,7 @@ all rows of its group contribute, and a tile holds whole groups.
 With `state.workspace` numbers z beside x are refined by the same energy, and not scored:
 w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 
+With `refinement.momentum` a step goes on with a share of the one before it (momentum.py).
 With `refinement.damping` later steps are shorter, alpha / i^p of step i = 1, 2, .., beta too.
 With `refinement.decay` a step starts from a share of x and z (decay.py).
 
@@ -54,6 +55,7 @@ from ebwm_scale.refinement.deferred_backward import (
     fp32_grad_buffer,
 )
 from ebwm_scale.refinement.inner_gradient import inner_gradient
+from ebwm_scale.refinement.momentum import carried_from, motion_of, plus_carried
 from ebwm_scale.refinement.sampling import NoiseSampler
 from ebwm_scale.refinement.step_plan import (
     StepPlan,
@@ -232,6 +234,8 @@ class RefinementLoop:
         step_size_factor = noise.step_size_factor()
         state: Tensor | CandidateState | None = None
         embedded: EmbeddedState | None = None
+        motion: Tensor | None = None  # of the step before, with momentum
+        z_motion: Tensor | None = None
         z = None if self.workspace is None else noise.initial_workspace()
         shape = (samples.stop - samples.start, positions.stop - positions.start)
         pending_backwards: list[tuple[Tensor, StepPlan]] = []
@@ -269,19 +273,27 @@ class RefinementLoop:
             if self.workspace is not None and not step.is_last:
                 assert z is not None and workspace_grad is not None, "it entered the step"
                 with torch.set_grad_enabled(step.keep_graph):
-                    z = self.workspace.update(z, workspace_grad, step.scale, self.config.decay)
+                    z_motion = plus_carried(
+                        self.workspace.change(workspace_grad, z.dtype, step.scale),
+                        carried_from(z_motion, self.config.momentum),
+                    )
+                    z = self.workspace.update(z, z_motion, step.scale, self.config.decay)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
                 factor = step_size_factor * step.scale
                 alpha = step_size * factor
                 if self.config.decay and not starts_at_zero:
                     embedded = embedded.decayed(1 - self.config.decay * factor)
+                carried = carried_from(motion, self.config.momentum)
                 state, embedded, loss = self.state_space.update(
-                    embedded, energy_grad, alpha, targets, step
+                    embedded, energy_grad, alpha, targets, step, carried
                 )
                 if step.needs_graph and self.with_backward:
                     assert loss is not None, "a backward is run for targets only"
                     pending_backwards.append((loss * step.loss_weight, step))
+            if self.config.momentum and not step.is_last:
+                with torch.set_grad_enabled(step.keep_graph):
+                    motion = motion_of(energy_grad, alpha, carried, self.state_space.dtype)
             # With the full graph a step's loss waits for the last step's: one backward for all.
             if step.ends_graph:
                 back_propagate(pending_backwards, contexts)

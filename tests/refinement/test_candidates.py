@@ -60,6 +60,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     x, losses, fed = draws.initial_state(), [], None
     z = draws.initial_workspace() if state.workspace else None
     mask = torch.ones(B, S, V, dtype=torch.bool)
+    motion = z_motion = torch.zeros(())
     for i, landscape in enumerate(model.landscapes(num_steps)):
         if i == 1:
             mask = lowest_of_the_largest(x, config.candidates)
@@ -67,6 +68,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if config.graph != "full" or starts_graph:
             x = x.detach()
             z = None if z is None else z.detach()
+            motion, z_motion = motion.detach(), z_motion.detach()
         noise = draws.langevin(i)
         x = x if noise is None else x + noise * mask
         if not x.requires_grad:
@@ -83,20 +85,28 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             fed = [shared, shared_w]
             if not has_graph(config, i, num_steps):
                 fed = [None if u is None else u.detach() for u in fed]
-        energy = plain.reference_energy(model, p @ weight, embedded_observed, landscape, fed, w)
+        e = p @ weight
+        energy = plain.reference_energy(model, e, embedded_observed, landscape, fed, w)
         by = x if config.update == "logits" else p
         if z is None:
             (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         else:
             gradient, of_z = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
-            z = z - model.workspace_step_size.squeeze(0) * of_z
+            z_motion = config.momentum * z_motion - model.workspace_step_size.squeeze(0) * of_z
+            z = z + z_motion
+        if config.momentum:
+            (gradient,) = torch.autograd.grad(energy.sum(), e, create_graph=True)
         step = alpha
         if not has_graph(config, i, num_steps) and config.graph != "detach":
             gradient, step = gradient.detach(), alpha.detach()
         start = p if config.update == "probabilities" else x
         if config.graph != "full":
             start, x = start.detach(), x.detach()
-        change = -step * gradient
+        change = motion = config.momentum * motion - step * gradient
+        if config.momentum:  # it is kept in front of the map
+            change = motion @ weight.T
+            if config.update == "logits":
+                change = p * (change - (p * change).sum(-1, keepdim=True))
         if config.change_clamp is not None:
             change = torch.clamp(change, -config.change_clamp, config.change_clamp)
         moved = start + change
@@ -188,6 +198,15 @@ CONTENT = ["linear", "bilinear", "context"]
         "block_recomputed": {
             "model": {"energy_head": CONTENT, "num_kv_heads": 2},
             "refinement": {"recompute": "block", "tile_rows": 4},
+        },
+        "momentum_from_zeros": {
+            "state": {"initial": "zeros", "map_scale": 7.0},
+            "refinement": {"momentum": 0.6, "update": "mirror"},
+        },
+        "momentum_of_probabilities": {"refinement": {"momentum": 0.6}},
+        "momentum_of_logits_and_a_workspace": {
+            "state": {"workspace": 6},
+            "refinement": {"momentum": 0.6, "update": "logits"},
         },
         "encoded_again": {"refinement": {"reencode": "all", "update": "mirror"}},
         "last_block_again_every_other": {

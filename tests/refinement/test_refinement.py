@@ -151,12 +151,14 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
     embedded_observed = model.embed_observed(observed)
     x, losses, fed = draws.initial_state(), [], None
+    velocity = z_velocity = torch.zeros(())
     scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
         scale = 1 / (i + 1) ** config.damping
         last = i == num_steps - 1
         if config.graph != "full" or i <= scored_from:
             x = x.detach()
+            velocity, z_velocity = velocity.detach(), z_velocity.detach()
         noise = draws.langevin(i)
         x = x if noise is None else x + noise
         if not x.requires_grad:
@@ -191,9 +193,16 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if has_workspace:
             gradient, z_gradient = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
             beta = scale * model.workspace_step_size.squeeze(0)
-            z = (1 - config.decay * scale) * z - beta * z_gradient
+            z_velocity = config.momentum * z_velocity - beta * z_gradient
+            z = (1 - config.decay * scale) * z + z_velocity
         else:
             (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
+        # Momentum is kept in front of the map. Where the map is linear and the graph goes through
+        # all steps, that is the state's own.
+        through_all = config.graph == "full" and config.backprop_steps is None
+        in_front = config.momentum > 0 and not (through_all and config.update != "logits")
+        if in_front:
+            (gradient,) = torch.autograd.grad(energy.sum(), candidate, create_graph=True)
         if config.graph == "truncate" and not last:
             gradient = gradient.detach()
         start = moving if config.update == "probabilities" else x
@@ -201,7 +210,13 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             start = start.detach()
         step = alpha.detach() if config.graph == "truncate" and not last else alpha
         start = (1 - config.decay * scale * draws.step_size_factor()) * start
-        change = -step * scale * gradient
+        change = velocity = config.momentum * velocity - step * scale * gradient
+        if in_front and kind == "embedding":
+            change = velocity @ model.frame_projection.weight
+        elif in_front:
+            change = velocity @ weight.T
+            if config.update == "logits":
+                change = p * (change - (p * change).sum(-1, keepdim=True))
         if config.change_clamp is not None:
             change = torch.clamp(change, -config.change_clamp, config.change_clamp)
         x = start + change
