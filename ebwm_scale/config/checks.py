@@ -257,6 +257,7 @@ def _check_refinement(config: Config, require: Require) -> None:
         f"refinement.momentum is {refinement.momentum} with refinement.num_steps 1: there is no "
         "step to go on from; use more steps or leave the key out",
     )
+    _check_spectral_penalty(config, require)
     _check_loss_weights(config, require)
     _check_candidates(config, require)
     _check_reencoding(config, require)
@@ -289,6 +290,28 @@ def _check_backprop_steps(config: Config, require: Require) -> None:
         refinement.backprop_steps < refinement.num_steps,
         f"{given}: must be below refinement.num_steps {refinement.num_steps}, "
         "or the key changes nothing",
+    )
+
+
+def _check_spectral_penalty(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.spectral_penalty == 0:
+        require(
+            refinement.spectral_bound == 0.8,
+            f"refinement.spectral_bound is {refinement.spectral_bound} without "
+            "refinement.spectral_penalty: give the penalty a weight or leave the key out",
+        )
+        return
+    given = f"refinement.spectral_penalty is {refinement.spectral_penalty}"
+    require(
+        refinement.num_steps > 1,
+        f"{given} with refinement.num_steps 1: there is no second move to compare; "
+        "use more steps or leave the key out",
+    )
+    require(
+        config.state.kind == "embedding" or refinement.update == "mirror",
+        f"{given} with refinement.update {refinement.update}: a move is measured in front of a "
+        "linear map, use mirror or 0",
     )
 
 

@@ -14,7 +14,8 @@ stop, go back and win together. With `refinement.momentum` a step goes on with a
 before it, after one that was undone with nothing. With `refinement.decay` E(x) is compared with
 what decay adds to it (refinement/decay.py). With `refinement.candidates` a row moves a few of its
 tokens once it has taken a step (thinking_state.py). No second-order graph is built, and memory does
-not depend on the number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
+not depend on the number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on
+thinking.
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ from ebwm_scale.refinement.deferred_backward import (
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.momentum import carried_from, motion_of, plus_carried
 from ebwm_scale.refinement.sampling import NoiseSampler
+from ebwm_scale.refinement.spectral_penalty import SpectralPenalty
 from ebwm_scale.refinement.step_plan import (
     StepPlan,
     first_graph_step,
@@ -143,6 +144,7 @@ def refine(
             config,
             plan,
             targets,
+            num_rows=num_samples * num_positions,
             with_backward=with_backward,
             record=record,
         )
@@ -173,7 +175,8 @@ def refine(
     if targets is not None:
         result.loss_per_step = loop.losses
         result.loss = backward.as_loss(
-            total_loss(loop.losses, config), read_outside=world_model.embedding_parameters()
+            total_loss(loop.losses, config) + loop.penalty,
+            read_outside=world_model.embedding_parameters(),
         )
     return result
 
@@ -194,7 +197,7 @@ def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
 class RefinementLoop:
     """Takes tiles through the planned steps; losses and energies add up over tiles.
 
-    targets: those of the whole batch. shared: the backward of what all tiles share.
+    targets, num_rows: those of the whole batch. shared: the backward of what all tiles share.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class RefinementLoop:
         plan: Sequence[StepPlan],
         targets: Tensor | None,
         *,
+        num_rows: int,
         with_backward: bool,
         record: Callable[[StepRecord], None] | None,
     ):
@@ -219,6 +223,8 @@ class RefinementLoop:
         self.state_space = detach_state_space(world_model.state_space(), self.shared)
         self.workspace = detach_workspace(world_model.workspace(), self.shared)
         self.targets = None if targets is None else self.state_space.targets(targets)
+        self.num_rows = num_rows
+        self.penalty: Tensor | float = 0.0  # of `refinement.spectral_penalty`, summed over tiles
         self.losses: list[Tensor] = []  # per step, summed over tiles
         self.energies: list[Tensor] = []
 
@@ -239,6 +245,7 @@ class RefinementLoop:
         z = None if self.workspace is None else noise.initial_workspace()
         shape = (samples.stop - samples.start, positions.stop - positions.start)
         pending_backwards: list[tuple[Tensor, StepPlan]] = []
+        penalty = self._spectral_penalty()
         for step in self.plan:
             langevin = noise.langevin(step.index)
             starts_at_zero = step.index == 0 and langevin is None and noise.starts_at_zero()
@@ -270,14 +277,18 @@ class RefinementLoop:
                 config=self.config,
                 workspace=w,
             )
-            if self.workspace is not None and not step.is_last:
+            moves_have_graph = step.needs_graph if penalty is not None else step.keep_graph
+            z_move = None
+            if self.workspace is not None and (penalty is not None or not step.is_last):
                 assert z is not None and workspace_grad is not None, "it entered the step"
-                with torch.set_grad_enabled(step.keep_graph):
+                with torch.set_grad_enabled(moves_have_graph):
                     z_motion = plus_carried(
                         self.workspace.change(workspace_grad, z.dtype, step.scale),
                         carried_from(z_motion, self.config.momentum),
                     )
-                    z = self.workspace.update(z, z_motion, step.scale, self.config.decay)
+                    next_z = self.workspace.update(z, z_motion, step.scale, self.config.decay)
+                    z_move = next_z - z if penalty is not None else None
+                z, z_motion = kept_for_next(step, next_z), kept_for_next(step, z_motion)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
                 factor = step_size_factor * step.scale
@@ -288,12 +299,20 @@ class RefinementLoop:
                 state, embedded, loss = self.state_space.update(
                     embedded, energy_grad, alpha, targets, step, carried
                 )
-                if step.needs_graph and self.with_backward:
-                    assert loss is not None, "a backward is run for targets only"
-                    pending_backwards.append((loss * step.loss_weight, step))
-            if self.config.momentum and not step.is_last:
-                with torch.set_grad_enabled(step.keep_graph):
+            term = None
+            if penalty is not None or (self.config.momentum and not step.is_last):
+                with torch.set_grad_enabled(moves_have_graph):
                     motion = motion_of(energy_grad, alpha, carried, self.state_space.dtype)
+                    if penalty is not None:
+                        term = penalty.of_step(step, motion, factor, z_move)
+                motion = kept_for_next(step, motion)
+            if step.needs_graph and self.with_backward:
+                assert loss is not None, "a backward is run for targets only"
+                loss_terms = loss * step.loss_weight
+                if term is not None:
+                    loss_terms = loss_terms + term
+                    self.penalty = self.penalty + term.detach()
+                pending_backwards.append((loss_terms, step))
             # With the full graph a step's loss waits for the last step's: one backward for all.
             if step.ends_graph:
                 back_propagate(pending_backwards, contexts)
@@ -303,6 +322,17 @@ class RefinementLoop:
                 whole = whole_state(state).detach().clone()
                 self.record(StepRecord(energy.detach(), energy_grad.detach(), whole))
         return None if state is None else whole_state(state)
+
+    def _spectral_penalty(self) -> SpectralPenalty | None:
+        """For a tile; None where it has no part in the loss."""
+        if not self.with_backward or self.config.spectral_penalty == 0:
+            return None
+        return SpectralPenalty(
+            self.config,
+            self.plan,
+            num_groups=self.num_rows // self.network.group_size,
+            group_size=self.network.group_size,
+        )
 
     def _add_up(self, step: StepPlan, energy: Tensor, loss: Tensor | None) -> None:
         _add_at(self.energies, step.index, energy.detach().sum())
@@ -331,6 +361,11 @@ def back_propagate(
     for _, step in pending_backwards:
         contexts.release(step)
     pending_backwards.clear()
+
+
+def kept_for_next(step: StepPlan, tensor: Tensor) -> Tensor:
+    """What the next step reads of this one's: with its graph only where the plan keeps it."""
+    return tensor if step.keep_graph else tensor.detach()
 
 
 def detach_workspace(

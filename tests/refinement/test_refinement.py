@@ -152,6 +152,8 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     embedded_observed = model.embed_observed(observed)
     x, losses, fed = draws.initial_state(), [], None
     velocity = z_velocity = torch.zeros(())
+    moved = added = torch.zeros(())  # of the penalty: in front of the map
+    lengths, penalties = None, []
     scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
         scale = 1 / (i + 1) ** config.damping
@@ -159,6 +161,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if config.graph != "full" or i <= scored_from:
             x = x.detach()
             velocity, z_velocity = velocity.detach(), z_velocity.detach()
+            moved, added = moved.detach(), added.detach()
         noise = draws.langevin(i)
         x = x if noise is None else x + noise
         if not x.requires_grad:
@@ -194,7 +197,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             gradient, z_gradient = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
             beta = scale * model.workspace_step_size.squeeze(0)
             z_velocity = config.momentum * z_velocity - beta * z_gradient
-            z = (1 - config.decay * scale) * z + z_velocity
+            z_before, z = z, (1 - config.decay * scale) * z + z_velocity
         else:
             (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         # Momentum is kept in front of the map. Where the map is linear and the graph goes through
@@ -209,6 +212,17 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if config.graph != "full":
             start = start.detach()
         step = alpha.detach() if config.graph == "truncate" and not last else alpha
+        if config.spectral_penalty:
+            (of_e,) = torch.autograd.grad(energy.sum(), candidate, create_graph=True)
+            moved = config.momentum * moved - step * scale * of_e
+            move = moved - config.decay * scale * draws.step_size_factor() * added
+            added = added + move
+            moves = [move] + ([z - z_before] if has_workspace else [])
+            before, lengths = lengths, [length_of_group(model, u) for u in moves]
+            if before is not None and has_graph(config, i, num_steps):
+                ratios = [a / b.detach() for a, b in zip(lengths, before)]
+                bound = config.spectral_bound
+                penalties.append(sum(F.relu(r - bound).square().mean() for r in ratios))
         start = (1 - config.decay * scale * draws.step_size_factor()) * start
         change = velocity = config.momentum * velocity - step * scale * gradient
         if in_front and kind == "embedding":
@@ -229,15 +243,21 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         )
         if config.graph == "truncate" and not last:
             losses[-1] = losses[-1].detach()
+    penalty = config.spectral_penalty * sum(penalties) / max(1, len(penalties))
     if config.loss == "last":
-        return losses[-1]
+        return losses[-1] + penalty
     weights = torch.ones(num_steps, dtype=torch.float64)
     if config.loss_weights == "rising":
         weights = torch.arange(1, num_steps + 1, dtype=torch.float64).square()
     elif config.loss_weights is not None:
         weights = torch.tensor(config.loss_weights[-num_steps:], dtype=torch.float64)
     weights[:scored_from] = 0
-    return (weights / weights.sum() * torch.stack(losses)).sum()
+    return (weights / weights.sum() * torch.stack(losses)).sum() + penalty
+
+
+def length_of_group(model, move):
+    """(B, S / P) of a move (B, S, ..): over all numbers of the rows that see each other."""
+    return move.unflatten(1, (-1, model.network.group_size)).square().sum((2, 3)).sqrt()
 
 
 def gradients(model, loss):
