@@ -3,7 +3,7 @@ steps, for the table in docs/distributed.md.
 
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json]
         [--stages 0 1 2 3] [--checkpoint none step block] [--precision fp32 bf16]
-        [--recipe S1 S2 algorithm_1 baseline looped shallow groups workspace candidates world]
+        [--recipe S1 S2 algorithm_1 baseline looped shallow groups workspace candidates exits world]
         [--accumulation 2] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
@@ -47,6 +47,14 @@ RECIPES = {
     "groups": {"graph": "full", "loss": "last"},
     "workspace": {"graph": "full", "loss": "last"},
     "candidates": {"graph": "full", "update": "mirror", "candidates": 9, "num_steps": 3},
+    "exits": {
+        "graph": "full",
+        "update": "mirror",
+        "loss_weights": "exits",
+        "momentum": 0.5,
+        "spectral_penalty": 0.5,
+        "num_steps": 3,
+    },
     "world": {"graph": "full", "step_size": 0.5},
 }
 # What a recipe asks of the model and its states.
@@ -57,6 +65,7 @@ MODELS = {
     },
     "workspace": {"energy_head": ["bilinear"]},
     "candidates": {"energy_head": ["bilinear"]},
+    "exits": {"energy_head": ["bilinear"]},
     "baseline": {"kind": "baseline"},
     "looped": {"kind": "baseline", "loops": 3, "loop_loss": "every"},
     "world": {"vocabulary_size": None},
@@ -65,6 +74,7 @@ STATES = {
     "shallow": {"initial": "zeros"},
     "workspace": {"workspace": 8},
     "candidates": {"initial": "zeros", "map_scale": 3.0},
+    "exits": {"initial": "zeros", "workspace": 8},
     "world": {"kind": "embedding", "dimension": 7, "initial": "most_recent"},
 }
 # world: frames of patches, an action of numbers and one of buttons behind each

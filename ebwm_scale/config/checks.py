@@ -318,6 +318,13 @@ def _check_spectral_penalty(config: Config, require: Require) -> None:
 def _check_loss_weights(config: Config, require: Require) -> None:
     refinement = config.refinement
     weights = refinement.loss_weights
+    for key, default in (("exit_entropy", 0.1), ("exit_learning_rate_multiplier", 10.0)):
+        value = getattr(refinement, key)
+        require(
+            weights == "exits" or value == default,
+            f"refinement.{key} is {value} with refinement.loss_weights {shown(weights)}: "
+            "only exits are learned, use exits or leave the key out",
+        )
     if weights is None:
         return
     require(
@@ -325,7 +332,16 @@ def _check_loss_weights(config: Config, require: Require) -> None:
         f"refinement.loss_weights is given with refinement.loss {refinement.loss}: "
         "only the losses of every step are weighted, use every or leave the weights out",
     )
-    if weights == "rising":
+    require(
+        weights != "exits" or refinement.num_steps > 1,
+        "refinement.loss_weights is exits with refinement.num_steps 1: there is one exit; "
+        "use more steps or leave the key out",
+    )
+    require(
+        weights != "exits" or config.model.kind == "energy",
+        "refinement.loss_weights is exits: a baseline takes no steps, leave the key out",
+    )
+    if isinstance(weights, str):
         return
     listed = shown(list(weights))
     require(

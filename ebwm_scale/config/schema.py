@@ -145,9 +145,16 @@ class RefinementConfig(Section):
     loss: Literal["every", "last"] = "every"
     """The mean over the steps' losses, or the last one's."""
     loss_weights: (
-        Literal["rising"] | Annotated[tuple[NotNegative, ...], BeforeValidator(as_tuples)] | None
+        Literal["rising", "exits"]
+        | Annotated[tuple[NotNegative, ...], BeforeValidator(as_tuples)]
+        | None
     ) = None
-    """With loss every: rising (1, 4, 9, ..) or one weight per step; they are made to sum to 1."""
+    """With loss every: rising (1, 4, 9, ..) or one weight per step, which are made to sum to 1; or
+    exits, a learned distribution over the steps (refinement/exits.py)."""
+    exit_entropy: NotNegative = 0.1
+    """Of loss_weights exits: what a nat of divergence from the uniform distribution costs."""
+    exit_learning_rate_multiplier: Positive = 10.0
+    """Of loss_weights exits: the learning rate of the distribution over the model's."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
     """vocabulary states only, see ebwm_kernels.vocabulary.api."""
     candidates: Count | None = None

@@ -7,6 +7,7 @@
         x_(i+1) = update(x_i, g, alpha)            x - alpha * dE/dx (model/states.py)
         loss_i  = criterion(x_(i+1), target)
     loss = mean of loss_i, or loss_(N-1)           its gradient goes through g: a double backward
+           or weighted (step_plan.py, exits.py)
 
 Rows, that is (sample, position) pairs, do not see each other's candidates. So the loop runs over
 tiles of rows, one after the other (tiling.py). In a sequence of groups (one row per cell of the
@@ -54,6 +55,7 @@ from ebwm_scale.refinement.deferred_backward import (
     StepwiseBackward,
     fp32_grad_buffer,
 )
+from ebwm_scale.refinement.exits import exit_objective, with_exit_weights
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.momentum import carried_from, motion_of, plus_carried
 from ebwm_scale.refinement.sampling import NoiseSampler
@@ -121,6 +123,7 @@ def refine(
     exact for every combination of graph, loss and update, and can be handed out once.
     """
     network = world_model.network
+    config = with_exit_weights(config, world_model.exit_logits, len(landscapes))
     num_samples = observed.shape[0]
     num_positions = observed.shape[1] // network.context_group * network.group_size
     with_backward = training and targets is not None and torch.is_grad_enabled()
@@ -167,16 +170,20 @@ def refine(
                     assert state is not None, "the plan keeps the last state"
                     states.append(state.detach().flatten(0, 1).to(keep_state))
         loop.shared.backward()
+        loss = None if targets is None else total_loss(loop.losses, config)
+        if loss is not None and with_backward and world_model.exit_logits is not None:
+            loss = exit_objective(world_model.exit_logits, loop.losses, config)
+            loss.backward()  # within the model: its logits are a leaf here
+            loss = loss.detach()
 
     result = RefinementResult(None, [], [], None)
     if keep_state is not None:
         result.state = torch.cat(states).view(num_samples, num_positions, -1)
     result.energy_per_step = [e / (num_samples * num_positions) for e in loop.energies]
-    if targets is not None:
+    if loss is not None:
         result.loss_per_step = loop.losses
         result.loss = backward.as_loss(
-            total_loss(loop.losses, config) + loop.penalty,
-            read_outside=world_model.embedding_parameters(),
+            loss + loop.penalty, read_outside=world_model.embedding_parameters()
         )
     return result
 

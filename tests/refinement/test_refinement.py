@@ -246,6 +246,11 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     penalty = config.spectral_penalty * sum(penalties) / max(1, len(penalties))
     if config.loss == "last":
         return losses[-1] + penalty
+    if config.loss_weights == "exits":
+        q = model.exit_logits[scored_from:num_steps].softmax(-1)
+        divergence = (q * (q * len(q)).log()).sum()
+        expected = (q * torch.stack(losses[scored_from:])).sum()
+        return expected + config.exit_entropy * divergence + penalty
     weights = torch.ones(num_steps, dtype=torch.float64)
     if config.loss_weights == "rising":
         weights = torch.arange(1, num_steps + 1, dtype=torch.float64).square()
