@@ -9,8 +9,8 @@ shrinking to the one step that is best at first, so that the others stay trained
 steps, or one whose first steps have no graph, has the distribution of those that are scored. Where
 the losses stand still q is proportional to exp(-loss_i / exit_entropy).
 
-In eval mode a model's loss is the expectation alone. Source of the objective: looped language models,
-arXiv 2510.25741, whose gate also reads the input; PonderNet, arXiv 2107.05407.
+In eval mode a model's loss is the expectation alone. Source of the objective: looped language
+models, arXiv 2510.25741, whose gate also reads the input; PonderNet, arXiv 2107.05407.
 """
 
 from __future__ import annotations

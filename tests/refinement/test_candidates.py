@@ -13,6 +13,7 @@ import test_refinement as plain
 import torch
 from torch.nn import functional as F
 
+from ebwm_kernels.vocabulary import candidates as vocabulary_candidates
 from ebwm_kernels.vocabulary.api import vocabulary_descend_reference
 from ebwm_kernels.vocabulary.candidates import (
     Candidates,
@@ -25,6 +26,7 @@ from ebwm_scale.model import candidates, states
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
 from ebwm_scale.refinement.step_plan import has_graph, last_encoding
+from ebwm_scale.world_model import WorldModel
 
 B, S, V, K = plain.B, plain.S, plain.V, 4
 
@@ -223,6 +225,72 @@ CONTENT = ["linear", "bilinear", "context"]
 def test_candidates_are_exact_with_every_other_option(graph, name, options):
     options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph}}
     compare(*build(**options))
+
+
+def gradients_with_choices(model, observed, targets, given=None):
+    """({name: gradient}, the choices (rows, K)); given: choices to take in place of its own."""
+    chosen = []
+    right = vocabulary_candidates.top_candidates
+
+    def top(x, count):
+        chosen.append(right(x, count) if given is None else given)
+        return chosen[-1]
+
+    draws = {"sample_ids": torch.arange(len(observed)), "source": NoiseSource(0, 0)}
+    with mock.patch.object(vocabulary_candidates, "top_candidates", top):
+        loss = model(observed, targets, **draws).loss
+    found = plain.gradients(model, loss)
+    return {name: g.double() for name, g in found.items() if g is not None}, chosen[0]
+
+
+def largest_error(found, expected):
+    """Of any gradient, relative to the largest number of its tensor."""
+    return max(
+        float((found[name] - g).abs().max() / g.abs().max())
+        for name, g in expected.items()
+        if g.abs().max() > 1e-12
+    )
+
+
+def test_what_bfloat16_departs_by_is_the_choice_of_candidates():
+    """A row at the edge chooses another token where weights are rounded: a jump, in float64 too.
+    With the same choice bfloat16 departs as it does without candidates.
+    """
+    config = config_from_dict(
+        {
+            "model": {
+                "num_layers": 3,
+                "width": 32,
+                "num_heads": 4,
+                "vocabulary_size": 61,
+                "predicted_input": "anchored",
+                "energy_head": ["bilinear"],
+            },
+            "state": {"initial": "zeros", "map_scale": 3.0},
+            "refinement": {
+                "step_size": 5.0,
+                "graph": "full",
+                "update": "mirror",
+                "candidates": 9,
+                "num_steps": 3,
+            },
+        }
+    )
+    tokens = torch.randint(61, (4, 13), generator=torch.Generator().manual_seed(101))
+    observed, targets = tokens[:, :-1], tokens[:, 1:]
+    torch.manual_seed(0)
+    exact, half = WorldModel(config), WorldModel(config)
+    half.load_state_dict(exact.state_dict())
+    exact, half = exact.double(), half.bfloat16()
+    expected, choices = gradients_with_choices(exact, observed, targets)
+    own, rounded_choices = gradients_with_choices(half, observed, targets)
+    differ = (choices.sort(-1).values != rounded_choices.sort(-1).values).any(-1)
+    assert 0 < differ.sum() < len(differ)
+    same_choice, _ = gradients_with_choices(half, observed, targets, choices)
+    jumped, _ = gradients_with_choices(exact, observed, targets, rounded_choices)
+    assert largest_error(same_choice, expected) < 0.1
+    assert largest_error(own, expected) > 2 * largest_error(same_choice, expected)
+    assert largest_error(jumped, expected) > 2 * largest_error(same_choice, expected)
 
 
 def test_the_targets_are_among_the_candidates_and_not():
