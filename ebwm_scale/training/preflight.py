@@ -38,6 +38,8 @@ from ebwm_scale.data.loading.batches import DataState, check_context
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.opening import open_splits
 from ebwm_scale.data.loading.streaming import check_stream
+from ebwm_scale.data.text_stream.loader import cursors_of
+from ebwm_scale.data.text_stream.strands import TextStream, open_text_stream
 from ebwm_scale.model.blocks import attention_paths
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
 
@@ -57,6 +59,7 @@ class RunCheck:
     micro_batch: int = 0
     accumulation: int = 0
     splits: dict[str, ShardedSplit | MixedSplit] = field(default_factory=dict)
+    text_stream: TextStream | None = None  # where the run reads raw text
     attention: dict[str, str] = field(default_factory=dict)  # stream -> what computes it
     saved: CheckpointInfo | None = None
     changes: list[str] = field(default_factory=list)  # since the checkpoint, one line each
@@ -213,10 +216,19 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     check.config = config = filled
     check.attempt("data", check_groups, config)
     check.attempt("data", check_context, train.manifest, config.data.context_length)
-    if config.data.stream:
+    if config.data.stream and config.data.stream_format == "text":
+        check.text_stream = check.attempt(
+            "data",
+            open_text_stream,
+            config,
+            train.manifest,
+            world_size=check.world_size,
+            group=group,
+        )
+    elif config.data.stream:
         check.attempt("data", check_stream, config.data.stream, check.world_size)
     epochs = config.train.max_steps * config.train.global_batch_size / len(train)
-    if epochs > MANY_EPOCHS:
+    if epochs > MANY_EPOCHS and check.text_stream is None:
         warning = (
             f"train.max_steps {config.train.max_steps} x train.global_batch_size "
             f"{config.train.global_batch_size} are {epochs:,.0f} epochs of "
@@ -279,6 +291,8 @@ def check_saved(
             fingerprint=check.splits["train"].fingerprint,
             seed=check.config.train.seed,
         )
+    if check.text_stream is not None:
+        check.attempt("checkpoint", cursors_of, saved.trainer.get("text_stream"), check.text_stream)
     check.changes += describe_schedule_changes(before, check.config, saved.step)
     rate = RateChange.of(before, check.config, saved.step)
     if rate.changed:
