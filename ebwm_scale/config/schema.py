@@ -225,8 +225,9 @@ class DataConfig(Section):
     """Raw text: records are taken for which these hold, such as 'score >= 0.5'."""
     mask_document_starts: bool = False
     """text: the first token of a document is no target."""
-    mask_documents: bool = False
-    """text: no attention across documents; each begins with the end of sequence before it."""
+    mask_documents: bool | None = None
+    """text: no attention across documents; each begins with the end of sequence before it. Default:
+    what the dataset says, true of new ones, false of those from before it was said."""
     eos_id: Annotated[int, Field(ge=0)] | None = None
     """text: the token between documents; mask_documents takes it from the dataset."""
     max_quarantined: CountOrNone = 16

@@ -218,7 +218,7 @@ class _Repair:
 
     def _num_targets(self, sample: Sample) -> int:
         content = self.manifest.content
-        if "scored" in content.members:
+        if content.is_marked:
             return num_scored(sample.states, content.group_size)
         return self.manifest.context_length
 

@@ -140,7 +140,7 @@ def _target_problems(
 ) -> list[str]:
     """Of the number of scored targets: losses in training are scaled by what the manifest says."""
     content = reader.manifest.content
-    if "scored" not in content.members:
+    if not content.is_marked:
         return []
     found = 0
     for sample_id in range(first_id, first_id + shard.num_samples):

@@ -364,6 +364,11 @@ def check_context(manifest: Manifest, context_length: int) -> None:
     instance of a task.
     """
     packed, group_size = manifest.context_length, manifest.content.group_size
+    if getattr(manifest.content, "is_padded", False) and context_length != packed:
+        raise DataError(
+            f"data.context_length is {context_length}: the blocks of {manifest.path} have {packed} "
+            "observed tokens, packed by best fit, and are not cut; leave the key out, or pack again"
+        )
     if manifest.content.members and context_length != packed:
         raise DataError(
             f"data.context_length is {context_length}: the instances of {manifest.path} have "

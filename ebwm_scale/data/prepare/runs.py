@@ -144,14 +144,25 @@ class Runs:
     ) -> Iterator[np.ndarray]:
         """The payload of each document of a split in the order, from a bucket on."""
         for bucket in range(first_bucket, self.num_buckets):
-            pieces = [self._part(path, bucket) for path in self._paths]
-            keys = np.concatenate([part for part, _ in pieces]) if pieces else np.empty(0, KEYS)
-            of_run = np.repeat(np.arange(len(pieces)), [len(part) for part, _ in pieces])
-            chosen = rule.chosen(split, keys["draw"], keys["digest"])
-            keys, of_run = keys[chosen], of_run[chosen]
-            for place in _sorted_places(keys):
-                start = int(keys["start"][place])
-                yield pieces[of_run[place]][1][start : start + int(keys["size"][place])]
+            yield from self.bucket(rule, split, bucket)
+
+    def bucket(self, rule: SplitRule, split: str, bucket: int) -> Iterator[np.ndarray]:
+        """The payload of each document of a split in a bucket, in the order."""
+        pieces = [self._part(path, bucket) for path in self._paths]
+        keys = np.concatenate([part for part, _ in pieces]) if pieces else np.empty(0, KEYS)
+        of_run = np.repeat(np.arange(len(pieces)), [len(part) for part, _ in pieces])
+        chosen = rule.chosen(split, keys["draw"], keys["digest"])
+        keys, of_run = keys[chosen], of_run[chosen]
+        for place in _sorted_places(keys):
+            start = int(keys["start"][place])
+            yield pieces[of_run[place]][1][start : start + int(keys["size"][place])]
+
+    def sizes(self, rule: SplitRule, split: str, bucket: int) -> np.ndarray:
+        """int64, of the payload of each document that bucket() gives."""
+        parts = [self._keys(path, bucket) for path in self._paths]
+        keys = np.concatenate([np.empty(0, KEYS), *parts])
+        keys = keys[rule.chosen(split, keys["draw"], keys["digest"])]
+        return keys["size"][_sorted_places(keys)].astype(np.int64)
 
     def digests(self) -> Iterator[str]:
         """The digests of all documents, sorted; memory is that of one range of digests."""
@@ -171,11 +182,14 @@ class Runs:
             return np.zeros(len(values), dtype=np.int64)
         return (values >> np.uint64(64 - self.bits)).astype(np.int64)
 
-    def _part(self, path: Path, bucket: int) -> tuple[np.ndarray, np.ndarray]:
-        """(keys, payload) of a run's documents in a bucket; `start` counts in that payload."""
+    def _keys(self, path: Path, bucket: int) -> np.ndarray:
         # memmap: finding the range touches a few pages of the keys, not all
         mapped = np.memmap(path, dtype=KEYS, mode="r")
-        keys = np.array(mapped[slice(*_range(mapped["order"], bucket, self.bits))])
+        return np.array(mapped[slice(*_range(mapped["order"], bucket, self.bits))])
+
+    def _part(self, path: Path, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+        """(keys, payload) of a run's documents in a bucket; `start` counts in that payload."""
+        keys = self._keys(path, bucket)
         if not len(keys):
             return keys, np.empty(0, self.dtype)
         offset = int(keys["start"][0])

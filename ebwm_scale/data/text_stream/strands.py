@@ -86,8 +86,8 @@ class TextStream:
         megabytes = sum(strand.size for strand in self.strands) / 10**6
         first = (
             f"data.stream: raw text, {len(sources)} files or parts of files, {megabytes:,.1f} MB "
-            f"as they lie there, read at {self.num_lanes} places at once; documents of the validation "
-            "split are left out"
+            f"as they lie there, read at {self.num_lanes} places at once; documents of the "
+            "validation split are left out"
         )
         return "\n".join([first, *(f"data.stream: {line}" for line in self.left_out)])
 
