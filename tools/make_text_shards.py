@@ -75,6 +75,19 @@ def main() -> int:
         help="blocks per shard (default %(default)s)",
     )
     parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="keep one of exact copies of a document, over all inputs",
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="INPUT",
+        help="leave out the documents that are also in this: another source of a mixture, or the "
+        "texts of a test; may be given several times",
+    )
+    parser.add_argument(
         "--packing",
         choices=PACKINGS,
         default="consecutive",
@@ -101,6 +114,8 @@ def main() -> int:
             samples_per_shard=arguments.samples_per_shard,
             selection=selection_of(arguments),
             tokens=arguments.tokens,
+            deduplicate=arguments.deduplicate,
+            without=arguments.without,
             packing=arguments.packing,
             mask_documents=arguments.mask_documents,
             progress=progress,

@@ -20,6 +20,7 @@ import numpy as np
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import printable
 from ebwm_scale.core.progress import Progress, no_progress
+from ebwm_scale.core.redaction import redacted
 from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
@@ -43,7 +44,7 @@ from ebwm_scale.data.prepare.reading.taking import Document
 from ebwm_scale.data.prepare.reading.token_input import TokenDocument, TokenInput
 from ebwm_scale.data.prepare.runs import Runs
 from ebwm_scale.data.prepare.scanning import Input, Maker, Scan, scan, work_folder
-from ebwm_scale.data.prepare.splitting import SPLITS, SplitRule, threshold_of
+from ebwm_scale.data.prepare.splitting import SPLITS, Place, SplitRule, threshold_of
 from ebwm_scale.data.tokenizer import Tokenizer, open_tokenizer
 from ebwm_scale.data.walking import Report
 
@@ -66,6 +67,8 @@ def make_text_dataset(
     samples_per_shard: int = 4096,
     selection: Selection = EVERYTHING,
     tokens: str | None = None,
+    deduplicate: bool = False,
+    without: Sequence[str | Path] = (),
     packing: str = CONSECUTIVE,
     mask_documents: bool | None = None,
     report: Report = print,
@@ -76,7 +79,9 @@ def make_text_dataset(
     A complete dataset of the same documents and settings is kept ("already there"). A half-made or
     damaged one is replaced. A complete one of other documents or settings is refused: nothing is
     deleted behind the user's back. selection: what is taken of records. tokens: the inputs hold ids
-    of this tokenizer, "uint16" or "uint32" where their files do not say it. packing: consecutive,
+    of this tokenizer, "uint16" or "uint32" where their files do not say it. deduplicate: of exact
+    copies of a document one is kept. without: inputs whose documents are left out wherever they
+    are, such as another source of a mixture, or the texts of a test. packing: consecutive,
     or best_fit, which keeps documents whole where they fit (best_fit.py). mask_documents: runs of
     the dataset mask documents, or do not, unless their configuration says otherwise; None: the
     manifest does not say, and they do not. Raises DataError.
@@ -111,7 +116,11 @@ def make_text_dataset(
     if mask_documents is not None:
         values["mask_documents"] = mask_documents
     how = TextInput(selection) if tokens is None else TokenInput(model, tokens)
-    reading = _Reading(inputs, how, seed, report, progress)
+    reading = _Reading(inputs, how, seed, report, progress, deduplicate, without)
+    if deduplicate:
+        values["settings"]["deduplicate"] = True
+    if without:
+        values["settings"]["without"] = [Path(i).resolve().name for i in map(str, without)]
     with staged_folder(output) as staging, work_folder(output) as work:
         if (output / MANIFEST_NAME).exists():
             values["source"] = reading.source(reading.digests_only(work))
@@ -122,7 +131,8 @@ def make_text_dataset(
             reading.report = _silent  # what was left out has been said
         found = reading.tokens(work, model)
         values["source"] = reading.source(found)
-        rule = SplitRule.of(validation_fraction, *found.places())
+        lowest, highest = reading.places(found)
+        rule = SplitRule.of(validation_fraction, lowest, highest)
         _report_losses(found, model, report)
         (staging / model.file_name).write_bytes(model.file_content())
         values["splits"] = _write_splits(staging, work, values, found.runs, rule, progress)
@@ -140,9 +150,13 @@ class _Reading:
         seed: int,
         report: Report,
         progress: Progress,
+        distinct: bool,
+        without: Sequence[str | Path],
     ):
+        self.distinct, self.without = distinct, without
         self.inputs, self.how, self.seed = inputs, how, seed
         self.report, self.progress = report, progress
+        self.say = report  # of what is left out of the dataset that is written
 
     def tokens(self, work: Path, model: Tokenizer) -> Scan:
         identity = f"tokens {_VERSION} {model.kind} {model.sha256} {model.eos_id}"
@@ -156,18 +170,39 @@ class _Reading:
     def source(self, found: Scan) -> dict[str, Any]:
         """What the manifest says of the inputs."""
         digest = hashlib.sha256()
-        for number, one in enumerate(found.runs.digests()):
-            digest.update(b"\n" * bool(number) + one.encode())
+        num_documents = 0
+        for one in found.runs.digests():
+            digest.update(b"\n" * bool(num_documents) + one.encode())
+            num_documents += 1
         return {
             "inputs": [Path(i).resolve().name for i in map(str, self.inputs)],
-            "num_documents": found.num_documents,
+            "num_documents": num_documents,
             "documents_sha256": digest.hexdigest(),
         }
+
+    def places(self, found: Scan) -> tuple[Place, Place]:
+        """The contents with the extreme draws, of the documents that are given.
+
+        Says how many are not; DataError where none is left.
+        """
+        if not found.runs.is_selective:
+            return found.places()
+        given = found.runs.given()
+        if given.num_copies:
+            self.say(f"ignored: {given.num_copies} further copies of documents")
+        if given.num_elsewhere:
+            names = ", ".join(printable(redacted(str(i))) for i in self.without)
+            self.say(f"ignored: {given.num_elsewhere} documents that are also in {names}")
+        if not given.num_documents:
+            raise DataError(
+                f"all {found.num_documents} documents are left out by --without; give other inputs"
+            )
+        return given.extremes[0], given.extremes[1]
 
     def _scan(
         self, work: Path, make: Callable[[int], Maker], identity: str, dtype: np.dtype
     ) -> Scan:
-        return scan(
+        found = scan(
             self.inputs,
             self.how,
             make,
@@ -178,6 +213,20 @@ class _Reading:
             report=self.report,
             progress=self.progress,
         )
+        found.runs.distinct = self.distinct
+        if self.without:
+            found.runs.without = scan(
+                self.without,
+                self.how,
+                lambda n: NothingMaker(),
+                work / "without",
+                seed=self.seed,
+                identity=f"nothing {_VERSION}",
+                dtype=NothingMaker.dtype,
+                report=lambda line: self.report(f"--without: {line}"),
+                progress=self.progress,
+            ).runs
+        return found
 
 
 class TokenMaker:
