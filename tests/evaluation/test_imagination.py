@@ -25,6 +25,7 @@ from ebwm_scale.data.prepare.worlds.dataset import make_world_dataset
 from ebwm_scale.data.prepare.worlds.opening import open_source
 from ebwm_scale.data.prepare.worlds.source import Wanted
 from ebwm_scale.evaluation import clusters, imagination
+from ebwm_scale.evaluation.pixels import measure_pixels
 from ebwm_scale.evaluation.rollouts import roll_out
 from ebwm_scale.inference.imagination import (
     Imagined,
@@ -215,6 +216,27 @@ def test_intervals_draw_whole_episodes():
     assert found["mean"] == pytest.approx(np.mean(lower))
     assert found["low"] < found["mean"] < found["high"]
     assert clusters.auroc_ci(real, real + 100, names)["low"] == 1
+
+
+def test_pixels_are_measured_against_the_frames_themselves(world):
+    pytest.importorskip("skimage", reason="the package scikit-image is not installed")
+    split, observe = opened(world)
+    windows = windows_of(split, observe, num_frames=4, max_windows=6)
+    truth = torch.stack([window.states[2:] for window in windows])
+    last = torch.stack([window.states[1:2] for window in windows]).expand_as(truth)
+    imagined = {"truth": truth, "model": truth, "persistence": last}
+    episodes = [window.episode for window in windows]
+    found = measure_pixels(windows, imagined, observe.space, 2, [1, 2], episodes)
+    for place, (psnr, ssim) in enumerate(zip(found["psnr"], found["ssim"])):
+        assert psnr["horizon"] == ssim["horizon"] == place + 1
+        assert psnr["model"]["mean"] == 100 and ssim["model"]["mean"] == 1  # the frames themselves
+        expected = []
+        for window in windows:
+            off = window.frames[1].astype(float) - window.frames[2 + place]
+            expected.append(min(100.0, 10 * np.log10(255**2 / max(1e-9, (off**2).mean()))))
+        mean = clusters.mean_ci(torch.tensor(expected), episodes)["mean"]
+        assert psnr["persistence"]["mean"] == pytest.approx(mean, rel=1e-5)
+        assert psnr["persistence"]["mean"] < 100 and 0 < ssim["persistence"]["mean"] < 1
 
 
 def test_the_page_shows_every_measure(world, tmp_path):
