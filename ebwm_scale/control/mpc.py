@@ -9,7 +9,7 @@ An actor is a Planner, or whoever else has `begin` and `plan` (baselines.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -57,6 +57,7 @@ class Outcome:
     frames: uint8 (n + 1, height, width, 3) as the model sees them, one more than actions taken.
     imagined: what each of the n later frames was planned to be, the same shape but one; None where
     the encoder cannot go back. costs: of each plan. evaluations, seconds: of all plans together.
+    goal: what was planned for.
     """
 
     success: bool | None
@@ -67,6 +68,7 @@ class Outcome:
     costs: list[float]
     evaluations: int
     seconds: float
+    goal: Goal | np.ndarray
 
     @property
     def total_reward(self) -> float:
@@ -200,6 +202,7 @@ def run_episode(
         costs,
         evaluations,
         seconds,
+        target,
     )
 
 
@@ -236,12 +239,6 @@ class _Judge:
         if terminated and reward > 0:
             return reward > max(self.rewards, default=0.0)
         return None
-
-
-def success_share(outcomes: Sequence[Outcome]) -> float | None:
-    """None where nobody can say."""
-    known = [outcome.success for outcome in outcomes if outcome.success is not None]
-    return sum(known) / len(outcomes) if known else None
 
 
 def _name(env: Any) -> str:

@@ -33,7 +33,7 @@ from ebwm_scale.control.solvers.sampling import (
     PathIntegral,
     RandomShooting,
 )
-from ebwm_scale.control.world_costs import CostConfig, FrameGoal, Goal, future_costs
+from ebwm_scale.control.world_costs import REACHED, CostConfig, FrameGoal, Goal, future_costs
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.data.format.content import VideoContent
 from ebwm_scale.data.format.manifest import Manifest
@@ -70,6 +70,7 @@ class Planner:
     steps ahead; default: what the trained context has behind its first half. budget: futures that
     a plan may evaluate. space: the environment's action space, for its bounds. imagines: of
     IMAGINES. thinking: how the model refines imagined frames. costs: beside the goal's.
+    reached: how frames are held against one that is given as the goal, see world_costs.py.
     goal_weight: of the goal against the energy, for the solver gradient. Raises UserError for a run
     without actions, and for numbers that cannot be.
     """
@@ -88,6 +89,7 @@ class Planner:
         imagines: str = "model",
         thinking: ThinkingConfig | None = None,
         costs: CostConfig = CostConfig(),
+        reached: str = REACHED[0],
         goal_weight: float = 1.0,
         batch_size: int = 64,
     ):
@@ -103,6 +105,7 @@ class Planner:
         self.solver_name = solver
         self.goal_weight = goal_weight
         self.costs = costs
+        self.reached = reached
         self.batch_size = batch_size
         self.thinking = thinking or ThinkingConfig(seed=config.train.seed)
         self._check()
@@ -152,7 +155,7 @@ class Planner:
             futures.imagine(best[None])[0],
         )
 
-    def frame_goal(self, frame: np.ndarray, reached: str = "mean") -> FrameGoal:
+    def frame_goal(self, frame: np.ndarray) -> FrameGoal:
         """A goal of a frame uint8 (height, width, 3); UserError for another size."""
         content = self.manifest.content
         assert isinstance(content, VideoContent), "checked when the planner was made"
@@ -162,7 +165,7 @@ class Planner:
                 f"the goal is {frame.dtype} {frame.shape}: frames of this run are uint8 {size}; "
                 "give one of that size"
             )
-        return FrameGoal(self._states(frame[None])[0], reached)
+        return FrameGoal(self.states_of(frame[None])[0], self.reached)
 
     def situation(self, frames: np.ndarray, conditions: Mapping[str, np.ndarray]) -> Situation:
         """What was seen, in the model's units, as far as its context reaches with the horizon."""
@@ -185,7 +188,7 @@ class Planner:
             sensed[name] = values if values.is_floating_point() else values.long()
         known = self.observe.conditions(sensed | {ACTION: torch.as_tensor(actions)[None]})
         return Situation(
-            self._states(frames[-count:]), own, {name: known[name][0] for name in sensed}
+            self.states_of(frames[-count:]), own, {name: known[name][0] for name in sensed}
         )
 
     def shown(self, states: Tensor) -> np.ndarray | None:
@@ -196,8 +199,8 @@ class Planner:
         frames = self.observe.space.frames(states.float().flatten(0, 1)[None])
         return None if frames is None else frames[0].cpu().numpy()
 
-    def _states(self, frames: np.ndarray) -> Tensor:
-        """(T, P, dimension) of frames (T, height, width, 3)."""
+    def states_of(self, frames: np.ndarray) -> Tensor:
+        """States (T, P, dimension) of frames uint8 (T, height, width, 3)."""
         assert self.observe.space is not None, "a world is of frames"
         states = self.observe.space.states(torch.from_numpy(np.ascontiguousarray(frames))[None])[0]
         return states.unflatten(0, (len(frames), -1))

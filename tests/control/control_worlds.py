@@ -13,6 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
 
+import world_sources as sources  # noqa: F401  from here, so that its folder is known
 from worlds import BRIGHT, MOVES, SIDE, write_world
 
 from ebwm_scale.config.load import config_from_dict
@@ -87,6 +88,9 @@ class Walk:
             return observation, 0.0, False, False, info
         done = bool((pixel == 0).all())
         return observation, 5.0 if done else -1.0, done, False, info
+
+    def close(self):
+        self.metadata = None
 
     def render(self):
         return frame_at(np.rint(self.place).astype(int))
@@ -167,7 +171,7 @@ class LinearWorld:
         """Have a planner see and imagine this world."""
         monkeypatch.setattr(planner, "imagine_futures", self.imagine_futures)
         monkeypatch.setattr(joint_energy, "transition_energies", self.transition_energies)
-        monkeypatch.setattr(plans, "_states", self.states)
+        monkeypatch.setattr(plans, "states_of", self.states)
         monkeypatch.setattr(plans, "shown", self.shown)
 
     def shown(self, states):

@@ -8,7 +8,6 @@ from control_worlds import Box, LinearWorld, MultiDiscrete, frame_at, model_of, 
 from ebwm_scale.control.actions import action_spec, environment_actions
 from ebwm_scale.control.planner import SOLVERS, Planner
 from ebwm_scale.control.solvers import draws, sampling
-from ebwm_scale.control.world_costs import FrameGoal
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.data.loading.observation import Observation
 
@@ -44,12 +43,11 @@ def planned(
         space = Box(-1, 1, (2,))
     plans = Planner(
         model, config, manifest, solver=solver, horizon=HORIZON, budget=budget, seed=seed,
-        space=space, **more,
+        space=space, reached=reached, **more,
     )  # fmt: skip
     linear = LinearWorld(plans.spec)
     linear.put_into(monkeypatch, plans)
-    target = FrameGoal(linear.states(frame_at(goal)[None])[0], reached)
-    plan = plans.plan(frame_at(start)[None], {"action": []}, target)
+    plan = plans.plan(frame_at(start)[None], {"action": []}, frame_at(goal))
     return plan, linear, plans
 
 

@@ -14,7 +14,7 @@ keys    render            what env.render() shows: frames, unless the observatio
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,3 +152,34 @@ def look(
     kept = {k: there[k].copy() for k in wanted}
     kept[key] = sized(kept[key][None], *size, where)
     return kept
+
+
+def option_values(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of gymnasium.make, NAME=VALUE each; whole numbers, fractions, true and false as such.
+
+    Raises DataError for a text without NAME=.
+    """
+    options: dict[str, Any] = {}
+    for name, text in name_value_pairs(texts, "--env-option", "frameskip=1"):
+        options[name] = text
+        if text in ("true", "false"):
+            options[name] = text == "true"
+            continue
+        for kind in (int, float):
+            try:
+                options[name] = kind(text)
+                break
+            except ValueError:
+                continue
+    return options
+
+
+def name_value_pairs(texts: Sequence[str], option: str, example: str) -> list[tuple[str, str]]:
+    """Texts NAME=VALUE as pairs; DataError for others."""
+    pairs = []
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not (name and separator and value):
+            raise DataError(f"{option} {text}: expected NAME=VALUE, for example {example}")
+        pairs.append((name, value))
+    return pairs
