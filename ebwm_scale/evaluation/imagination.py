@@ -126,6 +126,7 @@ def evaluate_imagination(
     say("judging next frames")
     result["judge"] = _judge(of, against, progress)
     if model.config.model.kind == "energy":
+        result["trained_steps"] = model.config.refinement.num_steps
         result["steps"] = _after_each_step(of, progress)
     return result
 
