@@ -1,6 +1,6 @@
 """The quick start: data, shards, Transformer++ and an energy-based world model trained on them, and
 a report. For text, for video, for reasoning: mazes, made here, in which thinking longer pays; or
-for a world: a pendulum, recorded here, that is imagined under the torques on it, and planned in.
+for a world: a ball in two rooms, recorded here, imagined under what is done, and planned in.
 
     python tools/quickstart.py [text|video|reasoning|world] [--runs runs] [--data data]
         [--input DIR] [--hold-out VIDEO]
@@ -28,11 +28,12 @@ VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 MAZE, LARGER_MAZE = 6, 8  # cells a side
 NUM_MAZES, HELD_OUT_MAZES = 48_000, 500
 MOST_STEPS = (1, 2, 4, 8, 16, 32)  # up to eight of them are trained
-WORLD = "Pendulum-v1"
-NUM_EPISODES, EPISODE_STEPS, FRAME_SKIP = 60, 100, 4
+WORLD = "TwoRooms-v0"
+NUM_EPISODES, EPISODE_STEPS = 120, 40
 HORIZONS = (1, 2, 4, 8)  # imagined frames
 HELD_OUT_WINDOWS, FILMS = 96, 4
-PLANNED_EPISODES, PLANNED_STEPS, FUTURES = 10, 120, 64
+PLANNED_EPISODES, PLANNED_STEPS = 20, 20
+AHEAD, FUTURES = 5, 64  # steps of a plan, and how many are imagined for each
 
 
 @command
@@ -179,18 +180,16 @@ def solve(dataset: Path, energy: Path, baseline: Path, folder: Path, num_mazes: 
 
 
 def world_dataset(data: Path, announce, progress: Progress) -> Path:
-    """The manifest of episodes of a pendulum under torques that stay for a while."""
+    """The manifest of episodes of a ball that goes one way for a while, then another."""
     from ebwm_scale.data.prepare.worlds.config import WorldDatasetConfig
     from ebwm_scale.data.prepare.worlds.dataset import make_world_dataset
     from ebwm_scale.data.prepare.worlds.recording import RecordConfig, RecordedSource
     from ebwm_scale.data.prepare.worlds.source import Wanted
 
     announce(f"episodes: {NUM_EPISODES} of {WORLD}, {EPISODE_STEPS} steps each")
-    # Four patches, a quarter of the picture each: what moves in one moves far enough to be seen.
     config = WorldDatasetConfig(
         context_length=6,
-        stride=2,
-        frame_skip=FRAME_SKIP,
+        stride=1,
         height=32,
         width=32,
         encoder_settings={"patch": 16, "components": 24},
@@ -199,30 +198,32 @@ def world_dataset(data: Path, announce, progress: Progress) -> Path:
     recording = RecordConfig(
         env=WORLD,
         policy="sticky",
-        stickiness=0.9,
+        stickiness=0.7,
         episodes=NUM_EPISODES,
         steps=EPISODE_STEPS,
     )
     wanted = Wanted(conditions=("action",))
     source = RecordedSource(recording, wanted, (config.height, config.width))
-    return make_world_dataset(source, wanted, data / "pendulum", config, progress=progress)
+    return make_world_dataset(source, wanted, data / "two-rooms", config, progress=progress)
 
 
 def imagine_and_plan(energy: Path, baseline: Path, announce) -> Path:
     """The page of what the energy model imagines beside Transformer++, and of planning with it."""
+    from ebwm_scale.data.prepare.worlds import two_rooms
     from ebwm_scale.evaluate import main as evaluate
     from ebwm_scale.plan_actions import main as plan_actions
 
-    announce(f"planning {PLANNED_EPISODES} episodes: up, and stay there")
+    announce(f"planning {PLANNED_EPISODES} episodes: where is the goal, and how is it reached?")
     code = plan_actions(
         [
             str(energy),
             *("--env", WORLD),
-            *("--goal", "reward"),
+            *("--goal", f"{two_rooms.__file__}:goal_frame"),
             *("--against", str(baseline)),
             *("--baseline", "random", "persistence"),
             *("--episodes", str(PLANNED_EPISODES)),
             *("--max-steps", str(PLANNED_STEPS)),
+            *("--horizon", str(AHEAD)),
             *("--budget", str(FUTURES)),
             *("--seed", str(NUM_EPISODES)),
         ]

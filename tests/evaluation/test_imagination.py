@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "data"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
 
+import study_world
 from worlds import walk, write_world
 
 from ebwm_scale import evaluate, think
@@ -434,3 +436,46 @@ def test_a_future_under_its_own_actions_has_errors_and_others_differ(world):
     assert float(true.errors[0, 3]) == pytest.approx(float(expected), rel=1e-5)
     assert not torch.equal(true.futures[0].states, held.futures[0].states)
     assert true.window.start == 2
+
+
+def test_a_study_compares_recipes_over_seeds_on_the_same_windows(world, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    models = {f"energy-{seed}": model_of(world) for seed in "ab"}
+    models |= {f"base-{seed}": model_of(world, kind="baseline", predicts="change") for seed in "ab"}
+    for model in models.values():  # a sweep's runs are of their dataset
+        object.__setattr__(model.config.data, "manifest", str(world))
+    known = {"all_parameters": 5, "step_time_s": 0.1}
+    monkeypatch.setattr(
+        study_world, "load_checkpoint", lambda run: (models[run.name], models[run.name].config)
+    )
+    monkeypatch.setattr(study_world, "read_run", lambda run: None if run.name == "late" else known)
+    runs = [*models, "late"]
+    labels = [dict(zip(("recipe", "seed"), name.split("-"))) for name in models]
+    labels.append({"recipe": "energy", "seed": "c"})
+    sweep = {"sweep": [], "file": "world.yaml", "runs": runs, "labels": labels}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    output = tmp_path / "out.json"
+    asked = ["--horizons", "1", "3", "--max-windows", "6", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["study_world.py", str(tmp_path), *asked])
+    assert study_world.main() == 0
+    found = json.loads(output.read_text())
+    assert found["missing"] == ["late"] and found["horizons"] == [1, 3]
+    energy, base = found["recipes"]["energy"], found["recipes"]["base"]
+    assert energy["seeds"] == ["a", "b"] and base["steps"] == [] and len(energy["judge"]) == 2
+    assert "energy" in energy["judge"][0] and "energy" not in base["judge"][0]
+    for number, row in enumerate(base["errors"]):  # fresh, it copies the last frame
+        assert row["model"]["mean"] == pytest.approx(row["persistence"]["mean"], rel=1e-5)
+        ours = energy["errors"][number]["model"]["mean"]
+        gain = found["against"]["energy"]["base"][number]["gain"]
+        assert gain["mean"] == pytest.approx(row["model"]["mean"] - ours, abs=1e-6)
+        assert gain["low"] <= gain["mean"] <= gain["high"] and len(gain["seeds"]) == 2
+    assert [row["num_steps"] for row in energy["steps"]] == list(range(1, len(energy["steps"]) + 1))
+
+
+def test_an_interval_of_a_study_draws_seeds_and_whole_episodes():
+    episodes = ["a", "a", "a", "b"]
+    values = torch.tensor([1.0, 1, 1, 5])
+    alone = study_world.interval([values], episodes)
+    assert alone["mean"] == 2 and (alone["low"], alone["high"]) == (1, 5)  # all of one episode
+    both = study_world.interval([values, values + 10], episodes)
+    assert both["seeds"] == [2, 12] and both["low"] == 1 and both["high"] == 15

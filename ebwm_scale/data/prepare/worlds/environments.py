@@ -37,6 +37,7 @@ _REGISTERED_BY = {
     "AntMaze_": ("gymnasium_robotics", "gymnasium-robotics"),
     "Fetch": ("gymnasium_robotics", "gymnasium-robotics"),
     "MiniGrid-": ("minigrid", "minigrid"),
+    "TwoRooms-": ("ebwm_scale.data.prepare.worlds.two_rooms", "gymnasium"),
     "dm_control/": ("shimmy", "shimmy[dm-control]"),
 }
 _USUAL = {
