@@ -33,7 +33,6 @@ bootstrap over samples. For an energy model:
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -306,12 +305,9 @@ def sources_of(manifest: str | None, config: Config) -> list[tuple[str, float]]:
 def write_evaluation(folder: Path, result: dict[str, Any]) -> Path:
     """evaluation.json and the page beside it, whose path is returned."""
     from ebwm_scale.reporting.evaluation_page import render
+    from ebwm_scale.reporting.result_pages import write_result
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-    page = folder / "evaluation.html"
-    page.write_text(render(result), encoding="utf-8", errors="replace")
-    return page
+    return write_result(folder, "evaluation", result, render)
 
 
 def out_of_distribution_texts(

@@ -19,6 +19,7 @@ from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
 from ebwm_scale.reporting.report_page import SIGNS
+from ebwm_scale.reporting.result_pages import refuses_other_results, write_result
 from ebwm_scale.reporting.style import LIGHT
 from ebwm_scale.reporting.world_verdict import judge_world
 
@@ -59,12 +60,10 @@ def write_imagination(
     Where plan_actions.json of the same checkpoint lies there, the page shows it as well.
     """
     planning = _read_planning(folder, result.get("checkpoint"))
-    html = render(result, films_of(futures), planning)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "imagination.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-    page = folder / "imagination.html"
-    page.write_text(html, encoding="utf-8", errors="replace")
-    return page
+    films = films_of(futures)
+    return write_result(
+        folder, "imagination", result, lambda result: render(result, films, planning)
+    )
 
 
 def _read_planning(folder: Path, checkpoint: Any) -> dict[str, Any] | None:
@@ -109,13 +108,8 @@ def render(
 
     Raises DataError for what is no result of evaluate_imagination, or none of planning.
     """
-    try:
+    with refuses_other_results("ebwm evaluate on a world"):
         return _render(bounded(result), films, None if planning is None else bounded(planning))
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise DataError(
-            f"not a result of ebwm evaluate on a world: {page_text(repr(error), 160)}; "
-            "evaluate again"
-        ) from None
 
 
 def _render(result: dict[str, Any], films: Sequence[Film], planning: dict[str, Any] | None) -> str:
