@@ -169,6 +169,8 @@ class RefinementConfig(Section):
     """p: alpha and beta of step i = 1, 2, .. are over i ** p, also beyond the trained steps."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """mu: a step of the state and of a workspace goes on with so much of the one before it."""
+    accept: Literal["always", "lower"] = "always"
+    """lower: a row or group whose energy a step does not lower keeps its state, in training too."""
     spectral_penalty: NotNegative = 0.0
     """Weight in the training loss of steps that move further than spectral_bound times the one
     before, see refinement/spectral_penalty.py."""

@@ -21,7 +21,7 @@ thinking.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ebwm_scale.inference.energy_functions import EnergyFunction, of_groups
 from ebwm_scale.inference.initial_states import InitialStateSampler
 from ebwm_scale.inference.thinking_state import ThinkingState
 from ebwm_scale.model.workspace import WorkspaceState
+from ebwm_scale.refinement.acceptance import is_taken
 from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
 from ebwm_scale.refinement.momentum import at_rest_where, carried_from, motion_of, plus_carried
@@ -45,9 +46,10 @@ class ThinkingConfig:
 
     num_steps, step_size: default those of training. noise: deviation of the Langevin noise.
     num_starts: random initial states per row. accept_only_if_lower: undo a step that raises the
-    energy. tolerance: a row stops when a step lowers its energy by no more than this; None: never.
-    settled: a row stops when a step changes no probability (of an embedding: no number) of its
-    prediction by more than this; None: never. seed: of noise and initial states.
+    energy, as a model does that was trained with `refinement.accept: lower`. tolerance: a row stops
+    when a step lowers its energy by no more than this; None: never. settled: a row stops when a
+    step changes no probability (of an embedding: no number) of its prediction by more than this;
+    None: never. seed: of noise and initial states.
     """
 
     num_steps: int | None = None
@@ -112,10 +114,12 @@ def think(
     noise: where Langevin numbers come from. with_energy False saves the pass that only measures
     where the last step ended; a config that compares energies has made it anyway. asked (B, K),
     bool: the rows whose answer matters, for config.settled; default: all. watch: called with the
-    number of steps taken and the states then, to be read at once; not with a config that compares.
+    number of steps taken and the states then, to be read at once; until all rows have stopped.
     """
+    if model.config.refinement.accept == "lower":
+        config = replace(config, accept_only_if_lower=True)
     if config.compares:
-        return _think_comparing(model, energy_function, x, config, noise, asked)
+        return _think_comparing(model, energy_function, x, config, noise, asked, watch)
     return _think_plainly(model, energy_function, x, config, noise, with_energy, watch)
 
 
@@ -170,6 +174,7 @@ def _think_comparing(
     config: ThinkingConfig,
     noise: InitialStateSampler,
     asked: Tensor | None,
+    watch: Watch | None,
 ) -> Thought:
     """Rows are compared before and after each step: undone, or left alone when they are done."""
     momentum = model.config.refinement.momentum
@@ -225,7 +230,7 @@ def _think_comparing(
         fall = (energy + added) - (after + added_after)
         taken = active.clone()
         if config.accept_only_if_lower:
-            taken &= fall > 0
+            taken &= is_taken(fall)
             halved = active & ~taken
             scale = torch.where(halved[..., None], scale / 2, scale)
             motion = at_rest_where(halved, motion)
@@ -248,6 +253,8 @@ def _think_comparing(
             z = torch.where(taken[..., None], z_proposal, z)
             z_result[remaining] = z
 
+        if watch is not None:
+            watch(i + 1, result.x)
         context_moves = active.any(1)
         if not context_moves.any():
             break

@@ -307,6 +307,39 @@ FLOP_CASES = {
         "state": {"workspace": 5, "workspace_initial": "random_noise"},
         "refinement": {"num_steps": 3, "graph": "truncate", "loss": "last"},
     },
+    "accept only if lower": {
+        "model": {"conditioning": "adaln"},
+        "refinement": {"accept": "lower", "update": "mirror", "num_steps": 3},
+    },
+    "accept only if lower, workspace, full": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {"accept": "lower", "update": "mirror", "num_steps": 3, "graph": "full"},
+    },
+    "accept only if lower, block recomputed": {
+        "state": {"workspace": 5},
+        "refinement": {"accept": "lower", "update": "logits", "recompute": "block"},
+    },
+    "accept only if lower, frames": {"state": FRAMES, "refinement": {"accept": "lower"}},
+    "penalty, momentum": {
+        "refinement": {"spectral_penalty": 1.0, "momentum": 0.5, "update": "mirror"},
+    },
+    "penalty, workspace": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {"spectral_penalty": 1.0, "update": "mirror", "num_steps": 3},
+    },
+    "penalty, workspace, full": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {
+            "spectral_penalty": 1.0,
+            "update": "mirror",
+            "num_steps": 3,
+            "graph": "full",
+        },
+    },
+    "momentum of frames": {"state": FRAMES, "refinement": {"momentum": 0.5, "graph": "full"}},
     "workspace, encoded again": {
         "state": {"workspace": 5},
         "refinement": {"num_steps": 3, "reencode": "all", "graph": "full"},
@@ -554,6 +587,30 @@ MEMORY_CASES = {
         "refinement": {"reencode": 2, "num_steps": 5, "graph": "full", "backprop_steps": 2},
         "model": {"num_layers": 4},
     },
+    "text, accept": {"refinement": {"update": "mirror", "accept": "lower", "num_steps": 3}},
+    "text, accept from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "accept": "lower", "num_steps": 3},
+    },
+    "text, accept, logits": {"refinement": {"update": "logits", "accept": "lower"}},
+    "text, accept, full": {
+        "refinement": {"update": "mirror", "accept": "lower", "num_steps": 3, "graph": "full"},
+    },
+    "frames, accept": {"state": FRAMES, "refinement": {"accept": "lower"}},
+    "text, momentum from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"update": "mirror", "momentum": 0.5, "num_steps": 3},
+    },
+    "text, momentum and penalty, full": {
+        "state": {"workspace": 64},
+        "refinement": {
+            "update": "mirror",
+            "momentum": 0.5,
+            "spectral_penalty": 1.0,
+            "num_steps": 3,
+            "graph": "full",
+        },
+    },
     "text, decay": {"refinement": {"update": "mirror", "decay": 0.2, "num_steps": 3}},
     "text, decay of logits": {"refinement": {"update": "logits", "decay": 0.2, "num_steps": 3}},
     "text, decay from zeros": {
@@ -605,8 +662,10 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
     measured = training_step(config, Live()).peak / 2**30
     # A shallow stream's lower blocks get their gradients when the states are gone: parts whose
     # peaks lie further apart are added up.
-    # Of frames this small the estimate is 14 % low; with conditions between them as well.
-    tolerance = 0.2 if case.startswith(("text, shallow", "world")) else 0.12
+    # Of frames this small the estimate is 14 % low; with conditions between them as well, and with
+    # the blocks of an energy without a graph beside those of the step.
+    is_far = case.startswith(("text, shallow", "world", "frames, accept"))
+    tolerance = 0.2 if is_far else 0.12
     assert estimate["total"] - estimate["optimizer"] == pytest.approx(measured, rel=tolerance)
 
 
