@@ -508,6 +508,13 @@ def _check_data(config: Config, require: Require) -> None:
         "data.stream is given without data.manifest: "
         "the manifest says what the samples are, and holds the validation split",
     )
+    if data.stream_format == "shards":
+        for key in ("stream_lanes", "stream_field", "stream_filters"):
+            require(
+                not getattr(data, key),
+                f"data.{key} is given with data.stream_format shards: only raw text has it; "
+                "use data.stream_format=text, or leave the key out",
+            )
     require(
         not data.mask_document_starts or config.state.kind == "vocabulary",
         "data.mask_document_starts is true: only text has documents",

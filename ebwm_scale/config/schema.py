@@ -227,12 +227,22 @@ class DataConfig(Section):
     """Instead of manifest: a mixture, a list of {manifest, weight}."""
     stream: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()
     """Training shards to stream instead (pipe: commands, URLs): a weaker promise, docs/data.md."""
+    stream_format: Literal["shards", "text"] = "shards"
+    """text: data.stream names files, folders, globs or addresses of raw text, prepared by nobody;
+    tokenised while training, with the tokenizer of data.manifest."""
     stream_buffer: Count = 1000
-    """Samples that a stream is shuffled in."""
+    """Samples that a stream is shuffled in; of raw text documents, over all lanes."""
+    stream_lanes: Count | None = None
+    """Raw text: places that are read at once, over all processes; default: up to 64."""
+    stream_field: str | None = None
+    """Raw text: the field of a record that holds the text; default: text."""
+    stream_filters: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()
+    """Raw text: records are taken for which these hold, such as 'score >= 0.5'."""
     mask_document_starts: bool = False
     """text: the first token of a document is no target."""
-    mask_documents: bool = False
-    """text: no attention across documents; each begins with the end of sequence before it."""
+    mask_documents: bool | None = None
+    """text: no attention across documents; each begins with the end of sequence before it. Default:
+    what the dataset says, true of new ones, false of those from before it was said."""
     eos_id: Annotated[int, Field(ge=0)] | None = None
     """text: the token between documents; mask_documents takes it from the dataset."""
     max_quarantined: CountOrNone = 16
