@@ -109,10 +109,11 @@ def think(
     noise: where Langevin numbers come from. with_energy False saves the pass that only measures
     where the last step ended; a config that compares energies has made it anyway. asked (B, K),
     bool: the rows whose answer matters, for config.settled; default: all. watch: called with the
-    number of steps taken and the states then, to be read at once; not with a config that compares.
+    number of steps taken, 0 before the first, and the states then, to be read at once. Where all
+    rows have stopped it is called no more.
     """
     if config.compares:
-        return _think_comparing(model, energy_function, x, config, noise, asked)
+        return _think_comparing(model, energy_function, x, config, noise, asked, watch)
     return _think_plainly(model, energy_function, x, config, noise, with_energy, watch)
 
 
@@ -133,6 +134,8 @@ def _think_plainly(
     workspace = model.workspace()
     z = noise.initial_workspace()
     trace = []
+    if watch is not None:
+        watch(0, x)
     for i, landscape in enumerate(landscapes):
         if config.noise:
             state = state.with_noise(config.noise * noise.langevin(i))
@@ -163,6 +166,7 @@ def _think_comparing(
     config: ThinkingConfig,
     noise: InitialStateSampler,
     asked: Tensor | None,
+    watch: Watch | None,
 ) -> Thought:
     """Rows are compared before and after each step: undone, or left alone when they are done."""
     landscapes = _landscapes(model, config)
@@ -185,6 +189,8 @@ def _think_comparing(
     z_result = z  # of all rows, as result is
     energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
     added = _added_by_decay(model, x, z, energy)
+    if watch is not None:
+        watch(0, x)
     for i, landscape in enumerate(landscapes):
         before = state
         if config.noise:
@@ -234,6 +240,8 @@ def _think_comparing(
         if z is not None and z_proposal is not None and z_result is not None:
             z = torch.where(taken[..., None], z_proposal, z)
             z_result[remaining] = z
+        if watch is not None:
+            watch(i + 1, result.x)
 
         context_moves = active.any(1)
         if not context_moves.any():
