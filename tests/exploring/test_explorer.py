@@ -3,6 +3,7 @@ the command writes one or serves it.
 """
 
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -11,7 +12,10 @@ import torch
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 from ebwm_scale import __main__ as dispatcher
 from ebwm_scale import explore
+from ebwm_scale.config.load import load_config
+from ebwm_scale.config.shipped import shipped_folder
 from ebwm_scale.core.errors import DataError, UserError
+from ebwm_scale.data.format.manifest import load_manifest
 from ebwm_scale.data.tokenizer import open_tokenizer
 from ebwm_scale.evaluation.answers import answers
 from ebwm_scale.evaluation.solving_examples import some_of
@@ -21,6 +25,7 @@ from ebwm_scale.inference.generation import Session
 from ebwm_scale.inference.thinking import ThinkingConfig
 from ebwm_scale.reporting.line_chart import Curve, line_chart
 from ebwm_scale.reporting.numbers import show
+from ebwm_scale.world_model import WorldModel
 
 
 class Page(HTMLParser):
@@ -224,6 +229,25 @@ def test_the_command_writes_a_page(opened, tmp_path, capsys):
     assert explore.main(["text", "--export", str(tmp_path / "no" / "page.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_first_answer_of_the_quick_start_takes_less_than_two_seconds(runs, opened):
+    """Of processor time, by one thread: the time that a person waits where nothing else runs."""
+    _, small = runs["text"]
+    for name in ("quickstart", "quickstart_baseline"):
+        config = load_config(shipped_folder() / f"{name}.yaml")
+        content = load_manifest(small.data.manifest).content.size
+        model = config.model.model_copy(update={"vocabulary_size": content})
+        data = config.data.model_copy(
+            update={"manifest": small.data.manifest, "context_length": 64}
+        )
+        config = config.model_copy(update={"model": model, "data": data})
+        runs[name] = (WorldModel(config).eval(), config)
+    explorer = opened("quickstart", "--against", "quickstart_baseline")
+    started = time.process_time()
+    page = explorer.page({"prompt": "The queryset"})
+    assert time.process_time() - started < 2
+    assert page.count("<section data-position") == 16
 
 
 def test_what_cannot_be_shown_is_one_line(opened, runs, capsys, maze_manifest):

@@ -110,9 +110,7 @@ def test_a_prompt_is_typed_and_its_steps_looked_at(page, address, tmp_path):
 
     # The animation ends by itself.
     page.locator("[data-position]:visible .play").first.click()
-    page.wait_for_function(
-        "document.querySelector('section:not([hidden]) output').textContent.includes('one more')"
-    )
+    playwright.expect(said).to_contain_text("one more than asked for", timeout=TIMEOUT_MS)
 
     # Positions by keyboard.
     shown = page.locator("[data-position]:visible")
@@ -124,7 +122,8 @@ def test_a_prompt_is_typed_and_its_steps_looked_at(page, address, tmp_path):
     # Another prompt, another table; hostile text stays text.
     page.get_by_label("Prompt", exact=True).fill("<img src=x onerror=alert(1)>")
     page.get_by_role("button", name="Think").click()
-    page.wait_for_function("document.querySelector('#prompt').defaultValue.startsWith('<img')")
+    context = page.locator("[data-position]:visible .context")
+    playwright.expect(context).to_contain_text("alert(1)>", timeout=TIMEOUT_MS)
     assert page.locator("img").count() == 0 and table_of(page) != before
     assert page.get_by_label("Prompt", exact=True).input_value() == "<img src=x onerror=alert(1)>"
 
@@ -170,11 +169,13 @@ def test_instances_of_a_task_are_stepped_through(page, address):
     page.goto(address("mazes", "--instances", "4"))
     first = page.locator("article h3").inner_text()
     page.get_by_role("button", name="Next instance").click()
-    page.wait_for_function("document.body.innerText.includes('Instance 2 of 4')")
+    heading = page.get_by_role("heading", name="Instance 2 of 4")
+    playwright.expect(heading).to_be_visible(timeout=TIMEOUT_MS)
     assert page.locator("article h3").inner_text() != first
     assert page.locator("figure.state").count() > 4
     assert re.search(r"energy −?\d", page.locator("article").inner_text())
     page.get_by_label("steps, 1 to 64").fill("2")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('[name=most_steps]').defaultValue === '2'")
+    pictures = page.locator("figure.state")
+    playwright.expect(pictures).to_have_count(5, timeout=TIMEOUT_MS)  # 1, 2 and 3 steps
     assert "Instance 2 of 4" in page.locator("main").inner_text()
