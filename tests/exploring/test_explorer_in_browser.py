@@ -122,8 +122,9 @@ def test_a_prompt_is_typed_and_its_steps_looked_at(page, address, tmp_path):
     # Another prompt, another table; hostile text stays text.
     page.get_by_label("Prompt", exact=True).fill("<img src=x onerror=alert(1)>")
     page.get_by_role("button", name="Think").click()
-    context = page.locator("[data-position]:visible .context")
-    playwright.expect(context).to_contain_text("alert(1)>", timeout=TIMEOUT_MS)
+    cut = page.get_by_text("The prompt of 28 tokens is cut to its last 16")
+    playwright.expect(cut).to_be_visible(timeout=TIMEOUT_MS)
+    page.wait_for_load_state()
     assert page.locator("img").count() == 0 and table_of(page) != before
     assert page.get_by_label("Prompt", exact=True).input_value() == "<img src=x onerror=alert(1)>"
 
