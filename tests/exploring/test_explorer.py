@@ -81,7 +81,7 @@ def test_another_prompt_and_other_controls_change_the_numbers(opened):
     explorer = opened("text")
     first = explorer.page({"prompt": "abc", "max_new": "1"})
     last = [rows_of(explorer.page(given), 3) for given in (
-        {"prompt": "abd", "max_new": "1"},
+        {"prompt": "bbc", "max_new": "1"},
         {"prompt": "abc", "max_new": "1", "step_size": "0.5"},
         {"prompt": "abc", "max_new": "1", "num_steps": "7"},
         {"prompt": "abc", "max_new": "1", "noise": "2"},

@@ -128,6 +128,9 @@ def test_a_prompt_is_typed_and_its_steps_looked_at(page, address, tmp_path):
     assert page.locator("img").count() == 0 and table_of(page) != before
     assert page.get_by_label("Prompt", exact=True).input_value() == "<img src=x onerror=alert(1)>"
 
+    page.set_viewport_size({"width": 400, "height": 900})
+    assert fits(page)
+
     # What is saved opens from a disk, without a network.
     with page.expect_download() as waiting:
         page.get_by_role("button", name="Save this page").click()
