@@ -165,7 +165,7 @@ def _predictions(
     of the one that `starts` names.
 
     The positions are thought of together, each with its own window. All have the noise of the first
-    sample, as one text has in a session that goes on.
+    sample, as one text has that is continued token by token.
     """
     windows = _windows(model, tokens, first)
     if not windows:
@@ -195,7 +195,7 @@ def _predictions(
 
 
 def _windows(model: WorldModel, tokens: Tensor, first: int) -> list[Tensor]:
-    """What a session that has begun with `first` tokens sees before each position from there on."""
+    """What a text continued token by token sees before each position from `first` on."""
     length = resolved.context_length(model.config)
     windows = []
     window = model.visible_prompt(tokens[:first][-length:])
