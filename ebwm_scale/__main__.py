@@ -24,6 +24,7 @@ COMMANDS = {  # name -> (module with a main, what it does)
     "train": ("ebwm_scale.train", "train an energy-based world model or the baseline"),
     "launch": ("ebwm_scale.launch", "submit runs and sweeps, to Slurm or in the background here"),
     "think": ("ebwm_scale.think", "continue a text or a clip, thinking as long as asked"),
+    "explore": ("ebwm_scale.explore", "see a trained model think, in the browser"),
     "evaluate": ("ebwm_scale.evaluate", "losses with intervals, thinking curves, energies"),
     "questions": ("ebwm_scale.questions", "multiple choice and cloze from files"),
     "harness": ("ebwm_scale.harness", "lm-evaluation-harness on a trained model of text"),

@@ -114,7 +114,8 @@ def think(
     noise: where Langevin numbers come from. with_energy False saves the pass that only measures
     where the last step ended; a config that compares energies has made it anyway. asked (B, K),
     bool: the rows whose answer matters, for config.settled; default: all. watch: called with the
-    number of steps taken and the states then, to be read at once; until all rows have stopped.
+    number of steps taken, 0 before the first, and the states then, to be read at once. Where all
+    rows have stopped it is called no more.
     """
     if model.config.refinement.accept == "lower":
         config = replace(config, accept_only_if_lower=True)
@@ -142,6 +143,8 @@ def _think_plainly(
     z = noise.initial_workspace()
     motion = z_motion = None  # of the step before, with momentum
     trace = []
+    if watch is not None:
+        watch(0, x)
     for i, landscape in enumerate(landscapes):
         if config.noise:
             state = state.with_noise(config.noise * noise.langevin(i))
@@ -199,6 +202,8 @@ def _think_comparing(
     motion = z_motion = None  # of the step before, with momentum
     energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
     added = _added_by_decay(model, x, z, energy)
+    if watch is not None:
+        watch(0, x)
     for i, landscape in enumerate(landscapes):
         before = state
         if config.noise:
@@ -252,7 +257,6 @@ def _think_comparing(
         if z is not None and z_proposal is not None and z_result is not None:
             z = torch.where(taken[..., None], z_proposal, z)
             z_result[remaining] = z
-
         if watch is not None:
             watch(i + 1, result.x)
         context_moves = active.any(1)
