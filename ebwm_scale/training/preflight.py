@@ -146,7 +146,7 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str]:
             device,
             precision,
             has_groups=resolved.context_group(config) > 1,
-            has_documents=config.data.mask_documents,
+            has_documents=bool(config.data.mask_documents),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
