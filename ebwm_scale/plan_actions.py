@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         env.close()
     planner = planner_of(options, model, config, manifest, space, options.solver)
+    options.horizon = planner.horizon  # that of everybody, also of a run of another context
     goal = fit_reward(manifest, planner.spec) if frame is None else frame
     actors: dict[str, Actor] = {"model": planner}
     if options.against is not None:
