@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.arguments import ArgumentParser, add_config, add_overrides, command
 from ebwm_scale.core.console import leave_quietly, say
 from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, ConfigError, UserError
 from ebwm_scale.core.plain_text import one_line, shorten
@@ -42,12 +42,7 @@ if TYPE_CHECKING:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
-    )
+    add_config(parser, required=True)
     add_overrides(parser)
     parser.add_argument(
         "--run-dir",
@@ -227,6 +222,7 @@ def run(
         watchdog=watchdog,
         faults=faults,
         allow_pipe=options.allow_pipe,
+        text_stream=check.text_stream,
     )
     saved = load_newest(trainer, check.saved, newest, world, say)
     folder.take()
@@ -239,7 +235,9 @@ def run(
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
     for _, text in check.warnings:
         folder.warn(text)
-    if config.data.stream:
+    if check.text_stream is not None:
+        folder.say(check.text_stream.describe())
+    elif config.data.stream:
         folder.say(
             "data.stream: shards are streamed; batches then depend on the number of processes, "
             "and a resume goes on with the next shards"

@@ -26,18 +26,19 @@ from ebwm_scale.data.prepare.worlds.minari import flattened
 from ebwm_scale.data.prepare.worlds.source import FRAMES, Wanted, needed
 
 RENDER = "render"
-# First word of an environment's name -> (module that registers it, package)
+# What an environment's name begins with -> (module that registers it, package)
 _REGISTERED_BY = {
-    "ALE": ("ale_py", "ale-py"),
-    "gym_pusht": ("gym_pusht", "gym-pusht"),
-    "gym_aloha": ("gym_aloha", "gym-aloha"),
-    "gym_xarm": ("gym_xarm", "gym-xarm"),
-    "swm": ("stable_worldmodel", "stable-worldmodel"),
-    "PointMaze": ("gymnasium_robotics", "gymnasium-robotics"),
-    "AntMaze": ("gymnasium_robotics", "gymnasium-robotics"),
+    "ALE/": ("ale_py", "ale-py"),
+    "gym_pusht/": ("gym_pusht", "gym-pusht"),
+    "gym_aloha/": ("gym_aloha", "gym-aloha"),
+    "gym_xarm/": ("gym_xarm", "gym-xarm"),
+    "swm/": ("stable_worldmodel", "stable-worldmodel"),
+    "PointMaze_": ("gymnasium_robotics", "gymnasium-robotics"),
+    "AntMaze_": ("gymnasium_robotics", "gymnasium-robotics"),
     "Fetch": ("gymnasium_robotics", "gymnasium-robotics"),
-    "MiniGrid": ("minigrid", "minigrid"),
-    "dm_control": ("shimmy", "shimmy[dm-control]"),
+    "MiniGrid-": ("minigrid", "minigrid"),
+    "TwoRooms-": ("ebwm_scale.data.prepare.worlds.two_rooms", "gymnasium"),
+    "dm_control/": ("shimmy", "shimmy[dm-control]"),
 }
 _USUAL = {
     "action": ("action",),
@@ -54,11 +55,8 @@ def make_environment(name: str, options: Mapping[str, Any]) -> Any:
     name: of Gymnasium's, MODULE:NAME for one that a module registers. options: of gymnasium.make.
     """
     gymnasium: Any = needed("gymnasium", "gymnasium", f"the environment {name}")
-    word = name.partition("/")[0].partition("_")[0]
-    namespace = name.partition("/")[0]
-    for known in (namespace, word):
-        if known in _REGISTERED_BY:
-            module, package = _REGISTERED_BY[known]
+    for beginning, (module, package) in _REGISTERED_BY.items():
+        if name.startswith(beginning):
             needed(module, package, f"the environment {name}")
     # pygame draws without a screen; what a user sets stays.
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
