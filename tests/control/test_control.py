@@ -180,9 +180,7 @@ def test_an_environment_that_fails_is_one_line(linear):
     with pytest.raises(DataError, match="step 2: the environment fails: RuntimeError: the wheel"):
         run_episode(env, linear(budget=8), frame_at((0, 0)), 8)
     odd = Walk(continuous=linear.continuous, start=(8, 8), reward=float("nan"))
-    with pytest.raises(
-        UserError, match="step 0: the environment's reward is nan"
-    ):
+    with pytest.raises(UserError, match="step 0: the environment's reward is nan"):
         run_episode(odd, linear(budget=8), frame_at((0, 0)), 8)
     with pytest.raises(UserError, match="0 steps, 1 of each plan: both must be at least 1"):
         run_episode(env, linear(), frame_at((0, 0)), 0)
