@@ -187,6 +187,10 @@ class SourceConfig(Section):
     manifest: str = ""
     weight: float = 1.0
     """Its share of the samples, relative to the other weights."""
+    epochs: Positive | None = None
+    """It is passed through at most so often; then the others make up for it. Default: no end."""
+    tokens: Count | None = None
+    """It gives at most so many tokens (positions) in all; with epochs whichever is less."""
 
 
 class ConditionConfig(Section):
