@@ -309,6 +309,9 @@ class CheckpointConfig(Section):
     """Also keep the one with the lowest validation loss."""
     milestone_every_steps: CountOrNone = 0
     """Also keep those at multiples of this; 0: none."""
+    remote: str | None = None
+    """An address of fsspec (s3://bucket/runs/mine) where each checkpoint and the metrics are copied
+    to in the background; --resume on a machine without the run folder fetches them from there."""
 
 
 class EvaluationConfig(Section):

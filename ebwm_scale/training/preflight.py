@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_latest, saved_config
+from ebwm_scale.checkpoint.remote import check_remote
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config import resolved
 from ebwm_scale.config.checks import batch_arithmetic, group_problems
@@ -125,6 +126,8 @@ def check_run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check.attention = check.attempt("kernels", check_attention, config, device) or {}
     check.attempt("tracking", check_tracker, config)
+    if config.checkpoint.remote is not None and is_main:
+        check.attempt("checkpoint", check_remote, config.checkpoint.remote, resume=resume)
     if config.deepspeed.raw and batch is not None:
         check.attempt("deepspeed", check_deepspeed, config, *batch)
     check_data(check, report, group)
