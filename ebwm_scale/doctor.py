@@ -29,7 +29,7 @@ from pathlib import Path
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.arguments import ArgumentParser, add_config, add_overrides, command
 from ebwm_scale.core.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED
 from ebwm_scale.core.processes import number, place_in_step
 from ebwm_scale.training.collective import collective
@@ -100,12 +100,7 @@ class Report:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        default=None,
-        metavar="FILE",
-        help="also check its data, memory on disk and what would run",
-    )
+    add_config(parser, "also check its data, memory on disk and what would run")
     add_overrides(parser)
     parser.add_argument(
         "--run-dir",

@@ -32,7 +32,7 @@ from ebwm_scale.cluster.sweep import Run, check_new, expand, prepare, write_requ
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
-from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.arguments import ArgumentParser, add_config, add_overrides, command
 from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError
 from ebwm_scale.core.plain_text import one_line, shown
 from ebwm_scale.core.run_location import check_folder
@@ -42,11 +42,7 @@ from ebwm_scale.core.run_location import check_folder
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
-    )
+    add_config(what)
     what.add_argument("--status", type=Path, metavar="DIR", help="of a sweep or a run")
     what.add_argument(
         "--resubmit", type=Path, metavar="DIR", help="the failed and lost runs of a sweep, or a run"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.arguments import ArgumentParser, add_config, add_overrides, command
 from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError
 from ebwm_scale.planning.hardware import MACHINES, Machine
 from ebwm_scale.planning.planner import Plan, plan, recommended
@@ -28,11 +28,7 @@ from ebwm_scale.planning.planner import Plan, plan, recommended
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
-    )
+    add_config(parser)
     add_overrides(parser)
     parser.add_argument(
         "--machine",

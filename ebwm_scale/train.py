@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.arguments import ArgumentParser, add_config, add_overrides, command
 from ebwm_scale.core.console import leave_quietly, say
 from ebwm_scale.core.errors import EXIT_FINISHED, EXIT_RUN_AGAIN, ConfigError, UserError
 from ebwm_scale.core.plain_text import one_line, shorten
@@ -42,12 +42,7 @@ if TYPE_CHECKING:
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
-    )
+    add_config(parser, required=True)
     add_overrides(parser)
     parser.add_argument(
         "--run-dir",

@@ -32,7 +32,7 @@ def main() -> int:
         nargs="+",
         required=True,
         metavar="N",
-        help="cells a side, nodes, digits or hops; grids take one",
+        help="cells a side, nodes, digits or hops; grids take one, or several with --inside",
     )
     parser.add_argument(
         "--larger",
@@ -41,6 +41,14 @@ def main() -> int:
         default=[],
         metavar="N",
         help="sizes that are held out, in folders of their own",
+    )
+    parser.add_argument(
+        "--inside",
+        type=int,
+        default=None,
+        metavar="N",
+        help="mazes: each stands at a random place in a square of so many cells a side, walls "
+        "around it, also the larger ones",
     )
     parser.add_argument(
         "--train",
@@ -86,6 +94,7 @@ def main() -> int:
             harder_from=arguments.harder_from,
             seed=arguments.seed,
             samples_per_shard=arguments.samples_per_shard,
+            inside=arguments.inside,
             progress=progress,
         )
     for manifest in manifests:

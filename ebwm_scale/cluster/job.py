@@ -36,7 +36,7 @@ from ebwm_scale.cluster.slurm import (
 from ebwm_scale.cluster.tasks import LocalTasks, SlurmTasks, last_words, printed, srun_options
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
-from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.arguments import ArgumentParser, add_config, add_overrides, command
 from ebwm_scale.core.code_version import code_version
 from ebwm_scale.core.errors import EXIT_FAILED, EXIT_RUN_AGAIN, UserError
 from ebwm_scale.core.plain_text import one_line
@@ -47,12 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="YAML: a file, or a shipped one: python -m ebwm_scale configs",
-    )
+    add_config(parser, required=True)
     add_overrides(parser)
     parser.add_argument(
         "--run-dir",

@@ -145,9 +145,16 @@ class RefinementConfig(Section):
     loss: Literal["every", "last"] = "every"
     """The mean over the steps' losses, or the last one's."""
     loss_weights: (
-        Literal["rising"] | Annotated[tuple[NotNegative, ...], BeforeValidator(as_tuples)] | None
+        Literal["rising", "exits"]
+        | Annotated[tuple[NotNegative, ...], BeforeValidator(as_tuples)]
+        | None
     ) = None
-    """With loss every: rising (1, 4, 9, ..) or one weight per step; they are made to sum to 1."""
+    """With loss every: rising (1, 4, 9, ..) or one weight per step, which are made to sum to 1; or
+    exits, a learned distribution over the steps (refinement/exits.py)."""
+    exit_entropy: NotNegative = 0.1
+    """Of loss_weights exits: what a nat of divergence from the uniform distribution costs."""
+    exit_learning_rate_multiplier: Positive = 10.0
+    """Of loss_weights exits: the learning rate of the distribution over the model's."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
     """vocabulary states only, see ebwm_kernels.vocabulary.api."""
     candidates: Count | None = None
@@ -160,6 +167,12 @@ class RefinementConfig(Section):
     """1: before every further step; 2: before every other one, the second step being the first."""
     damping: NotNegative = 0.0
     """p: alpha and beta of step i = 1, 2, .. are over i ** p, also beyond the trained steps."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """mu: a step of the state and of a workspace goes on with so much of the one before it."""
+    spectral_penalty: NotNegative = 0.0
+    """Weight in the training loss of steps that move further than spectral_bound times the one
+    before, see refinement/spectral_penalty.py."""
+    spectral_bound: Positive = 0.8
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the state and of a workspace that a step forgets: the energy has a minimum then."""
     change_clamp: Positive | None = None

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from ebwm_scale.core.console import say
 from ebwm_scale.core.errors import EXIT_BAD_INPUT, UserError
@@ -99,6 +99,17 @@ def typed_as(program: str) -> Iterator[None]:
         yield
     finally:
         _typed_program = before
+
+
+def add_config(
+    parser: argparse._ActionsContainer,
+    meaning: str = "YAML: a file, or a shipped one: python -m ebwm_scale configs",
+    *,
+    required: bool = False,
+) -> None:
+    """--config FILE, as options.config."""
+    options: dict[str, Any] = {"required": True} if required else {"default": None}
+    parser.add_argument("--config", metavar="FILE", help=meaning, **options)
 
 
 def add_overrides(parser: argparse.ArgumentParser, meaning: str = "wins over the file") -> None:

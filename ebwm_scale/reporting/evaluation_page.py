@@ -8,12 +8,13 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.renamed_keys import with_new_names
+from ebwm_scale.reporting.exits import exit_sentences
 from ebwm_scale.reporting.numbers import by_sign, show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
+from ebwm_scale.reporting.result_pages import refuses_other_results
 from ebwm_scale.reporting.spectrum import spectrum_sentences
 from ebwm_scale.reporting.style import LIGHT
 
@@ -22,12 +23,8 @@ MAX_POINTS = 300  # of a curve or a table
 
 def render(result: dict[str, Any]) -> str:
     """The page as HTML text. Raises DataError for what is no result of ebwm_scale.evaluate."""
-    try:
+    with refuses_other_results("ebwm_scale.evaluate"):
         return _render(with_new_names(bounded(result)))
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise DataError(
-            f"not a result of ebwm_scale.evaluate: {page_text(repr(error), 160)}; evaluate again"
-        ) from None
 
 
 def _render(result: dict[str, Any]) -> str:
@@ -138,7 +135,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             f"{with_interval(result['out_of_distribution']['auroc'])}: the share of pairs in which "
             "the real one has the lower energy (0.5: cannot tell)."
         )
-    return lines + spectrum_sentences(result)
+    return lines + exit_sentences(result) + spectrum_sentences(result)
 
 
 def _curves(axes: Axes, result: dict[str, Any], unit: str) -> str:

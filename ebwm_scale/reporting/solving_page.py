@@ -4,18 +4,18 @@ of steps, how hard it was, and some instances step by step.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from ebwm_scale.core.errors import DataError
+from ebwm_scale.reporting.exits import exit_sentences
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
 from ebwm_scale.reporting.report_page import SIGNS
+from ebwm_scale.reporting.result_pages import refuses_other_results, write_result
 from ebwm_scale.reporting.solving_examples import examples_of
 from ebwm_scale.reporting.solving_verdict import judge_solving, name_of_other, word_for_steps
 from ebwm_scale.reporting.spectrum import spectrum_sentences
@@ -27,21 +27,13 @@ _COLOURS = ("curve1", "curve2", "curve3")
 
 def write_solving(folder: Path, result: dict[str, Any]) -> Path:
     """solving.json and the page beside it, whose path is returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "solving.json").write_text(json.dumps(result, indent=1, allow_nan=False))
-    page = folder / "solving.html"
-    page.write_text(render(result), encoding="utf-8", errors="replace")
-    return page
+    return write_result(folder, "solving", result, render)
 
 
 def render(result: dict[str, Any]) -> str:
     """The page as HTML text. Raises DataError for what is no result of evaluate_solving."""
-    try:
+    with refuses_other_results("ebwm evaluate on tasks"):
         return _render(bounded(result))
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise DataError(
-            f"not a result of ebwm evaluate on tasks: {page_text(repr(error), 160)}; evaluate again"
-        ) from None
 
 
 def _render(result: dict[str, Any]) -> str:
@@ -167,7 +159,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             "Rank correlation of the steps that the energy's fall allows with the difficulty: "
             f"{with_interval(correlation)}."
         )
-    return lines + spectrum_sentences(result)
+    return lines + exit_sentences(result) + spectrum_sentences(result)
 
 
 def _steps_name(point: dict, result: dict[str, Any]) -> str:

@@ -144,8 +144,13 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str]:
     """What computes the attention of each stream; ConfigError if the backend asked for cannot."""
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     try:
-        is_masked = config.data.mask_documents or resolved.context_group(config) > 1
-        return attention_paths(config.model, device, precision, is_masked=is_masked)
+        return attention_paths(
+            config.model,
+            device,
+            precision,
+            has_groups=resolved.context_group(config) > 1,
+            has_documents=config.data.mask_documents,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -20,6 +20,7 @@ from ebwm_scale.data.prepare.reasoning.dataset import (
 from ebwm_scale.data.prepare.reasoning.families import FAMILIES
 from ebwm_scale.data.prepare.reasoning.instance import Draws, Family, Instance
 from ebwm_scale.data.prepare.reasoning.search import Search, thinned
+from ebwm_scale.data.prepare.reasoning.surroundings import inside
 from ebwm_scale.data.tokenizer import open_tokenizer
 
 SMALL = {
@@ -329,6 +330,43 @@ def test_a_dataset_is_sound_and_reads_back_as_the_instances(name, tmp_path):
     assert split.manifest.content.grid == (family.grid(SMALL[name]) if family.grid else None)
 
 
+def test_mazes_of_several_sizes_stand_anywhere_inside_one_square(tmp_path):
+    manifests = make(tmp_path / "data", "reachability", sizes=[3, 4], larger=[5], inside=5)
+    places = set()
+    for manifest, sizes in zip(manifests, ((3, 4), (5,))):
+        assert verify_dataset(manifest)[0] == []
+        split = open_split(manifest, "validation", verify="hashes")
+        assert split.manifest.content.grid == (5, 5)
+        tokenizer = open_tokenizer(split.manifest.content.tokenizer_path)
+        for sample_id in range(len(split)):
+            tokens = [int(t) if t >= 0 else -1 - int(t) for t in split.read(sample_id)]
+            cells = tokenizer.decode(tokens)
+            puzzle, solution = cells[:25], cells[25:]
+            open_cells = {divmod(i, 5) for i, cell in enumerate(puzzle) if cell != "#"}
+            scored = {divmod(i, 5) for i, t in enumerate(split.read(sample_id)[25:]) if t >= 0}
+            assert scored == open_cells  # nothing of what stands around is scored
+            for axis in (0, 1):
+                reach = [cell[axis] for cell in open_cells]
+                assert max(reach) - min(reach) < max(sizes)
+            # The walls around change no answer: found again in the whole square.
+            walls = [cell == "#" for cell in puzzle]
+            paths = mazes.paths_from(puzzle.index("S"), walls, 5)
+            assert [d >= 0 for d in paths.distance] == [cell == "+" for cell in solution]
+            places.add(min(open_cells))
+    assert len(places) > 6
+
+
+def test_a_maze_at_another_place_is_the_same_one():
+    family = inside(FAMILIES["reachability"], 7)
+    by_identity = {}
+    for number in range(400):
+        instance = family.draw(Draws("place", number), 3)
+        by_identity.setdefault(instance.identity, set()).add(instance.puzzle)
+    assert max(map(len, by_identity.values())) > 1
+    plain = {FAMILIES["reachability"].draw(Draws("place", n), 3).identity for n in range(400)}
+    assert by_identity.keys() == plain
+
+
 @pytest.mark.parametrize(
     "name, changes, part",
     [
@@ -345,6 +383,14 @@ def test_a_dataset_is_sound_and_reads_back_as_the_instances(name, tmp_path):
             "draws without a new one; ask for fewer",
         ),
         ("hops", {"sizes": [1], "harder_from": 5}, "still missing .*'harder': 20"),
+        ("sudoku", {"sizes": [4], "inside": 6}, "inside is 6: nothing can stand around .*sudoku"),
+        ("hops", {"sizes": [1], "inside": 6}, "inside is 6: nothing can stand around"),
+        (
+            "shortest-path",
+            {"sizes": [3], "larger": [5], "inside": 4},
+            "inside is 4: must be 5, the largest size, to 64",
+        ),
+        ("shortest-path", {"sizes": [3], "inside": 65}, "inside is 65: must be 3"),
     ],
 )
 def test_what_cannot_be_made_is_one_line(name, changes, part, tmp_path):

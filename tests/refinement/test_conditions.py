@@ -13,7 +13,6 @@ import test_refinement as plain
 import torch
 from torch.nn import functional as F
 
-from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.model.conditions import example_conditions
 from ebwm_scale.model.rotary import RotaryTable
@@ -28,32 +27,13 @@ GRID = {"group_size": 4, "grid": [2, 2], "conditions": [ACTION, BUTTON]}
 LINE = {"group_size": 3, "conditions": [BUTTON]}
 
 
-def build(*, kind="embedding", data, model=None, state=None, refinement=None, num_groups=T):
+def build(*, kind="embedding", data, num_groups=T, **options):
     """(model, observed, targets, conditions) in float64; nothing is zero."""
-    size = {"dimension": 7} if kind == "embedding" else {}
-    tokens = {"vocabulary_size": V} if kind == "vocabulary" else {}
-    config = config_from_dict(
-        {
-            "model": {"num_layers": 2, "width": 16, "num_heads": 2, **tokens, **(model or {})},
-            "state": {"kind": kind, **size, **(state or {})},
-            "refinement": {"num_steps": 2, "step_size": 3.0, **(refinement or {})},
-            "data": data,
-        }
-    )
-    torch.manual_seed(1)
-    world_model = WorldModel(config).double()
-    for parameter in world_model.parameters():
-        if parameter.abs().max() == 0:  # must not hide a missing path
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = grouped.build_model(kind=kind, data=data, **options)
     generator = torch.Generator().manual_seed(2)
-    group = data.get("group_size", 1)
-    length = (num_groups + 1) * group
-    if kind == "vocabulary":
-        block = torch.randint(V, (B, length), generator=generator)
-    else:
-        block = torch.randn(B, length, 7, generator=generator, dtype=torch.float64)
-    conditions = example_conditions(config.data.conditions, B, num_groups, generator)
-    return world_model, block[:, :-group], block[:, group:], conditions
+    groups = grouped.draw_groups(kind, data.get("group_size", 1), num_groups, generator)
+    conditions = example_conditions(model.config.data.conditions, B, num_groups, generator)
+    return model, *groups, conditions
 
 
 def place(cell, group, grid):

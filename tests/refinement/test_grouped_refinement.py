@@ -27,8 +27,8 @@ B, V = 3, 13
 GRID = {"group_size": 4, "grid": [2, 2]}
 
 
-def build(*, kind="vocabulary", model=None, state=None, refinement=None, data=None, num_groups=2):
-    data = {"group_size": 3, **(data or {})}
+def build_model(*, kind, data, model=None, state=None, refinement=None):
+    """A small model in float64; nothing is zero."""
     size = {"dimension": 7} if kind == "embedding" else {}
     tokens = {"vocabulary_size": V} if kind == "vocabulary" else {}
     config = config_from_dict(
@@ -44,14 +44,25 @@ def build(*, kind="vocabulary", model=None, state=None, refinement=None, data=No
     for parameter in world_model.parameters():
         if parameter.abs().max() == 0:  # must not hide a missing path
             torch.nn.init.normal_(parameter, std=0.3)
-    generator = torch.Generator().manual_seed(2)
-    size = data["group_size"]
+    return world_model
+
+
+def draw_groups(kind, size, num_groups, generator):
+    """(observed, targets): groups of `size` tokens or vectors, one after the other."""
     length = (num_groups + 1) * size
     if kind == "vocabulary":
         block = torch.randint(V, (B, length), generator=generator)
     else:
         block = torch.randn(B, length, 7, generator=generator, dtype=torch.float64)
-    return world_model, block[:, :-size], block[:, size:]
+    return block[:, :-size], block[:, size:]
+
+
+def build(*, kind="vocabulary", data=None, num_groups=2, **options):
+    """(model, observed, targets)."""
+    data = {"group_size": 3, **(data or {})}
+    generator = torch.Generator().manual_seed(2)
+    groups = draw_groups(kind, data["group_size"], num_groups, generator)
+    return build_model(kind=kind, data=data, **options), *groups
 
 
 def coordinates(position, group_size, grid):
@@ -207,6 +218,12 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
             "state": {"workspace": 5},
             "refinement": {"reencode": "all", "recompute": "block"},
         },
+        {
+            "data": GRID,
+            "model": {"energy_head": ["linear", "bilinear"]},
+            "state": {"workspace": 5, "initial": "zeros"},
+            "refinement": {"momentum": 0.6, "tile_rows": 4, "update": "mirror"},
+        },
     ],
     ids=[
         "plain",
@@ -218,6 +235,7 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
         "frames",
         "workspace",
         "encoded_again",
+        "momentum",
     ],
 )
 def test_groups_are_exact_to_second_order(graph, loss, options):

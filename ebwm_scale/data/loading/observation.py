@@ -82,6 +82,11 @@ class Observation:
             conditions[condition.name] = values
         return conditions
 
+    def statistics(self, name: str) -> tuple[Tensor, Tensor]:
+        """(mean, std) float32 (width,) of a continuous condition, on the device."""
+        mean, std = self._statistics[name]
+        return mean, std
+
     def restored(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The way back, from a model's conditions to stored ones; differentiable."""
         stored = dict(conditions)

@@ -46,6 +46,7 @@ from ebwm_scale.data.format.writer import (
 from ebwm_scale.data.prepare.reasoning.families import FAMILIES
 from ebwm_scale.data.prepare.reasoning.family_checks import check_family, check_instance
 from ebwm_scale.data.prepare.reasoning.instance import Draws, Family, Instance
+from ebwm_scale.data.prepare.reasoning.surroundings import inside as standing_inside
 from ebwm_scale.data.tokenizer import Tokenizer
 from ebwm_scale.data.tokenizers.sentence_piece import (
     EOS,
@@ -57,6 +58,7 @@ from ebwm_scale.data.walking import Report
 HARDER = "harder"
 _OURS = (*DATASET_FILES, "tokenizer.model", f"{HARDER}-*.tar", f"{HARDER}-*.index.json")
 _VERSION = 1  # of what is drawn for the same arguments
+MAX_SIDE = 64  # cells of a square that grids stand in
 _FRUITLESS = 5000  # instances drawn one after the other without a new one before giving up
 _FIRST_SYMBOL = 2  # token ids: unknown, end, then the symbols, then the space
 
@@ -65,8 +67,9 @@ _FIRST_SYMBOL = 2  # token ids: unknown, end, then the symbols, then the space
 class Request:
     """What is to be drawn.
 
-    sizes: drawn evenly; of a family of grids only one. counts: instances per split. harder_from:
-    instances of this difficulty or more are for the split `harder` alone.
+    sizes: drawn evenly; of a family of grids only one, or several inside a common square. counts:
+    instances per split. harder_from: instances of this difficulty or more are for the split
+    `harder` alone. inside: cells a side of the square that grids stand in.
     """
 
     family: Family
@@ -75,9 +78,10 @@ class Request:
     harder_from: int | None
     seed: int
     samples_per_shard: int
+    inside: int | None = None
 
     def settings(self) -> dict[str, Any]:
-        return {
+        settings: dict[str, Any] = {
             "family": self.family.name,
             "sizes": list(self.sizes),
             "counts": self.counts,
@@ -85,6 +89,9 @@ class Request:
             "seed": self.seed,
             "samples_per_shard": self.samples_per_shard,
         }
+        if self.inside is not None:
+            settings["inside"] = self.inside
+        return settings
 
 
 def make_reasoning_dataset(
@@ -98,6 +105,7 @@ def make_reasoning_dataset(
     harder_from: int | None = None,
     seed: int = 0,
     samples_per_shard: int = 4096,
+    inside: int | None = None,
     report: Report = print,
     progress: Progress = no_progress,
 ) -> list[Path]:
@@ -105,6 +113,7 @@ def make_reasoning_dataset(
 
     family: the name of one of ours, or one of your own. Complete datasets of the same arguments are
     kept, as by make_text_dataset: after a change of your own family name another folder.
+    inside: cells a side of a square that every grid stands in, those of larger sizes too.
     """
     if isinstance(family, Family):
         chosen = family
@@ -113,7 +122,9 @@ def make_reasoning_dataset(
     else:
         raise DataError(f"family is {family}: must be one of {', '.join(FAMILIES)}")
     check_family(chosen)
-    _check(chosen, sizes, larger)
+    _check(chosen, sizes, larger, inside)
+    if inside is not None:
+        chosen = standing_inside(chosen, inside)
     for name, value, lowest in (
         ("the number of training instances", num_train, 1),
         ("the number of validation instances", num_validation, 1),
@@ -127,17 +138,17 @@ def make_reasoning_dataset(
     counts = {"train": num_train, "validation": num_validation}
     if harder_from is not None:
         counts[HARDER] = num_validation
-    request = Request(chosen, tuple(sizes), counts, harder_from, seed, samples_per_shard)
+    request = Request(chosen, tuple(sizes), counts, harder_from, seed, samples_per_shard, inside)
     manifests = [_make(request, output, report, progress)]
     for size in larger:
         counts = {"validation": num_validation}
-        request = Request(chosen, (size,), counts, None, seed, samples_per_shard)
+        request = Request(chosen, (size,), counts, None, seed, samples_per_shard, inside)
         folder = output.with_name(f"{output.name}-larger-{size}")
         manifests.append(_make(request, folder, report, progress))
     return manifests
 
 
-def _check(family: Family, sizes: Sequence[int], larger: Sequence[int]) -> None:
+def _check(family: Family, sizes: Sequence[int], larger: Sequence[int], inside: int | None) -> None:
     allowed = family.sizes
     for size in (*sizes, *larger):
         if size not in allowed:
@@ -153,10 +164,15 @@ def _check(family: Family, sizes: Sequence[int], larger: Sequence[int]) -> None:
             f"sizes are {list(sizes)}, larger ones {list(larger)}: name at least one size, and "
             "each once"
         )
-    if family.grid is not None and len(sizes) > 1:
+    if family.grid is not None and len(sizes) > 1 and inside is None:
         raise DataError(
             f"sizes are {list(sizes)}: all grids of a dataset have one size; name one, and others "
-            "as larger ones or in datasets of their own"
+            "as larger ones, in datasets of their own, or all inside a square (inside)"
+        )
+    largest = max((*sizes, *larger))
+    if inside is not None and not largest <= inside <= MAX_SIDE:
+        raise DataError(
+            f"inside is {inside}: must be {largest}, the largest size, to {MAX_SIDE} cells a side"
         )
 
 

@@ -31,6 +31,12 @@ def check_family(family: Family) -> None:
             f"family {family.name}: give grid (rows and columns of a size) for answers on grids, "
             "or longest (characters of a size) for texts, and not both"
         )
+    around = family.surroundings
+    if around is not None and (family.grid is None or around not in symbols or len(around) != 1):
+        raise DataError(
+            f"family {family.name}: surroundings are {shown(around)}: must be one of its symbols, "
+            "of a family of grids"
+        )
 
 
 def check_instance(family: Family, size: int, instance: Instance) -> None:

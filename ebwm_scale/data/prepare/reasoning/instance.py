@@ -34,7 +34,8 @@ class Family:
 
     symbols: all characters, in the order of their token ids. sizes: the allowed ones, and the word
     for what they count. draw: an instance of a size. grid: (rows, columns) of a size; None: the
-    instances are texts, of at most longest(size) characters.
+    instances are texts, of at most longest(size) characters. surroundings: the symbol that may
+    stand around a grid without changing its answer; None: nothing may.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Family:
     draw: Callable[[Draws, int], Instance]
     grid: Callable[[int], tuple[int, int]] | None = None
     longest: Callable[[int], int] | None = None
+    surroundings: str | None = None
 
 
 class Draws:

@@ -151,6 +151,7 @@ REACHABILITY = Family(
     size_word="cells a side",
     draw=draw_reachability,
     grid=_square,
+    surroundings="#",
 )
 SHORTEST_PATH = Family(
     name="shortest-path",
@@ -159,4 +160,5 @@ SHORTEST_PATH = Family(
     size_word="cells a side",
     draw=draw_shortest_path,
     grid=_square,
+    surroundings="#",
 )
