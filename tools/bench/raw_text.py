@@ -121,7 +121,10 @@ def shard_stream(manifest: Manifest) -> StreamLoader:
 
 def raw_text(manifest: Manifest, corpus: list[Path], workers: int) -> TextStreamLoader:
     config = Config()
-    data = config.data.replace(stream=tuple(map(str, corpus)), stream_format="text")
+    # Short windows: what the first batches tokenise ahead must not be what is measured.
+    data = config.data.replace(
+        stream=tuple(map(str, corpus)), stream_format="text", stream_buffer=BATCH
+    )
     train = config.train.replace(global_batch_size=BATCH)
     stream = open_text_stream(config.replace(data=data, train=train), manifest, world_size=1)
     return TextStreamLoader(stream, manifest, num_workers=workers, **common())
