@@ -202,6 +202,10 @@ class SourceConfig(Section):
     manifest: str = ""
     weight: float = 1.0
     """Its share of the samples, relative to the other weights."""
+    epochs: Positive | None = None
+    """It is passed through at most so often; then the others make up for it. Default: no end."""
+    tokens: Count | None = None
+    """It gives at most so many tokens (positions) in all; with epochs whichever is less."""
 
 
 class ConditionConfig(Section):
@@ -320,6 +324,9 @@ class CheckpointConfig(Section):
     """Also keep the one with the lowest validation loss."""
     milestone_every_steps: CountOrNone = 0
     """Also keep those at multiples of this; 0: none."""
+    remote: str | None = None
+    """An address of fsspec (s3://bucket/runs/mine) where each checkpoint and the metrics are copied
+    to in the background; --resume on a machine without the run folder fetches them from there."""
 
 
 class EvaluationConfig(Section):
