@@ -24,7 +24,8 @@ import torch
 from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_latest, saved_config
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config import resolved
-from ebwm_scale.config.checks import batch_arithmetic, group_problems
+from ebwm_scale.config.checks import batch_arithmetic, filled_problems
+from ebwm_scale.config.rate_schedule import is_known
 from ebwm_scale.config.schema import ConditionConfig, Config
 from ebwm_scale.core.errors import ConfigError, UserError
 from ebwm_scale.core.ownership import Ownership
@@ -39,6 +40,7 @@ from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.opening import open_splits
 from ebwm_scale.data.loading.streaming import check_stream
 from ebwm_scale.model.blocks import attention_paths
+from ebwm_scale.training.extending import last_without_a_jump
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
 
 MANY_EPOCHS = 100
@@ -96,11 +98,14 @@ def check_run(
     resume: bool = False,
     strict: bool = False,
     accept_new_rate: bool = False,
+    extend: Path | None = None,
     report: Callable[[str], None] = print,
     group: World | None = None,
     ownership: Ownership | None = None,
 ) -> RunCheck:
     """Everything that train.py refuses, in one place.
+
+    extend: the run folder whose checkpoint is gone on from, without a jump of the learning rate.
 
     report: told what is skipped (hashes of large datasets, damaged checkpoints). group: the
     processes of the run, which must all call this: rank 0 reads the data's lists for them.
@@ -125,9 +130,12 @@ def check_run(
     if config.deepspeed.raw and batch is not None:
         check.attempt("deepspeed", check_deepspeed, config, *batch)
     check_data(check, report, group)
-    if resume:
+    if extend is not None:
+        check_extended(check, extend, report=report)
+    elif resume:
         check_saved(check, run_dir, strict=strict, accept_new_rate=accept_new_rate, report=report)
-    check.warnings += [("schedule", text) for text in unusual_schedule(config)]
+    if is_known(check.config):
+        check.warnings += [("schedule", text) for text in unusual_schedule(check.config)]
     check.share_problems(group)
     return check
 
@@ -211,7 +219,7 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     if filled is None:
         return
     check.config = config = filled
-    check.attempt("data", check_groups, config)
+    check.attempt("data", check_filled, config)
     check.attempt("data", check_context, train.manifest, config.data.context_length)
     if config.data.stream:
         check.attempt("data", check_stream, config.data.stream, check.world_size)
@@ -232,9 +240,9 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
         check.warnings.append(("refinement", warning))
 
 
-def check_groups(config: Config) -> None:
-    """ConfigError for a configuration that does not fit the groups of its data."""
-    problems = group_problems(config)
+def check_filled(config: Config) -> None:
+    """ConfigError for a configuration that does not fit its data."""
+    problems = filled_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -257,8 +265,29 @@ def check_saved(
         lambda text: report(f"warning: {text}"),
         strict=strict,
     )
-    if saved is None:
+    if saved is not None:
+        compare_with_saved(check, saved, accept_new_rate=accept_new_rate)
+
+
+def check_extended(check: RunCheck, run: Path, *, report: Callable[[str], None]) -> None:
+    """Find the checkpoint of another run from which the learning rate does not jump, and hold the
+    rest against it.
+    """
+    if check.problems:  # without its data, a schedule in tokens does not say where it stands
         return
+    saved = check.attempt(
+        "checkpoint",
+        last_without_a_jump,
+        run,
+        check.config,
+        lambda text: report(f"warning: {text}"),
+    )
+    if saved is not None:
+        compare_with_saved(check, saved, accept_new_rate=False)
+
+
+def compare_with_saved(check: RunCheck, saved: CheckpointInfo, *, accept_new_rate: bool) -> None:
+    """Hold the configuration, the data and the learning rate against a checkpoint."""
     check.saved = saved
     before = check.attempt("checkpoint", saved_config, saved.folder)
     if before is None:
@@ -280,6 +309,8 @@ def check_saved(
             seed=check.config.train.seed,
         )
     check.changes += describe_schedule_changes(before, check.config, saved.step)
+    if not (is_known(before) and is_known(check.config)):
+        return  # the data's problems are said already
     rate = RateChange.of(before, check.config, saved.step)
     if rate.changed:
         check.changes.append(rate.describe())
