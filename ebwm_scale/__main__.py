@@ -28,6 +28,10 @@ COMMANDS = {  # name -> (module with a main, what it does)
     "questions": ("ebwm_scale.questions", "multiple choice and cloze from files"),
     "harness": ("ebwm_scale.harness", "lm-evaluation-harness on a trained model of text"),
     "plan": ("ebwm_scale.plan", "memory, time and cost of a run, before there is a cluster"),
+    "plan-actions": (
+        "ebwm_scale.plan_actions",
+        "plan actions in an environment with a world model",
+    ),
     "report": ("ebwm_scale.report", "write the report of a run: did it learn?"),
     "doctor": ("ebwm_scale.doctor", "is this machine, or this job, ready to train?"),
     "config": ("ebwm_scale.config.__main__", "list, show and describe configurations"),

@@ -3,12 +3,12 @@ how far its energies can be trusted.
 
     ebwm evaluate RUN [--max-samples 256] [--steps 1 2 3 4 8] [--starts 1 2 4]
                       [--out-of-distribution FILE ..] [--split NAME] [--output DIR]
-                      [--against RUN] [--examples 4] [--horizons 1 2 4 8 16]
+                      [--against RUN] [--examples 4] [--horizons 1 2 4 8 16] [--films 4]
 
 Writes evaluation.json and evaluation.html into RUN (or DIR). On a dataset of a world
 (docs/imagination.md) also imagination.json and imagination.html: how far it imagines its held-out
-episodes, what its actions are worth, and how well its energy tells real next frames from wrong
-ones. On a dataset of tasks with one right
+episodes, what its actions are worth, how well its energy tells real next frames from wrong ones,
+and some episodes that move beside what is imagined of them. On a dataset of tasks with one right
 answer (docs/reasoning.md): solving.json and solving.html, with the share of solved instances by
 difficulty and number of steps, and some instances shown step by step; --against compares with
 another run on the same instances. Losses are means per target over the validation split (text: nats
@@ -32,6 +32,7 @@ bootstrap over samples. For an energy model:
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,6 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="tasks: instances that are shown step by step (default %(default)s)",
     )
     parser.add_argument(
+        "--films",
+        type=int,
+        default=4,
+        metavar="N",
+        help="worlds: held-out episodes that move on the page (default %(default)s)",
+    )
+    parser.add_argument(
         "--output", type=Path, default=None, metavar="DIR", help="default: the run folder"
     )
     options = parser.parse_args(arguments)
@@ -169,8 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             "--max-samples, --batch-size, --steps, --starts and --horizons must be at least 1"
         )
-    if options.examples < 0:
-        raise UserError(f"--examples is {options.examples}: must be at least 0")
+    for name in ("examples", "films"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} is {getattr(options, name)}: must be at least 0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, config = load_checkpoint(options.checkpoint, device=device, weights=options.weights)
     sources = sources_of(options.data, config)
@@ -236,8 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_world(split.manifest):
         from ebwm_scale.reporting.imagination_page import write_imagination
 
-        imagination = imagined(model, config, split, options)
-        say(str(write_imagination(folder, about | imagination)))
+        imagination, futures = imagined(model, config, split, options)
+        say(str(write_imagination(folder, about | imagination, futures)))
     return EXIT_FINISHED
 
 
@@ -249,9 +258,10 @@ def is_world(manifest: Manifest) -> bool:
     return bool(content.conditions or content.grid or episodes_of(manifest))
 
 
-def imagined(model, config: Config, split, options) -> dict[str, Any]:
-    """The content of imagination.json but for where it comes from."""
+def imagined(model, config: Config, split, options) -> tuple[dict[str, Any], list]:
+    """The content of imagination.json but for where it comes from, and futures to be shown."""
     from ebwm_scale.evaluation.imagination import evaluate_imagination
+    from ebwm_scale.evaluation.shown_futures import shown_futures
 
     against = None
     if options.against is not None:
@@ -270,7 +280,15 @@ def imagined(model, config: Config, split, options) -> dict[str, Any]:
             say=say,
             progress=progress,
         )
-    return {"against": None if options.against is None else str(options.against), **result}
+    futures = []
+    if options.films and importlib.util.find_spec("PIL") is None:
+        say("no films: pillow is not installed (pip install pillow)")
+    elif options.films:
+        models = {"model": model} if against is None else {"model": model, "against": against}
+        num_steps = result["horizons"][-1]
+        seed = config.train.seed
+        futures = shown_futures(models, split, count=options.films, num_steps=num_steps, seed=seed)
+    return {"against": None if options.against is None else str(options.against), **result}, futures
 
 
 def sources_of(manifest: str | None, config: Config) -> list[tuple[str, float]]:

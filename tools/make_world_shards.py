@@ -28,6 +28,7 @@ from ebwm_scale.data.prepare.workers import STILL_S
 from ebwm_scale.data.prepare.worlds.columns import ColumnConfig
 from ebwm_scale.data.prepare.worlds.config import WorldDatasetConfig
 from ebwm_scale.data.prepare.worlds.dataset import make_world_dataset
+from ebwm_scale.data.prepare.worlds.environments import name_value_pairs, option_values
 from ebwm_scale.data.prepare.worlds.opening import open_source
 from ebwm_scale.data.prepare.worlds.recording import RecordConfig, RecordedSource
 from ebwm_scale.data.prepare.worlds.source import FRAMES, Source, Wanted
@@ -65,7 +66,7 @@ def main() -> int:
             episodes=arguments.episodes,
             steps=arguments.steps,
             seed=arguments.seed,
-            options=_env_options(arguments.env_option),
+            options=option_values(arguments.env_option),
         )
         source = RecordedSource(recording, wanted, (config.height, config.width))
     with progress_on_console() as progress:
@@ -85,7 +86,7 @@ def main() -> int:
 
 def _config(arguments) -> tuple[WorldDatasetConfig, Wanted]:
     """What the options say a dataset holds."""
-    keys = dict(_pairs(arguments.map, "--map", "frames=pixels"))
+    keys = dict(name_value_pairs(arguments.map, "--map", "frames=pixels"))
     if arguments.camera is not None:
         keys[FRAMES] = arguments.camera
     conditions = []
@@ -142,33 +143,6 @@ def _config(arguments) -> tuple[WorldDatasetConfig, Wanted]:
         samples_per_shard=arguments.samples_per_shard,
     )
     return config, wanted
-
-
-def _pairs(texts: list[str], option: str, example: str) -> list[tuple[str, str]]:
-    pairs = []
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not (name and separator and value):
-            raise DataError(f"{option} {text}: expected NAME=VALUE, for example {example}")
-        pairs.append((name, value))
-    return pairs
-
-
-def _env_options(texts: list[str]) -> dict[str, object]:
-    """Options of gymnasium.make; whole numbers, fractions, true and false as such."""
-    options: dict[str, object] = {}
-    for name, text in _pairs(texts, "--env-option", "frameskip=1"):
-        options[name] = text
-        if text in ("true", "false"):
-            options[name] = text == "true"
-            continue
-        for kind in (int, float):
-            try:
-                options[name] = kind(text)
-                break
-            except ValueError:
-                continue
-    return options
 
 
 def _add_recording(parser: ArgumentParser) -> None:

@@ -1,8 +1,9 @@
 """The quick start: data, shards, Transformer++ and an energy-based world model trained on them, and
-a report. For text, for video, or for reasoning: mazes, made here, in which thinking longer pays.
+a report. For text, for video, for reasoning: mazes, made here, in which thinking longer pays; or
+for a world: a ball in two rooms, recorded here, imagined under what is done, and planned in.
 
-    python tools/quickstart.py [text|video|reasoning] [--runs runs] [--data data] [--input DIR]
-        [--hold-out VIDEO]
+    python tools/quickstart.py [text|video|reasoning|world] [--runs runs] [--data data]
+        [--input DIR] [--hold-out VIDEO]
 
 Every stage is kept when it is done, and a killed run goes on where it was: repeat the command.
 --input: a folder of your own text or videos instead of the samples (the documentation of Django
@@ -26,7 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 MAZE, LARGER_MAZE = 6, 8  # cells a side
 NUM_MAZES, HELD_OUT_MAZES = 48_000, 500
-MOST_STEPS = (1, 2, 4, 8, 16, 32)  # up to eight of them are trained
+MOST_STEPS = (1, 2, 4, 6, 12, 24)  # up to six of them are trained
+WORLD = "TwoRooms-v0"
+NUM_EPISODES, EPISODE_STEPS = 120, 40
+HORIZONS = (1, 2, 4, 8)  # imagined frames
+HELD_OUT_WINDOWS, FILMS = 96, 4
+PLANNED_EPISODES, PLANNED_STEPS = 20, 20
+AHEAD, FUTURES = 5, 64  # steps of a plan, and how many are imagined for each
 
 
 @command
@@ -35,7 +42,7 @@ def main() -> int:
     parser.add_argument(
         "modality",
         nargs="?",
-        choices=("text", "video", "reasoning"),
+        choices=("text", "video", "reasoning", "world"),
         default="text",
         help="default text",
     )
@@ -63,9 +70,10 @@ def main() -> int:
         "own)",
     )
     arguments = parser.parse_args()
-    if arguments.modality == "reasoning" and arguments.input is not None:
+    made = {"reasoning": "mazes", "world": "episodes"}.get(arguments.modality)
+    if made and arguments.input is not None:
         raise UserError(
-            f"--input {arguments.input}: the mazes of this quick start are made, not read; "
+            f"--input {arguments.input}: the {made} of this quick start are made, not read; "
             "leave it out"
         )
     start = time.monotonic()
@@ -80,6 +88,8 @@ def main() -> int:
             manifest = video_dataset(
                 arguments.data, arguments.input, arguments.hold_out, announce, progress
             )
+        elif arguments.modality == "world":
+            manifest = world_dataset(arguments.data, announce, progress)
         else:
             # Its products are so small that handing a part to a second thread takes longer.
             os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -121,6 +131,8 @@ def main() -> int:
         solve(manifest, energy, baseline, energy, HELD_OUT_MAZES)
         report = energy / "solving.html"
         announce(f"the same on larger mazes than were trained: {energy / 'larger' / report.name}")
+    if arguments.modality == "world":
+        report = imagine_and_plan(energy, baseline, announce)
     announce(f"done. Open the report: {report}")
     return 0
 
@@ -165,6 +177,74 @@ def solve(dataset: Path, energy: Path, baseline: Path, folder: Path, num_mazes: 
     )
     if code:
         raise UserError(f"the evaluation ended with exit code {code}; repeat the command to go on")
+
+
+def world_dataset(data: Path, announce, progress: Progress) -> Path:
+    """The manifest of episodes of a ball that goes one way for a while, then another."""
+    from ebwm_scale.data.prepare.worlds.config import WorldDatasetConfig
+    from ebwm_scale.data.prepare.worlds.dataset import make_world_dataset
+    from ebwm_scale.data.prepare.worlds.recording import RecordConfig, RecordedSource
+    from ebwm_scale.data.prepare.worlds.source import Wanted
+
+    announce(f"episodes: {NUM_EPISODES} of {WORLD}, {EPISODE_STEPS} steps each")
+    config = WorldDatasetConfig(
+        context_length=6,
+        stride=1,
+        height=32,
+        width=32,
+        encoder_settings={"patch": 16, "components": 24},
+        validation_fraction=0.2,
+    )
+    recording = RecordConfig(
+        env=WORLD,
+        policy="sticky",
+        stickiness=0.7,
+        episodes=NUM_EPISODES,
+        steps=EPISODE_STEPS,
+    )
+    wanted = Wanted(conditions=("action",))
+    source = RecordedSource(recording, wanted, (config.height, config.width))
+    return make_world_dataset(source, wanted, data / "two-rooms", config, progress=progress)
+
+
+def imagine_and_plan(energy: Path, baseline: Path, announce) -> Path:
+    """The page of what the energy model imagines beside Transformer++, and of planning with it."""
+    from ebwm_scale.data.prepare.worlds import two_rooms
+    from ebwm_scale.evaluate import main as evaluate
+    from ebwm_scale.plan_actions import main as plan_actions
+
+    announce(f"planning {PLANNED_EPISODES} episodes: where is the goal, and how is it reached?")
+    code = plan_actions(
+        [
+            str(energy),
+            *("--env", WORLD),
+            *("--goal", f"{two_rooms.__file__}:goal_frame"),
+            *("--against", str(baseline)),
+            *("--baseline", "random", "persistence"),
+            *("--episodes", str(PLANNED_EPISODES)),
+            *("--max-steps", str(PLANNED_STEPS)),
+            *("--horizon", str(AHEAD)),
+            *("--budget", str(FUTURES)),
+            *("--seed", str(NUM_EPISODES)),
+        ]
+    )
+    if not code:
+        announce(f"imagining {HORIZONS[-1]} frames ahead of held-out episodes")
+        code = evaluate(
+            [
+                str(energy),
+                *("--against", str(baseline)),
+                *("--max-samples", str(HELD_OUT_WINDOWS)),
+                *("--batch-size", "32"),
+                *("--steps", "1", "2", "3"),
+                *("--starts", "1"),
+                *("--horizons", *map(str, HORIZONS)),
+                *("--films", str(FILMS)),
+            ]
+        )
+    if code:
+        raise UserError(f"ended with exit code {code}; repeat the command to go on")
+    return energy / "imagination.html"
 
 
 def text_dataset(data: Path, source: Path | None, announce, progress: Progress) -> Path:

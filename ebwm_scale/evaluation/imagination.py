@@ -96,6 +96,45 @@ def evaluate_imagination(
     """
     if against is not None:
         refuse_another_space(model, against)
+    of, observe, fitting = windows_ahead(
+        model, split, horizons, max_windows=max_windows, batch_size=batch_size, seed=seed
+    )
+    windows, num_context = of.windows, of.num_context
+    say(f"{len(windows)} windows of {len(set(of.episodes))} episodes; {fitting[-1]} steps ahead")
+    result: dict[str, Any] = {
+        "kind": model.config.model.kind,
+        "num_windows": len(windows),
+        "num_episodes": len(set(of.episodes)),
+        "context_frames": num_context,
+        "horizons": fitting,
+        "horizons_left_out": sorted(set(horizons) - set(fitting)),
+    }
+    imagined = imagined_frames(of, fitting[-1], against, progress)
+    result["errors"] = _errors(of, imagined, fitting)
+    result["pixels"] = measure_pixels(
+        windows, imagined, observe.space, num_context, fitting, of.episodes
+    )
+    say("judging next frames")
+    result["judge"] = judged(of, against, progress)
+    if model.config.model.kind == "energy":
+        result["trained_steps"] = model.config.refinement.num_steps
+        result["steps"] = _after_each_step(of, progress)
+    return result
+
+
+def windows_ahead(
+    model: WorldModel,
+    split,
+    horizons: Sequence[int],
+    *,
+    max_windows: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[Imagination, Observation, list[int]]:
+    """Windows of held-out episodes, and those of the horizons that fit into the longest one.
+
+    Raises UserError where none fits.
+    """
     observe = Observation(split.manifest, next(model.parameters()).device)
     num_context = max(1, (resolved.num_groups(model.config) + 1) // 2)
     longest = longest_window(split, observe) - num_context
@@ -108,26 +147,7 @@ def evaluate_imagination(
     windows = windows_of(
         split, observe, num_frames=num_context + fitting[-1], max_windows=max_windows
     )
-    of = Imagination(model, windows, num_context, batch_size, seed)
-    say(f"{len(windows)} windows of {len(set(of.episodes))} episodes; {fitting[-1]} steps ahead")
-    result: dict[str, Any] = {
-        "kind": model.config.model.kind,
-        "num_windows": len(windows),
-        "num_episodes": len(set(of.episodes)),
-        "context_frames": num_context,
-        "horizons": fitting,
-        "horizons_left_out": sorted(set(horizons) - set(fitting)),
-    }
-    imagined = _imagined(of, fitting[-1], against, progress)
-    result["errors"] = _errors(of, imagined, fitting)
-    result["pixels"] = measure_pixels(
-        windows, imagined, observe.space, num_context, fitting, of.episodes
-    )
-    say("judging next frames")
-    result["judge"] = _judge(of, against, progress)
-    if model.config.model.kind == "energy":
-        result["steps"] = _after_each_step(of, progress)
-    return result
+    return Imagination(model, windows, num_context, batch_size, seed), observe, fitting
 
 
 def refuse_another_space(model: WorldModel, against: WorldModel) -> None:
@@ -144,8 +164,11 @@ def refuse_another_space(model: WorldModel, against: WorldModel) -> None:
             )
 
 
-def _imagined(
-    of: Imagination, num_steps: int, against: WorldModel | None, progress: Progress
+def imagined_frames(
+    of: Imagination,
+    num_steps: int,
+    against: WorldModel | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Tensor]:
     """Frames ahead (n, k, P, dimension) by who imagines them; the truth first."""
     states = torch.stack([window.states for window in of.windows])
@@ -207,7 +230,7 @@ def _errors(
     for horizon in horizons:
         truth = imagined["truth"][:, horizon - 1]
         errors = {
-            name: _distance(states[:, horizon - 1], truth)
+            name: frame_errors(states[:, horizon - 1], truth)
             for name, states in imagined.items()
             if name != "truth"
         }
@@ -221,13 +244,15 @@ def _errors(
     return rows
 
 
-def _distance(states: Tensor, truth: Tensor) -> Tensor:
+def frame_errors(states: Tensor, truth: Tensor) -> Tensor:
     """(n,) mean SmoothL1 of frames (n, P, dimension)."""
     error = F.smooth_l1_loss(states, truth, beta=1.0, reduction="none")
     return error.mean((1, 2)).cpu()
 
 
-def _judge(of: Imagination, against: WorldModel | None, progress: Progress) -> dict[str, Any]:
+def judged(
+    of: Imagination, against: WorldModel | None = None, progress: Progress = no_progress
+) -> dict[str, Any]:
     """By judge and kind of wrong frame: AUROC over all pairs, and the share within one context."""
     wrong = _wrong_frames(of)
     others = _of_other_episodes(of.windows)
@@ -321,22 +346,29 @@ def _distances(
 ) -> list[Tensor]:
     """Distances (n,) of each list of next frames from what a model predicts."""
     predicted = of.of(model, windows, 1)[:, 0]
-    return [_distance(predicted, each) for each in frames]
+    return [frame_errors(predicted, each) for each in frames]
 
 
 def _after_each_step(of: Imagination, progress: Progress) -> list[dict[str, Any]]:
     """The error of the next frame after each refinement step; the gain is over the step before."""
-    truth = torch.stack([window.states[of.num_context] for window in of.windows])
     rows: list[dict[str, Any]] = []
     before: Tensor | None = None
-    for count in range(1, of.model.config.refinement.num_steps + FURTHER_STEPS + 1):
-        config = ThinkingConfig(num_steps=count, seed=of.seed)
-        what = f"{count} refinement steps"
-        states = of.of(of.model, of.windows, 1, config, progress, what)[:, 0]
-        error = _distance(states, truth)
+    for count, error in errors_after_steps(of, progress).items():
         row: dict[str, Any] = {"num_steps": count, "error": mean_ci(error, of.episodes)}
         if before is not None:
             row["gain_over_previous"] = mean_ci(before - error, of.episodes)
         rows.append(row)
         before = error
     return rows
+
+
+def errors_after_steps(of: Imagination, progress: Progress = no_progress) -> dict[int, Tensor]:
+    """By number of refinement steps, the errors (n,) of the next frames."""
+    truth = torch.stack([window.states[of.num_context] for window in of.windows])
+    errors = {}
+    for count in range(1, of.model.config.refinement.num_steps + FURTHER_STEPS + 1):
+        config = ThinkingConfig(num_steps=count, seed=of.seed)
+        what = f"{count} refinement steps"
+        states = of.of(of.model, of.windows, 1, config, progress, what)[:, 0]
+        errors[count] = frame_errors(states, truth)
+    return errors

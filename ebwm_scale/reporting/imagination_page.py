@@ -1,19 +1,27 @@
 """imagination.json as one self-contained page: how far a model imagines, what it makes of actions,
-and how well it judges next frames.
+how well it judges next frames, and held-out episodes that move beside what is imagined of them.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
+from ebwm_scale.core.errors import DataError
+from ebwm_scale.evaluation.shown_futures import ShownFuture
+from ebwm_scale.reporting.films import film
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
 from ebwm_scale.reporting.plain import bounded, page_text
+from ebwm_scale.reporting.report_page import SIGNS
 from ebwm_scale.reporting.result_pages import refuses_other_results, write_result
 from ebwm_scale.reporting.style import LIGHT
+from ebwm_scale.reporting.world_verdict import judge_world
 
 WHO = {  # key of a row -> its name on the page, in the order of the columns
     "model": "this model",
@@ -21,6 +29,12 @@ WHO = {  # key of a row -> its name on the page, in the order of the columns
     "shuffled_actions": "under other actions",
     "persistence": "last frame",
     "linear_extrapolation": "straight line",
+}
+ACTORS = {
+    "model": "this model",
+    "against": "the other model",
+    "persistence": "planning with the last frame",
+    "random": "random actions",
 }
 COLOURS = ("curve4", "baseline", "curve1", "muted", "curve2")
 JUDGES = {
@@ -34,20 +48,71 @@ WRONG = {
     "another_action": "another action",
 }
 PIXELS = {"psnr": "PSNR, dB", "ssim": "SSIM"}
+Film = dict[str, str]  # title, caption, image
+_IMAGE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/=]+")
 
 
-def write_imagination(folder: Path, result: dict[str, Any]) -> Path:
-    """imagination.json and the page beside it, whose path is returned."""
-    return write_result(folder, "imagination", result, render)
+def write_imagination(
+    folder: Path, result: dict[str, Any], futures: Sequence[ShownFuture] = ()
+) -> Path:
+    """imagination.json and the page beside it, whose path is returned.
+
+    Where plan_actions.json of the same checkpoint lies there, the page shows it as well.
+    """
+    planning = _read_planning(folder, result.get("checkpoint"))
+    films = films_of(futures)
+    return write_result(
+        folder, "imagination", result, lambda result: render(result, films, planning)
+    )
 
 
-def render(result: dict[str, Any]) -> str:
-    """The page as HTML text. Raises DataError for what is no result of evaluate_imagination."""
+def _read_planning(folder: Path, checkpoint: Any) -> dict[str, Any] | None:
+    try:
+        planning = json.loads((folder / "plan_actions.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder / 'plan_actions.json'}: cannot be read: {page_text(str(error), 160)}; plan "
+            "again, or remove it"
+        ) from None
+    is_ours = isinstance(planning, dict) and planning.get("checkpoint") == checkpoint
+    return planning if is_ours else None
+
+
+def films_of(futures: Sequence[ShownFuture]) -> list[Film]:
+    """Each future beside what was, moving; imagined columns have a border."""
+    films = []
+    for future in futures:
+        columns = [future.truth, *future.imagined.values()]
+        image = film(
+            columns, imagined=range(1, len(columns)), interval_s=max(0.2, future.interval_s)
+        )
+        who = ", ".join(WHO.get(name, name) for name in future.imagined)
+        films.append(
+            {
+                "title": f"{future.episode}, from frame {future.start}",
+                "caption": f"seen, then imagined from frame {future.num_context + 1} on by: {who}",
+                "image": image,
+            }
+        )
+    return films
+
+
+def render(
+    result: dict[str, Any],
+    films: Sequence[Film] = (),
+    planning: dict[str, Any] | None = None,
+) -> str:
+    """The page as HTML text. planning: the content of plan_actions.json, for a page of both.
+
+    Raises DataError for what is no result of evaluate_imagination, or none of planning.
+    """
     with refuses_other_results("ebwm evaluate on a world"):
-        return _render(bounded(result))
+        return _render(bounded(result), films, None if planning is None else bounded(planning))
 
 
-def _render(result: dict[str, Any]) -> str:
+def _render(result: dict[str, Any], films: Sequence[Film], planning: dict[str, Any] | None) -> str:
     errors, pixels = result["errors"], result["pixels"]
     plots = [card("Error of imagined frames", lambda axes: _curves(axes, errors, "SmoothL1"))]
     tables = [_table("SmoothL1 in the model's space", errors), _gains(errors)]
@@ -66,10 +131,45 @@ def _render(result: dict[str, Any]) -> str:
         num_episodes=f"{result['num_episodes']:,}",
         context_frames=str(result["context_frames"]),
         missing=page_text(str(pixels.get("missing", "")), 200),
+        verdict=_verdict(result, planning),
+        signs=SIGNS,
+        films=[
+            {key: page_text(str(each[key]), 10**8) for key in ("title", "caption", "image")}
+            for each in films
+            if _IMAGE.fullmatch(each["image"])
+        ],
+        planned=_planned(planning),
         left_out=", ".join(str(int(horizon)) for horizon in result["horizons_left_out"]),
         plots=plots,
         tables=tables,
     )
+
+
+def _verdict(result: dict[str, Any], planning: dict[str, Any] | None) -> dict[str, Any]:
+    """For the macro `verdict`."""
+    answer, sentence, checks = judge_world(result, planning)
+    tone = {"Yes": "yes", "No": "no"}.get(answer, "unknown")
+    values = {"question": "Does it imagine its world?", "answer": answer, "tone": tone}
+    return values | {"sentence": sentence, "checks": checks}
+
+
+def _planned(planning: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A table of who acted in the environment."""
+    if planning is None:
+        return None
+    measures = [key for key in ("success", "return") if planning["actors"]["model"][key]]
+    rows = []
+    for name, actor in planning["actors"].items():
+        cells = [with_interval(actor[key]) for key in measures]
+        rows.append([ACTORS.get(name, name), *cells, f"{actor['seconds_per_plan']:.3g}"])
+    return {
+        "env": page_text(str(planning["env"]), 300),
+        "goal": page_text(str(planning["goal"]), 300),
+        "solver": page_text(str(planning["solver"]), 100),
+        "num_episodes": str(int(planning["num_episodes"])),
+        "heads": ["who acts", *measures, "seconds per plan"],
+        "rows": rows,
+    }
 
 
 def _table(title: str, rows: list[dict]) -> dict[str, Any]:

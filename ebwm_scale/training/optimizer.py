@@ -1,6 +1,7 @@
 """The optimizer of a run, and its parameter groups.
 
-    alpha, and beta of a workspace     AdamW, each with a learning rate of its own, no decay
+    alpha, beta of a workspace, and    AdamW, each with a learning rate of its own, no decay
+    a distribution over exits
     matrices of the blocks             AdamW, or Muon (optimizer.name)
     everything else                    AdamW
 
@@ -32,16 +33,17 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
     rate_scales = {
         "step_size": resolved.learning_rate_multiplier(config.refinement),
         "workspace_step_size": resolved.workspace_learning_rate_multiplier(config.refinement),
+        "exit_logits": config.refinement.exit_learning_rate_multiplier,
     }
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
-    step_sizes = []
+    with_own_rate = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name in rate_scales:
-            step_sizes.append(
+            with_own_rate.append(
                 {"params": [parameter], "weight_decay": 0.0, "rate_scale": rate_scales[name]}
             )
         elif options.name == "muon" and BLOCK_MATRIX.fullmatch(name):
@@ -64,7 +66,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
                 "momentum": options.momentum,
             }
         )
-    return [group for group in groups if group["params"]] + step_sizes
+    return [group for group in groups if group["params"]] + with_own_rate
 
 
 def _is_not_decayed(name: str, parameter: nn.Parameter, config: Config) -> bool:

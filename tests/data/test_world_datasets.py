@@ -26,6 +26,7 @@ from ebwm_scale.data.format.manifest import load_manifest
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.format.verify import verify_dataset
 from ebwm_scale.data.loading.observation import Observation
+from ebwm_scale.data.prepare.worlds import environments
 from ebwm_scale.data.prepare.worlds.columns import ColumnConfig
 from ebwm_scale.data.prepare.worlds.config import WorldDatasetConfig
 from ebwm_scale.data.prepare.worlds.dataset import make_world_dataset
@@ -542,6 +543,30 @@ def test_a_recording_that_cannot_be_is_one_line(tmp_path, tool, arguments, expec
     assert code == 2 and expected in errors, errors
     assert errors.splitlines()[-1] == errors.strip() or "warning: " in errors
     assert not (tmp_path / "world").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("ALE/Pong-v5", "ale_py"),
+        ("MiniGrid-DoorKey-5x5-v0", "minigrid"),
+        ("PointMaze_UMaze-v3", "gymnasium_robotics"),
+        ("FetchReach-v4", "gymnasium_robotics"),
+        ("dm_control/cartpole-swingup-v0", "shimmy"),
+    ],
+)
+def test_the_package_that_registers_an_environment_is_found_by_its_name(monkeypatch, name, module):
+    asked = []
+
+    def needed(module, package, what):
+        asked.append(module)
+        if module != "gymnasium":
+            raise DataError(f"{what} needs the package {package}")
+
+    monkeypatch.setattr(environments, "needed", needed)
+    with pytest.raises(DataError, match=f"the environment {name} needs the package"):
+        environments.make_environment(name, {})
+    assert asked == ["gymnasium", module]
 
 
 class Stopping:

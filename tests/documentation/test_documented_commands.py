@@ -36,6 +36,7 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "make_world_shards.py": "data/test_world_datasets.py",
     "data/pole": "data/test_world_datasets.py",
     "runs/world": "training/test_world_runs.py",
+    "ebwm_scale.plan_actions": "control/test_plan_actions.py",
 }
 SMALL = [
     "model.num_layers=1",

@@ -1,8 +1,10 @@
-"""The reasoning quick start leads from nothing to a page that compares two runs, and again to the
-same when it is repeated; here with a few mazes and two training steps.
+"""The quick starts of reasoning and of a world lead from nothing to a page that compares two runs;
+the first one again to the same when it is repeated. Here with a few mazes or episodes and two
+training steps.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -24,11 +26,16 @@ def small(tmp_path, monkeypatch):
     root = tmp_path / "checkout"
     (root / "configs").mkdir(parents=True)
     (root / "ebwm_scale").symlink_to(ROOT / "ebwm_scale")
-    for name in ("quickstart_reasoning", "quickstart_reasoning_baseline"):
+    for name in (
+        "quickstart_reasoning",
+        "quickstart_reasoning_baseline",
+        "quickstart_world",
+        "quickstart_world_baseline",
+    ):
         text = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
-        short = text.replace("max_steps: 1500", "max_steps: 2")
-        short = short.replace("warmup_steps: 100", "warmup_steps: 1")
-        assert short != text
+        short = re.sub(r"max_steps: \d+", "max_steps: 2", text)
+        short = re.sub(r"warmup_steps: \d+", "warmup_steps: 1", short)
+        assert short.count("_steps: 2\n") > text.count("_steps: 2\n")
         (root / "configs" / f"{name}.yaml").write_text(short, encoding="utf-8")
     monkeypatch.setattr(quickstart, "ROOT", root)
     monkeypatch.setattr(quickstart, "NUM_MAZES", 64)
@@ -38,8 +45,8 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "reasoning", *arguments])
+def run(monkeypatch, *arguments, modality="reasoning"):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", modality, *arguments])
     return quickstart.main()
 
 
@@ -54,8 +61,8 @@ def test_the_reasoning_quick_start_ends_with_a_page_and_goes_on_where_it_was(
     assert [result["grid"] for result in results] == [[6, 6], [8, 8]]
     assert [result["num_samples"] for result in results] == [12, 6]
     for result in results:
-        assert result["trained_steps"] == 8
-        assert [point["num_steps"] for point in result["steps"]] == list(range(1, 9))
+        assert result["trained_steps"] == 6
+        assert [point["num_steps"] for point in result["steps"]] == list(range(1, 7))
         assert result["against"]["kind"] == "baseline" and result["examples"]["mark"] == "+"
     page = (folder / "solving.html").read_text(encoding="utf-8")
     assert "Does thinking pay?" in page and "Transformer++" in page and 'class="state"' in page
@@ -65,9 +72,53 @@ def test_the_reasoning_quick_start_ends_with_a_page_and_goes_on_where_it_was(
     assert json.loads((folder / "solving.json").read_text())["steps"] == results[0]["steps"]
 
 
-def test_mazes_are_made_and_not_read(monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, "--input", str(tmp_path)) == 2
+def test_the_quick_start_of_a_world_ends_with_a_page_of_what_is_imagined_and_planned(
+    small, monkeypatch, capfd
+):
+    pytest.importorskip("gymnasium", reason="the package gymnasium is not installed")
+    pytest.importorskip("PIL.Image", reason="the package pillow is not installed")
+    for name, value in {
+        "NUM_EPISODES": 12,
+        "EPISODE_STEPS": 14,
+        "HORIZONS": (1, 2),
+        "HELD_OUT_WINDOWS": 6,
+        "FILMS": 1,
+        "PLANNED_EPISODES": 2,
+        "PLANNED_STEPS": 2,
+        "FUTURES": 4,
+    }.items():
+        assert hasattr(quickstart, name)
+        monkeypatch.setattr(quickstart, name, value)
+    assert run(monkeypatch, modality="world") == 0
+    folder = small / "runs" / "quickstart_world"
+    said = capfd.readouterr().out
+    assert said.splitlines()[-1].endswith("Open the report: runs/quickstart_world/imagination.html")
+    imagined = json.loads((folder / "imagination.json").read_text())
+    assert imagined["horizons"] == [1, 2] and imagined["kind"] == "energy"
+    assert {"shuffled_actions", "against", "persistence"} <= imagined["errors"][0].keys()
+    planned = json.loads((folder / "plan_actions.json").read_text())
+    assert list(planned["actors"]) == ["model", "against", "random", "persistence"]
+    assert planned["actors"]["model"]["success"] is not None
+    page = (folder / "imagination.html").read_text(encoding="utf-8")
+    for words in ("Does it imagine its world?", "TwoRooms-v0", "better than random actions"):
+        assert words in page
+    assert page.count("data:image/png;base64,") == 1
+
+
+@pytest.mark.parametrize("modality", ["reasoning", "world"])
+def test_what_is_made_is_not_read(monkeypatch, tmp_path, capsys, modality):
+    assert run(monkeypatch, "--input", str(tmp_path), modality=modality) == 2
     assert "are made, not read; leave it out" in capsys.readouterr().err
+
+
+def test_the_two_models_of_the_quick_start_of_a_world_are_of_one_size_and_data_order():
+    energy, baseline = load_config("quickstart_world"), load_config("quickstart_world_baseline")
+    for key in ("num_layers", "width", "num_heads", "feed_forward_width"):
+        assert getattr(energy.model, key) == getattr(baseline.model, key)
+    assert energy.train == baseline.train and energy.schedule == baseline.schedule
+    assert energy.optimizer == baseline.optimizer and energy.data == baseline.data
+    # A fair beginning: both start from the last frame.
+    assert energy.state.initial == "most_recent" and baseline.model.predicts == "change"
 
 
 def test_the_two_models_of_the_reasoning_quick_start_are_of_one_size_and_data_order():

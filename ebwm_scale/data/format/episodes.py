@@ -146,7 +146,7 @@ def episodes_of(manifest: Manifest) -> list[EpisodeInfo]:
     listed = manifest.values.get("episodes")
     if listed is None:
         return []
-    _rate(manifest)
+    rate_of(manifest)
     entries = listed.get("validation")
     if not isinstance(entries, list):
         raise _wrong(manifest, "episodes.validation", "a list")
@@ -169,7 +169,7 @@ def read_episode(manifest: Manifest, info: EpisodeInfo) -> Episode:
     path = manifest.folder / info.path
     content = _content(path, info)
     whole = parse_episode(content, str(path))
-    skip, dense = _rate(manifest)
+    skip, dense = rate_of(manifest)
     episode = whole.steps(0, whole.num_steps // skip, skip=skip, dense=dense)
     problem = _problem(manifest, episode, info)
     if problem is not None:
@@ -234,8 +234,8 @@ def _problem(manifest: Manifest, episode: Episode, info: EpisodeInfo) -> str | N
     return None
 
 
-def _rate(manifest: Manifest) -> tuple[int, list[str]]:
-    """(frame_skip, dense) of the dataset's episodes."""
+def rate_of(manifest: Manifest) -> tuple[int, list[str]]:
+    """(frame_skip, dense) of a dataset that keeps episodes; DataError for a wrong manifest."""
     listed = manifest.values["episodes"]
     if not isinstance(listed, dict) or not isinstance(manifest.content, VideoContent):
         raise _wrong(manifest, "episodes", "an object, in a dataset of video")
@@ -278,5 +278,6 @@ __all__ = [
     "episodes_of",
     "find_episode",
     "parse_episode",
+    "rate_of",
     "read_episode",
 ]

@@ -43,7 +43,7 @@ class Observation:
             self.masked_after = self.content.eos_id
         if isinstance(self.content, TextContent):
             self.group_size = self.content.group_size
-            self.is_marked = "scored" in self.content.members
+            self.is_marked = self.content.is_marked
         self._statistics = {
             condition.name: tuple(
                 torch.from_numpy(values).to(self.device)
@@ -81,6 +81,11 @@ class Observation:
                 values = (values.float() - mean) / std
             conditions[condition.name] = values
         return conditions
+
+    def statistics(self, name: str) -> tuple[Tensor, Tensor]:
+        """(mean, std) float32 (width,) of a continuous condition, on the device."""
+        mean, std = self._statistics[name]
+        return mean, std
 
     def restored(self, conditions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The way back, from a model's conditions to stored ones; differentiable."""

@@ -85,7 +85,7 @@ def make_policy(text: str, *, stickiness: float) -> Policy:
             f"policy {text}: must be {', '.join(PLAIN)} or scripted:FILE.py:FUNCTION, for example "
             "scripted:policies.py:act"
         )
-    act = _function(Path(path), function)
+    act = function_of_file(Path(path), function, "scripted:FILE.py:FUNCTION names a policy's file")
     return Policy(text, act, f"{function} {file_sha256(Path(path))}")
 
 
@@ -93,21 +93,25 @@ def _random(observation: Any, step: int, generator: np.random.Generator, env: An
     return env.action_space.sample()
 
 
-def _function(path: Path, name: str) -> Act:
+def function_of_file(path: Path, name: str, usage: str) -> Callable:
+    """A function of a user's Python file; DataError for what cannot be had.
+
+    usage: what the option takes, for messages.
+    """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; scripted:FILE.py:FUNCTION names a policy's file")
-    specification = importlib.util.spec_from_file_location("ebwm_scripted_policy", path)
+        raise DataError(f"{path}: no such file; {usage}")
+    specification = importlib.util.spec_from_file_location("ebwm_function_of_file", path)
     if specification is None or specification.loader is None:
-        raise DataError(f"{path}: is no Python file; scripted:FILE.py:FUNCTION takes one")
+        raise DataError(f"{path}: is no Python file; {usage}")
     module = importlib.util.module_from_spec(specification)
     try:
         specification.loader.exec_module(module)
     except Exception as error:  # noqa: BLE001 (as above)
         what = f"{type(error).__name__}: {shorten(error, 200)}"
         raise DataError(f"{path}: cannot be imported: {what}") from None
-    act = getattr(module, name, None)
-    if not callable(act):
+    function = getattr(module, name, None)
+    if not callable(function):
         functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         there = ", ".join(functions) or "none"
         raise DataError(f"{path}: has no function {name}; it has {there}")
-    return act
+    return function
