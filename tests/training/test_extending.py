@@ -46,6 +46,7 @@ def test_an_extended_run_is_bit_for_bit_the_longer_one_and_leaves_the_first_as_i
     assert [e["step"] for e in map(json.loads, events) if e["event"] == "extend"] == [3]
 
 
+@pytest.mark.soak
 def test_an_extended_run_is_resumed_as_any_other_with_the_same_command(runs, finished):
     flags = ("--extend", str(finished), "--resume")
     stopped = {**overrides(LONGER), "train.max_minutes": 1e-6}
@@ -67,8 +68,12 @@ def test_a_resume_into_the_decay_is_refused_and_names_the_step_before_it(runs, f
     "changes, part",
     [
         ({"optimizer.learning_rate": 0.02}, "the learning rate jumps at each of its checkpoints"),
-        ({"train.max_steps": 3}, "none of its checkpoints is good and from before"),
-        ({"train.seed": 7, "schedule.warmup_steps": 1}, "belongs to another configuration"),
+        pytest.param(
+            {"train.max_steps": 3},
+            "none of its checkpoints is good and from before",
+            marks=pytest.mark.soak,
+        ),
+        pytest.param({"train.seed": 7}, "belongs to another configuration", marks=pytest.mark.soak),
     ],
 )
 def test_what_cannot_be_extended_is_refused_before_anything_is_written(

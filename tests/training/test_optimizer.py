@@ -179,6 +179,7 @@ def test_a_muon_run_killed_converted_or_resumed_is_bit_for_bit_the_whole_one(run
 
 
 @pytest.mark.multiprocess
+@pytest.mark.soak
 def test_two_processes_train_with_muon_as_one_does_in_bf16_too(runs):
     """Newton-Schulz rounds to bf16, so the last bits of a gradient may show in an update."""
     for precision in ("fp32", "bf16"):

@@ -63,8 +63,15 @@ def test_a_run_averages_the_weights_after_each_of_its_updates(averaged):
     assert not torch.equal(weights["step_size"], found["step_size"])
 
 
-def test_averaging_changes_no_step_and_a_killed_run_ends_with_the_same_average(runs, averaged):
+@pytest.fixture(scope="module")
+def plain(runs):
     runs.run("plain", overrides={**AVERAGED, "train.ema": None})
+    return runs.folder / "plain"
+
+
+def test_averaging_changes_no_step_and_a_killed_run_ends_with_the_same_average(
+    runs, averaged, plain
+):
     assert runs.rows("plain") == runs.rows("averaged")
     faults = {"EBWM_FAULTS": "kill@step=4"}
     runs.run("killed", overrides=AVERAGED, variables=faults, expect=-signal.SIGKILL)
@@ -72,8 +79,18 @@ def test_averaging_changes_no_step_and_a_killed_run_ends_with_the_same_average(r
     assert same(runs.state("killed"), runs.state("averaged")) == []
 
 
-def test_an_average_goes_through_1_2_1_processes_and_stages_0_1_3_2(runs, averaged):
-    parts = [(1, 0), (2, 1), (2, 3), (1, 2)]
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(1, 0), (2, 1)],
+        pytest.param([(1, 0), (2, 1), (2, 3), (1, 2)], marks=pytest.mark.soak),
+    ],
+    ids=len,
+)
+def test_an_average_goes_through_numbers_of_processes_and_stages(runs, averaged, parts):
+    """parts: (processes, ZeRO stage) of each start; a part ends after one step."""
+    name = f"elastic_{len(parts)}"
     for index, (processes, stage) in enumerate(parts):
         last = index + 1 == len(parts)
         overrides = {
@@ -84,15 +101,16 @@ def test_an_average_goes_through_1_2_1_processes_and_stages_0_1_3_2(runs, averag
         }
         flags = ("--resume",) if index else ()
         expect = 0 if last else 75
-        runs.run("elastic", processes=processes, overrides=overrides, flags=flags, expect=expect)
-    ours, theirs = newest(runs.folder / "elastic"), newest(averaged)
-    for name, expected in theirs.weights("ema").items():
-        scale = expected.abs().max()
-        assert (ours.read(name, "ema").view_as(expected) - expected).abs().max() <= 1e-5 * scale
-    moved = theirs.read("step_size", "ema") - theirs.read("step_size")
-    assert moved.abs() > 1e-4 * theirs.read("step_size")  # it is not the weights themselves
+        runs.run(name, processes=processes, overrides=overrides, flags=flags, expect=expect)
+    ours, theirs = newest(runs.folder / name), newest(averaged)
+    for parameter, expected in theirs.weights("ema").items():
+        found = ours.read(parameter, "ema").view_as(expected)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), parameter
+    weights = theirs.read("state_map")  # it is not the weights themselves
+    assert (theirs.read("state_map", "ema") - weights).abs().max() > 1e-3 * weights.abs().max()
 
 
+@pytest.mark.soak
 def test_an_average_that_a_resume_switches_on_begins_with_the_weights(runs):
     runs.run("later", overrides={**AVERAGED, "train.ema": None, "train.max_steps": 2})
     overrides = {**AVERAGED, "train.max_steps": 3, "schedule.decay_steps": 2}
@@ -115,7 +133,7 @@ def test_the_average_is_loaded_thought_with_and_converted(averaged, tmp_path, ca
     assert same(dict(converted.state_dict()), expected) == []
     capsys.readouterr()
     outputs = []
-    arguments = ["--prompt", "ab", "--max-new-tokens", "2", "--weights"]
+    arguments = ["--prompt", "ab", "--max-new", "2", "--weights"]
     for checkpoint, weights in ((averaged, "ema"), (tmp_path / "ema", "trained")):
         assert think.main([str(checkpoint), *arguments, weights]) == 0
         outputs.append(capsys.readouterr().out)
@@ -128,12 +146,11 @@ def test_a_converted_run_goes_on_with_its_average(averaged, tmp_path):
     assert same(newest(tmp_path / "again").weights("ema"), newest(averaged).weights("ema")) == []
 
 
-def test_where_there_is_no_average_it_is_said_in_one_line(runs, averaged, tmp_path):
-    runs.run("without", overrides={**AVERAGED, "train.ema": None, "train.max_steps": 1})
+def test_where_there_is_no_average_it_is_said_in_one_line(averaged, plain, tmp_path):
     with pytest.raises(CheckpointError, match="holds no average of the weights"):
-        load_checkpoint(runs.folder / "without", weights="ema")
+        load_checkpoint(plain, weights="ema")
     with pytest.raises(CheckpointError, match="holds no average of the weights"):
-        export_run(runs.folder / "without", tmp_path / "no", weights="ema", say=lambda _: None)
+        export_run(plain, tmp_path / "no", weights="ema", say=lambda _: None)
     with pytest.raises(ConfigError, match="--weights ema with --training"):
         export_run(averaged, tmp_path / "no", weights="ema", training=True, say=lambda _: None)
     export_run(averaged, tmp_path / "one", say=lambda _: None)
