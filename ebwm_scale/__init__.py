@@ -13,10 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 __version__ = "0.1.0"
 
 
-def load_checkpoint(path, *, device="cpu"):
+def load_checkpoint(path, *, device="cpu", weights="trained"):
     """(model in eval mode, Config) of a run folder or a checkpoint folder:
-    ebwm_scale/checkpoint/load.py.
+    ebwm_scale/checkpoint/load.py. weights: trained, or ema for their average.
     """
     from ebwm_scale.checkpoint.load import load_checkpoint as load
 
-    return load(path, device=device)
+    return load(path, device=device, weights=weights)

@@ -2,6 +2,7 @@
 it. Every result is compared with its source.
 
     ebwm convert export runs/mine converted/ [--dtype bfloat16] [--max-shard-gb 5] [--training]
+                 [--weights ema]
     ebwm convert to-run converted/ runs/again --set data.manifest=data/mine/manifest.json
                  [--zero-stage 2] [--world-size 8]
         then: train.py --config runs/again/config.yaml --run-dir runs/again --resume
@@ -27,7 +28,7 @@ from pathlib import Path
 from ebwm_scale.checkpoint import convert as conversion
 from ebwm_scale.checkpoint import convert_released
 from ebwm_scale.checkpoint.comparison import DTYPES
-from ebwm_scale.core.arguments import ArgumentParser, add_overrides, command
+from ebwm_scale.core.arguments import ArgumentParser, add_overrides, add_weights, command
 from ebwm_scale.core.console import progress_on_console, say
 from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.core.progress import Progress
@@ -67,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return part
 
-    subcommand("export", "RUN", "FOLDER", writes_model=True).add_argument(
-        "--training", action="store_true", help="with what a resumed run needs"
-    )
+    from_run = subcommand("export", "RUN", "FOLDER", writes_model=True)
+    from_run.add_argument("--training", action="store_true", help="with what a resumed run needs")
+    add_weights(from_run)
     into_run = subcommand("to-run", "FOLDER", "RUN", writes_model=False)
     into_run.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=None)
     into_run.add_argument(
@@ -103,6 +104,7 @@ def export(options: argparse.Namespace, progress: Progress) -> str:
         dtype=options.dtype,
         max_shard_bytes=int(options.max_shard_gb * 1e9),
         training=options.training,
+        weights=options.weights,
         data=options.data,
         say=say,
         progress=progress,

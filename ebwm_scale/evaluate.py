@@ -43,7 +43,7 @@ from torch import Tensor
 
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser, OldOption, command
+from ebwm_scale.core.arguments import ArgumentParser, OldOption, add_weights, command
 from ebwm_scale.core.console import progress_on_console, say
 from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.core.provenance import provenance
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder"
     )
+    add_weights(parser)
     parser.add_argument(
         "--data",
         metavar="MANIFEST",
@@ -180,12 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, name) < 0:
             raise UserError(f"--{name} is {getattr(options, name)}: must be at least 0")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, config = load_checkpoint(options.checkpoint, device=device)
+    model, config = load_checkpoint(options.checkpoint, device=device, weights=options.weights)
     sources = sources_of(options.data, config)
     split = open_sources(sources, options.split, verify="sizes")
     refuse_another_tokenizer(config, split.manifest)
     about = {
         "checkpoint": str(options.checkpoint),
+        "weights": options.weights,
         "data": [str(manifest) for manifest, _ in sources],
     }
     about |= provenance(arguments=list(arguments) if arguments else None)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from ebwm_scale.checkpoint.load import load_checkpoint
-from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.arguments import ArgumentParser, add_weights, command
 from ebwm_scale.core.console import say
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
 from ebwm_scale.core.plain_text import shown
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="run folder or checkpoint folder"
     )
+    add_weights(parser)
     parser.add_argument("--multiple-choice", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--cloze", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument(
@@ -83,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     asked += [("cloze", file, read_questions(file, "answer")) for file in options.cloze]
     model, config = load_checkpoint(
-        options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
+        options.checkpoint,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        weights=options.weights,
     )
     rules = rules_of(options, config)
     tokenizer = None
@@ -92,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scorer = Scorer(model, tokenizer, rules, batch_size=options.batch_size)
     result: dict[str, Any] = {
         "checkpoint": str(options.checkpoint),
+        "weights": options.weights,
         "kind": config.model.kind,
         "thinking": vars(rules),
         "multiple_choice": [],

@@ -28,7 +28,7 @@ import torch
 
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.arguments import ArgumentParser, add_weights, command
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
 from ebwm_scale.data.format.content import TextContent, VideoContent
 from ebwm_scale.data.format.manifest import Manifest
@@ -42,7 +42,9 @@ from ebwm_scale.inference.thinking import ThinkingConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     model, config = load_checkpoint(
-        options.checkpoint, device="cuda" if torch.cuda.is_available() else "cpu"
+        options.checkpoint,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        weights=options.weights,
     )
     rules = rules_of(options, config)
     manifest = manifest_of(options, config)
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     result = ArgumentParser(description=__doc__)
     result.add_argument("checkpoint", metavar="CHECKPOINT", help="run folder or checkpoint folder")
+    add_weights(result)
     prompts = result.add_argument_group("what to continue")
     prompts.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be given several times"

@@ -1,7 +1,7 @@
 """Train an energy-based world model or the Transformer++ baseline.
 
     deepspeed ebwm_scale/train.py --config configs/quickstart.yaml [--set section.key=value ...]
-        [--run-dir DIR] [--resume [--strict] [--accept-new-rate]] [--dry-run]
+        [--run-dir DIR] [--resume [--strict] [--accept-new-rate]] [--extend RUN] [--dry-run]
 
 The same file runs under python, torchrun and srun, and as `ebwm train`. Exit codes: 0 finished; 2
 bad configuration or data, nothing started; 75 saved after a signal or time limit, run again with
@@ -68,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="with --resume: go on although the learning rate is now higher than it was to be",
     )
     parser.add_argument(
+        "--extend",
+        type=Path,
+        default=None,
+        metavar="RUN",
+        help="begin from the checkpoint of RUN from which the learning rate does not jump, such as "
+        "the last one before the decay of wsd; with --resume: unless there is one in --run-dir",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print what would run and what it costs; train nothing",
@@ -105,6 +113,11 @@ def read_options(options: argparse.Namespace) -> Config:
         options.run_dir = Path("runs") / Path(options.config).stem
     one_line("the run folder", options.run_dir)
     check_folder(options.run_dir, resume=options.resume)
+    if options.extend is not None and options.extend.resolve() == options.run_dir.resolve():
+        raise ConfigError(
+            f"--extend {options.extend} is the run folder itself: "
+            "name a new one with --run-dir, the run to extend stays as it is"
+        )
     return config
 
 
@@ -122,7 +135,7 @@ def run(
     """
     import torch
 
-    from ebwm_scale.checkpoint.reader import CheckpointInfo, find_latest
+    from ebwm_scale.checkpoint.reader import CheckpointInfo, find_latest, published
     from ebwm_scale.checkpoint.writer import put_back_replaced
     from ebwm_scale.core.faults import Faults
     from ebwm_scale.core.numerics import flush_denormals
@@ -132,6 +145,7 @@ def run(
     from ebwm_scale.training.deepspeed.engine import Engine
     from ebwm_scale.training.distributed import init_distributed
     from ebwm_scale.training.dry_run import dry_run
+    from ebwm_scale.training.extending import begin_from
     from ebwm_scale.training.preflight import check_run
     from ebwm_scale.training.resuming import load_newest
     from ebwm_scale.training.run_folder import RunFolder
@@ -155,6 +169,10 @@ def run(
         fetch_to_empty_machine(config.checkpoint.remote, path, world)
     faults = Faults(os.environ.get("EBWM_FAULTS"), place.rank)
     ownership = Ownership(path, faults)
+    extend = options.extend
+    has_begun = options.resume and bool(published(path / "checkpoints"))
+    if has_begun if world is None else world.broadcast_object(has_begun):
+        extend = None
     check = check_run(
         config,
         world_size=place.size,
@@ -162,6 +180,7 @@ def run(
         resume=options.resume,
         strict=options.strict,
         accept_new_rate=options.accept_new_rate,
+        extend=extend,
         report=lambda text: say(text, error=True),
         group=world,
         ownership=None if options.dry_run else ownership,
@@ -172,6 +191,11 @@ def run(
     if options.dry_run:
         dry_run(check, data_summary(config, splits), say)
         return EXIT_FINISHED
+
+    extended = check.saved if extend is not None else None
+    if extended is not None:
+        check.saved = begin_from(extended, path, world)
+        options.resume = True
 
     def newest() -> CheckpointInfo | None:
         """What there is to go on from now; rank 0's choice is what counts (load_newest)."""
@@ -230,8 +254,11 @@ def run(
     folder.take()
     trainer.truncate_later_metrics()
     if saved is not None:
+        if extended is not None:
+            folder.event("extend", step=trainer.step, of=str(extended.folder))
         folder.event("resume", step=trainer.step, folder=saved.folder.name, changes=check.changes)
-        resumed = f"resumed at step {trainer.step} of {config.train.max_steps} from {saved.folder}"
+        source = saved.folder if extended is None else extended.folder
+        resumed = f"resumed at step {trainer.step} of {config.train.max_steps} from {source}"
         folder.say("\n".join([resumed, *check.changes]))
     else:
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)

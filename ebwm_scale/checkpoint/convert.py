@@ -26,8 +26,9 @@ from torch import Tensor
 from ebwm_scale.checkpoint.comparison import DTYPES, Say, compare, kept_if_equal
 from ebwm_scale.checkpoint.convert_released import load_plain
 from ebwm_scale.checkpoint.files import manifest_text
-from ebwm_scale.checkpoint.load import expected_shapes, refuse_mismatches
+from ebwm_scale.checkpoint.load import Weights, expected_shapes, refuse_mismatches
 from ebwm_scale.checkpoint.model_folder import TRAINING, ModelFolder, Training, inside, write_model
+from ebwm_scale.checkpoint.parameter_shard import AVERAGE, MOMENTS, MOMENTUM
 from ebwm_scale.checkpoint.reader import (
     VERSION,
     CheckpointReader,
@@ -47,8 +48,6 @@ from ebwm_scale.core.tensor_files import TensorFile, TensorWriter
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.side_files import open_manifest, refuse_another_tokenizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def export_run(
     source: Path,
@@ -57,13 +56,15 @@ def export_run(
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
     training: bool = False,
+    weights: Weights = "trained",
     data: Path | None = None,
     say: Say = print,
     progress: Progress = no_progress,
 ) -> str:
     """A run's newest good checkpoint (or a checkpoint folder) as a converted folder.
 
-    training: with what a resumed run needs. Returns what was compared.
+    training: with what a resumed run needs. weights: trained, or ema for their average. Returns
+    what was compared.
     """
     saved = (
         verify(source)
@@ -80,22 +81,40 @@ def export_run(
             "of them out"
         )
     config, state = saved_config(saved.folder), CheckpointReader(saved.folder)
+    kind = "weight"
+    if weights == "ema":
+        state.refuse_without_average(saved.folder)
+        kind = AVERAGE
+        if training:
+            raise ConfigError(
+                "--weights ema with --training: a run goes on from its trained weights, and the "
+                "average goes with them; leave one of them out"
+            )
     shapes = {name: tuple(shape) for name, shape in state.shapes.items()}
     refuse_mismatches(expected_shapes(config), shapes, saved.folder)
 
     def whole(name: str) -> Tensor:
-        return state.read(name).view(shapes[name])
+        return state.read(name, kind).view(shapes[name])
 
     # each is read twice: to be written, and to be compared
     read = counted(whole, "tensors", 2 * len(shapes), progress)
-    rest = Training(state.read, saved.trainer, load_replay(saved)) if training else None
+    rest = None
+    if training:
+        further = [kind for kind in (MOMENTUM, AVERAGE) if state.holds(kind)]
+        kinds = (*MOMENTS, *further)
+        rest = Training(state.read, saved.trainer, load_replay(saved), kinds)
     write_model(
         folder,
         config,
         shapes,
         read,
         dtype=DTYPES[dtype],
-        source={"checkpoint": str(saved.folder), "step": saved.step, "code": code_version()},
+        source={
+            "checkpoint": str(saved.folder),
+            "step": saved.step,
+            "weights": weights,
+            "code": code_version(),
+        },
         manifest=dataset_of(config, data, say),
         max_shard_bytes=max_shard_bytes,
         training=rest,
@@ -143,8 +162,9 @@ def import_run(
             file = TensorFile(inside(folder, str(path.relative_to(folder))))
             kind = path.name.partition("-")[0]
             found = {name: file.shape(name) for name in file.names()}
-            if kind not in MOMENTS or any(shapes.get(name) != found[name] for name in found):
-                raise CheckpointError(f"{path}: not the {' or '.join(MOMENTS)} of these weights")
+            kinds = (*MOMENTS, MOMENTUM, AVERAGE)
+            if kind not in kinds or any(shapes.get(name) != found[name] for name in found):
+                raise CheckpointError(f"{path}: not the {' or '.join(kinds)} of these weights")
             moments |= {f"{kind}/{name}": (file, name) for name in file.names()}
     else:
         say(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from ebwm_scale.checkpoint.model_folder import ModelFolder, is_consolidated
+from ebwm_scale.checkpoint.parameter_shard import AVERAGE
 from ebwm_scale.checkpoint.reader import (
     CheckpointInfo,
     CheckpointReader,
@@ -19,16 +21,24 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError, UserError
 from ebwm_scale.world_model import WorldModel
 
+Weights = Literal["trained", "ema"]
+
 
 def load_checkpoint(
-    path: str | Path, *, device: torch.device | str = "cpu"
+    path: str | Path, *, device: torch.device | str = "cpu", weights: Weights = "trained"
 ) -> tuple[WorldModel, Config]:
     """(model in eval mode, in float32, resolved Config).
 
-    Raises CheckpointError for what is no checkpoint, or a damaged one.
+    weights: trained, or ema for their average (train.ema). Raises CheckpointError for what is no
+    checkpoint, a damaged one, or one without the average.
     """
     folder, warn = Path(path), (lambda text: print(f"warning: {text}", file=sys.stderr))
     if is_consolidated(folder):
+        if weights == "ema":
+            raise CheckpointError(
+                f"{folder} is a converted folder, which holds one set of weights (--weights ema): "
+                "convert the run again with --weights ema, and leave the option out here"
+            )
         config, source = saved_config(folder), ModelFolder(folder)
         return build(
             config, {name: source.read(name).float() for name in source.files}, where=folder
@@ -46,7 +56,11 @@ def load_checkpoint(
             )
         try:
             config = saved_config(saved.folder)
-            model = build(config, CheckpointReader(saved.folder).weights(), where=saved.folder)
+            reader = CheckpointReader(saved.folder)
+            if weights == "ema":
+                reader.refuse_without_average(saved.folder)
+            chosen = reader.weights(AVERAGE if weights == "ema" else "weight")
+            model = build(config, chosen, where=saved.folder)
         except (UserError, OSError):  # whichever of its files was being read
             if saved.folder.exists():
                 raise

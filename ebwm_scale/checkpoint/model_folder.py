@@ -7,8 +7,8 @@ its data's tokenizer or encoder needs.
     config.json           the same for transformers (integrations/transformers.py)
     data/manifest.json    the dataset's description without its shards; beside it
                           tokenizer.model or encoder.safetensors
-    training/             optional, to resume: exp_avg and exp_avg_sq as safetensors,
-                          trainer.json, replay.pt
+    training/             optional, to resume: exp_avg, exp_avg_sq, and where the run has them
+                          momentum_buffer and ema, as safetensors; trainer.json, replay.pt
     conversion.json       where it came from, sizes and sha256 of every file; written last:
                           without it the folder is not complete
 
@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebwm_scale.checkpoint.parameter_shard import MOMENTS
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError
 from ebwm_scale.core.files import file_sha256, read_small
@@ -218,16 +219,21 @@ def write_model(
 class Training:
     """What a run goes on from, beside the weights.
 
-    read(name, kind) -> flat float32 moment; trainer: trainer.json; replay: the merged buffer, or
-    None.
+    read(name, kind) -> flat float32 numbers of one of `kinds`; trainer: trainer.json; replay: the
+    merged buffer, or None.
     """
 
     def __init__(
-        self, read: Callable[[str, str], Tensor], trainer: dict[str, Any], replay: dict | None
+        self,
+        read: Callable[[str, str], Tensor],
+        trainer: dict[str, Any],
+        replay: dict | None,
+        kinds: tuple[str, ...] = MOMENTS,
     ):
         self.read = read
         self.trainer = trainer
         self.replay = replay
+        self.kinds = kinds
 
     def write(
         self,
@@ -237,7 +243,7 @@ class Training:
         say: Callable[[str], None],
     ) -> None:
         folder.mkdir()
-        for kind in ("exp_avg", "exp_avg_sq"):
+        for kind in self.kinds:
             for number, names in enumerate(_groups(shapes, torch.float32, max_shard_bytes)):
                 say(f"{kind} {number + 1}")
                 with TensorWriter(

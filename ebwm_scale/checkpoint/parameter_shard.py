@@ -11,7 +11,9 @@ from typing import Protocol
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = ("weight", *MOMENTS)  # of numbers that a shard has
+MOMENTUM = "momentum_buffer"  # of Muon's matrices, in place of the two moments
+AVERAGE = "ema"  # of the weights, where train.ema asks for it
+KINDS = ("weight", *MOMENTS, MOMENTUM, AVERAGE)  # of numbers that a shard has
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class TrainingState(Protocol):
         ...
 
     def load(self, read: Callable[[str, str], Tensor], step_count: float) -> None:
-        """Take over all parameters and moments: read(name, kind) -> the whole flattened float32
-        tensor.
+        """Take over all parameters, moments and averages: read(name, kind) -> the whole flattened
+        float32 tensor.
         """
         ...

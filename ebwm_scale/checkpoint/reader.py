@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from ebwm_scale.checkpoint.files import VERSION, check_files
-from ebwm_scale.checkpoint.parameter_shard import KINDS, TrainingState
+from ebwm_scale.checkpoint.parameter_shard import AVERAGE, KINDS, TrainingState
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError
@@ -157,7 +157,8 @@ class CheckpointReader:
         self.held = [set(file.names()) for file in self.files]
 
     def read(self, name: str, kind: str = "weight") -> torch.Tensor:
-        """Flattened; zeros where a moment does not exist yet.
+        """Flattened; zeros where a moment does not exist yet, the weights where they have no
+        average: those of a frozen parameter, and all of a run without train.ema.
 
         CheckpointError where the shards do not cover the parameter.
         """
@@ -177,6 +178,15 @@ class CheckpointReader:
                 f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is "
                 "missing"
             )
+        if kind == AVERAGE:
+            have_it = [f"{kind}/{name}" in held for _, held, _, _ in parts]
+            if not any(have_it):
+                kind = "weight"
+            elif not all(have_it):
+                raise CheckpointError(
+                    f"the checkpoint holds only a part of the average of {name}: a process's file "
+                    "is damaged"
+                )
         if len(parts) == 1 and f"{kind}/{name}" in parts[0][1]:
             return parts[0][0].read(f"{kind}/{name}").float().view(-1)
         whole = torch.zeros(size)
@@ -185,8 +195,21 @@ class CheckpointReader:
                 whole[start : start + count] = file.read(f"{kind}/{name}").view(-1).float()
         return whole
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: self.read(name).view(shape) for name, shape in self.shapes.items()}
+    def weights(self, kind: str = "weight") -> dict[str, torch.Tensor]:
+        """kind: weight, or ema for their average."""
+        return {name: self.read(name, kind).view(shape) for name, shape in self.shapes.items()}
+
+    def holds(self, kind: str) -> bool:
+        """Whether a parameter has numbers of this kind: ema where there is an average."""
+        return any(name.startswith(f"{kind}/") for held in self.held for name in held)
+
+    def refuse_without_average(self, where: Path) -> None:
+        """CheckpointError where there is no average of the weights."""
+        if not self.holds(AVERAGE):
+            raise CheckpointError(
+                f"{where} holds no average of the weights (--weights ema): it is kept by a run "
+                "with train.ema; leave the option out"
+            )
 
 
 def _described(file: TensorFile) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
@@ -255,6 +278,7 @@ def saved_config(folder: Path) -> Config:
     return load_config(folder / "config.yaml")
 
 
+NEVER = {"optimizer.name"}  # what one has summed up is not what another goes on from
 FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule"}  # sections
 FREE_KEYS = {
     "data.num_workers",
@@ -264,6 +288,7 @@ FREE_KEYS = {
     "train.max_minutes",
     "train.micro_batch_size",
     "train.max_steps",
+    "train.ema",  # an average that is new begins with the weights as they are
     "model.attention_backend",
     "model.observed_backend",
     "refinement.recompute",
@@ -284,7 +309,8 @@ def check_same_run(saved: Config, current: Config) -> list[str]:
         for key, value in values.items():
             before, name = saved.to_dict()[section][key], f"{section}.{key}"
             if before != value:
-                (allowed if section in FREE_TO_CHANGE or name in FREE_KEYS else refused).append(
+                is_free = section in FREE_TO_CHANGE or name in FREE_KEYS
+                (allowed if is_free and name not in NEVER else refused).append(
                     redacted(f"{name} was {cut(before)}, is {cut(value)}")
                 )
     if refused:

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from ebwm_scale.checkpoint.files import VERSION, manifest_text
 from ebwm_scale.checkpoint.parameter_shard import TrainingState
 from ebwm_scale.checkpoint.reader import NAME, checkpoint_name, published, step_of
+from ebwm_scale.config.rate_schedule import rate_schedule
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.disk import replace_text, sync
 from ebwm_scale.core.faults import Faults
@@ -80,6 +81,7 @@ class CheckpointWriter:
         self.root = root
         self.world = world
         self.config = config
+        self.last_stable = rate_schedule(config).last_stable
         self.faults = faults
         self.still_ours = still_ours
         self.store = world.store()
@@ -298,10 +300,14 @@ class CheckpointWriter:
             self._note(kind, f"{path} could not be written ({error})")
 
     def _prune(self, keep: int, *, besides: str | None) -> None:
-        """Remove all published ones but the newest `keep`, the best, milestones and `besides`."""
+        """Remove all published ones but the newest `keep`, the best, milestones and `besides`.
+
+        The last one before the decay of a wsd schedule is a milestone: a longer run begins there.
+        """
         best, every = self._best(), self.config.checkpoint.milestone_every_steps
         for old in published(self.root)[keep:]:
-            is_milestone = every > 0 and step_of(old.name) % every == 0
+            step = step_of(old.name)
+            is_milestone = step == self.last_stable or (every > 0 and step % every == 0)
             if not is_milestone and old.name not in (best, besides):
                 self._discard(old)
 

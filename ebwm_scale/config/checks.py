@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ebwm_scale.config.rate_schedule import schedule_problems
 from ebwm_scale.config.resolved import (
     context_group,
-    decay_steps,
     group_size,
     min_num_steps,
     model_sizes,
@@ -37,7 +37,12 @@ def check(config: Config) -> list[str]:
     _check_replay(config, require)
     _check_data(config, require)
     _check_training(config, require)
-    return problems + group_problems(config)
+    return problems + filled_problems(config)
+
+
+def filled_problems(config: Config) -> list[str]:
+    """Every problem that may show only when the data has filled its keys, one sentence each."""
+    return group_problems(config) + schedule_problems(config)
 
 
 def group_problems(config: Config) -> list[str]:
@@ -543,15 +548,21 @@ def _check_training(config: Config, require: Require) -> None:
             f"train.global_batch_size {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}",
         )
-    warmup = config.schedule.warmup_steps
-    decay = decay_steps(config.schedule)
-    require(
-        warmup <= decay or warmup >= train.max_steps,
-        f"schedule.warmup_steps is {warmup}: must be at most schedule.decay_steps {decay}, "
-        "or the learning rate falls to its end at once after the warm-up",
-    )
     offload = config.deepspeed.offload
     stage = config.deepspeed.zero_stage
+    optimizer = config.optimizer
+    require(
+        optimizer.name == "adamw" or stage == 0,
+        f"optimizer.name is muon with deepspeed.zero_stage {stage}: it needs whole matrices, which "
+        "ZeRO cuts into parts; use stage 0 or adamw",
+    )
+    for key, default in (("muon_learning_rate", None), ("momentum", 0.95)):
+        value = getattr(optimizer, key)
+        require(
+            optimizer.name == "muon" or value == default,
+            f"optimizer.{key} is {value} with optimizer.name {optimizer.name}, "
+            "which does not read it: leave it out, or use muon",
+        )
     require(
         offload == "none" or stage > 0,
         f"deepspeed.offload is {offload} with deepspeed.zero_stage 0: "

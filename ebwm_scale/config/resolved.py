@@ -18,7 +18,6 @@ from ebwm_scale.config.schema import (
     ModelConfig,
     OptimizerConfig,
     RefinementConfig,
-    ScheduleConfig,
 )
 from ebwm_scale.core.errors import ConfigError
 
@@ -112,8 +111,16 @@ def peak_learning_rate(optimizer: OptimizerConfig) -> float:
     return _known(optimizer.learning_rate, "optimizer.learning_rate", BY_LOADING)
 
 
-def decay_steps(schedule: ScheduleConfig) -> int:
-    return _known(schedule.decay_steps, "schedule.decay_steps", BY_LOADING)
+def muon_learning_rate(optimizer: OptimizerConfig) -> float:
+    """Muon's peak: the model's, unless it has one of its own."""
+    if optimizer.muon_learning_rate is not None:
+        return optimizer.muon_learning_rate
+    return peak_learning_rate(optimizer)
+
+
+def known_after_loading(value: T | None, key: str) -> T:
+    """The value of a key that load_config fills; ConfigError that names it where it is absent."""
+    return _known(value, key, BY_LOADING)
 
 
 def vocabulary_size(config: Config) -> int:

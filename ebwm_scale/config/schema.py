@@ -28,6 +28,7 @@ Points = Annotated[tuple[tuple[float, float], ...], BeforeValidator(as_tuples)]
 SizeName = Literal["4xs", "3xs", "xxs", "xs", "small", "medium", "large", "xl"]
 
 
+NoDecay = Literal["norms", "embeddings"]
 HeadTerm = Literal["linear", "quadratic", "bilinear", "context"]
 
 
@@ -272,6 +273,8 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the blocks, AdamW for all others; without ZeRO only."""
     learning_rate: Positive | None = None
     """Peak; default: the published one of the size (a third for embeddings)."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -279,16 +282,37 @@ class OptimizerConfig(Section):
     epsilon: Positive = 1e-8
     weight_decay: NotNegative = 0.01
     """On everything but alpha, as released."""
+    no_decay: Annotated[tuple[NoDecay, ...], BeforeValidator(as_tuples)] = ()
+    """Without weight decay: norms (with biases), embeddings (of tokens and refinement steps)."""
+    muon_learning_rate: Positive | None = None
+    """Of muon: peak for the blocks' matrices, at AdamW's size of update; default: learning_rate."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Of muon."""
     gradient_clipping: NotNegative = 1.0
     """Global norm over all gradients; 0: off."""
 
 
 class ScheduleConfig(Section):
-    warmup_steps: CountOrNone = 10_000
+    """Tokens are observed positions, as tokens_seen (frames_seen) of metrics.jsonl counts them."""
+
+    kind: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = "cosine"
+    """What follows the linear warm-up; wsd: the peak, then a decay in the last cooldown_steps."""
+    warmup_steps: CountOrNone | None = None
+    """Default: 10 000."""
+    warmup_tokens: CountOrNone | None = None
+    """Instead of warmup_steps."""
     decay_steps: Count | None = None
-    """The cosine ends here; default: train.max_steps."""
+    """Of cosine, linear and wsd: the decay ends here; default: train.max_steps."""
+    decay_tokens: Count | None = None
+    """Instead of decay_steps."""
+    cooldown_steps: Count | None = None
+    """Of wsd: length of the decay; default: a tenth of decay_steps."""
+    cooldown_tokens: Count | None = None
+    """Instead of cooldown_steps."""
+    cooldown_shape: Literal["linear", "cosine", "one_minus_sqrt"] = "linear"
+    """Of wsd: the decay's course."""
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Final over peak learning rate."""
+    """Final over peak learning rate; inverse_sqrt never falls below it, constant has none."""
 
 
 class TrainConfig(Section):
@@ -297,6 +321,8 @@ class TrainConfig(Section):
     micro_batch_size: Count | None = None
     """Sequences per rank and forward pass; default: what makes accumulation 1."""
     max_steps: Count = 100_000
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an average of the weights, kept beside them; default: none."""
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 33
     max_minutes: Positive | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ebwm_scale.config.schema import Config
+from ebwm_scale.config.schema import Config, ScheduleConfig
 
 # (layers, width, heads); feed-forward width = width. Source: EBT, arXiv 2507.02092.
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -25,6 +25,9 @@ PEAK_LEARNING_RATES: dict[str, float] = {
     "large": 0.00025,
     "xl": 0.0002,
 }
+
+WARMUP_STEPS = 10_000
+DECAYING = ("cosine", "linear", "wsd")  # kinds of schedule whose rate has an end
 
 
 def resolve(config: Config) -> Config:
@@ -54,11 +57,25 @@ def resolve(config: Config) -> Config:
         rate = rate / 3
     optimizer = config.optimizer
     optimizer = optimizer.replace(learning_rate=_or(optimizer.learning_rate, rate))
-    schedule = config.schedule
-    schedule = schedule.replace(decay_steps=_or(schedule.decay_steps, config.train.max_steps))
     return config.replace(
-        model=model, refinement=refinement, optimizer=optimizer, schedule=schedule
+        model=model,
+        refinement=refinement,
+        optimizer=optimizer,
+        schedule=_resolve_schedule(config.schedule, config.train.max_steps),
     )
+
+
+def _resolve_schedule(schedule: ScheduleConfig, max_steps: int) -> ScheduleConfig:
+    """What is given in tokens is known in steps with the data only (config/rate_schedule.py)."""
+    if schedule.warmup_tokens is None:
+        schedule = schedule.replace(warmup_steps=_or(schedule.warmup_steps, WARMUP_STEPS))
+    if schedule.kind in DECAYING and schedule.decay_tokens is None:
+        end: int = _or(schedule.decay_steps, max_steps)
+        schedule = schedule.replace(decay_steps=end)
+        if schedule.kind == "wsd" and schedule.cooldown_tokens is None:
+            tenth = max(1, end // 10)
+            schedule = schedule.replace(cooldown_steps=_or(schedule.cooldown_steps, tenth))
+    return schedule
 
 
 def _or(value, default):

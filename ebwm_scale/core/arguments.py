@@ -125,6 +125,16 @@ def add_overrides(parser: argparse.ArgumentParser, meaning: str = "wins over the
     )
 
 
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """--weights trained|ema, as options.weights."""
+    parser.add_argument(
+        "--weights",
+        choices=("trained", "ema"),
+        default="trained",
+        help="of the checkpoint: as trained, or their average (a run with train.ema)",
+    )
+
+
 def finite_number(text: str) -> float:
     """A number as it is typed on a command line."""
     try:

@@ -62,11 +62,11 @@ def memory_estimate(
     The runtime (libraries: about 0.1 GiB on a CPU; a CUDA context), the loader and the replay
     buffer come on top, and an allocator's waste: glibc's on a CPU holds as much again unless the
     environment has MALLOC_MMAP_THRESHOLD_=65536. "gradients" holds the fp32 copy that a bf16 update
-    works on, "optimizer" AdamW's two moments and, under bf16 or ZeRO, a master copy of the weights;
-    neither is here where deepspeed.offload keeps it on the host. "workspace" is the largest of what
-    lives for a moment: chunks of the vocabulary in the forward, or in the backward score blocks
-    and, under checkpoint step, the recomputed step. Gradients count as there all the time. Needs
-    what step_flops needs.
+    works on, "optimizer" AdamW's two moments, under bf16 or ZeRO a master copy of the weights, and
+    the average of train.ema; neither is here where deepspeed.offload keeps it on the host.
+    "workspace" is the largest of what lives for a moment: chunks of the vocabulary in the forward,
+    or in the backward score blocks and, under checkpoint step, the recomputed step. Gradients count
+    as there all the time. Needs what step_flops needs.
     """
     from ebwm_scale.world_model import WorldModel
 
@@ -95,6 +95,8 @@ def memory_estimate(
         ),
         "optimizer": 0 if offloaded else num_parameters * (12 if half or stage else 8) / shards,
     }
+    if config.train.ema is not None and not offloaded:
+        parts["optimizer"] += 4 * num_parameters / shards
     bytes_of_sums = 0.0  # of each parameter
     if not baseline and (
         stage >= 2 or (stage == 0 and config.train.global_batch_size > world_size * micro_batch)

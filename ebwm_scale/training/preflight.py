@@ -25,7 +25,8 @@ from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_la
 from ebwm_scale.checkpoint.remote import check_remote
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config import resolved
-from ebwm_scale.config.checks import batch_arithmetic, group_problems
+from ebwm_scale.config.checks import batch_arithmetic, filled_problems
+from ebwm_scale.config.rate_schedule import is_known
 from ebwm_scale.config.schema import ConditionConfig, Config
 from ebwm_scale.core.errors import ConfigError, UserError
 from ebwm_scale.core.ownership import Ownership
@@ -42,6 +43,7 @@ from ebwm_scale.data.loading.streaming import check_stream
 from ebwm_scale.data.text_stream.loader import cursors_of
 from ebwm_scale.data.text_stream.strands import TextStream, open_text_stream
 from ebwm_scale.model.blocks import attention_paths
+from ebwm_scale.training.extending import last_without_a_jump
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
 
 MANY_EPOCHS = 100
@@ -100,11 +102,14 @@ def check_run(
     resume: bool = False,
     strict: bool = False,
     accept_new_rate: bool = False,
+    extend: Path | None = None,
     report: Callable[[str], None] = print,
     group: World | None = None,
     ownership: Ownership | None = None,
 ) -> RunCheck:
     """Everything that train.py refuses, in one place.
+
+    extend: the run folder whose checkpoint is gone on from, without a jump of the learning rate.
 
     report: told what is skipped (hashes of large datasets, damaged checkpoints). group: the
     processes of the run, which must all call this: rank 0 reads the data's lists for them.
@@ -133,9 +138,12 @@ def check_run(
     check_data(check, report, group)
     if check.config.data.mask_documents and not config.data.mask_documents:
         check.attention = check.attempt("kernels", check_attention, check.config, device) or {}
-    if resume:
+    if extend is not None:
+        check_extended(check, extend, report=report)
+    elif resume:
         check_saved(check, run_dir, strict=strict, accept_new_rate=accept_new_rate, report=report)
-    check.warnings += [("schedule", text) for text in unusual_schedule(config)]
+    if is_known(check.config):
+        check.warnings += [("schedule", text) for text in unusual_schedule(check.config)]
     check.share_problems(group)
     return check
 
@@ -226,7 +234,7 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     if config.data.mask_documents is None:
         warn_of_documents(check, filled, train.manifest)
     check.config = config = filled
-    check.attempt("data", check_groups, config)
+    check.attempt("data", check_filled, config)
     check.attempt("data", check_context, train.manifest, config.data.context_length)
     check.attempt("data", limit_sources, config, train)
     if config.data.stream and config.data.stream_format == "text":
@@ -267,9 +275,9 @@ def warn_of_documents(check: RunCheck, filled: Config, manifest: Manifest) -> No
         check.warnings.append(("data", warning))
 
 
-def check_groups(config: Config) -> None:
-    """ConfigError for a configuration that does not fit the groups of its data."""
-    problems = group_problems(config)
+def check_filled(config: Config) -> None:
+    """ConfigError for a configuration that does not fit its data."""
+    problems = filled_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -292,8 +300,29 @@ def check_saved(
         lambda text: report(f"warning: {text}"),
         strict=strict,
     )
-    if saved is None:
+    if saved is not None:
+        compare_with_saved(check, saved, accept_new_rate=accept_new_rate)
+
+
+def check_extended(check: RunCheck, run: Path, *, report: Callable[[str], None]) -> None:
+    """Find the checkpoint of another run from which the learning rate does not jump, and hold the
+    rest against it.
+    """
+    if check.problems:  # without its data, a schedule in tokens does not say where it stands
         return
+    saved = check.attempt(
+        "checkpoint",
+        last_without_a_jump,
+        run,
+        check.config,
+        lambda text: report(f"warning: {text}"),
+    )
+    if saved is not None:
+        compare_with_saved(check, saved, accept_new_rate=False)
+
+
+def compare_with_saved(check: RunCheck, saved: CheckpointInfo, *, accept_new_rate: bool) -> None:
+    """Hold the configuration, the data and the learning rate against a checkpoint."""
     check.saved = saved
     before = check.attempt("checkpoint", saved_config, saved.folder)
     if before is None:
@@ -317,6 +346,8 @@ def check_saved(
     if check.text_stream is not None:
         check.attempt("checkpoint", cursors_of, saved.trainer.get("text_stream"), check.text_stream)
     check.changes += describe_schedule_changes(before, check.config, saved.step)
+    if not (is_known(before) and is_known(check.config)):
+        return  # the data's problems are said already
     rate = RateChange.of(before, check.config, saved.step)
     if rate.changed:
         check.changes.append(rate.describe())

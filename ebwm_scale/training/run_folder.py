@@ -264,8 +264,13 @@ def _rows_until(rows: Rows, step: int) -> Iterator[tuple[int, bytes, dict[str, A
 
 
 def _keep_rows_until(path: Path, step: int) -> None:
-    with replacement(path) as temporary, open(temporary, "wb") as file:
-        file.writelines(line for _, line, _ in _rows_until(Rows(path), step))
+    copy_metrics_until(path, path, step)
+
+
+def copy_metrics_until(source: Path, target: Path, step: int) -> None:
+    """Write the whole rows of a metrics.jsonl up to a step into `target`, which may be itself."""
+    with replacement(target) as temporary, open(temporary, "wb") as file:
+        file.writelines(line for _, line, _ in _rows_until(Rows(source), step))
 
 
 def _now() -> str:

@@ -9,43 +9,41 @@ import math
 from dataclasses import dataclass
 
 from ebwm_scale.config import resolved
+from ebwm_scale.config.rate_schedule import rate_schedule
 from ebwm_scale.config.schema import Config, Points, ScheduleConfig
 from ebwm_scale.refinement.noise import NoiseSource, Purpose
 
 
-def learning_rate_factor(step: int, schedule: ScheduleConfig) -> float:
-    """Factor on the peak at optimizer step `step` (0-based): linear warm-up, then a cosine to
-    final_ratio.
-    """
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
-    decaying_steps = max(1, resolved.decay_steps(schedule) - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / decaying_steps)
-    return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )
-
-
 def learning_rate(config: Config, step: int) -> float:
     """The model's learning rate at optimizer step `step` (0-based)."""
-    return resolved.peak_learning_rate(config.optimizer) * learning_rate_factor(
-        step, config.schedule
-    )
+    return resolved.peak_learning_rate(config.optimizer) * rate_schedule(config).factor(step)
 
 
 @dataclass(frozen=True)
 class RateChange:
     """The learning rate of one step under the configuration of a checkpoint, and under the one that
     goes on from it.
+
+    Of several rates, the one that is raised most.
     """
 
     step: int
     before: float
     now: float
+    whose: str = "learning rate"
 
     @classmethod
     def of(cls, before: Config, now: Config, step: int) -> RateChange:
-        return cls(step, learning_rate(before, step), learning_rate(now, step))
+        change = cls(step, learning_rate(before, step), learning_rate(now, step))
+        if before.optimizer.name != "muon" or now.optimizer.name != "muon":
+            return change
+        muon_before, muon_now = (
+            resolved.muon_learning_rate(config.optimizer) * rate_schedule(config).factor(step)
+            for config in (before, now)
+        )
+        if muon_now * change.before <= change.now * muon_before:
+            return change
+        return cls(step, muon_before, muon_now, "Muon's learning rate")
 
     @property
     def changed(self) -> bool:
@@ -58,7 +56,7 @@ class RateChange:
 
     def describe(self) -> str:
         return (
-            f"learning rate at step {self.step}: it was to be {self.before:.3e}, "
+            f"{self.whose} at step {self.step}: it was to be {self.before:.3e}, "
             f"is now {self.now:.3e}"
         )
 
@@ -66,19 +64,21 @@ class RateChange:
         """Why the run does not go on by itself, and what to do."""
         keep = []
         for section, keys in (
-            ("optimizer", ("learning_rate",)),
-            ("schedule", ("warmup_steps", "decay_steps", "final_ratio")),
+            ("optimizer", ("learning_rate", "muon_learning_rate")),
+            ("schedule", ScheduleConfig.model_fields),
         ):
             for key in keys:
                 old = getattr(getattr(before, section), key)
                 new = getattr(getattr(now, section), key)
                 if old != new:
-                    keep.append(f"{section}.{key}={old}")
+                    keep.append(f"{section}.{key}={'null' if old is None else old}")
         times = self.now / self.before if self.before > 0 else math.inf
-        return (
-            f"{self.describe()}, {times:.3g} times as much: accept it with --accept-new-rate, "
-            f"or keep the schedule with --set {' '.join(keep)}"
-        )
+        ways = ["accept it with --accept-new-rate"]
+        stable = rate_schedule(before).last_stable
+        if stable is not None and stable < self.step:
+            ways.append(f"go on from step {stable}, before the decay, with --extend")
+        ways.append(f"keep the schedule with --set {' '.join(keep)}")
+        return f"{self.describe()}, {times:.3g} times as much: {', or '.join(ways)}"
 
 
 def describe_schedule_changes(before: Config, now: Config, step: int) -> list[str]:
@@ -102,23 +102,30 @@ def describe_schedule_changes(before: Config, now: Config, step: int) -> list[st
 
 def unusual_schedule(config: Config) -> list[str]:
     """A line for each way in which the learning rate does not do what a schedule is for."""
-    schedule, steps = config.schedule, config.train.max_steps
-    if schedule.warmup_steps >= steps:
-        reached = learning_rate_factor(steps - 1, schedule)
+    schedule = rate_schedule(config)
+    steps = config.train.max_steps
+    reached = f"at {100 * schedule.factor(steps - 1):.3g} % of the peak learning rate"
+    if schedule.warmup >= steps:
         ends_in_warmup = (
-            f"schedule.warmup_steps {schedule.warmup_steps} is not below train.max_steps {steps}: "
-            f"the run ends in the warm-up, at {100 * reached:.3g} % of the peak learning rate"
+            f"{_key(config, 'warmup', schedule.warmup)} is not below train.max_steps {steps}: "
+            f"the run ends in the warm-up, {reached}"
         )
         return [ends_in_warmup]
-    if resolved.decay_steps(schedule) > steps:
-        reached = learning_rate_factor(steps - 1, schedule)
-        if reached > schedule.final_ratio + 0.01:
-            ends_early = (
-                f"schedule.decay_steps {schedule.decay_steps} is above train.max_steps {steps}: "
-                f"the run ends at {100 * reached:.3g} % of the peak learning rate"
-            )
-            return [ends_early]
+    end = 0 if schedule.decay_end is None else schedule.decay_end
+    if end > steps and schedule.factor(steps - 1) > schedule.final_ratio + 0.01:
+        ends_early = (
+            f"{_key(config, 'decay', end)} is above train.max_steps {steps}: the run ends {reached}"
+        )
+        return [ends_early]
     return []
+
+
+def _key(config: Config, part: str, steps: int) -> str:
+    """A part of the schedule by its key and in steps, as it was given."""
+    tokens = getattr(config.schedule, f"{part}_tokens")
+    if tokens is None:
+        return f"schedule.{part}_steps {steps}"
+    return f"schedule.{part}_tokens {tokens} ({steps} steps)"
 
 
 def interpolate(points: Points, progress: float, default: float) -> float:

@@ -16,6 +16,7 @@ import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, load_into, load_replay
 from ebwm_scale.config import resolved
+from ebwm_scale.config.rate_schedule import rate_schedule
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
 from ebwm_scale.core.errors import (
@@ -458,4 +459,5 @@ class Trainer:
         return every > 0 and (self.step % every == 0)
 
     def _save_is_due(self) -> bool:
-        return self._due(self.config.checkpoint.every_steps)
+        is_last_stable = self.step == rate_schedule(self.config).last_stable
+        return is_last_stable or self._due(self.config.checkpoint.every_steps)

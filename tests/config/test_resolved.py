@@ -17,7 +17,6 @@ FILLED_BY_LOADING = {
         config.refinement
     ),
     "optimizer.learning_rate": lambda config: resolved.peak_learning_rate(config.optimizer),
-    "schedule.decay_steps": lambda config: resolved.decay_steps(config.schedule),
 }
 FILLED_BY_DATA = {
     "model.vocabulary_size": resolved.vocabulary_size,

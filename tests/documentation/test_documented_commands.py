@@ -32,6 +32,8 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "runs/products": "training/test_reasoning_runs.py",
     "data/mazes": "training/test_reasoning_runs.py",
     "runs/mazes": "training/test_reasoning_runs.py",
+    "--extend": "training/test_extending.py",
+    "--weights ema": "training/test_weight_average.py",
     "make_world_shards.py": "data/test_world_datasets.py",
     "data/pole": "data/test_world_datasets.py",
     "runs/world": "training/test_world_runs.py",

@@ -260,7 +260,7 @@ def test_the_command_writes_both_files_and_refuses_nonsense_in_one_line(
     text, monkeypatch, capsys, tmp_path
 ):
     model, config, split = model_for(text)
-    monkeypatch.setattr(evaluation, "load_checkpoint", lambda path, device: (model, config))
+    monkeypatch.setattr(evaluation, "load_checkpoint", lambda path, **options: (model, config))
     assert (
         evaluation.main(
             [str(tmp_path / "run"), "--max-samples", "6", "--steps", "1", "2", "--starts", "1"]

@@ -226,7 +226,7 @@ def files(tmp_path):
 
 def test_the_command_writes_its_result(text, files, monkeypatch, capsys, tmp_path):
     model, _ = model_of(text)
-    monkeypatch.setattr(questions, "load_checkpoint", lambda path, device: (model, model.config))
+    monkeypatch.setattr(questions, "load_checkpoint", lambda path, **options: (model, model.config))
     assert (
         questions.main(
             [

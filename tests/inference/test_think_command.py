@@ -95,7 +95,7 @@ def use(monkeypatch):
             }
         )
         model = WorldModel(config).eval()
-        monkeypatch.setattr(think, "load_checkpoint", lambda path, device: (model, config))
+        monkeypatch.setattr(think, "load_checkpoint", lambda path, **options: (model, config))
 
     return place
 

@@ -1,22 +1,12 @@
 """Schedules and the replay buffer, as functions of the step and of the order of data alone."""
 
-import pytest
 import torch
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.data.loading.batches import Batch
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.training.replay import ReplayBuffer
-from ebwm_scale.training.schedule import interpolate, learning_rate_factor, refinement_point
-
-
-def test_learning_rate_warms_up_and_falls_on_a_cosine_to_its_floor():
-    schedule = config_from_dict(
-        {"schedule": {"warmup_steps": 10}, "train": {"max_steps": 110}}
-    ).schedule
-    factors = [learning_rate_factor(step, schedule) for step in range(130)]
-    assert factors[0] == pytest.approx(0.1) and factors[9] == factors[10] == 1.0
-    assert factors[60] == pytest.approx(0.55) and factors[110] == factors[129] == pytest.approx(0.1)
+from ebwm_scale.training.schedule import interpolate, refinement_point
 
 
 def test_schedules_interpolate_between_their_points():

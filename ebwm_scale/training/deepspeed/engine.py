@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: configuration in, an engine with a client AdamW out."""
+"""The DeepSpeed engine of a run: configuration in, an engine with a client optimizer out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from ebwm_scale.config import resolved
 from ebwm_scale.config.reduce_bucket import reduce_bucket_size
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.world import World
 from ebwm_scale.planning.parameters import count_parameters
 from ebwm_scale.training.deepspeed.partitioned import partitioned
 from ebwm_scale.training.deepspeed.zero_state import ZeroState
-from ebwm_scale.training.optimizer import parameter_groups
+from ebwm_scale.training.optimizer import new_optimizer
 from ebwm_scale.training.schedule import learning_rate
+from ebwm_scale.training.weight_average import WeightAverage
 from ebwm_scale.world_model import WorldModel
 
 
@@ -94,20 +94,12 @@ class Engine:
         self.world = world
         self.accumulation = accumulation
         self.module = model
-        options = config.optimizer
         model.to(world.device)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, config),
-            lr=resolved.peak_learning_rate(options),
-            betas=(options.beta1, options.beta2),
-            eps=options.epsilon,
-            fused=True,
-        )
         # The optimizer's class depends on stage and precision, and they share no interface.
         self.optimizer: Any
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
+            optimizer=new_optimizer(model, config),
             config=deepspeed_config(
                 config,
                 micro_batch=micro_batch,
@@ -119,6 +111,10 @@ class Engine:
             undo_optimizer_dry_run(self.optimizer)
         if needs_manual_gathering(config):
             self.optimizer.parameter_offload._remove_module_hooks()
+        self.average: WeightAverage | None = None
+        if config.train.ema is not None:
+            self.average = WeightAverage(config.train.ema)
+            self.average.begin(self.state.weights())
 
     @property
     def state(self) -> ZeroState:
@@ -129,6 +125,7 @@ class Engine:
             half=self.config.train.precision == "bf16",
             rank=self.world.rank,
             world_size=self.world.size,
+            average=self.average,
         )
 
     def set_learning_rates(self, step: int) -> float:
@@ -166,10 +163,12 @@ class Engine:
             limit = self.config.optimizer.gradient_clipping or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
             if not math.isfinite(norm):
-                self.optimizer.zero_grad(set_to_none=True)  # AdamW passes over what has no gradient
+                self.optimizer.zero_grad(set_to_none=True)  # it passes over what has no gradient
         self.deepspeed.step()
         if boundary and norm is None:
             norm = self.deepspeed.get_global_grad_norm()
+        if self.average is not None and norm is not None and math.isfinite(norm):
+            self.average.update(self.state.weights())
         return norm
 
 

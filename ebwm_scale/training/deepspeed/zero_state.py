@@ -2,7 +2,7 @@
 and how any process takes what it needs.
 
 A shard is a range of a flattened parameter: its float32 weights (the master copy, where there is
-one) and AdamW's two moments.
+one), the moments of AdamW or Muon, and the weights' average where there is one.
 
     stage 0     every process holds everything; of the parameters in order, process r writes those
                 with index % world size == r
@@ -22,17 +22,29 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ebwm_scale.checkpoint.parameter_shard import MOMENTS, ParameterShard
+from ebwm_scale.checkpoint.parameter_shard import AVERAGE, MOMENTS, MOMENTUM, ParameterShard
 from ebwm_scale.training.deepspeed.partitioned import partitioned
+from ebwm_scale.training.weight_average import WeightAverage
 
 
 class ZeroState:
     """The shards of a DeepSpeed engine's process.
 
-    `stage`, `half`: deepspeed.zero_stage, and whether weights are bf16.
+    `stage`, `half`: deepspeed.zero_stage, and whether weights are bf16. `average`: of the weights
+    (train.ema), or None.
     """
 
-    def __init__(self, deepspeed_engine, *, stage: int, half: bool, rank: int, world_size: int):
+    def __init__(
+        self,
+        deepspeed_engine,
+        *,
+        stage: int,
+        half: bool,
+        rank: int,
+        world_size: int,
+        average: WeightAverage | None = None,
+    ):
+        self.average = average
         self.module, self.optimizer = deepspeed_engine.module, deepspeed_engine.optimizer
         self.stage = stage
         self.half = half
@@ -51,7 +63,7 @@ class ZeroState:
 
     def shards(self) -> Iterator[ParameterShard]:
         for index, (name, p) in enumerate(self.module.named_parameters()):
-            start, values = self._local(p)
+            start, values = self._with_average(name, p)
             owned = (
                 self.stage == 3
                 or (self.stage > 0 and p.requires_grad)
@@ -60,18 +72,31 @@ class ZeroState:
             if owned and values and values["weight"].numel():
                 yield ParameterShard(name, start, values)
 
+    def weights(self) -> dict[str, Tensor]:
+        """Views of the float32 weights that this process updates, flat, by parameter."""
+        found = {}
+        for name, p in self.module.named_parameters():
+            if p.requires_grad:
+                _, values = self._local(p)
+                if values and values["weight"].numel():
+                    found[name] = values["weight"]
+        return found
+
     def step_count(self) -> float:
         """Updates AdamW has made, the same for all parameters; skipped ones do not count."""
-        return next((float(state["step"]) for state in self.inner.state.values()), 0.0)
+        counts = (state["step"] for state in self.inner.state.values() if "step" in state)
+        return float(next(counts, 0.0))
 
     def load(self, read: Callable[[str, str], Tensor], step_count: float) -> None:
         """read(name, kind) -> the whole flattened float32 tensor; called for one parameter after
         the other.
         """
         self._create_moments(step_count)
+        if self.average is not None:
+            self.average.updates = int(step_count)
         with torch.no_grad():
             for name, p in self.module.named_parameters():
-                start, values = self._local(p)
+                start, values = self._with_average(name, p)
                 weight = read(name, "weight")
                 for kind, mine in values.items():
                     whole = weight if kind == "weight" else read(name, kind)
@@ -82,6 +107,13 @@ class ZeroState:
                     own[: part.numel()].copy_(part)
                 if p.numel() == weight.numel():  # what the forward pass sees
                     p.copy_(weight.view_as(p))
+
+    def _with_average(self, name: str, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+        """What _local gives, and the average of these weights where there is one."""
+        start, values = self._local(p)
+        if self.average is not None and name in self.average.values:
+            values[AVERAGE] = self.average.values[name]
+        return start, values
 
     def _local(self, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
         """(start, kind -> flat view) of what this process updates of p; no values where that is
@@ -94,7 +126,7 @@ class ZeroState:
             state = self.inner.state.get(master, {})
             return 0, {
                 "weight": master.detach().view(-1),
-                **{key: state[key].view(-1) for key in MOMENTS if key in state},
+                **{key: state[key].view(-1) for key in (*MOMENTS, MOMENTUM) if key in state},
             }
         mapping = getattr(p, "_hp_mapping", None)
         if mapping is None:
@@ -130,14 +162,19 @@ class ZeroState:
         )
 
     def _create_moments(self, step_count: float) -> None:
-        """AdamW makes its state in its first update; here it is needed before."""
+        """The optimizer makes its state in its first update; here it is needed before."""
         if self.stage == 3:
-            updated = self.optimizer.fp32_partitioned_groups_flat
+            updated = [(tensor, False) for tensor in self.optimizer.fp32_partitioned_groups_flat]
         else:
-            updated = [tensor for group in self.inner.param_groups for tensor in group["params"]]
-        for tensor in updated:
+            updated = [
+                (tensor, "momentum" in group)
+                for group in self.inner.param_groups
+                for tensor in group["params"]
+            ]
+        for tensor, is_muons in updated:
             state = self.inner.state[tensor]
-            state["step"] = torch.tensor(step_count, dtype=torch.float32)
-            for key in MOMENTS:
+            if not is_muons:
+                state["step"] = torch.tensor(step_count, dtype=torch.float32)
+            for key in (MOMENTUM,) if is_muons else MOMENTS:
                 if key not in state:
                     state[key] = torch.zeros_like(tensor)
