@@ -112,4 +112,5 @@ def goal_frame(env: Any, observation: Any, info: Any) -> np.ndarray:
     return env.unwrapped.picture(np.asarray(info["goal"], np.float64))
 
 
-gymnasium.register("TwoRooms-v0", entry_point=TwoRooms)
+if "TwoRooms-v0" not in gymnasium.registry:  # a goal's file is read as a module of its own
+    gymnasium.register("TwoRooms-v0", entry_point=TwoRooms)
