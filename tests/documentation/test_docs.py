@@ -417,3 +417,20 @@ def test_the_page_on_imagination_quotes_the_study_of_two_rooms():
         for kind in ("another_action", "another_time"):
             of_seeds = [each[judge][kind]["auroc"]["mean"] for each in recipe["judge"]]
             assert ", ".join(f"{value:.2f}" for value in of_seeds) in text
+    plan = json.loads((ROOT / "results" / "world_plan.json").read_text())
+
+    def short(value: dict) -> str:
+        return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+    for actor in plan["actors"].values():
+        assert f"| {short(actor['success'])} | {short(actor['nearest_distance'])} |" in text
+    for who, key in (
+        ("random", "nearest_distance"),
+        ("persistence", "nearest_distance"),
+        ("random", "success"),
+        ("against", "success"),
+    ):
+        assert short(plan["gains"][who][key]) in text
+    far = json.loads((ROOT / "results" / "world_plan_far.json").read_text())["actors"]
+    assert f"{far['against']['success']['mean']:.2f} of {len(far['model']['episodes'])}" in text
+    assert f"the energy model {far['model']['success']['mean']:.2f}" in text
