@@ -222,6 +222,7 @@ def run(
         watchdog=watchdog,
         faults=faults,
         allow_pipe=options.allow_pipe,
+        text_stream=check.text_stream,
     )
     saved = load_newest(trainer, check.saved, newest, world, say)
     folder.take()
@@ -234,7 +235,9 @@ def run(
         folder.event("start", world_size=world.size, command=sys.argv, attention=paths)
     for _, text in check.warnings:
         folder.warn(text)
-    if config.data.stream:
+    if check.text_stream is not None:
+        folder.say(check.text_stream.describe())
+    elif config.data.stream:
         folder.say(
             "data.stream: shards are streamed; batches then depend on the number of processes, "
             "and a resume goes on with the next shards"

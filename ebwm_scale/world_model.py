@@ -44,6 +44,7 @@ from ebwm_scale.model.projection import Projection
 from ebwm_scale.model.states import EmbeddingState, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.block_recompute import gathered
+from ebwm_scale.refinement.exits import EXITS
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE, refine
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
@@ -79,6 +80,7 @@ class WorldModel(nn.Module):
     output: Output | TwoLinearOutput  # of a baseline
     step_size: nn.Parameter  # of an energy model
     workspace_step_size: nn.Parameter  # of an energy model with a workspace
+    exit_logits: nn.Parameter | None  # of an energy model whose exits are learned
     state_map: nn.Parameter  # of an energy model of text that is not tied to token_embedding
 
     def __init__(self, config: Config):
@@ -97,6 +99,7 @@ class WorldModel(nn.Module):
             nn.init.xavier_normal_(self.frame_projection.weight)
             nn.init.zeros_(self.frame_projection.bias)
         self.condition_embeddings = None
+        self.exit_logits = None
         if num_conditions:
             self.condition_embeddings = ConditionEmbeddings(config.data.conditions, width)
         if model.kind == "baseline":
@@ -130,6 +133,8 @@ class WorldModel(nn.Module):
                 torch.tensor([float(refinement.workspace_step_size)]),
                 requires_grad=refinement.learnable,
             )
+        if refinement.loss_weights == EXITS:
+            self.exit_logits = nn.Parameter(torch.zeros(refinement.num_steps))
         if config.state.kind == "vocabulary" and not config.state.tie_embedding:
             self.state_map = nn.Parameter(torch.empty(size, width))
             nn.init.xavier_normal_(self.state_map)

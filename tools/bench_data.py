@@ -5,6 +5,8 @@ streaming of the same files, in the same run.
         data/embeddings/manifest.json [--seconds 3] [--repeats 3]
     python tools/bench_data.py --synthetic DIR
         makes text blocks, jpeg frames and embeddings first
+    python tools/bench_data.py --raw-text DIR [--megabytes 24]
+        raw text, tokenised while it is read, beside the same text as prepared shards
 
 One JSON line per dataset. Both readers give decoded samples as NumPy arrays; ours also checks every
 sample's CRC-32. Readings alternate, files are in the page cache (each is read once before), and
@@ -22,6 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from bench.raw_text import measure_raw_text
 
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.files import file_sha256
@@ -40,6 +43,12 @@ def main() -> int:
         "--synthetic", type=Path, metavar="DIR", help="make and measure three datasets there"
     )
     parser.add_argument(
+        "--raw-text", type=Path, metavar="DIR", help="make and measure raw text there"
+    )
+    parser.add_argument(
+        "--megabytes", type=float, default=24.0, help="of raw text (default %(default)s)"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=3.0, help="of each reading (default %(default)s)"
     )
     parser.add_argument(
@@ -52,9 +61,17 @@ def main() -> int:
     manifests = arguments.manifests + (
         synthetic(arguments.synthetic) if arguments.synthetic else []
     )
-    if not manifests:
-        parser.error("give manifests, or --synthetic DIR")
+    if not manifests and not arguments.raw_text:
+        parser.error("give manifests, --synthetic DIR or --raw-text DIR")
     rows = [measure(manifest, arguments.seconds, arguments.repeats) for manifest in manifests]
+    if arguments.raw_text:
+        row = measure_raw_text(
+            arguments.raw_text,
+            megabytes=arguments.megabytes,
+            seconds=arguments.seconds,
+            repeats=arguments.repeats,
+        )
+        rows.append(row)
     for row in rows:
         print(json.dumps(row), flush=True)
     if arguments.output:

@@ -55,6 +55,9 @@ def main() -> int:
         "--profile", action="store_true", help="shares of one more step's time by operation"
     )
     parser.add_argument(
+        "--trace", metavar="FILE.json.gz", help="with --profile: that step's trace, for a browser"
+    )
+    parser.add_argument(
         "--sweep", metavar="OPTION=VALUE,VALUE,..", help=f"one of {', '.join(SWEEPABLE)}"
     )
     parser.add_argument(
@@ -153,7 +156,7 @@ def main() -> int:
         result["compared_wall_s"] = statistics.median(t[0] for t in times[1])
         result["compared_flops"] = step_flops(runs[1][0], samples=arguments.batch)
     if arguments.profile:
-        result["profile"] = profile(runs[0][1])
+        result["profile"] = profile(runs[0][1], arguments.trace)
     print(json.dumps(result))
     return 0
 
@@ -220,7 +223,7 @@ def plot(name: str, rows: list[tuple[int, dict]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def profile(stepper: Stepper, most: int = 15) -> dict[str, float]:
+def profile(stepper: Stepper, trace: str | None = None, most: int = 15) -> dict[str, float]:
     """Operation -> share of the time of one step spent in itself, device time where there is a
     device; the largest ones and "rest".
     """
@@ -228,6 +231,8 @@ def profile(stepper: Stepper, most: int = 15) -> dict[str, float]:
 
     with torch.profiler.profile() as recorded:
         stepper.step()
+    if trace is not None:
+        recorded.export_chrome_trace(trace)
     on_device = torch.cuda.is_available()
     times = {
         row.key: row.self_device_time_total if on_device else row.self_cpu_time_total

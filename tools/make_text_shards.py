@@ -11,10 +11,11 @@ command again keeps a complete dataset. The formats are described in docs/data.m
 
 import sys
 import time
+from argparse import BooleanOptionalAction
 
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import progress_on_console
-from ebwm_scale.data.format.manifest import load_manifest
+from ebwm_scale.data.format.manifest import PACKINGS, load_manifest
 from ebwm_scale.data.prepare.reading.options import add_selection_options, selection_of
 from ebwm_scale.data.prepare.reading.source import patterns
 from ebwm_scale.data.prepare.reading.token_files import TYPES
@@ -73,6 +74,33 @@ def main() -> int:
         metavar="N",
         help="blocks per shard (default %(default)s)",
     )
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="keep one of exact copies of a document, over all inputs",
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="INPUT",
+        help="leave out the documents that are also in this: another source of a mixture, or the "
+        "texts of a test; may be given several times",
+    )
+    parser.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        default="consecutive",
+        help="best_fit: training documents stay whole where they fit into a block; what is left of "
+        "a block is padding (default %(default)s)",
+    )
+    parser.add_argument(
+        "--mask-documents",
+        action=BooleanOptionalAction,
+        default=True,
+        help="whether runs of this dataset keep attention inside documents, unless their "
+        "configuration has data.mask_documents (default: they do)",
+    )
     arguments = parser.parse_args()
     start = time.monotonic()
     with progress_on_console() as progress:
@@ -86,6 +114,10 @@ def main() -> int:
             samples_per_shard=arguments.samples_per_shard,
             selection=selection_of(arguments),
             tokens=arguments.tokens,
+            deduplicate=arguments.deduplicate,
+            without=arguments.without,
+            packing=arguments.packing,
+            mask_documents=arguments.mask_documents,
             progress=progress,
         )
     seconds = time.monotonic() - start

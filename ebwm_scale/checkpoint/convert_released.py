@@ -60,6 +60,7 @@ def import_released(
     config = config.replace(
         data=config.data.replace(
             context_length=known.get("context_length") or config.data.context_length or 256,
+            mask_documents=False,  # as it was trained, whatever its next dataset says
         ),
     )
     ours = released.to_ours(weights)

@@ -194,6 +194,8 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("refinement.loss_weights", refinement.loss_weights, (None,)),
         ("refinement.backprop_steps", refinement.backprop_steps, (None,)),
         ("refinement.damping", refinement.damping, (0.0,)),
+        ("refinement.momentum", refinement.momentum, (0.0,)),
+        ("refinement.spectral_penalty", refinement.spectral_penalty, (0.0,)),
         ("refinement.decay", refinement.decay, (0.0,)),
         ("state.workspace", state.workspace, (None,)),
         ("refinement.reencode", refinement.reencode, ("none",)),

@@ -252,6 +252,12 @@ def _check_refinement(config: Config, require: Require) -> None:
         f"refinement.decay is {refinement.decay} with refinement.update probabilities: each step "
         "starts from probabilities, which sum to 1; use mirror or logits, or 0",
     )
+    require(
+        refinement.momentum == 0 or refinement.num_steps > 1,
+        f"refinement.momentum is {refinement.momentum} with refinement.num_steps 1: there is no "
+        "step to go on from; use more steps or leave the key out",
+    )
+    _check_spectral_penalty(config, require)
     _check_loss_weights(config, require)
     _check_candidates(config, require)
     _check_reencoding(config, require)
@@ -287,9 +293,38 @@ def _check_backprop_steps(config: Config, require: Require) -> None:
     )
 
 
+def _check_spectral_penalty(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.spectral_penalty == 0:
+        require(
+            refinement.spectral_bound == 0.8,
+            f"refinement.spectral_bound is {refinement.spectral_bound} without "
+            "refinement.spectral_penalty: give the penalty a weight or leave the key out",
+        )
+        return
+    given = f"refinement.spectral_penalty is {refinement.spectral_penalty}"
+    require(
+        refinement.num_steps > 1,
+        f"{given} with refinement.num_steps 1: there is no second move to compare; "
+        "use more steps or leave the key out",
+    )
+    require(
+        config.state.kind == "embedding" or refinement.update == "mirror",
+        f"{given} with refinement.update {refinement.update}: a move is measured in front of a "
+        "linear map, use mirror or 0",
+    )
+
+
 def _check_loss_weights(config: Config, require: Require) -> None:
     refinement = config.refinement
     weights = refinement.loss_weights
+    for key, default in (("exit_entropy", 0.1), ("exit_learning_rate_multiplier", 10.0)):
+        value = getattr(refinement, key)
+        require(
+            weights == "exits" or value == default,
+            f"refinement.{key} is {value} with refinement.loss_weights {shown(weights)}: "
+            "only exits are learned, use exits or leave the key out",
+        )
     if weights is None:
         return
     require(
@@ -297,7 +332,16 @@ def _check_loss_weights(config: Config, require: Require) -> None:
         f"refinement.loss_weights is given with refinement.loss {refinement.loss}: "
         "only the losses of every step are weighted, use every or leave the weights out",
     )
-    if weights == "rising":
+    require(
+        weights != "exits" or refinement.num_steps > 1,
+        "refinement.loss_weights is exits with refinement.num_steps 1: there is one exit; "
+        "use more steps or leave the key out",
+    )
+    require(
+        weights != "exits" or config.model.kind == "energy",
+        "refinement.loss_weights is exits: a baseline takes no steps, leave the key out",
+    )
+    if isinstance(weights, str):
         return
     listed = shown(list(weights))
     require(
@@ -431,6 +475,13 @@ def _check_data(config: Config, require: Require) -> None:
         "data.stream is given without data.manifest: "
         "the manifest says what the samples are, and holds the validation split",
     )
+    if data.stream_format == "shards":
+        for key in ("stream_lanes", "stream_field", "stream_filters"):
+            require(
+                not getattr(data, key),
+                f"data.{key} is given with data.stream_format shards: only raw text has it; "
+                "use data.stream_format=text, or leave the key out",
+            )
     require(
         not data.mask_document_starts or config.state.kind == "vocabulary",
         "data.mask_document_starts is true: only text has documents",

@@ -145,9 +145,16 @@ class RefinementConfig(Section):
     loss: Literal["every", "last"] = "every"
     """The mean over the steps' losses, or the last one's."""
     loss_weights: (
-        Literal["rising"] | Annotated[tuple[NotNegative, ...], BeforeValidator(as_tuples)] | None
+        Literal["rising", "exits"]
+        | Annotated[tuple[NotNegative, ...], BeforeValidator(as_tuples)]
+        | None
     ) = None
-    """With loss every: rising (1, 4, 9, ..) or one weight per step; they are made to sum to 1."""
+    """With loss every: rising (1, 4, 9, ..) or one weight per step, which are made to sum to 1; or
+    exits, a learned distribution over the steps (refinement/exits.py)."""
+    exit_entropy: NotNegative = 0.1
+    """Of loss_weights exits: what a nat of divergence from the uniform distribution costs."""
+    exit_learning_rate_multiplier: Positive = 10.0
+    """Of loss_weights exits: the learning rate of the distribution over the model's."""
     update: Literal["probabilities", "logits", "mirror"] = "probabilities"
     """vocabulary states only, see ebwm_kernels.vocabulary.api."""
     candidates: Count | None = None
@@ -160,6 +167,12 @@ class RefinementConfig(Section):
     """1: before every further step; 2: before every other one, the second step being the first."""
     damping: NotNegative = 0.0
     """p: alpha and beta of step i = 1, 2, .. are over i ** p, also beyond the trained steps."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """mu: a step of the state and of a workspace goes on with so much of the one before it."""
+    spectral_penalty: NotNegative = 0.0
+    """Weight in the training loss of steps that move further than spectral_bound times the one
+    before, see refinement/spectral_penalty.py."""
+    spectral_bound: Positive = 0.8
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the state and of a workspace that a step forgets: the energy has a minimum then."""
     change_clamp: Positive | None = None
@@ -212,12 +225,22 @@ class DataConfig(Section):
     """Instead of manifest: a mixture, a list of {manifest, weight}."""
     stream: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()
     """Training shards to stream instead (pipe: commands, URLs): a weaker promise, docs/data.md."""
+    stream_format: Literal["shards", "text"] = "shards"
+    """text: data.stream names files, folders, globs or addresses of raw text, prepared by nobody;
+    tokenised while training, with the tokenizer of data.manifest."""
     stream_buffer: Count = 1000
-    """Samples that a stream is shuffled in."""
+    """Samples that a stream is shuffled in; of raw text documents, over all lanes."""
+    stream_lanes: Count | None = None
+    """Raw text: places that are read at once, over all processes; default: up to 64."""
+    stream_field: str | None = None
+    """Raw text: the field of a record that holds the text; default: text."""
+    stream_filters: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()
+    """Raw text: records are taken for which these hold, such as 'score >= 0.5'."""
     mask_document_starts: bool = False
     """text: the first token of a document is no target."""
-    mask_documents: bool = False
-    """text: no attention across documents; each begins with the end of sequence before it."""
+    mask_documents: bool | None = None
+    """text: no attention across documents; each begins with the end of sequence before it. Default:
+    what the dataset says, true of new ones, false of those from before it was said."""
     eos_id: Annotated[int, Field(ge=0)] | None = None
     """text: the token between documents; mask_documents takes it from the dataset."""
     max_quarantined: CountOrNone = 16

@@ -47,6 +47,7 @@ from ebwm_scale.evaluation.solving_examples import (
 )
 from ebwm_scale.evaluation.step_spectrum import step_spectrum
 from ebwm_scale.inference.thinking import ThinkingConfig
+from ebwm_scale.refinement.exits import exit_summary
 
 MAX_BINS = 6  # of difficulty
 SETTLED = 0.1  # the largest change of a probability in an answer that has settled
@@ -201,6 +202,8 @@ def evaluate_solving(
         result["settling"] = settling(
             model, batches, difficulty, bins, after[config.refinement.num_steps], settled, progress
         )
+        if model.exit_logits is not None:
+            result["exits"] = exit_summary(model.exit_logits)
         trained_number = config.refinement.num_steps
         result["step_spectrum"] = step_spectrum(
             model,

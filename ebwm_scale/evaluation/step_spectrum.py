@@ -14,6 +14,10 @@ eigenvalues of J for all rows that see each other (the cells of a group; else ea
 Where the energy is flat J is 1 - c. So without decay no step_eigenvalue is far below 1. With
 `refinement.damping` alpha and c are those of the step at hand.
 
+With `refinement.momentum` a step is a map of what moved before it as well: step_eigenvalue is that
+of this larger map, alpha_curvature that of a step from rest. The larger map can turn: of a pair of
+complex eigenvalues the absolute value is given, as the mean growth of several rounds.
+
 The iteration is with J', which has J's eigenvalues: the vector-Jacobian product of one step, whose
 inner gradient is differentiated once more. The context is taken as given, also where it is encoded
 again. Clamps count as they bind, Langevin noise does not. With `refinement.candidates` all tokens
@@ -34,13 +38,17 @@ from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.refinement.inner_gradient import inner_gradient
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
+from ebwm_scale.refinement.momentum import carried_from, motion_of, plus_carried
 from ebwm_scale.refinement.step_plan import INFERENCE_STEP, step_scale
 
 NUM_ITERATIONS = 24
 MAX_SAMPLES = 16
 MAX_NUMBERS = 2**25  # of a state; a differentiated step holds about ten times as much
 
-Point = tuple[Tensor, ...]  # x (B, S, size), and z (B, S, width) of a model with a workspace
+Point = tuple[Tensor, ...]
+"""x (B, S, size), and z (B, S, width) of a model with a workspace; with momentum behind them what
+moved them last, (B, S, D) and (B, S, width).
+"""
 
 
 def step_spectrum(
@@ -100,9 +108,14 @@ def points_after(
         function = SequenceEnergy(model, embedded, model.first_visible(observed))
         frames = observed if model.config.state.kind == "embedding" else None
         z = noise.initial_workspace()
-        point: Point = (noise.initial(frames),) if z is None else (noise.initial(frames), z)
+        x = noise.initial(frames)
+        point: Point = (x,) if z is None else (x, z)
+        if model.config.refinement.momentum:
+            still = torch.zeros(*x.shape[:2], embedded.shape[-1]).to(x)
+            point += (still,) if z is None else (still, torch.zeros_like(z))
         for i, landscape in enumerate(model.landscapes(num_steps)):
-            w = None if z is None else model.workspace().embed(point[-1])
+            _, *own = point[: num_positions(model)]
+            w = model.workspace().embed(own[0]) if own else None
             embedded = model.state_space().embed(point[0].clone())
             function.begin_step(i, landscape, embedded.vectors, w)
             point = take_step(model, function, point, landscape, i)
@@ -119,7 +132,10 @@ def take_step(
     *,
     needs_graph: bool = False,
 ) -> Point:
-    """The point after step `index`, in the context that is there."""
+    """The point after step `index`, in the context that is there.
+
+    A point without what moved it last takes a step from rest, and what comes after has none either.
+    """
     config = model.config.refinement.replace(recompute="none", compile=False)
     state_space, workspace = model.state_space(), model.workspace()
     x = point[0] if needs_graph else point[0].clone()  # embedding may overwrite it
@@ -140,10 +156,23 @@ def take_step(
         alpha = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
         scale = step_scale(config, index)
         embedded = embedded.decayed(1 - config.decay * scale)
-        state, _, _ = state_space.update(embedded, gradient, alpha * scale, None, plan)
-        if workspace is None or of_w is None:
-            return (state,)
-        return state, workspace.update(point[1], of_w, scale, config.decay)
+        num_parts = num_positions(model)
+        motions = [carried_from(motion, config.momentum) for motion in point[num_parts:]]
+        carried = motions[0] if motions else None
+        state, _, _ = state_space.update(embedded, gradient, alpha * scale, None, plan, carried)
+        after: Point = (state,)
+        moved: Point = (motion_of(gradient, alpha * scale, carried, state.dtype),)
+        if workspace is not None and of_w is not None:
+            change = workspace.change(of_w, state.dtype, scale)
+            change = plus_carried(change, motions[1] if motions else None)
+            after += (workspace.update(point[1], change, scale, config.decay),)
+            moved += (change,)
+        return after + moved if motions else after
+
+
+def num_positions(model) -> int:
+    """How many parts of a point say where it is, and not how it moves."""
+    return 1 if model.workspace() is None else 2
 
 
 def step_eigenvalues(
@@ -158,8 +187,10 @@ def step_eigenvalues(
     """Of step `index` from there: (B, S) of each row, or (B, S / P) of each group, by power
     iteration; float64, on the CPU.
 
-    of_curvature: of (1 - c) I - J in place of J.
+    of_curvature: of (1 - c) I - J in place of J, at rest.
     """
+    if of_curvature:
+        point = point[: num_positions(model)]
     group_size = model.network.group_size
     refinement = model.config.refinement
     kept = 1 - refinement.decay * step_scale(refinement, index)
@@ -169,7 +200,7 @@ def step_eigenvalues(
     direction: Point = tuple(
         torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part) for part in start
     )
-    eigenvalue = torch.zeros(())
+    rounds = []
     for _ in range(NUM_ITERATIONS):
         length = _inner(direction, direction, group_size).sqrt()
         direction = _divided(direction, length.clamp(min=1e-30), group_size)
@@ -179,9 +210,17 @@ def step_eigenvalues(
         if of_curvature:
             image = tuple(kept * v - u for v, u in zip(direction, image))
         along = _inner(image, direction, group_size)
-        eigenvalue = along.sign() * _inner(image, image, group_size).sqrt()
+        rounds.append(along.sign() * _inner(image, image, group_size).sqrt())
         direction = image
-    return eigenvalue.double().cpu()
+    if len(point) > num_positions(model):
+        return _mean_growth(torch.stack(rounds[NUM_ITERATIONS // 2 :])).double().cpu()
+    return rounds[-1].double().cpu()
+
+
+def _mean_growth(rounds: Tensor) -> Tensor:
+    """Of the growths (R, ..) of several rounds: below 0 if all of them are."""
+    turns = torch.where((rounds < 0).all(0), -1.0, 1.0)
+    return turns * rounds.abs().clamp(min=1e-30).log().mean(0).exp()
 
 
 def _inner(left: Point, right: Point, group_size: int) -> Tensor:

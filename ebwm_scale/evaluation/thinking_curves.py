@@ -20,6 +20,7 @@ from ebwm_scale.evaluation.step_spectrum import step_spectrum
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, Thought, think
+from ebwm_scale.refinement.exits import exit_summary
 
 
 class SequenceBatch(NamedTuple):
@@ -91,6 +92,8 @@ def evaluate(
             errors_as_trained, energies_as_trained = errors, energies
             result["loss"] = curve[-1]
     result["steps"] = curve
+    if model.exit_logits is not None:
+        result["exits"] = exit_summary(model.exit_logits)
     if 1 in steps and trained > 1:
         first, _ = think_all(ThinkingConfig(num_steps=1, seed=seed), "the first step")
         result["gain_of_later_steps"] = bootstrap_ci((first - errors_as_trained).mean(1))

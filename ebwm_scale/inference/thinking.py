@@ -10,10 +10,12 @@
 
 A row is one candidate for one position: of a prompt's next position, or of every position of a
 sequence (energy_functions.py). In a sequence of groups the rows of a group have one energy, so they
-stop, go back and win together. With `refinement.decay` E(x) is compared with what decay adds to it
-(refinement/decay.py). With `refinement.candidates` a row moves a few of its tokens once it has
-taken a step (thinking_state.py). No second-order graph is built, and memory does not depend on the
-number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on thinking.
+stop, go back and win together. With `refinement.momentum` a step goes on with a share of the one
+before it, after one that was undone with nothing. With `refinement.decay` E(x) is compared with
+what decay adds to it (refinement/decay.py). With `refinement.candidates` a row moves a few of its
+tokens once it has taken a step (thinking_state.py). No second-order graph is built, and memory does
+not depend on the number of steps. Source: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092, section on
+thinking.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from ebwm_scale.inference.thinking_state import ThinkingState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
+from ebwm_scale.refinement.momentum import at_rest_where, carried_from, motion_of, plus_carried
 from ebwm_scale.refinement.step_plan import step_scale
 
 Watch = Callable[[int, Tensor], None]  # of steps taken and states (B, K, size)
@@ -126,12 +129,14 @@ def _think_plainly(
     watch: Watch | None,
 ) -> Thought:
     """Every row takes every step."""
+    momentum = model.config.refinement.momentum
     landscapes = _landscapes(model, config)
     alpha = _step_size(model, config, x.device)
     state = ThinkingState(model.state_space(), x)
     scale = torch.ones(*x.shape[:2], 1, device=x.device, dtype=x.dtype)
     workspace = model.workspace()
     z = noise.initial_workspace()
+    motion = z_motion = None  # of the step before, with momentum
     trace = []
     for i, landscape in enumerate(landscapes):
         if config.noise:
@@ -143,8 +148,10 @@ def _think_plainly(
         trace.append(energy)
         damped = step_scale(model.config.refinement, i)
         step_size = (alpha * scale * damped).to(gradient.dtype)
-        state = embedded.decayed(_kept(model, alpha * damped)).update(gradient, step_size)
-        z = _moved(model, workspace, z, of_w, damped)
+        carried = carried_from(motion, momentum)
+        state = embedded.decayed(_kept(model, alpha * damped)).update(gradient, step_size, carried)
+        motion = motion_of(gradient, step_size, carried, x.dtype) if momentum else None
+        z, z_motion = _moved(model, workspace, z, of_w, damped, z_motion)
         if watch is not None:
             watch(i + 1, state.x)
     steps = torch.full(x.shape[:2], len(landscapes), dtype=torch.int64, device=x.device)
@@ -165,6 +172,7 @@ def _think_comparing(
     asked: Tensor | None,
 ) -> Thought:
     """Rows are compared before and after each step: undone, or left alone when they are done."""
+    momentum = model.config.refinement.momentum
     landscapes = _landscapes(model, config)
     alpha = _step_size(model, config, x.device)
     num_contexts, num_candidates, _ = x.shape
@@ -183,6 +191,7 @@ def _think_comparing(
     workspace = model.workspace()
     z = noise.initial_workspace()
     z_result = z  # of all rows, as result is
+    motion = z_motion = None  # of the step before, with momentum
     energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
     added = _added_by_decay(model, x, z, energy)
     for i, landscape in enumerate(landscapes):
@@ -199,8 +208,10 @@ def _think_comparing(
         damped = step_scale(model.config.refinement, i)
         step_size = (alpha * scale * damped).to(gradient.dtype)
         kept = _kept(model, alpha * scale * damped)
-        proposal = embedded.decayed(kept).update(gradient, step_size)
-        z_proposal = _moved(model, workspace, z, of_w, scale * damped)
+        carried = carried_from(motion, momentum)
+        proposal = embedded.decayed(kept).update(gradient, step_size, carried)
+        motion = motion_of(gradient, step_size, carried, x.dtype) if momentum else None
+        z_proposal, z_motion = _moved(model, workspace, z, of_w, scale * damped, z_motion)
         if trace:
             energies = trace[-1].clone()
         else:
@@ -217,6 +228,8 @@ def _think_comparing(
             taken &= fall > 0
             halved = active & ~taken
             scale = torch.where(halved[..., None], scale / 2, scale)
+            motion = at_rest_where(halved, motion)
+            z_motion = at_rest_where(halved, z_motion)
         steps[remaining] += active
         accepted[remaining] += taken
         state = proposal.where(taken, before)
@@ -246,6 +259,8 @@ def _think_comparing(
             remaining = remaining[kept]
             state = state.select(kept)
             z = None if z is None else z[kept]
+            motion = None if motion is None else motion[kept]
+            z_motion = None if z_motion is None else z_motion[kept]
             scale = scale[kept]
             active = active[kept]
             energy = energy[kept]
@@ -359,8 +374,15 @@ def _moved(
     z: Tensor | None,
     energy_grad: Tensor | None,
     scale: Tensor | float,
-) -> Tensor | None:
-    """The next z (B, K, width), or None without a workspace; scale: a factor on beta."""
+    motion: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The next z (B, K, width) and its motion, or None without a workspace.
+
+    scale: a factor on beta. motion: of the step before.
+    """
     if workspace is None or z is None or energy_grad is None:
-        return None
-    return workspace.update(z, energy_grad, scale, model.config.refinement.decay)
+        return None, None
+    refinement = model.config.refinement
+    change = workspace.change(energy_grad, z.dtype, scale)
+    motion = plus_carried(change, carried_from(motion, refinement.momentum))
+    return workspace.update(z, motion, scale, refinement.decay), motion

@@ -117,13 +117,20 @@ class EmbeddedRows:
             return self
         return replace(self, dense=self.dense.decayed(kept))
 
-    def update(self, energy_grad: Tensor, step_size: Tensor) -> ThinkingState:
-        """The rows after a step along -dE/dx; energy_grad (B, K, D), step_size (B, K, 1)."""
+    def update(
+        self, energy_grad: Tensor, step_size: Tensor, carried: Tensor | None = None
+    ) -> ThinkingState:
+        """The rows after a step along -dE/dx; energy_grad (B, K, D), step_size (B, K, 1).
+
+        carried (B, K, D): what momentum keeps of the steps before.
+        """
 
         def moved(embedded: EmbeddedState | None) -> Tensor | None:
             if embedded is None:
                 return None
-            update = self.state.space.update(embedded, energy_grad, step_size, None, INFERENCE_STEP)
+            update = self.state.space.update(
+                embedded, energy_grad, step_size, None, INFERENCE_STEP, carried
+            )
             assert update.state is not None, "a step of inference gives a state"
             return whole_state(update.state)
 

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ebwm_kernels import energy_attention, observed_attention, rms_norm, swiglu
-from ebwm_kernels.attention.first_order import resolve_observed_backend, why_not_flash_attn
+from ebwm_kernels.attention.first_order import (
+    KNOWS_NO_GROUPS,
+    resolve_observed_backend,
+    why_not_flash_attn,
+)
 from ebwm_kernels.attention.ops import (
     reads_positions_first,
     resolve_backend,
@@ -232,19 +236,34 @@ class Block(nn.Module):
 
 
 def attention_paths(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, *, is_masked: bool = False
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    has_groups: bool = False,
+    has_documents: bool = False,
 ) -> dict[str, str]:
     """Which code computes each stream's attention, and why not another: said at a run's start.
 
-    is_masked: whether documents are (data.mask_documents).
+    has_groups: whether the observed stream is block-causal. has_documents: whether attention stops
+    at documents (data.mask_documents).
 
     Raises ValueError where the configuration forces a backend that cannot run.
     """
     d = model_sizes(config).head_dimension
     observed = resolve_observed_backend(
-        config.observed_backend, device, dtype, d, is_masked=is_masked
+        config.observed_backend,
+        device,
+        dtype,
+        d,
+        is_masked=has_groups,
+        has_documents=has_documents,
     )
+    if observed == "flash_attn" and has_documents:
+        observed += " (a sequence per document)"
     obstacle = why_not_flash_attn(device, dtype, d)
+    if config.observed_backend == "auto" and obstacle is None and has_groups:
+        obstacle = KNOWS_NO_GROUPS
     if config.observed_backend == "auto" and obstacle:
         observed += f" (flash_attn: {obstacle})"
     paths = {"observed": observed}

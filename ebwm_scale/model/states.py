@@ -125,7 +125,7 @@ class VocabularyState:
         return self.weight.shape[0]
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         """Of the states."""
         return state_dtype(self.weight)
 
@@ -166,7 +166,7 @@ class VocabularyState:
         vectors = self.weight.mean(0).expand(*shape, -1)
         if self.update_rule == "mirror":
             return EmbeddedState(vectors)
-        numbers = self.weight.detach().new_tensor([1 / self.size, 0], dtype=self._dtype)
+        numbers = self.weight.detach().new_tensor([1 / self.size, 0], dtype=self.dtype)
         probabilities, state = (number.expand(*shape, self.size) for number in numbers)
         if self.update_rule == "probabilities":
             return EmbeddedState(vectors, probabilities=probabilities)
@@ -179,12 +179,16 @@ class VocabularyState:
         alpha: Tensor,
         targets: Targets | None,
         step: UpdateChoices,
+        carried: Tensor | None = None,
     ) -> StateUpdate:
         """The step along -dE/dx and its loss.
 
-        energy_grad (B, S, D): dE/d vectors. alpha: scalar or (B, S, 1).
+        energy_grad (B, S, D): dE/d vectors. alpha: scalar or (B, S, 1). carried (B, S, D): added
+        to -alpha dE/d vectors, what `refinement.momentum` keeps of the steps before.
         """
-        direction = -alpha * energy_grad.to(self._dtype)
+        direction = -alpha * energy_grad.to(self.dtype)
+        if carried is not None:
+            direction = direction + carried
         if embedded.candidates is not None or self._chooses(step):
             return self._update_candidates(embedded, direction, targets, step)
         if step.keep_graph:
@@ -362,6 +366,11 @@ class EmbeddingState:
     def size(self) -> int:
         return self.projection.in_features
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states."""
+        return state_dtype(self.projection.weight)
+
     def targets(self, values: Tensor) -> Targets:
         """Embeddings (B, S, size)."""
         return Targets(values, values.new_tensor(values.shape[:-1].numel()))
@@ -384,11 +393,15 @@ class EmbeddingState:
         alpha: Tensor,
         targets: Targets | None,
         step: UpdateChoices,
+        carried: Tensor | None = None,
     ) -> StateUpdate:
-        """The step along -dE/dx and its loss; energy_grad (B, S, D): dE/d vectors."""
+        """The step along -dE/dx and its loss; arguments as those of VocabularyState.update."""
         x = embedded.state
         assert x is not None, "a frame moves directly"
         direction = -alpha * self.embedding_vjp(energy_grad).to(x.dtype)
+        if carried is not None:
+            of_carried = self.embedding_vjp(carried.to(self.projection.weight.dtype))
+            direction = direction + of_carried.to(x.dtype)
         state = clamped_step(x, direction, self.clamps)
         loss = None
         if targets is not None:

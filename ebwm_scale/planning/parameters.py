@@ -23,6 +23,7 @@ PARAMETER_PARTS = {
     "output": "output",
     "step_size": "step_size",
     "workspace_step_size": "step_size",
+    "exit_logits": "exits",
 }
 
 

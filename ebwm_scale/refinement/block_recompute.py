@@ -39,7 +39,7 @@ from ebwm_scale.model.blocks import Block, Modulation
 from ebwm_scale.model.context import Context, ObservedStream
 from ebwm_scale.model.energy_transformer import EnergyTransformer, entering
 from ebwm_scale.model.rotary import Rotary
-from ebwm_scale.refinement.deferred_backward import leaf_of
+from ebwm_scale.refinement.deferred_backward import leaf_of, summed_in_fp32
 
 
 def gathered(
@@ -245,8 +245,8 @@ class _BlockwiseStep:
 
         Those of parameters are added to them.
         """
-        inputs = [[_leaf(u, u.requires_grad) for u in layer.inputs] for layer in self.layers]
-        of_head = [_leaf(u, u.requires_grad) for u in self.head_inputs]
+        inputs = [[_shared_leaf(u) for u in layer.inputs] for layer in self.layers]
+        of_head = [_shared_leaf(u) for u in self.head_inputs]
 
         gamma = _sum_of_given(gradient_cotangents, gradients[0])
         second_order = []  # a_l
@@ -368,7 +368,7 @@ class _Encode(torch.autograd.Function):
             for index in reversed(range(len(ctx.layers))):
                 layer = ctx.layers[index]
                 o = _leaf(ctx.saved_tensors[index])
-                own = [_leaf(u, u.requires_grad) for u in layer.inputs]
+                own = [_shared_leaf(u) for u in layer.inputs]
                 of_pair = (None, None)
                 if index >= ctx.first:
                     place = 2 * (index - ctx.first)
@@ -408,5 +408,10 @@ def _backward_where_given(
         torch.autograd.backward([u for u, _ in given], [g for _, g in given])
 
 
-def _leaf(tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    return tensor.detach().requires_grad_(requires_grad)
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _shared_leaf(tensor: Tensor) -> Tensor:
+    """Of a tensor that several lines read, and that may need no gradient."""
+    return summed_in_fp32(tensor.detach().requires_grad_(tensor.requires_grad))

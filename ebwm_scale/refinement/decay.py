@@ -9,6 +9,9 @@ which is the step along an energy with two more terms:
 
     E + c / alpha R(x) + c / beta |z|^2 / 2
 
+With `refinement.momentum` mu the steps add up to 1 / (1 - mu) of their length, and what a step
+forgets does not: there c is replaced by (1 - mu) c, and the minimum is again where steps end.
+
 R is the states' `decay_energy` (model/states.py). alpha and beta in it are the model's: where a
 step is of another size, x and z decay by as much more or less. The energies that are shown are E.
 """
@@ -22,7 +25,8 @@ from ebwm_scale.refinement.loop import MIN_STEP_SIZE
 
 def decay_energy(model, x: Tensor, z: Tensor | None) -> Tensor:
     """What decay adds to the energies (B, K) of states x (B, K, size) and workspaces z."""
-    decay = model.config.refinement.decay
+    refinement = model.config.refinement
+    decay = refinement.decay * (1 - refinement.momentum)
     alpha = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
     energy = decay / alpha * model.state_space().decay_energy(x)
     workspace = model.workspace()

@@ -16,8 +16,9 @@ step's graph.
     loss = backward.as_loss(value)                loss.backward() hands out the sums
 
 The sums are those of one backward through sum(terms), in another order of addition. Leaves in half
-precision are summed in float32, and their sum is rounded once, when it is handed out: so its error
-does not grow with the number of terms.
+precision are summed in float32: over the terms, and over the places where one term reads them, such
+as the forward and the inner gradient. A sum is rounded once, when it is handed out: so its error
+does not grow with the number of addends.
 Memory: one tensor per parameter and detached tensor, in float32 or float64, instead of the graphs
 of all terms but one.
 """
@@ -39,13 +40,11 @@ class Leaf:
     """What is known of a leaf that stands for a parameter or another tensor; kept on it.
 
     parameter: the parameter it stands for. graph_entry: where that parameter's gradient enters
-    its graph under ZeRO stage 3 (block_recompute.py). grad_buffer: the sum of all gradients, in
-    float32, of a leaf in half precision; such a leaf's own .grad stays empty.
+    its graph under ZeRO stage 3 (block_recompute.py).
     """
 
     parameter: nn.Parameter | None = None
     graph_entry: Tensor | None = None
-    grad_buffer: Tensor | None = None
 
 
 def leaf_of(tensor: Tensor) -> Leaf | None:
@@ -88,17 +87,15 @@ class DeferredBackward:
             gradient = _take_sum(leaf)
             if gradient is not None:
                 sources.append(source)
-                gradients.append(gradient)
+                gradients.append(gradient.to(source.dtype))
         self.sources = []
         self.leaves = []
         torch.autograd.backward(sources, gradients)
 
     def _make_leaf(self, tensor: Tensor, parameter: nn.Parameter | None = None) -> Tensor:
-        leaf = tensor.detach().requires_grad_()
+        leaf = summed_in_fp32(tensor.detach().requires_grad_())
         # An attribute of ours, which torch's Tensor does not declare.
         leaf.leaf = Leaf(parameter)  # pyright: ignore[reportAttributeAccessIssue]
-        if leaf.dtype not in FULL_PRECISION:
-            leaf.register_post_accumulate_grad_hook(_move_to_fp32_sum)
         self.sources.append(tensor)
         self.leaves.append(leaf)
         return leaf
@@ -155,66 +152,58 @@ class StepwiseBackward(DeferredBackward):
                 # the full graph. Engines reduce the gradients of all parameters.
                 total = torch.zeros_like(leaf)
             sums.append(total)
+        dtypes = [leaf.dtype for leaf in self.leaves]
         self.sources = []
         self.leaves = []
-        return _SumsAsGradients.apply(value, sums, *sources)
+        return _SumsAsGradients.apply(value, sums, dtypes, *sources)
+
+
+def summed_in_fp32(leaf: Tensor) -> Tensor:
+    """The leaf, whose .grad is in float32 if it is in half precision itself.
+
+    Autograd then casts every gradient before it adds the first two.
+    """
+    if leaf.dtype not in FULL_PRECISION and leaf.requires_grad:
+        leaf.grad_dtype = torch.float32
+    return leaf
 
 
 def fp32_grad_buffer(leaf: Tensor) -> Tensor | None:
     """Where a leaf's gradient may be added by hand, in float32 or float64.
 
-    None for a tensor that has no gradient. In float32 and float64 it is the tensor that autograd
-    adds to as well.
+    None for a tensor that has no gradient. It is the tensor that autograd adds to as well. Raises
+    ValueError for one in half precision that is no leaf of ours.
     """
     if not leaf.requires_grad:
         return None
-    if leaf.dtype in FULL_PRECISION:
-        if leaf.grad is None:
-            leaf.grad = torch.zeros_like(leaf)
-        return leaf.grad
-    info = _known_leaf(leaf)
-    if info.grad_buffer is None:
-        info.grad_buffer = torch.zeros_like(leaf, dtype=torch.float32)
-    return info.grad_buffer
-
-
-def _move_to_fp32_sum(leaf: Tensor) -> None:
-    """Called by autograd after each backward that reached a leaf in half precision."""
-    info = _known_leaf(leaf)
-    gradient = leaf.grad
-    leaf.grad = None
-    if gradient is None:
-        return
-    if info.grad_buffer is None:
-        info.grad_buffer = gradient.float()
-    else:
-        info.grad_buffer.add_(gradient)
+    if leaf.grad is None:
+        if leaf.dtype not in FULL_PRECISION:
+            _known_leaf(leaf)  # or its own sum would be in half precision
+        leaf.grad = torch.zeros_like(leaf, dtype=leaf.grad_dtype)
+    return leaf.grad
 
 
 def _take_sum(leaf: Tensor) -> Tensor | None:
-    """The sum of all gradients that reached a leaf, in the leaf's precision; it is forgotten here.
+    """The sum of all gradients that reached a leaf, as it was summed; it is forgotten here.
 
     Autograd takes a gradient as it is only if nobody else holds it, and the gradient of a
     partitioned parameter it must take as it is.
     """
-    info = _known_leaf(leaf)
-    if leaf.dtype in FULL_PRECISION:
-        total = leaf.grad
-        leaf.grad = None
-        return total
-    if info.grad_buffer is None:
-        return None
-    total = info.grad_buffer.to(leaf.dtype)
-    info.grad_buffer = None
+    total = leaf.grad
+    leaf.grad = None
     return total
 
 
 class _SumsAsGradients(torch.autograd.Function):
-    """A value whose gradients with respect to the sources are known already."""
+    """A value whose gradients with respect to the sources are known already.
+
+    dtypes: those that the gradients are rounded to, of the sources.
+    """
 
     @staticmethod
-    def forward(ctx, value, sums, *sources):
+    def forward(ctx, value, sums, dtypes, *sources):
         ctx.sums = sums
+        ctx.dtypes = dtypes
         return value.clone()
 
     @staticmethod
@@ -232,8 +221,10 @@ class _SumsAsGradients(torch.autograd.Function):
         sums = ctx.sums
         ctx.sums = None
         gradients = []
-        for total in sums:
+        for index, dtype in enumerate(ctx.dtypes):
+            total = sums[index]
+            sums[index] = None  # so that both precisions are there of one gradient only
             if total is not None:
-                total.mul_(grad.to(total.dtype))
+                total = total.mul_(grad.to(total.dtype)).to(dtype)
             gradients.append(total)
-        return None, None, *gradients
+        return None, None, None, *gradients

@@ -7,6 +7,7 @@
         x_(i+1) = update(x_i, g, alpha)            x - alpha * dE/dx (model/states.py)
         loss_i  = criterion(x_(i+1), target)
     loss = mean of loss_i, or loss_(N-1)           its gradient goes through g: a double backward
+           or weighted (step_plan.py, exits.py)
 
 Rows, that is (sample, position) pairs, do not see each other's candidates. So the loop runs over
 tiles of rows, one after the other (tiling.py). In a sequence of groups (one row per cell of the
@@ -19,6 +20,7 @@ all rows of its group contribute, and a tile holds whole groups.
 With `state.workspace` numbers z beside x are refined by the same energy, and not scored:
 w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 
+With `refinement.momentum` a step goes on with a share of the one before it (momentum.py).
 With `refinement.damping` later steps are shorter, alpha / i^p of step i = 1, 2, .., beta too.
 With `refinement.decay` a step starts from a share of x and z (decay.py).
 
@@ -53,8 +55,11 @@ from ebwm_scale.refinement.deferred_backward import (
     StepwiseBackward,
     fp32_grad_buffer,
 )
+from ebwm_scale.refinement.exits import exit_objective, with_exit_weights
 from ebwm_scale.refinement.inner_gradient import inner_gradient
+from ebwm_scale.refinement.momentum import carried_from, motion_of, plus_carried
 from ebwm_scale.refinement.sampling import NoiseSampler
+from ebwm_scale.refinement.spectral_penalty import SpectralPenalty
 from ebwm_scale.refinement.step_plan import (
     StepPlan,
     first_graph_step,
@@ -118,6 +123,7 @@ def refine(
     exact for every combination of graph, loss and update, and can be handed out once.
     """
     network = world_model.network
+    config = with_exit_weights(config, world_model.exit_logits, len(landscapes))
     num_samples = observed.shape[0]
     num_positions = observed.shape[1] // network.context_group * network.group_size
     with_backward = training and targets is not None and torch.is_grad_enabled()
@@ -141,6 +147,7 @@ def refine(
             config,
             plan,
             targets,
+            num_rows=num_samples * num_positions,
             with_backward=with_backward,
             record=record,
         )
@@ -163,15 +170,20 @@ def refine(
                     assert state is not None, "the plan keeps the last state"
                     states.append(state.detach().flatten(0, 1).to(keep_state))
         loop.shared.backward()
+        loss = None if targets is None else total_loss(loop.losses, config)
+        if loss is not None and with_backward and world_model.exit_logits is not None:
+            loss = exit_objective(world_model.exit_logits, loop.losses, config)
+            loss.backward()  # within the model: its logits are a leaf here
+            loss = loss.detach()
 
     result = RefinementResult(None, [], [], None)
     if keep_state is not None:
         result.state = torch.cat(states).view(num_samples, num_positions, -1)
     result.energy_per_step = [e / (num_samples * num_positions) for e in loop.energies]
-    if targets is not None:
+    if loss is not None:
         result.loss_per_step = loop.losses
         result.loss = backward.as_loss(
-            total_loss(loop.losses, config), read_outside=world_model.embedding_parameters()
+            loss + loop.penalty, read_outside=world_model.embedding_parameters()
         )
     return result
 
@@ -192,7 +204,7 @@ def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
 class RefinementLoop:
     """Takes tiles through the planned steps; losses and energies add up over tiles.
 
-    targets: those of the whole batch. shared: the backward of what all tiles share.
+    targets, num_rows: those of the whole batch. shared: the backward of what all tiles share.
     """
 
     def __init__(
@@ -202,6 +214,7 @@ class RefinementLoop:
         plan: Sequence[StepPlan],
         targets: Tensor | None,
         *,
+        num_rows: int,
         with_backward: bool,
         record: Callable[[StepRecord], None] | None,
     ):
@@ -217,6 +230,8 @@ class RefinementLoop:
         self.state_space = detach_state_space(world_model.state_space(), self.shared)
         self.workspace = detach_workspace(world_model.workspace(), self.shared)
         self.targets = None if targets is None else self.state_space.targets(targets)
+        self.num_rows = num_rows
+        self.penalty: Tensor | float = 0.0  # of `refinement.spectral_penalty`, summed over tiles
         self.losses: list[Tensor] = []  # per step, summed over tiles
         self.energies: list[Tensor] = []
 
@@ -232,9 +247,12 @@ class RefinementLoop:
         step_size_factor = noise.step_size_factor()
         state: Tensor | CandidateState | None = None
         embedded: EmbeddedState | None = None
+        motion: Tensor | None = None  # of the step before, with momentum
+        z_motion: Tensor | None = None
         z = None if self.workspace is None else noise.initial_workspace()
         shape = (samples.stop - samples.start, positions.stop - positions.start)
         pending_backwards: list[tuple[Tensor, StepPlan]] = []
+        penalty = self._spectral_penalty()
         for step in self.plan:
             langevin = noise.langevin(step.index)
             starts_at_zero = step.index == 0 and langevin is None and noise.starts_at_zero()
@@ -266,22 +284,42 @@ class RefinementLoop:
                 config=self.config,
                 workspace=w,
             )
-            if self.workspace is not None and not step.is_last:
+            moves_have_graph = step.needs_graph if penalty is not None else step.keep_graph
+            z_move = None
+            if self.workspace is not None and (penalty is not None or not step.is_last):
                 assert z is not None and workspace_grad is not None, "it entered the step"
-                with torch.set_grad_enabled(step.keep_graph):
-                    z = self.workspace.update(z, workspace_grad, step.scale, self.config.decay)
+                with torch.set_grad_enabled(moves_have_graph):
+                    z_motion = plus_carried(
+                        self.workspace.change(workspace_grad, z.dtype, step.scale),
+                        carried_from(z_motion, self.config.momentum),
+                    )
+                    next_z = self.workspace.update(z, z_motion, step.scale, self.config.decay)
+                    z_move = next_z - z if penalty is not None else None
+                z, z_motion = kept_for_next(step, next_z), kept_for_next(step, z_motion)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
                 factor = step_size_factor * step.scale
                 alpha = step_size * factor
                 if self.config.decay and not starts_at_zero:
                     embedded = embedded.decayed(1 - self.config.decay * factor)
+                carried = carried_from(motion, self.config.momentum)
                 state, embedded, loss = self.state_space.update(
-                    embedded, energy_grad, alpha, targets, step
+                    embedded, energy_grad, alpha, targets, step, carried
                 )
-                if step.needs_graph and self.with_backward:
-                    assert loss is not None, "a backward is run for targets only"
-                    pending_backwards.append((loss * step.loss_weight, step))
+            term = None
+            if penalty is not None or (self.config.momentum and not step.is_last):
+                with torch.set_grad_enabled(moves_have_graph):
+                    motion = motion_of(energy_grad, alpha, carried, self.state_space.dtype)
+                    if penalty is not None:
+                        term = penalty.of_step(step, motion, factor, z_move)
+                motion = kept_for_next(step, motion)
+            if step.needs_graph and self.with_backward:
+                assert loss is not None, "a backward is run for targets only"
+                loss_terms = loss * step.loss_weight
+                if term is not None:
+                    loss_terms = loss_terms + term
+                    self.penalty = self.penalty + term.detach()
+                pending_backwards.append((loss_terms, step))
             # With the full graph a step's loss waits for the last step's: one backward for all.
             if step.ends_graph:
                 back_propagate(pending_backwards, contexts)
@@ -291,6 +329,17 @@ class RefinementLoop:
                 whole = whole_state(state).detach().clone()
                 self.record(StepRecord(energy.detach(), energy_grad.detach(), whole))
         return None if state is None else whole_state(state)
+
+    def _spectral_penalty(self) -> SpectralPenalty | None:
+        """For a tile; None where it has no part in the loss."""
+        if not self.with_backward or self.config.spectral_penalty == 0:
+            return None
+        return SpectralPenalty(
+            self.config,
+            self.plan,
+            num_groups=self.num_rows // self.network.group_size,
+            group_size=self.network.group_size,
+        )
 
     def _add_up(self, step: StepPlan, energy: Tensor, loss: Tensor | None) -> None:
         _add_at(self.energies, step.index, energy.detach().sum())
@@ -319,6 +368,11 @@ def back_propagate(
     for _, step in pending_backwards:
         contexts.release(step)
     pending_backwards.clear()
+
+
+def kept_for_next(step: StepPlan, tensor: Tensor) -> Tensor:
+    """What the next step reads of this one's: with its graph only where the plan keeps it."""
+    return tensor if step.keep_graph else tensor.detach()
 
 
 def detach_workspace(

@@ -163,10 +163,13 @@ def loss_weight(config: RefinementConfig, index: int, num_steps: int) -> float:
 def relative_loss_weights(given: str | tuple[float, ...], num_steps: int) -> list[float]:
     """One weight for each of num_steps steps, in any unit.
 
-    "rising": the square of the step's number, so that two steps have .2 and .8. A list counts from
+    "rising": the square of the step's number, so that two steps have .2 and .8. "exits": equal, as
+    a fresh model has them; those that were learned come as a list (exits.py). A list counts from
     its end, since the last step gives the prediction: fewer steps than it has take its last
     weights, of more steps than it has the first ones have none.
     """
+    if given == "exits":
+        return [1.0] * num_steps
     if isinstance(given, str):
         return [float(number**2) for number in range(1, num_steps + 1)]
     missing = max(0, num_steps - len(given))

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ebwm_scale.core.renamed_keys import with_new_names
+from ebwm_scale.reporting.exits import exit_sentences
 from ebwm_scale.reporting.numbers import by_sign, show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
@@ -134,7 +135,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             f"{with_interval(result['out_of_distribution']['auroc'])}: the share of pairs in which "
             "the real one has the lower energy (0.5: cannot tell)."
         )
-    return lines + spectrum_sentences(result)
+    return lines + exit_sentences(result) + spectrum_sentences(result)
 
 
 def _curves(axes: Axes, result: dict[str, Any], unit: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from ebwm_scale.reporting.exits import exit_sentences
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.page import card, with_interval
 from ebwm_scale.reporting.page import render as render_page
@@ -158,7 +159,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             "Rank correlation of the steps that the energy's fall allows with the difficulty: "
             f"{with_interval(correlation)}."
         )
-    return lines + spectrum_sentences(result)
+    return lines + exit_sentences(result) + spectrum_sentences(result)
 
 
 def _steps_name(point: dict, result: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
-"""AdamW's parameter groups: everything with weight decay; and alpha, and beta of a workspace, each
-with a learning rate of its own and no decay.
+"""AdamW's parameter groups: everything with weight decay; and alpha, beta of a workspace and a
+distribution over exits, each with a learning rate of its own and no decay.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     rate_scales = {
         "step_size": resolved.learning_rate_multiplier(config.refinement),
         "workspace_step_size": resolved.workspace_learning_rate_multiplier(config.refinement),
+        "exit_logits": config.refinement.exit_learning_rate_multiplier,
     }
     rest = []
-    step_sizes = []
+    with_own_rate = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name in rate_scales:
-            step_sizes.append(
+            with_own_rate.append(
                 {"params": [parameter], "weight_decay": 0.0, "rate_scale": rate_scales[name]}
             )
         else:
             rest.append(parameter)
     decayed = {"params": rest, "weight_decay": config.optimizer.weight_decay, "rate_scale": 1.0}
-    return [decayed, *step_sizes]
+    return [decayed, *with_own_rate]

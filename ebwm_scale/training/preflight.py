@@ -38,6 +38,8 @@ from ebwm_scale.data.loading.batches import DataState, check_context
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.opening import open_splits
 from ebwm_scale.data.loading.streaming import check_stream
+from ebwm_scale.data.text_stream.loader import cursors_of
+from ebwm_scale.data.text_stream.strands import TextStream, open_text_stream
 from ebwm_scale.model.blocks import attention_paths
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
 
@@ -57,6 +59,7 @@ class RunCheck:
     micro_batch: int = 0
     accumulation: int = 0
     splits: dict[str, ShardedSplit | MixedSplit] = field(default_factory=dict)
+    text_stream: TextStream | None = None  # where the run reads raw text
     attention: dict[str, str] = field(default_factory=dict)  # stream -> what computes it
     saved: CheckpointInfo | None = None
     changes: list[str] = field(default_factory=list)  # since the checkpoint, one line each
@@ -125,6 +128,8 @@ def check_run(
     if config.deepspeed.raw and batch is not None:
         check.attempt("deepspeed", check_deepspeed, config, *batch)
     check_data(check, report, group)
+    if check.config.data.mask_documents and not config.data.mask_documents:
+        check.attention = check.attempt("kernels", check_attention, check.config, device) or {}
     if resume:
         check_saved(check, run_dir, strict=strict, accept_new_rate=accept_new_rate, report=report)
     check.warnings += [("schedule", text) for text in unusual_schedule(config)]
@@ -136,8 +141,13 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str]:
     """What computes the attention of each stream; ConfigError if the backend asked for cannot."""
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     try:
-        is_masked = config.data.mask_documents or resolved.context_group(config) > 1
-        return attention_paths(config.model, device, precision, is_masked=is_masked)
+        return attention_paths(
+            config.model,
+            device,
+            precision,
+            has_groups=resolved.context_group(config) > 1,
+            has_documents=config.data.mask_documents,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -210,13 +220,24 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     filled = check.attempt("data", fill_from_data, config, train.manifest)
     if filled is None:
         return
+    if config.data.mask_documents is None:
+        warn_of_documents(check, filled, train.manifest)
     check.config = config = filled
     check.attempt("data", check_groups, config)
     check.attempt("data", check_context, train.manifest, config.data.context_length)
-    if config.data.stream:
+    if config.data.stream and config.data.stream_format == "text":
+        check.text_stream = check.attempt(
+            "data",
+            open_text_stream,
+            config,
+            train.manifest,
+            world_size=check.world_size,
+            group=group,
+        )
+    elif config.data.stream:
         check.attempt("data", check_stream, config.data.stream, check.world_size)
     epochs = config.train.max_steps * config.train.global_batch_size / len(train)
-    if epochs > MANY_EPOCHS:
+    if epochs > MANY_EPOCHS and check.text_stream is None:
         warning = (
             f"train.max_steps {config.train.max_steps} x train.global_batch_size "
             f"{config.train.global_batch_size} are {epochs:,.0f} epochs of "
@@ -230,6 +251,16 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
             "in every step; give fewer, or leave the key out"
         )
         check.warnings.append(("refinement", warning))
+
+
+def warn_of_documents(check: RunCheck, filled: Config, manifest: Manifest) -> None:
+    """Say where a recipe keeps a dataset's default from being followed."""
+    if getattr(manifest.content, "mask_documents", False) and not filled.data.mask_documents:
+        warning = (
+            f"{manifest.path} asks for data.mask_documents, which model.conditioning time_embed "
+            "cannot: attention crosses documents; set data.mask_documents=false to say so"
+        )
+        check.warnings.append(("data", warning))
 
 
 def check_groups(config: Config) -> None:
@@ -279,6 +310,8 @@ def check_saved(
             fingerprint=check.splits["train"].fingerprint,
             seed=check.config.train.seed,
         )
+    if check.text_stream is not None:
+        check.attempt("checkpoint", cursors_of, saved.trainer.get("text_stream"), check.text_stream)
     check.changes += describe_schedule_changes(before, check.config, saved.step)
     rate = RateChange.of(before, check.config, saved.step)
     if rate.changed:
@@ -309,7 +342,9 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
     refuse_another_tokenizer(config, manifest)
     tokenizer_sha256 = getattr(manifest.content, "tokenizer_sha256", None)
     eos_id = config.data.eos_id
-    if config.data.mask_documents:
+    is_raw_text = bool(config.data.stream) and config.data.stream_format == "text"
+    mask_documents = masks_documents(config, manifest)
+    if mask_documents:
         eos_id = _eos_id(eos_id, manifest)
     return config.replace(
         **{section: getattr(config, section).replace(**{key: size})},
@@ -317,11 +352,23 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
             context_length=context_length,
             tokenizer_sha256=tokenizer_sha256,
             eos_id=eos_id,
-            scored_share=manifest.scored_share,
+            mask_documents=mask_documents,
+            scored_share=None if is_raw_text else manifest.scored_share,
             conditions=_conditions_of(config, manifest),
             **groups,
         ),
     )
+
+
+def masks_documents(config: Config, manifest: Manifest) -> bool:
+    """data.mask_documents, or what the dataset says; a recipe that cannot mask does not by default.
+
+    Of a mixture, manifest is that of its first source.
+    """
+    if config.data.mask_documents is not None:
+        return config.data.mask_documents
+    asked = getattr(manifest.content, "mask_documents", False)
+    return asked and config.model.conditioning != "time_embed"
 
 
 def _groups_of(config: Config, manifest: Manifest) -> dict[str, Any]:

@@ -10,6 +10,8 @@ checkpoints, metrics, stopping) happens between steps and changes no loss.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, load_into, load_replay
@@ -26,11 +28,11 @@ from ebwm_scale.core.errors import (
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.shards import ShardedSplit
-from ebwm_scale.data.loading.batches import Batch, BatchLoader, DataState
+from ebwm_scale.data.loading.batches import Batch, DataState
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.loading.quarantine import BadSample, Quarantine
-from ebwm_scale.data.loading.streaming import StreamLoader
+from ebwm_scale.data.text_stream.strands import TextStream
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.training.deepspeed.engine import Engine
 from ebwm_scale.training.preemption import StopFlag
@@ -45,7 +47,13 @@ from ebwm_scale.training.step_log import (
     step_line,
     validation_line,
 )
-from ebwm_scale.training.training_data import record_damaged, training_loader
+from ebwm_scale.training.training_data import (
+    Loader,
+    notes_of,
+    record_damaged,
+    text_place_of,
+    training_loader,
+)
 from ebwm_scale.training.validation import validate
 from ebwm_scale.training.watchdog import Watchdog
 
@@ -53,7 +61,7 @@ from ebwm_scale.training.watchdog import Watchdog
 class Trainer:
     """Trains to train.max_steps, or until it has to stop. Every rank has one."""
 
-    loader: BatchLoader | StreamLoader  # of the training split, from run() on
+    loader: Loader  # of the training split, from run() on
 
     def __init__(
         self,
@@ -69,6 +77,7 @@ class Trainer:
         watchdog: Watchdog,
         faults: Faults,
         allow_pipe: bool = False,
+        text_stream: TextStream | None = None,
     ):
         self.config = config
         self.engine = engine
@@ -99,6 +108,8 @@ class Trainer:
         )
         self.found_in_validation: list[BadSample] = []
         self.stream_position = 0
+        self.text_stream = text_stream
+        self.text_place: dict[str, Any] | None = None  # where in it the run stands
         self.step = 0
         self.first_step = 0  # of this process
         self.validated_step: int | None = None
@@ -140,6 +151,7 @@ class Trainer:
         self.skipped_in_a_row = saved.trainer["skipped_in_a_row"]
         self.quarantine.load_state_dict(saved.trainer["quarantine"])
         self.stream_position = saved.trainer["stream_position"]
+        self.text_place = saved.trainer.get("text_stream")
 
     def truncate_later_metrics(self) -> None:
         """Metric rows beyond the step that was loaded: they will be written again."""
@@ -166,6 +178,8 @@ class Trainer:
             micro_batch=self.micro_batch,
             first_step=self.step,
             first_shard=self.stream_position,
+            text_stream=self.text_stream,
+            text_place=self.text_place,
             known_bad=self.quarantine.known("train"),
             warn=self._warn,
             allow_pipe=self.allow_pipe,
@@ -345,8 +359,10 @@ class Trainer:
         """
         mine = [*self.loader.found, *self.found_in_validation]
         found = []
-        for of_rank in self.world.all_gather_object(mine):
+        for of_rank, notes in self.world.all_gather_object((mine, notes_of(self.loader))):
             found += of_rank
+            for note in notes:
+                self._warn(note)
         self.loader.found.clear()
         self.found_in_validation.clear()
         return record_damaged(found, self.quarantine, self.run_folder, self.step)
@@ -411,6 +427,7 @@ class Trainer:
         self.stream_position = max(
             self.world.all_gather_object(getattr(self.loader, "next_shard", 0))
         )
+        self.text_place = text_place_of(self.loader, self.world)
         state = DataState(
             self.train_split.fingerprint, self.config.train.seed, self.step
         ).state_dict()
@@ -422,6 +439,7 @@ class Trainer:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "quarantine": self.quarantine.state_dict(),
                 "stream_position": self.stream_position,
+                **({} if self.text_place is None else {"text_stream": self.text_place}),
                 "validation_loss": self.validation_loss if validated else None,
                 "code": code_version(),
             },

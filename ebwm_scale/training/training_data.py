@@ -15,7 +15,11 @@ from ebwm_scale.data.loading.batches import BatchLoader
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.quarantine import BadSample, Quarantine
 from ebwm_scale.data.loading.streaming import StreamLoader
+from ebwm_scale.data.text_stream.loader import TextStreamLoader, joined_states
+from ebwm_scale.data.text_stream.strands import TextStream
 from ebwm_scale.training.run_folder import RunFolder
+
+Loader = BatchLoader | StreamLoader | TextStreamLoader
 
 
 def training_loader(
@@ -26,14 +30,17 @@ def training_loader(
     micro_batch: int,
     first_step: int,
     first_shard: int,
+    text_stream: TextStream | None,
+    text_place: dict[str, Any] | None,
     known_bad: dict[int, BadSample],
     warn: Callable[[str], None],
     allow_pipe: bool,
-) -> BatchLoader | StreamLoader:
+) -> Loader:
     """This rank's micro-batches from `first_step` on.
 
-    first_shard: of a stream (data.stream). known_bad: damaged samples and what stands in for them,
-    where there is no stream.
+    first_shard: of a stream of shards (data.stream). text_stream, text_place: of a stream of raw
+    text, and where in it to start. known_bad: damaged samples and what stands in for them, where
+    there is no stream.
     """
     common: dict[str, Any] = {
         "context_length": resolved.context_length(config),
@@ -41,9 +48,17 @@ def training_loader(
         "micro_batch_size": micro_batch,
         "rank": world.rank,
         "world_size": world.size,
-        "seed": config.train.seed,
         "first_step": first_step,
     }
+    if text_stream is not None:
+        return TextStreamLoader(
+            text_stream,
+            split.manifest,
+            num_workers=config.data.num_workers,
+            state=text_place,
+            **common,
+        )
+    common["seed"] = config.train.seed
     if config.data.stream:
         return StreamLoader(
             config.data.stream,
@@ -61,6 +76,21 @@ def training_loader(
         known_bad=known_bad,
         **common,
     )
+
+
+def text_place_of(loader: Loader, world: World) -> dict[str, Any] | None:
+    """Where a stream of raw text is, on all ranks, for a checkpoint; None for other loaders."""
+    if not isinstance(loader, TextStreamLoader):
+        return None
+    return joined_states(world.all_gather_object(loader.state()))
+
+
+def notes_of(loader: Loader) -> list[str]:
+    """What a stream of raw text has not read since it was asked last, a line each."""
+    if not isinstance(loader, TextStreamLoader):
+        return []
+    notes, loader.notes = loader.notes, []
+    return notes
 
 
 def record_damaged(

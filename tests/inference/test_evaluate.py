@@ -110,6 +110,20 @@ def test_every_part_is_there_and_the_page_says_it(text):
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_a_learned_exit_is_said(text):
+    _, config, split = model_for(text)
+    refinement = config.refinement.replace(loss_weights="exits", num_steps=3)
+    config = config.replace(refinement=refinement)
+    torch.manual_seed(0)
+    model = WorldModel(config).eval()
+    model.exit_logits.data.copy_(torch.tensor([0.5, -1.0, 1.5]))
+    result = run(model, config, split, steps=[1], starts=[1])
+    shares = torch.tensor(result["exits"]["probabilities"])
+    torch.testing.assert_close(shares, model.exit_logits.softmax(-1).detach())
+    expected = result["exits"]["expected_step"]
+    assert f"expected after {expected:.2f} steps" in render(json.loads(json.dumps(result)))
+
+
 def test_the_page_shows_names_as_text_and_refuses_what_is_no_result():
     hostile = "<script>alert(1)</script>\x00\ud800"
     bootstrap_ci = {"mean": 0.5, "low": 0.4, "high": 0.6}

@@ -90,6 +90,22 @@ CASES = {
         "state": {"workspace": 5},
         "refinement": {"num_steps": 3, "decay": 0.3, "damping": 0.5, "update": "mirror"},
     },
+    "momentum": TEXT | {"refinement": {"momentum": 0.7, "num_steps": 4}},
+    "momentum of logits, damping": TEXT
+    | {"refinement": {"momentum": 0.7, "update": "logits", "damping": 0.5, "num_steps": 4}},
+    "workspace, momentum, decay, encoded again": {
+        "model": {"vocabulary_size": 31, "energy_head": ["bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {
+            "num_steps": 4,
+            "momentum": 0.7,
+            "decay": 0.3,
+            "update": "mirror",
+            "reencode": "all",
+        },
+    },
+    "candidates, momentum": TEXT
+    | {"refinement": {"candidates": 5, "num_steps": 4, "update": "mirror", "momentum": 0.7}},
     "candidates": TEXT
     | {
         "refinement": {"candidates": 5, "num_steps": 3, "update": "mirror"},
@@ -109,6 +125,7 @@ CASES = {
     },
     "video": VIDEO,
     "video, decay": VIDEO | {"refinement": {"decay": 0.3, "num_steps": 3}},
+    "video, momentum": VIDEO | {"refinement": {"momentum": 0.7, "num_steps": 4}},
     "video, encoded again": VIDEO | {"refinement": {"reencode": 1}},
     "video, shallow": VIDEO
     | {
@@ -244,9 +261,9 @@ def test_a_rejected_step_leaves_the_workspace_as_it_is(monkeypatch):
     config = ThinkingConfig(seed=SEED, num_steps=2, accept_only_if_lower=True, step_size=1e-12)
     noise = SequenceSampler(model, SEED, torch.tensor([0]), 4)
     function = SequenceEnergy(model, model.embed_observed(prompt[None]))
-    right = WorkspaceState.update
+    right = WorkspaceState.change
     monkeypatch.setattr(
-        WorkspaceState, "update", lambda self, z, grad, *_: right(self, z, grad, -0.1)
+        WorkspaceState, "change", lambda self, grad, dtype, *_: right(self, grad, dtype, -0.1)
     )
     thought = think(model, function, noise.initial(None), config, noise=noise)
     assert thought.accepted.eq(0).all()

@@ -14,7 +14,7 @@ from ebwm_kernels.attention.tuning import MAX_HEAD_DIMENSION
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a GPU (tools/gpu_session.sh runs this there)"
+        not torch.cuda.is_available(), reason="needs a GPU (tools/gpu/session.py runs this there)"
     ),
 ]
 DEVICE = "cuda"

@@ -2,6 +2,7 @@
 causal attention either way.
 """
 
+import itertools
 import sys
 from types import ModuleType
 
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 
 from ebwm_kernels import observed_attention
 from ebwm_kernels import observed_attention as function
+from ebwm_kernels.attention import packed_documents
 from ebwm_kernels.attention.causal import causal_attention_definition
+from ebwm_scale.config.load import config_from_dict
+from ebwm_scale.model import blocks
 
 module = sys.modules["ebwm_kernels.attention.first_order"]
 
@@ -41,10 +45,7 @@ def test_flash_attn_is_called_as_its_documentation_says(monkeypatch):
             *(u.transpose(1, 2) for u in (q, k, v)), is_causal=causal, enable_gqa=True
         ).transpose(1, 2)
 
-    stand_in = ModuleType("flash_attn")
-    stand_in.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-    monkeypatch.setattr(module, "why_not_flash_attn", lambda *_: None)
+    use_flash_attn(monkeypatch, flash_attn_func=flash_attn_func)
     torch.testing.assert_close(
         function(*tensors(), backend="flash_attn"), observed_attention(*tensors(), backend="sdpa")
     )
@@ -117,21 +118,95 @@ def test_the_mask_given_to_flex_attention_is_the_same(options, monkeypatch):
     )
 
 
-def test_flash_attn_gets_a_window_and_is_refused_documents(monkeypatch):
+def use_flash_attn(monkeypatch, **functions) -> None:
+    """Functions with the signatures of flash-attn 2.8, which needs a GPU, in its place."""
+    stand_in = ModuleType("flash_attn")
+    for name, stub in functions.items():
+        setattr(stand_in, name, stub)
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    monkeypatch.setattr(module, "why_not_flash_attn", lambda *_: None)
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+):
+    """Sequences of rows (rows, H, d) one after the other, each alone."""
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    bounds = cu_seqlens_q.tolist()
+    assert bounds[0] == 0 and bounds[-1] == len(q) == len(k)
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    assert min(lengths) > 0 and max(lengths) == max_seqlen_q == max_seqlen_k
+    assert causal and dropout_p == 0 and window_size[1] <= 0
+    window = None if window_size == (-1, -1) else window_size[0] + 1
+    outputs = []
+    for start, end in itertools.pairwise(bounds):
+        alone = [u[start:end].transpose(0, 1)[None] for u in (q, k, v)]
+        outputs.append(causal_attention_definition(*alone, window=window)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("backend", ["auto", "flash_attn"])
+def test_flash_attn_is_given_documents_as_sequences_of_their_lengths(backend, window, monkeypatch):
+    options = {"first_visible": documents(), "window": window}
+    expected = observed_attention(*tensors(), **options, backend="sdpa")
+    gradients = []
+    for chosen in ("sdpa", backend):
+        inputs = [u.requires_grad_() for u in tensors()]
+        with monkeypatch.context() as patch:
+            if chosen != "sdpa":
+                use_flash_attn(patch, flash_attn_varlen_func=flash_attn_varlen_func)
+            out = observed_attention(*inputs, **options, backend=chosen)
+        torch.testing.assert_close(out, expected)
+        gradients.append(torch.autograd.grad(out.sin().sum(), inputs))
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_devices_lengths_are_read_once_for_all_layers(monkeypatch):
+    use_flash_attn(monkeypatch, flash_attn_varlen_func=flash_attn_varlen_func)
+    found = []
+    right = packed_documents._find
+    monkeypatch.setattr(packed_documents, "_find", lambda x: found.append(x) or right(x))
+    first_visible = documents()
+    for _ in range(3):
+        observed_attention(*tensors(), first_visible=first_visible)
+    assert len(found) == 1
+    first_visible[0, 3:] = 0  # one document: what was found before is of another mask
+    changed = observed_attention(*tensors(), first_visible=first_visible)
+    assert len(found) == 2
+    expected = causal_attention_definition(*tensors(), first_visible=first_visible)
+    torch.testing.assert_close(changed, expected)
+
+
+def test_flash_attn_gets_a_window_and_is_refused_what_it_does_not_know(monkeypatch):
     asked = []
 
     def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
         asked.append((causal, window_size))
         return q
 
-    stand_in = ModuleType("flash_attn")
-    stand_in.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
-    monkeypatch.setattr(module, "why_not_flash_attn", lambda *_: None)
+    use_flash_attn(monkeypatch, flash_attn_func=flash_attn_func)
     observed_attention(*tensors(), window=3)
     assert asked == [(True, (2, 0))]
-    with pytest.raises(ValueError, match="flash_attn cannot run .* neither groups nor documents"):
-        observed_attention(*tensors(), first_visible=documents(), backend="flash_attn")
+    sliding = torch.tensor([[0, 0, 1, 2, 3, 4, 5]] * 2, dtype=torch.int32)
+    for options in ({"first_visible": sliding}, {"group_size": 7}):
+        with pytest.raises(ValueError, match="flash_attn cannot run .* it knows no groups"):
+            observed_attention(*tensors(), **options, backend="flash_attn")
+        torch.testing.assert_close(
+            observed_attention(*tensors(), **options),
+            causal_attention_definition(*tensors(), **options),
+        )
 
 
 def test_a_gpu_without_flash_attn_takes_flex_for_what_is_masked(monkeypatch):
@@ -140,6 +215,7 @@ def test_a_gpu_without_flash_attn_takes_flex_for_what_is_masked(monkeypatch):
     assert module.resolve_observed_backend(*where) == "sdpa"
     assert module.resolve_observed_backend(*where, is_masked=True) == "flex"
     assert module.resolve_observed_backend(*where, is_windowed=True) == "flex"
+    assert module.resolve_observed_backend(*where, has_documents=True) == "flex"
     assert (
         module.resolve_observed_backend("auto", torch.device("cuda"), torch.float64, 64) == "sdpa"
     )
@@ -148,3 +224,20 @@ def test_a_gpu_without_flash_attn_takes_flex_for_what_is_masked(monkeypatch):
 def test_groups_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="7 queries in groups of group_size 2"):
         observed_attention(*tensors(), group_size=2)
+
+
+def test_a_run_says_which_path_computes_its_documents(monkeypatch):
+    config = config_from_dict({"model": {"size": "4xs"}}).model
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(blocks, "resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr(blocks, "why_not_triton", lambda *_: None)
+
+    def path(**options) -> str:
+        return blocks.attention_paths(config, gpu, half, **options)["observed"]
+
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+    assert path() == "flash_attn"
+    assert path(has_documents=True) == "flash_attn (a sequence per document)"
+    assert path(has_groups=True).startswith("flex (flash_attn: it knows no groups")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert path(has_documents=True).startswith("flex (flash_attn: flash-attn is not installed")

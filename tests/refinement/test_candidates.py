@@ -13,6 +13,7 @@ import test_refinement as plain
 import torch
 from torch.nn import functional as F
 
+from ebwm_kernels.vocabulary import candidates as vocabulary_candidates
 from ebwm_kernels.vocabulary.api import vocabulary_descend_reference
 from ebwm_kernels.vocabulary.candidates import (
     Candidates,
@@ -25,6 +26,7 @@ from ebwm_scale.model import candidates, states
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
 from ebwm_scale.refinement.step_plan import has_graph, last_encoding
+from ebwm_scale.world_model import WorldModel
 
 B, S, V, K = plain.B, plain.S, plain.V, 4
 
@@ -60,6 +62,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     x, losses, fed = draws.initial_state(), [], None
     z = draws.initial_workspace() if state.workspace else None
     mask = torch.ones(B, S, V, dtype=torch.bool)
+    motion = z_motion = torch.zeros(())
     for i, landscape in enumerate(model.landscapes(num_steps)):
         if i == 1:
             mask = lowest_of_the_largest(x, config.candidates)
@@ -67,6 +70,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if config.graph != "full" or starts_graph:
             x = x.detach()
             z = None if z is None else z.detach()
+            motion, z_motion = motion.detach(), z_motion.detach()
         noise = draws.langevin(i)
         x = x if noise is None else x + noise * mask
         if not x.requires_grad:
@@ -83,20 +87,28 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             fed = [shared, shared_w]
             if not has_graph(config, i, num_steps):
                 fed = [None if u is None else u.detach() for u in fed]
-        energy = plain.reference_energy(model, p @ weight, embedded_observed, landscape, fed, w)
+        e = p @ weight
+        energy = plain.reference_energy(model, e, embedded_observed, landscape, fed, w)
         by = x if config.update == "logits" else p
         if z is None:
             (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
         else:
             gradient, of_z = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
-            z = z - model.workspace_step_size.squeeze(0) * of_z
+            z_motion = config.momentum * z_motion - model.workspace_step_size.squeeze(0) * of_z
+            z = z + z_motion
+        if config.momentum:
+            (gradient,) = torch.autograd.grad(energy.sum(), e, create_graph=True)
         step = alpha
         if not has_graph(config, i, num_steps) and config.graph != "detach":
             gradient, step = gradient.detach(), alpha.detach()
         start = p if config.update == "probabilities" else x
         if config.graph != "full":
             start, x = start.detach(), x.detach()
-        change = -step * gradient
+        change = motion = config.momentum * motion - step * gradient
+        if config.momentum:  # it is kept in front of the map
+            change = motion @ weight.T
+            if config.update == "logits":
+                change = p * (change - (p * change).sum(-1, keepdim=True))
         if config.change_clamp is not None:
             change = torch.clamp(change, -config.change_clamp, config.change_clamp)
         moved = start + change
@@ -189,6 +201,15 @@ CONTENT = ["linear", "bilinear", "context"]
             "model": {"energy_head": CONTENT, "num_kv_heads": 2},
             "refinement": {"recompute": "block", "tile_rows": 4},
         },
+        "momentum_from_zeros": {
+            "state": {"initial": "zeros", "map_scale": 7.0},
+            "refinement": {"momentum": 0.6, "update": "mirror"},
+        },
+        "momentum_of_probabilities": {"refinement": {"momentum": 0.6}},
+        "momentum_of_logits_and_a_workspace": {
+            "state": {"workspace": 6},
+            "refinement": {"momentum": 0.6, "update": "logits"},
+        },
         "encoded_again": {"refinement": {"reencode": "all", "update": "mirror"}},
         "last_block_again_every_other": {
             "refinement": {"reencode": 1, "reencode_every": 2, "num_steps": 4, "tile_rows": 6},
@@ -204,6 +225,72 @@ CONTENT = ["linear", "bilinear", "context"]
 def test_candidates_are_exact_with_every_other_option(graph, name, options):
     options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph}}
     compare(*build(**options))
+
+
+def gradients_with_choices(model, observed, targets, given=None):
+    """({name: gradient}, the choices (rows, K)); given: choices to take in place of its own."""
+    chosen = []
+    right = vocabulary_candidates.top_candidates
+
+    def top(x, count):
+        chosen.append(right(x, count) if given is None else given)
+        return chosen[-1]
+
+    draws = {"sample_ids": torch.arange(len(observed)), "source": NoiseSource(0, 0)}
+    with mock.patch.object(vocabulary_candidates, "top_candidates", top):
+        loss = model(observed, targets, **draws).loss
+    found = plain.gradients(model, loss)
+    return {name: g.double() for name, g in found.items() if g is not None}, chosen[0]
+
+
+def largest_error(found, expected):
+    """Of any gradient, relative to the largest number of its tensor."""
+    return max(
+        float((found[name] - g).abs().max() / g.abs().max())
+        for name, g in expected.items()
+        if g.abs().max() > 1e-12
+    )
+
+
+def test_what_bfloat16_departs_by_is_the_choice_of_candidates():
+    """A row at the edge chooses another token where weights are rounded: a jump, in float64 too.
+    With the same choice bfloat16 departs as it does without candidates.
+    """
+    config = config_from_dict(
+        {
+            "model": {
+                "num_layers": 3,
+                "width": 32,
+                "num_heads": 4,
+                "vocabulary_size": 61,
+                "predicted_input": "anchored",
+                "energy_head": ["bilinear"],
+            },
+            "state": {"initial": "zeros", "map_scale": 3.0},
+            "refinement": {
+                "step_size": 5.0,
+                "graph": "full",
+                "update": "mirror",
+                "candidates": 9,
+                "num_steps": 3,
+            },
+        }
+    )
+    tokens = torch.randint(61, (4, 13), generator=torch.Generator().manual_seed(101))
+    observed, targets = tokens[:, :-1], tokens[:, 1:]
+    torch.manual_seed(0)
+    exact, half = WorldModel(config), WorldModel(config)
+    half.load_state_dict(exact.state_dict())
+    exact, half = exact.double(), half.bfloat16()
+    expected, choices = gradients_with_choices(exact, observed, targets)
+    own, rounded_choices = gradients_with_choices(half, observed, targets)
+    differ = (choices.sort(-1).values != rounded_choices.sort(-1).values).any(-1)
+    assert 0 < differ.sum() < len(differ)
+    same_choice, _ = gradients_with_choices(half, observed, targets, choices)
+    jumped, _ = gradients_with_choices(exact, observed, targets, rounded_choices)
+    assert largest_error(same_choice, expected) < 0.1
+    assert largest_error(own, expected) > 2 * largest_error(same_choice, expected)
+    assert largest_error(jumped, expected) > 2 * largest_error(same_choice, expected)
 
 
 def test_the_targets_are_among_the_candidates_and_not():

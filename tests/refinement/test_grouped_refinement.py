@@ -218,6 +218,12 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
             "state": {"workspace": 5},
             "refinement": {"reencode": "all", "recompute": "block"},
         },
+        {
+            "data": GRID,
+            "model": {"energy_head": ["linear", "bilinear"]},
+            "state": {"workspace": 5, "initial": "zeros"},
+            "refinement": {"momentum": 0.6, "tile_rows": 4, "update": "mirror"},
+        },
     ],
     ids=[
         "plain",
@@ -229,6 +235,7 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
         "frames",
         "workspace",
         "encoded_again",
+        "momentum",
     ],
 )
 def test_groups_are_exact_to_second_order(graph, loss, options):

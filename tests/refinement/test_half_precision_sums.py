@@ -1,5 +1,6 @@
-"""Gradients of half-precision weights and of the context's keys and values are summed in float32:
-their error does not grow with the number of tiles. Float32 sums are autograd's own, to the bit.
+"""Gradients of half-precision weights and of the context's keys and values are summed in float32,
+over tiles and over the two levels: their error does not grow with the number of addends. Float32
+sums are autograd's own, to the bit.
 """
 
 import functools
@@ -38,6 +39,87 @@ def rounding(num_terms):
 
 def test_a_sum_of_any_number_of_terms_is_rounded_once():
     assert max(rounding(num_terms) for num_terms in (2, 50, 1000)) <= 1.01
+
+
+def two_levels(outer, inner, x, c, d):
+    """A term's loss of y = x W and of an inner gradient y W': W is read at both levels."""
+    y = x @ outer
+    return ((y @ inner.mT) * c).sum() + (y * d).sum()
+
+
+def drawn_terms(num_terms):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(24, 24, generator=generator).bfloat16()
+    terms = [
+        [torch.randn(6, 24, generator=generator).bfloat16() for _ in range(3)]
+        for _ in range(num_terms)
+    ]
+    return weight, terms
+
+
+def summed_over_levels(dtype=torch.bfloat16, num_terms=5):
+    """The gradient that a weight collects from terms that read it twice each."""
+    weight, terms = drawn_terms(num_terms)
+    module = torch.nn.ParameterList([weight.to(dtype)])
+    backward = StepwiseBackward()
+    with backward.parameters_as_leaves(module):
+        for term in terms:
+            two_levels(module[0], module[0], *(u.to(dtype) for u in term)).backward()
+    backward.as_loss(torch.zeros((), dtype=dtype)).backward()
+    return module[0].grad
+
+
+def summed_by_hand(num_terms=5):
+    """The same addends, each as its product gives it, summed in float32 and rounded once."""
+    weight, terms = drawn_terms(num_terms)
+    total = torch.zeros(weight.shape)
+    for term in terms:
+        outer, inner = (weight.clone().requires_grad_() for _ in range(2))
+        two_levels(outer, inner, *term).backward()
+        total += outer.grad.float() + inner.grad.float()
+    return total.bfloat16()
+
+
+def test_the_levels_of_a_term_are_summed_in_float32_too():
+    """To the bit, and no further from float64 than any sum in float32."""
+    ours, plain = summed_over_levels(), summed_by_hand()
+    assert torch.equal(ours, plain)
+    exact = summed_over_levels(torch.float64)
+    assert (ours.double() - exact).norm() / exact.norm() < torch.finfo(torch.bfloat16).eps
+
+
+def test_levels_that_meet_in_bfloat16_would_be_noticed(monkeypatch):
+    """What was done before: a term's addends met in bfloat16, its sum was added in float32."""
+
+    def later(leaf):
+        if leaf.dtype == torch.bfloat16:
+            leaf.register_post_accumulate_grad_hook(widen)
+        return leaf
+
+    def widen(leaf):
+        total = leaf.grad.float() + sums.get(id(leaf), 0)
+        sums[id(leaf)] = total
+        leaf.grad = None
+
+    sums = {}
+    monkeypatch.setattr(deferred_backward, "summed_in_fp32", later)
+    monkeypatch.setattr(deferred_backward, "_take_sum", lambda leaf: sums.pop(id(leaf)))
+    before, now = summed_over_levels(), summed_by_hand()
+    monkeypatch.undo()
+    exact = summed_over_levels(torch.float64)
+    assert (before.double() - exact).norm() > 1.03 * (now.double() - exact).norm()
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 0.1])
+def test_a_micro_batchs_factor_is_applied_before_the_rounding(factor):
+    weight, terms = drawn_terms(1)
+    module = torch.nn.ParameterList([weight])
+    backward = StepwiseBackward()
+    with backward.parameters_as_leaves(module):
+        two_levels(module[0], module[0], *terms[0]).backward()
+        total = module[0].grad.clone()
+    (backward.as_loss(torch.zeros(())) * factor).backward()
+    assert torch.equal(module[0].grad, (total * factor).bfloat16())
 
 
 @functools.cache
@@ -123,6 +205,6 @@ def test_a_half_precision_parameter_keeps_no_sum_after_it_was_handed_out():
     with backward.parameters_as_leaves(module):
         leaf = module[0]
         leaf.sum().backward()
-        assert leaf.grad is None and leaf.leaf.grad_buffer.dtype == torch.float32
+        assert leaf.grad.dtype == torch.float32
     backward.as_loss(torch.zeros(())).backward()
-    assert leaf.leaf.grad_buffer is None and module[0].grad.dtype == torch.bfloat16
+    assert leaf.grad is None and module[0].grad.dtype == torch.bfloat16

@@ -151,12 +151,17 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     alpha = model.step_size.squeeze(0).clamp(min=1e-4) * draws.step_size_factor()
     embedded_observed = model.embed_observed(observed)
     x, losses, fed = draws.initial_state(), [], None
+    velocity = z_velocity = torch.zeros(())
+    moved = added = torch.zeros(())  # of the penalty: in front of the map
+    lengths, penalties = None, []
     scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
         scale = 1 / (i + 1) ** config.damping
         last = i == num_steps - 1
         if config.graph != "full" or i <= scored_from:
             x = x.detach()
+            velocity, z_velocity = velocity.detach(), z_velocity.detach()
+            moved, added = moved.detach(), added.detach()
         noise = draws.langevin(i)
         x = x if noise is None else x + noise
         if not x.requires_grad:
@@ -191,17 +196,41 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if has_workspace:
             gradient, z_gradient = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
             beta = scale * model.workspace_step_size.squeeze(0)
-            z = (1 - config.decay * scale) * z - beta * z_gradient
+            z_velocity = config.momentum * z_velocity - beta * z_gradient
+            z_before, z = z, (1 - config.decay * scale) * z + z_velocity
         else:
             (gradient,) = torch.autograd.grad(energy.sum(), by, create_graph=True)
+        # Momentum is kept in front of the map. Where the map is linear and the graph goes through
+        # all steps, that is the state's own.
+        through_all = config.graph == "full" and config.backprop_steps is None
+        in_front = config.momentum > 0 and not (through_all and config.update != "logits")
+        if in_front:
+            (gradient,) = torch.autograd.grad(energy.sum(), candidate, create_graph=True)
         if config.graph == "truncate" and not last:
             gradient = gradient.detach()
         start = moving if config.update == "probabilities" else x
         if config.graph != "full":
             start = start.detach()
         step = alpha.detach() if config.graph == "truncate" and not last else alpha
+        if config.spectral_penalty:
+            (of_e,) = torch.autograd.grad(energy.sum(), candidate, create_graph=True)
+            moved = config.momentum * moved - step * scale * of_e
+            move = moved - config.decay * scale * draws.step_size_factor() * added
+            added = added + move
+            moves = [move] + ([z - z_before] if has_workspace else [])
+            before, lengths = lengths, [length_of_group(model, u) for u in moves]
+            if before is not None and has_graph(config, i, num_steps):
+                ratios = [a / b.detach() for a, b in zip(lengths, before)]
+                bound = config.spectral_bound
+                penalties.append(sum(F.relu(r - bound).square().mean() for r in ratios))
         start = (1 - config.decay * scale * draws.step_size_factor()) * start
-        change = -step * scale * gradient
+        change = velocity = config.momentum * velocity - step * scale * gradient
+        if in_front and kind == "embedding":
+            change = velocity @ model.frame_projection.weight
+        elif in_front:
+            change = velocity @ weight.T
+            if config.update == "logits":
+                change = p * (change - (p * change).sum(-1, keepdim=True))
         if config.change_clamp is not None:
             change = torch.clamp(change, -config.change_clamp, config.change_clamp)
         x = start + change
@@ -214,15 +243,26 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         )
         if config.graph == "truncate" and not last:
             losses[-1] = losses[-1].detach()
+    penalty = config.spectral_penalty * sum(penalties) / max(1, len(penalties))
     if config.loss == "last":
-        return losses[-1]
+        return losses[-1] + penalty
+    if config.loss_weights == "exits":
+        q = model.exit_logits[scored_from:num_steps].softmax(-1)
+        divergence = (q * (q * len(q)).log()).sum()
+        expected = (q * torch.stack(losses[scored_from:])).sum()
+        return expected + config.exit_entropy * divergence + penalty
     weights = torch.ones(num_steps, dtype=torch.float64)
     if config.loss_weights == "rising":
         weights = torch.arange(1, num_steps + 1, dtype=torch.float64).square()
     elif config.loss_weights is not None:
         weights = torch.tensor(config.loss_weights[-num_steps:], dtype=torch.float64)
     weights[:scored_from] = 0
-    return (weights / weights.sum() * torch.stack(losses)).sum()
+    return (weights / weights.sum() * torch.stack(losses)).sum() + penalty
+
+
+def length_of_group(model, move):
+    """(B, S / P) of a move (B, S, ..): over all numbers of the rows that see each other."""
+    return move.unflatten(1, (-1, model.network.group_size)).square().sum((2, 3)).sqrt()
 
 
 def gradients(model, loss):

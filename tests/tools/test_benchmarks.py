@@ -119,3 +119,16 @@ def test_reading_is_measured_against_plain_webdataset_on_the_same_shards(tmp_pat
         and row["loader"]["2 workers"]["samples_per_s"] == 48
         for row in rows
     )
+
+
+@pytest.mark.multiprocess
+def test_raw_text_is_measured_beside_the_same_text_as_prepared_shards(tmp_path):
+    sys.path.insert(0, str(TOOLS))
+    from bench.raw_text import measure_raw_text
+
+    row = measure_raw_text(tmp_path, megabytes=1.0, seconds=0.02, repeats=1)
+    loaders = [name for name in row if isinstance(row[name], dict)]
+    assert len(loaders) == 5 and row["preparing_s"] > 0
+    for name in loaders:
+        assert row[name]["blocks_per_s"] > 0
+        assert row[name]["tokens_per_s"] == pytest.approx(256 * row[name]["blocks_per_s"], rel=0.01)

@@ -61,8 +61,8 @@ def test_the_reasoning_quick_start_ends_with_a_page_and_goes_on_where_it_was(
     assert [result["grid"] for result in results] == [[6, 6], [8, 8]]
     assert [result["num_samples"] for result in results] == [12, 6]
     for result in results:
-        assert result["trained_steps"] == 8
-        assert [point["num_steps"] for point in result["steps"]] == list(range(1, 9))
+        assert result["trained_steps"] == 6
+        assert [point["num_steps"] for point in result["steps"]] == list(range(1, 7))
         assert result["against"]["kind"] == "baseline" and result["examples"]["mark"] == "+"
     page = (folder / "solving.html").read_text(encoding="utf-8")
     assert "Does thinking pay?" in page and "Transformer++" in page and 'class="state"' in page

@@ -49,7 +49,8 @@ def test_two_processes_train_the_reference_at_every_stage(recipe):
     assert all((row["numbers_resident_between_steps"] == 0) == (row["stage"] == 3) for row in rows)
 
 
-def test_heads_shallow_streams_workspaces_and_candidates_train_the_reference_at_stages_1_and_3():
+def test_heads_shallow_streams_workspaces_candidates_and_exits_train_the_reference():
+    """exits: learned, with momentum and the penalty on steps that do not shrink."""
     code, rows = checked(
         "--processes",
         "2",
@@ -57,15 +58,17 @@ def test_heads_shallow_streams_workspaces_and_candidates_train_the_reference_at_
         "shallow",
         "workspace",
         "candidates",
+        "exits",
         "--precision",
         "fp32",
         "--stages",
         "1",
+        "2",
         "3",
         "--checkpoint",
         "block",
     )
-    assert code == 0 and len(rows) == 6, rows
+    assert code == 0 and len(rows) == 12, rows
 
 
 def test_looped_blocks_train_the_reference_without_and_with_partitioned_parameters():

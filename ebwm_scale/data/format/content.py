@@ -39,7 +39,7 @@ from ebwm_scale.data.format.conditions import (
     check_values,
     shorter,
 )
-from ebwm_scale.data.format.scored import mark_unscored, plain_tokens
+from ebwm_scale.data.format.scored import mark_padding, mark_unscored, plain_tokens
 
 STORED = ("embedding", "jpeg", "webp")
 CLIP_FIELD = "clip.json"
@@ -73,7 +73,8 @@ class Sample:
 class TextContent:
     """group_size: tokens that are predicted together; grid: their (rows, columns), if they are one.
 
-    members: of MEMBERS, what each sample has beside its tokens.
+    members: of MEMBERS, what each sample has beside its tokens. is_padded: two ends of sequence in
+    a row are padding (prepare/best_fit.py). mask_documents: what a run does by default.
     """
 
     vocabulary_size: int
@@ -83,6 +84,8 @@ class TextContent:
     group_size: int = 1
     grid: tuple[int, int] | None = None
     members: tuple[str, ...] = ()
+    is_padded: bool = False
+    mask_documents: bool = False
 
     modality = "text"
     unit = "tokens"
@@ -104,7 +107,13 @@ class TextContent:
             "group_size": self.group_size,
             "grid": self.grid,
             "members": self.members,
+            "packing": self.is_padded,
         }
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether samples say of their targets which ones are scored."""
+        return self.is_padded or "scored" in self.members
 
     def files(self) -> dict[Path, str]:
         """Files beside the shards, with their sha256."""
@@ -118,6 +127,8 @@ class TextContent:
         tokens = _npy(fields["tokens.npy"], _TOKENS, (block_length,), "unsigned integers")
         if "difficulty" in self.members:
             difficulty_of(fields)
+        if self.is_padded:
+            return mark_padding(tokens, self.eos_id)
         if "scored" not in self.members:
             return tokens
         shape = (block_length - self.group_size,)
@@ -174,6 +185,7 @@ class VideoContent:
     modality = "video"
     size_name = "dimension"
     members = ()
+    is_marked = False
 
     @property
     def unit(self) -> str:

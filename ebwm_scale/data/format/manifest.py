@@ -34,6 +34,7 @@ from ebwm_scale.data.format.shard_table import PartInfo, ShardTable, inside_fold
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+PACKINGS = ("consecutive", "best_fit")  # of text
 MAX_MANIFEST_BYTES = 2**30
 _REMAKE = "make the dataset again with the tool that did (tools/make_*_shards.py)"
 
@@ -96,7 +97,7 @@ class Manifest:
         """Share of the targets that are scored, of training where there is any; None where samples
         have no mask.
         """
-        if "scored" not in self.content.members:
+        if not self.content.is_marked:
             return None
         split = self.splits.get("train") or next(iter(self.splits.values()))
         return split.num_targets / (split.num_samples * self.context_length)
@@ -143,7 +144,7 @@ def load_manifest(path: str | Path) -> Manifest:
         )
     source = take(values, "source", dict)
     splits, fingerprint = _read_splits(take, values, _FACTS[modality])
-    if "scored" in content.members:
+    if content.is_marked:
         _check_scored(take, splits, block_length - content.group_size)
     return Manifest(
         path=path,
@@ -203,7 +204,25 @@ def _text_content(take: _Taker, values: dict) -> TextContent:
         group_size=group_size,
         grid=grid,
         members=_listed(take, values, "members", MEMBERS),
+        is_padded=_is_padded(take, values),
+        mask_documents=_flag(take, values, "mask_documents"),
     )
+
+
+def _is_padded(take: _Taker, values: dict) -> bool:
+    """Whether blocks hold padding: where they are packed by best fit."""
+    packing = values.get("packing", "consecutive")
+    if packing not in PACKINGS:
+        raise take.wrong("packing", packing, f"one of {', '.join(PACKINGS)}")
+    return packing == "best_fit"
+
+
+def _flag(take: _Taker, values: dict, key: str) -> bool:
+    """true or false; false where the manifest does not say."""
+    value = values.get(key, False)
+    if not isinstance(value, bool):
+        raise take.wrong(key, value, "true or false")
+    return value
 
 
 def _groups(take: _Taker, values: dict) -> tuple[int, tuple[int, int] | None]:

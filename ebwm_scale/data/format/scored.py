@@ -34,6 +34,12 @@ def mark_unscored(tokens: np.ndarray, scored: np.ndarray) -> np.ndarray:
     return marked
 
 
+def mark_padding(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """The same of a block of best-fit packing: a second end of sequence in a row is padding."""
+    is_end = tokens == eos_id
+    return mark_unscored(tokens, (~(is_end[:-1] & is_end[1:])).astype(np.uint8))
+
+
 def plain_tokens(sequences: np.ndarray) -> np.ndarray:
     """The tokens of samples as read, without the marks; of the same shape."""
     if sequences.dtype.kind == "u":

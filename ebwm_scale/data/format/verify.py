@@ -32,8 +32,8 @@ def verify_dataset(
     """(problems, samples checked): a line per problem. Raises DataError for the manifest itself."""
     manifest = load_manifest(manifest_path)
     problems = side_file_problems(manifest)
-    problems += _vocabulary_problems(manifest, tokenizer_is_sound=not problems)
-    places = _Places(manifest)
+    problems += vocabulary_problems(manifest, tokenizer_is_sound=not problems)
+    places = ShardPlaces(manifest)
     num_samples = 0
     for name, split in manifest.splits.items():
         problems += split_problems(manifest, name, hashes=True)
@@ -49,7 +49,7 @@ def verify_dataset(
     return list(dict.fromkeys(problems)), num_samples
 
 
-class _Places:
+class ShardPlaces:
     """Where each shard was seen first: by its path, by its bytes, and by the keys of its samples.
 
     A shard that is in the manifest twice is trained on twice as often; one that is in training and
@@ -140,7 +140,7 @@ def _target_problems(
 ) -> list[str]:
     """Of the number of scored targets: losses in training are scaled by what the manifest says."""
     content = reader.manifest.content
-    if "scored" not in content.members:
+    if not content.is_marked:
         return []
     found = 0
     for sample_id in range(first_id, first_id + shard.num_samples):
@@ -167,7 +167,7 @@ def _tar_problems(index: ShardIndex, path: Path) -> list[str]:
     return [f"{path}: its index describes other samples than the {len(found['keys'])} in the tar"]
 
 
-def _vocabulary_problems(manifest: Manifest, *, tokenizer_is_sound: bool) -> list[str]:
+def vocabulary_problems(manifest: Manifest, *, tokenizer_is_sound: bool) -> list[str]:
     """What the manifest of a text dataset says of its vocabulary, against itself and the model."""
     content = manifest.content
     if not isinstance(content, TextContent):

@@ -46,13 +46,14 @@ class ShardWriter:
     """Writes the samples of one split into shards `PREFIX-000000.tar` of at most samples_per_shard
     samples.
 
-    `add(fields, num_targets=)` takes one sample: {"tokens.npy": array, "clip.json": bytes}.
+    `add(fields, num_targets=)` takes one sample: {"tokens.npy": array, "clip.json": bytes}, and
+    calls it by its number unless `key` names it.
     `close()` returns the manifest's list of shards. Each finished shard is indexed by reading it
     back, so the index describes what is on the disk. first_shard: the number of the first one,
     where several writers make the shards of one split.
     """
 
-    def __init__(self, folder: Path, prefix: str, *, samples_per_shard: int, first_shard: int = 0):
+    def __init__(self, folder: Path, prefix: str, first_shard: int = 0, *, samples_per_shard: int):
         self.folder = folder
         self.prefix = prefix
         self.samples_per_shard = samples_per_shard
@@ -62,12 +63,18 @@ class ShardWriter:
         self._target_counts: list[int] = []
         self._open: _OpenShard | None = None
 
-    def add(self, fields: Mapping[str, np.ndarray | bytes], *, num_targets: int) -> None:
+    def add(
+        self,
+        fields: Mapping[str, np.ndarray | bytes],
+        *,
+        num_targets: int,
+        key: str | None = None,
+    ) -> None:
         if self._open is None:
             shard = self._first_shard + len(self._shards)
             self._open = _OpenShard(self.folder / f"{self.prefix}-{shard:06d}.tar")
         number = self._first_shard * self.samples_per_shard + self.num_samples
-        sample: dict[str, str | bytes] = {"__key__": f"{self.prefix}-{number:09d}"}
+        sample: dict[str, str | bytes] = {"__key__": key or f"{self.prefix}-{number:09d}"}
         for name, value in fields.items():
             sample[name] = value if isinstance(value, bytes) else _npy(value)
         self._open.tar.write(sample)

@@ -34,7 +34,7 @@ from ebwm_scale.data.loading.quarantine import BadSample, read_or_replace
 from ebwm_scale.data.order import SampleOrder
 
 STATE_VERSION = 1
-_JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+JOB_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class BatchLoader:
                 "multiprocessing_context": multiprocessing.get_context("fork"),
                 "persistent_workers": True,
                 "prefetch_factor": 4,
-                "worker_init_fn": _stay_until_the_parent_ends_it,
+                "worker_init_fn": stay_until_the_parent_ends_it,
             }
         # The loader draws a base seed; without a generator of its own it would take it from the
         # global one.
@@ -192,8 +192,8 @@ class BatchLoader:
     def _started(self) -> Iterator:
         if self._loader is None:
             raise RuntimeError("the loader is closed")
-        # Workers inherit the mask: see _stay_until_the_parent_ends_it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _JOB_SIGNALS)
+        # Workers inherit the mask: see stay_until_the_parent_ends_it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
         try:
             with parents_objects_kept():
                 return iter(self._loader)
@@ -364,6 +364,11 @@ def check_context(manifest: Manifest, context_length: int) -> None:
     instance of a task.
     """
     packed, group_size = manifest.context_length, manifest.content.group_size
+    if getattr(manifest.content, "is_padded", False) and context_length != packed:
+        raise DataError(
+            f"data.context_length is {context_length}: the blocks of {manifest.path} have {packed} "
+            "observed tokens, packed by best fit, and are not cut; leave the key out, or pack again"
+        )
     if manifest.content.members and context_length != packed:
         raise DataError(
             f"data.context_length is {context_length}: the instances of {manifest.path} have "
@@ -384,7 +389,7 @@ def check_context(manifest: Manifest, context_length: int) -> None:
         )
 
 
-def _stay_until_the_parent_ends_it(worker: int) -> None:
+def stay_until_the_parent_ends_it(worker: int) -> None:
     """A scheduler signals every process of a job; the rank saves and leaves on its own, so its
     workers must outlive the signal.
 

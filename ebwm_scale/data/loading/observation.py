@@ -43,7 +43,7 @@ class Observation:
             self.masked_after = self.content.eos_id
         if isinstance(self.content, TextContent):
             self.group_size = self.content.group_size
-            self.is_marked = "scored" in self.content.members
+            self.is_marked = self.content.is_marked
         self._statistics = {
             condition.name: tuple(
                 torch.from_numpy(values).to(self.device)

@@ -97,6 +97,24 @@ class PackedSplit:
     def num_blocks(self) -> int:
         return max(self.num_tokens - 1, 0) // self.context_length
 
+    @property
+    def num_targets(self) -> int:
+        return self.num_blocks * self.context_length
+
+    def facts(self) -> dict[str, Any]:
+        """What else there is to say in the manifest."""
+        return {"num_dropped_tokens": self.num_tokens - 1 - self.num_targets}
+
+    def blocks(self, first: int, end: int, counts: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """(block, targets in it) of blocks `first` to `end`; counts: how often each token is one,
+        added up at the end.
+        """
+        length = self.context_length
+        packer = Packer(context_length=length, vocabulary_size=self.vocabulary_size)
+        for block in packer.blocks(self.tokens(first * length, end * length + 1)):
+            yield block, length
+        counts += packer.counts
+
     def tokens(self, first: int, end: int) -> Iterator[np.ndarray]:
         """The tokens from `first` to `end` of the split's stream, in pieces."""
         ends = np.cumsum(self.totals.items)
@@ -135,13 +153,13 @@ def write_split(
             for name in (entry["path"], entry["index_path"]):
                 _link(folder / name, output / name)
         shards += entries
-    num_targets = split.num_blocks * split.context_length
     return {
         "shards": shards,
         "num_documents": split.totals.num_documents,
         "num_samples": split.num_blocks,
-        "num_targets": num_targets,
-        "num_dropped_tokens": split.num_tokens - 1 - num_targets,
+        "num_targets": split.num_targets,
+        "num_dropped_tokens": 0,
+        **split.facts(),
         "num_text_bytes": split.totals.num_bytes,
         "unigram_entropy": unigram_entropy(counts),
     }
@@ -179,24 +197,23 @@ def _write_shards(
     """Shards from `first` to `end` in a folder of their own; its list is written last."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    length = split.context_length
     first_block = first * split.samples_per_shard
     end_block = min(end * split.samples_per_shard, split.num_blocks)
-    packer = Packer(context_length=length, vocabulary_size=split.vocabulary_size)
+    counts = np.zeros(split.vocabulary_size, dtype=np.int64)
     writer = ShardWriter(
         folder, split.name, samples_per_shard=split.samples_per_shard, first_shard=first
     )
     try:
-        tokens = split.tokens(first_block * length, end_block * length + 1)
-        for number, block in enumerate(packer.blocks(tokens)):
-            writer.add({"tokens.npy": block}, num_targets=length)
+        blocks = split.blocks(first_block, end_block, counts)
+        for number, (block, num_targets) in enumerate(blocks):
+            writer.add({"tokens.npy": block}, num_targets=num_targets)
             if number % _MOVE_EVERY == 0:
                 moved()
         shards = writer.close()
     finally:
         writer.abandon()
     with replacement(folder / "counts.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, packer.counts)
+        np.save(file, counts)
     replace_text(folder / "shards.json", json.dumps(shards))
 
 

@@ -12,7 +12,7 @@ other; digests, sorted. The keys are written last; a run without them is not the
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -109,11 +109,34 @@ class Totals:
     items: np.ndarray  # (buckets,)
 
 
-class Runs:
-    """All runs of some folders, read in the order of their documents."""
+@dataclass
+class Given:
+    """extremes: (draw, digest) of the documents with the lowest and the highest draw."""
 
-    def __init__(self, folders: Iterable[Path], dtype: np.dtype):
+    num_documents: int = 0
+    num_copies: int = 0
+    num_elsewhere: int = 0
+    extremes: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Runs:
+    """All runs of some folders, read in the order of their documents.
+
+    distinct: of several copies of a document one is given. without: other runs, whose documents are
+    left out. Copies have the same place in the order, so this looks at one bucket at a time.
+    """
+
+    def __init__(
+        self,
+        folders: Iterable[Path],
+        dtype: np.dtype,
+        *,
+        distinct: bool = False,
+        without: Runs | None = None,
+    ):
         self.dtype = dtype
+        self.distinct = distinct
+        self.without = without
         self._paths = [p for folder in folders for p in sorted(folder.glob(f"*{_KEYS}"))]
         size = sum(
             path.stat().st_size + path.with_suffix(_PAYLOAD).stat().st_size for path in self._paths
@@ -125,12 +148,11 @@ class Runs:
         return 2**self.bits
 
     def totals(self, rule: SplitRule, splits: Sequence[str]) -> dict[str, Totals]:
-        """Of each split; reads the keys of one run at a time."""
+        """Of each split; reads the keys of one run, or of one bucket, at a time."""
         items = {split: np.zeros(self.num_buckets, dtype=np.int64) for split in splits}
         counts = dict.fromkeys(splits, 0)
         sizes = dict.fromkeys(splits, 0)
-        for path in self._paths:
-            keys = np.fromfile(path, dtype=KEYS)
+        for keys in self._pieces_of_keys():
             buckets = self._bucket_of(keys["order"])
             for split in splits:
                 chosen = rule.chosen(split, keys["draw"], keys["digest"])
@@ -144,38 +166,133 @@ class Runs:
     ) -> Iterator[np.ndarray]:
         """The payload of each document of a split in the order, from a bucket on."""
         for bucket in range(first_bucket, self.num_buckets):
-            pieces = [self._part(path, bucket) for path in self._paths]
-            keys = np.concatenate([part for part, _ in pieces]) if pieces else np.empty(0, KEYS)
-            of_run = np.repeat(np.arange(len(pieces)), [len(part) for part, _ in pieces])
-            chosen = rule.chosen(split, keys["draw"], keys["digest"])
-            keys, of_run = keys[chosen], of_run[chosen]
-            for place in _sorted_places(keys):
-                start = int(keys["start"][place])
-                yield pieces[of_run[place]][1][start : start + int(keys["size"][place])]
+            yield from self.bucket(rule, split, bucket)
+
+    def bucket(self, rule: SplitRule, split: str, bucket: int) -> Iterator[np.ndarray]:
+        """The payload of each document of a split in a bucket, in the order."""
+        pieces = [self._part(path, bucket) for path in self._paths]
+        keys = np.concatenate([part for part, _ in pieces]) if pieces else np.empty(0, KEYS)
+        of_run = np.repeat(np.arange(len(pieces)), [len(part) for part, _ in pieces])
+        chosen = rule.chosen(split, keys["draw"], keys["digest"])
+        keys, of_run = keys[chosen], of_run[chosen]
+        for place in self._places(keys):
+            start = int(keys["start"][place])
+            yield pieces[of_run[place]][1][start : start + int(keys["size"][place])]
+
+    def sizes(self, rule: SplitRule, split: str, bucket: int) -> np.ndarray:
+        """int64, of the payload of each document that bucket() gives."""
+        parts = [self._keys(path, bucket) for path in self._paths]
+        keys = np.concatenate([np.empty(0, KEYS), *parts])
+        keys = keys[rule.chosen(split, keys["draw"], keys["digest"])]
+        return keys["size"][self._places(keys)].astype(np.int64)
+
+    def given(self) -> Given:
+        """How many documents are given, how many are not, and those with the extreme draws."""
+        given = Given()
+        for keys in self._pieces_of_keys():
+            given.num_documents += len(keys)
+            for row in keys[[int(keys["draw"].argmin()), int(keys["draw"].argmax())]]:
+                given.extremes.append((int(row["draw"]), row["digest"].tobytes().hex()))
+            given.extremes = [min(given.extremes), max(given.extremes)]
+        for bucket in range(self.num_buckets) if self.is_selective else ():
+            keys = self._all_keys(bucket)
+            is_copy, is_elsewhere = self._left_out(keys, _sorted_places(keys))
+            given.num_copies += int(is_copy.sum())
+            given.num_elsewhere += int(is_elsewhere.sum())
+        return given
+
+    @property
+    def is_selective(self) -> bool:
+        return self.distinct or self.without is not None
+
+    def _pieces_of_keys(self) -> Iterator[np.ndarray]:
+        """The keys of all documents that are given, not empty: of a run each, or of a bucket."""
+        if self.is_selective:
+            for bucket in range(self.num_buckets):
+                keys = self._all_keys(bucket)
+                keys = keys[self._places(keys)]
+                if len(keys):
+                    yield keys
+            return
+        for path in self._paths:
+            yield np.fromfile(path, dtype=KEYS)
+
+    def _all_keys(self, bucket: int) -> np.ndarray:
+        parts = [self._keys(path, bucket) for path in self._paths]
+        return np.concatenate([np.empty(0, KEYS), *parts])
+
+    def _places(self, keys: np.ndarray) -> np.ndarray:
+        """Where each document is that is given, of the keys of a bucket, in the order."""
+        places = _sorted_places(keys)
+        if not self.is_selective:
+            return places
+        is_copy, is_elsewhere = self._left_out(keys, places)
+        return places[~(is_copy | is_elsewhere)]
+
+    def _left_out(self, keys: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(is a further copy, is in the runs that it must not be in), bool by the order.
+
+        A document is counted as one of them only.
+        """
+        words = keys["digest"][places]
+        is_elsewhere = np.zeros(len(places), dtype=bool)
+        is_copy = np.zeros(len(places), dtype=bool)
+        if self.without is not None and len(places):
+            orders = keys["order"][places]
+            others = self.without.digests_between(int(orders.min()), int(orders.max()))
+            is_elsewhere = np.isin(_as_texts(words), others)
+        if self.distinct:
+            is_copy[1:] = (words[1:] == words[:-1]).all(axis=1)
+            is_copy &= ~is_elsewhere
+        return is_copy, is_elsewhere
+
+    def digests_between(self, lowest: int, highest: int) -> np.ndarray:
+        """The digests, 32 bytes each, of documents whose order is in a range, both ends in it."""
+        found = [np.empty((0, 4), ">u8")]
+        for path in self._paths:
+            mapped = np.memmap(path, dtype=KEYS, mode="r")
+            orders = mapped["order"]
+            first = int(np.searchsorted(orders, np.uint64(lowest), side="left"))
+            end = int(np.searchsorted(orders, np.uint64(highest), side="right"))
+            found.append(np.array(mapped["digest"][first:end]))
+        return _as_texts(np.concatenate(found))
 
     def digests(self) -> Iterator[str]:
-        """The digests of all documents, sorted; memory is that of one range of digests."""
-        paths = [path.with_suffix(_DIGESTS) for path in self._paths]
-        bits = _bits_for(sum(path.stat().st_size for path in paths))
-        for bucket in range(2**bits):
-            words = [np.empty((0, 4), ">u8")]
-            for path in paths:
-                mapped = np.memmap(path, dtype=">u8", mode="r").reshape(-1, 4)
-                words.append(np.array(mapped[slice(*_range(mapped[:, 0], bucket, bits))]))
-            found = np.concatenate(words).astype(">u8")
-            text = found[_sorted_digests(found)].tobytes().hex()
+        """The digests of the documents that are given, sorted; memory is that of one range."""
+        bits = _bits_for(sum(path.with_suffix(_DIGESTS).stat().st_size for path in self._paths))
+        for part in range(2**bits):
+            found = self._digests_in(part, bits)
+            found = found[_sorted_digests(found)]
+            if self.distinct and len(found):
+                is_first = np.append(True, (found[1:] != found[:-1]).any(axis=1))
+                found = found[is_first]
+            if self.without is not None:
+                others = self.without._digests_in(part, bits)
+                found = found[~np.isin(_as_texts(found), _as_texts(others))]
+            text = found.tobytes().hex()
             yield from (text[at : at + 64] for at in range(0, len(text), 64))
+
+    def _digests_in(self, part: int, bits: int) -> np.ndarray:
+        """Those whose highest bits are `part`, (documents, 4)."""
+        words = [np.empty((0, 4), ">u8")]
+        for path in self._paths:
+            mapped = np.memmap(path.with_suffix(_DIGESTS), dtype=">u8", mode="r").reshape(-1, 4)
+            words.append(np.array(mapped[slice(*_range(mapped[:, 0], part, bits))]))
+        return np.concatenate(words).astype(">u8")
 
     def _bucket_of(self, values: np.ndarray) -> np.ndarray:
         if not self.bits:
             return np.zeros(len(values), dtype=np.int64)
         return (values >> np.uint64(64 - self.bits)).astype(np.int64)
 
-    def _part(self, path: Path, bucket: int) -> tuple[np.ndarray, np.ndarray]:
-        """(keys, payload) of a run's documents in a bucket; `start` counts in that payload."""
+    def _keys(self, path: Path, bucket: int) -> np.ndarray:
         # memmap: finding the range touches a few pages of the keys, not all
         mapped = np.memmap(path, dtype=KEYS, mode="r")
-        keys = np.array(mapped[slice(*_range(mapped["order"], bucket, self.bits))])
+        return np.array(mapped[slice(*_range(mapped["order"], bucket, self.bits))])
+
+    def _part(self, path: Path, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+        """(keys, payload) of a run's documents in a bucket; `start` counts in that payload."""
+        keys = self._keys(path, bucket)
         if not len(keys):
             return keys, np.empty(0, self.dtype)
         offset = int(keys["start"][0])
@@ -187,6 +304,11 @@ class Runs:
         )
         keys["start"] -= np.uint64(offset)
         return keys, payload
+
+
+def _as_texts(words: np.ndarray) -> np.ndarray:
+    """Digests (documents, 4) as one value each, to be compared."""
+    return np.ascontiguousarray(words.astype(">u8")).view("S32").ravel()
 
 
 def _bits_for(size: int) -> int:

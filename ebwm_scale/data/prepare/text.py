@@ -20,10 +20,12 @@ import numpy as np
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import printable
 from ebwm_scale.core.progress import Progress, no_progress
+from ebwm_scale.core.redaction import redacted
 from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    PACKINGS,
     SplitInfo,
     already_there,
     load_manifest,
@@ -34,6 +36,7 @@ from ebwm_scale.data.format.writer import (
     staged_folder,
     write_manifest,
 )
+from ebwm_scale.data.prepare.best_fit import BEST_FIT, BestFitSplit
 from ebwm_scale.data.prepare.packing import PackedSplit, token_dtype, write_split
 from ebwm_scale.data.prepare.reading.readers import TextInput
 from ebwm_scale.data.prepare.reading.selection import EVERYTHING, Selection
@@ -41,7 +44,7 @@ from ebwm_scale.data.prepare.reading.taking import Document
 from ebwm_scale.data.prepare.reading.token_input import TokenDocument, TokenInput
 from ebwm_scale.data.prepare.runs import Runs
 from ebwm_scale.data.prepare.scanning import Input, Maker, Scan, scan, work_folder
-from ebwm_scale.data.prepare.splitting import SPLITS, SplitRule, threshold_of
+from ebwm_scale.data.prepare.splitting import SPLITS, Place, SplitRule, threshold_of
 from ebwm_scale.data.tokenizer import Tokenizer, open_tokenizer
 from ebwm_scale.data.walking import Report
 
@@ -49,6 +52,7 @@ _OURS = (*DATASET_FILES, "tokenizer.*")
 _BATCH_CHARACTERS = 2**20  # text tokenised at a time
 _CHECKED_DOCUMENTS = 8  # of each task, whether they come back from their tokens
 _CHECKED_CHARACTERS = 2**14
+CONSECUTIVE = "consecutive"
 _VERSION = 1  # of what the work folder holds
 
 
@@ -63,6 +67,10 @@ def make_text_dataset(
     samples_per_shard: int = 4096,
     selection: Selection = EVERYTHING,
     tokens: str | None = None,
+    deduplicate: bool = False,
+    without: Sequence[str | Path] = (),
+    packing: str = CONSECUTIVE,
+    mask_documents: bool | None = None,
     report: Report = print,
     progress: Progress = no_progress,
 ) -> Path:
@@ -71,7 +79,12 @@ def make_text_dataset(
     A complete dataset of the same documents and settings is kept ("already there"). A half-made or
     damaged one is replaced. A complete one of other documents or settings is refused: nothing is
     deleted behind the user's back. selection: what is taken of records. tokens: the inputs hold ids
-    of this tokenizer, "uint16" or "uint32" where their files do not say it. Raises DataError.
+    of this tokenizer, "uint16" or "uint32" where their files do not say it. deduplicate: of exact
+    copies of a document one is kept. without: inputs whose documents are left out wherever they
+    are, such as another source of a mixture, or the texts of a test. packing: consecutive,
+    or best_fit, which keeps documents whole where they fit (best_fit.py). mask_documents: runs of
+    the dataset mask documents, or do not, unless their configuration says otherwise; None: the
+    manifest does not say, and they do not. Raises DataError.
     """
     for name, value in (
         ("context length", context_length),
@@ -79,6 +92,8 @@ def make_text_dataset(
     ):
         if value < 1:
             raise DataError(f"{name} is {value}: must be at least 1")
+    if packing not in PACKINGS:
+        raise DataError(f"packing is {packing}: must be one of {', '.join(PACKINGS)}")
     threshold_of(validation_fraction)
     output = Path(output).resolve()
     model = open_tokenizer(tokenizer)
@@ -96,19 +111,28 @@ def make_text_dataset(
             "samples_per_shard": samples_per_shard,
         },
     }
+    if packing != CONSECUTIVE:
+        values["packing"] = packing
+    if mask_documents is not None:
+        values["mask_documents"] = mask_documents
     how = TextInput(selection) if tokens is None else TokenInput(model, tokens)
-    reading = _Reading(inputs, how, seed, report, progress)
+    reading = _Reading(inputs, how, seed, report, progress, deduplicate, without)
+    if deduplicate:
+        values["settings"]["deduplicate"] = True
+    if without:
+        values["settings"]["without"] = [Path(i).resolve().name for i in map(str, without)]
     with staged_folder(output) as staging, work_folder(output) as work:
         if (output / MANIFEST_NAME).exists():
             values["source"] = reading.source(reading.digests_only(work))
-            if already_there(output, values, digest="documents_sha256"):
+            if already_there(output, _as_then(output, values), digest="documents_sha256"):
                 shutil.rmtree(staging)
                 report(f"already there: {output / MANIFEST_NAME}")
                 return _summarised(output, context_length, report)
             reading.report = _silent  # what was left out has been said
         found = reading.tokens(work, model)
         values["source"] = reading.source(found)
-        rule = SplitRule.of(validation_fraction, *found.places())
+        lowest, highest = reading.places(found)
+        rule = SplitRule.of(validation_fraction, lowest, highest)
         _report_losses(found, model, report)
         (staging / model.file_name).write_bytes(model.file_content())
         values["splits"] = _write_splits(staging, work, values, found.runs, rule, progress)
@@ -126,9 +150,13 @@ class _Reading:
         seed: int,
         report: Report,
         progress: Progress,
+        distinct: bool,
+        without: Sequence[str | Path],
     ):
+        self.distinct, self.without = distinct, without
         self.inputs, self.how, self.seed = inputs, how, seed
         self.report, self.progress = report, progress
+        self.say = report  # of what is left out of the dataset that is written
 
     def tokens(self, work: Path, model: Tokenizer) -> Scan:
         identity = f"tokens {_VERSION} {model.kind} {model.sha256} {model.eos_id}"
@@ -142,18 +170,39 @@ class _Reading:
     def source(self, found: Scan) -> dict[str, Any]:
         """What the manifest says of the inputs."""
         digest = hashlib.sha256()
-        for number, one in enumerate(found.runs.digests()):
-            digest.update(b"\n" * bool(number) + one.encode())
+        num_documents = 0
+        for one in found.runs.digests():
+            digest.update(b"\n" * bool(num_documents) + one.encode())
+            num_documents += 1
         return {
             "inputs": [Path(i).resolve().name for i in map(str, self.inputs)],
-            "num_documents": found.num_documents,
+            "num_documents": num_documents,
             "documents_sha256": digest.hexdigest(),
         }
+
+    def places(self, found: Scan) -> tuple[Place, Place]:
+        """The contents with the extreme draws, of the documents that are given.
+
+        Says how many are not; DataError where none is left.
+        """
+        if not found.runs.is_selective:
+            return found.places()
+        given = found.runs.given()
+        if given.num_copies:
+            self.say(f"ignored: {given.num_copies} further copies of documents")
+        if given.num_elsewhere:
+            names = ", ".join(printable(redacted(str(i))) for i in self.without)
+            self.say(f"ignored: {given.num_elsewhere} documents that are also in {names}")
+        if not given.num_documents:
+            raise DataError(
+                f"all {found.num_documents} documents are left out by --without; give other inputs"
+            )
+        return given.extremes[0], given.extremes[1]
 
     def _scan(
         self, work: Path, make: Callable[[int], Maker], identity: str, dtype: np.dtype
     ) -> Scan:
-        return scan(
+        found = scan(
             self.inputs,
             self.how,
             make,
@@ -164,6 +213,20 @@ class _Reading:
             report=self.report,
             progress=self.progress,
         )
+        found.runs.distinct = self.distinct
+        if self.without:
+            found.runs.without = scan(
+                self.without,
+                self.how,
+                lambda n: NothingMaker(),
+                work / "without",
+                seed=self.seed,
+                identity=f"nothing {_VERSION}",
+                dtype=NothingMaker.dtype,
+                report=lambda line: self.report(f"--without: {line}"),
+                progress=self.progress,
+            ).runs
+        return found
 
 
 class TokenMaker:
@@ -287,7 +350,7 @@ def _write_splits(
     totals = runs.totals(rule, SPLITS)
     entries = {}
     for name in SPLITS:
-        split = PackedSplit(
+        split: PackedSplit = PackedSplit(
             name=name,
             runs=runs,
             rule=rule,
@@ -296,8 +359,28 @@ def _write_splits(
             samples_per_shard=values["settings"]["samples_per_shard"],
             vocabulary_size=values["vocabulary_size"],
         )
+        if name == "train" and values.get("packing") == BEST_FIT:
+            split = BestFitSplit(
+                **vars(split), eos_id=values["eos_id"], seed=values["settings"]["seed"]
+            )
         entries[name] = write_split(split, staging, shards, progress=progress)
     return entries
+
+
+def _as_then(output: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with which a dataset that is there is compared, absent ones included.
+
+    One from before the manifest said whether documents are masked is kept as it is.
+    """
+    compared = {**values, "packing": values.get("packing")}
+    try:
+        known = load_manifest(output).values
+    except DataError:
+        return compared  # it is made again
+    compared.pop("mask_documents", None)
+    if "mask_documents" in known:
+        compared["mask_documents"] = values.get("mask_documents")
+    return compared
 
 
 def _silent(line: str) -> None:
@@ -319,5 +402,14 @@ def _summary(name: str, split: SplitInfo, context_length: int) -> str:
         f"{context_length} + 1, {split.num_targets} tokens in {len(split.shards)} shards, "
         f"{facts['num_dropped_tokens']} dropped ({facts['num_dropped_tokens'] / all_tokens:.3%}), "
         f"{facts['num_text_bytes'] / all_tokens:.3f} bytes/token, unigram entropy "
-        f"{facts['unigram_entropy']:.4f} nats"
+        f"{facts['unigram_entropy']:.4f} nats{_waste(split, context_length)}"
     )
+
+
+def _waste(split: SplitInfo, context_length: int) -> str:
+    """Of best-fit packing, in words; nothing of another."""
+    num_places = split.num_samples * context_length
+    if split.num_targets == num_places:
+        return ""
+    padding = num_places - split.num_targets
+    return f"; best fit: {padding} places of padding ({padding / num_places:.3%})"

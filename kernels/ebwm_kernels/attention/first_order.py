@@ -2,9 +2,10 @@
 
 It is never differentiated twice, so any first-order kernel serves:
 
-    flash_attn  where it is installed, on a GPU, in half precision: causal, or a window
-    flex        PyTorch's FlexAttention, compiled, on a GPU: groups, documents and windows, with
-                whole blocks skipped
+    flash_attn  where it is installed, on a GPU, in half precision: causal, packed documents
+                (sequences of their own lengths), and windows
+    flex        PyTorch's FlexAttention, compiled, on a GPU: groups, any first keys and windows,
+                with whole blocks skipped
     sdpa        PyTorch's scaled_dot_product_attention: causal, or with one boolean mask
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ebwm_kernels.attention.packed_documents import Documents, documents_of
 from ebwm_kernels.attention.visibility import (
     Shape,
     check_groups,
@@ -28,6 +30,7 @@ from ebwm_kernels.attention.visibility import (
 
 OBSERVED_BACKENDS = ("auto", "flash_attn", "flex", "sdpa")
 MAX_HEAD_DIMENSION = 256
+KNOWS_NO_GROUPS = "it knows no groups, and of first_visible packed documents alone"
 
 
 def observed_attention(
@@ -47,22 +50,32 @@ def observed_attention(
     causal). first_visible: (B, S) integers that do not decrease along S: the first row that a row
     sees, the start of its document. window: at most so many rows, the last that it sees.
 
-    backend: "flash_attn" (no groups, no first_visible), "flex", "sdpa", or "auto": flash_attn where
-    it can run; for groups, first_visible or a window flex on a GPU; else sdpa. The flex path was
-    never run on a GPU: its mask is tested on a CPU, uncompiled. With a mask, sdpa holds (B, S, S)
-    booleans. Raises ValueError for groups, first keys or a window that do not fit, and for a
-    backend that is unknown or cannot run these tensors.
+    backend: "flash_attn" (no groups, and first_visible of documents only), "flex", "sdpa", or
+    "auto": flash_attn where it can run; for groups, first_visible or a window flex on a GPU; else
+    sdpa. The flash_attn and flex paths were never run on a GPU: what they are given is tested on a
+    CPU. With a mask, sdpa holds (B, S, S) booleans. Raises ValueError for groups, first keys or a
+    window that do not fit, and for a backend that is unknown or cannot run these tensors.
     """
     operation = "observed_attention"
     num_rows, d = q.shape[2:]
     check_groups(operation, num_rows, 0, group_size, group_size)
     shape = Shape(score_scale(None, d), 0, True, group_size, group_size)
-    is_masked = group_size > 1 or first_visible is not None
-    chosen = resolve_observed_backend(
-        backend, q.device, q.dtype, d, is_masked=is_masked, is_windowed=window is not None
-    )
     first = first_visible_keys(operation, q, num_rows, first_visible, window, shape, own=False)
+    documents = None
+    if first_visible is not None and _asks_for_documents(backend, q, group_size):
+        documents = documents_of(first_visible)
+    chosen = resolve_observed_backend(
+        backend,
+        q.device,
+        q.dtype,
+        d,
+        is_masked=group_size > 1 or (first_visible is not None and documents is None),
+        is_windowed=window is not None,
+        has_documents=documents is not None,
+    )
     shares_heads = q.shape[1] != k.shape[1]
+    if chosen == "flash_attn" and documents is not None:
+        return _flash_attn_documents(q, k, v, documents, window)
     if chosen == "flash_attn":
         return _flash_attn(q, k, v, window)
     if chosen == "flex" and (group_size > 1 or first is not None):
@@ -75,14 +88,45 @@ def observed_attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shares_heads)
 
 
+def _asks_for_documents(backend: str, q: Tensor, group_size: int) -> bool:
+    """Whether flash-attn may run, so that it is worth waiting for the documents' lengths."""
+    if backend not in ("auto", "flash_attn") or group_size > 1 or torch.compiler.is_compiling():
+        return False
+    return why_not_flash_attn(q.device, q.dtype, q.shape[-1]) is None
+
+
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     from flash_attn import flash_attn_func
 
-    options = {}
-    if window is not None:
-        options["window_size"] = (window - 1, 0)  # keys to the left of the row's own
     q, k, v = (u.transpose(1, 2) for u in (q, k, v))
-    return flash_attn_func(q, k, v, causal=True, **options).transpose(1, 2)
+    return flash_attn_func(q, k, v, causal=True, **_flash_window(window)).transpose(1, 2)
+
+
+def _flash_attn_documents(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None
+) -> Tensor:
+    """All rows of all samples one behind the other, (B S, H, d), a sequence per document."""
+    from flash_attn import flash_attn_varlen_func
+
+    batch, _, num_rows, _ = q.shape
+    q, k, v = (u.transpose(1, 2).flatten(0, 1) for u in (q, k, v))
+    attended = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=documents.bounds,
+        cu_seqlens_k=documents.bounds,
+        max_seqlen_q=documents.longest,
+        max_seqlen_k=documents.longest,
+        causal=True,
+        **_flash_window(window),
+    )
+    return attended.unflatten(0, (batch, num_rows)).transpose(1, 2)
+
+
+def _flash_window(window: int | None) -> dict[str, tuple[int, int]]:
+    """flash-attn counts the keys to the left of the row's own, and to its right."""
+    return {} if window is None else {"window_size": (window - 1, 0)}
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, shape: Shape) -> Tensor:
@@ -119,8 +163,10 @@ def resolve_observed_backend(
     *,
     is_masked: bool = False,
     is_windowed: bool = False,
+    has_documents: bool = False,
 ) -> str:
-    """ "flash_attn", "flex" or "sdpa". is_masked: whether there are groups or first visible rows.
+    """ "flash_attn", "flex" or "sdpa". is_masked: whether there are groups, or first visible rows
+    that are no documents'. has_documents: whether they are documents'.
 
     Raises ValueError for a backend that is unknown or cannot run them.
     """
@@ -130,7 +176,7 @@ def resolve_observed_backend(
         )
     no_flash = why_not_flash_attn(device, dtype, head_dimension)
     if is_masked and no_flash is None:
-        no_flash = "it knows neither groups nor documents (first_visible)"
+        no_flash = KNOWS_NO_GROUPS
     no_flex = why_not_flex(device, dtype, head_dimension)
     obstacles = {"flash_attn": no_flash, "flex": no_flex, "sdpa": None}
     if backend != "auto":
@@ -143,7 +189,7 @@ def resolve_observed_backend(
         )
     if no_flash is None:
         return "flash_attn"
-    if (is_masked or is_windowed) and no_flex is None:
+    if (is_masked or is_windowed or has_documents) and no_flex is None:
         return "flex"
     return "sdpa"
 

@@ -211,3 +211,48 @@ def rows_of_context(
 def rows_of_own(key, S, group_size, BN: tl.constexpr):
     """(start, end, first, last) of the rows that see own keys key .. key + BN - 1."""
     return own_keys(key, S, group_size, BN)
+
+
+@triton.jit
+def my_keys(C, heads, all_heads, heads_at_once, BN: tl.constexpr):
+    """(sample, key head in it, first key) of this program: the first keys come first, most rows
+    see them.
+    """
+    key_head, tile = head_and_tile(tl.cdiv(C, BN), all_heads, heads_at_once)
+    sample = key_head // heads
+    return sample, key_head - sample * heads, tile * BN
+
+
+@triton.jit
+def rows_of_keys(
+    LAST_ROW,
+    sample,
+    key,
+    S,
+    C,
+    offset,
+    group_size,
+    context_group,
+    MASK: tl.constexpr,
+    OWN: tl.constexpr,
+    BN: tl.constexpr,
+):
+    if OWN:
+        start, end, first, last = rows_of_own(key, S, group_size, BN)
+    else:
+        start, end, first, last = rows_of_context(
+            LAST_ROW, sample, key, S, C, offset, group_size, context_group, BN, MASK
+        )
+    return start, end, first, last
+
+
+@triton.jit
+def head_and_row(step, tiles, key_head, sharing, start, SHARED: tl.constexpr, BM: tl.constexpr):
+    """(query head, first row) of a step of the one loop over heads and rows: two nested loops cost
+    40 registers. Without SHARED keys there is nothing to divide. Heads are those of a sample.
+    """
+    if SHARED:
+        head, row = key_head * sharing + step // tiles, start + step % tiles * BM
+    else:
+        head, row = key_head, start + step * BM
+    return head, row

@@ -19,13 +19,13 @@ import triton.language as tl
 
 from ebwm_kernels.attention.intervals import (
     SIZES,
-    head_and_tile,
+    head_and_row,
     inside,
-    rows_of_context,
-    rows_of_own,
+    my_keys,
+    rows_of_keys,
 )
-from ebwm_kernels.attention.query_kernels import LOG2_E
 from ebwm_kernels.attention.row_tiles import (
+    LOG2_E,
     add_mix,
     load,
     scores,
@@ -33,51 +33,7 @@ from ebwm_kernels.attention.row_tiles import (
     store,
     zeros,
 )
-
-
-@triton.jit
-def _my_keys(C, heads, all_heads, heads_at_once, BN: tl.constexpr):
-    """(sample, key head in it, first key) of this program: the first keys come first, most rows
-    see them.
-    """
-    key_head, tile = head_and_tile(tl.cdiv(C, BN), all_heads, heads_at_once)
-    sample = key_head // heads
-    return sample, key_head - sample * heads, tile * BN
-
-
-@triton.jit
-def _rows_of_keys(
-    LAST_ROW,
-    sample,
-    key,
-    S,
-    C,
-    offset,
-    group_size,
-    context_group,
-    MASK: tl.constexpr,
-    OWN: tl.constexpr,
-    BN: tl.constexpr,
-):
-    if OWN:
-        start, end, first, last = rows_of_own(key, S, group_size, BN)
-    else:
-        start, end, first, last = rows_of_context(
-            LAST_ROW, sample, key, S, C, offset, group_size, context_group, BN, MASK
-        )
-    return start, end, first, last
-
-
-@triton.jit
-def _head_and_row(step, tiles, key_head, sharing, start, SHARED: tl.constexpr, BM: tl.constexpr):
-    """(query head, first row) of a step of the one loop over heads and rows: two nested loops cost
-    40 registers. Without SHARED keys there is nothing to divide. Heads are those of a sample.
-    """
-    if SHARED:
-        head, row = key_head * sharing + step // tiles, start + step % tiles * BM
-    else:
-        head, row = key_head, start + step * BM
-    return head, row
+from ebwm_kernels.attention.spoiled_keys import gradient_again, second_again
 
 
 @triton.jit
@@ -119,9 +75,9 @@ def _gradient_key(
     BN: tl.constexpr,
 ):
     """dK = s dS' Q, dV = P' G, over all heads that share the keys."""
-    sample, key_head, key = _my_keys(C, heads, all_heads, heads_at_once, BN)
+    sample, key_head, key = my_keys(C, heads, all_heads, heads_at_once, BN)
     seen = (sample, key_head, key)
-    start, end, first, last = _rows_of_keys(
+    start, end, first, last = rows_of_keys(
         LAST_ROW, sample, key, S, C, offset, group_size, context_group, MASK, OWN, BN
     )
     LOWER: tl.constexpr = MASK.causal or OWN
@@ -129,7 +85,7 @@ def _gradient_key(
     dk, dv = zeros(BN, HEAD), zeros(BN, VALUE)
     tiles = tl.cdiv(tl.maximum(end - start, 0), BM)
     for step in range(sharing * tiles):
-        head, row = _head_and_row(step, tiles, key_head, sharing, start, SHARED, BM)
+        head, row = head_and_row(step, tiles, key_head, sharing, start, SHARED, BM)
         place, rows = (sample, head, row), row + tl.arange(0, BM)
         own = (sample * (heads * sharing) + head) * S
         q, g = load(Q, AT.Q, place, S, BM, HEAD), load(G, AT.G, place, S, BM, VALUE)
@@ -140,6 +96,12 @@ def _gradient_key(
         dk = add_mix(dk, ds, q, HEAD)
     store(DK, AT.DK, seen, C, dk, BN, HEAD, scale)
     store(DV, AT.DV, seen, C, dv, BN, VALUE)
+    if MASK.causal or MASK.lower or OWN:
+        gradient_again(
+            Q, K, V, LAST_ROW, L, G, DELTA, DK, DV, AT, S, C, offset, group_size, context_group,
+            sharing, heads, all_heads, heads_at_once, scale, factor, HEAD, VALUE, MASK, OWN,
+            SHARED, BM, BN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -180,9 +142,9 @@ def _second_key(
     BN: tl.constexpr,
 ):
     """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys."""
-    sample, key_head, key = _my_keys(C, heads, all_heads, heads_at_once, BN)
+    sample, key_head, key = my_keys(C, heads, all_heads, heads_at_once, BN)
     seen = (sample, key_head, key)
-    start, end, first, last = _rows_of_keys(
+    start, end, first, last = rows_of_keys(
         LAST_ROW, sample, key, S, C, offset, group_size, context_group, MASK, OWN, BN
     )
     LOWER: tl.constexpr = MASK.causal or OWN
@@ -192,7 +154,7 @@ def _second_key(
     gk, gv = zeros(BN, HEAD), zeros(BN, VALUE)
     tiles = tl.cdiv(tl.maximum(end - start, 0), BM)
     for step in range(sharing * tiles):
-        head, row = _head_and_row(step, tiles, key_head, sharing, start, SHARED, BM)
+        head, row = head_and_row(step, tiles, key_head, sharing, start, SHARED, BM)
         place, rows = (sample, head, row), row + tl.arange(0, BM)
         own = (sample * (heads * sharing) + head) * S
         q, a = load(Q, AT.Q, place, S, BM, HEAD), load(A, AT.A, place, S, BM, HEAD)
@@ -213,3 +175,9 @@ def _second_key(
         gk = add_mix(gk, z, q, HEAD)
     store(GK, AT.GK, seen, C, gk, BN, HEAD, scale)
     store(GV, AT.GV, seen, C, gv, BN, VALUE)
+    if MASK.causal or MASK.lower or OWN:
+        second_again(
+            Q, K, V, LAST_ROW, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, AT, S, C, offset,
+            group_size, context_group, sharing, heads, all_heads, heads_at_once, scale, factor,
+            HEAD, VALUE, MASK, OWN, SHARED, KEYS, BM, BN,
+        )  # fmt: skip

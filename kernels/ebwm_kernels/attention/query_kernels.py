@@ -24,8 +24,6 @@ and BN keys of a tile.
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
@@ -38,6 +36,7 @@ from ebwm_kernels.attention.intervals import (
     own_keys,
 )
 from ebwm_kernels.attention.row_tiles import (
+    LOG2_E,
     add_mix,
     add_scaled,
     head_of,
@@ -52,8 +51,7 @@ from ebwm_kernels.attention.row_tiles import (
     store,
     zeros,
 )
-
-LOG2_E = tl.constexpr(math.log2(math.e))
+from ebwm_kernels.attention.spoiled_rows import gradient_again, mix_again
 
 
 @triton.jit
@@ -167,6 +165,11 @@ def _forward(
         total = tl.where(total > 0, total, 1.0)  # no key at all: O = 0, L = -inf
     store(O, AT.O, place, S, scaled(mixed, 1 / total, HEAD), BM, VALUE)
     put_statistic(L + own, rows, S, (row_max + tl.log2(total)) / LOG2_E)
+    if MASK.causal or MASK.lower or MASK.groups:
+        mix_again(
+            Q, K, V, KO, VO, FIRST, O, L, AT, S, C, offset, group_size, context_group, sharing,
+            heads, all_heads, heads_at_once, scale, factor, HEAD, VALUE, MASK, OWN, BM, BN,
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- gradient
@@ -281,3 +284,9 @@ def _gradient_query(
     start, end = common_keys(FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK)
     dq = add_scaled(dq, mean_row(k_head, start, end, HEAD), -left_over, HEAD)
     store(DQ, AT.DQ, place, S, dq, BM, HEAD, scale)
+    if MASK.causal or MASK.lower or MASK.groups:
+        gradient_again(
+            Q, K, V, KO, VO, FIRST, O, L, G, DQ, DKO, DVO, DELTA, AT, S, C, offset, group_size,
+            context_group, sharing, heads, all_heads, heads_at_once, scale, factor, HEAD, VALUE,
+            MASK, OWN, BM, BN,
+        )  # fmt: skip

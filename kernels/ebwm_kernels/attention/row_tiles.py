@@ -16,10 +16,14 @@ tensor lies where it likes, as long as each row is in one piece.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+# Scores are multiplied by it where exponentials are taken, so that exp2 serves.
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class Head(NamedTuple):

@@ -27,8 +27,9 @@ from ebwm_kernels.attention.intervals import (
     my_rows,
     own_keys,
 )
-from ebwm_kernels.attention.query_kernels import LOG2_E, weights_of
+from ebwm_kernels.attention.query_kernels import weights_of
 from ebwm_kernels.attention.row_tiles import (
+    LOG2_E,
     add_mix,
     add_scaled,
     head_of,
@@ -43,6 +44,7 @@ from ebwm_kernels.attention.row_tiles import (
     store,
     zeros,
 )
+from ebwm_kernels.attention.spoiled_rows import second_again, tangent_again
 
 
 @triton.jit
@@ -188,6 +190,12 @@ def _tangent(
         put_statistic(MU + own, rows, S, mu + centre)
         put_statistic(PHI + own, rows, S, row_dot(moved, g, HEAD))
         put_statistic(DELTA + own, rows, S, row_dot(out, g, HEAD))
+    if MASK.causal or MASK.lower or MASK.groups:
+        tangent_again(
+            Q, K, V, KO, VO, FIRST, O, L, G, A, B, CV, BO, CO, GG, MU, PHI, DELTA, AT, S, C,
+            offset, group_size, context_group, sharing, heads, all_heads, heads_at_once, scale,
+            factor, HEAD, VALUE, MASK, OWN, KEYS, SECOND, BM, BN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -377,3 +385,9 @@ def _second_query(
     start, end = common_keys(FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK)
     gq = add_scaled(gq, mean_row(k_head, start, end, HEAD), -left_over, HEAD)
     store(GQ, AT.GQ, place, S, gq, BM, HEAD, scale)
+    if MASK.causal or MASK.lower or MASK.groups:
+        second_again(
+            Q, K, V, KO, VO, FIRST, L, G, A, B, CV, BO, CO, MU, PHI, DELTA, Z, DS, GQ, AT, S, C,
+            offset, group_size, context_group, sharing, heads, all_heads, heads_at_once, scale,
+            factor, HEAD, VALUE, MASK, OWN, KEYS, BM, BN,
+        )  # fmt: skip

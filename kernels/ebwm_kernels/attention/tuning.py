@@ -90,7 +90,7 @@ HALF = {
         },
         128: {
             "_forward": Tile(64, 64, 4, 2),
-            "_gradient_query": Tile(64, 64, 4, 2),
+            "_gradient_query": Tile(64, 64, 8, 2),
             "_gradient_key": Tile(32, 128, 8, 2),
             "_tangent": Tile(64, 64, 4, 2),
             "_second_own": Tile(32, 16, 8, 1),

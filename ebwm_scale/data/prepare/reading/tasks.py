@@ -36,7 +36,7 @@ def tasks_of(sources: Sequence[Source]) -> list[Task]:
     tasks: list[Task] = []
     waiting: list[Source] = []
     size = 0
-    for source, source_size in _parts(sources):
+    for source, source_size in parts_of(sources):
         if waiting and (size + source_size > TASK_BYTES or len(waiting) == _TASK_FILES):
             tasks.append(Task(tuple(waiting), size))
             waiting, size = [], 0
@@ -47,7 +47,7 @@ def tasks_of(sources: Sequence[Source]) -> list[Task]:
     return tasks
 
 
-def _parts(sources: Sequence[Source]) -> Iterator[tuple[Source, int]]:
+def parts_of(sources: Sequence[Source]) -> Iterator[tuple[Source, int]]:
     """(source, bytes) of every source, or of each part of a large one."""
     for source in sources:
         if source.size < 2 * TASK_BYTES or source.compression:

@@ -1,0 +1,1 @@
+"""Raw text as training data: read, tokenised and packed while training (docs/data.md)."""
