@@ -117,4 +117,6 @@ def goal_frame(env: Any, observation: Any, info: Any) -> np.ndarray:
 
 
 if "TwoRooms-v0" not in gymnasium.registry:  # a goal's file is read as a module of its own
-    gymnasium.register("TwoRooms-v0", entry_point=TwoRooms)
+    gymnasium.register(
+        "TwoRooms-v0", entry_point="ebwm_scale.data.prepare.worlds.two_rooms:TwoRooms"
+    )
