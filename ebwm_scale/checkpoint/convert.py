@@ -209,6 +209,7 @@ FOREIGN = {  # settings of a received folder that an import drops: what they are
     "data.manifest": "null",  # paths of another machine
     "data.sources": "[]",
     "data.stream": "[]",  # pipe: commands, URLs
+    "checkpoint.remote": "null",  # would be written to
     # DeepSpeed imports what some of its keys name, and writes where others say
     "deepspeed.raw": "{}",
     "logging.wandb": "off",  # would send to the importer's account

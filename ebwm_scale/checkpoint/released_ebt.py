@@ -195,6 +195,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("refinement.backprop_steps", refinement.backprop_steps, (None,)),
         ("refinement.damping", refinement.damping, (0.0,)),
         ("refinement.momentum", refinement.momentum, (0.0,)),
+        ("refinement.accept", refinement.accept, ("always",)),
         ("refinement.spectral_penalty", refinement.spectral_penalty, (0.0,)),
         ("refinement.decay", refinement.decay, (0.0,)),
         ("state.workspace", state.workspace, (None,)),

@@ -257,6 +257,7 @@ def _check_refinement(config: Config, require: Require) -> None:
         f"refinement.momentum is {refinement.momentum} with refinement.num_steps 1: there is no "
         "step to go on from; use more steps or leave the key out",
     )
+    _check_accept(config, require)
     _check_spectral_penalty(config, require)
     _check_loss_weights(config, require)
     _check_candidates(config, require)
@@ -290,6 +291,38 @@ def _check_backprop_steps(config: Config, require: Require) -> None:
         refinement.backprop_steps < refinement.num_steps,
         f"{given}: must be below refinement.num_steps {refinement.num_steps}, "
         "or the key changes nothing",
+    )
+
+
+def _check_accept(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.accept == "always":
+        return
+    given = f"refinement.accept is {refinement.accept}"
+    require(
+        config.state.kind == "embedding" or refinement.update != "probabilities",
+        f"{given} with refinement.update probabilities: each step starts from probabilities, so "
+        "none leaves a state as it is; use mirror or logits, or always",
+    )
+    require(
+        refinement.noise == 0,
+        f"{given} with refinement.noise {refinement.noise}: noise moves a state that is to stay; "
+        "leave one of the two out",
+    )
+    require(
+        refinement.state_clamp is None,
+        f"{given} with refinement.state_clamp {refinement.state_clamp}: a state beyond the bound "
+        "could not stay; leave one of the two out",
+    )
+    require(
+        refinement.candidates is None,
+        f"{given} with refinement.candidates {refinement.candidates}: a row that stays has no "
+        "candidates yet, beside rows that have some; leave one of the two out",
+    )
+    require(
+        not refinement.compile,
+        f"{given} with refinement.compile: energies after a step are not compiled; use compile "
+        "false",
     )
 
 

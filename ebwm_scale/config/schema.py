@@ -169,6 +169,8 @@ class RefinementConfig(Section):
     """p: alpha and beta of step i = 1, 2, .. are over i ** p, also beyond the trained steps."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """mu: a step of the state and of a workspace goes on with so much of the one before it."""
+    accept: Literal["always", "lower"] = "always"
+    """lower: a row or group whose energy a step does not lower keeps its state, in training too."""
     spectral_penalty: NotNegative = 0.0
     """Weight in the training loss of steps that move further than spectral_bound times the one
     before, see refinement/spectral_penalty.py."""
@@ -200,6 +202,10 @@ class SourceConfig(Section):
     manifest: str = ""
     weight: float = 1.0
     """Its share of the samples, relative to the other weights."""
+    epochs: Positive | None = None
+    """It is passed through at most so often; then the others make up for it. Default: no end."""
+    tokens: Count | None = None
+    """It gives at most so many tokens (positions) in all; with epochs whichever is less."""
 
 
 class ConditionConfig(Section):
@@ -318,6 +324,9 @@ class CheckpointConfig(Section):
     """Also keep the one with the lowest validation loss."""
     milestone_every_steps: CountOrNone = 0
     """Also keep those at multiples of this; 0: none."""
+    remote: str | None = None
+    """An address of fsspec (s3://bucket/runs/mine) where each checkpoint and the metrics are copied
+    to in the background; --resume on a machine without the run folder fetches them from there."""
 
 
 class EvaluationConfig(Section):

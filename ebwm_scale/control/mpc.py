@@ -222,7 +222,11 @@ class _Judge:
     def saw(
         self, observation: Any, reward: float, terminated: bool, truncated: bool, info: Any
     ) -> None:
-        """A step."""
+        """A step; UserError for a reward that is no number."""
+        if not np.isfinite(reward):
+            raise UserError(
+                f"step {self.steps}: the environment's reward is {reward}: must be a finite number"
+            )
         reached = self._reached(observation, float(reward), bool(terminated), info)
         if reached is not None:
             self.success = bool(self.success) or reached

@@ -33,7 +33,14 @@ from ebwm_scale.control.solvers.sampling import (
     PathIntegral,
     RandomShooting,
 )
-from ebwm_scale.control.world_costs import REACHED, CostConfig, FrameGoal, Goal, future_costs
+from ebwm_scale.control.world_costs import (
+    DISTANCES,
+    REACHED,
+    CostConfig,
+    FrameGoal,
+    Goal,
+    future_costs,
+)
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.data.format.content import VideoContent
 from ebwm_scale.data.format.manifest import Manifest
@@ -70,7 +77,7 @@ class Planner:
     steps ahead; default: what the trained context has behind its first half. budget: futures that
     a plan may evaluate. space: the environment's action space, for its bounds. imagines: of
     IMAGINES. thinking: how the model refines imagined frames. costs: beside the goal's.
-    reached: how frames are held against one that is given as the goal, see world_costs.py.
+    reached, distance: how frames are held against one that is the goal, see world_costs.py.
     goal_weight: of the goal against the energy, for the solver gradient. Raises UserError for a run
     without actions, and for numbers that cannot be.
     """
@@ -90,6 +97,7 @@ class Planner:
         thinking: ThinkingConfig | None = None,
         costs: CostConfig = CostConfig(),
         reached: str = REACHED[0],
+        distance: str = DISTANCES[0],
         goal_weight: float = 1.0,
         batch_size: int = 64,
     ):
@@ -106,6 +114,8 @@ class Planner:
         self.goal_weight = goal_weight
         self.costs = costs
         self.reached = reached
+        self.distance = distance
+        self.grid = resolved.grid(config)
         self.batch_size = batch_size
         self.thinking = thinking or ThinkingConfig(seed=config.train.seed)
         self._check()
@@ -165,7 +175,7 @@ class Planner:
                 f"the goal is {frame.dtype} {frame.shape}: frames of this run are uint8 {size}; "
                 "give one of that size"
             )
-        return FrameGoal(self.states_of(frame[None])[0], self.reached)
+        return FrameGoal(self.states_of(frame[None])[0], self.reached, self.distance, self.grid)
 
     def situation(self, frames: np.ndarray, conditions: Mapping[str, np.ndarray]) -> Situation:
         """What was seen, in the model's units, as far as its context reaches with the horizon."""

@@ -133,7 +133,7 @@ def _distances(outcome: Outcome, eye: Planner) -> list[float] | None:
     if not isinstance(goal, FrameGoal):
         return None
     states = eye.states_of(outcome.frames)
-    return (states - goal.states).square().mean((1, 2)).tolist()
+    return FrameGoal(goal.states).distances(states).tolist()
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -233,6 +233,26 @@ def evaluate_solving(
     return result
 
 
+@torch.no_grad()
+def solved_by_steps(
+    model,
+    config: Config,
+    batches: Sequence[Instances],
+    numbers: Sequence[int],
+    other: Other | None = None,
+) -> dict[str, Any]:
+    """Of the content of solving.json what is solved after each of these numbers of steps, the
+    trained one among them, and what the other model solves.
+    """
+    trained = trained_steps(config)
+    after = marks_after(model, batches, numbers)
+    result: dict[str, Any] = {"kind": config.model.kind, "trained_steps": trained}
+    result["steps"] = _curve(after, trained, [])
+    if other is not None:
+        result["against"] = _against(other, after[trained or 1], batches, [], no_progress)
+    return result
+
+
 def _gain(ours: Marks, theirs: Marks, bins: Sequence[Bin]) -> dict[str, Any]:
     """How much better ours are, over all instances and by difficulty."""
     by_difficulty = [

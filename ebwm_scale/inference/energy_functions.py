@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ebwm_scale.model.context import Context
 from ebwm_scale.model.energy_transformer import EnergyTransformer
+from ebwm_scale.model.groups import of_groups
 from ebwm_scale.model.kv_cache import KVCache
 from ebwm_scale.refinement.step_plan import last_encoding
 from ebwm_scale.world_model import WorldModel
@@ -162,11 +163,3 @@ class SequenceEnergy:
                     self.observed, landscape, self.first_visible
                 )
         return self.contexts[key]
-
-
-def of_groups(energy: Tensor, group_size: int) -> Tensor:
-    """Energies (B, K P) of rows, each replaced by the mean over its group."""
-    if group_size == 1:
-        return energy
-    means = energy.unflatten(1, (-1, group_size)).mean(-1)
-    return means.repeat_interleave(group_size, 1)

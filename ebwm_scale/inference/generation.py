@@ -32,6 +32,7 @@ from ebwm_scale.inference.initial_states import NextPositionSampler, SequenceSam
 from ebwm_scale.inference.thinking import (
     ThinkingConfig,
     Thought,
+    Watch,
     at_positions,
     lowest,
     think,
@@ -115,21 +116,26 @@ class Session:
         self._prefill()
 
     @torch.no_grad()
-    def predict(self) -> Prediction:
-        """The next state of every row."""
+    def predict(self, watch: Watch | None = None) -> Prediction:
+        """The next state of every row. watch: sees an energy model's states (B, K, size), as of
+        think.
+        """
         if not self.is_energy:
             assert self.hidden is not None, "a baseline's cache gives its hidden states"
             last = torch.stack([row[-self.group_size :] for row in self.rows])
             output = self.model.prediction_of(self.hidden, last).float()
             return Prediction(self._as_one(output))
-        thought = self._think_over_all() if self.thinks_over_all else self._think_cached()
+        if self.thinks_over_all:
+            thought = self._think_over_all(watch)
+        else:
+            thought = self._think_cached(watch)
         if thought.energy is None:
             first = thought.state[:, : self.group_size]
             return Prediction(self._as_one(first), thought=thought)
         state, energy, start = lowest(thought, self.group_size)
         return Prediction(state, energy, start, thought)
 
-    def _think_cached(self) -> Thought:
+    def _think_cached(self, watch: Watch | None) -> Thought:
         """Of the next position or group alone, (B, K P) rows."""
         lengths = torch.tensor([len(row) for row in self.rows])
         noise = NextPositionSampler(
@@ -152,9 +158,10 @@ class Session:
             self.config,
             noise=noise,
             with_energy=self.with_energy,
+            watch=watch,
         )
 
-    def _think_over_all(self) -> Thought:
+    def _think_over_all(self, watch: Watch | None) -> Thought:
         """Of every position of every row; what is returned is the last position's, (B, K) rows.
 
         With groups: the last group's, (B, K P) rows.
@@ -164,6 +171,16 @@ class Session:
         embedded = self.model.embed_observed(padded, self._padded_conditions())
         energy_function = SequenceEnergy(self.model, embedded, self.model.first_visible(padded))
         starts = []
+        seen: list[list[Tensor]] = []  # of each start the states after 0, 1, ... steps
+        rows = torch.arange(len(lengths), device=self.device)[:, None]
+        places = lengths[:, None] - self.group_size
+        places = places + torch.arange(self.group_size, device=self.device)
+
+        def watch_last(num_steps: int, states: Tensor) -> None:
+            if num_steps == 0:
+                seen.append([])
+            seen[-1].append(states[rows, places])
+
         for start in range(self.config.num_starts):
             noise = SequenceSampler(
                 self.model, self.config.seed, self.sample_ids, padded.shape[1], start
@@ -176,9 +193,14 @@ class Session:
                 self.config,
                 noise=noise,
                 with_energy=self.with_energy,
+                watch=None if watch is None else watch_last,
             )
             starts.append(at_positions(thought, lengths - self.group_size, self.group_size))
         self.positions_computed += int(lengths.sum())
+        if watch is not None:
+            for num_steps in range(max(map(len, seen))):  # a start that has stopped stays
+                now = [states[min(num_steps, len(states) - 1)] for states in seen]
+                watch(num_steps, torch.cat(now, 1))
         return together(starts)
 
     @torch.no_grad()

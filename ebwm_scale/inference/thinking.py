@@ -21,7 +21,7 @@ thinking.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ebwm_scale.inference.energy_functions import EnergyFunction, of_groups
 from ebwm_scale.inference.initial_states import InitialStateSampler
 from ebwm_scale.inference.thinking_state import ThinkingState
 from ebwm_scale.model.workspace import WorkspaceState
+from ebwm_scale.refinement.acceptance import is_taken
 from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
 from ebwm_scale.refinement.momentum import at_rest_where, carried_from, motion_of, plus_carried
@@ -45,9 +46,10 @@ class ThinkingConfig:
 
     num_steps, step_size: default those of training. noise: deviation of the Langevin noise.
     num_starts: random initial states per row. accept_only_if_lower: undo a step that raises the
-    energy. tolerance: a row stops when a step lowers its energy by no more than this; None: never.
-    settled: a row stops when a step changes no probability (of an embedding: no number) of its
-    prediction by more than this; None: never. seed: of noise and initial states.
+    energy, as a model does that was trained with `refinement.accept: lower`. tolerance: a row stops
+    when a step lowers its energy by no more than this; None: never. settled: a row stops when a
+    step changes no probability (of an embedding: no number) of its prediction by more than this;
+    None: never. seed: of noise and initial states.
     """
 
     num_steps: int | None = None
@@ -112,10 +114,13 @@ def think(
     noise: where Langevin numbers come from. with_energy False saves the pass that only measures
     where the last step ended; a config that compares energies has made it anyway. asked (B, K),
     bool: the rows whose answer matters, for config.settled; default: all. watch: called with the
-    number of steps taken and the states then, to be read at once; not with a config that compares.
+    number of steps taken, 0 before the first, and the states then, to be read at once. Where all
+    rows have stopped it is called no more.
     """
+    if model.config.refinement.accept == "lower":
+        config = replace(config, accept_only_if_lower=True)
     if config.compares:
-        return _think_comparing(model, energy_function, x, config, noise, asked)
+        return _think_comparing(model, energy_function, x, config, noise, asked, watch)
     return _think_plainly(model, energy_function, x, config, noise, with_energy, watch)
 
 
@@ -138,6 +143,8 @@ def _think_plainly(
     z = noise.initial_workspace()
     motion = z_motion = None  # of the step before, with momentum
     trace = []
+    if watch is not None:
+        watch(0, x)
     for i, landscape in enumerate(landscapes):
         if config.noise:
             state = state.with_noise(config.noise * noise.langevin(i))
@@ -170,6 +177,7 @@ def _think_comparing(
     config: ThinkingConfig,
     noise: InitialStateSampler,
     asked: Tensor | None,
+    watch: Watch | None,
 ) -> Thought:
     """Rows are compared before and after each step: undone, or left alone when they are done."""
     momentum = model.config.refinement.momentum
@@ -194,6 +202,8 @@ def _think_comparing(
     motion = z_motion = None  # of the step before, with momentum
     energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
     added = _added_by_decay(model, x, z, energy)
+    if watch is not None:
+        watch(0, x)
     for i, landscape in enumerate(landscapes):
         before = state
         if config.noise:
@@ -225,7 +235,7 @@ def _think_comparing(
         fall = (energy + added) - (after + added_after)
         taken = active.clone()
         if config.accept_only_if_lower:
-            taken &= fall > 0
+            taken &= is_taken(fall)
             halved = active & ~taken
             scale = torch.where(halved[..., None], scale / 2, scale)
             motion = at_rest_where(halved, motion)
@@ -247,7 +257,8 @@ def _think_comparing(
         if z is not None and z_proposal is not None and z_result is not None:
             z = torch.where(taken[..., None], z_proposal, z)
             z_result[remaining] = z
-
+        if watch is not None:
+            watch(i + 1, result.x)
         context_moves = active.any(1)
         if not context_moves.any():
             break

@@ -1,6 +1,10 @@
-"""Groups of positions, as a network knows them: in its attention and in its rotary positions."""
+"""Groups of positions, as a network knows them: in its attention, in its rotary positions, and in
+energies, which are a group's.
+"""
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from ebwm_scale.model.baseline import BaselineTransformer
 from ebwm_scale.model.energy_transformer import EnergyTransformer
@@ -24,3 +28,11 @@ def regroup(
     for layer in network.layers:
         layer.attention.group_size = group_size
         layer.attention.context_group = network.context_group
+
+
+def of_groups(energy: Tensor, group_size: int) -> Tensor:
+    """Energies (B, K P) of rows, each replaced by the mean over its group."""
+    if group_size == 1:
+        return energy
+    means = energy.unflatten(1, (-1, group_size)).mean(-1)
+    return means.repeat_interleave(group_size, 1)

@@ -11,6 +11,7 @@ steps, R = B S rows. A FLOP is half a multiply-add.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -227,6 +228,8 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     predicted = z.predicted_layers * z.block_weights + z.content_weights
     modulation = z.modulation_weights + z.final_modulation
     head = z.width if z.linear else 0
+    accepts = config.refinement.accept == "lower"
+    energies_alone = N * (accepts and config.refinement.recompute != "block")
     parts = {
         "observed": observed["products"],
         "conditions": conditions,
@@ -236,12 +239,13 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         # itself is not in the loss.
         "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head),
         "workspace": _workspace_flops(config, z, rows),
+        "acceptance": _acceptance_flops(config, z, samples),
         "recomputation": G * _recomputation(config, z, samples)
         + (config.refinement.recompute == "block")
         * (observed["recomputation"] + (N - G) * _forward_again(z, samples)),
         "attention_observed": observed["attention"],
         "attention_predicted": z.attention(
-            samples, forward=N, inner=N, first_order=G, second_order=G
+            samples, forward=N + energies_alone, inner=N, first_order=G, second_order=G
         ),
     }
     of_states = state_product * _state_products(config, z)
@@ -292,15 +296,25 @@ def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
 
 
 def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
-    """Of its map, its steps and the head's term in it; the last step's z is never computed."""
+    """Of its map, its steps and the head's term in it; the last step's z is computed only where a
+    penalty reads how it moved.
+    """
     if not z.workspace:
         return 0.0
     N, G = z.steps, z.graph_steps
-    moves_with_graph = G - 1 if config.refinement.graph == "full" else 0
+    is_full = config.refinement.graph == "full"
+    moves_with_graph = G - 1 if is_full else 0
     # Into each step, and Z's gradient; under full that of z too, but for the first one.
     products = N + G + moves_with_graph
-    # Each step of z, and under full both gradients of its product.
-    products += N - 1 + 2 * moves_with_graph
+    moves = N - 1
+    if config.refinement.spectral_penalty:
+        moves = N
+        pairs = sum(
+            step.needs_graph for step in plan_steps(config.refinement, range(N), training=True)[1:]
+        )
+        moves_with_graph = G if is_full and pairs else pairs
+    # Each step of z, and both gradients of its product where the loss reads it.
+    products += moves + 2 * moves_with_graph
     flops = 2.0 * rows * z.width * z.workspace * products
     if z.workspace_term:
         # M2 n and its way back; two products of the latter's gradient, and under full two of
@@ -308,6 +322,28 @@ def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
         term = 2 * N + 2 * G + 2 * moves_with_graph
         flops += 2.0 * rows * z.width**2 * term
     return flops
+
+
+def _acceptance_flops(config: Config, z: StepSizes, samples: int) -> float:
+    """Of `refinement.accept: lower`: each step once more without a graph, and the energy where it
+    leads. Recomputing blocks, that energy comes with its slopes (inner_gradient.energy_of).
+    """
+    if config.refinement.accept == "always":
+        return 0.0
+    N, rows = z.steps, samples * z.positions
+    by_block = config.refinement.recompute == "block"
+    head = z.width if z.linear else 0
+    predicted = z.predicted_layers * z.block_weights + z.content_weights + head
+    flops = 2.0 * rows * predicted * (1 + by_block)
+    flops += 2.0 * (z.modulation_weights + z.final_modulation)
+    flops += 2 * 2.0 * rows * z.state * z.width  # out of the step, and into the energy
+    if z.workspace:
+        flops += 2 * 2.0 * rows * z.workspace * z.width
+    if z.workspace_term:
+        flops += 2.0 * rows * z.width**2 * (1 + by_block)
+    if by_block:  # otherwise its attention is counted with the steps'
+        flops += z.attention(samples, forward=1, inner=1) + _forward_again(z, samples)
+    return N * flops
 
 
 def model_flops(flops: dict[str, float]) -> float:
@@ -336,7 +372,10 @@ def _state_products(config: Config, z: StepSizes) -> int:
         # through the latter; full: through both.
         back = G - 1 if refinement.graph == "full" else 0
         from_zeros = uniform * (1 + (G == N))  # no product into the first step, none back
-        return 2 * N + 3 * G + back - from_zeros
+        products = 2 * N + 3 * G + back - from_zeros
+        if refinement.momentum and config.state.kind == "embedding":
+            products += _carried_products(config, N)
+        return products
     clamps = refinement.change_clamp is not None or refinement.state_clamp is not None
     adds_up = refinement.update == "mirror" and uniform
     products = 0
@@ -354,6 +393,15 @@ def _state_products(config: Config, z: StepSizes) -> int:
         products += 1  # out of it
         if step.needs_graph and not fused:
             products += 2
+    return products
+
+
+def _carried_products(config: Config, num_steps: int) -> int:
+    """Out of a frame's momentum, W's gradient from there, and the way back under full."""
+    products = 0
+    plan = plan_steps(config.refinement, range(num_steps), training=True)
+    for previous, step in itertools.pairwise(plan):
+        products += 1 + step.needs_graph + (step.needs_graph and previous.keep_graph)
     return products
 
 

@@ -18,18 +18,16 @@ step is of another size, x and z decay by as much more or less. The energies tha
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ebwm_scale.refinement.acceptance import added_by_decay
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
 
 
 def decay_energy(model, x: Tensor, z: Tensor | None) -> Tensor:
     """What decay adds to the energies (B, K) of states x (B, K, size) and workspaces z."""
     refinement = model.config.refinement
-    decay = refinement.decay * (1 - refinement.momentum)
     alpha = model.step_size.detach().squeeze(0).clamp(min=MIN_STEP_SIZE)
-    energy = decay / alpha * model.state_space().decay_energy(x)
-    workspace = model.workspace()
-    if workspace is not None and z is not None:
-        energy = energy + decay / workspace.step_size.detach() * z.square().sum(-1) / 2
-    return energy
+    added = added_by_decay(refinement, model.state_space(), alpha, model.workspace(), x, z)
+    return torch.zeros_like(x[..., 0]) + added

@@ -73,6 +73,33 @@ def inner_gradient(
     return found[0], found[1], found[2] if workspace is not None else None
 
 
+@torch.no_grad()
+def energy_of(
+    network: EnergyTransformer,
+    candidates: Tensor,
+    context: Context,
+    positions: slice,
+    landscape: int,
+    *,
+    config: RefinementConfig,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """E (B, s) alone, without a graph; arguments as those of inner_gradient."""
+    if config.recompute == "block":  # which gathers a block when its turn comes
+        energy, *_ = inner_gradient(
+            network,
+            candidates,
+            context,
+            positions,
+            landscape,
+            needs_graph=False,
+            config=config,
+            workspace=workspace,
+        )
+        return energy
+    return network.energy(candidates, context.visible_to(positions), landscape, workspace)
+
+
 def _run_compiled(
     network: EnergyTransformer,
     candidates: Tensor,

@@ -23,6 +23,7 @@ w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 With `refinement.momentum` a step goes on with a share of the one before it (momentum.py).
 With `refinement.damping` later steps are shorter, alpha / i^p of step i = 1, 2, .., beta too.
 With `refinement.decay` a step starts from a share of x and z (decay.py).
+With `refinement.accept: lower` a row whose energy a step does not lower stays (acceptance.py).
 
 With `refinement.candidates` the steps after the first move the most probable tokens alone
 (model/candidates.py).
@@ -49,6 +50,7 @@ from ebwm_scale.config.schema import RefinementConfig
 from ebwm_scale.model.candidates import CandidateState, whole_state, with_noise
 from ebwm_scale.model.states import EmbeddedState, EmbeddingState, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
+from ebwm_scale.refinement.acceptance import Acceptance, Before, only_rows
 from ebwm_scale.refinement.contexts import ContextCache
 from ebwm_scale.refinement.deferred_backward import (
     DeferredBackward,
@@ -253,6 +255,7 @@ class RefinementLoop:
         shape = (samples.stop - samples.start, positions.stop - positions.start)
         pending_backwards: list[tuple[Tensor, StepPlan]] = []
         penalty = self._spectral_penalty()
+        acceptance = self._acceptance(shape)
         for step in self.plan:
             langevin = noise.langevin(step.index)
             starts_at_zero = step.index == 0 and langevin is None and noise.starts_at_zero()
@@ -284,25 +287,33 @@ class RefinementLoop:
                 config=self.config,
                 workspace=w,
             )
+            scale: Tensor | float = step.scale
+            taken = None
+            if acceptance is not None:
+                before = Before(embedded, z, energy, energy_grad, workspace_grad, motion, z_motion)
+                scale = step.scale * acceptance.shrunk
+                factors = (step_size_factor * scale, scale)
+                taken = acceptance.decide(before, factors, context, positions, step.landscape)
+                scale = only_rows(taken, scale)
             moves_have_graph = step.needs_graph if penalty is not None else step.keep_graph
             z_move = None
             if self.workspace is not None and (penalty is not None or not step.is_last):
                 assert z is not None and workspace_grad is not None, "it entered the step"
                 with torch.set_grad_enabled(moves_have_graph):
                     z_motion = plus_carried(
-                        self.workspace.change(workspace_grad, z.dtype, step.scale),
-                        carried_from(z_motion, self.config.momentum),
+                        self.workspace.change(workspace_grad, z.dtype, scale),
+                        only_rows(taken, carried_from(z_motion, self.config.momentum)),
                     )
-                    next_z = self.workspace.update(z, z_motion, step.scale, self.config.decay)
+                    next_z = self.workspace.update(z, z_motion, scale, self.config.decay)
                     z_move = next_z - z if penalty is not None else None
                 z, z_motion = kept_for_next(step, next_z), kept_for_next(step, z_motion)
             with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
                 step_size = self.step_size if step.needs_graph else self.step_size.detach()
-                factor = step_size_factor * step.scale
+                factor = step_size_factor * scale
                 alpha = step_size * factor
                 if self.config.decay and not starts_at_zero:
                     embedded = embedded.decayed(1 - self.config.decay * factor)
-                carried = carried_from(motion, self.config.momentum)
+                carried = only_rows(taken, carried_from(motion, self.config.momentum))
                 state, embedded, loss = self.state_space.update(
                     embedded, energy_grad, alpha, targets, step, carried
                 )
@@ -329,6 +340,13 @@ class RefinementLoop:
                 whole = whole_state(state).detach().clone()
                 self.record(StepRecord(energy.detach(), energy_grad.detach(), whole))
         return None if state is None else whole_state(state)
+
+    def _acceptance(self, shape: tuple[int, int]) -> Acceptance | None:
+        """For a tile of (b, s) rows; None where every step is taken."""
+        if self.config.accept == "always":
+            return None
+        alpha = self.step_size.detach()
+        return Acceptance(self.network, self.config, self.state_space, self.workspace, alpha, shape)
 
     def _spectral_penalty(self) -> SpectralPenalty | None:
         """For a tile; None where it has no part in the loss."""

@@ -94,7 +94,7 @@ def plan_steps(
         else:
             # Langevin noise is added to the state itself, and a graph through steps begins at one.
             starts_graph = config.graph == "full" and needs_graph[i + 1] and not needs_graph[i]
-            keep_state = config.noise > 0 or starts_graph
+            keep_state = config.noise > 0 or config.accept == "lower" or starts_graph
         keep_graph = needs_graph[i] and config.graph == "full"
         shares_context = not is_last and 0 < encoded_before[i] == encoded_before[i + 1]
         readers = [j for j in range(num_steps) if encoded_before[j] == i]

@@ -50,7 +50,7 @@ def _render(result: dict[str, Any]) -> str:
         signs=SIGNS,
         sentences=_sentences(result),
         examples=examples_of(result),
-        plots=_plots(result, points) if len(points) > 1 else [],
+        plots=plots_of(result, points) if len(points) > 1 else [],
         steps=_steps_table(result, points),
         difficulty=_difficulty_table(points) if points[0]["by_difficulty"] else None,
     )
@@ -68,7 +68,8 @@ def _verdict(result: dict[str, Any]) -> dict[str, Any] | None:
     return values | {"sentence": sentence, "checks": checks}
 
 
-def _plots(result: dict[str, Any], points: list[dict]) -> list[dict[str, Any]]:
+def plots_of(result: dict[str, Any], points: list[dict]) -> list[dict[str, Any]]:
+    """What is solved by number of steps, and what else a result holds, for the macro `figure`."""
     plots = [
         card("Solved instances", lambda axes: _curve(axes, result, "solved", "share")),
         card("Right tokens", lambda axes: _curve(axes, result, "accuracy", "share")),

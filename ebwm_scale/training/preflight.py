@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_latest, saved_config
+from ebwm_scale.checkpoint.remote import check_remote
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config import resolved
 from ebwm_scale.config.checks import batch_arithmetic, group_problems
@@ -125,6 +126,8 @@ def check_run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check.attention = check.attempt("kernels", check_attention, config, device) or {}
     check.attempt("tracking", check_tracker, config)
+    if config.checkpoint.remote is not None and is_main:
+        check.attempt("checkpoint", check_remote, config.checkpoint.remote, resume=resume)
     if config.deepspeed.raw and batch is not None:
         check.attempt("deepspeed", check_deepspeed, config, *batch)
     check_data(check, report, group)
@@ -146,7 +149,7 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str]:
             device,
             precision,
             has_groups=resolved.context_group(config) > 1,
-            has_documents=config.data.mask_documents,
+            has_documents=bool(config.data.mask_documents),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -225,6 +228,7 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     check.config = config = filled
     check.attempt("data", check_groups, config)
     check.attempt("data", check_context, train.manifest, config.data.context_length)
+    check.attempt("data", limit_sources, config, train)
     if config.data.stream and config.data.stream_format == "text":
         check.text_stream = check.attempt(
             "data",
@@ -358,6 +362,35 @@ def fill_from_data(config: Config, manifest: Manifest) -> Config:
             **groups,
         ),
     )
+
+
+def limit_sources(config: Config, train: ShardedSplit | MixedSplit) -> None:
+    """Hold each source of a mixture to its epochs and tokens.
+
+    ConfigError where all of them together do not last for the run.
+    """
+    sources = config.data.sources
+    if all(source.epochs is None and source.tokens is None for source in sources):
+        return
+    parts = train.parts if isinstance(train, MixedSplit) else [train]
+    length = resolved.context_length(config)
+    limits: list[int | None] = []
+    for source, part in zip(sources, parts):
+        limit = None if source.epochs is None else int(source.epochs * len(part))
+        if source.tokens is not None:
+            of_tokens = source.tokens // length
+            limit = of_tokens if limit is None else min(limit, of_tokens)
+        limits.append(limit)
+    total = train.limit(limits) if isinstance(train, MixedSplit) else limits[0]
+    needed = config.train.max_steps * config.train.global_batch_size
+    if total is not None and total < needed:
+        raise ConfigError(
+            f"data.sources last for {total:,} samples with their epochs and tokens, and "
+            f"train.max_steps {config.train.max_steps} x train.global_batch_size "
+            f"{config.train.global_batch_size} takes {needed:,}: lower train.max_steps to "
+            f"{total // config.train.global_batch_size}, raise the budgets, or leave one source "
+            "without"
+        )
 
 
 def masks_documents(config: Config, manifest: Manifest) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ebwm_scale.checkpoint.parameter_shard import TrainingState
+from ebwm_scale.checkpoint.reader import checkpoint_name
+from ebwm_scale.checkpoint.remote import RemoteCopies
 from ebwm_scale.checkpoint.writer import CheckpointWriter, Outcome
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.faults import Faults
@@ -47,6 +49,9 @@ class Saver:
         )
         self.saved: tuple[int, bool] | None = None
         self.unsaved = False
+        self.remote: RemoteCopies | None = None
+        if config.checkpoint.remote is not None and world.is_main:
+            self.remote = RemoteCopies(config.checkpoint.remote, run_folder.path)
 
     def resumed_from(self, step: int, *, validated: bool) -> None:
         """What is on disk already."""
@@ -103,6 +108,24 @@ class Saver:
     def poll(self, step: int) -> None:
         """Tell of a save that has ended meanwhile; on rank 0 alone, and without waiting."""
         self.report(self.writer.finished(), step)
+        if self.remote is not None:
+            self._report_copies(self.remote.told())
+
+    def finish_copies(self) -> None:
+        """Wait for the copies of checkpoint.remote, and tell of them; on rank 0 alone."""
+        if self.remote is not None:
+            self._report_copies(self.remote.finish())
+
+    def _report_copies(self, outcomes: list[tuple[int, str | None]]) -> None:
+        for step, problem in outcomes:
+            if problem is None:
+                self.run_folder.event("remote", step=step)
+                continue
+            self.run_folder.warn(
+                f"step {step}: the checkpoint could not be copied to checkpoint.remote "
+                f"({problem}); it is on disk here, and the next one is tried again",
+                step=step,
+            )
 
     def report(
         self,
@@ -121,6 +144,8 @@ class Saver:
         newest = self.writer.newest_on_disk()
         if outcome.problem is None:
             self.run_folder.event("save", step=outcome.step)
+            if self.remote is not None:
+                self.remote.begin(self.run_folder.checkpoints / checkpoint_name(outcome.step))
         elif is_last_try:
             self.run_folder.warn(
                 f"step {outcome.step} is NOT saved, {newest} ({outcome.problem}); "

@@ -256,6 +256,7 @@ class Trainer:
         # nobody leaves, and is missed, before the checkpoint is published
         rows_are_lost = self.world.any(not self.run_folder.rows_are_written())
         self.watchdog.stop()
+        self.saver.finish_copies()
         if rows_are_lost and code in (EXIT_FINISHED, EXIT_RUN_AGAIN):
             return EXIT_FAILED
         return code

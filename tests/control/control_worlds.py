@@ -62,10 +62,10 @@ class Walk:
     a reward of 5 in the corner (0, 0).
     """
 
-    def __init__(self, *, continuous=True, target=None, start=None, fails_at=None):
+    def __init__(self, *, continuous=True, target=None, start=None, fails_at=None, reward=-1.0):
         self.action_space = Box(-1, 1, (2,)) if continuous else Discrete(len(MOVES))
         self.continuous, self.target, self.start = continuous, target, start
-        self.fails_at, self.metadata, self.taken = fails_at, {}, []
+        self.fails_at, self.reward, self.metadata, self.taken = fails_at, reward, {}, []
 
     def reset(self, *, seed=None):
         draws = np.random.Generator(np.random.PCG64(seed))
@@ -87,7 +87,7 @@ class Walk:
             info["success"] = bool((pixel == self.target).all())
             return observation, 0.0, False, False, info
         done = bool((pixel == 0).all())
-        return observation, 5.0 if done else -1.0, done, False, info
+        return observation, 5.0 if done else self.reward, done, False, info
 
     def close(self):
         self.metadata = None

@@ -95,6 +95,27 @@ def test_costs_are_distances_and_energies():
         FrameGoal(goal, "soon")
 
 
+@pytest.mark.parametrize("path", [(0, 1), (1, 0), (1, 1)], ids=str)
+def test_a_distance_that_grows_with_the_way_says_where_to_go(tmp_path, path):
+    """A square of four pixels, patches of four: what does not overlap is equally far by patches."""
+    manifest = world(tmp_path / "world", proprio=False, patch=4)
+    model, config = model_of(manifest)
+    far = {}
+    for distance in ("frame", "moved"):
+        planner = Planner(model, config, manifest, distance=distance)
+        goal = planner.frame_goal(frame_at((0, 0)))
+        way = np.stack([frame_at(np.array(path) * step) for step in (0, 4, 8, 12)])
+        far[distance] = goal.distances(planner.states_of(way))
+    assert far["frame"][0] == far["moved"][0] == 0
+    steps = far["moved"].diff()
+    assert (steps > 0.1 * far["moved"][1]).all(), far
+    assert far["frame"][2:].diff().abs().max() < 0.02 * far["frame"][3], far
+    with pytest.raises(UserError, match="distance is straight: must be one of frame, moved"):
+        FrameGoal(torch.zeros(4, 2), distance="straight")
+    with pytest.raises(UserError, match="one vector each, without a grid of patches: take frame"):
+        FrameGoal(torch.zeros(1, 2), distance="moved")
+
+
 @pytest.fixture(params=[True, False], ids=["numbers", "ids"])
 def linear(request, tmp_path, monkeypatch):
     """make(solver, ..) -> a planner of a linear world, for walks of numbers or ids."""
@@ -179,6 +200,9 @@ def test_an_environment_that_fails_is_one_line(linear):
     env = Walk(continuous=linear.continuous, target=(0, 0), start=(8, 8), fails_at=2)
     with pytest.raises(DataError, match="step 2: the environment fails: RuntimeError: the wheel"):
         run_episode(env, linear(budget=8), frame_at((0, 0)), 8)
+    odd = Walk(continuous=linear.continuous, start=(8, 8), reward=float("nan"))
+    with pytest.raises(UserError, match="step 0: the environment's reward is nan"):
+        run_episode(odd, linear(budget=8), frame_at((0, 0)), 8)
     with pytest.raises(UserError, match="0 steps, 1 of each plan: both must be at least 1"):
         run_episode(env, linear(), frame_at((0, 0)), 0)
 

@@ -190,6 +190,7 @@ def test_a_model_of_text_plans_nothing(plans, capsys):
     assert "a model of text: actions are planned with a world model" in capsys.readouterr().err
 
 
+@pytest.mark.multiprocess  # the dataset is read in processes of their own
 def test_a_goal_of_a_held_out_episode_is_its_frame(manifest, tmp_path):
     from test_world_datasets import make
 

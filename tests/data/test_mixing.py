@@ -6,7 +6,8 @@ import pytest
 
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.files import file_sha256
-from ebwm_scale.data.loading.mixture import MIX_LENGTH, MixedOrder, open_sources, shares
+from ebwm_scale.data.loading.budgets import MIX_LENGTH, phases_of, shares
+from ebwm_scale.data.loading.mixture import MixedOrder, open_sources
 from ebwm_scale.data.order import SampleOrder
 
 SIZES = ([30, 30, 17], [9], [200, 100])
@@ -17,7 +18,7 @@ def mixture(weights, seed=5):
     orders = [
         SampleOrder(sizes, seed=seed, window_shards=2, source=i) for i, sizes in enumerate(SIZES)
     ]
-    return MixedOrder(orders, FIRST, shares(weights), seed=seed)
+    return MixedOrder(orders, FIRST, phases_of(weights, [None] * len(weights)), seed=seed)
 
 
 def sources_of(ids):
@@ -28,7 +29,7 @@ def test_each_source_has_its_share_of_every_block():
     order = mixture([0.7, 0.05, 0.25])
     for block in range(5):
         counts = np.bincount(sources_of(order.samples(block * MIX_LENGTH, MIX_LENGTH)), minlength=3)
-        assert counts.tolist() == order.counts == [717, 51, 256]
+        assert counts.tolist() == shares([0.7, 0.05, 0.25]) == [717, 51, 256]
 
 
 def test_each_source_walks_through_its_own_order_so_every_sample_once_per_epoch_of_it():

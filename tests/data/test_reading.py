@@ -12,14 +12,18 @@ from corpora import found, read_documents
 pytest.importorskip("zstandard", reason="the package zstandard is not installed")
 
 import kinds_of_text as kinds
+import numpy as np
 import pandas
 import pyarrow.dataset
 from kinds_of_text import PACKERS, WRITERS, texts
 
+from ebwm_scale.data.format.manifest import load_manifest
+from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.prepare.reading import json_records, opening, source, tasks
 from ebwm_scale.data.prepare.reading.left_out import LeftOut
 from ebwm_scale.data.prepare.reading.readers import TextInput, documents_of
 from ebwm_scale.data.prepare.reading.selection import EVERYTHING, Selection, parse_filter
+from ebwm_scale.data.prepare.text import make_text_dataset
 
 
 def texts_in(*inputs, **selected):
@@ -43,6 +47,32 @@ def test_one_of_everything_is_read_and_nothing_else(everything):
     assert len(documents) == len(wanted) == len(set(wanted))
     assert hash_of(documents.values()) == hash_of(wanted)
     assert said == [f"ignored: {5 * 3} files of other kinds (.mp4 x 15)"]
+
+
+def test_a_dataset_of_one_of_everything_holds_every_text_once(everything, tmp_path):
+    """Read back from the blocks: to the tail that fills none, which is at most a block a split."""
+    folder, expected = everything
+    wanted = [text for values in expected.values() for text in values]
+    manifest = make_text_dataset(
+        [folder], tmp_path / "out", tokenizer="bytes", context_length=16, report=lambda line: None
+    )
+    loaded = load_manifest(manifest)
+    digests = sorted(hashlib.sha256(text.encode()).hexdigest() for text in wanted)
+    assert loaded.source["num_documents"] == len(wanted)
+    assert loaded.source["documents_sha256"] == hash_of_lines(digests)
+    read = []
+    for name in loaded.splits:
+        split = open_split(manifest, name, verify="hashes")
+        blocks = [split.read(i) for i in range(len(split))]
+        tokens = np.concatenate([blocks[0][:1], *(block[1:] for block in blocks)])
+        ends = np.flatnonzero(tokens == loaded.content.eos_id)
+        pieces = np.split(tokens, ends + 1)[: len(ends)]
+        read += [bytes(piece[:-1].tolist()).decode() for piece in pieces]
+    assert set(read) <= set(wanted) and len(set(read)) == len(read) >= len(wanted) - 2
+
+
+def hash_of_lines(lines):
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_independently(path):

@@ -26,6 +26,7 @@ ELSEWHERE = {  # what a command contains -> where it runs
     "check_zero.py": "training/test_zero.py",
     "check_parity.py": "evaluation/test_parity.py",
     "ebwm_scale.harness": "inference/test_scoring.py",
+    "ebwm_scale.explore": "exploring/test_serving.py",
     "scaling_study.py": "evaluation/test_scaling.py",
     "data/products": "training/test_reasoning_runs.py",
     "runs/products": "training/test_reasoning_runs.py",

@@ -146,6 +146,39 @@ FLOP_CASES = {
         "state": {"workspace": 5, "workspace_initial": "random_noise"},
         "refinement": {"num_steps": 3, "graph": "truncate", "loss": "last"},
     },
+    "accept only if lower": {
+        "model": {"conditioning": "adaln"},
+        "refinement": {"accept": "lower", "update": "mirror", "num_steps": 3},
+    },
+    "accept only if lower, workspace, full": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {"accept": "lower", "update": "mirror", "num_steps": 3, "graph": "full"},
+    },
+    "accept only if lower, block recomputed": {
+        "state": {"workspace": 5},
+        "refinement": {"accept": "lower", "update": "logits", "recompute": "block"},
+    },
+    "accept only if lower, frames": {"state": FRAMES, "refinement": {"accept": "lower"}},
+    "penalty, momentum": {
+        "refinement": {"spectral_penalty": 1.0, "momentum": 0.5, "update": "mirror"},
+    },
+    "penalty, workspace": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {"spectral_penalty": 1.0, "update": "mirror", "num_steps": 3},
+    },
+    "penalty, workspace, full": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {
+            "spectral_penalty": 1.0,
+            "update": "mirror",
+            "num_steps": 3,
+            "graph": "full",
+        },
+    },
+    "momentum of frames": {"state": FRAMES, "refinement": {"momentum": 0.5, "graph": "full"}},
     "workspace, encoded again": {
         "state": {"workspace": 5},
         "refinement": {"num_steps": 3, "reencode": "all", "graph": "full"},

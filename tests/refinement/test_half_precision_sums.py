@@ -76,6 +76,7 @@ def summed_by_hand(num_terms=5):
     for term in terms:
         outer, inner = (weight.clone().requires_grad_() for _ in range(2))
         two_levels(outer, inner, *term).backward()
+        assert outer.grad is not None and inner.grad is not None
         total += outer.grad.float() + inner.grad.float()
     return total.bfloat16()
 

@@ -9,6 +9,7 @@ network's structure is held against the released code's numbers in test_parity.p
 import contextlib
 import dataclasses
 import itertools
+import math
 from unittest import mock
 
 import pytest
@@ -154,9 +155,10 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     velocity = z_velocity = torch.zeros(())
     moved = added = torch.zeros(())  # of the penalty: in front of the map
     lengths, penalties = None, []
+    shrunk = 1.0 if config.accept == "always" else torch.ones((), dtype=torch.float64)
     scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
-        scale = 1 / (i + 1) ** config.damping
+        scale = shrunk / (i + 1) ** config.damping
         last = i == num_steps - 1
         if config.graph != "full" or i <= scored_from:
             x = x.detach()
@@ -223,6 +225,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
                 ratios = [a / b.detach() for a, b in zip(lengths, before)]
                 bound = config.spectral_bound
                 penalties.append(sum(F.relu(r - bound).square().mean() for r in ratios))
+        stays = start
         start = (1 - config.decay * scale * draws.step_size_factor()) * start
         change = velocity = config.momentum * velocity - step * scale * gradient
         if in_front and kind == "embedding":
@@ -236,6 +239,19 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         x = start + change
         if config.state_clamp is not None:
             x = torch.clamp(x, -config.state_clamp, config.state_clamp)
+        if config.accept == "lower":
+            taken = lowers(
+                model,
+                (stays, z_before if has_workspace else None, energy),
+                (x, z if has_workspace else None),
+                lambda e, w: reference_energy(model, e, embedded_observed, landscape, fed, w),
+            )
+            x = torch.where(taken, x, stays)
+            velocity = torch.where(taken, velocity, 0)
+            shrunk = torch.where(taken, shrunk, shrunk / 2)
+            if has_workspace:
+                z = torch.where(taken, z, z_before)
+                z_velocity = torch.where(taken, z_velocity, 0)
         losses.append(
             F.cross_entropy(x.flatten(0, 1), targets.flatten())
             if kind == "vocabulary"
@@ -258,6 +274,36 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         weights = torch.tensor(config.loss_weights[-num_steps:], dtype=torch.float64)
     weights[:scored_from] = 0
     return (weights / weights.sum() * torch.stack(losses)).sum() + penalty
+
+
+@torch.no_grad()
+def lowers(model, before, after, energy_of):
+    """(B, S, 1): rows whose energy, with what decay adds, is lower after a step; a group together.
+
+    before: (x, z, energy), after: (x, z).
+    """
+    config, size = model.config.refinement, model.network.group_size
+
+    def whole(x, z, energy):
+        decay = config.decay * (1 - config.momentum)
+        if config.update == "mirror":
+            log_p = x.log_softmax(-1)
+            of_x = (log_p.exp() * (log_p + math.log(x.shape[-1]))).sum(-1)
+        else:
+            of_x = x.square().sum(-1) / 2
+        energy = energy + decay / model.step_size * of_x
+        if z is not None:
+            energy = energy + decay / model.workspace_step_size * z.square().sum(-1) / 2
+        return energy.unflatten(1, (-1, size)).sum(-1)
+
+    x, z = after
+    if model.config.state.kind == "embedding":
+        e = F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
+    else:
+        e = x.softmax(-1) @ (model.state_map * model.config.state.map_scale)
+    w = None if z is None else z @ model.network.workspace_map.weight.T
+    fall = whole(*before) - whole(x, z, energy_of(e, w))
+    return (fall > 0).repeat_interleave(size, 1)[..., None]
 
 
 def length_of_group(model, move):

@@ -139,6 +139,7 @@ def test_an_import_takes_no_setting_that_reaches_beyond_the_folder(converted, tm
     hostile = {
         "data.manifest": "/home/other/manifest.json",
         "data.stream": [f"pipe:touch {tmp_path}/executed; cat shard.tar"],
+        "checkpoint.remote": "s3://somebody/else",
         "deepspeed.raw": {"compile": {"backend": "other.peoples.module"}},
         "logging.wandb": "online",
     }

@@ -51,10 +51,10 @@ def measure_raw_text(folder: Path, *, megabytes: float, seconds: float, repeats:
         "raw text, 0 workers": lambda: raw_text(manifest, corpus, 0),
         "raw text, 2 workers": lambda: raw_text(manifest, corpus, 2),
     }
-    rates: dict[str, list[float]] = {name: [] for name in kinds}
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     for _ in range(repeats):
         for name, make in kinds.items():
-            rates[name].append(blocks_per_s(make(), seconds / repeats))
+            rates[name].append(measured(make(), seconds / repeats))
     size = sum(path.stat().st_size for path in corpus)
     split = manifest.splits["train"]
     bytes_per_token = split.facts["num_text_bytes"] / split.num_targets
@@ -67,12 +67,14 @@ def measure_raw_text(folder: Path, *, megabytes: float, seconds: float, repeats:
         "preparing_s": round(prepared_s, 2),
     }
     for name, values in rates.items():
-        blocks = statistics.median(values)
+        blocks = statistics.median(wall for wall, _ in values)
         row[name] = {
             "blocks_per_s": round(blocks, 1),
             "tokens_per_s": round(blocks * CONTEXT_LENGTH),
             "text_mb_per_s": round(blocks * CONTEXT_LENGTH * bytes_per_token / 1e6, 2),
         }
+        if "2 workers" not in name:  # whose time is not this process's
+            row[name]["blocks_per_cpu_s"] = round(statistics.median(cpu for _, cpu in values), 1)
     return row
 
 
@@ -119,19 +121,26 @@ def shard_stream(manifest: Manifest) -> StreamLoader:
 
 def raw_text(manifest: Manifest, corpus: list[Path], workers: int) -> TextStreamLoader:
     config = Config()
-    data = config.data.replace(stream=tuple(map(str, corpus)), stream_format="text")
+    # Short windows: what the first batches tokenise ahead must not be what is measured.
+    data = config.data.replace(
+        stream=tuple(map(str, corpus)), stream_format="text", stream_buffer=BATCH
+    )
     train = config.train.replace(global_batch_size=BATCH)
     stream = open_text_stream(config.replace(data=data, train=train), manifest, world_size=1)
     return TextStreamLoader(stream, manifest, num_workers=workers, **common())
 
 
-def blocks_per_s(loader: Any, seconds: float) -> float:
-    """From the second batch on: the first waits for what a loader opens."""
+def measured(loader: Any, seconds: float) -> tuple[float, float]:
+    """Blocks per second that passed, and per second of this process's time on a core.
+
+    From the second batch on: the first waits for what a loader opens.
+    """
     list(islice(loader, 2))
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     count = 0
     while (passed := time.perf_counter() - start) < seconds:
         next(loader)
         count += 1
+    used = time.process_time() - used
     loader.close()
-    return BATCH * count / passed
+    return BATCH * count / passed, BATCH * count / max(used, 1e-9)

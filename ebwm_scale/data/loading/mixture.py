@@ -7,7 +7,8 @@ position).
     place in source   the j-th k of block i is position i n_k + j of source k's own order
 
 So every source has its exact share of each block, walks through its own epochs (every sample once
-in each), and nothing has to be remembered. Sample ids count through the sources.
+in each), and nothing has to be remembered. Sample ids count through the sources. Where sources have
+limits (epochs, tokens), shares change as they run out: loading/budgets.py.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format.content import Sample
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shards import INDEX_BYTES, SampleError, ShardedSplit, Verify, open_split
+from ebwm_scale.data.loading.budgets import MIX_LENGTH, Phases, phases_of, shares
 from ebwm_scale.data.order import SampleOrder, permutation
 
-MIX_LENGTH = 1024
 _KEY = 0x6562776D5F6D6978
 
 
 class MixedOrder:
-    """orders: one per source, in their sample ids; first_ids: of each source; counts: positions of
-    each source in a block.
+    """orders: one per source, in their sample ids; first_ids: of each source; phases: positions of
+    each source in each block.
     """
 
     def __init__(
         self,
         orders: Sequence[SampleOrder],
         first_ids: Sequence[int],
-        counts: Sequence[int],
+        phases: Phases,
         *,
         seed: int,
     ):
         self.orders = list(orders)
         self.first_ids = list(first_ids)
-        self.counts = list(counts)
+        self.phases = phases
         self.seed = seed
         self._block: tuple[int, np.ndarray] | None = None
 
@@ -60,20 +61,23 @@ class MixedOrder:
             block, inside = divmod(position, MIX_LENGTH)
             sources = self.sources(block)
             taken = min(MIX_LENGTH - inside, start + count - position)
+            phase = self.phases.at(block)
             part = result[position - start : position - start + taken]
-            for source, (order, first_id, share) in enumerate(
-                zip(self.orders, self.first_ids, self.counts)
+            for source, (order, first_id, share, base) in enumerate(
+                zip(self.orders, self.first_ids, phase.counts, phase.starts)
             ):
                 here = sources[inside : inside + taken] == source
                 before = int((sources[:inside] == source).sum())
-                part[here] = first_id + order.samples(block * share + before, int(here.sum()))
+                first = base + (block - phase.first) * share + before
+                part[here] = first_id + order.samples(first, int(here.sum()))
             position += taken
         return result
 
     def sources(self, block: int) -> np.ndarray:
         """Which source each position of a block takes, (MIX_LENGTH,)."""
         if self._block is None or self._block[0] != block:
-            labels = np.repeat(np.arange(len(self.counts)), self.counts)
+            counts = self.phases.at(block).counts
+            labels = np.repeat(np.arange(len(counts)), counts)
             self._block = (
                 block,
                 labels[permutation(MIX_LENGTH, self.seed, (0, block, 0, 0), key=_KEY)],
@@ -106,6 +110,7 @@ class MixedSplit:
                     "encoder and the same block length; make them with the same settings"
                 )
         self.counts = shares(weights)
+        self.limits: list[int | None] = [None] * len(parts)
         self.manifest, self.split = first, parts[0].split
         self._ends = np.cumsum([len(part) for part in parts])
         self.keep(window_shards=1)
@@ -115,11 +120,23 @@ class MixedSplit:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(
-            canonical_json(
-                [[part.fingerprint, count] for part, count in zip(self.parts, self.counts)]
-            )
-        ).hexdigest()
+        sources: list[list] = [
+            [part.fingerprint, count] for part, count in zip(self.parts, self.counts)
+        ]
+        for source, limit in zip(sources, self.limits):
+            if limit is not None:
+                source.append(limit)
+        return hashlib.sha256(canonical_json(sources)).hexdigest()
+
+    def limit(self, limits: Sequence[int | None]) -> int | None:
+        """Let each source give so many samples in all, None: as many as are wanted; returns how
+        many the mixture has then, None without end.
+        """
+        self.limits = list(limits)
+        return self._phases().num_positions
+
+    def _phases(self) -> Phases:
+        return phases_of(self.weights, self.limits)
 
     @property
     def num_targets(self) -> int:
@@ -156,7 +173,7 @@ class MixedSplit:
             SampleOrder(part.samples_per_shard, seed=seed, window_shards=window_shards, source=i)
             for i, part in enumerate(self.parts)
         ]
-        return MixedOrder(orders, [0, *self._ends[:-1].tolist()], self.counts, seed=seed)
+        return MixedOrder(orders, [0, *self._ends[:-1].tolist()], self._phases(), seed=seed)
 
     def after(self, sample_id: int) -> int:
         part, inside = self._inside(sample_id)
@@ -192,21 +209,6 @@ class MixedSplit:
             raise IndexError(f"sample {sample_id} of a mixture with {len(self)}")
         part = int(np.searchsorted(self._ends, sample_id, side="right"))
         return part, int(sample_id) - self._first(part)
-
-
-def shares(weights: Sequence[float]) -> list[int]:
-    """Positions of each source in a block of MIX_LENGTH: at least one, in proportion to the weights
-    up to rounding (largest remainder).
-    """
-    if len(weights) > MIX_LENGTH:
-        raise ConfigError(f"data.sources has {len(weights)} entries: at most {MIX_LENGTH}")
-    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * MIX_LENGTH
-    counts = np.maximum(1, np.floor(exact)).astype(int)
-    while counts.sum() < MIX_LENGTH:
-        counts[np.argmax(exact - counts)] += 1
-    while counts.sum() > MIX_LENGTH:  # many tiny sources were raised to one
-        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
-    return counts.tolist()
 
 
 def open_sources(

@@ -8,7 +8,7 @@ do not exist. So nothing is paid inside the loops, and a number that is infinite
 it comes out as such.
 
 In these sums no number is rounded to the inputs' precision, and no row's share is left over. They
-take PART of the tile's rows or keys at a time, so that the loops before keep their registers.
+take a part of the tile's rows or keys at a time, so that the loops before keep their registers.
 """
 
 # As in row_tiles.py.
@@ -21,7 +21,13 @@ import triton.language as tl
 
 from ebwm_kernels.attention.row_tiles import load, row_dot, rows_of
 
-PART = tl.constexpr(16)  # rows or keys, as many as the smallest tile has
+NUMBERS = 512  # of a tensor, that a program holds in these sums
+
+
+@triton.constexpr_function
+def part_of(padded, value_padded):
+    """How many rows or keys are summed at a time; a tile has a multiple of them."""
+    return min(16, NUMBERS // triton.next_power_of_2(max(padded, value_padded)))
 
 
 @triton.jit

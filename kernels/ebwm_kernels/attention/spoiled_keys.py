@@ -14,9 +14,9 @@ import triton.language as tl
 
 from ebwm_kernels.attention.intervals import head_and_row, my_keys, rows_of_keys
 from ebwm_kernels.attention.one_by_one import (
-    PART,
     add_seen,
     is_spoiled,
+    part_of,
     sees_one,
     weights_of_one,
 )
@@ -57,7 +57,8 @@ def gradient_again(
     """dK, dV of a tile of keys, each from the rows that see it alone."""
     sample, key_head, key = my_keys(C, heads, all_heads, heads_at_once, BN)
     if is_spoiled(DK, AT.DK, (sample, key_head, key), C, BN, HEAD):
-        for part in range(key, key + BN, PART):
+        PART: tl.constexpr = part_of(HEAD.padded, VALUE.padded)
+        for part in range(key, tl.minimum(key + BN, C), PART):
             seen = (sample, key_head, part)
             start, end, first, last = rows_of_keys(
                 LAST_ROW, sample, part, S, C, offset, group_size, context_group, MASK, OWN, PART
@@ -119,7 +120,8 @@ def second_again(
     """gK, gV of a tile of keys, each from the rows that see it alone."""
     sample, key_head, key = my_keys(C, heads, all_heads, heads_at_once, BN)
     if is_spoiled(GK, AT.GK, (sample, key_head, key), C, BN, HEAD):
-        for part in range(key, key + BN, PART):
+        PART: tl.constexpr = part_of(HEAD.padded, VALUE.padded)
+        for part in range(key, tl.minimum(key + BN, C), PART):
             seen = (sample, key_head, part)
             start, end, first, last = rows_of_keys(
                 LAST_ROW, sample, part, S, C, offset, group_size, context_group, MASK, OWN, PART

@@ -16,10 +16,10 @@ import triton.language as tl
 
 from ebwm_kernels.attention.intervals import context_keys, my_rows, own_keys
 from ebwm_kernels.attention.one_by_one import (
-    PART,
     gradient_one_by_one,
     is_spoiled,
     mixed_one_by_one,
+    part_of,
     second_one_by_one,
     tangent_one_by_one,
     weights_of_one,
@@ -71,7 +71,8 @@ def mix_again(
     if is_spoiled(O, AT.O, (sample, head, row), S, BM, VALUE):
         k_head = head_of(K, AT.K, sample, head // sharing, HEAD)
         v_head = head_of(V, AT.V, sample, head // sharing, VALUE)
-        for part in range(row, row + BM, PART):
+        PART: tl.constexpr = part_of(HEAD.padded, VALUE.padded)
+        for part in range(row, tl.minimum(row + BM, S), PART):
             place, rows = (sample, head, part), part + tl.arange(0, PART)
             normalizer = statistic(L + own, rows, S) * LOG2_E
             q, mixed = load(Q, AT.Q, place, S, PART, HEAD), zeros(PART, VALUE)
@@ -138,7 +139,8 @@ def gradient_again(
     if is_spoiled(DQ, AT.DQ, (sample, head, row), S, BM, HEAD):
         k_head = head_of(K, AT.K, sample, head // sharing, HEAD)
         v_head = head_of(V, AT.V, sample, head // sharing, VALUE)
-        for part in range(row, row + BM, PART):
+        PART: tl.constexpr = part_of(HEAD.padded, VALUE.padded)
+        for part in range(row, tl.minimum(row + BM, S), PART):
             place, rows = (sample, head, part), part + tl.arange(0, PART)
             q, g = load(Q, AT.Q, place, S, PART, HEAD), load(G, AT.G, place, S, PART, VALUE)
             normalizer = statistic(L + own, rows, S) * LOG2_E
@@ -218,7 +220,8 @@ def tangent_again(
         if KEYS:
             b_head = head_of(B, AT.B, sample, head // sharing, HEAD)
             c_head = head_of(CV, AT.CV, sample, head // sharing, VALUE)
-        for part in range(row, row + BM, PART):
+        PART: tl.constexpr = part_of(HEAD.padded, VALUE.padded)
+        for part in range(row, tl.minimum(row + BM, S), PART):
             place, rows = (sample, head, part), part + tl.arange(0, PART)
             normalizer = statistic(L + own, rows, S) * LOG2_E
             q, a = load(Q, AT.Q, place, S, PART, HEAD), load(A, AT.A, place, S, PART, HEAD)
@@ -311,7 +314,8 @@ def second_again(
         if KEYS:
             b_head = head_of(B, AT.B, sample, head // sharing, HEAD)
             c_head = head_of(CV, AT.CV, sample, head // sharing, VALUE)
-        for part in range(row, row + BM, PART):
+        PART: tl.constexpr = part_of(HEAD.padded, VALUE.padded)
+        for part in range(row, tl.minimum(row + BM, S), PART):
             place, rows = (sample, head, part), part + tl.arange(0, PART)
             normalizer, mu = statistic(L + own, rows, S) * LOG2_E, statistic(MU + own, rows, S)
             phi, delta = statistic(PHI + own, rows, S), statistic(DELTA + own, rows, S)

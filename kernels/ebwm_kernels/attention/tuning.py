@@ -99,7 +99,7 @@ HALF = {
         },
         256: {
             "_forward": Tile(64, 64, 8, 2),
-            "_gradient_query": Tile(32, 32, 4, 2),
+            "_gradient_query": Tile(32, 32, 8, 2),
             "_gradient_key": Tile(32, 32, 8, 2),
             "_tangent": Tile(32, 32, 4, 2),
             "_second_own": Tile(16, 16, 8, 1),
