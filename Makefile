@@ -2,6 +2,7 @@
 #   make quickstart   environment, sample text, a small energy-based world model trained on it, a report
 #   make quickstart-video    the same for video, on three short real clips
 #   make quickstart-reasoning    the same for mazes, made here: a model that thinks, and whether it pays
+#   make quickstart-world    the same for a world, recorded here: imagined under what is done, and planned in
 #   make lint         environment and every check that reads code: format, lint, types, import rule, spelling
 #   make lock         requirements/test.lock, the versions of a whole test environment
 #   make docs         the documentation and its reference, as pages in site/
@@ -16,7 +17,7 @@ WORKERS ?= 3
 # The versions to install; another file for another PyTorch.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: quickstart quickstart-video quickstart-reasoning lint docs test soak lock clean
+.PHONY: quickstart quickstart-video quickstart-reasoning quickstart-world lint docs test soak lock clean
 .DEFAULT_GOAL := quickstart
 
 quickstart: $(VENV)/.installed
@@ -27,6 +28,9 @@ quickstart-video: $(VENV)/.installed-video
 
 quickstart-reasoning: $(VENV)/.installed
 	@$(BIN)/python tools/quickstart.py reasoning --runs "$(RUNS)" --data "$(DATA)"
+
+quickstart-world: $(VENV)/.installed-world
+	@$(BIN)/python tools/quickstart.py world --runs "$(RUNS)" --data "$(DATA)"
 
 lint: $(VENV)/.installed-lint
 	@$(BIN)/ruff check .
@@ -63,6 +67,10 @@ $(VENV)/.installed: setup.py $(CONSTRAINTS)
 
 $(VENV)/.installed-video: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[video]"
+	@touch $@
+
+$(VENV)/.installed-world: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$(CONSTRAINTS)" --editable ".[world]"
 	@touch $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test

@@ -48,11 +48,9 @@ setup(
             "av>=18",
             "pillow>=10",
             "gymnasium[classic-control]>=1.0",
-            "minari[hdf5]>=0.5",
-            "h5py>=3.10",
-            "pyarrow>=15",
             "scikit-image>=0.24",
         ],
+        "episodes": ["av>=18", "pillow>=10", "minari[hdf5]>=0.5", "h5py>=3.10", "pyarrow>=15"],
         "encoders": [
             "diffusers>=0.35",
             "transformers>=4.50",

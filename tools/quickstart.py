@@ -32,8 +32,9 @@ WORLD = "TwoRooms-v0"
 NUM_EPISODES, EPISODE_STEPS = 120, 40
 HORIZONS = (1, 2, 4, 8)  # imagined frames
 HELD_OUT_WINDOWS, FILMS = 96, 4
-PLANNED_EPISODES, PLANNED_STEPS = 20, 20
-AHEAD, FUTURES = 5, 64  # steps of a plan, and how many are imagined for each
+PLANNED_EPISODES, PLANNED_STEPS = 20, 10
+FARTHEST = 0.4  # of a goal, in sides of the picture: four steps at full reach
+AHEAD, FUTURES = 4, 64  # steps of a plan, and how many are imagined for each
 
 
 @command
@@ -218,6 +219,7 @@ def imagine_and_plan(energy: Path, baseline: Path, announce) -> Path:
         [
             str(energy),
             *("--env", WORLD),
+            *("--env-option", f"farthest={FARTHEST}"),
             *("--goal", f"{two_rooms.__file__}:goal_frame"),
             *("--against", str(baseline)),
             *("--baseline", "random", "persistence"),

@@ -5,6 +5,7 @@ import pytest
 
 gymnasium = pytest.importorskip("gymnasium", reason="the package gymnasium is not installed")
 
+from ebwm_scale.core.errors import DataError  # noqa: E402
 from ebwm_scale.data.prepare.worlds import two_rooms  # noqa: E402
 from ebwm_scale.data.prepare.worlds.environments import make_environment  # noqa: E402
 
@@ -84,6 +85,16 @@ def test_a_goal_is_out_of_reach_at_first_and_is_said_to_be_reached(world):
         goals.append(tuple(info["goal"]))
     assert len(set(goals)) == 20
     assert tuple(world.reset(seed=3)[1]["goal"]) == goals[3]
+
+
+def test_goals_are_no_farther_than_asked_for():
+    env = make_environment("TwoRooms-v0", {"farthest": 0.4})
+    for seed in range(20):
+        _, info = env.reset(seed=seed)
+        distance = np.hypot(*(env.unwrapped.place - info["goal"]))
+        assert 2 * two_rooms.NEAR - 1e-6 <= distance <= 0.4 + 1e-6
+    with pytest.raises(DataError, match="farthest is 0.1: must be above 0.2"):
+        make_environment("TwoRooms-v0", {"farthest": 0.1})
 
 
 def test_the_picture_shows_the_ball_where_it_is(world):

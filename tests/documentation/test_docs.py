@@ -389,3 +389,48 @@ def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
             ]
             cells.append(", ".join(f"{share:.2f}" for share in trained["solved"]["seeds"]))
         assert f"| {cells[0]} | {cells[1]} | `results/reasoning_{family}.json` |" in text
+
+
+def test_the_page_on_imagination_quotes_the_study_of_two_rooms():
+    text = (ROOT / "docs" / "imagination.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "world_rooms.json").read_text())
+
+    def shown(value: dict) -> str:
+        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+    energy, baseline = study["recipes"]["energy"], study["recipes"]["transformer++"]
+    assert f"{study['num_windows']} windows of {study['num_episodes']} held-out episodes" in text
+    for ours, theirs in zip(energy["errors"], baseline["errors"], strict=True):
+        cells = [ours["model"], theirs["model"], ours["persistence"], ours["shuffled_actions"]]
+        row = f"| {ours['horizon']} | {' | '.join(map(shown, cells))} |"
+        assert row in text, row
+    for row in study["against"]["energy"]["transformer++"]:
+        if row["horizon"] in (1, 4, 8):
+            assert shown(row["gain"]) in text
+    for step in energy["steps"][1:]:
+        assert shown(step["gain_over_previous"]) in text
+    for recipe, judge in (
+        (energy, "energy"),
+        (energy, "prediction_error"),
+        (baseline, "prediction_error"),
+    ):
+        for kind in ("another_action", "another_time"):
+            of_seeds = [each[judge][kind]["auroc"]["mean"] for each in recipe["judge"]]
+            assert ", ".join(f"{value:.2f}" for value in of_seeds) in text
+    plan = json.loads((ROOT / "results" / "world_plan.json").read_text())
+
+    def short(value: dict) -> str:
+        return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+    for actor in plan["actors"].values():
+        assert f"| {short(actor['success'])} | {short(actor['nearest_distance'])} |" in text
+    for who, key in (
+        ("random", "nearest_distance"),
+        ("persistence", "nearest_distance"),
+        ("random", "success"),
+        ("against", "success"),
+    ):
+        assert short(plan["gains"][who][key]) in text
+    far = json.loads((ROOT / "results" / "world_plan_far.json").read_text())["actors"]
+    assert f"{far['against']['success']['mean']:.2f} of {len(far['model']['episodes'])}" in text
+    assert f"the energy model {far['model']['success']['mean']:.2f}" in text

@@ -78,7 +78,7 @@ def test_the_quick_start_of_a_world_ends_with_a_page_of_what_is_imagined_and_pla
     pytest.importorskip("gymnasium", reason="the package gymnasium is not installed")
     pytest.importorskip("PIL.Image", reason="the package pillow is not installed")
     for name, value in {
-        "NUM_EPISODES": 12,
+        "NUM_EPISODES": 24,
         "EPISODE_STEPS": 14,
         "HORIZONS": (1, 2),
         "HELD_OUT_WINDOWS": 6,

@@ -22,18 +22,22 @@ REACH = 0.1  # how far it moves in a step, at most, down and right
 WALL = (0.47, 0.53)  # between the rooms, from left to right
 DOOR = (0.28, 0.72)  # from top to bottom
 NEAR = 0.1  # the goal is reached from so far away
+FARTHEST = 2.0  # more than any two places are apart
 SUBSTEPS = 8  # of a step, so that no wall is jumped over
 FLOOR, STONE, BALL = (236, 232, 222), (70, 78, 90), (206, 72, 48)
 
 
 class TwoRooms(gymnasium.Env):
-    """See above. side: of the picture in pixels."""
+    """See above. side: of the picture in pixels. farthest: how far away a goal is at most."""
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 5}
 
-    def __init__(self, render_mode: str | None = None, side: int = 32):
+    def __init__(self, render_mode: str | None = None, side: int = 32, farthest: float = FARTHEST):
+        if not 2 * NEAR < farthest:
+            raise ValueError(f"farthest is {farthest}: must be above {2 * NEAR}")
         self.render_mode = render_mode
         self.side = side
+        self.farthest = farthest
         self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
         self.observation_space = gymnasium.spaces.Box(0, 1, (2,), np.float32)
         self.place = np.full(2, 0.5)  # of the ball, from the top and from the left
@@ -42,11 +46,11 @@ class TwoRooms(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The ball and the goal are anywhere but in each other's reach."""
+        """The ball is anywhere, the goal not in its reach and not farther than asked for."""
         super().reset(seed=seed)
         self.place = self._somewhere()
         self.goal = self._somewhere()
-        while self._distance() < 2 * NEAR:
+        while not 2 * NEAR <= self._distance() <= self.farthest:
             self.goal = self._somewhere()
         return self._observation(), self._info()
 
@@ -112,4 +116,7 @@ def goal_frame(env: Any, observation: Any, info: Any) -> np.ndarray:
     return env.unwrapped.picture(np.asarray(info["goal"], np.float64))
 
 
-gymnasium.register("TwoRooms-v0", entry_point=TwoRooms)
+if "TwoRooms-v0" not in gymnasium.registry:  # a goal's file is read as a module of its own
+    gymnasium.register(
+        "TwoRooms-v0", entry_point="ebwm_scale.data.prepare.worlds.two_rooms:TwoRooms"
+    )
