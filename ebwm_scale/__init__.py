@@ -5,6 +5,7 @@ model, config = ebwm_scale.load_checkpoint("runs/quickstart")
 """
 
 import os
+from typing import Literal
 
 # Threads of OpenMP that wait for work sleep. By default they spin, and a training beside other work
 # takes several times as long. Read when torch is loaded; what the user has set is kept.
@@ -13,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 __version__ = "0.1.0"
 
 
-def load_checkpoint(path, *, device="cpu", weights="trained"):
+def load_checkpoint(path, *, device="cpu", weights: Literal["trained", "ema"] = "trained"):
     """(model in eval mode, Config) of a run folder or a checkpoint folder:
     ebwm_scale/checkpoint/load.py. weights: trained, or ema for their average.
     """

@@ -61,7 +61,8 @@ def measure_pixels(
         return min(HIGHEST, float(peak_signal_noise_ratio(a, b)))
 
     def ssim(a: np.ndarray, b: np.ndarray) -> float:
-        return float(structural_similarity(a, b, channel_axis=-1))
+        similarity: Any = structural_similarity(a, b, channel_axis=-1)
+        return float(similarity)
 
     result: dict[str, Any] = {}
     for measure_name, measure in (("psnr", psnr), ("ssim", ssim)):

@@ -330,51 +330,61 @@ def test_the_page_on_recipes_quotes_the_study_of_further_steps():
             assert f"| {'; '.join(cells)} |" in text, (form, number)
 
 
-def test_the_page_on_reasoning_quotes_the_study_of_mazes():
+def with_its_interval(value: dict, digits: int) -> str:
+    return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def after_its_trained_steps(recipe: dict) -> dict:
+    (point,) = [p for p in recipe["steps"] if p["num_steps"] == recipe["trained_steps"]]
+    return point
+
+
+REASONING = ("reachability", "sudoku", "shortest_path")
+
+
+@pytest.mark.parametrize("family", REASONING)
+def test_the_page_on_reasoning_quotes_its_studies(family):
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
-    study = json.loads((ROOT / "results" / "reasoning_reachability.json").read_text())
-
-    def shown(value: dict, digits: int) -> str:
-        return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-
-    unit = study["recipes"]["transformer++"]["training_flops"]
+    study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
+    unit = study["recipes"]["transformer++-4"]["training_flops"]
     for recipe in study["recipes"].values():
-        (trained,) = [
-            point for point in recipe["steps"] if point["num_steps"] == recipe["trained_steps"]
-        ]
+        trained = after_its_trained_steps(recipe)
         row = (
             f"| {len(recipe['seeds'])} | {recipe['parameters']:,} "
-            f"| {recipe['training_flops'] / unit:.1f} | {shown(trained['loss'], 3)} "
-            f"| {shown(trained['solved'], 2)} |"
+            f"| {recipe['training_flops'] / unit:.1f} | {with_its_interval(trained['loss'], 3)} "
+            f"| {with_its_interval(trained['solved'], 2)} |"
         )
         assert row in text, row
-    for point in study["recipes"]["energy"]["steps"]:
-        row = f"| {point['num_steps']} | {shown(point['loss'], 3)} | {shown(point['solved'], 2)} |"
-        if "gain_over_previous" in point:
-            row += f" {shown(point['gain_over_previous']['fall_of_loss'], 3)} |"
-        assert row in text, row
-    against = study["against"]["energy"]
-    assert shown(against["transformer++"]["rise_of_solved"], 2) in text
-    assert shown(against["looped-8"]["fall_of_loss"], 3) in text
-
-
-def test_the_page_on_reasoning_quotes_the_study_of_sudokus():
-    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
-    study = json.loads((ROOT / "results" / "reasoning_sudoku.json").read_text())
-    unit = study["recipes"]["transformer++"]["training_flops"]
-    for recipe in study["recipes"].values():
-        (trained,) = [
-            point for point in recipe["steps"] if point["num_steps"] == recipe["trained_steps"]
-        ]
-        loss, solved = trained["loss"], trained["solved"]
+    energy = study["recipes"]["energy"]
+    for point in energy["steps"]:
         row = (
-            f"| {recipe['parameters']:,} | {recipe['training_flops'] / unit:.1f} "
-            f"| {loss['mean']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}] "
-            f"| {solved['mean']:.2f} [{solved['low']:.2f}, {solved['high']:.2f}] |"
+            f"| {point['num_steps']} | {with_its_interval(point['loss'], 3)} "
+            f"| {with_its_interval(point['solved'], 2)} |"
         )
+        if "gain_over_previous" in point:
+            row += f" {with_its_interval(point['gain_over_previous']['fall_of_loss'], 3)} |"
         assert row in text, row
-    solved = [f"{p['solved']['mean']:.2f}" for p in study["recipes"]["energy"]["steps"][:8]]
-    assert f"after one to eight steps: {', '.join(solved)}." in text
+    for other in study["against"]["energy"].values():
+        assert with_its_interval(other["rise_of_solved"], 2) in text
+        assert with_its_interval(other["fall_of_loss"], 3) in text
+
+
+def test_the_page_on_reasoning_quotes_the_studies_of_one_layer():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    for family in ("reachability", "sudoku"):
+        study = json.loads((ROOT / "results" / f"reasoning_one_layer_{family}.json").read_text())
+        for name in ("energy", "transformer++"):
+            trained = after_its_trained_steps(study["recipes"][name])
+            assert with_its_interval(trained["solved"], 2) in text, (family, name)
+    tries = json.loads((ROOT / "results" / "reasoning_tries.json").read_text())
+    for row in tries["rows"]:
+        if row["answered"].startswith(("mazes of 6", "Sudokus")):
+            shown = ", ".join(
+                f"{point['loss']:.3f} ({point['solved']:.2f})"
+                for point in row["after"]
+                if point["num_steps"] in (1, 2, 4, 8, 16, 32)
+            )
+            assert shown in text, shown
 
 
 def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
@@ -382,13 +392,11 @@ def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
     for family in ("reachability", "sudoku"):
         study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
         cells = []
-        for name in ("transformer++", "energy"):
-            recipe = study["recipes"][name]
-            (trained,) = [
-                point for point in recipe["steps"] if point["num_steps"] == recipe["trained_steps"]
-            ]
+        for name in ("transformer++-4", "energy"):
+            trained = after_its_trained_steps(study["recipes"][name])
             cells.append(", ".join(f"{share:.2f}" for share in trained["solved"]["seeds"]))
         assert f"| {cells[0]} | {cells[1]} | `results/reasoning_{family}.json` |" in text
+
 
 
 def test_the_page_on_imagination_quotes_the_study_of_two_rooms():
