@@ -44,7 +44,7 @@ HALF = {
         64: {
             "_forward": Tile(128, 64, 8, 2),
             "_gradient_query": Tile(128, 64, 8, 2),
-            "_gradient_key": Tile(64, 32, 4, 2),
+            "_gradient_key": Tile(64, 32, 8, 2),
             "_tangent": Tile(64, 32, 4, 2),
             "_second_own": Tile(32, 16, 4, 1),
             "_second_query": Tile(64, 32, 4, 2),
@@ -112,6 +112,7 @@ HALF["sm_86"] = HALF["sm_80"]  # 8.6, 8.9 and 12.x: 99 KiB of shared memory per 
 # 10.0 and 10.3 keep sums of products in tensor memory, 512 columns for all programs of a
 # multiprocessor: what is wider on Hopper is halved.
 HALF["sm_100"] = HALF["sm_90"] | {
+    64: HALF["sm_90"][64] | {"_second_query": Tile(64, 64, 8, 2)},
     128: HALF["sm_90"][128] | {"_second_key": Tile(32, 64, 8, 2)},
 }
 KEYS = {
