@@ -148,6 +148,7 @@ def test_verification_names_another_tokenizer(dataset, other_tokenizer):
 
 READ_THE_MANIFEST_ALONE = {
     "data/format/side_files.py": "opens",
+    "data/format/repair.py": "refuses what cannot be repaired in its own words",
     "data/format/verify.py": "lists every problem instead of raising the first",
     "data/format/manifest.py": "looks whether a dataset is there already",
     "data/prepare/text.py": "has just written it",

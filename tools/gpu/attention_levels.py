@@ -6,8 +6,11 @@ one backend on them.
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 
 import torch
 from torch import Tensor

@@ -10,11 +10,14 @@ With --tiles each kernel is timed with each of them in place of the table's, whe
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 
 import torch
 from attention_levels import LARGE, Case, call_of, levels

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch

@@ -10,10 +10,13 @@ On a CPU under TRITON_INTERPRET=1 it runs in float16 alone, to test this file.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 
 import torch
 from attention_levels import CORRECT, Case, call_of, levels

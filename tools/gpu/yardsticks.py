@@ -8,9 +8,12 @@ Each part is tried by itself: where one cannot run here, its line says why.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 
 import torch
 from attention_levels import LARGE, Case
