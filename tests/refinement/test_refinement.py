@@ -749,9 +749,9 @@ def test_a_large_embedding_gets_no_second_gradient_of_zeros(monkeypatch):
     handed_out = []
     right = deferred_backward._SumsAsGradients.apply
 
-    def noted(value, sums, *sources):
+    def noted(value, sums, dtypes, *sources):
         handed_out.extend(zip(sources, sums))
-        return right(value, sums, *sources)
+        return right(value, sums, dtypes, *sources)
 
     monkeypatch.setattr(deferred_backward._SumsAsGradients, "apply", noted)
     model, observed, targets = build()
