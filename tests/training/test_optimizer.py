@@ -154,6 +154,7 @@ def test_a_raised_rate_of_muon_is_seen_before_a_resume():
     assert not RateChange.of(before, before, 0).changed
 
 
+@pytest.mark.soak
 def test_a_muon_run_killed_converted_or_resumed_is_bit_for_bit_the_whole_one(runs, tmp_path):
     runs.run("muon", overrides=MUON)
     killed = {"EBWM_FAULTS": "kill@step=4"}
