@@ -398,7 +398,6 @@ def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
         assert f"| {cells[0]} | {cells[1]} | `results/reasoning_{family}.json` |" in text
 
 
-
 def test_the_page_on_imagination_quotes_the_study_of_two_rooms():
     text = (ROOT / "docs" / "imagination.md").read_text(encoding="utf-8")
     study = json.loads((ROOT / "results" / "world_rooms.json").read_text())
