@@ -89,7 +89,11 @@ class RemoteStore:
         return [name for name in names if MANIFEST in self.names(f"checkpoints/{name}")]
 
     def _make_folder(self, name: str) -> None:
-        """Where there are folders; an object store needs none."""
+        """Where there are folders; an object store needs none.
+
+        A key that may write objects may still not make their bucket. What cannot be written is
+        said by the write that follows, which is never suppressed.
+        """
         with contextlib.suppress(NotImplementedError, PermissionError):
             self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
 

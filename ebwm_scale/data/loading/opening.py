@@ -11,25 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
-from ebwm_scale.core.errors import DataError, UserError
 from ebwm_scale.data.format.shards import ShardedSplit, Verify
 from ebwm_scale.data.format.side_files import open_manifest
 from ebwm_scale.data.loading.mixture import MixedSplit, open_sources
+from ebwm_scale.data.loading.rank_zero import Group, opened_by_rank_0
 
 Splits = dict[str, ShardedSplit | MixedSplit]
-
-
-class Group(Protocol):
-    """The processes of a run (core/world.py: World)."""
-
-    @property
-    def is_main(self) -> bool: ...
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
-        ...
 
 
 def open_splits(
@@ -45,23 +33,7 @@ def open_splits(
 
     Every rank must call it. Raises on all ranks what rank 0 found wrong: DataError or ConfigError.
     """
-    if group is None:
-        return _open(sources, names, verify, report)
-    outcome: Splits | UserError | None = None
-    if group.is_main:
-        try:
-            outcome = _open(sources, names, verify, report)
-        except UserError as error:
-            outcome = error
-        except Exception:
-            group.broadcast_object(
-                DataError("rank 0 could not open the data; its own message says why")
-            )
-            raise
-    told: Splits | UserError = group.broadcast_object(outcome)
-    if isinstance(told, UserError):
-        raise told
-    return told
+    return opened_by_rank_0(lambda: _open(sources, names, verify, report), "the data", group)
 
 
 def _open(

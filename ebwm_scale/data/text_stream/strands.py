@@ -20,12 +20,12 @@ from typing import Any
 
 from ebwm_scale.config.permissions import PIPE
 from ebwm_scale.config.schema import Config
-from ebwm_scale.core.errors import ConfigError, DataError, UserError
+from ebwm_scale.core.errors import ConfigError, DataError
 from ebwm_scale.core.plain_text import shown
 from ebwm_scale.core.strict_json import canonical_json
 from ebwm_scale.data.format.content import TextContent
 from ebwm_scale.data.format.manifest import Manifest
-from ebwm_scale.data.loading.opening import Group
+from ebwm_scale.data.loading.rank_zero import Group, opened_by_rank_0
 from ebwm_scale.data.loading.streaming import expand
 from ebwm_scale.data.order import permutation
 from ebwm_scale.data.prepare.reading.inputs import find_sources
@@ -129,23 +129,7 @@ def open_text_stream(
     Raises ConfigError and DataError, on all ranks what rank 0 found wrong.
     """
     num_lanes = lanes_of(config, world_size)
-    if group is None:
-        return _open(config, manifest, num_lanes)
-    outcome: TextStream | UserError | None = None
-    if group.is_main:
-        try:
-            outcome = _open(config, manifest, num_lanes)
-        except UserError as error:
-            outcome = error
-        except Exception:
-            group.broadcast_object(
-                DataError("rank 0 could not open data.stream; its own message says why")
-            )
-            raise
-    told: TextStream | UserError = group.broadcast_object(outcome)
-    if isinstance(told, UserError):
-        raise told
-    return told
+    return opened_by_rank_0(lambda: _open(config, manifest, num_lanes), "data.stream", group)
 
 
 def lanes_of(config: Config, world_size: int) -> int:
