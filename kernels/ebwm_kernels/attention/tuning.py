@@ -132,9 +132,15 @@ KEYS = {
         256: {"_tangent": Tile(16, 32, 4, 2), "_second_query": Tile(16, 32, 4, 2)},
     },
 }
+# Head dimensions to 32.
 SMALL_HEADS = {
-    (a, "_second_key"): Tile(32, 32, 4, 2) for a in ("sm_80", "sm_86")
-}  # head dimensions to 32
+    (architecture, kernel): tile
+    for architecture in ("sm_80", "sm_86")
+    for kernel, tile in (
+        ("_gradient_query", Tile(64, 32, 4, 2)),
+        ("_second_key", Tile(32, 32, 4, 2)),
+    )
+}
 KEYS["sm_86"] = KEYS["sm_80"]
 KEYS["sm_100"] = KEYS["sm_90"]
 
