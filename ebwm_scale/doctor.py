@@ -52,6 +52,7 @@ OPTIONAL = {
     "triton": "the Triton kernels of a GPU",
     "flash-attn": "the fastest observed stream of a GPU",
     "wandb": "logging.wandb",
+    "tensorboard": "logging.tensorboard",
     "submitit": "ebwm_scale.launch",
     "av": "video shards",
     "pyarrow": "text in .parquet and .arrow",

@@ -3,12 +3,15 @@
     ebwm explore RUN [--against RUN] [--prompt TEXT]        prints an address to open
     ebwm explore RUN --prompt TEXT --export page.html       writes one page, and no server
     ebwm explore RUN [--instance N] [--instances 32]        a run on tasks
+    ebwm explore RUN [--episode N] [--first N] [--goal N]   a run on video, or on a world
 
 RUN is a run folder or a checkpoint folder. Of a model of text: a prompt's positions and new tokens,
 each with its candidates, their probabilities and energies step by step, the energy between two
-candidates, what one more step would do, and the steps until a position settles. Of a model of
-tasks: a held-out instance with the answer after each step, and what is solved by then. Another run,
-or Transformer++, stands beside it (--against). The numbers are those of `ebwm think`.
+candidates and on a plane, what one more step would do, and the steps until a position settles. Of a
+model of tasks: a held-out instance with the answer after each step, and what is solved by then. Of
+a model of video or of a world: a held-out clip or episode with the next frame after each step,
+wrong frames as its energy finds them, imagined futures, chosen actions and a plan, as films.
+Another run, or Transformer++, stands beside it (--against). The numbers are those of `ebwm think`.
 
 The page is served on this machine's loopback address alone, under a secret token that is part of
 the printed address, and loads nothing from other hosts. On a cluster forward the port:
@@ -19,6 +22,7 @@ pip install 'ebwm_scale[explore]'; --export does not.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +31,7 @@ import torch
 
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.config.schema import Config
+from ebwm_scale.control.planner import SOLVERS
 from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import say
 from ebwm_scale.core.disk import replace_text
@@ -34,13 +39,29 @@ from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.format.side_files import refuse_another_tokenizer
+from ebwm_scale.evaluation.imagination import refuse_another_space
 from ebwm_scale.evaluation.solving import Other, is_task
-from ebwm_scale.exploring.page import Explorer, TaskPages, TextPages
+from ebwm_scale.exploring.frame_page import FrameExplorer
+from ebwm_scale.exploring.page import Explorer, FramePages, TaskPages, TextPages
 from ebwm_scale.exploring.request import FIELDS, TextRequest, read_request
 from ebwm_scale.exploring.task_page import TaskExplorer
 from ebwm_scale.exploring.text_page import NamedModel, TextExplorer
 from ebwm_scale.think import add_thinking_options, manifest_of, rules_of, tokenizer_of
 from ebwm_scale.world_model import WorldModel
+
+FRAME_OPTIONS = (
+    ("episode", "N", "held-out episode or clip, counted from 0 (default 0)"),
+    ("first", "N", "its first frame that is observed (default 0)"),
+    ("context", "N", "observed frames (default: half of the trained context)"),
+    ("ahead", "N", "imagined frames (default 4)"),
+    ("action", "NUMBERS", "an action of your own, in the units of the dataset"),
+    ("goal", "N", "the frame that is planned for (default: the last of the horizon)"),
+    ("horizon", "N", "steps of a plan (default: what the context has behind its first half)"),
+    ("budget", "N", "futures that a plan may imagine (default 64)"),
+    ("solver", "NAME", f"of a plan: {', '.join(SOLVERS)} (default {SOLVERS[1]})"),
+)
+# by option, the fields of the form that have another name
+FRAME_FIELDS = {"episode": "number", "context": "num_context", "ahead": "num_ahead"}
 
 
 @command
@@ -125,6 +146,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="held-out instances to choose from (default %(default)s)",
     )
+    frames = result.add_argument_group("video and worlds: what the form holds at first")
+    for name, metavar, text in FRAME_OPTIONS:
+        frames.add_argument(f"--{name}", metavar=metavar, default=None, help=text)
     return result
 
 
@@ -132,20 +156,17 @@ def opened(options: argparse.Namespace) -> Explorer:
     """The explorer of a run; UserError for one that cannot be shown."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, config = load_checkpoint(options.checkpoint, device=device)
-    if config.state.kind != "vocabulary":
-        raise UserError(
-            f"{options.checkpoint}: a model of video, and ebwm explore shows text and tasks; "
-            "ebwm think --video or --episode shows what it imagines"
-        )
     manifest = manifest_of(options, config)
     other = None
     if options.against is not None:
-        other = _other(options.against, manifest, device)
+        other = _other(options.against, config, manifest, device)
     title = _name(options.checkpoint)
     subtitle = _about(model, config)
     if other is not None:
         title += f" and {_name(other.name)}"
         subtitle += f"; beside it: {_about(other.model, other.config)}"
+    if config.state.kind != "vocabulary":
+        return _frames(options, model, config, manifest, other, title, subtitle)
     if is_task(manifest):
         return _tasks(options, model, config, manifest, other, title, subtitle)
     models = [NamedModel(_name(options.checkpoint), model)]
@@ -174,6 +195,37 @@ def _tasks(
     return TaskPages(explorer, title, subtitle, explorer.read(given))
 
 
+def _frames(
+    options: argparse.Namespace,
+    model: WorldModel,
+    config: Config,
+    manifest: Manifest,
+    other: Other | None,
+    title: str,
+    subtitle: str,
+) -> FramePages:
+    if other is not None:
+        refuse_another_space(model, other.model)
+    models = [NamedModel(_name(options.checkpoint), model)]
+    if other is not None:
+        models.append(NamedModel(_name(other.name), other.model))
+    explorer = FrameExplorer.open(models, open_split(manifest.path, "validation", verify="sizes"))
+    rules = rules_of(options, config)  # refuses what a Transformer++ cannot do
+    given = {
+        name: str(value)
+        for name, value in dataclasses.asdict(rules).items()
+        if value is not None and name != "accept_only_if_lower"
+    }
+    for name, *_ in FRAME_OPTIONS:
+        value = getattr(options, name)
+        if value is not None:
+            given[FRAME_FIELDS.get(name, name)] = value
+    if rules.accept_only_if_lower:
+        given["accept_only_if_lower"] = "on"
+    start = explorer.fields.read(given, explorer.start(rules.seed))
+    return FramePages(explorer, title, subtitle, start)
+
+
 def _start(options: argparse.Namespace, config: Config) -> TextRequest:
     """What the command line asks for, read as the form's fields are."""
     rules = rules_of(options, config)  # refuses what a Transformer++ cannot do
@@ -198,11 +250,17 @@ def _start(options: argparse.Namespace, config: Config) -> TextRequest:
     return read_request(given, TextRequest())
 
 
-def _other(path: str, manifest: Manifest, device: str) -> Other:
+def _other(path: str, ours: Config, manifest: Manifest, device: str) -> Other:
     """The run of --against; UserError where it reads something else."""
     model, config = load_checkpoint(path, device=device)
+    if config.state.kind != ours.state.kind:
+        kinds = {"vocabulary": "text", "embedding": "video"}
+        raise UserError(
+            f"--against {path}: a model of {kinds[config.state.kind]}; give one of "
+            f"{kinds[ours.state.kind]}"
+        )
     if config.state.kind != "vocabulary":
-        raise UserError(f"--against {path}: a model of video; give one of text")
+        return Other(model, config, path)
     if config.model.vocabulary_size != manifest.content.size:
         raise UserError(
             f"--against {path}: has a vocabulary of {config.model.vocabulary_size}, the first run "

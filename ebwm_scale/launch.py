@@ -32,6 +32,7 @@ from ebwm_scale.cluster.sweep import Run, check_new, expand, prepare, write_requ
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
+from ebwm_scale.config.sequence_checks import num_readers
 from ebwm_scale.core.arguments import ArgumentParser, add_config, add_overrides, command
 from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError
 from ebwm_scale.core.plain_text import one_line, shown
@@ -150,7 +151,7 @@ def launch(options: argparse.Namespace) -> int:
         refuse_unpermitted(config, allow_pipe=options.allow_pipe)
         batch_arithmetic(
             config.train,
-            resources.nodes * resources.tasks_per_node,
+            num_readers(config, resources.nodes * resources.tasks_per_node),
             paired=config.refinement.replay,
         )
     if options.dry_run:

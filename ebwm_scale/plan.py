@@ -7,20 +7,23 @@ time, cost, and what to use.
 
 Sizes that a dataset would give have to be named where there is none: --set
 model.vocabulary_size=32000 data.context_length=256. Figures are predictions: memory is compared
-with measurements in the tests; times on GPUs rest on assumed utilisations
-(ebwm_scale/planning/planner.py) and on no overlap of communication with computation.
+with measurements in the tests; times on GPUs rest on counted launches, bytes and FLOPs, on
+assumed rates (ebwm_scale/planning/gpu_time.py) and on no overlap of communication with computation.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.arguments import ArgumentParser, add_config, add_overrides, command
 from ebwm_scale.core.errors import EXIT_FAILED, EXIT_FINISHED, ConfigError
+from ebwm_scale.planning.flops import step_flops
 from ebwm_scale.planning.hardware import MACHINES, Machine
 from ebwm_scale.planning.planner import Plan, plan, recommended
 
@@ -128,11 +131,17 @@ def describe(
     """The plans as text."""
     unit = "tokens" if config.state.kind == "vocabulary" else "frames"
     per_step = positions_per_step(config)
-    budget = tokens or per_step * config.train.max_steps
+    ramp = BatchRamp.of(config.train)
+    positions = per_step // config.train.global_batch_size
+    budget = tokens or ramp.samples_before(config.train.max_steps) * positions
     batch = f"{config.train.global_batch_size} samples of {config.data.context_length} {unit}"
+    samples = math.ceil(budget / positions)
+    num_steps = ramp.steps_for(samples)
+    flops = sum(step_flops(config, samples=samples).values())
     lines = [
         f"{nodes} x {gpus // nodes} {machine.name}: {machine.source}",
         f"global batch {batch}, {config.train.precision}",
+        *([f"ramp {ramp.describe()}: figures per step are of the last"] if ramp.pieces else []),
         "",
     ]
     rows = [
@@ -152,6 +161,8 @@ def describe(
     ]
     for p in plans:
         days = budget / p.tokens_per_day
+        if ramp.pieces:
+            days = p.run_s(ramp, num_steps) / 86400
         rows.append(
             (
                 str(p.stage),
@@ -189,9 +200,11 @@ def describe(
             + ", ".join(f"{part} {value:.3f}" for part, value in best.memory.items()),
         ]
     lines.append(
-        f"{budget:.3g} {unit} are {budget / per_step:,.0f} steps. "
+        f"{budget:.3g} {unit} are {num_steps:,} steps and {flops:.3g} FLOPs. "
         + (
-            "Times rest on assumed utilisations and no overlap; measure with tools/bench_step.py."
+            "Times rest on counted launches, bytes and FLOPs, on assumed rates "
+            "(ebwm_scale/planning/gpu_time.py), no CUDA graph and no overlap; "
+            "measure with tools/gpu/session.py."
             if machine.assumed
             else "Rates are fitted to measured steps of that machine."
         )

@@ -252,12 +252,17 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def check(options: argparse.Namespace) -> None:
-    """UserError for numbers that cannot be."""
+def check_counts(options: argparse.Namespace) -> None:
+    """UserError where a number of episodes, steps or actions is below 1."""
     for name in ("episodes", "max_steps", "execute"):
         if getattr(options, name) < 1:
             option = name.replace("_", "-")
             raise UserError(f"--{option} is {getattr(options, name)}: must be at least 1")
+
+
+def check(options: argparse.Namespace) -> None:
+    """UserError for numbers that cannot be."""
+    check_counts(options)
     for name in ("films", "seed"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name} is {getattr(options, name)}: must be at least 0")

@@ -31,11 +31,15 @@ import torch
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.core.arguments import ArgumentParser, add_weights, command
 from ebwm_scale.core.console import say
-from ebwm_scale.core.errors import EXIT_FINISHED, DataError, UserError
-from ebwm_scale.core.plain_text import shown
-from ebwm_scale.data.tokenizer import check_text
+from ebwm_scale.core.errors import EXIT_FINISHED, UserError
 from ebwm_scale.evaluation.bootstrap import bootstrap_ci
-from ebwm_scale.inference.scoring import ContinuationScore, Scorer
+from ebwm_scale.inference.question_files import (
+    chance,
+    cloze_values,
+    multiple_choice_values,
+    read_questions,
+)
+from ebwm_scale.inference.scoring import Scorer
 from ebwm_scale.think import add_thinking_options, manifest_of, rules_of, tokenizer_of
 
 
@@ -127,117 +131,19 @@ def _in_words(row: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def read_questions(file: Path, kind: str) -> list[dict[str, Any]]:
-    """The questions of a file; kind: "choices" (multiple choice) or "answer" (cloze).
-
-    Raises DataError naming file, line and what is wrong.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from None
-    questions = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                question = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}, line {number}: not JSON: {error}") from None
-            except RecursionError:
-                raise DataError(
-                    f"{file}, line {number}: JSON nested too deeply for a question; see "
-                    "python -m ebwm_scale.questions --help"
-                ) from None
-            wrong = _what_is_wrong(question, kind)
-            if wrong:
-                raise DataError(
-                    f"{file}, line {number}: {wrong}; see python -m ebwm_scale.questions --help"
-                )
-            for name, text in _texts_of(question, kind):
-                check_text(text, f"{file}, line {number}: {name}")
-            questions.append(question)
-    if not questions:
-        raise DataError(f"{file}: holds no question")
-    return questions
-
-
-def _what_is_wrong(question: Any, kind: str) -> str | None:
-    if not isinstance(question, dict) or not isinstance(question.get("context"), str):
-        return 'expected an object with a text "context"'
-    if kind == "answer":
-        return (
-            None
-            if isinstance(question.get("answer"), str) and question["answer"]
-            else f"answer is {shown(question.get('answer'))}: must be a text that is not empty"
-        )
-    choices, answer = question.get("choices"), question.get("answer")
-    if (
-        not isinstance(choices, list)
-        or len(choices) < 2
-        or not all(isinstance(choice, str) and choice for choice in choices)
-    ):
-        return f"choices is {shown(choices)}: must be two or more texts that are not empty"
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        return f"answer is {shown(answer)}: must be the index of a choice, 0 to {len(choices) - 1}"
-    return None
-
-
-def _texts_of(question: dict[str, Any], kind: str) -> list[tuple[str, str]]:
-    """(name, text) of what is given to the tokenizer."""
-    if kind == "answer":
-        return [("context", question["context"]), ("answer", question["answer"])]
-    choices = [(f"choice {i}", choice) for i, choice in enumerate(question["choices"])]
-    return [("context", question["context"]), *choices]
-
-
 def multiple_choice(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Shares of questions answered right, each with its interval."""
-    scores = iter(
-        scorer.score(
-            [
-                (question["context"], choice)
-                for question in questions
-                for choice in question["choices"]
-            ]
-        )
-    )
-    by_question = [[next(scores) for _ in question["choices"]] for question in questions]
-
-    def share(better) -> dict[str, float]:
-        right = [
-            max(range(len(row)), key=lambda i: better(row[i])) == question["answer"]
-            for row, question in zip(by_question, questions)
-        ]
-        return bootstrap_ci(torch.tensor(right, dtype=torch.float64))
-
-    result = {
-        "accuracy": share(lambda score: score.log_likelihood),
-        "accuracy_per_byte": share(lambda score: score.log_likelihood / score.num_bytes),
-    }
-    if by_question[0][0].energy is not None:
-        result["accuracy_by_energy"] = share(lambda score: -score.energy)
-    return result | {
-        "chance": sum(1 / len(question["choices"]) for question in questions) / len(questions)
-    }
+    values = multiple_choice_values(scorer, questions)
+    result: dict[str, Any] = {name: bootstrap_ci(of_each) for name, of_each in values.items()}
+    return result | {"chance": chance(questions)}
 
 
 def cloze(scorer: Scorer, questions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The share of answers that greedy choice writes, and nats per token of the answers (a mean
     over questions).
     """
-    scores: list[ContinuationScore] = scorer.score(
-        [(question["context"], question["answer"]) for question in questions]
-    )
-    return {
-        "accuracy": bootstrap_ci(
-            torch.tensor([score.is_greedy for score in scores], dtype=torch.float64)
-        ),
-        "nats_per_token": bootstrap_ci(
-            torch.tensor(
-                [-score.log_likelihood / score.num_tokens for score in scores], dtype=torch.float64
-            )
-        ),
-    }
+    values = cloze_values(scorer, questions)
+    return {name: bootstrap_ci(of_each) for name, of_each in values.items()}
 
 
 if __name__ == "__main__":

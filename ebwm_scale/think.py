@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         weights=options.weights,
     )
     rules = rules_of(options, config)
+    say_if_untrained(options.num_steps, config)
     manifest = manifest_of(options, config)
     check_modality(options, config)
     if config.state.kind == "vocabulary":
@@ -215,6 +216,18 @@ def rules_of(options: argparse.Namespace, config: Config) -> ThinkingConfig:
         tolerance=options.tolerance,
         settled=options.settled,
         seed=config.train.seed if options.seed is None else options.seed,
+    )
+
+
+def say_if_untrained(num_steps: int | None, config: Config) -> None:
+    """More steps than were trained are allowed, and often no better: said, once."""
+    trained = config.refinement.num_steps
+    if num_steps is None or num_steps <= trained:
+        return
+    print(
+        f"--num-steps {num_steps}: trained were {trained}, and further ones may make predictions "
+        "worse; `ebwm evaluate RUN` says whether they do",
+        file=sys.stderr,
     )
 
 

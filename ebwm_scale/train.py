@@ -22,8 +22,10 @@ if __name__ == "__main__" and not __package__:
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ebwm_scale.config import resolved
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.permissions import add_permissions, refuse_unpermitted
 from ebwm_scale.config.schema import Config
@@ -142,6 +144,7 @@ def run(
     from ebwm_scale.core.ownership import Ownership
     from ebwm_scale.core.world import is_connection_error
     from ebwm_scale.planning.dry_run import describe
+    from ebwm_scale.refinement.tiling import tile_bytes
     from ebwm_scale.training.deepspeed.engine import Engine
     from ebwm_scale.training.distributed import init_distributed
     from ebwm_scale.training.dry_run import dry_run
@@ -149,6 +152,7 @@ def run(
     from ebwm_scale.training.preflight import check_run
     from ebwm_scale.training.resuming import load_newest
     from ebwm_scale.training.run_folder import RunFolder
+    from ebwm_scale.training.sequence_groups import sequence_group
     from ebwm_scale.training.trainer import Trainer
     from ebwm_scale.training.watchdog import Watchdog
     from ebwm_scale.world_model import WorldModel
@@ -186,7 +190,8 @@ def run(
         ownership=None if options.dry_run else ownership,
     )
     check.refuse()  # before anything is written
-    config, splits, paths = check.config, check.splits, check.attention
+    config, splits, paths = check.config, check.splits, dict(check.attention)
+    pointwise = paths.pop("pointwise", "reference")
     torch.manual_seed(config.train.seed)
     if options.dry_run:
         dry_run(check, data_summary(config, splits), say)
@@ -205,12 +210,13 @@ def run(
             put_back_replaced(path / "checkpoints")
         return find_latest(path / "checkpoints", warn, strict=options.strict)
 
-    world = world or init_distributed()
+    world = replace(world or init_distributed(), sequence=config.parallel.sequence)
     stop.max_minutes = config.train.max_minutes
     faults.at("start")
     if stopped_before_training(stop, world, "before the model was built"):
         return EXIT_RUN_AGAIN
     model = WorldModel(config)
+    model.sequence = sequence_group(world)
     if world.is_main and check.saved is None:
         say(
             describe(
@@ -249,6 +255,7 @@ def run(
         faults=faults,
         allow_pipe=options.allow_pipe,
         text_stream=check.text_stream,
+        sets=check.sets,
     )
     saved = load_newest(trainer, check.saved, newest, world, say)
     folder.take()
@@ -271,10 +278,18 @@ def run(
             "data.stream: shards are streamed; batches then depend on the number of processes, "
             "and a resume goes on with the next shards"
         )
-    folder.say(
-        "attention of "
-        + ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items())
-    )
+    if world.sequence > 1:
+        positions = resolved.context_length(config)
+        folder.say(
+            f"{world.sequence} processes share each sample of {positions} positions: "
+            f"{positions // world.sequence} each"
+        )
+    streams = ", ".join(f"the {stream} stream: {path}" for stream, path in paths.items())
+    folder.say(f"attention of {streams}")
+    model.graphs.say = folder.say
+    if world.device.type == "cuda":
+        in_tiles = tile_bytes(world.device) / 2**30
+        folder.say(f"pointwise operations: {pointwise}; states in tiles of {in_tiles:.1f} GiB")
     try:
         code = trainer.run()
     except RuntimeError as error:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ebwm_kernels.vocabulary.formulas import Clamps
-from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_kernels.vocabulary.formulas import Clamps, state_dtype
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE, LEAST_COUNT
 from ebwm_scale.config import resolved
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import UserError
@@ -41,10 +41,13 @@ from ebwm_scale.model.documents import document_starts, last_document
 from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.groups import regroup
 from ebwm_scale.model.projection import Projection
+from ebwm_scale.model.sequence import SequenceGroup, SequencePart, cut
 from ebwm_scale.model.states import EmbeddingState, VocabularyState
+from ebwm_scale.model.width_scaling import scale_initial
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.block_recompute import gathered
 from ebwm_scale.refinement.exits import EXITS
+from ebwm_scale.refinement.graphed import GraphedRefinement
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE, refine
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
@@ -67,6 +70,23 @@ class StepOutput:
     initial_loss: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What of a batch this process refines and scores.
+
+    observed, targets, conditions: as `WorldModel.forward` takes them, of its own positions.
+    first_visible: of all positions, see WorldModel.first_visible. part: its positions, where
+    several processes share the samples; num_scored: see Targets.
+    """
+
+    observed: Tensor
+    targets: Tensor
+    conditions: Conditions | None
+    first_visible: Tensor | None
+    part: SequencePart | None = None
+    num_scored: Tensor | None = None
+
+
 class WorldModel(nn.Module):
     """An energy model or Transformer++, with its embeddings.
 
@@ -82,10 +102,12 @@ class WorldModel(nn.Module):
     workspace_step_size: nn.Parameter  # of an energy model with a workspace
     exit_logits: nn.Parameter | None  # of an energy model whose exits are learned
     state_map: nn.Parameter  # of an energy model of text that is not tied to token_embedding
+    sequence: SequenceGroup | None = None  # the processes that share each sample in `forward`
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.graphs = GraphedRefinement()
         model = config.model
         width = resolved.model_sizes(model).width
         size = resolved.state_size(config)
@@ -106,11 +128,14 @@ class WorldModel(nn.Module):
             self.network = BaselineTransformer(model, group_size, grid, num_conditions)
             if config.state.kind == "vocabulary":
                 self.output = Output(width, size, bias=False)
+                self.output.clamps = Clamps(soft=model.logit_softcap)
+                self.output.backend = model.attention_backend
             elif model.output == "one_linear":
                 self.output = Output(width, size, bias=True)
             else:
                 self.output = TwoLinearOutput(width, size)
             initialize_output(self.output, predicts=model.predicts)
+            scale_initial(self, model)
             return
         refinement = config.refinement
         content_scale = 1 / (refinement.step_size * config.state.map_scale)  # energy_head.py
@@ -138,6 +163,7 @@ class WorldModel(nn.Module):
         if config.state.kind == "vocabulary" and not config.state.tie_embedding:
             self.state_map = nn.Parameter(torch.empty(size, width))
             nn.init.xavier_normal_(self.state_map)
+        scale_initial(self, model)
 
     @property
     def state_size(self) -> int:
@@ -165,7 +191,11 @@ class WorldModel(nn.Module):
 
         Under `state.map_scale` it multiplies the whole map, V x D numbers.
         """
-        clamps = Clamps(self.config.refinement.change_clamp, self.config.refinement.state_clamp)
+        clamps = Clamps(
+            self.config.refinement.change_clamp,
+            self.config.refinement.state_clamp,
+            self.config.model.logit_softcap,
+        )
         if self.config.state.kind == "embedding":
             return EmbeddingState(self.frame_projection, clamps)
         if self.config.state.tie_embedding:
@@ -179,6 +209,7 @@ class WorldModel(nn.Module):
             self.config.refinement.update,
             clamps,
             num_candidates=resolved.num_candidates(self.config),
+            backend=self.config.model.attention_backend,
         )
 
     def workspace(self) -> WorkspaceState | None:
@@ -276,26 +307,50 @@ class WorldModel(nn.Module):
         num_steps, noise_scale, step_size_scale: this training step's point of the schedules.
         keep_state: return the final states, in this dtype. restart: (rows, states) from the
         replay buffer.
+
+        With `sequence` set, each of its processes is given the whole samples, and refines and
+        scores its own positions: means and gradients are over those, and the means of all
+        processes' are what one process has. DataError unless all were given the same samples.
         """
-        if self.config.model.kind == "baseline":
-            output = self._score_directly(observed, targets, conditions)
-        else:
-            with gathered(self.resident_parameters()):
-                output = self._refine(
-                    observed,
-                    targets,
-                    conditions,
-                    sample_ids,
-                    source,
-                    num_steps,
-                    noise_scale,
-                    step_size_scale,
-                    keep_state,
-                    restart,
-                )
+        given = _Given(observed, targets, conditions, self.first_visible(observed))
+        if self.sequence is not None:
+            self.sequence.require_same(observed, sample_ids)
+            given = self._own_part(given, self.sequence)
+        with cut(self.network, given.part):
+            if self.config.model.kind == "baseline":
+                output = self._score_directly(given)
+            else:
+                with gathered(self.resident_parameters()):
+                    output = self._refine(
+                        given,
+                        sample_ids,
+                        source,
+                        num_steps,
+                        noise_scale,
+                        step_size_scale,
+                        keep_state,
+                        restart,
+                    )
         if resolved.has_masked_targets(self.config):
             return self._over_all_positions(output, targets)
         return output
+
+    def _own_part(self, whole: _Given, sequence: SequenceGroup) -> _Given:
+        """Of samples that several processes share, given whole."""
+        energy = isinstance(self.network, EnergyTransformer)
+        front = int(energy and self.config.model.conditioning == "time_embed")
+        part = sequence.part(whole.observed.shape[1], front)
+        # Engines average over processes: each scores over an n-th of what all of them score.
+        # Gradients cross the exchange, so the factor has to be in the losses from the start.
+        dtype = state_dtype(self.network.norm.weight)
+        num_scored = (whole.targets != IGNORE).sum().to(dtype) / sequence.size
+        return replace(
+            whole,
+            observed=part.own(whole.observed),
+            targets=part.own(whole.targets),
+            part=part,
+            num_scored=num_scored,
+        )
 
     def _over_all_positions(self, output: StepOutput, targets: Tensor) -> StepOutput:
         """Means over all positions, masked ones counting as 0; over the share of them that the
@@ -327,9 +382,7 @@ class WorldModel(nn.Module):
 
     def _refine(
         self,
-        observed,
-        targets,
-        conditions,
+        given: _Given,
         sample_ids,
         source,
         num_steps,
@@ -340,11 +393,12 @@ class WorldModel(nn.Module):
     ) -> StepOutput:
         refinement = self.config.refinement
         weight = self.energy_network.norm.weight
+        observed, targets, part = given.observed, given.targets, given.part
         noise = TrainingNoise(
             source,
             refinement,
             sample_ids,
-            (*observed.shape[:2], self.state_size),
+            (observed.shape[0], observed.shape[1], self.state_size),
             kind=self.config.state.initial,
             noise_scale=noise_scale,
             step_size_scale=step_size_scale,
@@ -355,22 +409,24 @@ class WorldModel(nn.Module):
             restart=restart,
             workspace=self.config.state.workspace,
             workspace_kind=self.config.state.workspace_initial,
+            first_position=0 if part is None else part.first,
         )
         result = refine(
             self,
-            self.embed_observed(observed, conditions),
+            self.embed_observed(observed, given.conditions),
             targets,
             config=refinement,
             landscapes=self.landscapes(num_steps or refinement.num_steps),
             noise=noise,
             training=self.training,
             keep_state=keep_state,
-            first_visible=self.first_visible(observed),
+            first_visible=given.first_visible,
+            num_scored=given.num_scored,
         )
         assert result.loss is not None, "refine was given targets"
         initial_loss = None
         if not self.training:
-            initial_loss = self.state_space().loss(noise.initial_state(), targets).detach()
+            initial_loss = self._initial_loss(noise.initial_state(), given).detach()
         return StepOutput(
             result.loss,
             torch.stack(result.loss_per_step),
@@ -379,22 +435,36 @@ class WorldModel(nn.Module):
             initial_loss,
         )
 
-    def _score_directly(
-        self, observed: Tensor, targets: Tensor, conditions: Conditions | None
-    ) -> StepOutput:
+    def _initial_loss(self, state: Tensor, given: _Given) -> Tensor:
+        space = self.state_space()
+        if given.num_scored is None:
+            return space.loss(state, given.targets)
+        losses = space.loss(state, given.targets, reduction="none")
+        return losses.sum() / given.num_scored.clamp(min=LEAST_COUNT)
+
+    def _score_directly(self, given: _Given) -> StepOutput:
         """Of a baseline. In eval mode every loop is scored, in training as model.loop_loss says."""
         network = self.network
         assert isinstance(network, BaselineTransformer)
-        embedded = self.embed_observed(observed, conditions)
-        first_visible = self.first_visible(observed)
+        observed, first_visible = given.observed, given.first_visible
+        embedded = self.embed_observed(observed, given.conditions)
         scores_every = self.config.model.loop_loss == "every"
         if scores_every or not self.training:
             hidden = network.after_each_loop(embedded, first_visible)
         else:
             hidden = [network(embedded, first_visible)]
-        losses = torch.stack([self._baseline_loss(h, observed, targets) for h in hidden])
+        z_terms = [torch.zeros((), dtype=state_dtype(h), device=h.device) for h in hidden]
+        losses = torch.stack(
+            [self._baseline_loss(h, observed, given.targets, z) for h, z in zip(hidden, z_terms)]
+        )
+        z_losses = torch.stack(z_terms)
+        if given.num_scored is not None:
+            scored_here = (given.targets != IGNORE).sum()
+            share = scored_here / given.num_scored.clamp(min=LEAST_COUNT)
+            losses = losses * share
+            z_losses = z_losses * share
         loss = losses.mean() if scores_every else losses[-1]
-        return StepOutput(loss, losses.detach(), None)
+        return StepOutput(loss, losses.detach() - z_losses, None)
 
     def predict_directly(self, observed: Tensor, conditions: Conditions | None = None) -> Tensor:
         """A baseline's predictions (B, S, size) of the state after each of the observed ones."""
@@ -413,9 +483,13 @@ class WorldModel(nn.Module):
             return prediction.to(wide) + last.to(wide)
         return prediction
 
-    def _baseline_loss(self, hidden: Tensor, observed: Tensor, targets: Tensor) -> Tensor:
+    def _baseline_loss(
+        self, hidden: Tensor, observed: Tensor, targets: Tensor, z_sum: Tensor | None = None
+    ) -> Tensor:
+        """z_sum (): receives the part of the z-loss, which only training has."""
         if self.config.state.kind == "vocabulary":
-            return self.output(hidden, targets)
+            z_weight = self.config.train.z_loss if self.training else 0.0
+            return self.output(hidden, targets, z_weight=z_weight, z_sum=z_sum)
         prediction = self.prediction_of(hidden, observed)
         wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
         return F.smooth_l1_loss(prediction.to(wide), targets.to(wide), beta=1.0)

@@ -81,19 +81,23 @@ def main() -> int:
     parser.add_argument(
         "--memory-megabytes", type=int, default=32, metavar="N", help="of text, for memory, once"
     )
-    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of each, in turns")
+    parser.add_argument(
+        "--rounds", type=int, default=2, metavar="N", help="of each, in turns; 0: memory alone"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the result")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        tokenizer = _tokenizer(scratch / "tokenizer.json")
         result = {
             **provenance("numpy", "pyarrow", "tokenizers", "datasets", "transformers"),
             "cores": len(os.sched_getaffinity(0)),
             "load_average_before": round(os.getloadavg()[0], 1),
-            "throughput": _throughput(scratch, tokenizer, options.megabytes, options.rounds),
-            "memory": _memory(scratch, options.memory_megabytes),
         }
+        if options.rounds:
+            tokenizer = _tokenizer(scratch / "tokenizer.json")
+            runs = _throughput(scratch, tokenizer, options.megabytes, options.rounds)
+            result["throughput"] = runs
+        result["memory"] = _memory(scratch, options.memory_megabytes)
     options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
     return 0

@@ -154,35 +154,43 @@ def _zeros(work: Work, heads: int, dtype: torch.dtype) -> torch.Tensor:
     return rows.transpose(1, 2)
 
 
-def _report(work: Work, tile: Tile, flags: dict, compiled) -> dict:
+def usage_of(compiled) -> dict:
+    """What a compiled program takes: registers, what it spills, shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _output("cuobjdump", "--dump-resource-usage", file.name)
-        code = _output("nvdisasm", "-c", file.name)
-    registers, stack, local = (
-        int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
-    )
-    count = {
-        what: len(re.findall(rf"\b{what}\b", code))
-        for what in ("HGMMA", "HMMA", "UTCHMMA", "LDL", "STL")
+        registers, stack, local = (
+            int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
+        )
+        spills = 0
+        if stack + local:
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", _output("nvdisasm", "-c", file.name)))
+    return {
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "spill_instructions": spills,
+        "shared_kib": round(compiled.metadata.shared / 1024, 2),
     }
-    shared = compiled.metadata.shared / 1024
+
+
+def _report(work: Work, tile: Tile, flags: dict, compiled) -> dict:
+    code = compiled.asm["ptx"]
+    warpgroup = code.count("wgmma.mma_async.")
+    tensor_core = warpgroup + code.count("mma.sync.") + code.count("tcgen05.mma.")
+    usage = usage_of(compiled)
     limit = SHARED_KIB[work.architecture]
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     return {
         **work._asdict(),
         "tile": list(tile),
         **flags,
-        "registers": registers,
-        "spilled_bytes": stack + local,
-        "spill_instructions": count["LDL"] + count["STL"],
-        "shared_kib": round(shared, 2),
+        **usage,
         "shared_limit_kib": limit,
         "tensor_memory_columns": columns,
-        "fits": shared <= limit and columns <= TENSOR_MEMORY_COLUMNS,
-        "tensor_core_instructions": count["HGMMA"] + count["HMMA"] + count["UTCHMMA"],
-        "warpgroup_instructions": count["HGMMA"],
+        "fits": usage["shared_kib"] <= limit and columns <= TENSOR_MEMORY_COLUMNS,
+        "tensor_core_instructions": tensor_core,  # of the PTX
+        "warpgroup_instructions": warpgroup,
         "program": compiled.hash,
     }
 

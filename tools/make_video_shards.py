@@ -21,7 +21,7 @@ from ebwm_scale.core.arguments import ArgumentParser, command
 from ebwm_scale.core.console import progress_on_console
 from ebwm_scale.data.encoders import ENCODERS
 from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
-from ebwm_scale.data.prepare.workers import STILL_S
+from ebwm_scale.data.prepare.workers import LIMIT_S, STILL_S
 
 
 @command
@@ -29,7 +29,10 @@ def main() -> int:
     default = VideoDatasetConfig()
     parser = ArgumentParser(description=__doc__)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="video files, or folders with them"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="videos, animations, .tar and .zip of them, and folders of these or of images",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the dataset folder")
     parser.add_argument(
@@ -189,9 +192,42 @@ def main() -> int:
         help="end the decoding of a video that does not move for this long, and leave it out "
         "(default %(default)g)",
     )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=LIMIT_S,
+        metavar="S",
+        help="end the decoding of a video after this long, and leave it out (default %(default)g)",
+    )
+    parser.add_argument(
+        "--stream",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of files with several video streams, from 0 (default: the one that players show)",
+    )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="folders of images are videos also where there are others",
+    )
+    parser.add_argument(
+        "--image-rate",
+        type=float,
+        default=default.image_rate,
+        metavar="HZ",
+        help="images a second, of folders of images (default %(default)g)",
+    )
+    parser.add_argument(
+        "--no-captions",
+        action="store_true",
+        help="do not keep the .txt and .json beside a video with its clips",
+    )
     arguments = parser.parse_args()
     if not arguments.stall_limit > 0:
         parser.error(f"--stall-limit is {arguments.stall_limit}: must be above 0 seconds")
+    if not arguments.time_limit > 0:
+        parser.error(f"--time-limit is {arguments.time_limit}: must be above 0 seconds")
     if len(arguments.size) > 2:
         parser.error("--size takes a side, or height and width")
     settings = {
@@ -221,6 +257,8 @@ def main() -> int:
         gap_s=arguments.gap,
         seed=arguments.seed,
         samples_per_shard=arguments.samples_per_shard,
+        stream=arguments.stream,
+        image_rate=arguments.image_rate,
     )
     with progress_on_console() as progress:
         manifest = make_video_dataset(
@@ -230,6 +268,9 @@ def main() -> int:
             like=arguments.like,
             workers=arguments.workers,
             still_s=arguments.stall_limit,
+            limit_s=arguments.time_limit,
+            images=arguments.images,
+            captions=not arguments.no_captions,
             progress=progress,
         )
     print(f"{manifest}: {time.monotonic() - start:.1f} s")

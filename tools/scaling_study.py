@@ -9,6 +9,8 @@ depths, widths) and seeds, and what follows from them.
         --output results/scaling/text.json
     python tools/scaling_study.py page results/scaling/*.json --output scaling.html
         from data alone, in seconds
+    python tools/scaling_study.py tables results/scaling/text.json
+        what docs/scaling.md shows of it, in Markdown
 
 A study is a file: title, unit (of the loss), config, set (overrides of every run), axis (what
 varies: size, data, batch, depth or width) and sweep, the axes as in
@@ -70,10 +72,16 @@ def main() -> int:
     page = commands.add_parser("page", help="tables and plots of result files")
     page.add_argument("results", type=Path, nargs="+")
     page.add_argument("--output", type=Path, required=True)
+    tables = commands.add_parser("tables", help="losses, differences and exponents, in Markdown")
+    tables.add_argument("result", type=Path)
     options = parser.parse_args(arguments)
-    return {"start": begin, "status": show, "collect": write_result, "page": write_page}[
-        options.command
-    ](options, passed_on)
+    return {
+        "start": begin,
+        "status": show,
+        "collect": write_result,
+        "page": write_page,
+        "tables": print_tables,
+    }[options.command](options, passed_on)
 
 
 def read_study(path: Path) -> dict:
@@ -185,6 +193,20 @@ def write_page(options: argparse.Namespace, _: list[str]) -> int:
             ) from None
     options.output.write_text(page, encoding="utf-8", errors="replace")
     print(options.output)
+    return EXIT_FINISHED
+
+
+def print_tables(options: argparse.Namespace, _: list[str]) -> int:
+    from ebwm_scale.evaluation.scaling_tables import difference_table, exponent_table, loss_table
+
+    try:
+        study = json.loads(options.result.read_text(encoding="utf-8"))
+        tables = [make(study) for make in (loss_table, difference_table, exponent_table)]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{options.result}: not a result of scaling_study.py collect: {shown(repr(error))}"
+        ) from None
+    print("\n\n".join("\n".join(table) for table in tables))
     return EXIT_FINISHED
 
 

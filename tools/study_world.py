@@ -2,13 +2,14 @@
 of held-out episodes.
 
     python tools/study_world.py runs/world_rooms --output results/world_rooms.json
-        [--horizons 1 2 4 8 16] [--max-windows 96]
+        [--horizons 1 2 4 8 16] [--max-windows 96] [--seeds NAME ..]
 
 Errors are SmoothL1 in the models' space. Means have 95 % intervals of a bootstrap that draws seeds
 and episodes; `gain_over_..` is by how much a recipe's error is lower, paired by window; `against`
-compares recipes over the seeds that both have. `judge` is how well a run tells real next frames
-from wrong ones (AUROC), by its energy and by the distance from its prediction: each seed's own,
-with an interval over episodes. `steps` is the error of the next frame after each refinement step.
+compares recipes over the seeds that both have. `judge` is how well a recipe tells real next frames
+from wrong ones (AUROC), by its energy, by that above its own prediction's, and by the distance from
+its prediction; `judge_against` by how much its judges are better than another recipe's prediction.
+`steps` is the error of the next frame after each refinement step.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from ebwm_scale.core.numerics import flush_denormals
 from ebwm_scale.core.provenance import provenance
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.evaluation.bootstrap import BOOTSTRAP
+from ebwm_scale.evaluation.clusters import auroc_draws
 from ebwm_scale.evaluation.imagination import (
+    Judgements,
     errors_after_steps,
     frame_errors,
     imagined_frames,
-    judged,
+    judgements,
     windows_ahead,
 )
 from ebwm_scale.evaluation.scaling_laws import read_run
@@ -48,6 +51,9 @@ OTHERS = ("persistence", "linear_extrapolation", "shuffled_actions")
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("sweep", type=Path)
+    parser.add_argument(
+        "--seeds", nargs="+", default=None, metavar="NAME", help="default: all of the sweep"
+    )
     parser.add_argument("--horizons", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--max-windows", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -62,6 +68,8 @@ def main() -> int:
     recipes: dict[str, dict[str, Measured]] = {}
     missing = []
     for name, labels in zip(sweep["runs"], sweep["labels"]):
+        if options.seeds is not None and labels.get("seed", "one") not in options.seeds:
+            continue
         if read_run(options.sweep / name) is None:
             missing.append(name)
             continue
@@ -88,6 +96,12 @@ def main() -> int:
         one: {other: compare(recipes[one], recipes[other]) for other in recipes if other != one}
         for one in recipes
     }
+    result["judge_against"] = {
+        one: {
+            other: compare_judges(recipes[one], recipes[other]) for other in recipes if other != one
+        }
+        for one in recipes
+    }
     about = provenance() | {"sweep": {key: sweep[key] for key in ("sweep", "file")}}
     options.output.write_text(json.dumps(about | result, indent=1) + "\n", encoding="utf-8")
     print(f"{options.output}: {sum(map(len, recipes.values()))} runs")
@@ -99,7 +113,7 @@ def main() -> int:
 class Measured:
     """A run on windows of held-out episodes.
 
-    errors: by who imagines, (n,) at each horizon. judge: AUROC by judge and kind of wrong frame.
+    errors: by who imagines, (n,) at each horizon. judge: by judge and kind of wrong frame.
     steps: by number of refinement steps, (n,) errors of the next frame; empty of Transformer++.
     """
 
@@ -123,7 +137,7 @@ class Measured:
             name: {h: frame_errors(states[:, h - 1], truth[:, h - 1]) for h in self.horizons}
             for name, states in imagined.items()
         }
-        self.judge = judged(of)
+        self.judge = judgements(of)
         is_energy = config.model.kind == "energy"
         self.trained_steps = config.refinement.num_steps if is_energy else None
         self.steps = errors_after_steps(of) if is_energy else {}
@@ -182,8 +196,33 @@ def summary(seeds: dict[str, Measured]) -> dict[str, Any]:
         "step_time_s": [run.run["step_time_s"] for run in runs],
         "trained_steps": first.trained_steps,
         "errors": rows,
-        "judge": [run.judge for run in runs],
+        "judge": {
+            judge: {
+                kind: told_over_seeds([run.judge[judge][kind] for run in runs]) for kind in kinds
+            }
+            for judge, kinds in first.judge.items()
+        },
         "steps": after_steps(runs),
+    }
+
+
+def told_over_seeds(seeds: Sequence[Judgements]) -> dict[str, Any]:
+    """AUROC, and the share within one context, with intervals over seeds and episodes."""
+    own, draws = auroc_draws(
+        [each.real for each in seeds], [each.wrong for each in seeds], seeds[0].episodes
+    )
+    return {
+        "auroc": spread(float(own.mean()), draws) | {"seeds": own.tolist()},
+        "within_a_context": interval([each.lower for each in seeds], seeds[0].episodes),
+    }
+
+
+def spread(mean: float, draws: np.ndarray) -> dict[str, Any]:
+    """A mean with the 95 % interval of its draws."""
+    return {
+        "mean": mean,
+        "low": float(np.quantile(draws, 0.025)),
+        "high": float(np.quantile(draws, 0.975)),
     }
 
 
@@ -217,6 +256,36 @@ def compare(ours: dict[str, Measured], theirs: dict[str, Measured]) -> list[dict
         ]
         rows.append({"horizon": horizon, "gain": interval(gains, first.episodes)})
     return rows
+
+
+def compare_judges(ours: dict[str, Measured], theirs: dict[str, Measured]) -> dict[str, Any]:
+    """By how much each of our judges is better than the distance from their prediction."""
+    seeds = [seed for seed in ours if seed in theirs]
+    if not seeds:
+        return {}
+    found: dict[str, Any] = {}
+    for judge, kinds in ours[seeds[0]].judge.items():
+        found[judge] = {}
+        for kind in kinds:
+            one = [ours[seed].judge[judge][kind] for seed in seeds]
+            other = [theirs[seed].judge["prediction_error"][kind] for seed in seeds]
+            found[judge][kind] = {
+                "auroc": gained_auroc(one, other),
+                "within_a_context": interval(
+                    [a.lower - b.lower for a, b in zip(one, other)], one[0].episodes
+                ),
+            }
+    return found
+
+
+def gained_auroc(ours: Sequence[Judgements], theirs: Sequence[Judgements]) -> dict[str, Any]:
+    (own, draws), (other, other_draws) = [
+        auroc_draws(
+            [each.real for each in seeds], [each.wrong for each in seeds], seeds[0].episodes
+        )
+        for seeds in (ours, theirs)
+    ]
+    return spread(float((own - other).mean()), draws - other_draws)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ebwm_scale.checkpoint.convert_released import load_plain
 from ebwm_scale.checkpoint.files import manifest_text
 from ebwm_scale.checkpoint.load import Weights, expected_shapes, refuse_mismatches
 from ebwm_scale.checkpoint.model_folder import TRAINING, ModelFolder, Training, inside, write_model
-from ebwm_scale.checkpoint.parameter_shard import AVERAGE, MOMENTS, MOMENTUM
+from ebwm_scale.checkpoint.parameter_shard import AVERAGE, MOMENTS, MOMENTUM, OF_WEIGHTS
 from ebwm_scale.checkpoint.reader import (
     VERSION,
     CheckpointReader,
@@ -90,6 +90,11 @@ def export_run(
                 "--weights ema with --training: a run goes on from its trained weights, and the "
                 "average goes with them; leave one of them out"
             )
+    elif config.optimizer.name == "schedule_free" and not training:
+        say(
+            "note: these are the weights where schedule-free AdamW takes its gradients; the result "
+            "of the run is their average, which --weights ema exports"
+        )
     shapes = {name: tuple(shape) for name, shape in state.shapes.items()}
     refuse_mismatches(expected_shapes(config), shapes, saved.folder)
 
@@ -100,7 +105,7 @@ def export_run(
     read = counted(whole, "tensors", 2 * len(shapes), progress)
     rest = None
     if training:
-        further = [kind for kind in (MOMENTUM, AVERAGE) if state.holds(kind)]
+        further = [kind for kind in (MOMENTUM, *OF_WEIGHTS) if state.holds(kind)]
         kinds = (*MOMENTS, *further)
         rest = Training(state.read, saved.trainer, load_replay(saved), kinds)
     write_model(
@@ -162,7 +167,7 @@ def import_run(
             file = TensorFile(inside(folder, str(path.relative_to(folder))))
             kind = path.name.partition("-")[0]
             found = {name: file.shape(name) for name in file.names()}
-            kinds = (*MOMENTS, MOMENTUM, AVERAGE)
+            kinds = (*MOMENTS, MOMENTUM, *OF_WEIGHTS)
             if kind not in kinds or any(shapes.get(name) != found[name] for name in found):
                 raise CheckpointError(f"{path}: not the {' or '.join(kinds)} of these weights")
             moments |= {f"{kind}/{name}": (file, name) for name in file.names()}
@@ -230,6 +235,11 @@ FOREIGN = {  # settings of a received folder that an import drops: what they are
     "data.sources": "[]",
     "data.stream": "[]",  # pipe: commands, URLs
     "checkpoint.remote": "null",  # would be written to
+    "evaluation.sets": "[]",
+    "evaluation.questions": "[]",
+    "evaluation.tasks": "[]",  # YAML files of the harness run code
+    "evaluation.tasks_path": "null",
+    "checkpoint.best": "null",  # may be by one of these
     # DeepSpeed imports what some of its keys name, and writes where others say
     "deepspeed.raw": "{}",
     "logging.wandb": "off",  # would send to the importer's account

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MOMENTUM = "momentum_buffer"  # of Muon's matrices, in place of the two moments
-AVERAGE = "ema"  # of the weights, where train.ema asks for it
-KINDS = ("weight", *MOMENTS, MOMENTUM, AVERAGE)  # of numbers that a shard has
+AVERAGE = "ema"  # of the weights, where train.ema or schedule-free AdamW keeps it
+SEQUENCE = "z"  # of schedule-free AdamW, whose average x is kept as AVERAGE
+OF_WEIGHTS = (AVERAGE, SEQUENCE)  # kinds that begin as the weights, and not as zeros
+KINDS = ("weight", *MOMENTS, MOMENTUM, *OF_WEIGHTS)  # of numbers that a shard has
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from ebwm_scale.checkpoint.files import VERSION, check_files
-from ebwm_scale.checkpoint.parameter_shard import AVERAGE, KINDS, TrainingState
+from ebwm_scale.checkpoint.parameter_shard import AVERAGE, KINDS, OF_WEIGHTS, TrainingState
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import CheckpointError
@@ -178,7 +178,7 @@ class CheckpointReader:
                 f"the checkpoint holds {covered} of {size} numbers of {name}: a process's file is "
                 "missing"
             )
-        if kind == AVERAGE:
+        if kind in OF_WEIGHTS:
             have_it = [f"{kind}/{name}" in held for _, held, _, _ in parts]
             if not any(have_it):
                 kind = "weight"
@@ -208,7 +208,7 @@ class CheckpointReader:
         if not self.holds(AVERAGE):
             raise CheckpointError(
                 f"{where} holds no average of the weights (--weights ema): it is kept by a run "
-                "with train.ema; leave the option out"
+                "with train.ema or optimizer.name schedule_free; leave the option out"
             )
 
 
@@ -279,7 +279,8 @@ def saved_config(folder: Path) -> Config:
 
 
 NEVER = {"optimizer.name"}  # what one has summed up is not what another goes on from
-FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule"}  # sections
+# sections
+FREE_TO_CHANGE = {"logging", "evaluation", "checkpoint", "optimizer", "schedule", "parallel"}
 FREE_KEYS = {
     "data.num_workers",
     "data.verify",
@@ -288,12 +289,17 @@ FREE_KEYS = {
     "train.max_minutes",
     "train.micro_batch_size",
     "train.max_steps",
+    "train.spike_deviations",
+    "train.spike_window",
+    "train.spike_skip_steps",
+    "train.max_rollbacks",
     "train.ema",  # an average that is new begins with the weights as they are
     "model.attention_backend",
     "model.observed_backend",
     "refinement.recompute",
     "refinement.tile_rows",
     "refinement.compile",
+    "refinement.cuda_graph",
     "deepspeed.zero_stage",
     "deepspeed.offload",
     "deepspeed.raw",

@@ -183,6 +183,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
     for name, value, allowed in (
         ("model.predicted_input", model.predicted_input, ("state",)),
         ("model.predicted_layers", model.predicted_layers, (None, model.num_layers)),
+        ("model.own_keys", model.own_keys, (True,)),
         ("model.energy_head", list(model.energy_head), (["linear"],)),
         (
             "model.conditioning",
@@ -223,6 +224,12 @@ def hparams_of(config: Config) -> dict[str, Any]:
     if config.data.conditions:
         names = ", ".join(condition.name for condition in config.data.conditions)
         beyond.append(f"data.conditions are {names} (only data without)")
+    if model.qk_norm:
+        beyond.append("model.qk_norm is True (only False)")
+    if model.logit_softcap is not None:
+        beyond.append(f"model.logit_softcap is {model.logit_softcap} (only None)")
+    if model.parametrization != "standard":
+        beyond.append(f"model.parametrization is {model.parametrization} (only standard)")
     if model.predicts != "state":
         beyond.append(f"model.predicts is {model.predicts} (only state)")
     if beyond:

@@ -25,7 +25,7 @@ from ebwm_scale.checkpoint.reader import NAME, published, step_of, verify
 from ebwm_scale.core.errors import CheckpointError, ConfigError
 from ebwm_scale.core.files import file_sha256
 from ebwm_scale.core.plain_text import printable, shorten
-from ebwm_scale.core.redaction import redacted
+from ebwm_scale.core.redaction import redacted, redacted_error
 
 ROWS = ("config.yaml", "metrics.jsonl", "events.jsonl", "quarantine.jsonl")
 _BUFFER_BYTES = 2**22
@@ -45,8 +45,9 @@ class RemoteStore:
             self.fs, self.root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
             raise ConfigError(
-                f"checkpoint.remote is {printable(redacted(url))}: {shorten(str(error))}; give an "
-                "address such as s3://bucket/runs/mine, and install its package (s3fs, gcsfs, ...)"
+                f"checkpoint.remote is {printable(redacted(url))}: "
+                f"{shorten(redacted_error(error, url))}; give an address such as "
+                "s3://bucket/runs/mine, and install its package (s3fs, gcsfs, ...)"
             ) from None
 
     def path(self, name: str) -> str:
@@ -165,7 +166,7 @@ class RemoteCopies:
                 self._copy(folder)
             except Exception as error:  # noqa: BLE001 (each file system raises what its client does)
                 if self._wanted is None:  # else a newer one is on its way
-                    problem = redacted(shorten(f"{type(error).__name__}: {error}", 200))
+                    problem = _said(error, self.store.url)
                     self._told.put((step_of(folder.name), problem))
             else:
                 self.copied = step_of(folder.name)
@@ -213,8 +214,13 @@ def check_remote(url: str, *, resume: bool) -> None:
         )
 
 
+def _said(error: Exception, url: str) -> str:
+    """What a store says of its failure, in one line."""
+    return shorten(f"{type(error).__name__}: {redacted_error(error, url)}", 200)
+
+
 def _unreachable(url: str, error: Exception) -> CheckpointError:
-    said = redacted(shorten(f"{type(error).__name__}: {error}", 200))
+    said = _said(error, url)
     return CheckpointError(
         f"checkpoint.remote {printable(redacted(url))} cannot be read ({said}): check the address, "
         "the network and the credentials, or leave it out"

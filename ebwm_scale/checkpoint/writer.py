@@ -162,6 +162,14 @@ class CheckpointWriter:
             newest = None if self.newest is None else checkpoint_name(self.newest)
             self._prune(max(1, self.config.checkpoint.keep_last - 1), besides=newest)
 
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: a run that has gone back must not go on there."""
+        if self.world.is_main:
+            for folder in published(self.root):
+                if step_of(folder.name) > step:
+                    self._discard(folder)
+        self.newest = step
+
     def _stage(self, step: int) -> tuple[Path, str | None]:
         """(a fresh staging folder, why it could not be made), the same on every rank."""
         name, problem = f".staging-{checkpoint_name(step)}-{uuid.uuid4().hex[:8]}", None
@@ -284,14 +292,31 @@ class CheckpointWriter:
         milestone. What cannot be done is noted, and tried again after the next save."""
         self._try("sync", sync, self.root)
         self._try("latest", replace_text, self.root / "latest", folder.name + "\n")
-        loss = trainer.get("validation_loss")
-        if self.config.checkpoint.keep_best and loss is not None:
-            best = self._best()
-            known = None if best is None else _loss_of(self.root / best)
-            if known is None or loss < known:
-                self._try("best", replace_text, self.root / "best", folder.name + "\n")
+        if self.config.checkpoint.keep_best and self._is_best(trainer):
+            self._try("best", replace_text, self.root / "best", folder.name + "\n")
         self._prune(self.config.checkpoint.keep_last, besides=folder.name)
         self._clear_staging()
+
+    def _is_best(self, trainer: dict[str, Any]) -> bool:
+        """By checkpoint.best, whose best step trainer.json holds; else by the validation loss."""
+        if self.config.checkpoint.best is not None:
+            return trainer.get("best", {}).get("step") == trainer["step"]
+        loss = trainer.get("validation_loss")
+        if loss is None:
+            return False
+        best = self._best()
+        known = None if best is None else _loss_of(self.root / best)
+        return known is None or loss < known
+
+    def restore_best(self, step: int | None) -> list[str]:
+        """Name the best one again, as the checkpoint that a run goes on from knows it: a kill
+        behind a publication leaves the name of the one before. On rank 0 only; what failed.
+        """
+        self.notes = []
+        name = None if step is None else checkpoint_name(step)
+        if name is not None and name != self._best() and (self.root / name).is_dir():
+            self._try("best", replace_text, self.root / "best", f"{name}\n")
+        return self.notes
 
     def _try(self, kind: str, function: Callable, path: Path, *arguments: Any) -> None:
         try:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 
+from ebwm_scale.config.batch_ramp import BatchRamp
+from ebwm_scale.config.evaluation_checks import check_evaluation
 from ebwm_scale.config.rate_schedule import schedule_problems
 from ebwm_scale.config.refinement_checks import check_refinement
 from ebwm_scale.config.requirement import Require
@@ -13,6 +16,7 @@ from ebwm_scale.config.resolved import (
     model_sizes,
 )
 from ebwm_scale.config.schema import Config, TrainConfig
+from ebwm_scale.config.sequence_checks import sequence_problems
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.core.plain_text import shown
 
@@ -29,16 +33,18 @@ def check(config: Config) -> list[str]:
             problems.append(message)
 
     _check_model(config, require)
+    _check_parametrization(config, require)
     _check_state(config, require)
     check_refinement(config, require)
     _check_data(config, require)
     _check_training(config, require)
+    check_evaluation(config, require)
     return problems + filled_problems(config)
 
 
 def filled_problems(config: Config) -> list[str]:
     """Every problem that may show only when the data has filled its keys, one sentence each."""
-    return group_problems(config) + schedule_problems(config)
+    return group_problems(config) + schedule_problems(config) + sequence_problems(config)
 
 
 def group_problems(config: Config) -> list[str]:
@@ -143,12 +149,17 @@ def _check_model(config: Config, require: Require) -> None:
     require(
         0 < len(terms) == len(set(terms)),
         f"model.energy_head is {shown(terms)}: "
-        "give one term or more of linear, quadratic, bilinear, context, each once",
+        "give one term or more of linear, quadratic, bilinear, direct, context, each once",
     )
     require(
         terms != ["context"],
         "model.energy_head is [context]: nothing reads the predicted stream; "
-        "add linear, quadratic or bilinear",
+        "add linear, quadratic, bilinear or direct",
+    )
+    require(
+        "direct" not in terms or model.conditioning != "adaln_zero",
+        "model.energy_head has direct, whose energy has no weights to start at 0, as adaln_zero's "
+        "does; take bilinear, or model.conditioning adaln",
     )
     require(
         model.loops == 1 or model.kind == "baseline",
@@ -171,6 +182,43 @@ def _check_model(config: Config, require: Require) -> None:
         f"model.predicts is {model.predicts}: "
         "only a baseline of frame embeddings adds it to the last frame, leave the key out",
     )
+
+
+def _check_parametrization(config: Config, require: Require) -> None:
+    model = config.model
+    base_keys = (("base_width", model.base_width), ("base_num_heads", model.base_num_heads))
+    if model.parametrization == "standard":
+        for key, value in base_keys:
+            require(
+                value is None,
+                f"model.{key} is {value} with model.parametrization standard, which has no base: "
+                "use width_scaled, or leave the key out",
+            )
+        return
+    for key, value in base_keys:
+        require(
+            value is not None,
+            f"model.{key} is absent with model.parametrization width_scaled: give the value of the "
+            "model whose learning rate is to be used",
+        )
+    require(
+        config.optimizer.learning_rate is not None,
+        "optimizer.learning_rate is absent with model.parametrization width_scaled: published "
+        "rates are those of sizes; give the best rate of model.base_width",
+    )
+    if model.base_width is not None and model.base_num_heads is not None:
+        require(
+            model.base_width % model.base_num_heads == 0,
+            f"model.base_width {model.base_width} over model.base_num_heads "
+            f"{model.base_num_heads}: a head needs a whole number of dimensions",
+        )
+        head = model_sizes(model).head_dimension
+        base_head = model.base_width // model.base_num_heads
+        require(
+            config.optimizer.name != "muon" or model.qk_norm or head == base_head,
+            f"optimizer.name is muon with heads of {head} numbers, {base_head} at the base: all "
+            "matrices of Muon have one rate; use heads of one size, model.qk_norm, or adamw",
+        )
 
 
 def _check_workspace(config: Config, require: Require) -> None:
@@ -205,7 +253,21 @@ def _check_workspace(config: Config, require: Require) -> None:
 def _check_state(config: Config, require: Require) -> None:
     state = config.state
     _check_workspace(config, require)
+    learns_exits = config.model.kind == "energy" and config.refinement.loss_weights == "exits"
+    require(
+        config.train.z_loss == 0 or not learns_exits,
+        f"train.z_loss is {config.train.z_loss} with refinement.loss_weights exits: learned exits "
+        "weigh the cross-entropy alone; use 0, or other weights",
+    )
     if state.kind == "embedding":
+        for key, value, off in (
+            ("model.logit_softcap", config.model.logit_softcap, None),
+            ("train.z_loss", config.train.z_loss, 0),
+        ):
+            require(
+                value == off,
+                f"{key} is {value}: embedding states are no logits, leave the key out",
+            )
         require(
             config.refinement.update == "probabilities",
             f"refinement.update is {config.refinement.update}: "
@@ -265,6 +327,11 @@ def _check_data(config: Config, require: Require) -> None:
                 "use data.stream_format=text, or leave the key out",
             )
     require(
+        data.cache.folder is None or (bool(data.stream) and data.stream_format == "shards"),
+        "data.cache.folder is given, and no shards are streamed: it keeps those of data.stream "
+        "with data.stream_format=shards; leave it out",
+    )
+    require(
         not data.mask_document_starts or config.state.kind == "vocabulary",
         "data.mask_document_starts is true: only text has documents",
     )
@@ -281,25 +348,82 @@ def _check_data(config: Config, require: Require) -> None:
 
 def _check_training(config: Config, require: Require) -> None:
     train = config.train
+    replay = config.refinement.replay
     require(
         train.max_steps * train.global_batch_size < 2**62,
         f"train.max_steps {train.max_steps} x train.global_batch_size {train.global_batch_size}: "
         "more samples than 64 bits count",
     )
+    sizes = BatchRamp.of(train).sizes
+    ramp = [list(piece) for piece in train.batch_ramp]
+    require(
+        sizes == sorted(sizes),
+        f"train.batch_ramp is {shown(ramp)} with train.global_batch_size "
+        f"{train.global_batch_size}: batches must grow, piece by piece, up to that",
+    )
+    for key, given in (("data.stream", config.data.stream), ("refinement.replay", replay)):
+        require(
+            not (ramp and given),
+            f"train.batch_ramp is given with {key}, which needs batches of one size: "
+            "leave one of them out",
+        )
     if train.micro_batch_size is not None:
         require(
             train.global_batch_size % train.micro_batch_size == 0,
             f"train.global_batch_size {train.global_batch_size} is not a multiple of "
             f"train.micro_batch_size {train.micro_batch_size}",
         )
+    require(
+        train.spike_deviations is None or not config.data.stream,
+        f"train.spike_deviations is {train.spike_deviations} with data.stream: a stream cannot "
+        "leave samples out that it has given; leave the key out, or name the shards in a manifest",
+    )
+    samples = config.evaluation.curvature_samples
+    has_curvature = config.model.kind == "energy" and config.state.workspace is None
+    require(
+        samples == 0 or has_curvature,
+        f"evaluation.curvature_samples is {samples}: it is known of energy models without a "
+        "workspace; use 0",
+    )
+    is_schedule_free = config.optimizer.name == "schedule_free"
+    require(
+        not is_schedule_free or config.schedule.kind == "constant",
+        f"optimizer.name is schedule_free with schedule.kind {config.schedule.kind}: an average "
+        "takes the place of the decay; use schedule.kind constant",
+    )
+    require(
+        not is_schedule_free or train.ema is None,
+        f"optimizer.name is schedule_free with train.ema {train.ema}: it keeps an average of its "
+        "own; leave train.ema out",
+    )
+    has_average = train.ema is not None or is_schedule_free
+    require(
+        config.evaluation.weights == "trained" or has_average,
+        "evaluation.weights is ema without train.ema: there is no average; give its decay, or "
+        "leave the key out",
+    )
+    logging = config.logging
+    require(
+        logging.norms_every_steps % logging.every_steps == 0,
+        f"logging.norms_every_steps is {logging.norms_every_steps}: must be a multiple of "
+        f"logging.every_steps {logging.every_steps}, whose rows hold the norms",
+    )
     offload = config.deepspeed.offload
     stage = config.deepspeed.zero_stage
     optimizer = config.optimizer
-    require(
-        optimizer.name == "adamw" or stage == 0,
-        f"optimizer.name is muon with deepspeed.zero_stage {stage}: it needs whole matrices, which "
-        "ZeRO cuts into parts; use stage 0 or adamw",
-    )
+    for number, rule in enumerate(optimizer.rules):
+        problem = None
+        try:
+            re.compile(rule.parameters)
+        except re.error as error:
+            problem = f"{error}"
+        if rule.parameters == "":
+            problem = "it is absent"
+        require(
+            problem is None,
+            f"optimizer.rules[{number}].parameters is {shown(rule.parameters)} ({problem}): give a "
+            "regular expression that fits names of parameters, for example .*embedding.*",
+        )
     for key, default in (("muon_learning_rate", None), ("momentum", 0.95)):
         value = getattr(optimizer, key)
         require(
@@ -322,11 +446,20 @@ def _check_training(config: Config, require: Require) -> None:
 def batch_arithmetic(
     train: TrainConfig, world_size: int, *, paired: bool = False
 ) -> tuple[int, int]:
-    """(micro batch per rank, accumulation steps) for a world size.
+    """(micro batch per rank, accumulation steps) for a world size; where several processes share
+    each sample, for the number of such groups (sequence_checks.num_readers).
 
     paired: samples come in pairs that must stay on one rank (refinement.replay), so the micro
-    batch must be even. Raises ConfigError when the global batch does not divide.
+    batch must be even. Of a ramp the micro batch divides every batch, and the steps are those of
+    the last one. Raises ConfigError when a global batch does not divide.
     """
+    sizes = BatchRamp.of(train).sizes
+    for size in sizes[:-1]:
+        if size % world_size:
+            raise ConfigError(
+                f"train.batch_ramp has batches of {size}, which do not divide over {world_size} "
+                f"processes; use multiples of {world_size}"
+            )
     if train.global_batch_size % world_size:
         multiple = math.ceil(train.global_batch_size / world_size) * world_size
         raise ConfigError(
@@ -334,7 +467,13 @@ def batch_arithmetic(
             f"processes; use a multiple of {world_size}, for example {multiple}"
         )
     per_rank = train.global_batch_size // world_size
-    micro = train.micro_batch_size or per_rank
+    micro = train.micro_batch_size or math.gcd(*(size // world_size for size in sizes))
+    for size in sizes[:-1]:
+        if size // world_size % micro:
+            raise ConfigError(
+                f"train.micro_batch_size {micro} does not divide the {size // world_size} samples "
+                f"per process of train.batch_ramp's batches of {size}"
+            )
     if per_rank % micro:
         divisors = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
         raise ConfigError(

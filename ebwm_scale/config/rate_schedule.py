@@ -4,7 +4,8 @@
     schedule.factor(step)           on the peak, at optimizer step `step` (0-based)
     schedule.last_stable            wsd: the step whose checkpoint a longer run can go on from
 
-Keys in tokens are turned into steps of global_batch_size * context_length positions, rounded up.
+Keys in tokens are turned into steps of global_batch_size * context_length positions (in a ramp of
+its batches), rounded up.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ebwm_scale.config import resolved
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.schema import Config
 from ebwm_scale.config.sizes import DECAYING
 
@@ -150,8 +152,8 @@ def _steps(config: Config, part: str, *, default: int | None = None) -> int:
     """A part of the schedule in steps, from its key in steps or the one in tokens."""
     tokens = getattr(config.schedule, f"{part}_tokens")
     if tokens is not None:
-        per_step = config.train.global_batch_size * resolved.context_length(config)
-        return math.ceil(tokens / per_step)
+        samples = math.ceil(tokens / resolved.context_length(config))
+        return BatchRamp.of(config.train).steps_for(samples)
     steps = getattr(config.schedule, f"{part}_steps")
     if steps is None and default is not None:
         return default

@@ -29,7 +29,7 @@ SizeName = Literal["4xs", "3xs", "xxs", "xs", "small", "medium", "large", "xl"]
 
 
 NoDecay = Literal["norms", "embeddings"]
-HeadTerm = Literal["linear", "quadratic", "bilinear", "context"]
+HeadTerm = Literal["linear", "quadratic", "bilinear", "direct", "context"]
 
 
 class Section(BaseModel):
@@ -64,6 +64,13 @@ class ModelConfig(Section):
     """Grouped-query attention; default: num_heads."""
     feed_forward_width: Annotated[int, Field(gt=0, le=10**7)] | None = None
     """Default: width, as in the published sizes."""
+    parametrization: Literal["standard", "width_scaled"] = "standard"
+    """width_scaled: starts and rates by role, so that the best learning rate of base_width holds at
+    other widths (docs/width.md)."""
+    base_width: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """Of width_scaled: the width at which optimizer.learning_rate was found."""
+    base_num_heads: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """Of width_scaled: num_heads there."""
     conditioning: Literal["default", "time_embed", "adaln", "adaln_zero", "predicted_only"] = (
         "default"
     )
@@ -72,6 +79,8 @@ class ModelConfig(Section):
     """anchored: what the observed stream has where the predicted one enters is added."""
     predicted_layers: Annotated[int, Field(gt=0, le=10**4)] | None = None
     """The predicted stream passes the last so many blocks; default: all."""
+    own_keys: bool = True
+    """Candidates attend to themselves beside the context; false: to the context alone, for less."""
     energy_head: Annotated[tuple[HeadTerm, ...], BeforeValidator(as_tuples)] = ("linear",)
     """Terms of the energy behind the last block, see model/energy_head.py; released: linear."""
     loops: Annotated[int, Field(gt=0, le=10**4)] = 1
@@ -85,9 +94,14 @@ class ModelConfig(Section):
     predicts: Literal["state", "change"] = "state"
     """Of a baseline of frame embeddings; change: what is added to the last frame."""
     norm_epsilon: Positive = 1e-5
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys, in both streams, in front of their rotation."""
+    logit_softcap: Positive | None = None
+    """vocabulary: c of c tanh(x / c), which logits become: a baseline's, and a state after each
+    refinement step; default: none."""
     rope_theta: float = 1e4
     attention_backend: Literal["auto", "triton", "reference"] = "auto"
-    """Of the predicted stream."""
+    """Of the predicted stream, and of norms, activations, rotations and passes over states."""
     observed_backend: Literal["auto", "flash_attn", "flex", "sdpa"] = "auto"
     """Of the observed stream, and of the baseline."""
 
@@ -194,6 +208,8 @@ class RefinementConfig(Section):
     """Activation checkpointing: compute a step, or each block of it, again in the backward."""
     compile: bool = False
     """TorchInductor for the network's part of a step: minutes at the start."""
+    cuda_graph: bool = True
+    """On a GPU: replay the launches of batches that are alike (refinement/graphed.py)."""
     schedule: RefinementScheduleConfig = RefinementScheduleConfig()
 
 
@@ -225,6 +241,15 @@ class ConditionConfig(Section):
         return self.width * (self.num_values or 1)
 
 
+class CacheConfig(Section):
+    """Streamed shards kept on a local disk, so that a further pass reads them there."""
+
+    folder: str | None = None
+    """Of a disk of this machine, shared by its processes; default: nothing is kept."""
+    limit_gib: Positive = 100.0
+    """The least recently used shards leave first."""
+
+
 class DataConfig(Section):
     manifest: str | None = None
     """Path of a manifest.json that one of tools/make_*_shards.py wrote."""
@@ -243,6 +268,8 @@ class DataConfig(Section):
     """Raw text: the field of a record that holds the text; default: text."""
     stream_filters: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()
     """Raw text: records are taken for which these hold, such as 'score >= 0.5'."""
+    cache: CacheConfig = CacheConfig()
+    """Of data.stream with shards."""
     mask_document_starts: bool = False
     """text: the first token of a document is no target."""
     mask_documents: bool | None = None
@@ -272,9 +299,21 @@ class DataConfig(Section):
     """What is checked before the start; every sample that is read is checked anyway."""
 
 
+class ParameterRule(Section):
+    """What some parameters have of their own; the first rule that fits a parameter counts."""
+
+    parameters: str = ""
+    """A regular expression that fits the whole name of a parameter."""
+    rate: Positive = 1.0
+    """Factor on the learning rate they would have."""
+    weight_decay: NotNegative | None = None
+    """Default: the one they would have."""
+
+
 class OptimizerConfig(Section):
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: for the matrices of the blocks, AdamW for all others; without ZeRO only."""
+    name: Literal["adamw", "muon", "schedule_free"] = "adamw"
+    """muon: for the matrices of the blocks, AdamW for all others; schedule_free: AdamW whose
+    weights are averaged in place of a decay of the rate."""
     learning_rate: Positive | None = None
     """Peak; default: the published one of the size (a third for embeddings)."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -284,6 +323,8 @@ class OptimizerConfig(Section):
     """On everything but alpha, as released."""
     no_decay: Annotated[tuple[NoDecay, ...], BeforeValidator(as_tuples)] = ()
     """Without weight decay: norms (with biases), embeddings (of tokens and refinement steps)."""
+    rules: Annotated[tuple[ParameterRule, ...], BeforeValidator(as_tuples)] = ()
+    """Rates and decays by parameter name, a list of {parameters, rate, weight_decay}."""
     muon_learning_rate: Positive | None = None
     """Of muon: peak for the blocks' matrices, at AdamW's size of update; default: learning_rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -318,19 +359,40 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     global_batch_size: Count = 128
     """Sequences per optimizer step over all ranks and accumulation."""
+    batch_ramp: Annotated[tuple[tuple[Count, Count], ...], BeforeValidator(as_tuples)] = ()
+    """[steps, sequences] pieces in front of global_batch_size: batches that grow."""
     micro_batch_size: Count | None = None
-    """Sequences per rank and forward pass; default: what makes accumulation 1."""
+    """Sequences per rank and forward pass; default: what makes accumulation 1, in the smallest
+    batch of a ramp."""
     max_steps: Count = 100_000
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an average of the weights, kept beside them; default: none."""
+    z_loss: NotNegative = 0.0
+    """vocabulary: weight of logsumexp(logits)^2 in the training loss; logged losses are without."""
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 33
     max_minutes: Positive | None = None
     """Save and leave with exit code 75 after this long."""
     max_skipped_steps: Count = 3
     """Leave with exit code 76 after this many steps in a row whose gradients are not finite."""
+    spike_deviations: Positive | None = None
+    """A loss so many standard deviations above the mean of those before it is a spike: the run goes
+    back to a checkpoint from before it, and leaves its samples out. Default: off."""
+    spike_window: Annotated[int, Field(ge=2, le=10**6)] = 128
+    """Losses that a spike is held against."""
+    spike_skip_steps: Count = 1
+    """Steps up to a spike whose samples are left out."""
+    max_rollbacks: Count = 3
+    """A run goes back at most so often; later spikes are only recorded."""
     hang_minutes: NotNegative = 30
     """A step, save or evaluation that takes longer is a hang: exit code 77, all stacks; 0: off."""
+
+
+class ParallelConfig(Section):
+    sequence: Annotated[int, Field(ge=1, le=10**4)] = 1
+    """Neighbouring processes that share each sample of text, in training and validation: each has
+    context_length / sequence of its positions; 1: a process has whole samples. A run may go on with
+    another number."""
 
 
 class DeepSpeedConfig(Section):
@@ -342,12 +404,25 @@ class DeepSpeedConfig(Section):
     """Merged into the DeepSpeed configuration last, as it is."""
 
 
+class BestConfig(Section):
+    """By what the best checkpoint is known."""
+
+    metric: str = "loss"
+    """A number of the validation rows: loss, or a path such as sets/NAME/loss,
+    questions/NAME/accuracy or tasks/NAME/acc."""
+    mode: Literal["min", "max"] = "min"
+    """Whether lower or higher is better."""
+
+
 class CheckpointConfig(Section):
     every_steps: CountOrNone = 1000
     """0: only at the end."""
     keep_last: Count = 2
     keep_best: bool = True
-    """Also keep the one with the lowest validation loss."""
+    """Also keep the one with the lowest validation loss, or what `best` says."""
+    best: BestConfig | None = None
+    """What is best; an evaluation that is better than all before it is then saved at once. Default:
+    the lowest validation loss among the checkpoints that are saved anyway."""
     milestone_every_steps: CountOrNone = 0
     """Also keep those at multiples of this; 0: none."""
     remote: str | None = None
@@ -355,15 +430,61 @@ class CheckpointConfig(Section):
     to in the background; --resume on a machine without the run folder fetches them from there."""
 
 
+class SetConfig(Section):
+    """A held-out set beside the validation split."""
+
+    name: str = ""
+    manifest: str = ""
+    """Its validation split is evaluated; made with the run's tokenizer or encoder."""
+
+
+class QuestionsConfig(Section):
+    """A file of questions, as `ebwm questions` reads it."""
+
+    name: str = ""
+    kind: Literal["multiple_choice", "cloze"] = "multiple_choice"
+    file: str = ""
+
+
 class EvaluationConfig(Section):
     every_steps: CountOrNone = 500
     """0: only at the end."""
     max_samples: Count = 1024
-    """Validation samples used, the same ones each time."""
+    """Validation samples used, the same ones each time; of each of `sets` as many."""
+    sets: Annotated[tuple[SetConfig, ...], BeforeValidator(as_tuples)] = ()
+    """Further held-out sets, a list of {name, manifest}, at each evaluation."""
+    questions: Annotated[tuple[QuestionsConfig, ...], BeforeValidator(as_tuples)] = ()
+    """text: a list of {name, kind, file}."""
+    tasks: Annotated[tuple[str, ...], BeforeValidator(as_tuples)] = ()
+    """text: tasks of lm-evaluation-harness, by name (the extra `harness`)."""
+    tasks_path: str | None = None
+    """The folder of these tasks' YAML files, whose data are local files."""
+    tasks_limit: Count | None = None
+    """So many documents of each task; default: all."""
+    samples: CountOrNone = 0
+    """text: so many held-out texts are continued greedily, and written into the row."""
+    samples_tokens: Count = 24
+    """The length of these continuations."""
+    downstream_every_steps: Count | None = None
+    """Questions, tasks and samples: a multiple of every_steps; default: at each evaluation. Always
+    at the end."""
+    curvature_samples: CountOrNone = 0
+    """Of an energy model: validation samples of each rank in which the energy's largest curvature
+    is measured in front of each step (inference/curvature.py); 0: off."""
+    weights: Literal["trained", "ema"] = "trained"
+    """Which are validated while training, and so decide what is best; ema: those of train.ema."""
 
 
 class LoggingConfig(Section):
     every_steps: Count = 10
+    norms_every_steps: CountOrNone = 0
+    """Norms of gradients, weights and updates by layer and by kind of parameter, in the rows of
+    every so many steps; 0: off."""
+    tensorboard: bool = False
+    """Event files in tensorboard/ of the run folder (the extra `tracking`)."""
+    profile: Annotated[tuple[Count, Count] | None, BeforeValidator(as_tuples)] = None
+    """[first step, steps]: so many steps are traced, with their memory, into profile/ of the run
+    folder; steps are counted from 1, as in metrics.jsonl."""
     wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(on_or_off)] = "off"
     wandb_project: str = "ebwm_scale"
     run_name: str | None = None
@@ -380,6 +501,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -56,7 +56,8 @@ def resolve(config: Config) -> Config:
     if config.state.kind == "embedding":
         rate = rate / 3
     optimizer = config.optimizer
-    optimizer = optimizer.replace(learning_rate=_or(optimizer.learning_rate, rate))
+    if model.parametrization == "standard":  # others take the rate of their base, see checks.py
+        optimizer = optimizer.replace(learning_rate=_or(optimizer.learning_rate, rate))
     return config.replace(
         model=model,
         refinement=refinement,

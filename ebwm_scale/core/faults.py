@@ -6,7 +6,8 @@ promised for. Off unless EBWM_FAULTS is set.
 A fault is action@place=number[,rank=r][,seconds=s][,times=t]; without rank it happens on all, with
 times at that many visits in a row. Places:
 
-    step        before training step n's update
+    step        before the update that follows n updates: the first is number 0
+    batch       the same for the step that holds the n-th batch of the order of data
     save        while the n-th checkpoint of this process is written
     io          the n-th write, fsync, rename or deletion of this process in checkpoints/
     write       the n-th write of this process to any other file of the run folder
@@ -20,7 +21,8 @@ Actions:
     hang        sleep, seconds=... or for ever
     slow        sleep 1 s, or seconds=...
     enospc      OSError: no space left on device
-    nan         the loss becomes NaN (step only)
+    nan         the loss becomes NaN (step and batch only)
+    spike       the loss becomes a thousand times as large (step and batch only)
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ from typing import Any
 
 from ebwm_scale.core.errors import ConfigError
 
-ACTIONS = ("kill", "hang", "slow", "enospc", "nan")
-PLACES = ("step", "save", "io", "write", "load", "evaluation", "start")
+ACTIONS = ("kill", "hang", "slow", "enospc", "nan", "spike")
+OF_LOSS = {"nan": float("nan"), "spike": 1000.0}  # what a loss is multiplied by
+PLACES = ("step", "batch", "save", "io", "write", "load", "evaluation", "start")
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Fault:
 
 class Faults:
     """at(place) counts the visits to a place, at(place, n) names one; what is due there happens,
-    and its action is returned if it is nan. rank -1: a process that is no rank.
+    and its action is returned if it is one of OF_LOSS. rank -1: a process that is no rank.
     """
 
     def __init__(self, text: str | None, rank: int):
@@ -71,9 +74,17 @@ class Faults:
         self.visits[place] += 1
         number = self.visits[place] if number is None else number
         for fault in self.faults:
-            if fault.is_due(place, number, self.rank) and _happen(fault) == "nan":
-                return "nan"
+            if fault.is_due(place, number, self.rank) and _happen(fault) in OF_LOSS:
+                return fault.action
         return None
+
+    def loss_factor(self, step: int, batch: int) -> float | None:
+        """What a step's loss is multiplied by, after what else is due there; None: nothing.
+
+        batch: its number in the order of data.
+        """
+        actions = (self.at("step", step), self.at("batch", batch))
+        return next((OF_LOSS[action] for action in actions if action is not None), None)
 
     def through(self, place: str, function: Callable, *arguments: Any, **options: Any) -> Any:
         """function(*arguments, **options), after what is due at the place; what it returns."""

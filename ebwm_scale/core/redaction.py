@@ -6,14 +6,15 @@
       -> pipe:curl -u *** -H 'Authorization: ***' ...
 
 The one function for it: quarantine, events, warnings, the report and W&B all use it. It works on
-any text, also on a library's error message that quotes an address. config.yaml of a run keeps what
-was given: a resumed run needs it.
+any text, also on a library's error message that quotes an address, or only a part of it
+(`redacted_error`). config.yaml of a run keeps what was given: a resumed run needs it.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import unquote
 
 HIDDEN = "***"
 _SCHEME = r"(?i)(\b[a-z][a-z0-9+.-]*://)"
@@ -50,6 +51,37 @@ def redacted(value: Any) -> Any:
     for rule in _RULES:
         value = rule.sub(rf"\g<1>{HIDDEN}", value)
     return _QUERY.sub(_without_query_values, value)
+
+
+def redacted_error(error: BaseException | str, address: str) -> str:
+    """What a library says of an address, without the address's secrets.
+
+    Libraries quote parts of an address without its scheme ('Invalid bucket name "KEY:SECRET@b"'),
+    decoded or not, where `redacted` cannot know them: they are taken from the address itself.
+    Shorten afterwards: of a secret that is cut off the rest would not be found.
+    """
+    text = str(error)
+    for secret in _secrets(address):
+        text = text.replace(secret, HIDDEN)
+    return redacted(text)
+
+
+def _secrets(address: str) -> list[str]:
+    """The parts of an address that nobody may see, as given and decoded, the longest first."""
+    after_scheme = address.partition("://")[2]
+    place, mark, query = after_scheme.partition("?")
+    found = []
+    account, at, _ = place.rpartition("@")
+    if at:
+        found.append(account)
+        password = account.partition(":")[2]
+        found.append(password)
+    if mark:
+        found += _QUERY_VALUE.findall(query)
+    decoded = [unquote(secret) for secret in found]
+    # a letter or two stand in every message: hiding them would hide nothing and spoil the rest
+    long_enough = {secret for secret in found + decoded if len(secret) > 3}
+    return sorted(long_enough, key=len, reverse=True)
 
 
 def _without_query_values(match: re.Match) -> str:

@@ -16,14 +16,32 @@ WATCHED_TIMEOUT = datetime.timedelta(days=20)  # where a watchdog watches; below
 
 @dataclass(frozen=True)
 class World:
+    """sequence: how many neighbouring ranks share each sample (parallel.sequence)."""
+
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    sequence: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_readers(self) -> int:
+        """How many ranks, or groups of ranks that share each sample, read samples of their own."""
+        return self.size // self.sequence
+
+    @property
+    def reader(self) -> int:
+        """Which of them this rank is in."""
+        return self.rank // self.sequence
+
+    @property
+    def is_first_reader(self) -> bool:
+        """Whether this rank speaks for its group of the samples they share."""
+        return self.rank % self.sequence == 0
 
     def all_reduce(self, tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
         """In place over all ranks, and returned."""

@@ -33,11 +33,16 @@ class Instances:
 
 @dataclass(frozen=True)
 class Answer:
-    """logits (B, S, V) after num_steps; energy (B, S) of them, None of a baseline."""
+    """logits (B, S, V) after num_steps; energy (B, S) of them, None of a baseline.
+
+    cells (B, S): of each position by itself, whose mean over a group is the group's energy; None
+    where they were not asked for, or where there are none (see cell_energies).
+    """
 
     num_steps: int
     logits: Tensor
     energy: Tensor | None
+    cells: Tensor | None = None
 
 
 def trained_steps(config: Config) -> int | None:
@@ -82,13 +87,20 @@ def see_answers(
 
 
 @torch.no_grad()
-def answers(model, batch: Instances, numbers: Sequence[int]) -> Iterator[Answer]:
-    """After each of these numbers of steps, which rise; also more than were trained."""
+def answers(
+    model, batch: Instances, numbers: Sequence[int], *, cells: bool = False
+) -> Iterator[Answer]:
+    """After each of these numbers of steps, which rise; also more than were trained.
+
+    cells: with the energy of each cell, which costs a pass more.
+    """
     if model.config.model.kind == "energy":
         for num_steps in numbers:
             thinking = ThinkingConfig(num_steps=num_steps, seed=model.config.train.seed)
-            thought = thought_of(model, batch, thinking)
-            yield Answer(num_steps, thought.state, thought.energy)
+            energy_function = energies_of(model, batch)
+            thought = thought_of(model, batch, thinking, energy_function=energy_function)
+            of_cells = cell_energies(model, energy_function, thought, num_steps) if cells else None
+            yield Answer(num_steps, thought.state, thought.energy, of_cells)
         return
     hidden = model.network.after_each_loop(
         model.embed_observed(batch.observed), model.first_visible(batch.observed), numbers[-1]
@@ -105,14 +117,16 @@ def thought_of(
     *,
     with_energy: bool = True,
     watch: Watch | None = None,
+    energy_function: SequenceEnergy | None = None,
 ) -> Thought:
-    """Thinking of an energy model on every position of a batch; scored ones are asked for."""
+    """Thinking of an energy model on every position of a batch; scored ones are asked for.
+
+    energy_function: of the batch, for who asks it afterwards.
+    """
     noise = SequenceSampler(model, thinking.seed, batch.sample_ids, batch.observed.shape[1])
-    embedded = model.embed_observed(batch.observed)
-    energy_function = SequenceEnergy(model, embedded, model.first_visible(batch.observed))
     return think(
         model,
-        energy_function,
+        energy_function or energies_of(model, batch),
         noise.initial(None),
         thinking,
         noise=noise,
@@ -120,3 +134,27 @@ def thought_of(
         asked=batch.targets != IGNORE,
         watch=watch,
     )
+
+
+def energies_of(model, batch: Instances) -> SequenceEnergy:
+    """The energies of candidates for every position of a batch."""
+    embedded = model.embed_observed(batch.observed)
+    return SequenceEnergy(model, embedded, model.first_visible(batch.observed))
+
+
+@torch.no_grad()
+def cell_energies(
+    model, energy_function: SequenceEnergy, thought: Thought, num_steps: int
+) -> Tensor | None:
+    """(B, S): of each position's answer by itself, after thinking with this function.
+
+    With a workspace, beside the one that thinking ended with. None where steps move a few
+    candidates alone: what their energies depend on is not a part of a thought.
+    """
+    if model.config.refinement.candidates is not None:
+        return None
+    embedded = model.state_space().embed(thought.state.clone()).vectors
+    workspace, w = model.workspace(), None
+    if workspace is not None and thought.workspace is not None:
+        w = workspace.embed(thought.workspace)
+    return energy_function.of_rows(embedded, model.landscapes(num_steps)[-1], w).float()

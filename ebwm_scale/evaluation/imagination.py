@@ -4,8 +4,9 @@
               SSIM in pixels: beside copying the last frame (persistence), going on from the last
               two in a straight line, another model, and the model under another episode's actions
     judge     how often a real next frame has a lower energy than a wrong one: of another time, of
-              another episode, or the real one under another action; beside what the prediction
-              error of the model, and of the other one, would say
+              another episode, or the real one under another action; the same by how far its
+              energy lies above that of the model's own prediction in the same context, and by
+              the prediction error of the model, and of the other one
     steps     the error of the next frame after each refinement step
 
 Intervals are of a bootstrap over episodes; differences are paired by window.
@@ -254,11 +255,38 @@ def judged(
     of: Imagination, against: WorldModel | None = None, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """By judge and kind of wrong frame: AUROC over all pairs, and the share within one context."""
+    return {
+        judge: {kind: told_apart(values) for kind, values in kinds.items()}
+        for judge, kinds in judgements(of, against, progress).items()
+    }
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What a judge makes of real next frames and of wrong ones, (n,) each: lower is more real."""
+
+    real: Tensor
+    wrong: Tensor
+    episodes: list[str]
+
+    @property
+    def lower(self) -> Tensor:
+        """(n,): 1 where the real frame is lower than the wrong one of its context; a tie: 0.5."""
+        return (self.real < self.wrong).double() + 0.5 * (self.real == self.wrong).double()
+
+
+def judgements(
+    of: Imagination, against: WorldModel | None = None, progress: Progress = no_progress
+) -> dict[str, dict[str, Judgements]]:
+    """By judge and kind of wrong frame."""
     wrong = _wrong_frames(of)
     others = _of_other_episodes(of.windows)
     judges: dict[str, Callable[[list[Window], list[Tensor]], list[Tensor]]] = {}
     if of.model.config.model.kind == "energy":
         judges["energy"] = lambda windows, frames: _energies(of, windows, frames, progress)
+        judges["energy_above_prediction"] = lambda windows, frames: _above_prediction(
+            of, windows, frames, progress
+        )
     judges["prediction_error"] = lambda windows, frames: _distances(of, of.model, windows, frames)
     if against is not None:
         judges["prediction_error_of_against"] = lambda windows, frames: _distances(
@@ -266,26 +294,26 @@ def judged(
         )
     real = torch.stack([window.states[of.num_context] for window in of.windows])
     acted = _other_actions(of, others)
-    result: dict[str, Any] = {}
+    result: dict[str, dict[str, Judgements]] = {}
     for name, judge in judges.items():
         of_real, *of_wrong = judge(of.windows, [real, *wrong.values()])
         result[name] = {}
         for kind, values in zip(wrong, of_wrong):
-            result[name][kind] = _told_apart(of_real, values, of.episodes)
+            result[name][kind] = Judgements(of_real, values, of.episodes)
         if acted is not None:
             rows, windows = acted
             (values,) = judge(windows, [real[rows]])
             episodes = [of.episodes[row] for row in rows]
-            result[name]["another_action"] = _told_apart(of_real[rows], values, episodes)
+            result[name]["another_action"] = Judgements(of_real[rows], values, episodes)
     return result
 
 
-def _told_apart(real: Tensor, wrong: Tensor, episodes: Sequence[str]) -> dict[str, Any]:
-    lower = (real < wrong).double() + 0.5 * (real == wrong).double()
+def told_apart(judgements: Judgements) -> dict[str, Any]:
+    """AUROC over all pairs, and the share within one context."""
     return {
-        "auroc": auroc_ci(real, wrong, episodes),
-        "within_a_context": mean_ci(lower, episodes),
-        "num_windows": len(real),
+        "auroc": auroc_ci(judgements.real, judgements.wrong, judgements.episodes),
+        "within_a_context": mean_ci(judgements.lower, judgements.episodes),
+        "num_windows": len(judgements.real),
     }
 
 
@@ -339,6 +367,19 @@ def _energies(
         conditions = {name: values[:c] for name, values in window.conditions.items()}
         rows.append(candidate_energies(of.model, window.context(c), embedded, conditions))
     return list(torch.stack(rows, 1).cpu())
+
+
+def _above_prediction(
+    of: Imagination, windows: list[Window], frames: list[Tensor], progress: Progress
+) -> list[Tensor]:
+    """Energies (n,) of each list of next frames over that of what the model predicts itself.
+
+    Training tells the energy its slope and no level, so that contexts differ by a number that says
+    nothing of the frame; the difference does not have it.
+    """
+    predicted = of.of(of.model, windows, 1)[:, 0]
+    *found, own = _energies(of, windows, [*frames, predicted], progress)
+    return [energies - own for energies in found]
 
 
 def _distances(

@@ -93,7 +93,7 @@ def measures(played: Mapping[str, list[Outcome]], eye: Planner, first_seed: int)
     """
     known = any(each.success is not None for outcomes in played.values() for each in outcomes)
     rows = {
-        name: [_row(outcome, known, eye, first_seed + number) for number, outcome in each]
+        name: [episode_row(outcome, known, eye, first_seed + number) for number, outcome in each]
         for name, each in ((name, list(enumerate(outcomes))) for name, outcomes in played.items())
     }
     result: dict[str, Any] = {"actors": {}, "gains": {}}
@@ -109,7 +109,8 @@ def measures(played: Mapping[str, list[Outcome]], eye: Planner, first_seed: int)
     return result
 
 
-def _row(outcome: Outcome, known: bool, eye: Planner, seed: int) -> dict[str, Any]:
+def episode_row(outcome: Outcome, known: bool, eye: Planner, seed: int) -> dict[str, Any]:
+    """What is kept of an episode; known: whether the environment says what success is."""
     distances = _distances(outcome, eye)
     return {
         "seed": seed,

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.load import load_config
 from ebwm_scale.config.resolved import context_length
 from ebwm_scale.core.errors import UserError
@@ -88,6 +89,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     last = with_new_names(validation[-1])
     flops = model_flops(step_flops(config, samples=config.train.global_batch_size))
     tokens = config.train.global_batch_size * context_length(config)
+    # In full batches: steps of a ramp count for as much of one as they hold.
+    samples = BatchRamp.of(config.train).samples_before(last["step"])
+    full_steps = samples / config.train.global_batch_size
     parts = summary["parameters"]
     return {
         "parameters": parts["total"] - sum(parts.get(part, 0) for part in NOT_COUNTED),
@@ -95,9 +99,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         "num_layers": config.model.num_layers,
         "width": config.model.width,
         "tokens_per_step": tokens,
-        "tokens": tokens * last["step"],
+        "tokens": samples * context_length(config),
         "flops_per_step": flops,
-        "flops": flops * last["step"],
+        "flops": flops * full_steps,
         "learning_rate": config.optimizer.learning_rate,
         "loss": last["loss"],
         "loss_per_step": last.get("loss_per_step"),

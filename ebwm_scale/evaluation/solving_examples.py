@@ -10,6 +10,7 @@ after each number of steps.
         predicted                       the most probable symbol
         probability                     of that symbol
         probability_of_mark             absent without a mark
+        energy_of_cell                  of each scored position by itself; absent if not asked for
 """
 
 from __future__ import annotations
@@ -64,10 +65,15 @@ class Shown:
             is_grid,
         )
 
-    def to_dict(self, model, numbers: Sequence[int], other, of_other: int | None) -> dict[str, Any]:
-        """ "examples" of solving.json; other: a model to compare with after of_other steps."""
+    def to_dict(
+        self, model, numbers: Sequence[int], other, of_other: int | None, *, cells: bool = False
+    ) -> dict[str, Any]:
+        """ "examples" of solving.json; other: a model to compare with after of_other steps.
+
+        cells: with the energy of each.
+        """
         instances = []
-        after = self._after(model, numbers)
+        after = self._after(model, numbers, cells)
         against = self._after(other, [of_other]) if of_other is not None else None
         for row in range(len(self.batch.sample_ids)):
             instance = self._about(row) | {"after": after[row]}
@@ -90,10 +96,12 @@ class Shown:
             "answer": [None if token == IGNORE else piece(token) for token in answer],
         }
 
-    def _after(self, model, numbers: Sequence[int]) -> list[list[dict[str, Any]]]:
+    def _after(
+        self, model, numbers: Sequence[int], cells: bool = False
+    ) -> list[list[dict[str, Any]]]:
         """Of each instance its entries of "after"."""
         found: list[list[dict[str, Any]]] = [[] for _ in self.batch.sample_ids]
-        for answer in answers(model, self.batch, numbers):
+        for answer in answers(model, self.batch, numbers, cells=cells):
             for row, entries in enumerate(found):
                 entries.append(self._entry(answer, row))
         return found
@@ -116,6 +124,12 @@ class Shown:
         }
         if self.mark is not None:
             entry["probability_of_mark"] = _at(scored, probabilities[:, self.mark])
+        if answer.cells is not None:
+            of_cells = zip(answer.cells[row].tolist(), scored.tolist())
+            entry["energy_of_cell"] = [
+                _finite(float(f"{value:.5g}")) if is_scored else None
+                for value, is_scored in of_cells
+            ]
         return entry
 
 

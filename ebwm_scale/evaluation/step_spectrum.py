@@ -159,7 +159,7 @@ def take_step(
         num_parts = num_positions(model)
         motions = [carried_from(motion, config.momentum) for motion in point[num_parts:]]
         carried = motions[0] if motions else None
-        state, _, _ = state_space.update(embedded, gradient, alpha * scale, None, plan, carried)
+        state, *_ = state_space.update(embedded, gradient, alpha * scale, None, plan, carried)
         after: Point = (state,)
         moved: Point = (motion_of(gradient, alpha * scale, carried, state.dtype),)
         if workspace is not None and of_w is not None:

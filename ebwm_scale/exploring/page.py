@@ -17,6 +17,8 @@ from typing import Any, Protocol
 from markupsafe import Markup
 
 from ebwm_scale.core.errors import UserError
+from ebwm_scale.exploring.frame_page import FrameExplorer
+from ebwm_scale.exploring.frame_request import MAX_ACTION_TEXT, FrameRequest
 from ebwm_scale.exploring.request import MAX_CHARACTERS, TextRequest, read_request
 from ebwm_scale.exploring.task_page import TaskExplorer, TaskRequest
 from ebwm_scale.exploring.text_page import TextExplorer
@@ -85,12 +87,45 @@ class TaskPages:
 
     def _read(self, given: Mapping[str, str]) -> TaskRequest:
         request = self.explorer.read(given)
-        go = given.get("go", "0")
-        if go not in ("-1", "0", "1"):
-            raise UserError("go is no direction: use the page's own buttons")
         last = len(self.explorer.sample_ids)
-        instance = min(max(1, request.instance + int(go)), last)
+        instance = min(max(1, request.instance + direction(given)), last)
         return dataclasses.replace(request, instance=instance)
+
+
+@dataclass(frozen=True)
+class FramePages:
+    """Pages of a model of video or of a world."""
+
+    explorer: FrameExplorer
+    title: str
+    subtitle: str
+    start: FrameRequest
+
+    def page(self, given: Mapping[str, str] | None = None, *, served: bool = True) -> str:
+        request = self.start if given is None else self._read(given)
+        return _rendered(self.title, self.subtitle, served, frames=self.explorer.answer(request))
+
+    def refusal(self, given: Mapping[str, str], error: str) -> str:
+        values = self.explorer.form(self.start)
+        for field in values["fields"]:
+            field["value"] = page_text(given.get(field["name"], field["value"]), 40)
+        values["action"] = page_text(given.get("action", ""), MAX_ACTION_TEXT)
+        values["accepts"] = "accept_only_if_lower" in given
+        return _rendered(self.title, self.subtitle, True, frames=values, error=error)
+
+    def _read(self, given: Mapping[str, str]) -> FrameRequest:
+        request = self.explorer.fields.read(given, self.start)
+        last = self.explorer.fields.count - 1
+        number = min(max(0, request.number + direction(given)), last)
+        return dataclasses.replace(request, number=number)
+
+
+def direction(given: Mapping[str, str]) -> int:
+    """Of a form's buttons: to the one before, or to the next one. UserError for another value."""
+    go = given.get("go", "0")
+    if go not in ("-1", "0", "1"):
+        raise UserError("go is no direction: use the page's own buttons")
+    return int(go)
 
 
 def _rendered(
@@ -100,6 +135,7 @@ def _rendered(
     *,
     text: dict[str, Any] | None = None,
     task: dict[str, Any] | None = None,
+    frames: dict[str, Any] | None = None,
     error: str = "",
 ) -> str:
     return render(
@@ -109,6 +145,7 @@ def _rendered(
         served=served,
         text=text,
         task=task,
+        frames=frames,
         error=page_text(error),
         script=Markup(script()),
         policy=policy(),

@@ -27,11 +27,13 @@ from ebwm_scale.evaluation.solving_examples import (
     some_of,
 )
 from ebwm_scale.exploring.request import Field
+from ebwm_scale.reporting.plain import page_text
 from ebwm_scale.reporting.solving_examples import examples_of
 from ebwm_scale.reporting.solving_page import plots_of
 from ebwm_scale.world_model import WorldModel
 
 MAX_STEPS = 64
+MAX_CHANGES = 24  # cells that the table of changes lists
 BATCH_SIZE = 16
 
 
@@ -100,6 +102,7 @@ class TaskExplorer:
             "examples": self._example(request.instance - 1, numbers, trained),
         }
         examples = examples_of(result)
+        found = result["examples"]["instances"][0]
         points = solved["steps"]
         rows = []
         for point in points:
@@ -110,6 +113,8 @@ class TaskExplorer:
             "instance": request.instance,
             "num_instances": len(self.sample_ids),
             "examples": examples,
+            "reel": _reel(examples),
+            "mind": changes_of_mind(found, content.grid),
             "plots": plots_of(solved, points) if len(points) > 1 else [],
             "heads": ["steps", "solved instances", "right tokens", "loss, nats per scored token"],
             "rows": rows,
@@ -158,7 +163,60 @@ class TaskExplorer:
             numbers_shown(numbers, trained),
             None if other is None else other.model,
             None if other is None else trained_steps(other.config) or 1,
+            cells=True,
         )
 
 
 _COLUMNS = ("solved", "accuracy", "loss")
+
+
+def _reel(examples: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The pictures of a grid one at a time; None of a text. They show the drawings of the page."""
+    if examples is None or not examples["grids"]:
+        return None
+    panels = examples["grids"][0]["panels"]
+    return {
+        "moments": [", ".join(panel["lines"]) for panel in panels],
+        "alts": [panel["alt"] for panel in panels],
+        "rows": examples["rows"],
+        "columns": examples["columns"],
+    }
+
+
+def changes_of_mind(found: Mapping[str, Any], grid: Sequence[int] | None) -> dict[str, Any]:
+    """Where the answer to an instance changed from one number of steps to the next: a row for each
+    such cell, and how many there are. found: an instance as in solving.json.
+    """
+    after = found["after"]
+    places = [place for place, right in enumerate(found["answer"]) if right is not None]
+    rows = []
+    better = worse = num_changed = 0
+    for place in places:
+        said = [entry["predicted"][place] for entry in after]
+        if len(set(said)) == 1:
+            continue
+        num_changed += 1
+        right = found["answer"][place]
+        better += said[0] != right and said[-1] == right
+        worse += said[0] == right and said[-1] != right
+        if len(rows) < MAX_CHANGES:
+            name = f"position {place + 1}"
+            if grid is not None:
+                name = f"row {place // grid[1] + 1} column {place % grid[1] + 1}"
+            marked = [_symbol(word, word == right) for word in said]
+            rows.append([name, *marked, page_text(str(right), 8)])
+    sentence = ""
+    if len(after) > 1:
+        first, last = after[0]["num_steps"], after[-1]["num_steps"]
+        sentence = (
+            f"{num_changed} of {len(places)} answers changed. From {first} to {last} steps "
+            f"{better} became right and {worse} wrong."
+        )
+        if num_changed > len(rows):
+            sentence += f" The first {len(rows)} are shown."
+    heads = ["where", *(f"after {entry['num_steps']}" for entry in after), "right answer"]
+    return {"sentence": sentence, "heads": heads, "rows": rows}
+
+
+def _symbol(word: str, is_right: bool) -> str:
+    return page_text(str(word), 8) + ("" if is_right else " ✗")

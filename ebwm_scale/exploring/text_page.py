@@ -21,11 +21,13 @@ from ebwm_scale.inference.thinking import ThinkingConfig
 from ebwm_scale.reporting.line_chart import Curve, line_chart
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.plain import page_text
+from ebwm_scale.reporting.plane_chart import plane_chart
 from ebwm_scale.world_model import WorldModel
 
 MAX_SHOWN = 2_000  # characters of the text before the first position
 CONTEXT_TOKENS = 12  # before a position
 DRAWN = 5  # candidates
+OFF_PLANE = 0.01  # of a path's extent: what is less is not said
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ class TextExplorer:
             "has_certain": view.certain is not None,
             "sentences": self._sentences(view),
             "charts": [chart for chart in self._charts(view) if chart is not None],
+            "plane": _plane(view),
+            "plane_sentence": self._plane_sentence(view),
         }
 
     def _sentences(self, view: View) -> list[str]:
@@ -193,6 +197,19 @@ class TextExplorer:
             )
         return lines
 
+    def _plane_sentence(self, view: View) -> str:
+        """What the directions are, and how much of the path they show."""
+        if view.plane is None:
+            return ""
+        up = "the one in which the path departs most from it"
+        if not view.plane.plane.up_is_path:
+            up = f"towards “{self._piece(view.candidates[min(1, len(view.candidates) - 1)])}”"
+        text = f"To the right: from the first state to the last. Upwards: {up}."
+        off = view.plane.plane.off_plane
+        if off > OFF_PLANE:
+            text += f" The path leaves the plane by {off:.0%} of its extent: seen from above."
+        return text
+
     def _charts(self, view: View) -> list[dict[str, Any] | None]:
         if view.steps is None:
             return []
@@ -212,7 +229,7 @@ class TextExplorer:
                 "Energy of the prediction",
                 [Curve("energy", steps, energies)],
                 x_label="refinement steps taken",
-                y_label="Energy, in the landscape of each step",
+                y_label="Energy, in the landscape of each step; no unit",
                 x_ticks=steps[::every],
             ),
             line_chart(
@@ -227,10 +244,25 @@ class TextExplorer:
                 f"Between “{start}” and others",
                 lines,
                 x_label=f"share of the other token beside “{start}”",
-                y_label="Energy of a mixture of two tokens, in the last landscape",
+                y_label="Energy of a mixture of two tokens, in the last landscape; no unit",
                 x_ticks=[0.0, 0.5, 1.0],
             ),
         ]
+
+
+def _plane(view: View) -> dict[str, Any] | None:
+    if view.plane is None:
+        return None
+    plane = view.plane.plane
+    return plane_chart(
+        "Around the path of the steps",
+        plane.xs,
+        plane.ys,
+        view.plane.energies,
+        plane.path,
+        x_label="distance from the last state",
+        y_label="Energy (no unit) on a plane in the space of embeddings, in the last landscape",
+    )
 
 
 def _moment_name(number: int, last: int) -> str:

@@ -107,7 +107,7 @@ class SequenceEnergy:
         self.again: Context | None = None  # of the observed stream encoded again
 
     def __call__(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
-        energy = self._energy(embedded, landscape, workspace)
+        energy = self.of_rows(embedded, landscape, workspace)
         return of_groups(energy, self.model.network.group_size)
 
     def with_gradient(
@@ -115,7 +115,7 @@ class SequenceEnergy:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         with torch.enable_grad():
             own = [u.detach().requires_grad_() for u in (embedded, workspace) if u is not None]
-            energy = self._energy(own[0], landscape, *own[1:])
+            energy = self.of_rows(own[0], landscape, *own[1:])
             gradients = torch.autograd.grad(energy.sum(), own)
         energy = of_groups(energy.detach(), self.model.network.group_size)
         return energy, gradients[0], gradients[1] if workspace is not None else None
@@ -146,8 +146,8 @@ class SequenceEnergy:
             part.contexts[key] = context.select(rows)
         return part
 
-    def _energy(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
-        """Of every row by itself."""
+    def of_rows(self, embedded: Tensor, landscape: int, workspace: Tensor | None = None) -> Tensor:
+        """(B, K) of every row by itself; the energy of a group is the mean of its rows."""
         context = self.context(landscape)
         return self.model.energy_network.energy(embedded, context, landscape, workspace)
 

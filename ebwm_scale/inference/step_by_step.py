@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config import resolved
+from ebwm_scale.inference.energy_plane import POINTS, EnergyPlane, plane_through
 from ebwm_scale.inference.generation import (
     Sampling,
     Session,
@@ -64,6 +65,7 @@ class View:
     them. certain: the energy of each as a certain prediction, None where there is none. one_more:
     after a step more than asked for. steps, accepted: of the start that won, see Thought.
     settles_after: steps until no probability moves any more, of at most twice those asked for.
+    plane: the energy around the path of the steps, None where there is none (energy_plane.py).
     """
 
     candidates: list[int]
@@ -71,6 +73,7 @@ class View:
     one_more: Moment | None = None
     certain: list[float] | None = None
     lines: list[Line] = dataclasses.field(default_factory=list)
+    plane: EnergyPlane | None = None
     steps: int | None = None
     accepted: int | None = None
     start: int = 0
@@ -222,16 +225,19 @@ def _view(model: WorldModel, seen: _Seen, extra: Sequence[int]) -> View:
     ]
     certain = None
     lines: list[Line] = []
+    plane = None
     if seen.energies is not None and has_certain_energies(model):
         space = model.state_space()
         assert isinstance(space, VocabularyState), "texts have a vocabulary"
         embedded = space.weight[candidates]
-        certain, lines = _energies(model, seen.window, candidates, embedded)
+        path = space.embed(seen.states.to(embedded.device)[None].clone()).vectors[0].float()
+        certain, lines, plane = _energies(model, seen.window, candidates, embedded, path)
     return View(
         candidates,
         moments,
         certain=certain,
         lines=lines,
+        plane=plane,
         steps=seen.steps,
         accepted=seen.accepted,
         start=seen.start,
@@ -265,18 +271,27 @@ def _last_moment(seen: _Seen, candidates: list[int]) -> Moment:
 
 
 def _energies(
-    model: WorldModel, window: Tensor, candidates: list[int], embedded: Tensor
-) -> tuple[list[float], list[Line]]:
-    """Of candidates (K, D) as certain predictions, and on lines from the first one, in one pass."""
+    model: WorldModel, window: Tensor, candidates: list[int], embedded: Tensor, path: Tensor
+) -> tuple[list[float], list[Line], EnergyPlane | None]:
+    """Of candidates (K, D) as certain predictions, on lines from the first one, and on the plane of
+    a path (N + 1, D), in one pass.
+    """
     device = embedded.device
     share = torch.linspace(0, 1, LINE_POINTS, device=device)[:, None].to(embedded.dtype)
     ends = range(1, min(NUM_LINES + 1, len(candidates)))
     between = [(1 - share) * embedded[0] + share * embedded[end] for end in ends]
-    rows = torch.cat([embedded, *between])
-    energies = candidate_energies(model, window, rows).tolist()
-    lines = []
-    for number, end in enumerate(ends):
-        begin = len(candidates) + number * LINE_POINTS
-        own = energies[begin : begin + LINE_POINTS]
-        lines.append(Line(candidates[0], candidates[end], own))
-    return energies[: len(candidates)], lines
+    second = embedded[min(1, len(candidates) - 1)]
+    plane = plane_through(path, second.to(path))
+    parts = [embedded, *between]
+    if plane is not None:
+        parts += [path.to(embedded), plane.grid().to(embedded)]
+    found = candidate_energies(model, window, torch.cat(parts)).split([len(part) for part in parts])
+    energies = [each.tolist() for each in found]
+    lines = [
+        Line(candidates[0], candidates[end], own)
+        for end, own in zip(ends, energies[1:], strict=False)
+    ]
+    if plane is None:
+        return energies[0], lines, None
+    rows = found[-1].reshape(POINTS, POINTS).tolist()
+    return energies[0], lines, EnergyPlane(plane, rows, energies[-2])

@@ -88,6 +88,7 @@ class Thought:
     steps (B, K) that were taken; accepted (B, K): those that changed the state.
     trace (N + 1, B, K): energy before each step and after the last; without a final energy
     (N, B, K). Each entry is measured in the landscape of its step, the last in the last one's.
+    workspace (B, K, width): z where thinking ended, of a model with a workspace.
     """
 
     state: Tensor
@@ -95,6 +96,7 @@ class Thought:
     steps: Tensor
     trace: Tensor
     accepted: Tensor
+    workspace: Tensor | None = None
 
 
 @torch.no_grad()
@@ -167,7 +169,7 @@ def _think_plainly(
         w = _mapped(workspace, z)
         final = _energy_of(state, energy_function, landscapes[-1], w)
         trace.append(final)
-    return Thought(state.x, final, steps, torch.stack(trace), steps.clone())
+    return Thought(state.x, final, steps, torch.stack(trace), steps.clone(), z)
 
 
 def _think_comparing(
@@ -280,7 +282,7 @@ def _think_comparing(
     final = _energy_of(result, energy_function, landscapes[-1], w)
     while len(trace) < len(landscapes) + 1:
         trace.append(final)
-    return Thought(result.x, final, steps, torch.stack(trace), accepted)
+    return Thought(result.x, final, steps, torch.stack(trace), accepted, z_result)
 
 
 def at_positions(thought: Thought, positions: Tensor, group_size: int = 1) -> Thought:
@@ -293,18 +295,21 @@ def at_positions(thought: Thought, positions: Tensor, group_size: int = 1) -> Th
         thought.steps[rows, places],
         thought.trace[:, rows, places],
         thought.accepted[rows, places],
+        None if thought.workspace is None else thought.workspace[rows, places],
     )
 
 
 def together(starts: list[Thought]) -> Thought:
     """Thoughts of rows (B, P) each as one of rows (B, P times the number of thoughts)."""
     energies = [thought.energy for thought in starts if thought.energy is not None]
+    workspaces = [thought.workspace for thought in starts if thought.workspace is not None]
     return Thought(
         torch.cat([thought.state for thought in starts], 1),
         torch.cat(energies, 1) if energies else None,
         torch.cat([thought.steps for thought in starts], 1),
         torch.cat([thought.trace for thought in starts], 2),
         torch.cat([thought.accepted for thought in starts], 1),
+        torch.cat(workspaces, 1) if workspaces else None,
     )
 
 

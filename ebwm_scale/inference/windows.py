@@ -70,27 +70,28 @@ def window_of(episode: Episode, observe: Observation, start: int, num_frames: in
 def _windows_of_clips(
     split, observe: Observation, num_frames: int, max_windows: int
 ) -> list[Window]:
-    content, manifest = split.manifest.content, split.manifest
+    manifest = split.manifest
     if num_frames > manifest.block_length // observe.group_size:
         raise DataError(_too_short(manifest, num_frames))
     ids = np.linspace(0, len(split) - 1, min(max_windows, len(split))).round().astype(int)
-    windows = []
-    for sample_id in np.unique(ids):
-        sample = content.first(split.read_sample(int(sample_id)), num_frames * observe.group_size)
-        sequences, stored = stacked([sample])
-        assert observe.space is not None and isinstance(content, VideoContent)
-        states = observe.space.states(to_tensor(sequences))[0]
-        about = split.about(int(sample_id))
-        windows.append(
-            Window(
-                str(about.get("episode", about.get("video", sample_id))),
-                int(about.get("start_step", 0)),
-                states.unflatten(0, (num_frames, -1)),
-                _conditions_of(observe, to_tensors(stored)),
-                sequences[0] if sequences.dtype == np.uint8 else None,
-            )
-        )
-    return windows
+    return [window_of_clip(split, observe, int(each), num_frames) for each in np.unique(ids)]
+
+
+def window_of_clip(split, observe: Observation, sample_id: int, num_frames: int) -> Window:
+    """The first frames of a clip of the split as a model sees them."""
+    content = split.manifest.content
+    sample = content.first(split.read_sample(sample_id), num_frames * observe.group_size)
+    sequences, stored = stacked([sample])
+    assert observe.space is not None and isinstance(content, VideoContent)
+    states = observe.space.states(to_tensor(sequences))[0]
+    about = split.about(sample_id)
+    return Window(
+        str(about.get("episode", about.get("video", sample_id))),
+        int(about.get("start_step", 0)),
+        states.unflatten(0, (num_frames, -1)),
+        _conditions_of(observe, to_tensors(stored)),
+        sequences[0] if sequences.dtype == np.uint8 else None,
+    )
 
 
 def _too_short(manifest: Manifest, num_frames: int) -> str:

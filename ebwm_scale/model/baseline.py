@@ -21,16 +21,21 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ebwm_kernels import vocabulary_cross_entropy
+from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, clamped_step
 from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
-from ebwm_scale.model.blocks import Block, RMSNorm, initialize_released
+from ebwm_scale.model.blocks import Block, initialize_released
 from ebwm_scale.model.conditions import states_of
 from ebwm_scale.model.module_list import ModuleList
+from ebwm_scale.model.norm import RMSNorm
 from ebwm_scale.model.rotary import RotaryTable
+from ebwm_scale.model.sequence import SequencePart
 
 
 class BaselineTransformer(nn.Module):
     """group_size, grid, num_conditions: how the positions are grouped, see RotaryTable."""
+
+    part: SequencePart | None = None  # this process's, of a sequence cut over several
 
     def __init__(
         self,
@@ -47,7 +52,7 @@ class BaselineTransformer(nn.Module):
         self.layers = ModuleList(
             Block(config, group_size, num_conditions) for _ in range(sizes.num_layers)
         )
-        self.norm = RMSNorm(sizes.width, config.norm_epsilon)
+        self.norm = RMSNorm(sizes.width, config.norm_epsilon, config.attention_backend)
         self.rotary = RotaryTable(
             sizes.head_dimension, config.rope_theta, group_size, grid, num_conditions
         )
@@ -75,16 +80,17 @@ class BaselineTransformer(nn.Module):
         self, observed: Tensor, first_visible: Tensor | None, num_loops: int
     ) -> Iterator[Tensor]:
         """What leaves the blocks after each pass, (B, S, D)."""
-        rotary = self.rotary(observed.shape[1], observed)
+        if self.part is None:
+            rotary = self.rotary(observed.shape[1], observed)
+        else:
+            whole = self.part.length * self.part.group.size
+            rotary = self.part.observed_rotary(self.rotary(whole, observed))
         hidden = observed
         for loop in range(num_loops):
             if loop > 0:
                 hidden = hidden + observed
             for layer in self.layers:
-                keys, values = layer.keys_values(hidden, rotary)
-                hidden = layer.forward_observed(
-                    hidden, keys, values, rotary, first_visible=first_visible
-                )
+                *_, hidden = layer.observed_with_keys(hidden, rotary, first_visible=first_visible)
             yield hidden
 
     def _read_out(self, hidden: Tensor) -> Tensor:
@@ -105,13 +111,33 @@ class Output(nn.Linear):
     """Hidden states (B, S, D) to logits, or, given targets, to their loss.
 
     For the loss, logits exist a chunk at a time. One module serves both, so that an
-    engine that partitions its weight sees it used.
+    engine that partitions its weight sees it used. clamps: of logits (model.logit_softcap).
+    z_weight, z_sum: of the z-loss, see ebwm_kernels.vocabulary_descend. backend: of the loss
+    (model.attention_backend), see ebwm_kernels.pointwise.
     """
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        if targets is None:
-            return super().forward(hidden)
-        return vocabulary_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten())
+    clamps = NO_CLAMPS
+    backend = "auto"
+
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        *,
+        z_weight: float = 0.0,
+        z_sum: Tensor | None = None,
+    ) -> Tensor:
+        if targets is not None:
+            return vocabulary_cross_entropy(
+                hidden.flatten(0, 1),
+                self.weight,
+                targets.flatten(),
+                clamps=self.clamps,
+                z_weight=z_weight,
+                z_sum=z_sum,
+                backend=self.backend,
+            )
+        return clamped_step(None, super().forward(hidden), self.clamps)
 
 
 class TwoLinearOutput(nn.Module):

@@ -76,7 +76,7 @@ class CandidateState(NamedTuple):
 class CandidateSteps:
     """The steps of a vocabulary state with `count` candidates, fewer than its tokens.
 
-    weight (V, D), update_rule, clamps, grad_buffer: those of the state space.
+    weight (V, D), update_rule, clamps, grad_buffer, backend: those of the state space.
     """
 
     weight: Tensor
@@ -84,6 +84,7 @@ class CandidateSteps:
     clamps: Clamps
     grad_buffer: Tensor | None
     count: int
+    backend: str = "auto"
 
     def first(
         self,
@@ -111,6 +112,7 @@ class CandidateSteps:
             grad_buffer=self.grad_buffer,
             clamps=self.clamps,
             out=out,
+            backend=self.backend,
         )
         return CandidateState(
             direction.shape[:2],
@@ -141,11 +143,28 @@ class CandidateSteps:
         start = probabilities if self.update_rule == "probabilities" else state.values
         return state._replace(values=clamped_step(start, move, self.clamps))
 
-    def loss(self, state: CandidateState, targets: Tensor, count: Tensor) -> Tensor:
-        """Cross-entropy over all tokens, a sum over the targets (B, S) that count over `count`."""
+    def loss(
+        self,
+        state: CandidateState,
+        targets: Tensor,
+        count: Tensor,
+        *,
+        z_weight: float = 0.0,
+        z_sum: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy over all tokens, a sum over the targets (B, S) that count over `count`;
+        with z_weight the z-loss, which z_sum receives too.
+        """
         assert state.tail is not None and state.target is not None, "the first step had targets"
         return candidates_loss(
-            state.values, state.tail, state.target, state.candidates, targets.flatten(), count
+            state.values,
+            state.tail,
+            state.target,
+            state.candidates,
+            targets.flatten(),
+            count,
+            z_weight=z_weight,
+            z_sum=z_sum,
         )
 
 

@@ -14,11 +14,13 @@ in results/closed_form.json (1.6 to 1.7 times on two CPU cores).
                 o = heads of Wo^T G';  dP = [o V, o v];  ds = P (dP - sum P dP)
                 dq = ds [K, k];  dk = ds_self q;  dv = P_self o
                 G'' = G' + norm^T(Wq^T dq + Wk^T dk + Wv^T dv)
+    qk_norm     q and k are normed heads, rotated: dq and dk pass the norm's transposed too
     groups      the K rows are candidates of P rows each, one after the other: k and v of a row are
                 its whole group's, (P, d), so q k, P v, dP and ds have P own columns; dk and dv of
                 a row collect from the rows of its group
+    no own keys q alone is projected, and k, v, dk, dv and their columns are not there
     adaLN       shifts, scales and gates at their places
-    head        dE/dn = w - (A + A^T) n / 2 - s M^T e;  dE/de directly: -s (M n + C h)
+    head        dE/dn = w - (A + A^T) n / 2 - s (M^T e + e);  dE/de directly: -s (M n + n + C h)
                 (energy_head.py)
 
 Legend: B contexts, K candidates, P rows per candidate (1 without groups), D width, H heads, H_kv
@@ -33,25 +35,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebwm_scale.model.blocks import Block, Modulation, RMSNorm, modulate
+from ebwm_scale.model.blocks import Block
 from ebwm_scale.model.energy_transformer import EnergyTransformer
+from ebwm_scale.model.norm import Modulation, RMSNorm, modulate
 
 
 class Kept(NamedTuple):
     """What the backward of a block reads.
 
     H_kv groups of heads are folded into rows: q, k_self, v_self (B, H_kv, groups K, d), weights
-    (B, H_kv, groups K, C + P). p, middle (B, K, D); u, t (B, K, F).
+    (B, H_kv, groups K, C + P); without own keys k_self and v_self are None, and weights have C
+    columns. p, middle (B, K, D); u, t (B, K, F). q_heads (B, H, K, d), k_heads (B, H_kv, K, d): in
+    front of their norms, where they are normed.
     """
 
     p: Tensor
     middle: Tensor
     q: Tensor
-    k_self: Tensor
-    v_self: Tensor
+    k_self: Tensor | None
+    v_self: Tensor | None
     weights: Tensor
     u: Tensor
     t: Tensor
+    q_heads: Tensor | None
+    k_heads: Tensor | None
 
 
 def block_forward(
@@ -69,15 +76,29 @@ def block_forward(
     (B, 1, 1, d / 2), with groups of every row's, (B, 1, K, d / 2); mask (B, 1, 1, C): True is not
     seen.
     """
-    q, k, v = project_heads(layer, attention_input(layer, p, modulation), factors)
-    group_size = layer.attention.group_size
-    attended, q, k_self, v_self, weights = attend_with_self(q, keys, values, mask, k, v, group_size)
-    change = layer.attention.wo(merge_heads(attended))
+    normed = attention_input(layer, p, modulation)
+    attention = layer.attention
+    if attention.own_keys:
+        heads = _heads(layer, normed)
+        attended, q, k_self, v_self, weights = attend_with_self(
+            *_ready_heads(layer, heads, factors), keys, values, mask, attention.group_size
+        )
+        q_heads, k_heads = heads[:2]
+    else:
+        q_heads = _split_heads(attention.wq(normed), attention.head_dimension)
+        k_self, v_self, k_heads = None, None, None
+        attended, q, weights = attend(
+            _ready(q_heads, attention.q_norm, factors), keys, values, mask
+        )
+    change = attention.wo(merge_heads(attended))
     if modulation is not None:
         change = change * modulation.attention_gate
     middle = p + change
     change, u, t = feed_forward(layer, middle, modulation)
-    return middle + change, Kept(p, middle, q, k_self, v_self, weights, u, t)
+    if attention.q_norm is None:
+        q_heads, k_heads = None, None
+    kept = Kept(p, middle, q, k_self, v_self, weights, u, t, q_heads, k_heads)
+    return middle + change, kept
 
 
 def block_backward(
@@ -173,10 +194,14 @@ def _attention_backward(
         gradient = gradient * modulation.attention_gate
     o = (gradient @ attention.wo.weight).view(B, K, H, d).transpose(1, 2)
     o = o.unflatten(1, (H_kv, -1)).flatten(2, 3)
+    if kept.k_self is None or kept.v_self is None:
+        ds = _softmax_backward(kept.weights, o @ values.transpose(-1, -2))
+        dq = (ds @ keys * d**-0.5).view(B, H, K, d)
+        dq = _ready_backward(dq, kept.q_heads, attention.q_norm, factors)
+        return _modulated_backward(merge_heads(dq) @ attention.wq.weight, modulation)
     P = attention.group_size
     own = own_scores(o, kept.v_self, P)
-    d_weights = torch.cat([o @ values.transpose(-1, -2), own], -1)
-    ds = kept.weights * (d_weights - (kept.weights * d_weights).sum(-1, keepdim=True))
+    ds = _softmax_backward(kept.weights, torch.cat([o @ values.transpose(-1, -2), own], -1))
     ds_self = ds[..., -P:]
     if P == 1:
         dq = torch.addcmul(ds[..., :-1] @ keys, ds_self, kept.k_self) * d**-0.5
@@ -189,34 +214,57 @@ def _attention_backward(
     if H > H_kv:  # all heads of a group share the candidate's key and value
         dk = dk.unflatten(2, (-1, K)).sum(2)
         dv = dv.unflatten(2, (-1, K)).sum(2)
-    dq = rotate(dq.view(B, H, K, d), factors.conj())
-    dk = rotate(dk, factors.conj())
+    dq = _ready_backward(dq.view(B, H, K, d), kept.q_heads, attention.q_norm, factors)
+    dk = _ready_backward(dk, kept.k_heads, attention.k_norm, factors)
     change = (
         merge_heads(dq) @ attention.wq.weight
         + merge_heads(dk) @ attention.wk.weight
         + merge_heads(dv) @ attention.wv.weight
     )
-    if modulation is not None:
-        change = change * (1 + modulation.attention_scale)
-    return change
+    return _modulated_backward(change, modulation)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def _softmax_backward(weights: Tensor, d_weights: Tensor) -> Tensor:
+    """The gradient of the scores: P (dP - sum P dP)."""
+    return weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True))
+
+
+def _ready_backward(
+    gradient: Tensor, heads: Tensor | None, head_norm: RMSNorm | None, factors: Tensor
+) -> Tensor:
+    """The transposed of `_ready`; heads: what it was given, where there is a norm."""
+    gradient = rotate(gradient, factors.conj())
+    if head_norm is None:
+        return gradient
+    assert heads is not None, "they are normed"
+    return norm_backward(gradient, heads, head_norm)
+
+
+def _modulated_backward(change: Tensor, modulation: Modulation | None) -> Tensor:
+    """The gradient in front of the attention's modulation."""
+    return change if modulation is None else change * (1 + modulation.attention_scale)
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Attention (B, H, K, d) of rows q (B, H, K, d) over keys, values (B, H_kv, C, d).
 
-    mask (B, 1, 1, C): True is not seen.
+    mask (B, 1, 1, C): True is not seen. Returns (that, q, weights), the last two as Kept has them.
     """
-    _, scores = _scores(q, keys, mask)
-    return (scores.softmax(-1) @ values).view(q.shape)
+    shape = q.shape
+    q, scores = _scores(q, keys, mask)
+    weights = scores.softmax(-1)
+    return (weights @ values).view(shape), q, weights
 
 
 def attend_with_self(
     q: Tensor,
+    k_self: Tensor,
+    v_self: Tensor,
     keys: Tensor,
     values: Tensor,
     mask: Tensor | None,
-    k_self: Tensor,
-    v_self: Tensor,
     group_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `attend`, where each row also sees its own key and value k_self, v_self (B, H_kv, K, d).
@@ -282,12 +330,33 @@ def attention_input(layer: Block, x: Tensor, modulation: Modulation | None) -> T
 
 
 def project_heads(layer: Block, normed: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, H, K, d), k and v (B, H_kv, K, d) of rows (B, K, D); q and k rotated."""
+    """q (B, H, K, d), k and v (B, H_kv, K, d) of rows (B, K, D), as attention reads them."""
+    return _ready_heads(layer, _heads(layer, normed), factors)
+
+
+def _heads(layer: Block, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, K, d), k and v (B, H_kv, K, d) of rows (B, K, D), as they are projected."""
     attention = layer.attention
     q = _split_heads(attention.wq(normed), attention.head_dimension)
     k = _split_heads(attention.wk(normed), attention.head_dimension)
     v = _split_heads(attention.wv(normed), attention.head_dimension)
-    return rotate(q, factors), rotate(k, factors), v
+    return q, k, v
+
+
+def _ready_heads(
+    layer: Block, heads: tuple[Tensor, Tensor, Tensor], factors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_heads` with q and k normed, where the model says so, and rotated."""
+    q, k, v = heads
+    attention = layer.attention
+    return _ready(q, attention.q_norm, factors), _ready(k, attention.k_norm, factors), v
+
+
+def _ready(heads: Tensor, head_norm: RMSNorm | None, factors: Tensor) -> Tensor:
+    """Queries or keys (B, heads, K, d), normed where the model says so, and rotated."""
+    if head_norm is not None:
+        heads = norm(head_norm, heads)
+    return rotate(heads, factors)
 
 
 def feed_forward(

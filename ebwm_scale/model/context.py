@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ebwm_scale.model.sequence import SequencePart
+
 
 @dataclass(frozen=True)
 class Context:
@@ -17,6 +19,8 @@ class Context:
     None where they stand alone. readout (B, S, D): of the head's context term, where there is one.
     first_visible (B, S) int32: the first key that each row sees, the start of its document; None:
     all see key 0. group_size, context_group: rows and keys per group.
+    part: this process's of a sequence cut over several. Rows and anchors are then its own; keys,
+    values and first_visible are those of all positions.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
@@ -26,6 +30,7 @@ class Context:
     first_visible: Tensor | None = None
     group_size: int = 1
     context_group: int = 1
+    part: SequencePart | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Context:
         """The same with every tensor that carries gradients replaced by the function's result."""
@@ -47,7 +52,10 @@ class Context:
         """What the candidates of some positions see.
 
         That is everything up to the last of them, the first one's own observed position included.
+        Of a sequence cut over processes, keys stay whole: the others' rows see more of them.
         """
+        if self.part is not None:
+            return self._visible_to_parts(self.part, positions)
         first, last = [
             self.offset + place // self.group_size * self.context_group
             for place in (positions.start, positions.stop)
@@ -60,6 +68,19 @@ class Context:
             self,
             keys_values=pairs,
             offset=first,
+            anchor=None if self.anchor is None else self.anchor[:, positions],
+            readout=None if self.readout is None else self.readout[:, positions],
+            first_visible=first_visible,
+        )
+
+    def _visible_to_parts(self, part: SequencePart, positions: slice) -> Context:
+        """`visible_to` for the same positions of each part; offset: of this process's rows."""
+        first_visible = None
+        if self.first_visible is not None:
+            first_visible = part.rows_of_all(self.first_visible, positions)
+        return replace(
+            self,
+            offset=self.offset + part.first + positions.start,
             anchor=None if self.anchor is None else self.anchor[:, positions],
             readout=None if self.readout is None else self.readout[:, positions],
             first_visible=first_visible,

@@ -7,32 +7,37 @@
     linear      w n                  the released head
     quadratic   - n A n / 2          A a full matrix; only its symmetric part counts
     bilinear    - s e M n, and - r w M2 n with a workspace w (workspace.py)
+    direct      - s e n: bilinear with M = 1, whose weights the blocks take over
     context     - s e C h
 
 The linear term's adjoint is one constant vector, so little content reaches the gradient. The
-others' hold the network's own output: dE/de = -s (M n + C h) + what comes through n.
+others' hold the network's own output: dE/de = -s (M n + n + C h) + what comes through n.
 
 s = 1 / (refinement.step_size * state.map_scale), both as configured, makes a step of a fresh model
 what a fresh Transformer++ does. The state moves by -alpha W dE/de, W with its factor, so by
-W0 (M n + C h), W0 the unscaled map; and M, C with entries of variance 1 / D keep the length
+W0 (M n + n + C h), W0 the unscaled map: direct is a Transformer++ whose output is tied to what
+embeds its predictions. And M, C with entries of variance 1 / D keep the length
 of n and h. r = 1 / refinement.workspace_step_size likewise, with a matrix of its own: e and w want
 different things of n. A starts at entries of deviation sqrt(2) / D: A n is then as long as w.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from ebwm_scale.model.blocks import RMSNorm
+from ebwm_scale.model.norm import RMSNorm
 
 
 class ContentTerms(nn.Module):
     """The terms beside the linear one; a term that is not asked for has no parameters.
 
-    scale, workspace_scale: s and r above, constants; r is None without a workspace.
+    has_direct: whether n itself pulls, beside M n. scale, workspace_scale: s and r above,
+    constants; r is None without a workspace.
     """
 
     quadratic: nn.Linear | None  # A
@@ -48,10 +53,12 @@ class ContentTerms(nn.Module):
         epsilon: float,
         scale: float,
         workspace_scale: float | None = None,
+        backend: str = "auto",
     ):
         super().__init__()
         self.scale = scale
         self.workspace_scale = 0.0 if workspace_scale is None else workspace_scale
+        self.has_direct = "direct" in terms
         self.workspace = None
         if workspace_scale is not None and "bilinear" in terms:
             self.workspace = nn.Linear(width, width, bias=False)
@@ -65,7 +72,7 @@ class ContentTerms(nn.Module):
             self.bilinear = nn.Linear(width, width, bias=False)
         if "context" in terms:
             self.context = nn.Linear(width, width, bias=False)
-            self.context_norm = RMSNorm(width, epsilon)
+            self.context_norm = RMSNorm(width, epsilon, backend)
 
     def initialize(self, *, zero: bool) -> None:
         """See above; zero: all terms start at 0, as adaln_zero's energy does."""
@@ -108,12 +115,15 @@ class ContentTerms(nn.Module):
         return energy
 
     def pull(self, normed: Tensor, readout: Tensor | None) -> Tensor | None:
-        """M n + C h (B, S, D), along which the candidate's energy falls; None without either."""
-        if self.bilinear is None:
-            return readout
-        if readout is None:
-            return self.bilinear(normed)
-        return self.bilinear(normed) + readout
+        """M n + n + C h (B, S, D), along which the candidate's energy falls; None without any."""
+        pulls = []
+        if self.bilinear is not None:
+            pulls.append(self.bilinear(normed))
+        if self.has_direct:
+            pulls.append(normed)
+        if readout is not None:
+            pulls.append(readout)
+        return functools.reduce(torch.add, pulls) if pulls else None
 
     def gradients(
         self, normed: Tensor, embedded: Tensor, readout: Tensor | None
@@ -123,8 +133,15 @@ class ContentTerms(nn.Module):
         if self.quadratic is not None:
             weight = self.quadratic.weight
             of_normed = -0.5 * (normed @ (weight + weight.T))
-        if self.bilinear is not None:
-            change = -self.scale * (embedded @ self.bilinear.weight)
+        if self.bilinear is not None or self.has_direct:
+            change = self._back(embedded).mul_(-self.scale)
             of_normed = change if of_normed is None else of_normed + change
         pull = self.pull(normed, readout)
         return of_normed, None if pull is None else -self.scale * pull
+
+    def _back(self, embedded: Tensor) -> Tensor:
+        """M' e + e (B, S, D), of the terms that there are; a tensor of its own."""
+        if self.bilinear is None:
+            return embedded.clone()
+        back = embedded @ self.bilinear.weight
+        return back.add_(embedded) if self.has_direct else back

@@ -44,12 +44,14 @@ from torch.nn import functional as F
 
 from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
-from ebwm_scale.model.blocks import Block, Modulation, RMSNorm, initialize_released, modulate
+from ebwm_scale.model.blocks import Block, initialize_released
 from ebwm_scale.model.conditions import states_of, with_empty_conditions
 from ebwm_scale.model.context import Context, ObservedStream
 from ebwm_scale.model.energy_head import ContentTerms
 from ebwm_scale.model.module_list import ModuleList
+from ebwm_scale.model.norm import Modulation, RMSNorm
 from ebwm_scale.model.rotary import Rotary, RotaryTable
+from ebwm_scale.model.sequence import SequencePart
 
 
 class EnergyTransformer(nn.Module):
@@ -72,6 +74,7 @@ class EnergyTransformer(nn.Module):
     feedback: nn.Linear | None  # U: predictions into the observed stream
     workspace_map: nn.Linear | None  # Z: the workspace into the predicted stream
     workspace_feedback: nn.Linear | None  # Uz: the mapped workspace into the observed stream
+    part: SequencePart | None = None  # this process's, of a sequence cut over several
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class EnergyTransformer(nn.Module):
         self.layers = ModuleList(
             Block(config, group_size, num_conditions) for _ in range(sizes.num_layers)
         )
-        self.norm = RMSNorm(width, config.norm_epsilon)
+        self.norm = RMSNorm(width, config.norm_epsilon, config.attention_backend)
         self.head = None
         self.content = None
         if "linear" in config.energy_head:
@@ -117,6 +120,7 @@ class EnergyTransformer(nn.Module):
                 config.norm_epsilon,
                 content_scale,
                 None if workspace is None else workspace_scale,
+                config.attention_backend,
             )
         self.rotary = RotaryTable(
             sizes.head_dimension, config.rope_theta, group_size, grid, num_conditions
@@ -208,20 +212,21 @@ class EnergyTransformer(nn.Module):
             return stream
         modulations, _ = self.modulations_of(landscape, predicted=False)
         rows = stream.rows
-        rotary = self.rotary(rows.shape[1], rows)
+        rotary = self.observed_rotary(rows)
         keys_values = list(stream.keys_values)
         entry = stream.entry
         for index in range(stream.block, stop):
             layer = self.layers[index]
             if index == self.first_predicted:
                 entry = rows
-            keys, values = layer.keys_values(rows, rotary, modulations[index])
+            if self.goes_behind(index):
+                keys, values, rows = layer.observed_with_keys(
+                    rows, rotary, modulations[index], stream.first_visible
+                )
+            else:
+                keys, values = layer.keys_values(rows, rotary, modulations[index])
             if index >= self.first_predicted:
                 keys_values.append((keys, values))
-            if self.goes_behind(index):
-                rows = layer.forward_observed(
-                    rows, keys, values, rotary, modulations[index], stream.first_visible
-                )
         return replace(stream, rows=rows, block=stop, keys_values=tuple(keys_values), entry=entry)
 
     def goes_behind(self, block: int) -> bool:
@@ -276,6 +281,7 @@ class EnergyTransformer(nn.Module):
             first_visible,
             self.group_size,
             self.context_group,
+            self.part,
         )
 
     def _states_of(self, rows: Tensor) -> Tensor:
@@ -303,6 +309,13 @@ class EnergyTransformer(nn.Module):
                 predicted, keys_values, rotary, context.offset, modulation, context.first_visible
             )
         return self.energy_head(predicted, final, embedded, context.readout, workspace)
+
+    def observed_rotary(self, rows: Tensor) -> Rotary:
+        """Rotations of the observed rows (B, offset + S, D)."""
+        if self.part is None:
+            return self.rotary(rows.shape[1], rows)
+        whole = self.part.front + self.part.length * self.part.group.size
+        return self.part.observed_rotary(self.rotary(whole, rows))
 
     def predicted_rotary(self, predicted: Tensor, context: Context) -> Rotary:
         """p_t stands where the real o_(t+1) would, with groups o_(t+P)."""
@@ -347,10 +360,9 @@ class EnergyTransformer(nn.Module):
 
     def normed_output(self, predicted: Tensor, final: tuple[Tensor, Tensor] | None) -> Tensor:
         """What the head reads of the predicted stream (B, S, D)."""
-        normed = self.norm(predicted)
-        if final is not None:
-            normed = modulate(normed, *final)
-        return normed
+        if final is None:
+            return self.norm(predicted)
+        return self.norm(predicted, *final)
 
     def modulations_of(
         self, landscape: int, *, predicted: bool

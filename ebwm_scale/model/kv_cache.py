@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.model.baseline import BaselineTransformer
-from ebwm_scale.model.blocks import Modulation
 from ebwm_scale.model.closed_form import (
     attend,
     attention_input,
@@ -39,6 +38,7 @@ from ebwm_scale.model.closed_form import (
     project_heads,
 )
 from ebwm_scale.model.energy_transformer import EnergyTransformer
+from ebwm_scale.model.norm import Modulation
 
 
 class KVCache:
@@ -171,7 +171,7 @@ class LandscapeKVCache:
             self.keys[index][rows, :, places] = k.transpose(1, 2)
             self.values[index][rows, :, places] = v.transpose(1, 2)
             if self._reads_output_of(index):
-                attended = attend(q, *self._seen(index), mask)
+                attended, _, _ = attend(q, *self._seen(index), mask)
                 change = layer.attention.wo(merge_heads(attended))
                 if modulation is not None:
                     change = change * modulation.attention_gate

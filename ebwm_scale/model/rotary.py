@@ -129,6 +129,10 @@ class RotaryTable(nn.Module):
             self._tables[key] = Rotary(factors.to(like.device, dtype))
         return self._tables[key].slice(0, num_positions)
 
+    def kept(self) -> list[Tensor]:
+        """The tables as they are now; one that a longer sequence needs takes another's place."""
+        return [table.factors for table in self._tables.values()]
+
     def of_states(self, first_group: int, num_positions: int, like: Tensor) -> Rotary:
         """Rotations of the states of groups from first_group on, conditions left out."""
         num_groups = first_group + num_positions // self.group_size

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 from ebwm_kernels.vocabulary.api import vocabulary_descend_reference, vocabulary_embed_reference
 from ebwm_kernels.vocabulary.autograd import vocabulary_descend, vocabulary_embed, vocabulary_step
 from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps, clamped_step, state_dtype
-from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_kernels.vocabulary.graph_steps import descend_with_graph, embed_with_graph
+from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE, LEAST_COUNT
 from ebwm_scale.model.candidates import CandidateState, CandidateSteps
+from ebwm_scale.model.fused import is_fused
 
 
 class EmbeddedState(NamedTuple):
@@ -61,18 +63,21 @@ class StateUpdate(NamedTuple):
     """After a step.
 
     state: the next state, if it was asked for. next_embedded: that state inside the next step,
-    where it costs nothing. loss: a scalar, with targets.
+    where it costs nothing. loss: a scalar, with targets. z_term: the z-loss's part of it, without
+    a graph, where there is one.
     """
 
     state: Tensor | CandidateState | None
     next_embedded: EmbeddedState | None
     loss: Tensor | None
+    z_term: Tensor | None = None
 
 
 class Targets(NamedTuple):
     """values: token ids (B, S) or embeddings (B, S, size); count: how many a mean loss is over.
 
-    The count is that of the whole batch, also in a part of it: losses of parts add up.
+    The count is that of the whole batch, also in a part of it: losses of parts add up. Where n
+    processes share a sequence it is an n-th of what they score together (model/sequence.py).
     """
 
     values: Tensor
@@ -112,6 +117,8 @@ class VocabularyState:
     weight (V, D): a map of its own, or the token embedding's. update_rule: `refinement.update`.
     grad_buffer (V, D): where the map's gradient is summed, see ebwm_kernels.vocabulary.api.
     num_candidates: how many tokens of a position further steps move, below V; None: all.
+    z_weight: of the z-loss in the loss of `update` (train.z_loss); 0 outside of training.
+    backend: of the passes over states, see ebwm_kernels.pointwise.
     """
 
     weight: Tensor
@@ -119,6 +126,8 @@ class VocabularyState:
     clamps: Clamps = NO_CLAMPS
     grad_buffer: Tensor | None = None
     num_candidates: int | None = None
+    z_weight: float = 0.0
+    backend: str = "auto"
 
     @property
     def size(self) -> int:
@@ -140,6 +149,8 @@ class VocabularyState:
             return EmbeddedState(vectors, probabilities=probabilities, candidates=x)
         rows = x.flatten(0, 1)
         probabilities_move = self.update_rule == "probabilities"
+        if x.requires_grad and self._fuses_graph:
+            return self._embed_with_graph(rows, x.shape[:2])
         if x.requires_grad:
             probabilities, vectors = vocabulary_embed_reference(rows, self.weight)
         else:
@@ -148,6 +159,7 @@ class VocabularyState:
                 self.weight,
                 grad_buffer=self.grad_buffer,
                 out=rows if probabilities_move else None,
+                backend=self.backend,
             )
         probabilities = probabilities.unflatten(0, x.shape[:2])
         vectors = vectors.unflatten(0, x.shape[:2])
@@ -191,12 +203,14 @@ class VocabularyState:
             direction = direction + carried
         if embedded.candidates is not None or self._chooses(step):
             return self._update_candidates(embedded, direction, targets, step)
+        if step.keep_graph and self._fuses_graph:
+            return self._fused_update_with_graph(embedded, direction, targets)
         if step.keep_graph:
             return self._update_with_graph(embedded, direction, targets)
         # Mirror steps from zeros add up in front of the map: nothing of the state's size is kept.
         adds_up = self.update_rule == "mirror" and embedded.state is None
         can_embed = self.update_rule == "probabilities" or adds_up
-        can_embed = can_embed and self.clamps == NO_CLAMPS
+        can_embed = can_embed and self.clamps == NO_CLAMPS and self.z_weight == 0
         # The map's gradient of this loss comes with that of the next embedded state.
         can_embed = can_embed and (step.loss_weight == 0 or step.next_needs_graph)
         if can_embed and not step.is_last and not step.keep_state:
@@ -220,8 +234,50 @@ class VocabularyState:
             total = F.cross_entropy(
                 state, targets.values.flatten(), ignore_index=IGNORE, reduction="sum"
             )
-            loss = total / targets.count.clamp(min=1)
-        return StateUpdate(state.unflatten(0, shape), None, loss)
+            loss = total / targets.count.clamp(min=LEAST_COUNT)
+        z_term = None
+        if loss is not None and targets is not None and self.z_weight:
+            counted = (targets.values.flatten() != IGNORE).to(state.dtype)
+            squares = state.logsumexp(-1).square() * counted
+            z_term = self.z_weight * squares.sum() / targets.count.clamp(min=LEAST_COUNT)
+            loss = loss + z_term
+            z_term = z_term.detach()
+        return StateUpdate(state.unflatten(0, shape), None, loss, z_term)
+
+    @property
+    def _fuses_graph(self) -> bool:
+        """Whether steps whose states carry a graph run fused: not with clamps, nor through the
+        softmax.
+        """
+        if self.clamps != NO_CLAMPS or self.update_rule == "logits":
+            return False
+        return is_fused(self.backend, self.weight)
+
+    def _embed_with_graph(self, rows: Tensor, shape: torch.Size) -> EmbeddedState:
+        probabilities_move = self.update_rule == "probabilities"
+        state, probabilities, vectors = embed_with_graph(
+            rows, self.weight, keep_p=probabilities_move, grad_buffer=self.grad_buffer
+        )
+        vectors = vectors.unflatten(0, shape)
+        if probabilities is not None:
+            return EmbeddedState(vectors, probabilities=probabilities.unflatten(0, shape))
+        return EmbeddedState(vectors, state=state.unflatten(0, shape))
+
+    def _fused_update_with_graph(
+        self, embedded: EmbeddedState, direction: Tensor, targets: Targets | None
+    ) -> StateUpdate:
+        """The same as _update_with_graph."""
+        start = embedded.probabilities if embedded.state is None else embedded.state
+        state, loss, z_term = descend_with_graph(
+            self.weight,
+            direction.flatten(0, 1),
+            None if targets is None else targets.values.flatten(),
+            start=_as_rows(start),
+            count=None if targets is None else targets.count,
+            grad_buffer=self.grad_buffer,
+            z_weight=self.z_weight,
+        )
+        return StateUpdate(state.unflatten(0, direction.shape[:2]), None, loss, z_term)
 
     def _update_and_embed(
         self,
@@ -244,6 +300,7 @@ class VocabularyState:
             loss_weight=step.loss_weight,
             out=embedded.scratch,
             moved=_as_rows(embedded.moved),
+            backend=self.backend,
         )
         next_embedded = EmbeddedState(vectors.unflatten(0, shape))
         if not probabilities_move:
@@ -268,6 +325,7 @@ class VocabularyState:
         step: UpdateChoices,
     ) -> StateUpdate:
         """The next state without a graph, and its loss with one."""
+        z_term = self._no_z_term(targets)
         # Where only the next step has a graph, nobody reads the gradients of this one's loss.
         with torch.set_grad_enabled(step.needs_graph):
             state, loss = vocabulary_descend(
@@ -283,10 +341,19 @@ class VocabularyState:
                 clamps=self.clamps,
                 out=embedded.scratch,
                 moved=_as_rows(embedded.moved),
+                z_weight=self.z_weight,
+                z_sum=z_term,
+                backend=self.backend,
             )
         if state is not None:
             state = state.unflatten(0, direction.shape[:2])
-        return StateUpdate(state, None, loss)
+        return StateUpdate(state, None, loss, z_term)
+
+    def _no_z_term(self, targets: Targets | None) -> Tensor | None:
+        """Where a z-loss is summed; None without one."""
+        if targets is None or not self.z_weight:
+            return None
+        return torch.zeros((), dtype=self.dtype, device=self.weight.device)
 
     def _chooses(self, step: UpdateChoices) -> bool:
         return step.chooses_candidates and self.num_candidates is not None
@@ -294,7 +361,12 @@ class VocabularyState:
     def _candidate_steps(self) -> CandidateSteps:
         assert self.num_candidates is not None, "the state has candidates"
         return CandidateSteps(
-            self.weight, self.update_rule, self.clamps, self.grad_buffer, self.num_candidates
+            self.weight,
+            self.update_rule,
+            self.clamps,
+            self.grad_buffer,
+            self.num_candidates,
+            self.backend,
         )
 
     def _update_candidates(
@@ -307,6 +379,7 @@ class VocabularyState:
         """The first step, after which candidates are chosen, or one that moves them."""
         steps = self._candidate_steps()
         loss = None
+        z_term = self._no_z_term(targets)
         # Where only the next step has a graph, nobody reads the gradients of this one's loss.
         with torch.set_grad_enabled(step.needs_graph):
             if embedded.candidates is None:
@@ -322,10 +395,12 @@ class VocabularyState:
                 assert embedded.probabilities is not None, "candidates enter by their probabilities"
                 state = steps.update(embedded.candidates, embedded.probabilities, direction)
             if targets is not None:
-                loss = steps.loss(state, targets.values, targets.count)
+                loss = steps.loss(
+                    state, targets.values, targets.count, z_weight=self.z_weight, z_sum=z_term
+                )
         if step.is_last and not step.keep_whole:
-            return StateUpdate(None, None, loss)
-        return StateUpdate(state if step.keep_graph else state.detach(), None, loss)
+            return StateUpdate(None, None, loss, z_term)
+        return StateUpdate(state if step.keep_graph else state.detach(), None, loss, z_term)
 
     def embedding_vjp(self, energy_grad: Tensor) -> Tensor:
         """dE/dp (B, S, V), p = softmax(x), of dE/de (B, S, D)."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 from torch import nn
 
 from ebwm_scale.config import resolved
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.schema import Config
-from ebwm_scale.planning.flops import model_flops, step_flops
+from ebwm_scale.config.sequence_checks import num_readers
+from ebwm_scale.planning.flops import model_flops, run_flops, step_flops
 from ebwm_scale.planning.hardware import peak_flops_per_s
 from ebwm_scale.planning.memory import memory_estimate
 from ebwm_scale.planning.parameters import count_parameters
@@ -24,15 +26,23 @@ def describe(
     seconds_per_step: float | None,
 ) -> str:
     """The text of --dry-run: parameters, batch, data, FLOPs, memory and, given the seconds of a
-    training step, speed and time left.
+    training step, speed and time left. Of a batch ramp a training step is one of the last batches,
+    and the run is what all of its steps hold.
 
     data_summary: manifest, fingerprint, train_samples, train_tokens (or frames),
     validation_samples, validation_tokens (or frames), vocabulary_size (or dimension),
     context_length; or None. Raises ConfigError when the batch does not divide over the processes.
     """
     train, positions = config.train, resolved.context_length(config)
-    micro_batch, accumulation = batch_arithmetic(train, world_size, paired=config.refinement.replay)
+    readers = num_readers(config, world_size)
+    micro_batch, accumulation = batch_arithmetic(train, readers, paired=config.refinement.replay)
+    sharing = config.parallel.sequence
+    processes = f"{world_size} processes"
+    if sharing > 1:
+        processes = f"{readers} groups of {sharing} processes"
+    ramp = BatchRamp.of(train)
     tokens = train.global_batch_size * positions
+    all_samples = ramp.samples_before(train.max_steps)
     unit = resolved.unit(config)
     counts, flops = count_parameters(model), step_flops(config, samples=train.global_batch_size)
     memory = memory_estimate(config, world_size=world_size, micro_batch=micro_batch)
@@ -52,10 +62,7 @@ def describe(
             (
                 "global batch",
                 f"{train.global_batch_size:>15,} samples",
-                (
-                    f"= {world_size} processes x {micro_batch} samples x "
-                    f"{accumulation} accumulation steps"
-                ),
+                (f"= {processes} x {micro_batch} samples x {accumulation} accumulation steps"),
             ),
             ("sample", f"{positions:>15,} {unit}", ""),
             (
@@ -63,11 +70,12 @@ def describe(
                 f"{tokens:>15,} {unit}",
                 f"{config.refinement.num_steps} refinement steps" if energy else "",
             ),
-            ("run", f"{train.max_steps:>15,} steps", f"{train.max_steps * tokens:,} {unit}"),
+            ("run", f"{train.max_steps:>15,} steps", f"{all_samples * positions:,} {unit}"),
+            *([("ramp", ramp.describe(), "samples per step")] if ramp.pieces else []),
         ],
     )
     if data_summary is not None:
-        epochs = train.max_steps * train.global_batch_size / data_summary["train_samples"]
+        epochs = all_samples / data_summary["train_samples"]
         lines += _section(
             "data",
             [
@@ -93,7 +101,8 @@ def describe(
         [
             (part, f"{value / 1e12:>15,.4f} TFLOP", _percent(value, total_flops))
             for part, value in [*flops.items(), ("total", total_flops)]
-        ],
+        ]
+        + [("run", f"{run_flops(config) / 1e12:>15,.4f} TFLOP", "all training steps")],
     )
     lines += _section(
         "memory per process, estimated",
@@ -109,7 +118,8 @@ def describe(
         utilisation = (
             "" if peak is None else f"{100 * useful / peak:.1f} % MFU, recomputation left out"
         )
-        left = seconds_per_step * train.max_steps
+        # a step of a ramp makes as many of a whole one's passes as it has of its samples
+        left = seconds_per_step * all_samples / train.global_batch_size
         lines += _section(
             "speed, a guess from few steps",
             [

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ebwm_kernels.attention.ops import PRODUCTS
 from ebwm_kernels.attention.visibility import visible_pairs
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.resolved import (
     context_group,
     context_length,
@@ -32,6 +33,7 @@ from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all
 from ebwm_scale.refinement.step_plan import (
     StepPlan,
+    graph_spans_steps,
     num_graph_steps,
     num_landscapes,
     plan_steps,
@@ -85,6 +87,7 @@ class StepSizes:
     again: Passes  # of what is encoded again through them
     graph_predictions: int  # times that what is encoded again passes a gradient to its predictions
     block_weights: int  # the same + 3 D F
+    has_own_keys: bool  # whether a candidate attends to itself
     # adaLN of each stream's blocks, D x 6 D each, computed once per call whatever the rows
     observed_modulation: int
     modulation_weights: int  # of the predicted stream
@@ -129,6 +132,7 @@ class StepSizes:
             again=Passes(len(again), sum(step.encodes_with_graph for step in again)),
             graph_predictions=sum(step.needs_graph for step in again),
             block_weights=attention + 3 * width * sizes.feed_forward_width,
+            has_own_keys=model.own_keys,
             observed_modulation=(
                 6 * width**2 * sizes.num_layers
                 if model.conditioning in ("adaln", "adaln_zero")
@@ -155,9 +159,14 @@ class StepSizes:
         )
 
     @property
+    def predicted_block_weights(self) -> int:
+        """Of a block of the predicted stream: without own keys it makes no keys and values."""
+        return self.block_weights - 2 * self.width * self.keys * (not self.has_own_keys)
+
+    @property
     def own_keys(self) -> int:
         """Own keys of a row that need products: a group's; a single one needs none."""
-        return self.group if self.group > 1 else 0
+        return self.group if self.group > 1 and self.has_own_keys else 0
 
     def attention(
         self, samples: int, *, forward: int, inner: int, first_order: int = 0, second_order: int = 0
@@ -225,7 +234,7 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         return {part: value for part, value in parts.items() if value}
     N, G = z.steps, z.graph_steps
     observed = _observed_flops(z, samples)
-    predicted = z.predicted_layers * z.block_weights + z.content_weights
+    predicted = z.predicted_layers * z.predicted_block_weights + z.content_weights
     modulation = z.modulation_weights + z.final_modulation
     head = z.width if z.linear else 0
     accepts = config.refinement.accept == "lower"
@@ -302,7 +311,7 @@ def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
     if not z.workspace:
         return 0.0
     N, G = z.steps, z.graph_steps
-    is_full = config.refinement.graph == "full"
+    is_full = graph_spans_steps(config.refinement, N)
     moves_with_graph = G - 1 if is_full else 0
     # Into each step, and Z's gradient; under full that of z too, but for the first one.
     products = N + G + moves_with_graph
@@ -333,7 +342,7 @@ def _acceptance_flops(config: Config, z: StepSizes, samples: int) -> float:
     N, rows = z.steps, samples * z.positions
     by_block = config.refinement.recompute == "block"
     head = z.width if z.linear else 0
-    predicted = z.predicted_layers * z.block_weights + z.content_weights + head
+    predicted = z.predicted_layers * z.predicted_block_weights + z.content_weights + head
     flops = 2.0 * rows * predicted * (1 + by_block)
     flops += 2.0 * (z.modulation_weights + z.final_modulation)
     flops += 2 * 2.0 * rows * z.state * z.width  # out of the step, and into the energy
@@ -344,6 +353,14 @@ def _acceptance_flops(config: Config, z: StepSizes, samples: int) -> float:
     if by_block:  # otherwise its attention is counted with the steps'
         flops += z.attention(samples, forward=1, inner=1) + _forward_again(z, samples)
     return N * flops
+
+
+def run_flops(config: Config) -> float:
+    """FLOPs of all of train.max_steps together, each of the samples that it has in a batch ramp and
+    of refinement.num_steps steps; with recomputation.
+    """
+    samples = BatchRamp.of(config.train).samples_before(config.train.max_steps)
+    return sum(step_flops(config, samples=samples).values())
 
 
 def model_flops(flops: dict[str, float]) -> float:
@@ -367,16 +384,19 @@ def _state_products(config: Config, z: StepSizes) -> int:
         first = plan_steps(refinement, range(N), training=True)[0]
         products = 1 + 2 * first.needs_graph
         return products if uniform else products + 1 + first.needs_graph
-    if config.state.kind == "embedding" or refinement.graph == "full":
+    is_full = graph_spans_steps(refinement, N)
+    if config.state.kind == "embedding" or is_full:
         # Plain autograd: into a step and out of it, W's gradient from both, and the way back
         # through the latter; full: through both.
-        back = G - 1 if refinement.graph == "full" else 0
+        back = G - 1 if is_full else 0
         from_zeros = uniform * (1 + (G == N))  # no product into the first step, none back
         products = 2 * N + 3 * G + back - from_zeros
         if refinement.momentum and config.state.kind == "embedding":
             products += _carried_products(config, N)
         return products
     clamps = refinement.change_clamp is not None or refinement.state_clamp is not None
+    # So do a soft cap and a z-loss: such steps are scored, and embedded on their own.
+    clamps = clamps or config.model.logit_softcap is not None or config.train.z_loss > 0
     adds_up = refinement.update == "mirror" and uniform
     products = 0
     for step in plan_steps(refinement, range(N), training=True):
@@ -410,7 +430,7 @@ def _forward_again(z: StepSizes, samples: int) -> float:
 
     Its inner gradient passes each block once more, as it keeps none.
     """
-    weights = z.predicted_layers * z.block_weights
+    weights = z.predicted_layers * z.predicted_block_weights
     return 2.0 * samples * z.positions * weights + z.attention(samples, forward=1, inner=0)
 
 
@@ -446,7 +466,7 @@ def _recomputation(config: Config, z: StepSizes, samples: int) -> float:
     spared once.
     """
     rows = samples * z.positions
-    blocks = z.predicted_layers * z.block_weights
+    blocks = z.predicted_layers * z.predicted_block_weights
     modulation = z.modulation_weights + z.final_modulation
     head = z.width if z.linear else 0
     content = z.content_weights + z.width**2 * z.workspace_term

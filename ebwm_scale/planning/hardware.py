@@ -63,12 +63,18 @@ class Machine:
     within: float  # between GPUs of a node
     between: float  # between nodes
     source: str
-    # share of the peak that each part reaches, fitted to measured steps; None: UTILISATION, assumed
+    # Share of the peak that each part reaches, fitted to measured steps; None: a GPU, whose time
+    # comes from what is counted (gpu_time.py).
     rates: Mapping[str, float] | None = None
+    memory_bandwidth: float = 0.0  # of a GPU's own memory, GB/s: the vendor's
 
     @property
     def assumed(self) -> bool:
         return self.rates is None
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s for "bf16" or "fp32"."""
+        return 1e12 * (self.bf16 if precision == "bf16" else self.fp32)
 
     @property
     def device(self) -> str:
@@ -87,6 +93,7 @@ MACHINES = {
             450,
             50,
             "H100 SXM datasheet; NVLink 4; 400 Gbit/s InfiniBand per GPU, as in DGX H100",
+            memory_bandwidth=3350,
         ),
         Machine(
             "h200",
@@ -97,6 +104,7 @@ MACHINES = {
             450,
             50,
             "H200 datasheet; NVLink 4; 400 Gbit/s InfiniBand per GPU, as in DGX H200",
+            memory_bandwidth=4800,
         ),
         Machine(
             "b200",
@@ -107,6 +115,7 @@ MACHINES = {
             900,
             50,
             "HGX B200 datasheet; NVLink 5; 400 Gbit/s InfiniBand per GPU",
+            memory_bandwidth=8000,
         ),
         Machine(
             "a100",
@@ -117,6 +126,7 @@ MACHINES = {
             300,
             25,
             "A100 80 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU, as in DGX A100",
+            memory_bandwidth=2039,
         ),
         Machine(
             "a100-40gb",
@@ -127,6 +137,7 @@ MACHINES = {
             300,
             25,
             "A100 40 GB SXM datasheet; NVLink 3; 200 Gbit/s InfiniBand per GPU",
+            memory_bandwidth=1555,
         ),
         Machine(
             "l40s",
@@ -137,6 +148,7 @@ MACHINES = {
             32,
             12.5,
             "L40S datasheet; PCIe 4 x16; 100 Gbit/s per GPU",
+            memory_bandwidth=864,
         ),
         Machine(
             "rtx4090",
@@ -147,6 +159,7 @@ MACHINES = {
             32,
             1.25,
             "Ada architecture paper; PCIe 4 x16; 10 Gbit/s Ethernet",
+            memory_bandwidth=1008,
         ),
         Machine(
             "cpu-xeon",
@@ -174,7 +187,3 @@ MACHINES = {
         ),
     )
 }
-
-# Share of the peak that each part reaches on a GPU: assumed. Double backward of attention and the
-# elementwise work between products is what is slow.
-UTILISATION = {"blocks": 0.45, "attention": 0.25, "vocabulary": 0.40}

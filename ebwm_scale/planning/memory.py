@@ -6,10 +6,12 @@ memory_estimate(config, world_size=8, micro_batch=4)        GiB by part
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ebwm_kernels.attention.row_blocks import ROWS
-from ebwm_kernels.vocabulary.softmax_cross_entropy import CHUNK_BYTES
+from ebwm_kernels.vocabulary.softmax_cross_entropy import chunk_bytes
 from ebwm_scale.config.reduce_bucket import reduce_bucket_size
 from ebwm_scale.config.resolved import model_sizes, num_candidates, num_training_losses
 from ebwm_scale.config.schema import Config
@@ -26,10 +28,12 @@ OBSERVED_D = 7  # norm inputs 2, normed 3 (the first one for K, V and again for 
 OBSERVED_F = 3  # w1, w3, SwiGLU
 LAST_OBSERVED_D = 2  # norm input, normed; then only K and V
 PREDICTED_D = 16  # norm inputs 2, normed 2, q, k*, v*, attended; and as many cotangents
+OWN_KEYS_D = 4  # of these k*, v* and their cotangents
 PREDICTED_F = 6  # w1, w3, SwiGLU; and as many cotangents
 STREAMS_D = 3  # recompute block, per block: p_l, c_l, and a_l in the backward
 # a modulated norm keeps its input, a gate what it gates; and their cotangents
 OBSERVED_ADALN_D, PREDICTED_ADALN_D = 5, 8
+NORMED_HEADS = 2  # of qk_norm: q and k in front of their norms, and the cotangents behind them
 CONTEXT_TERM_D = 4  # the last output, normed, the readout and its cotangent
 # n and M n or A n, the candidate as it was, and their cotangents; of each term in n
 CONTENT_D = 4
@@ -73,7 +77,14 @@ def memory_estimate(
     # No memory: the model says how large it is, so there is no second formula.
     with torch.device("meta"):
         num_parameters = count_parameters(WorldModel(config))["total"]
+    sharing = config.parallel.sequence
     z = StepSizes.of(config)
+    # Of a sample that processes share, each has its rows; of its attention, its heads.
+    z = replace(
+        z,
+        positions=z.positions // sharing,
+        observed_positions=z.observed_positions // sharing,
+    )
     half, stage = config.train.precision == "bf16", config.deepspeed.zero_stage
     element = 2 if half else 4
     shards = world_size if stage else 1
@@ -95,11 +106,16 @@ def memory_estimate(
         ),
         "optimizer": 0 if offloaded else num_parameters * (12 if half or stage else 8) / shards,
     }
+    if config.optimizer.name == "muon" and not offloaded:  # one momentum in place of two moments
+        parts["optimizer"] -= 4 * z.layers * z.block_weights / shards
+    if config.optimizer.name == "schedule_free" and not offloaded:  # z, x and the squares
+        parts["optimizer"] += 4 * num_parameters / shards
     if config.train.ema is not None and not offloaded:
         parts["optimizer"] += 4 * num_parameters / shards
     bytes_of_sums = 0.0  # of each parameter
     if not baseline and (
-        stage >= 2 or (stage == 0 and config.train.global_batch_size > world_size * micro_batch)
+        stage >= 2
+        or (stage == 0 and config.train.global_batch_size > world_size // sharing * micro_batch)
     ):
         # A micro-batch's gradients are summed on their own, beside accumulated or partitioned ones.
         bytes_of_sums = 4.0
@@ -108,7 +124,8 @@ def memory_estimate(
         bytes_of_sums = 4.0 - element
     workspace = bytes_of_sums * num_parameters
     if stage == 3:  # whole while they are used; the baseline gathers a block at a time too
-        blocks = z.layers * (z.block_weights + 2 * D)
+        norms = 2 * D + 2 * model_sizes(config.model).head_dimension * config.model.qk_norm
+        blocks = z.layers * (z.block_weights + norms)
         # gradients on their way to the others
         workspace += element * reduce_bucket_size(num_parameters)
         elsewhere = blocks * (z.layers - 1) // z.layers if by_block or baseline else 0
@@ -118,7 +135,8 @@ def memory_estimate(
     observed_width = OBSERVED_D
     if config.model.conditioning in ("adaln", "adaln_zero"):
         observed_width += OBSERVED_ADALN_D
-    observed_block = observed_width * D + OBSERVED_F * F
+    normed_heads = (D + K) * config.model.qk_norm  # q and k in front of their norms
+    observed_block = observed_width * D + OBSERVED_F * F + normed_heads
     if baseline:
         rows = micro_batch * z.positions
         observed_rows = micro_batch * z.observed_positions
@@ -132,6 +150,7 @@ def memory_estimate(
             (z.layers - 1) * (D if by_block else observed_block)
             + LAST_OBSERVED_D * D
             + z.layers * 2 * K
+            + K * config.model.qk_norm
         )
         if z.reads_output:
             kept += CONTEXT_TERM_D * D
@@ -150,41 +169,42 @@ def memory_estimate(
         parts["activations_predicted"] = element * rows * kept
         scores = (
             samples
-            * model_sizes(config.model).num_heads
-            * min(ROWS, z.positions)
-            * (z.observed_positions + z.offset + z.own_keys)
+            * (model_sizes(config.model).num_heads // sharing)
+            * min(ROWS, sharing * z.positions)
+            * (sharing * z.observed_positions + z.offset + z.own_keys)
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
     if config.state.kind == "embedding":
         parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.graph_steps if full else 1)
     elif baseline:  # W's gradient exists from the forward on
         parts["vocabulary"] = element * V * D * num_training_losses(config.model)
-        workspace = max(
-            workspace,
-            min(4.0 * rows * V, CHUNK_BYTES) * (1.5 if half else 1) + (4 + element) * V * D * half,
-        )
+        of_chunk = _chunk_logits(4.0 * rows * V, half, device)
+        workspace = max(workspace, of_chunk + (4 + element) * V * D * half)
     else:
         state = 4.0 * rows * V
         scores = sum(step.loss_weight > 0 for step in plan)
         clamps = (config.refinement.change_clamp is not None) + (
             config.refinement.state_clamp is not None
         )
+        soft = config.model.logit_softcap is not None
+        clamps += soft
+        scored_alone = clamps + (config.train.z_loss > 0)
         candidates = num_candidates(config) if z.steps > 1 else None
         if candidates is not None:  # further steps keep nothing of the state's size
             states = 1 if starts_uniform(config) else STATES[update]
-            states += 0.25 * (clamps > 0) + (config.refinement.noise > 0)
+            states += 0.25 * (clamps > 0) + soft + (config.refinement.noise > 0)
             states += config.refinement.replay
         elif full:  # autograd keeps what each clamp was given
             states = (FULL_STATES[update] + clamps) * z.graph_steps + scores + FULL_TRANSIENT
         else:  # a byte per number says where a clamp binds
             states = STATES[update]
-            if update == "mirror" and starts_uniform(config) and clamps == 0:
+            if update == "mirror" and starts_uniform(config) and scored_alone == 0:
                 states = UNIFORM_MIRROR_STATES
-            if z.steps == 1 and starts_uniform(config) and clamps == 0:
+            if z.steps == 1 and starts_uniform(config) and scored_alone == 0:
                 # The only state is gone before the first gradient of a weight but the map's.
                 workspace = max(workspace, state)
                 states = 0
-            states += 0.25 * (clamps > 0) + (config.refinement.noise > 0)
+            states += 0.25 * (clamps > 0) + soft + (config.refinement.noise > 0)
             states += live_steps - 1
         parts["vocabulary"] = state * (states + half / 2) + V * D * element * (
             2 * (config.state.map_scale != 1) + half
@@ -205,6 +225,21 @@ def memory_estimate(
     return gib | {"total": sum(gib.values())}
 
 
+def _chunk_logits(all_logits: float, half: bool, device: str | None) -> float:
+    """Bytes of a chunk of the baseline's logits and their gradients; all_logits: in float32."""
+    where = torch.device(_device(device))
+    chunk = min(all_logits, chunk_bytes(where))
+    if where.type == "cuda":  # fused: the gradients take the logits' memory, in the weights' dtype
+        return chunk / 2 if half else chunk
+    return 1.5 * chunk if half else chunk
+
+
+def _device(device: str | None) -> str:
+    if device is not None:
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _tile(
     config: Config, z: StepSizes, micro_batch: int, device: str | None
 ) -> tuple[int, int, int]:
@@ -213,9 +248,8 @@ def _tile(
     """
     from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = tile_rows(config.refinement, z.state, z.positions, torch.device(device), z.group)
+    where = torch.device(_device(device))
+    rows = tile_rows(config.refinement, z.state, z.positions, where, z.group)
     tiles = list(tiles_of(micro_batch, z.positions, rows, z.group))
     samples = max(group.stop - group.start for group, _ in tiles)
     positions = max(part.stop - part.start for part in tiles[0][1])
@@ -228,6 +262,11 @@ def _predicted_kept(config: Config, z: StepSizes, live_steps: int) -> tuple[int,
     """
     adaptive = PREDICTED_ADALN_D * z.width if z.modulation_weights else 0
     block = PREDICTED_D * z.width + PREDICTED_F * z.feed_forward + adaptive
+    normed = z.width + z.keys
+    if not z.has_own_keys:
+        block -= OWN_KEYS_D * z.width
+        normed = z.width
+    block += NORMED_HEADS * normed * config.model.qk_norm
     blocks = z.predicted_layers * block
     outside = (OUTSIDE_D * z.width + CONTENT_D * z.content_weights // z.width) * live_steps
     if config.refinement.recompute == "step":

@@ -5,23 +5,27 @@ and micro-batch to use. Nothing is allocated.
         --tokens 100e9
 
 Memory and FLOPs are planning/flops.py's. Time is the sum of
-    computation      FLOPs of each part over (vendor's peak x utilisation of that part)
+    computation      on a GPU counted launches, bytes and FLOPs over assumed rates (gpu_time.py);
+                     on a CPU FLOPs of each part over the share of the peak that it reaches
     communication    bytes that a process sends and receives over its bandwidth, nothing overlapped
-so a plan is slower than what overlaps well. Utilisations of GPUs are assumptions (UTILISATION)
-until someone measures them with tools/bench_step.py; those of the two CPU machines are fitted to
+so a plan is slower than what overlaps well. The shares of the two CPU machines are fitted to
 measured steps, and tests compare the fit with every measured step there is (results/planner.json).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.checks import batch_arithmetic
 from ebwm_scale.config.resolved import context_length
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.planning.flops import model_flops, step_flops
-from ebwm_scale.planning.hardware import HEADROOM, UTILISATION, Machine
+from ebwm_scale.planning.gpu_time import gpu_seconds
+from ebwm_scale.planning.hardware import HEADROOM, Machine
 from ebwm_scale.planning.memory import memory_estimate
 from ebwm_scale.planning.parameters import count_parameters
 from ebwm_scale.refinement.step_plan import num_graph_steps
@@ -35,7 +39,8 @@ GRADIENT_PASSES = {"graph": 4, "plain": 2}
 class Plan:
     """Of one ZeRO stage.
 
-    memory: GiB by part; seconds of a training step; None where not even one sample fits.
+    memory: GiB by part; seconds of a training step; None where not even one sample fits. Of a batch
+    ramp everything is of the last batches, which are the largest, but ramp_s.
     """
 
     stage: int
@@ -47,6 +52,7 @@ class Plan:
     communication_s: float
     mfu: float | None
     tokens_per_day: float
+    ramp_s: tuple[float, ...] = ()  # seconds of a step of each piece of train.batch_ramp
 
     @property
     def fits(self) -> bool:
@@ -55,6 +61,11 @@ class Plan:
     @property
     def step_s(self) -> float:
         return self.compute_s + self.communication_s
+
+    def run_s(self, ramp: BatchRamp, num_steps: int) -> float:
+        """Seconds of the first steps of a run whose ramp it was planned for."""
+        of_sizes = zip(ramp.steps_of_sizes(num_steps), [*self.ramp_s, self.step_s], strict=True)
+        return sum(steps * seconds for steps, seconds in of_sizes)
 
 
 def plan(
@@ -69,8 +80,14 @@ def plan(
     that fits (or the one given).
 
     Needs what step_flops needs: data.context_length and the size of the vocabulary or the state.
-    Raises ConfigError where the global batch does not divide.
+    Raises ConfigError where the global batch does not divide, and where processes share samples:
+    what they exchange is not in the estimate.
     """
+    if config.parallel.sequence > 1:
+        raise ConfigError(
+            f"parallel.sequence is {config.parallel.sequence}: a plan does not count what "
+            "processes that share samples exchange; plan with parallel.sequence=1"
+        )
     gpus = gpus_per_node or machine.gpus
     world = nodes * gpus
     if config.train.precision == "bf16" and not machine.bf16:
@@ -98,12 +115,12 @@ def recommended(plans: list[Plan]) -> Plan | None:
 
 
 def _divisors(config: Config, world: int) -> list[int]:
-    """Micro-batches that the global batch divides into, largest first.
+    """Micro-batches that the global batch, and every batch of a ramp, divides into, largest first.
 
     Raises ConfigError for a world that it does not divide into at all.
     """
     batch_arithmetic(config.train, world, paired=config.refinement.replay)
-    share = config.train.global_batch_size // world
+    share = math.gcd(*(size // world for size in BatchRamp.of(config.train).sizes))
     return [
         size
         for size in range(share, 0, -1)
@@ -120,50 +137,77 @@ def _plan(config: Config, machine: Machine, nodes: int, gpus: int, candidates: l
             chosen = size
             break
     size = chosen or candidates[-1]
-    share = config.train.global_batch_size // world
-    accumulation = -(-share // size)
-    compute = compute_seconds(config, machine, samples=share)
-    gigabytes = communicated(config, world=world, accumulation=accumulation) / 1e9
-    communication = 0.0
-    if world > 1:
-        communication = gigabytes / (machine.within if nodes == 1 else machine.between)
-    useful = model_flops(step_flops(config, samples=share))
-    peak = _peak(config, machine)
-    step = compute + communication
+    *ramp, last = [
+        _step_cost(config, machine, nodes, world, share=samples // world, micro_batch=size)
+        for samples in BatchRamp.of(config.train).sizes
+    ]
+    useful = model_flops(step_flops(config, samples=config.train.global_batch_size // world))
+    peak = machine.peak(config.train.precision)
+    step = last.seconds
     tokens = config.train.global_batch_size * context_length(config)
     return Plan(
         stage=config.deepspeed.zero_stage,
         micro_batch=chosen,
-        accumulation=accumulation if chosen else None,
+        accumulation=last.accumulation if chosen else None,
         memory=memory,
-        gigabytes=gigabytes,
-        compute_s=compute,
-        communication_s=communication,
+        gigabytes=last.gigabytes,
+        compute_s=last.compute_s,
+        communication_s=last.communication_s,
         mfu=useful / step / peak,
         tokens_per_day=86400 / step * tokens,
+        ramp_s=tuple(cost.seconds for cost in ramp),
     )
 
 
-def compute_seconds(config: Config, machine: Machine, *, samples: int) -> float:
-    """Of one training step of `samples` samples on one GPU (or on a CPU of the table)."""
-    rates, peak = machine.rates or UTILISATION, _peak(config, machine)
+class _StepCost(NamedTuple):
+    """Of one training step."""
+
+    accumulation: int
+    gigabytes: float
+    compute_s: float
+    communication_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_s + self.communication_s
+
+
+def _step_cost(
+    config: Config, machine: Machine, nodes: int, world: int, *, share: int, micro_batch: int
+) -> _StepCost:
+    """share: samples of each process."""
+    accumulation = -(-share // micro_batch)
+    gigabytes = communicated(config, world=world, accumulation=accumulation) / 1e9
+    communication = 0.0
+    if world > 1:
+        communication = gigabytes / (machine.within if nodes == 1 else machine.between)
+    compute = compute_seconds(config, machine, samples=share, micro_batch=micro_batch)
+    return _StepCost(accumulation, gigabytes, compute, communication)
+
+
+def compute_seconds(
+    config: Config, machine: Machine, *, samples: int, micro_batch: int | None = None
+) -> float:
+    """Of one training step of `samples` samples on one GPU (or on a CPU of the table).
+
+    micro_batch: samples at a time; default: all.
+    """
+    if machine.rates is None:
+        return gpu_seconds(config, machine, samples=samples, micro_batch=micro_batch or samples)
+    peak = machine.peak(config.train.precision)
     seconds = 0.0
     for part, value in step_flops(config, samples=samples).items():
-        seconds += value / (peak * rates[_kind_of_work(part)])
+        seconds += value / (peak * machine.rates[_kind_of_work(part)])
     return seconds
 
 
 def _kind_of_work(part: str) -> str:
-    """Which utilisation a part of step_flops runs at."""
+    """Which rate of a CPU a part of step_flops runs at."""
     if part.startswith("attention"):
         return "attention"
     if part in ("vocabulary", "output", "state_projection"):
         return "vocabulary"
     return "blocks"
-
-
-def _peak(config: Config, machine: Machine) -> float:
-    return 1e12 * (machine.bf16 if config.train.precision == "bf16" else machine.fp32)
 
 
 def communicated(config: Config, *, world: int, accumulation: int) -> float:

@@ -14,8 +14,6 @@ it had, and none to the step. It costs a step without a graph and the energy whe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from ebwm_scale.model.states import EmbeddedState, EmbeddingState, VocabularySta
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.inner_gradient import energy_of
 from ebwm_scale.refinement.momentum import carried_from, plus_carried
+from ebwm_scale.refinement.moving import MovingState, MovingWorkspace, StepFactors, only_rows
 from ebwm_scale.refinement.step_plan import INFERENCE_STEP
 
 
@@ -35,101 +34,112 @@ def is_taken(fall: Tensor) -> Tensor:
     return fall > 0
 
 
-class Before(NamedTuple):
-    """Where a step begins, and along which slopes.
-
-    embedded, z (b, s, width): of the rows. energy (b, s), energy_grad dE/de and workspace_grad
-    dE/dw (b, s, D). motion, z_motion: of the step before, with momentum.
-    """
-
-    embedded: EmbeddedState
-    z: Tensor | None
-    energy: Tensor
-    energy_grad: Tensor
-    workspace_grad: Tensor | None
-    motion: Tensor | None
-    z_motion: Tensor | None
-
-
 class Acceptance:
     """Of one tile, whose steps are told in their order.
 
-    shrunk (b, s, 1): factor on a row's steps. alpha: the model's, without a graph. shape: (b, s).
+    x, z: what moves in it. shrunk (b, s, 1): factor on a row's steps, a power of 1/2.
     """
 
     def __init__(
         self,
         network: EnergyTransformer,
         config: RefinementConfig,
-        space: VocabularyState | EmbeddingState,
-        workspace: WorkspaceState | None,
-        alpha: Tensor,
-        shape: tuple[int, int],
+        x: MovingState,
+        z: MovingWorkspace,
     ):
         self.network = network
         self.config = config
-        self.space = space
-        self.workspace = workspace
-        self.alpha = alpha
-        self.shrunk = alpha.new_ones(*shape, 1).to(space.dtype)
+        self.x = x
+        self.z = z
+        self.alpha = x.step_size.detach()
+        self.shrunk = self.alpha.new_ones(*x.shape, 1).to(x.space.dtype)
+
+    def narrowed(
+        self,
+        factors: StepFactors,
+        energy: Tensor,
+        energy_grad: Tensor,
+        workspace_grad: Tensor | None,
+        context: Context,
+        positions: slice,
+        landscape: int,
+    ) -> StepFactors:
+        """The step's factors, 0 for rows that stay, as the energy where it would end decides.
+
+        energy (b, s), energy_grad dE/de and workspace_grad dE/dw (b, s, D): where it begins.
+        """
+        factors = StepFactors(factors.of_alpha * self.shrunk, factors.of_beta * self.shrunk)
+        ends = self.proposed(energy_grad, workspace_grad, factors)
+        taken = self.decide(energy, *ends, context, positions, landscape)
+        return StepFactors(
+            only_rows(taken, factors.of_alpha), only_rows(taken, factors.of_beta), taken
+        )
 
     @torch.no_grad()
     def decide(
         self,
-        before: Before,
-        factors: tuple[Tensor, Tensor],
+        energy: Tensor,
+        x: Tensor,
+        z: Tensor | None,
         context: Context,
         positions: slice,
         landscape: int,
     ) -> Tensor:
-        """The rows (b, s) that take the step; the others' later steps are half as long from now on.
+        """The rows (b, s) that go to x and z; the others' later steps are half as long from now on.
 
-        factors: on alpha and on beta, of this step.
+        x, z: ours to overwrite.
         """
-        x, z = self._proposed(before, factors)
-        gained = self._added(before.embedded.state, before.z) - self._added(x, z)
+        gained = self._added(self._here().state, self.z.z) - self._added(x, z)
         w = None
-        if self.workspace is not None and z is not None:
-            w = self.workspace.embed(z)
-        vectors = self.space.embed(x).vectors  # x is ours to overwrite
+        if self.z.workspace is not None and z is not None:
+            w = self.z.workspace.embed(z)
         after = energy_of(
             self.network,
-            vectors,
+            self.x.space.embed(x).vectors,
             context,
             positions,
             landscape,
             config=self.config,
             workspace=w,
         )
-        fall = before.energy - after + gained
-        taken = is_taken(of_groups(fall, self.network.group_size))
+        taken = is_taken(of_groups(energy - after + gained, self.network.group_size))
         self.shrunk = torch.where(taken[..., None], self.shrunk, self.shrunk / 2)
         return taken
 
-    def _proposed(
-        self, before: Before, factors: tuple[Tensor, Tensor]
+    @torch.no_grad()
+    def proposed(
+        self, energy_grad: Tensor, workspace_grad: Tensor | None, factors: StepFactors
     ) -> tuple[Tensor, Tensor | None]:
         """Where the step would lead, (x, z)."""
-        of_alpha, of_beta = factors
-        config = self.config
-        embedded = before.embedded
-        if config.decay and embedded.state is not None:
-            embedded = embedded.decayed(1 - config.decay * of_alpha)
-        carried = carried_from(before.motion, config.momentum)
-        state, *_ = self.space.update(
-            embedded, before.energy_grad, self.alpha * of_alpha, None, INFERENCE_STEP, carried
+        decay, momentum = self.config.decay, self.config.momentum
+        embedded = self._here()
+        if decay and embedded.state is not None:
+            embedded = embedded.decayed(1 - decay * factors.of_alpha)
+        state, *_ = self.x.space.update(
+            embedded,
+            energy_grad,
+            self.alpha * factors.of_alpha,
+            None,
+            INFERENCE_STEP,
+            carried_from(self.x.motion, momentum),
         )
         assert isinstance(state, Tensor), "a step of inference gives a state, without candidates"
-        if self.workspace is None or before.z is None or before.workspace_grad is None:
+        workspace, z = self.z.workspace, self.z.z
+        if workspace is None or z is None or workspace_grad is None:
             return state, None
         change = plus_carried(
-            self.workspace.change(before.workspace_grad, before.z.dtype, of_beta),
-            carried_from(before.z_motion, config.momentum),
+            workspace.change(workspace_grad, z.dtype, factors.of_beta),
+            carried_from(self.z.motion, momentum),
         )
-        return state, self.workspace.update(before.z, change, of_beta, config.decay)
+        return state, workspace.update(z, change, factors.of_beta, decay)
+
+    def _here(self) -> EmbeddedState:
+        """Where the step begins."""
+        assert self.x.embedded is not None, "a step begins with embed"
+        return self.x.embedded
 
     def _added(self, x: Tensor | None, z: Tensor | None) -> Tensor | float:
-        return added_by_decay(self.config, self.space, self.alpha, self.workspace, x, z)
+        return added_by_decay(self.config, self.x.space, self.alpha, self.z.workspace, x, z)
 
 
 def added_by_decay(
@@ -151,13 +161,3 @@ def added_by_decay(
     if decay and workspace is not None and z is not None:
         energy = energy + decay / workspace.step_size.detach() * z.square().sum(-1) / 2
     return energy
-
-
-def only_rows(taken: Tensor | None, of_step: Any) -> Any:
-    """A step's numbers, (B, s, ..) or one for all, with 0 for rows (B, s) that do not take it.
-
-    Unchanged without taken, and where there are none.
-    """
-    if taken is None or of_step is None:
-        return of_step
-    return torch.where(taken[..., None], of_step, 0)

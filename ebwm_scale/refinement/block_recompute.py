@@ -35,9 +35,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ebwm_scale.model.blocks import Block, Modulation
+from ebwm_scale.model.blocks import Block
 from ebwm_scale.model.context import Context, ObservedStream
 from ebwm_scale.model.energy_transformer import EnergyTransformer, entering
+from ebwm_scale.model.norm import Modulation
 from ebwm_scale.model.rotary import Rotary
 from ebwm_scale.refinement.deferred_backward import leaf_of, summed_in_fp32
 
@@ -119,7 +120,7 @@ def advance(
     if stop == stream.block:
         return stream
     modulations, _ = network.modulations_of(landscape, predicted=False)
-    rotary = network.rotary(stream.rows.shape[1], stream.rows)
+    rotary = network.observed_rotary(stream.rows)
     layers = []
     inputs = []
     for index in range(stream.block, stop):
@@ -175,13 +176,9 @@ class _Layer:
     ) -> tuple[Tensor, ...]:
         """(K, V) and, where the stream goes on, the stream behind it."""
         modulation = Modulation(*inputs) if inputs else None
-        keys, values = self.block.keys_values(o, self.rotary, modulation)
         if not goes_on:
-            return keys, values
-        behind = self.block.forward_observed(
-            o, keys, values, self.rotary, modulation, self.first_visible
-        )
-        return keys, values, behind
+            return self.block.keys_values(o, self.rotary, modulation)
+        return self.block.observed_with_keys(o, self.rotary, modulation, self.first_visible)
 
 
 class _BlockwiseStep:

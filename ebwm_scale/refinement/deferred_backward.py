@@ -135,11 +135,18 @@ class StepwiseBackward(DeferredBackward):
     def as_loss(self, value: Tensor, *, read_outside: Iterable[nn.Parameter] = ()) -> Tensor:
         """The loss, of the given value, whose gradients are the sums.
 
-        It can be back-propagated once. read_outside: parameters that get a gradient through an
-        input; all others get one here, of zeros where no step has read them.
+        It can be back-propagated once. read_outside: as for collect.
         """
         if not self.enabled:
             return value
+        return self.collect(read_outside=read_outside).as_loss(value)
+
+    def collect(self, *, read_outside: Iterable[nn.Parameter] = ()) -> CollectedSums:
+        """The sums, which are forgotten here.
+
+        read_outside: parameters that get a gradient through an input; all others get one here, of
+        zeros where no step has read them.
+        """
         elsewhere = {id(parameter) for parameter in read_outside}
         sources = []
         sums = []
@@ -155,7 +162,23 @@ class StepwiseBackward(DeferredBackward):
         dtypes = [leaf.dtype for leaf in self.leaves]
         self.sources = []
         self.leaves = []
-        return _SumsAsGradients.apply(value, sums, dtypes, *sources)
+        return CollectedSums(sources, sums, dtypes)
+
+
+@dataclass
+class CollectedSums:
+    """Gradients that are known already: one sum per source, None where nothing has read it.
+
+    dtypes: those that the gradients are rounded to, of the sources.
+    """
+
+    sources: list[Tensor]
+    sums: list[Tensor | None]
+    dtypes: list[torch.dtype]
+
+    def as_loss(self, value: Tensor) -> Tensor:
+        """The loss, of the given value, that hands the sums out, once: they are freed with it."""
+        return _SumsAsGradients.apply(value, self.sums, self.dtypes, *self.sources)
 
 
 def summed_in_fp32(leaf: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ Sources: EBWM, arXiv 2406.08862; EBT, arXiv 2507.02092.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -47,10 +48,9 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config.schema import RefinementConfig
-from ebwm_scale.model.candidates import CandidateState, whole_state, with_noise
-from ebwm_scale.model.states import EmbeddedState, EmbeddingState, VocabularyState
+from ebwm_scale.model.states import EmbeddingState, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
-from ebwm_scale.refinement.acceptance import Acceptance, Before, only_rows
+from ebwm_scale.refinement.acceptance import Acceptance
 from ebwm_scale.refinement.contexts import ContextCache
 from ebwm_scale.refinement.deferred_backward import (
     DeferredBackward,
@@ -58,8 +58,9 @@ from ebwm_scale.refinement.deferred_backward import (
     fp32_grad_buffer,
 )
 from ebwm_scale.refinement.exits import exit_objective, with_exit_weights
+from ebwm_scale.refinement.graphed import Computed, GivenTensors, RefinementResult
 from ebwm_scale.refinement.inner_gradient import inner_gradient
-from ebwm_scale.refinement.momentum import carried_from, motion_of, plus_carried
+from ebwm_scale.refinement.moving import MovingState, MovingWorkspace, StepFactors
 from ebwm_scale.refinement.sampling import NoiseSampler
 from ebwm_scale.refinement.spectral_penalty import SpectralPenalty
 from ebwm_scale.refinement.step_plan import (
@@ -71,20 +72,6 @@ from ebwm_scale.refinement.step_plan import (
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
 
 MIN_STEP_SIZE = 1e-4
-
-
-@dataclass
-class RefinementResult:
-    """loss: scalar with graph, None without targets; everything else is detached.
-
-    energy_per_step[i] is the mean energy before step i, loss_per_step[i] the loss after it.
-    state: the final state (B, S, size), where it was asked for.
-    """
-
-    loss: Tensor | None
-    loss_per_step: list[Tensor]
-    energy_per_step: list[Tensor]
-    state: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -111,6 +98,7 @@ def refine(
     keep_state: torch.dtype | None = None,
     record: Callable[[StepRecord], None] | None = None,
     first_visible: Tensor | None = None,
+    num_scored: Tensor | None = None,
 ) -> RefinementResult:
     """Refine one candidate per position of the observed embeddings (B, S, D).
 
@@ -119,7 +107,7 @@ def refine(
     landscapes: one landscape index per step. keep_state: return the final state, in this dtype.
     record: called after every step with the whole batch, which is then one tile.
     first_visible: (B, S) starts of the positions' documents, see Context. training False builds no
-    second-order graph.
+    second-order graph. num_scored: see Targets; default: the targets here that count.
 
     In training, gradients are computed in here; `loss.backward()` only hands them out. They are
     exact for every combination of graph, loss and update, and can be handed out once.
@@ -141,8 +129,49 @@ def refine(
     if record is not None:
         rows = num_samples * num_positions
 
+    compute = functools.partial(
+        _compute,
+        world_model,
+        config=config,
+        plan=plan,
+        tile_rows=rows,
+        with_backward=with_backward,
+        keep_state=keep_state,
+        record=record,
+    )
+    given = GivenTensors(observed, targets, first_visible, num_scored)
+    graphs = world_model.graphs
+    if with_backward and record is None and graphs.may_serve(world_model, config, given, rows):
+        return graphs.run(compute, given, noise, world_model, plan, keep_state)
+    computed = compute(given, noise)
+    result = computed.result
+    if result.loss is not None and computed.gradients is not None:
+        result.loss = computed.gradients.as_loss(result.loss)
+    return result
+
+
+def _compute(
+    world_model,
+    given: GivenTensors,
+    noise: NoiseSampler,
+    *,
+    config: RefinementConfig,
+    plan: Sequence[StepPlan],
+    tile_rows: int,
+    with_backward: bool,
+    keep_state: torch.dtype | None,
+    record: Callable[[StepRecord], None] | None,
+) -> Computed:
+    """All of a refinement but handing its gradients out: what a CUDA graph may hold (graphed.py).
+
+    It reads no number back from its device, and random numbers come from `noise` alone.
+    """
+    group_size = world_model.network.group_size
+    num_samples = given.observed.shape[0]
+    num_positions = given.observed.shape[1] // world_model.network.context_group * group_size
+    targets, first_visible = given.targets, given.first_visible
     backward = StepwiseBackward(enabled=with_backward)
-    observed = backward.detach_input(observed)
+    observed = backward.detach_input(given.observed)
     with backward.parameters_as_leaves(world_model):
         loop = RefinementLoop(
             world_model,
@@ -152,9 +181,10 @@ def refine(
             num_rows=num_samples * num_positions,
             with_backward=with_backward,
             record=record,
+            num_scored=given.num_scored,
         )
         states = []
-        for samples, parts in tiles_of(num_samples, num_positions, rows, group_size):
+        for samples, parts in tiles_of(num_samples, num_positions, tile_rows, group_size):
             contexts = ContextCache(
                 world_model.network,
                 observed[samples],
@@ -182,12 +212,13 @@ def refine(
     if keep_state is not None:
         result.state = torch.cat(states).view(num_samples, num_positions, -1)
     result.energy_per_step = [e / (num_samples * num_positions) for e in loop.energies]
+    gradients = None
     if loss is not None:
         result.loss_per_step = loop.losses
-        result.loss = backward.as_loss(
-            loss + loop.penalty, read_outside=world_model.embedding_parameters()
-        )
-    return result
+        result.loss = loss + loop.penalty
+    if loss is not None and with_backward:
+        gradients = backward.collect(read_outside=world_model.embedding_parameters())
+    return Computed(result, gradients)
 
 
 def total_loss(losses: list[Tensor], config: RefinementConfig) -> Tensor:
@@ -219,6 +250,7 @@ class RefinementLoop:
         num_rows: int,
         with_backward: bool,
         record: Callable[[StepRecord], None] | None,
+        num_scored: Tensor | None = None,
     ):
         self.world_model = world_model
         self.network = world_model.network
@@ -230,10 +262,16 @@ class RefinementLoop:
         step_size = world_model.step_size.squeeze(0).clamp(min=MIN_STEP_SIZE)
         self.step_size = self.shared.detach(step_size)
         self.state_space = detach_state_space(world_model.state_space(), self.shared)
+        if with_backward and isinstance(self.state_space, VocabularyState):
+            z_weight = world_model.config.train.z_loss
+            self.state_space = replace(self.state_space, z_weight=z_weight)
         self.workspace = detach_workspace(world_model.workspace(), self.shared)
         self.targets = None if targets is None else self.state_space.targets(targets)
+        if self.targets is not None and num_scored is not None:
+            self.targets = self.targets._replace(count=num_scored)
         self.num_rows = num_rows
-        self.penalty: Tensor | float = 0.0  # of `refinement.spectral_penalty`, summed over tiles
+        # Of `refinement.spectral_penalty` and `train.z_loss`, summed over tiles.
+        self.penalty: Tensor | float = 0.0
         self.losses: list[Tensor] = []  # per step, summed over tiles
         self.energies: list[Tensor] = []
 
@@ -246,40 +284,25 @@ class RefinementLoop:
     ) -> Tensor | None:
         """The final state (b, s, size) of a tile, if it is kept."""
         targets = None if self.targets is None else self.targets.slice(samples, positions)
-        step_size_factor = noise.step_size_factor()
-        state: Tensor | CandidateState | None = None
-        embedded: EmbeddedState | None = None
-        motion: Tensor | None = None  # of the step before, with momentum
-        z_motion: Tensor | None = None
-        z = None if self.workspace is None else noise.initial_workspace()
         shape = (samples.stop - samples.start, positions.stop - positions.start)
-        pending_backwards: list[tuple[Tensor, StepPlan]] = []
         penalty = self._spectral_penalty()
-        acceptance = self._acceptance(shape)
+        keeps_moves = penalty is not None
+        x = MovingState(
+            self.state_space, self.step_size, self.config, noise, shape, keeps_moves=keeps_moves
+        )
+        z = MovingWorkspace(self.workspace, self.config, noise, keeps_moves=keeps_moves)
+        acceptance = None
+        if self.config.accept == "lower":
+            acceptance = Acceptance(self.network, self.config, x, z)
+        random_factor = noise.step_size_factor()
+        pending_backwards: list[tuple[Tensor, StepPlan]] = []
         for step in self.plan:
-            langevin = noise.langevin(step.index)
-            starts_at_zero = step.index == 0 and langevin is None and noise.starts_at_zero()
-            if step.index == 0 and not starts_at_zero:
-                state = noise.initial_state()
-            if langevin is not None:
-                assert state is not None, "the plan keeps every state under Langevin noise"
-                state = with_noise(state, langevin)
-
-            with torch.set_grad_enabled(step.needs_graph):
-                if starts_at_zero:
-                    embedded = self.state_space.embed_zeros(shape)
-                elif embedded is None:
-                    assert state is not None, "a step gives a state or the next embedded one"
-                    embedded = self.state_space.embed(state)
-                state = None  # `embedded` has what is needed: a second reference costs memory
-                w = None
-                if self.workspace is not None:
-                    assert z is not None, "a workspace starts somewhere"
-                    w = self.workspace.embed(z)
-            context = contexts.of_step(step, embedded.vectors, w)
+            x.embed(step)
+            w = z.embed(step)
+            context = contexts.of_step(step, x.vectors, w)
             energy, energy_grad, workspace_grad = inner_gradient(
                 self.network,
-                embedded.vectors,
+                x.vectors,
                 context,
                 positions,
                 step.landscape,
@@ -287,66 +310,38 @@ class RefinementLoop:
                 config=self.config,
                 workspace=w,
             )
-            scale: Tensor | float = step.scale
-            taken = None
+            factors = StepFactors(random_factor * step.scale, step.scale)
             if acceptance is not None:
-                before = Before(embedded, z, energy, energy_grad, workspace_grad, motion, z_motion)
-                scale = step.scale * acceptance.shrunk
-                factors = (step_size_factor * scale, scale)
-                taken = acceptance.decide(before, factors, context, positions, step.landscape)
-                scale = only_rows(taken, scale)
-            moves_have_graph = step.needs_graph if penalty is not None else step.keep_graph
-            z_move = None
-            if self.workspace is not None and (penalty is not None or not step.is_last):
-                assert z is not None and workspace_grad is not None, "it entered the step"
-                with torch.set_grad_enabled(moves_have_graph):
-                    z_motion = plus_carried(
-                        self.workspace.change(workspace_grad, z.dtype, scale),
-                        only_rows(taken, carried_from(z_motion, self.config.momentum)),
-                    )
-                    next_z = self.workspace.update(z, z_motion, scale, self.config.decay)
-                    z_move = next_z - z if penalty is not None else None
-                z, z_motion = kept_for_next(step, next_z), kept_for_next(step, z_motion)
-            with torch.set_grad_enabled(step.needs_graph or step.next_needs_graph):
-                step_size = self.step_size if step.needs_graph else self.step_size.detach()
-                factor = step_size_factor * scale
-                alpha = step_size * factor
-                if self.config.decay and not starts_at_zero:
-                    embedded = embedded.decayed(1 - self.config.decay * factor)
-                carried = only_rows(taken, carried_from(motion, self.config.momentum))
-                state, embedded, loss = self.state_space.update(
-                    embedded, energy_grad, alpha, targets, step, carried
+                slopes = (energy_grad, workspace_grad)
+                factors = acceptance.narrowed(
+                    factors, energy, *slopes, context, positions, step.landscape
                 )
+            z_move = z.move(workspace_grad, factors, step)
+            loss, z_term, x_move = x.move(energy_grad, factors, targets, step)
             term = None
-            if penalty is not None or (self.config.momentum and not step.is_last):
-                with torch.set_grad_enabled(moves_have_graph):
-                    motion = motion_of(energy_grad, alpha, carried, self.state_space.dtype)
-                    if penalty is not None:
-                        term = penalty.of_step(step, motion, factor, z_move)
-                motion = kept_for_next(step, motion)
+            if penalty is not None and x_move is not None:
+                term = penalty.of_step(step, x_move, factors.of_alpha, z_move)
             if step.needs_graph and self.with_backward:
                 assert loss is not None, "a backward is run for targets only"
-                loss_terms = loss * step.loss_weight
-                if term is not None:
-                    loss_terms = loss_terms + term
-                    self.penalty = self.penalty + term.detach()
-                pending_backwards.append((loss_terms, step))
+                pending_backwards.append((self._objective(loss * step.loss_weight, term), step))
             # With the full graph a step's loss waits for the last step's: one backward for all.
             if step.ends_graph:
                 back_propagate(pending_backwards, contexts)
-            self._add_up(step, energy, loss)
+            self._add_up(step, energy, loss, z_term)
             if self.record is not None:
+                state = x.whole()
                 assert state is not None, "the plan keeps every state for a record"
-                whole = whole_state(state).detach().clone()
-                self.record(StepRecord(energy.detach(), energy_grad.detach(), whole))
-        return None if state is None else whole_state(state)
+                self.record(
+                    StepRecord(energy.detach(), energy_grad.detach(), state.detach().clone())
+                )
+        return x.whole()
 
-    def _acceptance(self, shape: tuple[int, int]) -> Acceptance | None:
-        """For a tile of (b, s) rows; None where every step is taken."""
-        if self.config.accept == "always":
-            return None
-        alpha = self.step_size.detach()
-        return Acceptance(self.network, self.config, self.state_space, self.workspace, alpha, shape)
+    def _objective(self, loss: Tensor, term: Tensor | None) -> Tensor:
+        """What is back-propagated of a step: its weighted loss with its term of the penalty."""
+        if term is None:
+            return loss
+        self.penalty = self.penalty + term.detach()
+        return loss + term
 
     def _spectral_penalty(self) -> SpectralPenalty | None:
         """For a tile; None where it has no part in the loss."""
@@ -359,10 +354,17 @@ class RefinementLoop:
             group_size=self.network.group_size,
         )
 
-    def _add_up(self, step: StepPlan, energy: Tensor, loss: Tensor | None) -> None:
+    def _add_up(
+        self, step: StepPlan, energy: Tensor, loss: Tensor | None, z_term: Tensor | None
+    ) -> None:
         _add_at(self.energies, step.index, energy.detach().sum())
-        if loss is not None:
-            _add_at(self.losses, step.index, loss.detach())
+        if loss is None:
+            return
+        loss = loss.detach()
+        if z_term is not None:
+            loss = loss - z_term
+            self.penalty = self.penalty + step.loss_weight * z_term
+        _add_at(self.losses, step.index, loss)
 
 
 def _add_at(sums: list[Tensor], index: int, value: Tensor) -> None:
@@ -386,11 +388,6 @@ def back_propagate(
     for _, step in pending_backwards:
         contexts.release(step)
     pending_backwards.clear()
-
-
-def kept_for_next(step: StepPlan, tensor: Tensor) -> Tensor:
-    """What the next step reads of this one's: with its graph only where the plan keeps it."""
-    return tensor if step.keep_graph else tensor.detach()
 
 
 def detach_workspace(

@@ -7,7 +7,8 @@ that nothing depends on processes, batches or tiles.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ebwm_scale.config.schema import RefinementConfig
 from ebwm_scale.refinement.noise import NoiseSource, Purpose
+from ebwm_scale.refinement.step_plan import StepPlan
 
 
 class NoiseSampler(Protocol):
@@ -82,6 +84,7 @@ class TrainingNoise:
     last_observed: (B, S, size), for kind "most_recent".
     restart: (rows (n,), states (n, S, size)) of samples that go on from the replay buffer.
     workspace: its width, or None. workspace_kind: `state.workspace_initial`.
+    first_position: of the batch's, counted from the start of a sample (model/sequence.py).
     """
 
     def __init__(
@@ -101,11 +104,13 @@ class TrainingNoise:
         restart: tuple[Tensor, Tensor] | None = None,
         workspace: int | None = None,
         workspace_kind: str = "zeros",
+        first_position: int = 0,
     ):
         self.source = source
         self.config = config
         self.sample_ids = sample_ids
-        self.positions = slice(0, shape[1])
+        self.first_position = first_position
+        self.positions = slice(first_position, first_position + shape[1])
         self.size = shape[2]
         self.kind = kind
         self.langevin_scale = config.noise * noise_scale
@@ -122,7 +127,8 @@ class TrainingNoise:
         """The same numbers for a part of the batch."""
         part = copy.copy(self)
         part.sample_ids = self.sample_ids[samples]
-        part.positions = positions
+        first = self.first_position
+        part.positions = slice(first + positions.start, first + positions.stop)
         if self.last_observed is not None:
             part.last_observed = self.last_observed[samples, positions]
         if self.restart is not None:
@@ -200,4 +206,81 @@ class TrainingNoise:
             first_position=self.positions.start,
             device=self.device,
             dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class DrawnNoise:
+    """Random numbers that were drawn before a refinement, of a whole batch (graphed.py).
+
+    state (B, S, size), overwritten by who asks for it; None: zeros that nobody asks for.
+    workspace (B, S, width); factor: a number or (B, S, 1); of_langevin: one per planned step.
+    """
+
+    state: Tensor | None
+    workspace: Tensor | None
+    factor: Tensor | float
+    of_langevin: tuple[Tensor | None, ...]
+
+    @classmethod
+    def draw(
+        cls, noise: NoiseSampler, plan: Sequence[StepPlan], *, with_workspace: bool
+    ) -> DrawnNoise:
+        """What the planned steps will ask for."""
+        langevin = tuple(noise.langevin(step.index) for step in plan)
+        starts_at_zero = noise.starts_at_zero() and langevin[0] is None
+        return cls(
+            None if starts_at_zero else noise.initial_state(),
+            noise.initial_workspace() if with_workspace else None,
+            noise.step_size_factor(),
+            langevin,
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that is a tensor."""
+        for value in (self.state, self.workspace, self.factor, *self.of_langevin):
+            if isinstance(value, Tensor):
+                yield value
+
+    def form(self) -> Hashable:
+        """What two draws have in common that one recording serves: shapes, and plain numbers."""
+        values = (self.state, self.workspace, self.factor, *self.of_langevin)
+        return tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in values)
+
+    def held(self) -> DrawnNoise:
+        """The same at addresses of its own."""
+        return self._with(lambda tensor: tensor.clone())
+
+    def slice(self, samples: slice, positions: slice) -> DrawnNoise:
+        """The same numbers for a part of the batch."""
+        return self._with(lambda tensor: tensor[samples, positions])
+
+    def initial_state(self) -> Tensor:
+        """x_0 (B, S, size)."""
+        assert self.state is not None, "it starts at zero"
+        return self.state
+
+    def starts_at_zero(self) -> bool:
+        """Whether nobody has to look at x_0."""
+        return self.state is None
+
+    def initial_workspace(self) -> Tensor:
+        """z_0 (B, S, width)."""
+        assert self.workspace is not None, "it was drawn for a model with a workspace"
+        return self.workspace
+
+    def step_size_factor(self) -> Tensor | float:
+        """Factor on alpha: a number or (B, S, 1)."""
+        return self.factor
+
+    def langevin(self, step: int) -> Tensor | None:
+        """(B, S, size), or None."""
+        return self.of_langevin[step]
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> DrawnNoise:
+        return DrawnNoise(
+            None if self.state is None else change(self.state),
+            None if self.workspace is None else change(self.workspace),
+            change(self.factor) if isinstance(self.factor, Tensor) else self.factor,
+            tuple(None if one is None else change(one) for one in self.of_langevin),
         )

@@ -63,20 +63,21 @@ class SpectralPenalty:
         motion (B, s, D): what moves the state in front of its map. factor: on alpha, a number or
         (B, s, 1). workspace_move (B, s, width).
         """
-        moves = [self._move(step, motion, factor)]
-        if workspace_move is not None:
-            moves.append(workspace_move)
-        lengths = [self._length(move) for move in moves]
-        before = self.lengths
-        self.lengths = [length.detach() for length in lengths]
-        if not before or not step.needs_graph:
-            return None
-        total = lengths[0].new_zeros(())
-        for length, earlier in zip(lengths, before):
-            # A row that did not move has no ratio.
-            ratio = torch.where(earlier > 0, length / earlier.clamp(min=1e-30), 0)
-            total = total + (ratio - self.bound).clamp(min=0).square().sum()
-        return self.weight * total
+        with torch.set_grad_enabled(step.needs_graph):
+            moves = [self._move(step, motion, factor)]
+            if workspace_move is not None:
+                moves.append(workspace_move)
+            lengths = [self._length(move) for move in moves]
+            before = self.lengths
+            self.lengths = [length.detach() for length in lengths]
+            if not before or not step.needs_graph:
+                return None
+            total = lengths[0].new_zeros(())
+            for length, earlier in zip(lengths, before):
+                # A row that did not move has no ratio.
+                ratio = torch.where(earlier > 0, length / earlier.clamp(min=1e-30), 0)
+                total = total + (ratio - self.bound).clamp(min=0).square().sum()
+            return self.weight * total
 
     def _move(self, step: StepPlan, motion: Tensor, factor: Tensor | float) -> Tensor:
         """In front of the map, with what the step forgets of what was added there."""

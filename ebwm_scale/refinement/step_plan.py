@@ -25,7 +25,8 @@ class StepPlan:
     index: 0 for the first step. landscape: which energy landscape it descends.
     needs_graph: the step is differentiated, so its inner gradient has a graph.
     next_needs_graph: the step after it is differentiated.
-    keep_graph: the next state carries this step's graph (`refinement.graph: full`).
+    keep_graph: the next state carries this step's graph (`refinement.graph: full`, where several
+    steps have one: a single step costs less as under `detach`, and has the same gradients).
     keep_state: the next state itself is needed, not only what enters the next step: somebody asked
     for it, noise is added to it, or the graph begins there.
     loss_weight: of the step's loss in what is back-propagated; 0 without a graph.
@@ -85,6 +86,7 @@ def plan_steps(
     num_steps = len(landscapes)
     needs_graph = [training and has_graph(config, i, num_steps) for i in range(num_steps)]
     needs_graph.append(False)  # nothing follows the last step
+    is_spanned = graph_spans_steps(config, num_steps)
     encoded_before = [last_encoding(config, i) for i in range(num_steps)]
     plan = []
     for i, landscape in enumerate(landscapes):
@@ -95,7 +97,7 @@ def plan_steps(
             # Langevin noise is added to the state itself, and a graph through steps begins at one.
             starts_graph = config.graph == "full" and needs_graph[i + 1] and not needs_graph[i]
             keep_state = config.noise > 0 or config.accept == "lower" or starts_graph
-        keep_graph = needs_graph[i] and config.graph == "full"
+        keep_graph = needs_graph[i] and is_spanned
         shares_context = not is_last and 0 < encoded_before[i] == encoded_before[i + 1]
         readers = [j for j in range(num_steps) if encoded_before[j] == i]
         plan.append(
@@ -179,6 +181,11 @@ def relative_loss_weights(given: str | tuple[float, ...], num_steps: int) -> lis
 def num_graph_steps(config: RefinementConfig, num_steps: int) -> int:
     """How many of num_steps steps training differentiates."""
     return sum(has_graph(config, i, num_steps) for i in range(num_steps))
+
+
+def graph_spans_steps(config: RefinementConfig, num_steps: int) -> bool:
+    """Whether training differentiates several of num_steps steps by one graph."""
+    return config.graph == "full" and num_graph_steps(config, num_steps) > 1
 
 
 def num_landscapes(config: RefinementConfig) -> int:

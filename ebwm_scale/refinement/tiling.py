@@ -1,7 +1,7 @@
 """How a batch is cut into tiles of rows that are refined one after the other.
 
 Rows, that is (sample, position) pairs, do not see each other's candidates. So memory depends
-neither on the batch nor on the vocabulary: a tile's states take at most TILE_BYTES. Rows of one
+neither on the batch nor on the vocabulary: a tile's states take at most `tile_bytes`. Rows of one
 group do see each other: a group of positions is never cut, however large its states are.
 """
 
@@ -14,8 +14,22 @@ import torch
 
 from ebwm_scale.config.schema import RefinementConfig
 
-# Of states (float32) in a tile: large enough for efficient products.
-TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+# Of states (float32) in a tile: large enough for efficient products; on a GPU the fewer tiles, the
+# fewer launches.
+TILE_BYTES = {"cpu": 32 * 2**20, "cuda": 4 * 2**30}
+GPU_SHARE = 16  # of a GPU's memory that a tile's states take, up to TILE_BYTES
+
+
+def tile_bytes(device: torch.device) -> int:
+    """Bytes of a tile's states: on a GPU a sixteenth of its memory, at most 4 GiB.
+
+    Not of what is free at the moment: the cut of a batch decides in which order gradients are
+    added, and a resumed run has to add them as before.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(TILE_BYTES["cuda"], memory // GPU_SHARE)
 
 
 def tile_rows(
@@ -25,7 +39,7 @@ def tile_rows(
     device: torch.device,
     group_size: int = 1,
 ) -> int:
-    """Rows refined at a time: refinement.tile_rows, or what keeps their states in TILE_BYTES.
+    """Rows refined at a time: refinement.tile_rows, or what keeps their states in `tile_bytes`.
 
     At least a group of positions. With refinement.reencode a tile holds whole samples of
     num_positions positions, since a context is made of all of its rows' predictions.
@@ -34,8 +48,7 @@ def tile_rows(
     least = group_size if config.reencode == "none" else num_positions
     rows = config.tile_rows
     if rows is None:
-        tile_bytes = TILE_BYTES.get(device.type, TILE_BYTES["cuda"])
-        return max(least, tile_bytes // (4 * state_size))
+        return max(least, tile_bytes(device) // (4 * state_size))
     if config.reencode != "none" and rows < least:
         raise ValueError(
             f"refinement.tile_rows is {rows} with refinement.reencode {config.reencode}: all "

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ebwm_scale.reporting.numbers import show
 from ebwm_scale.reporting.style import LIGHT
@@ -44,6 +44,15 @@ def label_axes(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def log_scale(axes: Axes) -> None:
+    """Of what is above 0; with more marks where it spans few decades."""
+    axes.set_yscale("log", nonpositive="mask")
+    few_decades = np.ptp(np.log10(axes.get_ylim())) < 2.5
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def legend(axes: Axes) -> None:

@@ -13,6 +13,7 @@ last row counts. So nothing of a row is kept but sums, extremes and, for medians
 from __future__ import annotations
 
 import math
+import re
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -20,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from ebwm_scale.core.plain_text import cut
 from ebwm_scale.core.renamed_keys import with_new_names
 from ebwm_scale.core.rows import Rows
 
 POINTS = 300  # bins per curve: what a screen can show
 MAX_STEPS = 256  # refinement steps of a row that are read
 MAX_VALIDATION = 5_000  # validation rows that are kept
+MAX_NAMED = 50  # further evaluations of a row
 MAX_SAMPLED = 20_000  # values behind a median
 NUMBERS = (
     "grad_norm",
@@ -52,6 +55,11 @@ VALIDATION = (  # what is kept of a validation row, beside its step and losses
     "num_frames",
     "num_patches",
 )
+VALIDATION_LISTS = ("alpha_curvature", "share_overshoot")  # with a number per refinement step
+MAX_PARTS = 300  # layers and kinds of parameter whose norms are read of a row
+NORMS = ("gradient", "weight", "update")
+LAYER = re.compile(r"layer_(\d{1,4})")
+_PART = re.compile(rf"{LAYER.pattern}|[a-z_]{{1,24}}")
 _TRAINING, _VALIDATION = 1, 2
 
 
@@ -87,6 +95,16 @@ def losses_of(row: dict) -> list[float]:
     return values_of(row, "loss_per_step") or values_of(row, "loss")
 
 
+def norms_of(row: dict) -> dict[tuple[str, str], float]:
+    """(layer or kind of parameter, gradient or weight or update) -> norm."""
+    norms = row.get("norms")
+    found = {}
+    for part, values in list(norms.items())[:MAX_PARTS] if isinstance(norms, dict) else ():
+        if isinstance(values, dict) and _PART.fullmatch(part):
+            found |= {(part, kind): number(values[kind]) for kind in NORMS if kind in values}
+    return found
+
+
 def final_loss(row: dict) -> float:
     """The loss after the last refinement step."""
     if row.get("loss") is not None:
@@ -99,6 +117,22 @@ def is_broken(row: dict) -> bool:
     """Whether a loss of the row is missing or not finite."""
     losses = losses_of(row)
     return not losses or any(v != v for v in losses) or final_loss(row) != final_loss(row)
+
+
+def named_results(row: dict) -> dict[str, str]:
+    """Further evaluations of a validation row: path (sets/NAME, tasks/NAME) -> its figures."""
+    found = {}
+    for kind in ("sets", "questions", "tasks"):
+        named = row.get(kind)
+        for name, values in list(named.items())[:MAX_NAMED] if isinstance(named, dict) else ():
+            figures = values.items() if isinstance(values, dict) else ()
+            words = [
+                f"{key} {number(value):.4g}"
+                for key, value in list(figures)[:MAX_NAMED]
+                if isinstance(value, (int, float)) and not isinstance(value, bool)
+            ]
+            found[cut(f"{kind}/{name}", 60)] = cut(", ".join(words), 120)
+    return found
 
 
 class Curve:
@@ -196,12 +230,15 @@ class Curve:
 
 @dataclass
 class Training:
-    """The training rows. curves: by the name of a number, or (name of a list, index in it)."""
+    """The training rows. curves: by the name of a number, or (name of a list, index in it). norms:
+    by (layer or kind of parameter, kind of norm), of the rows that have them.
+    """
 
     num_rows: int = 0
     last_step: int = 0
     num_broken: int = 0  # rows whose loss is missing or not finite
     curves: dict[str | tuple[str, int], Curve] = field(default_factory=dict)
+    norms: dict[tuple[str, str], Curve] = field(default_factory=dict)
 
     @property
     def thinned(self) -> bool:
@@ -289,7 +326,8 @@ class _Gathering:
         self.num_rows, self.num_bins = num_rows, min(num_rows, POINTS)
         stride = max(1, math.ceil(num_rows / MAX_SAMPLED))
         self.curves = defaultdict(lambda: Curve(self.num_bins, stride))
-        self.result = Training(num_rows=num_rows, curves=self.curves)
+        self.norms = defaultdict(lambda: Curve(self.num_bins, stride))
+        self.result = Training(num_rows=num_rows, curves=self.curves, norms=self.norms)
 
     def add(self, rank: int, row: dict) -> None:
         place = rank * self.num_bins // self.num_rows
@@ -302,6 +340,9 @@ class _Gathering:
         for name in NUMBERS:
             if name in row:
                 self.curves[name].add(place, rank, step, number(row[name]))
+        for key, value in norms_of(row).items():
+            if key in self.norms or len(self.norms) < MAX_PARTS * len(NORMS):
+                self.norms[key].add(place, rank, step, value)
         result.num_broken += is_broken(row)
         if rank == self.num_rows - 1:
             result.last_step = step
@@ -320,6 +361,10 @@ class _Choosing:
         row = with_new_names(row)
         slim = {"step": row["step"], "loss": final_loss(row), "loss_per_step": losses_of(row)}
         slim |= {key: number(row[key]) for key in VALIDATION if row.get(key) is not None}
+        slim |= {key: values_of(row, key) for key in VALIDATION_LISTS if row.get(key) is not None}
+        named = named_results(row)
+        if named:
+            slim["named"] = named
         self.num_broken += is_broken(row)
         if rank in self.chosen:
             self.kept[rank] = slim

@@ -19,6 +19,7 @@ MODEL_KEYS = (
     "conditioning",
     "predicted_input",
     "predicted_layers",
+    "own_keys",
     "energy_head",
 )
 REFINEMENT_KEYS = ("num_steps", "graph", "loss", "loss_weights", "update", "landscapes")

@@ -39,6 +39,7 @@ ACTORS = {
 COLOURS = ("curve4", "baseline", "curve1", "muted", "curve2")
 JUDGES = {
     "energy": "energy",
+    "energy_above_prediction": "energy above its own prediction's",
     "prediction_error": "its prediction error",
     "prediction_error_of_against": "the other model's prediction error",
 }

@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ebwm_scale.reporting.axes import (
     chosen_steps,
@@ -26,11 +26,14 @@ from ebwm_scale.reporting.axes import (
     label_axes,
     legend,
     limit_range,
+    log_scale,
     markers,
 )
 from ebwm_scale.reporting.curves import Curve, number, of_refinement_step, series, thin_by_stride
 from ebwm_scale.reporting.facts import UNITS
+from ebwm_scale.reporting.norm_plots import norm_plots
 from ebwm_scale.reporting.numbers import show, show_change
+from ebwm_scale.reporting.run_data import SPIKE
 from ebwm_scale.reporting.style import LIGHT, NARROW, STYLE, TALL, WIDE
 from ebwm_scale.reporting.svg import figure_as_svg
 
@@ -60,7 +63,9 @@ def report_plots(run: Run, baseline: Run | None) -> tuple[Plot, list[Plot]]:
         ("training-loss", "Training loss", draw_training_loss),
         ("energy", "Energy before each refinement step", draw_energy),
         ("step-size", "Step size of the refinement", draw_step_size),
+        *_curvature_plot(run),
         ("gradient-norm", "Gradient norm", draw_gradient_norm),
+        *norm_plots(run),
         ("learning-rate", "Learning rate", draw_learning_rate),
         ("throughput", "Throughput", draw_throughput),
     ]
@@ -132,11 +137,11 @@ def draw_validation(axes: Axes, run: Run, baseline: Run | None) -> str | None:
                 color=LIGHT["initial"],
                 linestyle=(0, (4, 1.5, 1, 1.5)),
                 linewidth=1.2,
-                label="initial random state",
+                label="initial state",
             )
             axes.set_ylim(low, max(high, finite.max() + 0.04 * (high - low)))
         else:
-            notes.append(f"The initial random state is off the scale, at {show(finite[-1])}.")
+            notes.append(f"The initial state is off the scale, at {show(finite[-1])}.")
     label_axes(axes, run.loss_unit)
     legend(axes)
     first, last = run.validation[0]["loss"], run.validation[-1]["loss"]
@@ -216,6 +221,7 @@ def draw_training_loss(axes: Axes, run: Run, baseline: Run | None) -> str | None
             linestyle=(0, (1, 1.4)),
             label=run.reference_name,
         )
+    notes += _draw_spikes(axes, run)
     label_axes(axes, run.loss_unit)
     legend(axes)
     broken = run.training.num_broken
@@ -223,6 +229,28 @@ def draw_training_loss(axes: Axes, run: Run, baseline: Run | None) -> str | None
         notes.append(f"{broken:,} logged steps have a loss that is not finite and are left out.")
     sentence = f"Loss on the training batches, {run.training.num_rows:,} logged steps."
     return " ".join([sentence, *notes])
+
+
+def _draw_spikes(axes: Axes, run: Run) -> list[str]:
+    """Where the loss spiked, with the steps that were undone; what there is to say of it."""
+    spikes = [row for row in run.events.newest if row.get("event") == SPIKE]
+    if not spikes:
+        return []
+    went_back = 0
+    for index, spike in enumerate(spikes):
+        step = number(spike.get("step"))
+        if step != step:
+            continue
+        label = "a spike, and the steps undone" if index == 0 else None
+        axes.axvline(step, color=LIGHT["unigram"], linewidth=0.8, alpha=0.6, label=label)
+        went_back += spike.get("back_to") is not None
+        undone = spike.get("undone")
+        pairs = [p for p in undone if isinstance(p, list) and len(p) == 2] if undone else []
+        points = np.array([[number(x), number(y)] for x, y in pairs]).reshape(-1, 2)
+        axes.plot(points[:, 0], points[:, 1], color=LIGHT["unigram"], linewidth=0.8, alpha=0.6)
+    times = "once" if went_back == 1 else f"{went_back} times"
+    spiked = "once" if len(spikes) == 1 else f"{len(spikes)} times"
+    return [f"The loss spiked {spiked}; the run went back {times}."]
 
 
 def draw_energy(axes: Axes, run: Run, baseline: Run | None) -> str | None:
@@ -280,6 +308,34 @@ def draw_step_size(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     )
 
 
+def _curvature_plot(run: Run) -> list[tuple[str, str, Draw]]:
+    """The plot of what evaluation.curvature_samples measured; nothing where it was off."""
+    if not any(row.get("alpha_curvature") for row in run.validation):
+        return []
+    return [("curvature", "Step size times the energy's largest curvature", draw_curvature)]
+
+
+def draw_curvature(axes: Axes, run: Run, baseline: Run | None) -> str | None:
+    rows = [row for row in run.validation if row.get("alpha_curvature")]
+    count = max(len(row["alpha_curvature"]) for row in rows)
+    x = np.array([row["step"] for row in rows])
+    for index in chosen_steps(count):
+        lists = [row["alpha_curvature"] for row in rows]
+        y = np.array([values[index] if index < len(values) else np.nan for values in lists])
+        style = curve_style(index, count)
+        axes.plot(x, y, label=f"before step {index + 1}", **style, **markers(x, few=8))
+    axes.axhline(2, color=LIGHT["baseline"], linestyle=(0, (5, 1.5)), label="2: steps overshoot")
+    label_axes(axes, "α times curvature")
+    legend(axes)
+    shares = [value for value in rows[-1].get("share_overshoot", []) if value == value]
+    if not shares:
+        return "Above 2 a refinement step ends further from the minimum than it began."
+    return (
+        "Above 2 a refinement step ends further from the minimum than it began. At the last "
+        f"validation {max(shares):.0%} of the positions are above 2 in front of some step."
+    )
+
+
 def draw_gradient_norm(axes: Axes, run: Run, baseline: Run | None) -> str | None:
     curve = _curve(run, "grad_norm")
     if curve is None or not curve.highest > 0:
@@ -301,10 +357,7 @@ def draw_gradient_norm(axes: Axes, run: Run, baseline: Run | None) -> str | None
         axes.set_ylim(min(low, clipping * 0.9), max(high, clipping * 1.1))
         legend(axes)
         text += f" Clipped in {curve.share_above(clipping):.0%} of the logged steps."
-    few_decades = np.ptp(np.log10(axes.get_ylim())) < 2.5
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    log_scale(axes)
     return text + (f" {broken:,} values are missing or not finite." if broken else "")
 
 

@@ -32,8 +32,8 @@ SIGNS = {"yes": "✓", "no": "✗", "unknown": "?"}
 TONES = {"Yes": "yes", "No": "no", "Not enough yet": "no"}
 
 
-def render(run: Run, baseline: Run | None) -> str:
-    """The page as HTML text."""
+def render(run: Run, baseline: Run | None, *, reload_s: float | None = None) -> str:
+    """The page as HTML text; reload_s: it loads itself again after so many seconds."""
     answer, sentence, checks = judge(run, baseline)
     configuration = ""
     if run.config:
@@ -63,6 +63,8 @@ def render(run: Run, baseline: Run | None) -> str:
         validations=_validations(run),
         configuration=configuration,
         events=_events(run),
+        reload_s=None if reload_s is None else max(1, round(reload_s)),
+        named=_named(run),
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
     )
 
@@ -116,6 +118,17 @@ def _validations(run: Run) -> dict[str, Any] | None:
         "heads": [*heads, *more.values()],
         "rows": body,
     }
+
+
+def _named(run: Run) -> list[list[str]]:
+    """Further evaluations (evaluation.sets, questions, tasks): [name, step, figures], the newest of
+    each.
+    """
+    newest = {}
+    for row in run.validation:
+        for name, figures in row.get("named", {}).items():
+            newest[name] = [page_text(name, 80), f"{row['step']:,}", page_text(figures, 160)]
+    return list(newest.values())
 
 
 def _events(run: Run) -> dict[str, Any]:

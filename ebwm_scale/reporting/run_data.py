@@ -11,6 +11,7 @@ from pathlib import Path
 from ebwm_scale.reporting.curves import Training, Validation, number
 from ebwm_scale.reporting.plain import page_text
 
+SPIKE = "spike"  # the trainer's event for a loss far above those before it
 SKIPPED = "skipped"  # the trainer's event for a step that updated nothing
 
 

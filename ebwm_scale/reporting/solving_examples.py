@@ -7,6 +7,7 @@ told by a sign and in words, never by colour alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ebwm_scale.reporting.curves import number
@@ -67,19 +68,32 @@ def _grid(
 ) -> dict[str, Any]:
     task = [_symbol(symbol) for symbol in item["task"][:num_cells]]
     answer = item["answer"][:num_cells]
+    span = _span_of_energies(item)
     panels = [_panel("the task", task, answer, columns, {}, None, mark, [])]
     before = None
     for name, entry in _answers(item, result):
         is_other = entry is item.get("against")
         compared = None if is_other else before
         lines = [] if entry.get("energy") is None else [f"energy {show(number(entry['energy']))}"]
-        panels.append(_panel(name, task, answer, columns, entry, compared, mark, lines))
+        panels.append(_panel(name, task, answer, columns, entry, compared, mark, lines, span))
         before = None if is_other else entry["predicted"]
     truth = {"predicted": answer, "probability": [1.0] * len(answer)}
     if mark is not None:
         truth["probability_of_mark"] = [float(symbol == mark) for symbol in answer]
     panels.append(_panel("the right answer", task, answer, columns, truth, None, mark, []))
-    return {"title": _title(item), "panels": panels}
+    span_text = None if span is None else [show(energy) for energy in span]
+    return {"title": _title(item), "panels": panels, "energies": span_text}
+
+
+def _span_of_energies(item: dict) -> tuple[float, float] | None:
+    """The lowest and the highest energy of a cell after any step; None where cells have none."""
+    found = [
+        energy
+        for entry in mappings(item.get("after"), MAX_PANELS)
+        for energy in map(number, entry.get("energy_of_cell") or [])
+        if energy == energy
+    ]
+    return (min(found), max(found)) if found else None
 
 
 def _panel(
@@ -91,13 +105,15 @@ def _panel(
     before: list | None,
     mark: str | None,
     lines: list[str],
+    span: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """A picture of a grid. entry: what was predicted, empty for the task itself; before: what was
-    predicted at the number of steps in front of it.
+    predicted at the number of steps in front of it. span: of all energies of cells.
     """
     is_task = "predicted" not in entry
     predicted = task if is_task else entry["predicted"]
     shades = entry.get("probability" if mark is None else "probability_of_mark")
+    energies = entry.get("energy_of_cell")
     cells, wrong, num_changed = [], [], 0
     for place, (given, right) in enumerate(zip(task, answer)):
         is_open = right is not None and not is_task
@@ -105,11 +121,12 @@ def _panel(
         is_changed = is_open and before is not None and before[place] != predicted[place]
         y, x = divmod(place, columns)
         if is_wrong:
-            wrong.append(f"row {y + 1} column {x + 1}")
+            wrong.append(_place(y, x))
         num_changed += is_changed
         glyph = given
         if is_open and (mark is None or given == FREE):
             glyph = _symbol(predicted[place])
+        energy = number(energies[place]) if is_open and energies is not None else math.nan
         cells.append(
             {
                 "x": x,
@@ -120,6 +137,8 @@ def _panel(
                 "shade": _shade(shades[place]) if is_open and shades is not None else "",
                 "is_wrong": is_wrong,
                 "is_changed": is_changed,
+                "strength": _strength(energy, span),
+                "hint": "" if energy != energy else f"{_place(y, x)}: energy {show(energy)}",
             }
         )
     alt = name
@@ -136,6 +155,18 @@ def _panel(
     return {"lines": [name, *lines], "alt": alt, "cells": cells}
 
 
+def _place(row: int, column: int) -> str:
+    return f"row {row + 1} column {column + 1}"
+
+
+def _strength(energy: float, span: tuple[float, float] | None) -> str:
+    """The opacity of an energy's colour: the lower, the stronger."""
+    if energy != energy or span is None:
+        return ""
+    low, high = span
+    return f"{0.9 * (high - energy) / (high - low) if high > low else 0.45:.2f}"
+
+
 def _text(item: dict, result: dict[str, Any]) -> dict[str, Any]:
     """A table: a row per number of steps, a column per scored token."""
     task, answer = item["task"], item["answer"]
@@ -150,12 +181,15 @@ def _text(item: dict, result: dict[str, Any]) -> dict[str, Any]:
         for place in shown:
             is_changed = compared is not None and compared[place] != predicted[place]
             chance = number(probability[place])
+            energies = entry.get("energy_of_cell")
+            energy = math.nan if energies is None else number(energies[place])
             cells.append(
                 {
                     "symbol": _symbol(predicted[place]),
                     "probability": f"{chance:.0%}" if chance == chance else "–",
                     "is_wrong": predicted[place] != answer[place],
                     "is_changed": is_changed,
+                    "energy": "" if energy != energy else show(energy),
                 }
             )
         energy = number(entry.get("energy"))

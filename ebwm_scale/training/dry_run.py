@@ -54,6 +54,7 @@ def dry_run(check: RunCheck, summary: dict, say: Callable[[str], None]) -> None:
         say(f"not measured: a step needs {needed / 2**30:.0f} GiB, more than this machine has")
     else:
         seconds = measure_step(config, check.micro_batch, say) * check.accumulation
+        seconds /= config.parallel.sequence  # measured with whole samples
     say(
         describe(
             config,

@@ -5,23 +5,30 @@
     matrices of the blocks             AdamW, or Muon (optimizer.name)
     everything else                    AdamW
 
-Weight decay is on everything but the first, as released; optimizer.no_decay takes more out of it.
+Weight decay is on everything but the first, as released; optimizer.no_decay takes more out of
+it. Under model.parametrization width_scaled each group is split by the factor that a parameter's
+role has on its rate (model/width_scaling.py); rate times decay stays as it was. optimizer.rules
+gives parameters, by their names, a rate and a decay of their own; what updates them stays.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ebwm_scale.checkpoint.parameter_shard import MOMENTUM
 from ebwm_scale.config import resolved
-from ebwm_scale.config.schema import Config
+from ebwm_scale.config.rate_schedule import rate_schedule
+from ebwm_scale.config.schema import Config, ParameterRule
+from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.model.width_scaling import width_factors
+from ebwm_scale.training.muon import MuonAndAdamW
+from ebwm_scale.training.schedule_free import ScheduleFreeAdamW
 
-BLOCK_MATRIX = re.compile(r"network\.layers\.\d+\.(attention|feed_forward)\.\w+\.weight")
+BLOCK_MATRIX = re.compile(r"network\.layers\.\d+\.(attention|feed_forward)\.w\w\.weight")
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
@@ -66,7 +73,73 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
                 "momentum": options.momentum,
             }
         )
-    return [group for group in groups if group["params"]] + with_own_rate
+    groups = [group for group in groups if group["params"]] + with_own_rate
+    names = {id(p): name for name, p in model.named_parameters()}
+    if config.model.parametrization != "standard":
+        groups = _by_width(groups, names, config)
+    if options.rules:
+        return _with_rules(groups, names, options.rules)
+    return groups
+
+
+def _by_width(
+    groups: list[dict[str, Any]], names: dict[int, str], config: Config
+) -> list[dict[str, Any]]:
+    """The groups, split by the factors of their parameters' roles on the rate.
+
+    names: by parameter. What an update takes off a weight, rate times decay, is that of the base.
+    """
+    result = []
+    for group in groups:
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            factors = width_factors(
+                config.model,
+                names[id(parameter)],
+                parameter.shape,
+                muon="momentum" in group,
+            )
+            parts.setdefault(factors.rate, []).append(parameter)
+        for factor, parameters in parts.items():
+            own = {**group, "params": parameters}
+            own["rate_scale"] = group["rate_scale"] * factor
+            own["weight_decay"] = group["weight_decay"] / factor
+            result.append(own)
+    return result
+
+
+def _with_rules(
+    groups: list[dict[str, Any]], names: dict[int, str], rules: Sequence[ParameterRule]
+) -> list[dict[str, Any]]:
+    """The groups, each without what a rule fits, and behind it a group for each such rule.
+
+    names: by parameter. Raises ConfigError for a rule that counts for no parameter.
+    """
+    result = []
+    used = set()
+    for group in groups:
+        parts: dict[int | None, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            fits = (i for i, rule in enumerate(rules) if re.fullmatch(rule.parameters, name))
+            parts.setdefault(next(fits, None), []).append(parameter)
+        for index in sorted(parts, key=lambda i: -1 if i is None else i):
+            own = {**group, "params": parts[index]}
+            if index is not None:
+                used.add(index)
+                rule = rules[index]
+                own["rate_scale"] = group["rate_scale"] * rule.rate
+                if rule.weight_decay is not None:
+                    own["weight_decay"] = rule.weight_decay
+            result.append(own)
+    for index, rule in enumerate(rules):
+        if index not in used:
+            raise ConfigError(
+                f"optimizer.rules[{index}].parameters {rule.parameters} counts for no parameter of "
+                f"this model, whose names are like {', '.join(sorted(names.values())[:3])}: "
+                "mend it, move it in front of the rules that take its parameters, or leave it out"
+            )
+    return result
 
 
 def _is_not_decayed(name: str, parameter: nn.Parameter, config: Config) -> bool:
@@ -76,10 +149,18 @@ def _is_not_decayed(name: str, parameter: nn.Parameter, config: Config) -> bool:
 
 
 def new_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, or Muon with AdamW, over the model's parameter groups."""
+    """AdamW, Muon with AdamW, or schedule-free AdamW, over the model's parameter groups."""
     options = config.optimizer
     groups = parameter_groups(model, config)
     rate = resolved.peak_learning_rate(options)
+    if options.name == "schedule_free":
+        return ScheduleFreeAdamW(
+            groups,
+            lr=rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.epsilon,
+            rate_factor=lambda update: rate_schedule(config).factor(update),
+        )
     adamw = torch.optim.AdamW(
         [group for group in groups if "momentum" not in group],
         lr=rate,
@@ -92,33 +173,3 @@ def new_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         return adamw
     # an update as large as AdamW's, so that both can do with one rate and one decay
     return MuonAndAdamW(torch.optim.Muon(of_muon, lr=rate, adjust_lr_fn="match_rms_adamw"), adamw)
-
-
-class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers as one: their groups, the same objects, and a state that they share.
-
-    DeepSpeed puts float32 copies in place of bf16 parameters into the groups; both see them.
-    """
-
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
-        super().__init__([*adamw.param_groups, *muon.param_groups], {})
-        self.muon = muon
-        self.adamw = adamw
-        muon.state = self.state
-        adamw.state = self.state
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Muon's update of its matrices and AdamW's of the others."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.muon.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and MOMENTUM not in self.state[p]:
-                    # laid out as the parameter, whatever the gradient's strides: it is saved flat
-                    self.state[p][MOMENTUM] = torch.zeros_like(p)
-        self.adamw.step()
-        self.muon.step()
-        return loss

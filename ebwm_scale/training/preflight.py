@@ -25,9 +25,11 @@ from ebwm_scale.checkpoint.reader import CheckpointInfo, check_same_run, find_la
 from ebwm_scale.checkpoint.remote import check_remote
 from ebwm_scale.checkpoint.writer import put_back_replaced
 from ebwm_scale.config import resolved
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.checks import batch_arithmetic, filled_problems
 from ebwm_scale.config.rate_schedule import is_known
 from ebwm_scale.config.schema import ConditionConfig, Config
+from ebwm_scale.config.sequence_checks import num_readers
 from ebwm_scale.core.errors import ConfigError, UserError
 from ebwm_scale.core.ownership import Ownership
 from ebwm_scale.core.plain_text import shorten
@@ -42,9 +44,11 @@ from ebwm_scale.data.loading.opening import open_splits
 from ebwm_scale.data.loading.streaming import check_stream
 from ebwm_scale.data.text_stream.loader import cursors_of
 from ebwm_scale.data.text_stream.strands import TextStream, open_text_stream
-from ebwm_scale.model.blocks import attention_paths
+from ebwm_scale.model.attention_paths import attention_paths
+from ebwm_scale.training.downstream import check_downstream
 from ebwm_scale.training.extending import last_without_a_jump
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
+from ebwm_scale.training.tracking import check_trackers
 
 MANY_EPOCHS = 100
 SPLITS = ("train", "validation")
@@ -62,6 +66,7 @@ class RunCheck:
     micro_batch: int = 0
     accumulation: int = 0
     splits: dict[str, ShardedSplit | MixedSplit] = field(default_factory=dict)
+    sets: dict[str, ShardedSplit | MixedSplit] = field(default_factory=dict)  # evaluation.sets
     text_stream: TextStream | None = None  # where the run reads raw text
     attention: dict[str, str] = field(default_factory=dict)  # stream -> what computes it
     saved: CheckpointInfo | None = None
@@ -124,15 +129,14 @@ def check_run(
         return check  # said at once: hashing a dataset takes minutes
     if ownership is not None and resume and is_main:
         put_back_replaced(run_dir / "checkpoints")
-    batch = check.attempt(
-        "batch", batch_arithmetic, config.train, world_size, paired=config.refinement.replay
-    )
+    batch = check.attempt("batch", batch_of, config, world_size)
     check.micro_batch, check.accumulation = batch or (0, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check.attention = check.attempt("kernels", check_attention, config, device) or {}
-    check.attempt("tracking", check_tracker, config)
+    check.attempt("tracking", check_trackers, config)
     if config.checkpoint.remote is not None and is_main:
         check.attempt("checkpoint", check_remote, config.checkpoint.remote, resume=resume)
+    check.attempt("evaluation", check_downstream, config)
     if config.deepspeed.raw and batch is not None:
         check.attempt("deepspeed", check_deepspeed, config, *batch)
     check_data(check, report, group)
@@ -148,6 +152,12 @@ def check_run(
     return check
 
 
+def batch_of(config: Config, world_size: int) -> tuple[int, int]:
+    """(micro batch, accumulation steps) of each process; ConfigError where they do not divide."""
+    readers = num_readers(config, world_size)
+    return batch_arithmetic(config.train, readers, paired=config.refinement.replay)
+
+
 def check_attention(config: Config, device: torch.device) -> dict[str, str]:
     """What computes the attention of each stream; ConfigError if the backend asked for cannot."""
     precision = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
@@ -161,18 +171,6 @@ def check_attention(config: Config, device: torch.device) -> dict[str, str]:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def check_tracker(config: Config) -> None:
-    if config.logging.wandb == "off":
-        return
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"logging.wandb is {config.logging.wandb}: the package wandb is not installed; "
-            "pip install wandb, or logging.wandb=off"
-        ) from None
 
 
 def check_deepspeed(config: Config, micro_batch: int, accumulation: int) -> None:
@@ -236,6 +234,7 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
     check.config = config = filled
     check.attempt("data", check_filled, config)
     check.attempt("data", check_context, train.manifest, config.data.context_length)
+    check_sets(check, report, group)
     check.attempt("data", limit_sources, config, train)
     if config.data.stream and config.data.stream_format == "text":
         check.text_stream = check.attempt(
@@ -248,7 +247,8 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
         )
     elif config.data.stream:
         check.attempt("data", check_stream, config.data.stream, check.world_size)
-    epochs = config.train.max_steps * config.train.global_batch_size / len(train)
+    needed = BatchRamp.of(config.train).samples_before(config.train.max_steps)
+    epochs = needed / len(train)
     if epochs > MANY_EPOCHS and check.text_stream is None:
         warning = (
             f"train.max_steps {config.train.max_steps} x train.global_batch_size "
@@ -263,6 +263,40 @@ def check_data(check: RunCheck, report: Callable[[str], None], group: World | No
             "in every step; give fewer, or leave the key out"
         )
         check.warnings.append(("refinement", warning))
+
+
+def check_sets(check: RunCheck, report: Callable[[str], None], group: World | None) -> None:
+    """Open evaluation.sets, and hold each against the run's sizes, tokenizer and context."""
+    for held_out in check.config.evaluation.sets:
+        opened = check.attempt(
+            f"evaluation.sets {held_out.name}",
+            open_splits,
+            [(held_out.manifest, 1.0)],
+            ["validation"],
+            verify=check.config.data.verify,
+            report=report,
+            group=group,
+        )
+        if opened is not None:
+            split = opened["validation"]
+            check.sets[held_out.name] = split
+            check.attempt("evaluation", check_set, check.config, held_out.name, split.manifest)
+
+
+def check_set(config: Config, name: str, manifest: Manifest) -> None:
+    """ConfigError or DataError for a held-out set that is not of the run's kind."""
+    try:
+        filled = fill_from_data(config, manifest)
+        check_context(manifest, resolved.context_length(config))
+    except UserError as error:
+        raise ConfigError(f"evaluation.sets {name}: {error}") from None
+    for key in ("group_size", "grid", "conditions"):
+        of_run, of_set = getattr(config.data, key), getattr(filled.data, key)
+        if of_run != of_set:
+            raise ConfigError(
+                f"evaluation.sets {name}: data.{key} is {of_run} in this run, and {of_set} in "
+                f"{manifest.path}: name a dataset that was made alike"
+            )
 
 
 def warn_of_documents(check: RunCheck, filled: Config, manifest: Manifest) -> None:
@@ -413,7 +447,7 @@ def limit_sources(config: Config, train: ShardedSplit | MixedSplit) -> None:
             limit = of_tokens if limit is None else min(limit, of_tokens)
         limits.append(limit)
     total = train.limit(limits) if isinstance(train, MixedSplit) else limits[0]
-    needed = config.train.max_steps * config.train.global_batch_size
+    needed = BatchRamp.of(config.train).samples_before(config.train.max_steps)
     if total is not None and total < needed:
         raise ConfigError(
             f"data.sources last for {total:,} samples with their epochs and tokens, and "

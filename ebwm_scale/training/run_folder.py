@@ -1,5 +1,5 @@
-"""A run's folder: metrics.jsonl, events.jsonl, quarantine.jsonl, the console lines and Weights &
-Biases. Rank 0 writes; every step appears once.
+"""A run's folder: metrics.jsonl, events.jsonl, quarantine.jsonl, the console lines and trackers
+(training/tracking/). Rank 0 writes; every step appears once.
 
 A disk that is full, or takes no files any more, costs the run nothing here: rows wait in memory,
 with one warning, and are written with the next one that can be.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import shlex
 import time
 import uuid
 from collections.abc import Iterator
@@ -27,6 +26,9 @@ from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.core.redaction import redacted
 from ebwm_scale.core.rows import Rows
 from ebwm_scale.core.world import World
+from ebwm_scale.training.tracking import Tracker, Trackers, check_trackers
+from ebwm_scale.training.tracking.tensorboard import TensorBoard
+from ebwm_scale.training.tracking.weights_and_biases import WeightsAndBiases
 
 PAUSE_S = 5.0  # before what could not be written at the end is tried once more
 
@@ -47,8 +49,8 @@ class RunFolder:
             for name in ("metrics", "events", "quarantine")
         }
         self._warned = False
-        self._tracker = None
-        self._is_offline = config.logging.wandb == "offline"
+        self._num_rows = 0  # of metrics.jsonl
+        self._trackers = Trackers([], self.warn, self.say)
 
     @property
     def checkpoints(self) -> Path:
@@ -63,7 +65,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.ownership.take()
                 self._replace("config.yaml", self.config.to_yaml())
-                self._tracker = _tracker(self)
+                self._trackers = Trackers(_trackers(self), self.warn, self.say)
             except OSError as error:
                 reason = error.strerror or error
                 problem = ConfigError(
@@ -89,11 +91,10 @@ class RunFolder:
         for them."""
         if self.is_main:
             self.leave_if_taken_over()
-            self._append("metrics", _finite(row))
-            if self._tracker is not None:
-                prefix = "validation/" if row.get("split") == "validation" else "train/"
-                values = {prefix + key: value for key, value in _flat(row).items()}
-                self._tracker.log({"step": row["step"], **values})
+            row = _finite(row)
+            self._append("metrics", row)
+            self._trackers.log(self._num_rows, row)
+            self._num_rows += 1
 
     def event(self, name: str, **fields: Any) -> None:
         if self.is_main:
@@ -143,38 +144,34 @@ class RunFolder:
         """Drop metric rows beyond `step`, which a resumed run logs again, and unreadable lines.
 
         Returns the last validated step that stays. Where they are the last ones, as ever, the file
-        is cut, which needs no space; one row at a time is in memory.
+        is cut, which needs no space; one row at a time is in memory. The trackers follow.
         """
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return None
         rows = Rows(path)
         validated = None
+        self._num_rows = 0
         end = 0
         is_in_one_piece = True
         for start, line, row in _rows_until(rows, step):
             is_in_one_piece = is_in_one_piece and start == end
             end = start + len(line)
+            self._num_rows += 1
             if row.get("split") == "validation":
                 validated = row["step"]
         if self.is_main and not is_in_one_piece:
             self.faults.through("write", _keep_rows_until, path, step)
-        elif self.is_main and end < path.stat().st_size:
+        elif self.is_main and path.exists() and end < path.stat().st_size:
             self.faults.through("write", os.truncate, path, end)
         # a killed process leaves a torn end; every other line of no use is worth a word
         if rows.unreadable > rows.torn:
             self.warn(rows.in_words())
+        if self.is_main:
+            self._trackers.catch_up(lambda: (row for _, _, row in _rows_until(rows, step)), step)
         return validated
 
     def close(self, *, unsaved: bool = False) -> None:
         """unsaved: the last save has failed."""
-        if self._tracker is not None:
-            self._tracker.finish()
-            if self._is_offline:
-                self.say(
-                    "to upload what W&B has of this run, all of its parts in their order: "
-                    f"wandb sync {shlex.quote(str(self.path / 'wandb'))}"
-                )
+        self._trackers.finish()
         self._flush()
         self.ownership.release(unsaved=unsaved)
 
@@ -200,40 +197,40 @@ class RunFolder:
         self.faults.through("write", replace_text, self.path / name, text)
 
 
-def _tracker(run: RunFolder):
-    """A W&B run that keeps its id over resumes, or None: not asked for, or W&B cannot start it,
-    which is a warning. No service that is down ends a training; metrics.jsonl has every row.
+def _trackers(run: RunFolder) -> list[Tracker]:
+    """Those that are asked for; the packages were looked for before (check_trackers)."""
+    check_trackers(run.config)
+    trackers: list[Tracker] = []
+    if run.config.logging.tensorboard:
+        trackers.append(TensorBoard(run.path))
+    started = None if run.config.logging.wandb == "off" else _start_wandb(run)
+    return trackers if started is None else [*trackers, started]
 
-    The x axis is the metric `step`. W&B's own counter only rises, and rows that are logged below it
-    are dropped: those between the checkpoint that a run is resumed from and its last row. Logged
-    without a number of W&B's own, they stand beside the earlier ones.
+
+def _start_wandb(run: RunFolder) -> WeightsAndBiases | None:
+    """A W&B run that keeps its id over resumes, or None: W&B cannot start it, which is a warning.
+    No service that is down ends a training; metrics.jsonl has every row.
     """
     path, config = run.path, run.config
     settings = config.logging
-    if settings.wandb == "off":
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            f"logging.wandb is {settings.wandb}: the package wandb is not installed; pip install "
-            "wandb, or logging.wandb=off"
-        ) from None
     identity = path / "wandb_id"
     if not identity.exists():
         run._replace(identity.name, uuid.uuid4().hex[:12])
+    name = identity.read_text().strip()
+    is_offline = settings.wandb == "offline"
     try:
-        tracker = wandb.init(
+        import wandb
+
+        started = wandb.init(
             project=settings.wandb_project,
             name=settings.run_name or path.name,
-            id=identity.read_text().strip(),
+            id=name,
             resume="allow",
-            mode=settings.wandb,
+            mode="offline" if is_offline else "online",
             dir=str(path),
             config=redacted(config.to_dict()),
         )
-        tracker.define_metric("step", hidden=True)
-        tracker.define_metric("*", step_metric="step")
+        return WeightsAndBiases(started, path / "wandb", name, is_offline=is_offline)
     except Exception as error:  # noqa: BLE001  whatever its network, key or disk raises
         run.warn(
             f"logging.wandb is {settings.wandb}, but W&B did not start "
@@ -242,17 +239,6 @@ def _tracker(run: RunFolder):
             "command with --resume"
         )
         return None
-    return tracker
-
-
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    result = {}
-    for key, value in row.items():
-        if isinstance(value, list):
-            result.update({f"{key}/{i}": item for i, item in enumerate(value)})
-        elif isinstance(value, (int, float)) and key != "step":
-            result[key] = value
-    return result
 
 
 def _rows_until(rows: Rows, step: int) -> Iterator[tuple[int, bytes, dict[str, Any]]]:

@@ -49,14 +49,17 @@ class Saver:
         )
         self.saved: tuple[int, bool] | None = None
         self.unsaved = False
+        self._best: dict[str, Any] | None = None  # of the save in progress, see best_checkpoint.py
+        self._best_on_disk: int | None = None  # step
         self.remote: RemoteCopies | None = None
         if config.checkpoint.remote is not None and world.is_main:
             self.remote = RemoteCopies(config.checkpoint.remote, run_folder.path)
 
-    def resumed_from(self, step: int, *, validated: bool) -> None:
-        """What is on disk already."""
+    def resumed_from(self, step: int, *, validated: bool, best: int | None = None) -> None:
+        """What is on disk already. best: the step that is best by checkpoint.best."""
         self.saved = (step, validated)
         self.writer.newest = step
+        self._best_on_disk = best
 
     def is_on_disk(self, step: int, *, validated: bool = False) -> bool:
         """Whether a step's state is saved, as far as wait() has said.
@@ -71,6 +74,7 @@ class Saver:
         self, state: TrainingState, values: dict[str, Any], replay: dict[str, Any] | None
     ) -> None:
         """Begin a checkpoint; the one before it must be waited for. values: trainer.json."""
+        self._best = values.get("best")
         self.writer.save(state, values, replay)
 
     def wait(self, step: int, *, continues: bool, is_last_try: bool = False) -> Outcome | None:
@@ -116,6 +120,15 @@ class Saver:
         if self.remote is not None:
             self._report_copies(self.remote.finish())
 
+    def _report_best(self, step: int) -> None:
+        """The event `best`, where the checkpoint of this step has become it."""
+        best = self._best
+        if best is None or best["step"] != step or self._best_on_disk == step:
+            return
+        self._best_on_disk = step
+        folder = f"checkpoints/{checkpoint_name(step)}"
+        self.run_folder.event("best", **best, folder=folder)
+
     def _report_copies(self, outcomes: list[tuple[int, str | None]]) -> None:
         for step, problem in outcomes:
             if problem is None:
@@ -144,6 +157,7 @@ class Saver:
         newest = self.writer.newest_on_disk()
         if outcome.problem is None:
             self.run_folder.event("save", step=outcome.step)
+            self._report_best(outcome.step)
             if self.remote is not None:
                 self.remote.begin(self.run_folder.checkpoints / checkpoint_name(outcome.step))
         elif is_last_try:

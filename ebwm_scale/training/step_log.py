@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ebwm_scale.config import resolved
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.world import World
 from ebwm_scale.planning.flops import model_flops, step_flops
@@ -23,7 +24,8 @@ class StepResult:
     """What one optimizer step gave on this rank.
 
     values (1 + N + N,): loss, loss_per_step, energy_per_step, means over this rank's part of the
-    global batch; a baseline has no energies. samples: ids of this rank's part.
+    global batch; a baseline has no energies. samples: ids of this rank's part. norms: of all ranks,
+    by part and kind (norms.py), where they were measured.
     """
 
     values: torch.Tensor
@@ -31,6 +33,7 @@ class StepResult:
     gradient_norm: float
     learning_rate: float
     samples: list[int]
+    norms: dict[str, dict[str, float]] | None = None
 
     @property
     def applied(self) -> bool:
@@ -79,13 +82,17 @@ def metrics_row(
     values = (world.all_reduce(result.values) / world.size).tolist()
     num_steps = result.num_steps
     energies = values[1 + num_steps :] if config.model.kind == "energy" else None
-    per_step = config.train.global_batch_size * resolved.context_length(config)
-    flops = step_flops(config, samples=config.train.global_batch_size, num_steps=num_steps)
+    ramp = BatchRamp.of(config.train)
+    samples = ramp.size(step - 1)
+    positions = resolved.context_length(config)
+    samples_left = ramp.samples_before(config.train.max_steps) - ramp.samples_before(step)
+    per_step = samples * positions
+    flops = step_flops(config, samples=samples, num_steps=num_steps)
     flops_per_process = model_flops(flops) / world.size
     peak = peak_flops_per_s(config.train.precision)
     return {
         "step": step,
-        f"{unit}_seen": step * per_step,
+        f"{unit}_seen": ramp.samples_before(step) * positions,
         "loss": values[0],
         "loss_per_step": values[1 : 1 + num_steps],
         "energy_per_step": energies,
@@ -97,7 +104,8 @@ def metrics_row(
         "model_tflops": flops_per_process / seconds / 1e12,
         "mfu": flops_per_process / seconds / peak if peak else None,
         "peak_memory_gib": _peak_memory_gib(on_gpu=world.device.type == "cuda"),
-        "eta_s": seconds * (config.train.max_steps - step),
+        "eta_s": seconds * (samples_left / samples),
+        **({} if result.norms is None else {"norms": result.norms}),
     }
 
 
@@ -127,6 +135,22 @@ def validation_line(row: dict[str, Any], step: int) -> str:
             f"linear extrapolation {row['linear_extrapolation_loss']:.4f})"
         )
     return f"validation at step {step}: {steps} {measure}"
+
+
+def further_lines(row: dict[str, Any]) -> list[str]:
+    """What else a row of validation holds (training/downstream.py), for a person."""
+    lines = []
+    for kind in ("sets", "questions", "tasks"):
+        for name, values in row.get(kind, {}).items():
+            figures = [
+                f"{key} {value:.4g}" for key, value in values.items() if isinstance(value, float)
+            ]
+            lines.append(f"  {kind}/{name}: {', '.join(figures)}")
+    samples = [
+        f"  sample: {sample['prompt'][-60:]!r} >> {sample['continuation']!r}"
+        for sample in row.get("samples", ())
+    ]
+    return [*lines, *samples]
 
 
 def format_duration(seconds: float) -> str:

@@ -10,12 +10,14 @@ checkpoints, metrics, stopping) happens between steps and changes no loss.
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from typing import Any
 
 import torch
 
 from ebwm_scale.checkpoint.reader import CheckpointInfo, load_into, load_replay
-from ebwm_scale.config import resolved
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.rate_schedule import rate_schedule
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.code_version import code_version
@@ -32,18 +34,26 @@ from ebwm_scale.data.format.shards import ShardedSplit
 from ebwm_scale.data.loading.batches import Batch, DataState
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.observation import Observation
-from ebwm_scale.data.loading.quarantine import BadSample, Quarantine
+from ebwm_scale.data.loading.quarantine import Quarantine
+from ebwm_scale.data.loading.skipped import position_of
 from ebwm_scale.data.text_stream.strands import TextStream
 from ebwm_scale.refinement.noise import NoiseSource
+from ebwm_scale.training.best_checkpoint import BestCheckpoint
 from ebwm_scale.training.deepspeed.engine import Engine
+from ebwm_scale.training.evaluating import StepEvaluation
+from ebwm_scale.training.norms import NormMeter
 from ebwm_scale.training.preemption import StopFlag
+from ebwm_scale.training.profiling import StepProfile
 from ebwm_scale.training.replay import ReplayBuffer
+from ebwm_scale.training.rollback import StepRecord, go_back_from_a_spike
 from ebwm_scale.training.run_folder import RunFolder
 from ebwm_scale.training.saving import Saver
 from ebwm_scale.training.schedule import refinement_point
+from ebwm_scale.training.spikes import SpikeWatch
 from ebwm_scale.training.step_log import (
     StepResult,
     StepTimer,
+    further_lines,
     metrics_row,
     step_line,
     validation_line,
@@ -55,7 +65,6 @@ from ebwm_scale.training.training_data import (
     text_place_of,
     training_loader,
 )
-from ebwm_scale.training.validation import validate
 from ebwm_scale.training.watchdog import Watchdog
 
 
@@ -79,6 +88,7 @@ class Trainer:
         faults: Faults,
         allow_pipe: bool = False,
         text_stream: TextStream | None = None,
+        sets: dict[str, ShardedSplit | MixedSplit] | None = None,
     ):
         self.config = config
         self.engine = engine
@@ -86,9 +96,7 @@ class Trainer:
         self.run_folder = run_folder
         self.stop = stop
         self.train_split = train
-        self.validation_split = validation
         self.micro_batch = micro_batch
-        self.context_length = resolved.context_length(config)
         self.watchdog = watchdog
         self.faults = faults
         self.allow_pipe = allow_pipe  # the command line's permission, see config/permissions.py
@@ -98,16 +106,34 @@ class Trainer:
                 capacity=config.refinement.replay_capacity,
                 global_batch_size=config.train.global_batch_size,
             )
+        self.norm_meter = NormMeter(engine, world)
         self.saver = Saver(config, world, run_folder, watchdog, faults)
+        self.spikes = SpikeWatch(config.train)
+        self.recent: deque[StepRecord] = deque(maxlen=config.train.spike_window)
+        self.best = BestCheckpoint(config.checkpoint.best, world, self._warn)
         self.observe = Observation(
             train.manifest, world.device, mask_document_starts=config.data.mask_document_starts
+        )
+        self.evaluation = StepEvaluation(
+            config,
+            world,
+            engine,
+            validation,
+            sets or {},
+            self.observe,
+            batch_size=micro_batch,
+            heartbeat=watchdog.heartbeat,
+            stop_requested=self._stop_requested,
+            warn=self._warn,
+        )
+        self.profile = StepProfile(
+            config.logging.profile, run_folder.path, world, run_folder.say, run_folder.warn
         )
         self.quarantine = Quarantine(
             run_folder.path,
             limit=config.data.max_quarantined,
             write=run_folder.quarantine if world.is_main else None,
         )
-        self.found_in_validation: list[BadSample] = []
         self.stream_position = 0
         self.text_stream = text_stream
         self.text_place: dict[str, Any] | None = None  # where in it the run stands
@@ -148,8 +174,10 @@ class Trainer:
             self.replay.load_state_dict(stored)
         self.step = self.first_step = data.step
         validated = saved.trainer["validation_loss"] is not None
-        self.saver.resumed_from(self.step, validated=validated)
+        self.best.load_state_dict(saved.trainer.get("best"))
+        self.saver.resumed_from(self.step, validated=validated, best=self.best.step)
         self.skipped_in_a_row = saved.trainer["skipped_in_a_row"]
+        self.spikes.load_state_dict(saved.trainer.get("spikes", {}))
         self.quarantine.load_state_dict(saved.trainer["quarantine"])
         self.stream_position = saved.trainer["stream_position"]
         self.text_place = saved.trainer.get("text_stream")
@@ -169,34 +197,30 @@ class Trainer:
             raise CheckpointError(f"{problem}; free some space, and run again with --resume")
         if self.step:
             self.validated_step = validated
+        if self.world.is_main:
+            for note in self.saver.writer.restore_best(self.best.step):
+                self._warn(note)
 
     def run(self) -> int:
         """Train to train.max_steps; returns the exit code."""
-        self.loader = training_loader(
-            self.config,
-            self.train_split,
-            self.world,
-            micro_batch=self.micro_batch,
-            first_step=self.step,
-            first_shard=self.stream_position,
-            text_stream=self.text_stream,
-            text_place=self.text_place,
-            known_bad=self.quarantine.known("train"),
-            warn=self._warn,
-            allow_pipe=self.allow_pipe,
-        )
+        self.loader = self.open_loader()
         # A stopped run may have left the evaluation of its last step open.
         left_open = self.step > 0 and self._due(self.config.evaluation.every_steps)
         if left_open and not self._evaluated_and_saved():
             return self.save_and_exit()
         timer = StepTimer(self.step)
         while self.step < self.config.train.max_steps:
+            self.profile.before(self.step + 1)
             result = self.train_step()
             if result is None:
                 return self.save_and_exit()
             self.step += 1
+            self.profile.after(self.step)
             if not result.applied and self.record_skipped_step(result):
                 return self.shutdown(EXIT_NOT_FINITE)
+            if self.spikes.is_on and result.applied and go_back_from_a_spike(self, result):
+                timer.restart(self.step)
+                continue
             if self._due(self.config.logging.every_steps):
                 self.log(result, timer)
                 if self.sync_quarantine():
@@ -214,6 +238,23 @@ class Trainer:
         if not self.evaluate():
             return self.save_and_exit()
         return self.shutdown(EXIT_FINISHED if self.save_for_good() else EXIT_FAILED)
+
+    def open_loader(self) -> Loader:
+        """This rank's micro-batches from here on."""
+        return training_loader(
+            self.config,
+            self.train_split,
+            self.world,
+            micro_batch=self.micro_batch,
+            first_step=self.step,
+            first_shard=self.stream_position,
+            text_stream=self.text_stream,
+            text_place=self.text_place,
+            known_bad=self.quarantine.known("train"),
+            warn=self._warn,
+            allow_pipe=self.allow_pipe,
+            skipped=self.spikes.skipped,
+        )
 
     def save_and_exit(self) -> int:
         """Save the last whole step, say why, and leave to be run again."""
@@ -253,6 +294,7 @@ class Trainer:
         """Wait for what is being written; the code, or EXIT_FAILED in place of a good one where
         rows of the run folder could not be written to the end."""
         self.watchdog.heartbeat("the last save")
+        self.profile.close()
         self.saver.wait(self.step, continues=False)
         # nobody leaves, and is missed, before the checkpoint is published
         rows_are_lost = self.world.any(not self.run_folder.rows_are_written())
@@ -266,7 +308,12 @@ class Trainer:
         """One optimizer step over this rank's micro-batches; None if it was given up between two of
         them, which leaves nothing behind.
         """
-        fault = self.faults.at("step", self.step)
+        ramp = BatchRamp.of(self.config.train)
+        accumulation = ramp.size(self.step) // self.world.num_readers // self.micro_batch
+        self.engine.set_accumulation(accumulation)
+        first = position_of(ramp.samples_before(self.step), self.spikes.skipped)
+        number = first // self.config.train.global_batch_size
+        factor = self.faults.loss_factor(self.step, number)
         source = NoiseSource(self.config.train.seed, self.step)
         point = refinement_point(self.config, self.step, source)
         rate = self.engine.set_learning_rates(self.step)
@@ -274,8 +321,9 @@ class Trainer:
         norm: torch.Tensor | float | None = None
         final: list[tuple[Batch, torch.Tensor | None]] = []
         samples: list[int] = []
+        norms: dict[str, dict[str, float]] | None = None
         num_steps = 0
-        for index in range(self.loader.micro_batches_per_step):
+        for index in range(accumulation):
             if index and self._stop_requested():
                 return None
             batch = next(self.loader)
@@ -296,11 +344,20 @@ class Trainer:
                 restart=restart,
             )
             self.watchdog.heartbeat(f"step {self.step}, its backward pass")
-            self.engine.backward(output.loss if fault is None else output.loss * float("nan"))
-            norm = self.engine.step()
+            self.engine.backward(output.loss if factor is None else output.loss * factor)
+            is_last = index + 1 == accumulation
+            if is_last and self._due(self.config.logging.norms_every_steps, of=self.step + 1):
+                with self.norm_meter.measured() as norms:
+                    norm = self.engine.step()
+                assert norm is not None, "the last micro-batch of a step gives the norm"
+                self.norm_meter.before_clipping(norms, float(norm))
+            else:
+                norm = self.engine.step()
             final.append((batch, output.state))
             samples += batch.sample_ids.tolist()
             parts = [output.loss.detach()[None], output.loss_per_step]
+            if factor is not None and math.isfinite(factor):
+                parts = [factor * part for part in parts]
             if output.energy_per_step is not None:
                 parts.append(output.energy_per_step)
             values = torch.cat(parts).double()
@@ -310,8 +367,8 @@ class Trainer:
             num_steps = len(output.loss_per_step)
         assert total is not None, "a step has at least one micro-batch"
         assert norm is not None, "the last micro-batch of a step gives the norm"
-        means = total / self.loader.micro_batches_per_step
-        result = StepResult(means, num_steps, float(norm), rate, samples)
+        means = total / accumulation
+        result = StepResult(means, num_steps, float(norm), rate, samples, norms)
         if self.replay is not None and result.applied:
             for batch, states in final:
                 assert states is not None, "they were asked for"
@@ -325,7 +382,8 @@ class Trainer:
         self.skipped_in_a_row += 1
         limit = self.config.train.max_skipped_steps
         samples = []
-        for of_rank in self.world.all_gather_object(result.samples):
+        mine = result.samples if self.world.is_first_reader else []
+        for of_rank in self.world.all_gather_object(mine):
             samples += of_rank
         loss = (self.world.all_reduce(result.values.clone()) / self.world.size)[0].item()
         self.run_folder.event(
@@ -359,14 +417,14 @@ class Trainer:
         """Put what every rank found damaged on the common list, and into the run folder; whether it
         is more than data.max_quarantined.
         """
-        mine = [*self.loader.found, *self.found_in_validation]
+        mine = [*self.loader.found, *self.evaluation.found]
         found = []
         for of_rank, notes in self.world.all_gather_object((mine, notes_of(self.loader))):
             found += of_rank
             for note in notes:
                 self._warn(note)
         self.loader.found.clear()
-        self.found_in_validation.clear()
+        self.evaluation.found.clear()
         return record_damaged(found, self.quarantine, self.run_folder, self.step)
 
     def log(self, result: StepResult, timer: StepTimer) -> None:
@@ -391,27 +449,15 @@ class Trainer:
             return True
         self.watchdog.heartbeat(f"the evaluation after step {self.step}")
         self.faults.at("evaluation")
-        point = refinement_point(
-            self.config, self.step, NoiseSource(self.config.train.seed, self.step)
-        )
-        row = validate(
-            self.engine.module,
-            self.validation_split,
-            self.config,
-            self.world,
-            self.observe,
-            context_length=self.context_length,
-            batch_size=self.micro_batch,
-            step_size_scale=point.step_size_scale,
-            found=self.found_in_validation,
-            heartbeat=lambda: self.watchdog.heartbeat(f"the evaluation after step {self.step}"),
-            stop_requested=self._stop_requested,
-        )
+        row = self.evaluation.row(self.step)
         if row is None:
             return False
         self.run_folder.metrics({"step": self.step, "split": "validation", **row})
         self.validated_step, self.validation_loss = self.step, row["loss"]
         self.run_folder.say(validation_line(row, self.step))
+        for line in further_lines(row):
+            self.run_folder.say(line)
+        self.best.see(self.step, row, is_whole=self.step == self.config.train.max_steps)
         return True
 
     def save(self, *, continues: bool = True) -> None:
@@ -433,6 +479,7 @@ class Trainer:
         state = DataState(
             self.train_split.fingerprint, self.config.train.seed, self.step
         ).state_dict()
+        best = self.best.state_dict()
         self.saver.begin(
             self.engine.state,
             {
@@ -442,7 +489,9 @@ class Trainer:
                 "quarantine": self.quarantine.state_dict(),
                 "stream_position": self.stream_position,
                 **({} if self.text_place is None else {"text_stream": self.text_place}),
+                **({"spikes": self.spikes.state_dict()} if self.spikes.is_on else {}),
                 "validation_loss": self.validation_loss if validated else None,
+                **({} if best is None else {"best": best}),
                 "code": code_version(),
             },
             None if self.replay is None else self.replay.state_dict(),
@@ -455,9 +504,11 @@ class Trainer:
     def _warn(self, text: str) -> None:
         self.run_folder.warn(text, step=self.step)
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and (self.step % every == 0)
+    def _due(self, every: int, *, of: int | None = None) -> bool:
+        """of: the number of steps; default: those made."""
+        return every > 0 and ((self.step if of is None else of) % every == 0)
 
     def _save_is_due(self) -> bool:
         is_last_stable = self.step == rate_schedule(self.config).last_stable
-        return is_last_stable or self._due(self.config.checkpoint.every_steps)
+        is_best = self.best.step == self.step
+        return is_last_stable or is_best or self._due(self.config.checkpoint.every_steps)

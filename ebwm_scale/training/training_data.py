@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ebwm_scale.config import resolved
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.shards import ShardedSplit
 from ebwm_scale.data.loading.batches import BatchLoader
 from ebwm_scale.data.loading.mixture import MixedSplit
 from ebwm_scale.data.loading.quarantine import BadSample, Quarantine
+from ebwm_scale.data.loading.skipped import Ranges
 from ebwm_scale.data.loading.streaming import StreamLoader
 from ebwm_scale.data.text_stream.loader import TextStreamLoader, joined_states
 from ebwm_scale.data.text_stream.strands import TextStream
@@ -35,19 +37,20 @@ def training_loader(
     known_bad: dict[int, BadSample],
     warn: Callable[[str], None],
     allow_pipe: bool,
+    skipped: Ranges = (),
 ) -> Loader:
     """This rank's micro-batches from `first_step` on.
 
     first_shard: of a stream of shards (data.stream). text_stream, text_place: of a stream of raw
     text, and where in it to start. known_bad: damaged samples and what stands in for them, where
-    there is no stream.
+    there is no stream; skipped: positions of the order that are left out.
     """
     common: dict[str, Any] = {
         "context_length": resolved.context_length(config),
         "global_batch_size": config.train.global_batch_size,
         "micro_batch_size": micro_batch,
-        "rank": world.rank,
-        "world_size": world.size,
+        "rank": world.reader,
+        "world_size": world.num_readers,
         "first_step": first_step,
     }
     if text_stream is not None:
@@ -67,6 +70,8 @@ def training_loader(
             first_shard=first_shard,
             report=warn,
             allow_pipe=allow_pipe,
+            cache_folder=config.data.cache.folder,
+            cache_bytes=round(config.data.cache.limit_gib * 2**30),
             **common,
         )
     return BatchLoader(
@@ -74,6 +79,8 @@ def training_loader(
         window_shards=config.data.window_shards,
         num_workers=config.data.num_workers,
         known_bad=known_bad,
+        skipped=skipped,
+        ramp=BatchRamp.of(config.train),
         **common,
     )
 

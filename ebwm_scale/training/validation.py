@@ -56,8 +56,8 @@ def validate(
             batch_size=batch_size,
             found=found,
             max_samples=config.evaluation.max_samples,
-            rank=world.rank,
-            world_size=world.size,
+            rank=world.reader,
+            world_size=world.num_readers,
         )
     )
     # Under ZeRO stage 3 every forward is a collective: all ranks make as many, and what is beyond a
@@ -120,7 +120,9 @@ def validate(
     total = (
         torch.zeros(size + 2, dtype=torch.float64, device=world.device) if sums is None else sums
     )
-    *means, counted, num_positions = world.all_reduce(total).tolist()
+    # Processes that share a sample count all of it, each, and their losses are means over an equal
+    # share of it.
+    *means, counted, num_positions = (world.all_reduce(total) / world.sequence).tolist()
     energies = (
         [value / num_positions for value in means[num_steps : 2 * num_steps]] if energy else None
     )

@@ -7,7 +7,13 @@ positions, d head dimension.
 from ebwm_kernels.attention.causal import causal_attention, cross_attention
 from ebwm_kernels.attention.energy import energy_attention
 from ebwm_kernels.attention.first_order import observed_attention
-from ebwm_kernels.pointwise import rms_norm, swiglu
+from ebwm_kernels.pointwise import (
+    add_rms_norm,
+    rms_norm,
+    rms_norm_beside,
+    swiglu,
+    swiglu_halves,
+)
 from ebwm_kernels.vocabulary.autograd import (
     vocabulary_cross_entropy,
     vocabulary_descend,
@@ -24,6 +30,7 @@ from ebwm_kernels.vocabulary.candidates import (
 
 __all__ = [
     "Candidates",
+    "add_rms_norm",
     "candidates_embed",
     "candidates_loss",
     "candidates_move",
@@ -33,7 +40,9 @@ __all__ = [
     "first_candidates",
     "observed_attention",
     "rms_norm",
+    "rms_norm_beside",
     "swiglu",
+    "swiglu_halves",
     "vocabulary_cross_entropy",
     "vocabulary_descend",
     "vocabulary_embed",

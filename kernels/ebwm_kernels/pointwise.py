@@ -17,11 +17,12 @@ gradients of weights exist, and that a third derivative raises: autograd_rules.p
 
 Under torch.compile, torch.func's transforms and forward mode the definitions run instead, in plain
 operations: they are right to any order in every mode, and keep their intermediates.
+
+On an NVIDIA GPU each pass is one Triton kernel (fused/). `backend` says otherwise: "auto", "triton"
+or "reference", which is the plain PyTorch here; a forced one that cannot run raises ValueError.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,77 +35,113 @@ from ebwm_kernels.autograd_rules import (
     transforms_active,
     without_autocast,
 )
+from ebwm_kernels.fused.launches import runs_fused
+from ebwm_kernels.plain import (
+    pull_back,
+    rms_norm_gradient_reference,
+    rms_norm_reference,
+    swiglu_gradient_reference,
+    swiglu_reference,
+    widened,
+)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, twice differentiable.
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    shift: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + epsilon) [+ shift] over the last dimension, twice
+    differentiable.
 
-    x (..., D), weight (D,) -> (..., D).
+    x (..., D), weight and shift (D,) -> (..., D).
     """
     # nested autograd.Functions are not traced; the compiler fuses the definition, to any order
     if torch.compiler.is_compiling() or transforms_active():
-        return rms_norm_reference(x, weight, epsilon)
-    return _RMSNorm.apply(x, weight, epsilon)
+        return _shifted(rms_norm_reference(x, weight, epsilon), shift)
+    if runs_fused(backend, x, "rms_norm", x.shape[-1]):
+        from ebwm_kernels.fused import functions
+
+        return functions.rms_norm(x, weight, epsilon, shift)
+    return _shifted(_RMSNorm.apply(x, weight, epsilon), shift)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """The definition, in float32 for half precisions."""
-    wide, w = _wide(x, weight)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon) * w).to(x.dtype)
-
-
-def _rms_norm_gradient_reference(
-    grad: Tensor, x: Tensor, weight: Tensor, epsilon: float
+def add_rms_norm(
+    x: Tensor,
+    added: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    shift: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dw) in plain differentiable operations."""
-    g, wide, w = _wide(grad, x, weight)
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    n = r * wide
-    h = g * w
-    grad_x = r * (h - n * (h * n).mean(-1, keepdim=True))
-    return grad_x.to(x.dtype), (g * n).reshape(-1, len(weight)).sum(0).to(weight.dtype)
+    """(total, rms_norm of it), total = x + added: a residual and the norm behind it, in one pass
+    over both on a GPU.
+
+    x and added (..., D), of one dtype.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        total = x + added
+        return total, _shifted(rms_norm_reference(total, weight, epsilon), shift)
+    same_dtype = x.dtype == added.dtype
+    if same_dtype and runs_fused(backend, x, "add_rms_norm", x.shape[-1]):
+        from ebwm_kernels.fused import functions
+
+        return functions.add_rms_norm(x, added, weight, epsilon, shift)
+    total = x + added
+    return total, rms_norm(total, weight, epsilon, shift=shift, backend=backend)
 
 
-def swiglu(u: Tensor, v: Tensor) -> Tensor:
+def rms_norm_beside(
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    shift: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(x, rms_norm of it), for a residual past the norm: on a GPU the gradients of this x and of
+    the norm are added where the latter is computed.
+    """
+    is_plain = torch.compiler.is_compiling() or transforms_active()
+    if not is_plain and runs_fused(backend, x, "rms_norm", x.shape[-1]):
+        from ebwm_kernels.fused import functions
+
+        return functions.rms_norm_beside(x, weight, epsilon, shift)
+    return x, rms_norm(x, weight, epsilon, shift=shift, backend=backend)
+
+
+def _shifted(y: Tensor, shift: Tensor | None) -> Tensor:
+    return y if shift is None else y + shift
+
+
+def swiglu(u: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
     """silu(u) * v elementwise, twice differentiable; u, v of one shape."""
     if torch.compiler.is_compiling() or transforms_active():
         return swiglu_reference(u, v)
+    if u.dtype == v.dtype and runs_fused(backend, u, "swiglu"):
+        from ebwm_kernels.fused import functions
+
+        return functions.swiglu_of(u, v)
     return _SwiGLU.apply(u, v)
 
 
-def swiglu_reference(u: Tensor, v: Tensor) -> Tensor:
-    """The definition, in float32 for half precisions."""
-    wide_u, wide_v = _wide(u, v)
-    return (wide_u * wide_u.sigmoid() * wide_v).to(u.dtype)
+def swiglu_halves(both: Tensor, *, backend: str = "auto") -> Tensor:
+    """`swiglu` of the two halves u and v of one tensor (..., 2 F), as one product gives them."""
+    is_plain = torch.compiler.is_compiling() or transforms_active()
+    if not is_plain and runs_fused(backend, both, "swiglu"):
+        from ebwm_kernels.fused import functions
 
-
-def _swiglu_gradient_reference(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(du, dv) in plain differentiable operations."""
-    g, wide_u, wide_v = _wide(grad, u, v)
-    s = wide_u.sigmoid()
-    grad_u = g * wide_v * s * (1 + wide_u * (1 - s))
-    return grad_u.to(u.dtype), (g * wide_u * s).to(v.dtype)
-
-
-def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+        return functions.swiglu_of(both)
+    return swiglu(*both.chunk(2, -1), backend="reference")
 
 
 def _is_transformed(*cotangents: Tensor) -> bool:
     """Whether a backward is mapped or differentiated forwards, of an operation that was not."""
     return transforms_active() or any(is_mapped(u) for u in cotangents)
-
-
-def _pull_back(
-    function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
-    inputs: tuple[Tensor, Tensor, Tensor],
-    cotangents: tuple[Tensor, ...],
-) -> tuple[Tensor, ...]:
-    """Gradients of the inputs for cotangents of a function in plain operations, last ones."""
-    leaves = [u.detach().requires_grad_() for u in inputs]
-    with torch.enable_grad():
-        outputs = function(*leaves)
-    return torch.autograd.grad(outputs, leaves, cotangents)
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
@@ -135,7 +172,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, epsilon):
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
-        wide, w = _wide(x, weight)
+        wide, w = widened(x, weight)
         return (wide * _inverse_rms(wide, epsilon)).mul_(w).to(x.dtype)
 
     @staticmethod
@@ -145,7 +182,7 @@ class _RMSNorm(torch.autograd.Function):
         with_graph = torch.is_grad_enabled()
         # The closed form has no graph of the weight's gradient, and no batched or dual cotangent.
         if (with_graph and with_weight) or _is_transformed(grad):
-            return *_rms_norm_gradient_reference(grad, x, weight, ctx.epsilon), None
+            return *rms_norm_gradient_reference(grad, x, weight, ctx.epsilon), None
         if not with_graph:
             return *_rms_norm_gradient(grad, x, weight, ctx.epsilon, with_weight=with_weight), None
         return _RMSNormGradient.apply(grad, x, weight, ctx.epsilon), None, None
@@ -165,9 +202,9 @@ class _RMSNormGradient(torch.autograd.Function):
         if _is_transformed(a):
 
             def definition(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor]:
-                return (_rms_norm_gradient_reference(grad, x, weight, ctx.epsilon)[0],)
+                return (rms_norm_gradient_reference(grad, x, weight, ctx.epsilon)[0],)
 
-            return *_pull_back(definition, (grad, x, weight), (a,)), None
+            return *pull_back(definition, (grad, x, weight), (a,)), None
         return *_rms_norm_second(a, grad, x, weight, ctx.epsilon, ctx.needs_input_grad[2]), None
 
 
@@ -175,7 +212,7 @@ class _RMSNormGradient(torch.autograd.Function):
 def _rms_norm_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, *, with_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    g, wide, w = _wide(grad, x, weight)
+    g, wide, w = widened(grad, x, weight)
     r, gx = _inverse_rms(wide, epsilon), g * wide
     grad_weight = _sum_rows(r, gx).to(weight.dtype) if with_weight else None
     along = _mean(gx, w).mul_(r).mul_(r)  # n mean(h n) = x r^2 mean(h x)
@@ -187,7 +224,7 @@ def _rms_norm_second(
     a: Tensor, grad: Tensor, x: Tensor, weight: Tensor, epsilon: float, with_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dg, dx, dw) of a cotangent a on the gradient with respect to x."""
-    g, wide, w, a = _wide(grad, x, weight, a)
+    g, wide, w, a = widened(grad, x, weight, a)
     r, gx, ga = _inverse_rms(wide, epsilon), g * wide, g * a
     a_n = (a * wide).mean(-1, keepdim=True).mul_(r)
     h_n, a_h = _mean(gx, w).mul_(r), _mean(ga, w)
@@ -214,7 +251,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad):
         u, v = ctx.saved_tensors
         if _is_transformed(grad):
-            return _swiglu_gradient_reference(grad, u, v)
+            return swiglu_gradient_reference(grad, u, v)
         return (_SwiGLUGradient.apply if torch.is_grad_enabled() else _swiglu_gradient)(grad, u, v)
 
 
@@ -229,8 +266,8 @@ class _SwiGLUGradient(torch.autograd.Function):
         refuse_graph("swiglu")
         grad, u, v = ctx.saved_tensors
         if _is_transformed(a, b):
-            return _pull_back(_swiglu_gradient_reference, (grad, u, v), (a, b))
-        g, u, v, a, b = _wide(grad, u, v, a, b)
+            return pull_back(swiglu_gradient_reference, (grad, u, v), (a, b))
+        g, u, v, a, b = widened(grad, u, v, a, b)
         a_first = torch.ops.aten.silu_backward(a, u)  # a silu'
         grad_g = F.silu(u).mul_(b).addcmul_(a_first, v)
         s = u.sigmoid()
@@ -244,7 +281,7 @@ class _SwiGLUGradient(torch.autograd.Function):
 
 
 def _swiglu_gradient(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    g, wide_u, wide_v = _wide(grad, u, v)
+    g, wide_u, wide_v = widened(grad, u, v)
     return torch.ops.aten.silu_backward(g * wide_v, wide_u).to(u.dtype), F.silu(wide_u).mul_(g).to(
         v.dtype
     )

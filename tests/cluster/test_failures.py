@@ -71,7 +71,8 @@ def ends_of(jobs, name) -> list[dict]:
     return [row for row in jobs.attempts(name) if row["event"] == "end"]
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("rank", [1, 0])
 def test_kill_9_of_a_slurmd_ends_the_attempt_and_the_requeued_job_finishes_bitwise_equal(
     jobs, unbroken, sweep, rank
 ):

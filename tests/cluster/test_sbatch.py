@@ -126,9 +126,8 @@ def test_scancel_usr1_saves_requeues_and_finishes_bitwise_equal_under_the_same_t
         assert len(folders) == 2 and all(folder.name.endswith(identity) for folder in folders)
 
 
-@pytest.mark.parametrize(
-    "partition, reason", [("main", "SIGUSR1"), pytest.param("harsh", None, marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("partition, reason", [("main", "SIGUSR1"), ("harsh", None)])
 def test_preemption_by_a_higher_partition_saves_requeues_and_finishes_bitwise_equal(
     jobs, limited, unbroken, partition, reason
 ):
@@ -159,6 +158,7 @@ def test_the_time_limit_saves_requeues_and_finishes_bitwise_equal(jobs, limited,
     broken_but_equal(jobs, "limited", limited, one.rows("one"), one.state("one"), reason="SIGUSR1")
 
 
+@pytest.mark.soak
 def test_a_signal_in_start_up_is_no_failure(jobs, unbroken):
     """To one rank, before the model is built; nothing is there to be saved."""
     job = jobs.submit("early", faults="slow@start=1,seconds=3")

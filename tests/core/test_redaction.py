@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ebwm_scale.core.redaction import redacted
+from ebwm_scale.core.redaction import redacted, redacted_error
 
 HIDDEN = {
     "https://me:hunter2@host/a.tar": "https://***@host/a.tar",
@@ -40,6 +40,19 @@ HIDDEN = {
     "pipe:(API_KEY=hunter2 get a.tar)|cat": "pipe:(API_KEY=*** get a.tar)|cat",
     "403, url='https://host/a.tar?sig=hunter2': no": "403, url='https://host/a.tar?sig=***': no",
 }
+ERRORS = {  # what is said of an address: what is shown
+    (
+        "s3://AKIA:hunter2@b/a",
+        'Invalid bucket name "AKIA:hunter2@b"',
+    ): 'Invalid bucket name "***@b"',
+    ("s3://AKIA:hunter2@b/a", "password hunter2 refused"): "password *** refused",
+    ("s3://AKIA:hun%2Fter2@b/a", "AKIA:hun/ter2 and AKIA:hun%2Fter2"): "*** and ***",
+    ("https://hunter2@host/a", "account hunter2, host host"): "account ***, host host",
+    ("https://h/a?sig=hunter2%3D&v=1", "hunter2= is over, v 1"): "*** is over, v 1",
+    ("https://h/a.tar", "403, url='https://me:hunter2@h/'"): "403, url='https://***@h/'",
+    ("/data/a.tar", "no such file /data/a.tar"): "no such file /data/a.tar",
+    ("https://h/v@2/a", "h has no v@2"): "h has no v@2",
+}
 KEPT = [
     "/data/train-000000.tar",
     "s3://bucket/train-{000000..000127}.tar",
@@ -55,6 +68,11 @@ KEPT = [
 def test_secrets_are_hidden_and_the_rest_stays(text):
     assert redacted(text) == HIDDEN[text] and "hunter2" not in redacted(text)
     assert redacted(redacted(text)) == redacted(text)
+
+
+@pytest.mark.parametrize("address, said", ERRORS)
+def test_what_a_library_says_of_an_address_gives_no_part_of_its_secrets_away(address, said):
+    assert redacted_error(ValueError(said), address) == ERRORS[address, said]
 
 
 @pytest.mark.parametrize("text", KEPT)

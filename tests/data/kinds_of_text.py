@@ -8,6 +8,7 @@ import json
 import lzma
 import tarfile
 
+import pandas
 import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
@@ -131,6 +132,11 @@ def write_one_of_everything(folder):
         add(f"tables/c4.json{packing}", values, pack(as_objects(values)))
         values = texts(f"archive {packing}")
         add(f"tars/clips.tar{packing}", values, pack(as_tar(webdataset_members(values))))
+    values = texts("saved by Hugging Face")
+    saved = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "0"}
+    add("saved/data-00000-of-00001.arrow", values, as_arrow_stream(values))
+    (folder / "saved" / "state.json").write_text(json.dumps(saved))
+    (folder / "saved" / "dataset_info.json").write_text("{}")
     values = texts("described")
     described = {f"{i}.json": json.dumps({"text": t}).encode() for i, t in enumerate(values)}
     add("tars/described.tgz", values, PACKERS[".gz"](as_tar(described)))
@@ -138,3 +144,63 @@ def write_one_of_everything(folder):
     members = {"notes/a.md": values[0].encode(), "b.jsonl.gz": gzip.compress(as_lines(values[1:]))}
     add("tars/folder.tar", values, as_tar(members))
     return expected
+
+
+UNPACKERS = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zst": lambda content: (
+        zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True).read()
+    ),
+}
+
+
+def read_independently(name, content):
+    """The texts of a file with pandas, pyarrow and tarfile, and nothing of ours."""
+    stem, _, suffix = name.rpartition(".")
+    if f".{suffix}" in UNPACKERS:
+        return read_independently(stem, UNPACKERS[f".{suffix}"](content))
+    stream = io.BytesIO(content)
+    if suffix in ("txt", "md", "rst"):
+        return [content.decode()]
+    if suffix in ("csv", "tsv"):
+        separator = {"csv": ",", "tsv": "\t"}[suffix]
+        return pandas.read_csv(stream, sep=separator, keep_default_na=False)["text"].tolist()
+    if suffix in ("jsonl", "ndjson", "json"):
+        is_list = content.lstrip().startswith(b"[")
+        table = pandas.read_json(stream, lines=not is_list, convert_dates=False)
+        return table["text"].tolist()
+    if suffix == "parquet":
+        return pandas.read_parquet(stream)["text"].tolist()
+    if suffix == "feather":
+        return pyarrow.feather.read_table(stream)["text"].to_pylist()
+    if suffix == "arrow":
+        return pyarrow.ipc.open_stream(stream).read_all()["text"].to_pylist()
+    assert suffix in ("tar", "tgz"), name
+    return _read_tar_independently(stream)
+
+
+def _read_tar_independently(stream):
+    """Of a clip the caption, else the text of its description; else what a file holds."""
+    with tarfile.open(fileobj=stream) as archive:
+        members = {m.name: archive.extractfile(m).read() for m in archive.getmembers()}
+    found = []
+    for name, content in members.items():
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "mp4" or (suffix == "json" and f"{stem}.txt" in members):
+            continue
+        if suffix == "json":
+            found.append(json.loads(content)["text"])
+        else:
+            found += read_independently(name, content)
+    return found
+
+
+def read_folder_independently(folder):
+    """All texts below a folder."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name not in ("state.json", "dataset_info.json"):
+            found += read_independently(path.name, path.read_bytes())
+    return found

@@ -32,12 +32,15 @@ def brightness_of(picture):
 
 def write(path, frames, *, codec="mpeg4", pix_fmt="yuv420p", stamps=None, setup=None, key_every=10,
           container_options=None, codec_options=None, aspect=None):  # fmt: skip
-    """frames (height, width, 3) at RATE, or at `stamps` (ms); setup(stream): before the first."""
+    """frames (height, width, 3) or av.VideoFrame, at RATE or `stamps` (ms); setup(stream): before
+    the first.
+    """
     import av
 
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=RATE, options=codec_options or {})
-        stream.height, stream.width = frames[0].shape[:2]
+        first = _video_frame(frames[0])
+        stream.height, stream.width = first.height, first.width
         stream.pix_fmt = pix_fmt
         if codec in ("mpeg4", "mpeg2video", "libx264"):
             stream.bit_rate = 4_000_000
@@ -49,12 +52,44 @@ def write(path, frames, *, codec="mpeg4", pix_fmt="yuv420p", stamps=None, setup=
         if setup is not None:
             setup(stream)
         for number, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = _video_frame(picture)
             frame.pts = number if stamps is None else stamps[number]
             frame.time_base = Fraction(1, RATE) if stamps is None else Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def _video_frame(picture):
+    import av
+
+    if isinstance(picture, av.VideoFrame):
+        return picture
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+
+
+def woven(first, second):
+    """An interlaced frame (yuv420p) of two moments: each field has chroma of its own."""
+    import av
+
+    fields = [
+        _video_frame(moment[parity::2]).reformat(format="yuv420p").to_ndarray()
+        for parity, moment in enumerate((first, second))
+    ]
+    height, width = first.shape[:2]
+    planes = []
+    begin = 0
+    for rows, columns in (
+        (height // 2, width),
+        (height // 4, width // 2),
+        (height // 4, width // 2),
+    ):
+        size = rows * columns
+        parts = [field.reshape(-1)[begin : begin + size].reshape(rows, columns) for field in fields]
+        planes.append(np.stack(parts, 1).reshape(-1))
+        begin += size
+    joined = np.concatenate(planes).reshape(height * 3 // 2, width)
+    return av.VideoFrame.from_ndarray(joined, format="yuv420p")
 
 
 def numbered(count, first=0, step=4, **size):

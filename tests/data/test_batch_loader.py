@@ -87,7 +87,11 @@ def test_batches_follow_the_order_and_hold_the_samples(split, reference):
 
 
 @pytest.mark.parametrize(
-    "world_size, micro", [(1, 24), (1, 6), (2, 12), (2, 3), (3, 4), (4, 2), (8, 3), (24, 1)]
+    "world_size, micro",
+    [
+        *((1, 24), (1, 6), (2, 12), (2, 3), (3, 4), (4, 2), (8, 3)),
+        pytest.param(24, 1, marks=pytest.mark.soak),
+    ],
 )
 def test_world_size_and_accumulation_only_cut_the_global_batch(split, reference, world_size, micro):
     assert all(

@@ -14,9 +14,10 @@ import itertools
 from recordings import RATE, damaged, pattern, remux, write
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.prepare.clips import ClipConfig, Video, make_part, read_clips, read_findings
+from ebwm_scale.data.prepare.clips import ClipConfig, make_part, read_clips, read_findings
 from ebwm_scale.data.prepare.decoding import pictures
 from ebwm_scale.data.prepare.findings import Findings, total
+from ebwm_scale.data.prepare.video_sources import Video
 
 KINDS = [
     ("mpeg4", "mp4"),

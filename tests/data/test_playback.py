@@ -10,7 +10,7 @@ pytest.importorskip("av", reason="the package av is not installed")
 
 import itertools
 
-from recordings import RATE, brightness_of, frame_of, numbered, pattern, remux, write
+from recordings import RATE, brightness_of, frame_of, numbered, pattern, remux, woven, write
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.prepare.clips import shown_at
@@ -207,6 +207,79 @@ def test_of_several_videos_one_is_read_and_the_others_are_said(tmp_path):
     path = with_two_streams(tmp_path / "v.mkv", cover_first=True, disposition=0, covers=0, videos=3)
     read, findings = played(path)
     assert len(read) == 20 and findings.phrases() == ["2 other video streams not used"]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_any_of_several_videos_can_be_chosen(tmp_path, number):
+    import av
+
+    path = tmp_path / "v.mkv"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for _ in range(3):
+            stream = container.add_stream("mpeg4", rate=RATE)
+            stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+            streams.append(stream)
+        container.start_encoding()
+        for k, stream in enumerate(streams):
+            for picture in numbered(5, first=60 * k, step=0):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    findings = Findings()
+    read = list(pictures(path, findings, number=number))
+    assert len(read) == 5 and findings.other_streams == 2
+    assert brightness_of(read[0].pixels()) == pytest.approx(60 * number, abs=6)
+    with pytest.raises(DataError, match="has 3 video streams: none of number 3, counted from 0"):
+        list(pictures(path, number=3))
+
+
+@pytest.mark.parametrize(
+    "codec, pix_fmt, suffix, options",
+    [
+        ("mpeg2video", "yuv420p", "ts", {"flags": "+ilme+ildct", "field_order": "tt"}),
+        ("libx264", "yuv420p", "mp4", {"x264-params": "tff=1"}),
+        ("libx264", "yuv420p10le", "mkv", {"x264-params": "bff=1"}),
+    ],
+)
+def test_of_an_interlaced_video_each_picture_shows_one_moment(
+    tmp_path, codec, pix_fmt, suffix, options
+):
+    """Fields of two moments in each frame: what is read is the pattern, not a comb of both."""
+    shown = pattern(96, 160)
+    later = np.roll(shown, 40, 1)
+    frames = [woven(shown, later) for _ in range(5)]
+    comb = frames[0].to_ndarray(format="rgb24")
+    path = write(
+        tmp_path / f"v.{suffix}", frames, codec=codec, pix_fmt=pix_fmt, codec_options=options
+    )
+    read, findings = played(path)
+    assert findings.phrases() == ["5 interlaced pictures of which one field is taken"]
+    for picture in read:
+        assert likeness(picture.pixels(), shown) > 0.97
+    assert likeness(comb, shown) < 0.92
+
+
+def test_everything_at_once_comes_out_as_a_player_shows_it(tmp_path):
+    """Turned, mirrored, stretched, interlaced, 10 bits, at odd times that begin late."""
+    shown = pattern(96, 160)
+    stored = stored_for(shown, 1, True, False)[:, ::2]
+    later = np.roll(stored, 20, 1)
+    stamps = [7000, 7050, 7300, 7330, 8400, 8450]
+    path = write(
+        tmp_path / "v.mp4",
+        [woven(np.ascontiguousarray(stored), np.ascontiguousarray(later))] * 6,
+        codec="libx264",
+        pix_fmt="yuv420p10le",
+        codec_options={"x264-params": "tff=1"},
+        aspect=Fraction(2, 1),
+        stamps=stamps,
+        setup=lambda stream: stream.set_display_rotation(90, hflip=True),
+    )
+    read, findings = played(path)
+    assert findings.phrases() == ["6 interlaced pictures of which one field is taken"]
+    assert [one.begin_s for one in read] == pytest.approx([s / 1000 - 7 for s in stamps])
+    for picture in read:
+        assert likeness(picture.pixels(), shown) > 0.97
 
 
 def audio_only(path, cover=False):

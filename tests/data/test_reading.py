@@ -13,8 +13,6 @@ pytest.importorskip("zstandard", reason="the package zstandard is not installed"
 
 import kinds_of_text as kinds
 import numpy as np
-import pandas
-import pyarrow.dataset
 from kinds_of_text import PACKERS, WRITERS, texts
 
 from ebwm_scale.data.format.manifest import load_manifest
@@ -50,9 +48,11 @@ def test_one_of_everything_is_read_and_nothing_else(everything):
 
 
 def test_a_dataset_of_one_of_everything_holds_every_text_once(everything, tmp_path):
-    """Read back from the blocks: to the tail that fills none, which is at most a block a split."""
-    folder, expected = everything
-    wanted = [text for values in expected.values() for text in values]
+    """Number and hash are those of an independent reading with pandas, pyarrow and tarfile. Read
+    back from the blocks: to the tail that fills none, which is at most a block a split.
+    """
+    folder, _ = everything
+    wanted = kinds.read_folder_independently(folder)
     manifest = make_text_dataset(
         [folder], tmp_path / "out", tokenizer="bytes", context_length=16, report=lambda line: None
     )
@@ -75,35 +75,12 @@ def hash_of_lines(lines):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def read_independently(path):
-    """With pandas, or pyarrow's datasets where pandas has no reader."""
-    suffixes, compression = path.suffixes, "infer"
-    if suffixes[-1] in PACKERS:
-        suffixes = suffixes[:-1]
-    kind = suffixes[-1]
-    if kind in (".csv", ".tsv"):
-        separator = "\t" if kind == ".tsv" else ","
-        table = pandas.read_csv(path, sep=separator, keep_default_na=False, compression=compression)
-        return table["text"].tolist()
-    if kind in (".jsonl", ".ndjson"):
-        return pandas.read_json(path, lines=True, compression=compression)["text"].tolist()
-    if path.suffix == ".parquet":
-        return pandas.read_parquet(path)["text"].tolist()
-    if path.suffix == ".feather":
-        return pyarrow.dataset.dataset(path, format="feather").to_table()["text"].to_pylist()
-    return None
-
-
-def test_tables_hold_what_pandas_and_pyarrow_read_in_them(everything):
-    folder, _ = everything
-    compared = 0
-    for path in sorted((folder / "tables").iterdir()):
-        independent = read_independently(path)
-        if independent is None:
-            continue
-        compared += 1
-        assert texts_in(path) == independent, path.name
-    assert compared == 4 * len(PACKERS) + 2
+def test_each_file_holds_what_pandas_and_pyarrow_read_in_it(everything):
+    folder, expected = everything
+    for name in expected:
+        path = folder / name
+        assert texts_in(path) == kinds.read_independently(path.name, path.read_bytes()), name
+    assert len(expected) == 5 * (3 + len(WRITERS) + 2) + 3
 
 
 def test_saved_datasets_of_hugging_face_are_their_arrow_files(tmp_path):

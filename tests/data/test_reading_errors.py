@@ -1,7 +1,10 @@
 """What cannot be read is one line that says what and where, and nothing is left of it."""
 
 import gzip
+import importlib.machinery
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,14 +128,32 @@ def test_json_that_is_no_text_is_named_and_left_out_of_a_folder(tmp_path):
     ],
 )
 def test_addresses_that_cannot_be_read_are_named_without_their_secrets(url, said, monkeypatch):
-    import importlib.util
     import re
 
-    if url.startswith("s3") and importlib.util.find_spec("s3fs"):
+    if url.startswith("s3"):  # installed or not, loaded by another test or not
+        loaded = pytest.importorskip(
+            "fsspec.registry", reason="the package fsspec is not installed"
+        )
+        monkeypatch.delitem(loaded._registry, "s3", raising=False)
         monkeypatch.setitem(sys.modules, "s3fs", None)
     message = refused(url)
     assert re.search(said.replace("(", "\\("), message), message
     assert "secret" not in message
+
+
+def test_a_library_that_quotes_a_part_of_an_address_gives_no_secret_away(monkeypatch):
+    fsspec = pytest.importorskip("fsspec", reason="the package fsspec is not installed")
+    pytest.importorskip("s3fs", reason="s3:// needs the package s3fs")
+    message = refused("s3://AKIAKEY:hunter2@bucket/a.parquet")  # no name of a bucket to boto
+    assert "cannot be read (ParamValidationError" in message
+    assert "AKIAKEY" not in message and "hunter2" not in message
+
+    def fail(self, path, **options):
+        raise OSError("no login AKIA:hun/ter2 at AKIA:hun%2Fter2")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", fail)
+    message = refused("memory://AKIA:hun%2Fter2@bucket/a.txt")
+    assert "OSError: no login *** at ***" in message
 
 
 def test_missing_credentials_are_one_line(monkeypatch):
@@ -189,6 +210,7 @@ def test_a_filter_that_does_not_fit_the_values_is_refused(tmp_path):
 
 def write_bad_inputs(folder):
     lists(folder / "list.parquet")
+    (folder / "fields.parquet").write_bytes(WRITERS["parquet"](texts("a")))
     (folder / "cut.jsonl.zst").write_bytes(PACKERS[".zst"](kinds.as_lines(texts("a", 50)))[:-5])
     (folder / "cut.txt.gz").write_bytes(gzip.compress(b"text " * 50)[:-5])
     (folder / "empty.jsonl").write_text(json.dumps({"body": "x"}))
@@ -210,6 +232,67 @@ def test_the_tools_say_it_in_one_line_and_leave_nothing(tmp_path, name, tool):
     assert done.returncode == 2 and done.stdout == "", done
     assert len(done.stderr.splitlines()) == 1 and name in done.stderr, done
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def said_by_make_text_shards(arguments, monkeypatch, capsys):
+    """The one line of the tool, in this process; it ends with exit code 2 and leaves nothing."""
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["make_text_shards.py", *map(str, arguments)])
+    tool = importlib.machinery.SourceFileLoader("tool", str(TOOLS / "make_text_shards.py"))
+    spec = importlib.util.spec_from_loader("tool", tool)
+    module = importlib.util.module_from_spec(spec)
+    tool.exec_module(module)
+    assert module.main() == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and len(errors.splitlines()) == 1, errors
+    assert sorted(Path().rglob("*")) == before
+    return errors
+
+
+@pytest.fixture
+def in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    write_bad_inputs(Path("in"))
+
+
+BUILD = ["--output", "out", "--context-length", "16"]
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["in/fields.parquet", "--field", "body"], 'no field "body"; it has id, text'),
+        (["in/list.parquet"], 'its field "text" is list<'),
+        (["in/list.parquet", "--field", "m.p"], 'its field "m.p" is list<'),
+        (["in/cut.jsonl.zst"], "ends in the middle of its .zst data"),
+        (["http://127.0.0.1:9/a.parquet"], "cannot be read"),
+        (["in/cut.txt.gz", "--tokenizer", "code"], "a tokenizer that needs code of its own"),
+    ],
+)
+def test_each_bad_input_is_one_line_of_the_tool(in_a_folder, monkeypatch, capsys, arguments, said):
+    Path("code").mkdir()
+    Path("code", "tokenization_x.py").write_text("raise SystemExit")
+    options = [*BUILD, "--tokenizer", "bytes"]
+    if "--tokenizer" in arguments:
+        options = BUILD
+    assert said in said_by_make_text_shards([*arguments, *options], monkeypatch, capsys)
+
+
+def test_a_real_client_without_credentials_is_one_line(in_a_folder, monkeypatch, capsys):
+    s3fs = pytest.importorskip("s3fs", reason="s3:// needs the package s3fs")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "nowhere")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # never the network
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    arguments = ["s3://bucket/a.parquet", *BUILD, "--tokenizer", "bytes"]
+    said = said_by_make_text_shards(arguments, monkeypatch, capsys)
+    assert "s3://bucket/a.parquet: cannot be read (" in said and "credentials" in said
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_zstandard_windows_of_two_gibibytes_are_allowed():

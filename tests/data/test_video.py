@@ -25,9 +25,10 @@ from ebwm_scale.data.loading.batches import BatchLoader
 from ebwm_scale.data.loading.mixture import open_sources
 from ebwm_scale.data.loading.observation import Observation
 from ebwm_scale.data.prepare import video as video_module
-from ebwm_scale.data.prepare.clips import find_videos, resize_and_crop, shown_at
+from ebwm_scale.data.prepare.clips import resize_and_crop, shown_at
 from ebwm_scale.data.prepare.decoding import pictures
 from ebwm_scale.data.prepare.video import VideoDatasetConfig, make_video_dataset
+from ebwm_scale.data.prepare.video_sources import find_videos
 
 # The clips are decoded in processes of their own, by whichever test comes first.
 pytestmark = pytest.mark.multiprocess
@@ -348,10 +349,10 @@ def test_a_decoder_that_stands_still_is_named_and_ended(videos, tmp_path, monkey
         lambda v, *rest: time.sleep(600) if v.name == "v3.mp4" else real(v, *rest),
     )
     start = time.monotonic()
-    manifest = build(videos, tmp_path / "d", said, validation_fraction=0.3, still_s=2.0)
+    manifest = build(videos, tmp_path / "d", said, validation_fraction=0.3, still_s=6.0)
     assert time.monotonic() - start < 60
     (line,) = [line for line in said if "v3.mp4" in line]
-    assert "skipped: its worker process" in line and "did not move for 2 s" in line
+    assert "skipped: its worker process" in line and "did not move for 6 s" in line
     assert load_manifest(manifest).source["num_skipped"] == 1
 
 

@@ -5,11 +5,22 @@ figures are those of the result files, and the pages build.
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import world_tables
+
+from ebwm_scale.config.load import load_config
+from ebwm_scale.evaluation.seed_interval import seed_interval
+from ebwm_scale.evaluation.width_transfer import (
+    best_loss_table,
+    loss_table,
+    read_rows,
+    transfer_table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "kernels" / "README.md"])
@@ -207,9 +218,9 @@ def readme_row(start):
     return baseline.strip(), energy.strip()
 
 
-def losses_of_heads():
-    """results/worth_text.json: recipe -> the losses of seeds 33, 1 and 2 after the trained step."""
-    rows = json.loads((ROOT / "results" / "worth_text.json").read_text())["rows"]
+def losses_of(study):
+    """Of a study of text: recipe -> the losses of seeds 33, 1 and 2 after the trained step."""
+    rows = json.loads((ROOT / "results" / study).read_text())["rows"]
     losses = {}
     for row in rows:
         losses.setdefault(row["recipe"], []).append(row["losses"][row["trained_steps"]]["mean"])
@@ -218,13 +229,116 @@ def losses_of_heads():
 
 def test_the_page_on_recipes_quotes_the_study_of_heads():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    for recipe, losses in losses_of_heads().items():
-        figures = [*losses, sum(losses) / len(losses)]
-        assert " | ".join(f"{loss:.3f}" for loss in figures) in text, recipe
+    for study in ("worth_text.json", "context_alone.json"):
+        for recipe, losses in losses_of(study).items():
+            figures = [*losses, sum(losses) / len(losses)]
+            assert " | ".join(f"{loss:.3f}" for loss in figures) in text, (study, recipe)
     cost = json.loads((ROOT / "results" / "worth_step_cost.json").read_text())
     ratio = cost["cpu_ratio_to_transformer++"]["linear, bilinear"]
     low, high = min(ratio["runs"]), max(ratio["runs"])
     assert f"costs {ratio['median']:.2f} Transformer++ steps ({low:.2f} to {high:.2f}" in text
+
+
+def test_the_pages_quote_what_the_quick_starts_form_is_worth_and_costs():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    losses = losses_of("context_alone.json")
+    ours, plain = losses["alone-direct"], losses["transformer++"]
+    differences = [a - b for a, b in zip(ours, plain)]
+    mean = statistics.mean(differences)
+    half = 4.3027 * statistics.stdev(differences) / len(differences) ** 0.5  # Student's t, 2
+    assert f"{mean:.3f} higher, with an interval of {mean - half:.3f} to {mean + half:.3f}" in text
+    deeper = statistics.mean(ours) - statistics.mean(losses["transformer++-3"])
+    assert f"ends {deeper:.3f} lower" in text
+    forms = json.loads((ROOT / "results" / "text_forms_cost.json").read_text())["forms"]
+    form = forms["linear, direct; the context alone"]
+    low, high = min(form["cpu_ratios"]), max(form["cpu_ratios"])
+    memory = form["peak_memory_gib"] / forms["transformer++"]["peak_memory_gib"]
+    quoted_cost = f"{form['cpu_ratio']:.2f} Transformer++ steps ({low:.2f} to {high:.2f}"
+    before = forms["two steps through both layers"]["cpu_ratio"]
+    assert f"Two steps through both layers cost {before:.2f}." in text
+    assert quoted_cost in text and f"{memory:.2f} times its memory" in text
+    assert f"at {form['cpu_ratio']:.2f} of its time" in (ROOT / "docs/results.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"a step of it costs {form['cpu_ratio']:.2f} of Transformer++'s" in readme
+    judge = json.loads((ROOT / "results/evaluation/direct/evaluation.json").read_text())
+    rank = judge["energy"]["rank_correlation_with_error"]
+    assert f"{rank['mean']:.3f} [{rank['low']:.3f}, {rank['high']:.3f}]" in text
+    assert f"in {judge['out_of_distribution']['auroc']['mean']:.3f} of pairs" in text
+
+
+def test_the_page_on_recipes_quotes_the_energies_of_several_starts():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in ("direct_noise", "direct_noise_two", "direct_noise_langevin"):
+        path = ROOT / "results" / "evaluation" / name / "evaluation.json"
+        result = json.loads(path.read_text())
+        one, *several = (f"{point['mean']:.3f}" for point in result["starts"])
+        rank = result["energy"]["rank_correlation_with_error"]
+        interval = f"{rank['mean']:.3f} [{rank['low']:.3f}, {rank['high']:.3f}]"
+        assert f"| {one} | {interval} | {', '.join(several)} |" in text, name
+        assert [point["num_starts"] for point in result["starts"]] == [1, 2, 4, 8]
+
+
+def test_the_page_on_recipes_quotes_the_seeds_of_the_studies_base():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    seeds = {}
+    for row in rows_of("quickstart_seeds.jsonl")[1:]:
+        if row["learning_rate"] == 0.006:
+            seeds[row["model"], row["seed"]] = row["validation_loss_per_step"][-1]
+    for model in ("baseline", "energy"):
+        assert " / ".join(f"{seeds[model, seed]:.3f}" for seed in (33, 1, 2)) in text, model
+
+
+def test_the_page_on_recipes_quotes_the_study_of_optimizers():
+    """Its table, made from the rows; that all had the same rates to choose from, and that the quick
+    start has those of the lowest loss.
+    """
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    sys.path.insert(0, str(ROOT / "tools"))
+    from study_optimizers import CONFIGS, NAMES, RATES, TWO_RATES, summary, table
+
+    rows = rows_of("muon.jsonl")
+    found = summary(rows)
+    stored = json.loads((ROOT / "results" / "muon.json").read_text())
+    assert {kind: stored[kind] for kind in found} == found and found.keys() == CONFIGS.keys()
+    for line in table(found)[2:]:
+        assert line in text, line
+    for kind, of_kind in found.items():
+        assert of_kind.keys() - {"cost"} == set(NAMES)
+        for name in NAMES:
+            tuning = {float(rate): loss for rate, loss in of_kind[name]["tuning"].items()}
+            assert name == TWO_RATES or set(RATES) <= set(tuning)
+            assert len(of_kind[name]["seeds"]) == 3
+            assert min(tuning) < of_kind[name]["learning_rate"] < max(tuning)
+        best = min((of_kind[name] for name in NAMES), key=lambda found: found["mean"])
+        assert best is of_kind[TWO_RATES]
+        sizes = ["model.vocabulary_size=2048", "data.context_length=64"]
+        optimizer = load_config(ROOT / "configs" / CONFIGS[kind], sizes).optimizer
+        assert optimizer.name == "muon"
+        for key in ("learning_rate", "muon_learning_rate"):
+            assert getattr(optimizer, key) == best[key], (kind, key)
+    for name in ("adamw", TWO_RATES):
+        ours, plain = (found[kind][name]["seeds"] for kind in ("energy", "baseline"))
+        gap = seed_interval([ours[seed] - plain[seed] for seed in ours])
+        assert "{mean:.3f} [{low:.3f}, {high:.3f}] higher".format(**gap) in text, name
+    assert f"with Muon {gap['mean']:.3f} above it" in (ROOT / "docs/results.md").read_text()
+    costs = [found[kind]["cost"]["cpu_ratio"] for kind in ("energy", "baseline")]
+    ratios = [f"{cost:.2f} times" for cost in costs]
+    assert all(ratio in text for ratio in ratios), ratios
+    for row in rows_of("muon_tries.jsonl")[1:]:
+        assert row["tried"] in text.lower() and row["validation_loss"] > row["without"] - 0.01
+
+
+def test_the_page_on_training_quotes_what_waiting_threads_cost():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "results" / "waiting_threads.json").read_text())
+    for place, start in (("alone", "| alone on two cores |"), ("beside", "| beside two processes")):
+        (row,) = [line for line in text.splitlines() if line.startswith(start)]
+        for policy in ("passive", "active"):
+            seconds = result[place][policy]
+            assert f" {seconds['wall_s']:.1f}, {seconds['cpu_s']:.1f} |" in row, (place, policy)
+    alone, beside = (result[place]["active_over_passive"] for place in ("alone", "beside"))
+    assert f"takes {beside['wall_s']:.2f} times as long and {beside['cpu_s']:.2f} times" in text
+    assert f"takes {alone['wall_s']:.2f} of its time, for {alone['cpu_s']:.2f} times" in text
 
 
 def test_the_page_on_recipes_quotes_the_study_of_candidates():
@@ -258,20 +372,34 @@ def test_the_pages_quote_the_cost_of_candidates():
     assert row in (ROOT / "docs" / "results.md").read_text()
 
 
+def test_the_page_on_width_quotes_its_sweep():
+    text = (ROOT / "docs" / "width.md").read_text(encoding="utf-8")
+    rows = read_rows(ROOT / "results" / "width_transfer.jsonl")
+    seed = rows[0]["seed"]
+    tables = [loss_table(rows, kind, seed) for kind in ("baseline", "energy")]
+    tables += [transfer_table(rows, seed), best_loss_table(rows, seed)]
+    for line in [line for table in tables for line in table]:
+        assert line in text, line
+
+
 def test_the_table_of_the_readme_quotes_its_result_files():
     folder = ROOT / "results"
-    seeds = {}
-    for row in rows_of("quickstart_seeds.jsonl")[1:]:
-        if row["learning_rate"] == 0.006:
-            loss = row["validation_loss_per_step"][-1]
-            seeds[row["model"], row["seed"]] = f"{loss:.3f}"
-    expected = [", ".join(seeds[model, s] for s in (33, 1, 2)) for model in ("baseline", "energy")]
-    assert list(readme_row("text, quick start")) == expected
+    optimizers = json.loads((folder / "muon.json").read_text())
+    for start, name in (("text, quick start", "muon, two rates"), ("the same with", "adamw")):
+        seeds = [optimizers[kind][name]["seeds"].values() for kind in ("baseline", "energy")]
+        expected = [", ".join(f"{loss:.3f}" for loss in losses) for losses in seeds]
+        assert list(readme_row(start)) == expected, start
+    costs = json.loads((folder / "text_forms_cost.json").read_text())["forms"]
+    ratio = costs["linear, direct; the context alone"]["cpu_ratio"]
+    assert readme_row("CPU time") == ("1", f"{ratio:.2f}")
 
     long = json.loads((folder / "evaluation/long/evaluation.json").read_text())
     (trained,) = [p for p in long["steps"] if p["num_steps"] == long["trained_steps"]]
     baseline = json.loads((folder / "evaluation/long_baseline/evaluation.json").read_text())
-    assert readme_row("text, five") == (f"{baseline['loss']['mean']:.3f}", f"{trained['mean']:.3f}")
+    assert readme_row("text, two steps through") == (
+        f"{baseline['loss']['mean']:.3f}",
+        f"{trained['mean']:.3f}",
+    )
 
     video = {}
     for row in json.loads((folder / "quickstart_video/held_out.json").read_text())["rows"]:
@@ -293,24 +421,28 @@ def test_the_table_of_the_readme_quotes_its_result_files():
     expected = [", ".join(right[form, seed] for seed in (33, 1, 2)) for form in forms]
     assert list(readme_row("two look-ups")) == expected
 
-    shallow = losses_of_heads()
-    forms = ("transformer++", "shallow-bilinear")
-    expected = [", ".join(f"{loss:.3f}" for loss in shallow[form]) for form in forms]
-    assert list(readme_row("the same text, one step")) == expected
-    cost = json.loads((folder / "worth_step_cost.json").read_text())
-    ratio = cost["cpu_ratio_to_transformer++"]["linear, bilinear"]["median"]
-    assert readme_row("the same of one step") == ("1", f"{ratio:.2f}")
-
     runs = json.loads((folder / "bench_step_xxs.json").read_text())["runs"]
     plain = "python tools/bench_step.py --compare baseline --threads 2 --steps 7"
     (step,) = [run["result"] for run in runs if run["command"] == plain]
-    assert readme_row("CPU time") == ("1", f"{step['cpu_ratio']:.2f}")
+    assert readme_row("the same of two steps") == ("1", f"{step['cpu_ratio']:.2f}")
 
     (generation,) = json.loads((folder / "bench_generation.json").read_text())["rows"]
     assert readme_row("tokens per second") == (
         f"{generation['baseline']['cached_tokens_per_s']:.1f}",
         f"{generation['energy']['cached_tokens_per_s']:.2f}",
     )
+
+
+def test_the_page_on_exploring_quotes_how_long_a_first_answer_took():
+    text = (ROOT / "docs" / "exploring.md").read_text(encoding="utf-8")
+    runs = json.loads((ROOT / "results" / "explore_first_answer.json").read_text())["runs"]
+    text_shared, text_alone, world = (
+        max(row["first_wall_s"] for row in run["processes"]) for run in runs
+    )
+    assert [run["OMP_NUM_THREADS"] == "1" for run in runs] == [False, True, False]
+    assert f"took at most {text_shared:.2f} s with a thread for each of two cores" in text
+    assert f"and {text_alone:.2f} s with one thread" in text
+    assert f"the world quick start's took at most {world:.2f} s" in text
 
 
 def test_the_page_on_recipes_quotes_the_study_of_further_steps():
@@ -369,6 +501,21 @@ def test_the_page_on_reasoning_quotes_its_studies(family):
         assert with_its_interval(other["fall_of_loss"], 3) in text
 
 
+@pytest.mark.parametrize("family", ["sudoku", "shortest_path"])
+def test_the_page_on_reasoning_quotes_the_looped_runs(family):
+    """One run each, beside the same layers passed once, on the same instances."""
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    name = f"results/reasoning_looped_{family}.json"
+    recipes = json.loads((ROOT / name).read_text())["recipes"]
+    (line,) = [line for line in text.splitlines() if f"`{name}`" in line]
+    looped = {step["num_steps"]: step["solved"]["mean"] for step in recipes["looped-4x4"]["steps"]}
+    (once,) = (step["solved"]["mean"] for step in recipes["transformer++-4"]["steps"])
+    assert f"{looped[4]:.2f} in one run" in line and f"{once:.2f}" in line
+    if family == "sudoku":
+        assert f"{looped[6]:.2f} when passed six times" in line
+    assert all(recipe["seeds"] == ["seed-33"] for recipe in recipes.values())
+
+
 def test_the_page_on_reasoning_quotes_the_studies_of_one_layer():
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
     for family in ("reachability", "sudoku"):
@@ -398,46 +545,106 @@ def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
         assert f"| {cells[0]} | {cells[1]} | `results/reasoning_{family}.json` |" in text
 
 
-def test_the_page_on_imagination_quotes_the_study_of_two_rooms():
+def test_the_page_on_imagination_quotes_the_studies_of_worlds():
+    text = (ROOT / "docs" / "imagination.md").read_text(encoding="utf-8")
+    shown = world_tables.shown
+    rows = world_tables.error_rows() + world_tables.judge_rows() + world_tables.step_rows()
+    rows += world_tables.noise_rows()
+    assert len(rows) > 10
+    for row in rows:
+        assert row in text, row
+    study = world_tables.read("two-rooms.json")
+    assert f"{study['num_windows']} windows of {study['num_episodes']} held-out episodes" in text
+    for name, words in (("minigrid", "{} of {} in MiniGrid"), ("breakout", "{} of {} in Breakout")):
+        other = world_tables.read(f"{name}.json")
+        assert words.format(other["num_windows"], other["num_episodes"]) in text
+        for place in (0, -1):
+            gain = other["recipes"]["energy"]["errors"][place]["gain_over_persistence"]
+            assert shown(gain) in text, (name, place)
+        for told in other["judge_against"]["energy"]["transformer++"]["energy"].values():
+            assert shown(told["auroc"], 2) in text, name
+    for row in world_tables.read("minigrid.json")["against"]["energy"]["transformer++"][2:]:
+        assert shown(row["gain"]) in text
+    breakout = world_tables.read("breakout.json")["recipes"]
+    assert shown(breakout["transformer++"]["errors"][0]["gain_over_shuffled_actions"]) in text
+    used = [row["gain_over_shuffled_actions"]["mean"] for row in breakout["energy"]["errors"]]
+    assert 0.0005 < max(used) < 0.0015
+    energy = study["recipes"]["energy"]
+    for place in (0, -1):
+        assert shown(energy["errors"][place]["gain_over_persistence"]) in text
+    assert len(energy["seeds"]) == 3
+    for judge in ("energy", "energy_above_prediction"):
+        gained = study["judge_against"]["energy"]["transformer++"][judge]["another_action"]
+        assert f"differs by {shown(gained['auroc'], 2)}" in text
+
+
+def signs(values):
+    """Of intervals: +, - or 0 where it is on both sides."""
+    return "".join("+" if v["low"] > 0 else "-" if v["high"] < 0 else "0" for v in values)
+
+
+def test_the_page_on_imagination_says_only_what_the_studies_intervals_say():
+    """Each sentence that is no figure, against the figures that it is about."""
+    for name, actions, against, judges, further_steps in (
+        ("two-rooms", "++++", "-000", "0" * 9, "+--"),
+        ("minigrid", "+++0", "--++", "-" * 9, "00-"),
+        ("breakout", "0++0", "---0", "-" * 9, "+--"),
+    ):
+        study = world_tables.read(f"{name}.json")
+        energy, gains = study["recipes"]["energy"], study["against"]["energy"]["transformer++"]
+        assert len(energy["seeds"]) == 3
+        assert signs(row["gain_over_persistence"] for row in energy["errors"]) == "++++"
+        assert signs(row["gain_over_shuffled_actions"] for row in energy["errors"]) == actions
+        assert signs(row["gain"] for row in gains) == against
+        gained = study["judge_against"]["energy"]["transformer++"].values()
+        assert signs(each["auroc"] for kinds in gained for each in kinds.values()) == judges
+        steps = [step["gain_over_previous"] for step in energy["steps"][1:]]
+        assert signs(steps) == further_steps, name
+    study = world_tables.read("minigrid.json")
+    last = study["recipes"]["transformer++"]["errors"][-1]
+    assert last["gain_over_persistence"]["high"] < 0  # of MiniGrid
+
+
+def test_the_page_on_imagination_quotes_the_study_without_noise():
     text = (ROOT / "docs" / "imagination.md").read_text(encoding="utf-8")
     study = json.loads((ROOT / "results" / "world_rooms.json").read_text())
-
-    def shown(value: dict) -> str:
-        return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-
-    energy, baseline = study["recipes"]["energy"], study["recipes"]["transformer++"]
-    assert f"{study['num_windows']} windows of {study['num_episodes']} held-out episodes" in text
-    for ours, theirs in zip(energy["errors"], baseline["errors"], strict=True):
-        cells = [ours["model"], theirs["model"], ours["persistence"], ours["shuffled_actions"]]
-        row = f"| {ours['horizon']} | {' | '.join(map(shown, cells))} |"
-        assert row in text, row
+    energy = study["recipes"]["energy"]
     for row in study["against"]["energy"]["transformer++"]:
         if row["horizon"] in (1, 4, 8):
-            assert shown(row["gain"]) in text
+            assert world_tables.shown(row["gain"]) in text
     for step in energy["steps"][1:]:
-        assert shown(step["gain_over_previous"]) in text
-    for recipe, judge in (
-        (energy, "energy"),
-        (energy, "prediction_error"),
-        (baseline, "prediction_error"),
-    ):
+        assert world_tables.shown(step["gain_over_previous"]) in text
+    for judge in ("energy", "prediction_error"):
         for kind in ("another_action", "another_time"):
-            of_seeds = [each[judge][kind]["auroc"]["mean"] for each in recipe["judge"]]
+            of_seeds = [each[judge][kind]["auroc"]["mean"] for each in energy["judge"]]
             assert ", ".join(f"{value:.2f}" for value in of_seeds) in text
-    plan = json.loads((ROOT / "results" / "world_plan.json").read_text())
 
-    def short(value: dict) -> str:
-        return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
-    for actor in plan["actors"].values():
-        assert f"| {short(actor['success'])} | {short(actor['nearest_distance'])} |" in text
-    for who, key in (
-        ("random", "nearest_distance"),
-        ("persistence", "nearest_distance"),
-        ("random", "success"),
-        ("against", "success"),
-    ):
-        assert short(plan["gains"][who][key]) in text
+def test_the_page_on_planning_actions_quotes_its_studies():
+    text = (ROOT / "docs" / "planning-actions.md").read_text(encoding="utf-8")
+    rows = world_tables.plan_rows()
+    assert len(rows) >= 6
+    for row in rows:
+        assert row in text, row
+    study = world_tables.read("plan-two-rooms.json")
+    gains = study["gains"]["energy, cem"]
+    for other in ("random", "persistence", "transformer++, cem", "energy, gradient"):
+        for measure in ("success", "nearest_distance"):
+            assert world_tables.shown(gains[other][measure], 2) in text, (other, measure)
+    for other in ("random", "persistence"):  # better than chance
+        assert gains[other]["success"]["low"] > 0 and gains[other]["nearest_distance"]["low"] > 0
+    for gain in gains["transformer++, cem"].values():  # no difference
+        assert gain["low"] < 0 < gain["high"]
+    assert gains["energy, gradient"]["nearest_distance"]["low"] > 0
+    chance = study["gains"]["energy, gradient"]["random"]["success"]
+    assert chance["low"] < 0 < chance["high"] and world_tables.shown(chance, 2) in text
+    seconds = {name: actor["cpu_seconds_per_plan"] for name, actor in study["actors"].items()}
+    assert 0.8 < seconds["energy, gradient"] / seconds["energy, cem"] < 1.2  # equal times
+    assert 4 < seconds["energy, cem"] / seconds["transformer++, cem"] < 6  # a fifth
+    failed = world_tables.read("plan-minigrid.json")["actors"]
+    for name in ("energy, cem", "transformer++, cem", "random"):
+        assert world_tables.shown(failed[name]["success"], 2) in text
+    assert f"{failed['energy, cem']['nearest_distance']['mean']:,.0f} away" in text
     far = json.loads((ROOT / "results" / "world_plan_far.json").read_text())["actors"]
     assert f"{far['against']['success']['mean']:.2f} of {len(far['model']['episodes'])}" in text
     assert f"the energy model {far['model']['success']['mean']:.2f}" in text

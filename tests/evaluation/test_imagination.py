@@ -122,7 +122,7 @@ def test_errors_of_what_learns_nothing_are_those_of_its_definition(world):
         assert row[name]["mean"] == pytest.approx(expected, rel=1e-5)
     assert [row["num_steps"] for row in result["steps"]] == [1, 2, 3, 4]
     assert result["steps"][1]["error"] == pytest.approx(result["errors"][0]["model"])
-    assert set(result["judge"]) == {"energy", "prediction_error"}
+    assert set(result["judge"]) == {"energy", "energy_above_prediction", "prediction_error"}
 
 
 def test_another_model_of_other_data_is_refused(world, tmp_path):
@@ -150,6 +150,11 @@ def test_intervals_draw_whole_episodes():
     assert found["mean"] == pytest.approx(np.mean(lower))
     assert found["low"] < found["mean"] < found["high"]
     assert clusters.auroc_ci(real, real + 100, names)["low"] == 1
+    own, draws = clusters.auroc_draws([real], [wrong], names)  # of one seed: the same
+    assert own.tolist() == [found["mean"]]
+    assert np.quantile(draws, 0.025) == pytest.approx(found["low"])
+    own, draws = clusters.auroc_draws([real, real], [real + 100, real - 100], names)
+    assert own.tolist() == [1, 0] and set(draws.round(9)) == {0, 0.5, 1}  # seeds are drawn too
 
 
 def test_pixels_are_measured_against_the_frames_themselves(world):

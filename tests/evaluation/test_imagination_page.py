@@ -153,8 +153,16 @@ def test_a_study_compares_recipes_over_seeds_on_the_same_windows(world, monkeypa
     found = json.loads(output.read_text())
     assert found["missing"] == ["late"] and found["horizons"] == [1, 3]
     energy, base = found["recipes"]["energy"], found["recipes"]["base"]
-    assert energy["seeds"] == ["a", "b"] and base["steps"] == [] and len(energy["judge"]) == 2
-    assert "energy" in energy["judge"][0] and "energy" not in base["judge"][0]
+    assert energy["seeds"] == ["a", "b"] and base["steps"] == []
+    assert set(energy["judge"]) - set(base["judge"]) == {"energy", "energy_above_prediction"}
+    for judge, kinds in energy["judge"].items():
+        for kind, told in kinds.items():
+            gained = found["judge_against"]["energy"]["base"][judge][kind]
+            for measure in ("auroc", "within_a_context"):
+                value, gain = told[measure], gained[measure]
+                assert len(value["seeds"]) == 2 and value["low"] <= value["mean"] <= value["high"]
+                theirs = base["judge"]["prediction_error"][kind][measure]["mean"]
+                assert gain["mean"] == pytest.approx(value["mean"] - theirs, abs=1e-6)
     for number, row in enumerate(base["errors"]):  # fresh, it copies the last frame
         assert row["model"]["mean"] == pytest.approx(row["persistence"]["mean"], rel=1e-5)
         ours = energy["errors"][number]["model"]["mean"]

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from training.training_runs import TINY, dataset  # noqa: F401
+from training_runs import TINY, dataset  # noqa: F401
 
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.evaluation.scaling_laws import collect, compare, iso_flop
+from ebwm_scale.evaluation.scaling_tables import difference_table, rate_table
 from ebwm_scale.reporting.scaling_page import analyse, render, sentences
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,12 +259,61 @@ def test_the_committed_studies_say_what_the_documentation_says(tmp_path):
         for cell, values in losses.items():
             assert f"{np.mean(values):.3f}" in document, (path.name, *cell)
         for fit in analyse(study)["fits"]:
-            for form in ("transformer++", "anchored"):
+            for form in fit["forms"].keys() - {"released"}:  # whose slope means nothing in text
                 exponent = fit["forms"][form]["exponent"]
                 assert (
                     f"{exponent['mean']:.4g} [{exponent['low']:.4g}, {exponent['high']:.4g}]"
                     in document
                 ), (path.name, fit["what"], form)
+
+
+def test_the_documentation_has_the_tables_of_the_study_of_text():
+    """As `scaling_study.py tables` prints them; and every run had the best rate that was found."""
+    document = (ROOT / "docs" / "scaling.md").read_text()
+    result = ROOT / "results" / "scaling" / "text.json"
+    study = json.loads(result.read_text())
+    printed = tool("tables", result)
+    for line in printed.splitlines():
+        assert line in document, line
+    names = ("scaling_text_rates.json", "scaling_text_rates_narrow.json")
+    rates = [json.loads((ROOT / "results" / name).read_text()) for name in names]
+    for line in rate_table(rates):
+        assert line in document, line
+    tried = [run for rate in rates for run in rate["runs"]]
+    for run in study["runs"]:
+        of_cell = [t for t in tried if (t["form"], t["point"]) == (run["form"], run["point"])]
+        best = min(of_cell, key=lambda tried: tried["loss"])
+        assert run["learning_rate"] == best["learning_rate"]
+        others = [other["learning_rate"] for other in of_cell]
+        assert min(others) < best["learning_rate"] < max(others)
+
+
+def test_tables_of_what_is_no_study_are_one_line(tmp_path):
+    (tmp_path / "r.json").write_text("{}")
+    said = tool("tables", tmp_path / "r.json", expect=2)
+    assert "not a result of" in said and said.count("\n") == 1
+
+
+def test_a_table_of_differences_is_paired_by_seed():
+    """Seeds that share what they deviate by have no interval to speak of."""
+    laws = {"transformer++": (9.0, 0.10), "energy": (9.9, 0.10)}
+    study = {"runs": rows(laws, paired=0.2)}
+    for run in study["runs"]:
+        if run["form"] == "energy":
+            run["loss"] += 0.5 - run["loss"] + reference_of(study, run)
+    lines = difference_table(study)
+    assert lines[0] == "|  | energy |" and len(lines) == 2 + len(SIZES)
+    assert all("+0.500 [+0.500, +0.500]" in line for line in lines[2:])
+
+
+def reference_of(study, run):
+    (loss,) = [
+        other["loss"]
+        for other in study["runs"]
+        if other["form"] == "transformer++"
+        and (other["point"], other["seed"]) == (run["point"], run["seed"])
+    ]
+    return loss
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path):

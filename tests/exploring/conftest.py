@@ -1,76 +1,78 @@
-"""Small runs for an explorer: untrained energy models and Transformer++, of text and of mazes."""
+"""Runs by name, and the explorer that a command line opens on them."""
 
 import argparse
-import random
 
 import pytest
-import torch
+from explored_runs import (
+    frame_model_of,
+    model_of,
+    task_dataset,
+    text_dataset,
+    video_dataset,
+    world_dataset,
+)
 
 from ebwm_scale import explore
-from ebwm_scale.config.load import config_from_dict
-from ebwm_scale.data.format.manifest import load_manifest
-from ebwm_scale.data.prepare.reasoning.dataset import make_reasoning_dataset
-from ebwm_scale.data.prepare.text import make_text_dataset
-from ebwm_scale.training.preflight import fill_from_data
-from ebwm_scale.world_model import WorldModel
-
-LENGTH = 16
 
 
 @pytest.fixture(scope="session")
 def text_manifest(tmp_path_factory):
-    """Every byte is a token."""
-    folder, generator = tmp_path_factory.mktemp("text"), random.Random(0)
-    (folder / "corpus").mkdir()
-    for number in range(3):
-        words = (generator.choice(["abc", "def", "gh", "ij"]) for _ in range(300))
-        (folder / "corpus" / f"{number}.txt").write_text(" ".join(words))
-    return make_text_dataset(
-        [folder / "corpus"],
-        folder / "d",
-        tokenizer="bytes",
-        context_length=LENGTH,
-        report=lambda _: None,
-    )
+    return text_dataset(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")
 def maze_manifest(tmp_path_factory):
-    (manifest,) = make_reasoning_dataset(
-        "reachability",
-        tmp_path_factory.mktemp("tasks") / "mazes",
-        sizes=[3],
-        num_train=4,
-        num_validation=6,
-        report=lambda line: None,
-    )
-    return manifest
+    return task_dataset(tmp_path_factory.mktemp("tasks"), "reachability", 3)
 
 
-def model_of(manifest, *, seed=0, **model):
-    torch.manual_seed(seed)
-    sizes = {"num_layers": 1, "width": 24, "num_heads": 2, "predicted_input": "anchored"}
-    config = config_from_dict(
-        {
-            "model": {**sizes, **model},
-            "state": {"initial": "random_noise"},
-            "refinement": {"step_size": 3.0, "num_steps": 3},
-            "data": {"manifest": str(manifest)},
-        }
-    )
-    config = fill_from_data(config, load_manifest(manifest))
-    return WorldModel(config).eval(), config
+@pytest.fixture(scope="session")
+def hops_manifest(tmp_path_factory):
+    return task_dataset(tmp_path_factory.mktemp("hops"), "hops", 4)
+
+
+@pytest.fixture(scope="session")
+def world_manifest(tmp_path_factory):
+    return world_dataset(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def buttons_manifest(tmp_path_factory):
+    return world_dataset(tmp_path_factory.mktemp("buttons"), discrete=True)
+
+
+@pytest.fixture(scope="session")
+def video_manifest(tmp_path_factory):
+    return video_dataset(tmp_path_factory.mktemp("video"))
+
+
+class Runs(dict):
+    """Runs by a name that stands for a run folder, each made when it is first asked for."""
+
+    def __missing__(self, name):
+        if callable(self.makers.get(name)):
+            self[name] = self.makers[name]()
+            return self[name]
+        raise KeyError(name)
 
 
 @pytest.fixture
-def runs(monkeypatch, text_manifest, maze_manifest):
-    """Models by a name that stands for a run folder; a test may add others."""
-    known = {
-        "text": model_of(text_manifest),
-        "second": model_of(text_manifest, seed=1),
-        "plain": model_of(text_manifest, seed=2, kind="baseline"),
-        "mazes": model_of(maze_manifest),
-        "plain_mazes": model_of(maze_manifest, seed=2, kind="baseline"),
+def runs(monkeypatch, request):
+    """A test may add others."""
+    known = Runs()
+    of = request.getfixturevalue
+    known.makers = {
+        "text": lambda: model_of(of("text_manifest")),
+        "second": lambda: model_of(of("text_manifest"), seed=1),
+        "plain": lambda: model_of(of("text_manifest"), seed=2, kind="baseline"),
+        "mazes": lambda: model_of(of("maze_manifest")),
+        "mazes_with_workspace": lambda: model_of(of("maze_manifest"), workspace=6),
+        "plain_mazes": lambda: model_of(of("maze_manifest"), seed=2, kind="baseline"),
+        "hops": lambda: model_of(of("hops_manifest")),
+        "world": lambda: frame_model_of(of("world_manifest")),
+        "plain_world": lambda: frame_model_of(of("world_manifest"), seed=2, kind="baseline"),
+        "buttons": lambda: frame_model_of(of("buttons_manifest")),
+        "video": lambda: frame_model_of(of("video_manifest")),
+        "plain_video": lambda: frame_model_of(of("video_manifest"), seed=2, kind="baseline"),
     }
     monkeypatch.setattr(explore, "load_checkpoint", lambda path, device: known[str(path)])
     return known

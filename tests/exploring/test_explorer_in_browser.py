@@ -69,8 +69,11 @@ def page(browser):
     opened.on("console", lambda message: problems.append(message.text))
     opened.on("pageerror", lambda error: problems.append(str(error)))
     opened.on("request", lambda request: _check_host(request.url, problems))
+    opened.expected = []
     yield opened
     context.close()
+    for said in opened.expected:
+        problems = [problem for problem in problems if said not in problem]
     assert problems == []
 
 
@@ -91,7 +94,7 @@ def test_a_prompt_is_typed_and_its_steps_looked_at(page, address, tmp_path):
     page.goto(address("text", "--against", "plain", "--max-new", "3"))
     page.get_by_label("Prompt", exact=True).fill("abc <b>")
     page.get_by_role("button", name="Think").click()
-    page.wait_for_selector("[data-position]")
+    page.wait_for_selector("[data-position]:visible")
     assert page.locator("[data-position]:visible").count() == 1
     before = table_of(page)
 
@@ -102,6 +105,8 @@ def test_a_prompt_is_typed_and_its_steps_looked_at(page, address, tmp_path):
     slider.focus()
     page.keyboard.press("Home")
     assert "before the first step" in said.inner_text() and table_of(page) != before
+    here = page.locator("[data-position]:visible .plane .mark.now")
+    assert here.get_attribute("data-mark") == "0"  # on the path in the plane of energies
     page.keyboard.press("End")
     assert "one more than asked for" in said.inner_text()
     page.keyboard.press("ArrowLeft")
@@ -145,17 +150,19 @@ def test_a_prompt_is_typed_and_its_steps_looked_at(page, address, tmp_path):
     assert table_of(page) != now
 
 
-@pytest.mark.parametrize("name", ["text", "mazes"])
+OTHERS = {
+    "text": ("--against", "plain", "--prompt", "abc " * 9),
+    "mazes": ("--against", "plain_mazes"),
+    "hops": (),
+    "world": ("--against", "plain_world", "--num-starts", "2", "--budget", "6"),
+    "video": ("--against", "plain_video"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_pages_fit_small_and_large_screens_and_both_colours(name, page, opened, tmp_path):
     path = Path(tmp_path / "page.html")
-    words = (
-        name,
-        "--against",
-        "plain" if name == "text" else "plain_mazes",
-        "--prompt",
-        "abc " * 9,
-    )
-    path.write_text(opened(*words).page(served=False))
+    path.write_text(opened(name, *OTHERS[name]).page(served=False))
     page.goto(path.as_uri())
     grounds = set()
     for width in (1280, 400):
@@ -167,6 +174,10 @@ def test_pages_fit_small_and_large_screens_and_both_colours(name, page, opened, 
     assert len(grounds) == 2
     unnamed = "[...document.querySelectorAll('svg[role=img]')].filter((e) => !e.ariaLabel).length"
     assert page.evaluate(unnamed) == 0
+    unlabelled = "[...document.images].filter((e) => !e.hasAttribute('alt')).length"
+    assert page.evaluate(unlabelled) == 0
+    broken = "[...document.images].filter((e) => e.complete && !e.naturalWidth).length"
+    assert page.evaluate(broken) == 0
 
 
 def test_instances_of_a_task_are_stepped_through(page, address):
@@ -183,3 +194,89 @@ def test_instances_of_a_task_are_stepped_through(page, address):
     pictures = page.locator("figure.state")
     playwright.expect(pictures).to_have_count(5, timeout=TIMEOUT_MS)  # 1, 2 and 3 steps
     assert "Instance 2 of 4" in page.locator("main").inner_text()
+
+    # The states one at a time, by keyboard, and another shade.
+    slider = page.get_by_label("moment", exact=True)
+    large = page.locator(".large.state:visible use")
+    slider.focus()
+    page.keyboard.press("Home")
+    assert large.get_attribute("href") == "#panel0"
+    page.keyboard.press("ArrowRight")
+    assert large.get_attribute("href") == "#panel1" and large.count() == 1
+    shade = page.locator("figure.state .shade.energy").first
+    assert not shade.is_visible()
+    page.get_by_label("its own energy").check()
+    assert shade.is_visible() and not page.locator("figure.state .shade.chance").first.is_visible()
+
+
+def shown_images(root):
+    """The pictures of a reel that can be seen."""
+    return [image.get_attribute("src") for image in root.locator("img:visible").all()]
+
+
+def test_a_world_is_looked_at_acted_in_and_planned(page, address, tmp_path):
+    page.goto(address("world", "--against", "plain_world", "--budget", "6"))
+    reel = page.locator(".start .reel").first
+    slider = reel.locator("input[type=range]")
+    said = reel.locator("output")
+    assert "after step 3, energy" in said.inner_text()
+    before = shown_images(reel)
+    slider.focus()
+    page.keyboard.press("Home")
+    assert "before the first step, energy" in said.inner_text()
+    first = shown_images(reel)
+    assert first != before and len(first) == len(before) == 3  # candidate, difference, truth
+    assert first[2] == before[2]
+
+    # An action is chosen by keyboard, and its film moves.
+    panel = page.locator("[data-panel=action]:visible")
+    assert panel.count() == 1
+    heading = panel.locator("h4").inner_text()
+    page.locator("input[name=shown_action]:checked").focus()
+    page.keyboard.press("ArrowLeft")
+    assert panel.count() == 1 and panel.locator("h4").inner_text() != heading
+    film = panel.locator("input[type=range]")
+    still = shown_images(panel)
+    film.focus()
+    page.keyboard.press("End")
+    assert shown_images(panel) != still
+
+    # A plan played as a film: it ends by itself.
+    plan = page.locator(".reel").last
+    plan.locator(".play").click()
+    last = plan.locator("input[type=range]").get_attribute("max")
+    playwright.expect(plan.locator("input[type=range]")).to_have_value(last, timeout=TIMEOUT_MS)
+    assert f"{last} ahead" in plan.locator("output").inner_text()
+
+    # Another action, typed, and the next episode.
+    page.get_by_label("an action of your own").fill("1 0.5")
+    page.get_by_role("button", name="Next episode").click()
+    playwright.expect(page.get_by_text("episode 1 of 0 to")).to_be_visible(timeout=TIMEOUT_MS)
+    assert "yours: 1, 0.5" in page.locator(".pad").inner_text()
+    page.set_viewport_size({"width": 400, "height": 900})
+    assert fits(page)
+
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Save this page").click()
+    saved = tmp_path / "saved.html"
+    waiting.value.save_as(saved)
+    page.context.set_offline(True)
+    page.goto(saved.as_uri())
+    assert page.locator("form").count() == 0
+    reel = page.locator(".start .reel").first
+    now = shown_images(reel)
+    reel.locator("input[type=range]").focus()
+    page.keyboard.press("Home")
+    assert shown_images(reel) != now
+
+
+def test_hostile_fields_of_a_world_stay_text(page, address):
+    page.goto(address("world", "--budget", "6"))
+    page.get_by_label("an action of your own").fill("<img src=x onerror=alert(1)>")
+    with page.expect_response(lambda response: response.request.method == "POST") as waiting:
+        page.get_by_role("button", name="Think").click()
+    assert waiting.value.status == 400
+    alert = page.get_by_role("alert")
+    playwright.expect(alert).to_contain_text("the action is", timeout=TIMEOUT_MS)
+    assert page.locator("img[src=x]").count() == 0
+    page.expected.append("400 (Bad Request)")  # which Chromium tells its console

@@ -47,6 +47,21 @@ def test_a_mistake_keeps_what_was_typed(client):
     assert saved.status_code == 400 and "content-disposition" not in saved.headers
 
 
+def test_pages_of_a_world_are_served_and_guarded_in_the_same_way(opened):
+    app = server.application(opened("world", "--budget", "6"), TOKEN)
+    client = testclient.TestClient(app, base_url="http://127.0.0.1:8000")
+    assert "The next frame, step by step" in client.get(f"/{TOKEN}/").text
+    saved = client.post(f"/{TOKEN}/export", data={"number": "1", "num_ahead": "1"})
+    assert saved.headers["content-disposition"] == 'attachment; filename="explored.html"'
+    assert "<form" not in saved.text and "episode 1 of 0 to" in saved.text
+    hostile = {"action": "<script>alert(1)</script>\x00", "number": "<b>"}
+    refused = client.post(f"/{TOKEN}/", data=hostile)
+    assert refused.status_code == 400 and 'role="alert"' in refused.text
+    assert "<script>alert" not in refused.text and "\x00" not in refused.text
+    assert client.get("/other/").status_code == 403
+    assert client.get(f"/{TOKEN}/", headers={"host": "evil.example"}).status_code == 400
+
+
 @pytest.mark.parametrize("path", ["/", "/other/", "/other/export", f"/{TOKEN[:-1]}/", "/é/"])
 def test_another_token_is_refused(client, path):
     for answer in (client.get(path), client.post(path, data={"prompt": "abc"})):

@@ -167,10 +167,11 @@ def test_thinking_options_reach_the_model(text, use, capsys, tmp_path):
     assert (
         code == 0 and "1.00 steps per token" in err
     )  # a tolerance that no step exceeds: everything stops after the first
-    assert (
-        "6.00 steps per token"
-        in run(capsys, "--prompt", "abc", "--max-new", 3, "--num-steps", 6)[2]
-    )
+    err = run(capsys, "--prompt", "abc", "--max-new", 3, "--num-steps", 6)[2]
+    assert "6.00 steps per token" in err
+    assert "--num-steps 6: trained were 2, and further ones may make predictions worse" in err
+    err = run(capsys, "--prompt", "abc", "--max-new", 3, "--num-steps", 2)[2]
+    assert "trained were" not in err
 
 
 @pytest.mark.parametrize("name", ["c.png", "c.gif", "c.mp4"])

@@ -36,6 +36,25 @@ CASES = {
     "adaln": {"model": {"vocabulary_size": 31, "conditioning": "adaln"}},
     "predicted_only": {"model": {"vocabulary_size": 31, "conditioning": "predicted_only"}},
     "grouped": {"model": {"vocabulary_size": 31, "num_kv_heads": 2}},
+    "qk_norm": {
+        "model": {
+            "vocabulary_size": 31,
+            "num_kv_heads": 2,
+            "qk_norm": True,
+            "logit_softcap": 0.8,
+            "conditioning": "adaln",
+        }
+    },
+    "no own keys": {
+        "model": {
+            "vocabulary_size": 31,
+            "num_kv_heads": 2,
+            "qk_norm": True,
+            "own_keys": False,
+            "conditioning": "adaln",
+            "energy_head": ["linear", "direct"],
+        }
+    },
     "logits": TEXT | {"refinement": {"update": "logits"}},
     "mirror": TEXT | {"refinement": {"update": "mirror"}, "state": {"initial": "zeros"}},
     "heads": {
@@ -51,7 +70,7 @@ CASES = {
             "conditioning": "time_embed",
             "predicted_input": "anchored",
             "predicted_layers": 2,
-            "energy_head": ["bilinear", "context"],
+            "energy_head": ["bilinear", "direct", "context"],
         }
     },
     "encoded again": TEXT | {"refinement": {"reencode": "all", "num_steps": 3}},
@@ -157,6 +176,9 @@ def model_of(case, **changes):
     model = WorldModel(config_from_dict(sections)).double().eval()
     for p in model.parameters():  # away from zeros and ones, so that nothing is equal by accident
         p.data += 0.05 * torch.randn_like(p) if p.ndim > 1 else 0
+    for name, p in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            p.data += 0.2 * torch.randn_like(p)
     return model
 
 

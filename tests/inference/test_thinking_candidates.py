@@ -15,6 +15,7 @@ from ebwm_scale.inference.thinking import ThinkingConfig, think
 from ebwm_scale.refinement.loop import MIN_STEP_SIZE
 
 K = 5
+STEP_SIZES = {"probabilities": 4.0, "logits": 5.0, "mirror": 1.0}
 
 
 def problem(update="mirror", initial="random_noise"):
@@ -28,7 +29,7 @@ def problem(update="mirror", initial="random_noise"):
                 "candidates": K,
                 "num_steps": 3,
                 "update": update,
-                "step_size": 8.0 if update == "probabilities" else 30.0,
+                "step_size": STEP_SIZES[update],
             },
             "state": {"initial": initial},
         }
@@ -76,6 +77,7 @@ def masked(model, observed, config):
         first_mask = torch.zeros_like(mask).scatter_(-1, places, True)
         next_mask = torch.where(mask.all(-1, keepdim=True), first_mask, mask)
         after = energy_of(proposal, next_mask)
+        assert ((after - before).abs() > 1e-7)[active].all(), "rounding would decide"
         taken = active.clone()
         if config.accept_only_if_lower:
             taken &= after < before

@@ -39,7 +39,7 @@ CASES = [  # B, H, H_kv, S, C, d, offset, own, causal
 ]
 LONG = [
     Case(1, 1, 1, 200, 200, 64),
-    Case(1, 1, 1, 257, 257, 128),
+    pytest.param(Case(1, 1, 1, 257, 257, 128), marks=pytest.mark.soak),
     Case(1, 1, 1, 257, 257, 16, 0, False),
 ]
 SMALL, SMALL_PLAIN = Case(2, 4, 2, 7, 9, 16, 2), Case(2, 4, 2, 7, 9, 16, 2, False)
@@ -88,7 +88,11 @@ def test_large_scores_and_a_large_common_key_keep_the_gradients(case, backend):
         assert max(map(relative_error, ours, plain)) < 1e-10, options
 
 
-@BOTH
+@pytest.mark.parametrize(
+    "case",
+    [SMALL, pytest.param(SMALL_PLAIN, marks=pytest.mark.soak)],
+    ids=["energy", "causal"],
+)
 def test_gradcheck_and_gradgradcheck(case, backend):
     """Context of energy_attention included: it is differentiable twice with respect to all five."""
     case = case._replace(B=1, H=2, H_kv=1, S=3, C=4, offset=1)
@@ -246,6 +250,7 @@ def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkey
 
 
 @INTERPRETED
+@pytest.mark.soak
 def test_every_tile_of_the_table_computes_the_same(monkeypatch):
     """The tiles that GPUs get, in the interpreter: sizes that are no multiple of them, heads that
     share keys.
@@ -262,15 +267,21 @@ def test_every_tile_of_the_table_computes_the_same(monkeypatch):
             monkeypatch.setattr(
                 launches,
                 "tile_for",
-                lambda kernel, a, d, dtype, keys: attention_tuning.tile_for(
-                    kernel, a, d, torch.bfloat16, keys
+                lambda kernel, a, d, dtype, *rest: attention_tuning.tile_for(
+                    kernel, a, d, torch.bfloat16, *rest
                 ),
             )
             check(case, "triton")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@BOTH
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.soak), torch.float16]
+)
+@pytest.mark.parametrize(
+    "case",
+    [SMALL, pytest.param(SMALL_PLAIN, marks=pytest.mark.soak)],
+    ids=["energy", "causal"],
+)
 def test_low_precision_is_as_near_to_float64_as_pytorch_math_of_the_same_dtype(
     case, backend, dtype
 ):

@@ -15,7 +15,7 @@ from ebwm_kernels import observed_attention as function
 from ebwm_kernels.attention import packed_documents
 from ebwm_kernels.attention.causal import causal_attention_definition
 from ebwm_scale.config.load import config_from_dict
-from ebwm_scale.model import blocks
+from ebwm_scale.model import attention_paths
 
 module = sys.modules["ebwm_kernels.attention.first_order"]
 
@@ -229,11 +229,11 @@ def test_groups_that_do_not_divide_are_refused():
 def test_a_run_says_which_path_computes_its_documents(monkeypatch):
     config = config_from_dict({"model": {"size": "4xs"}}).model
     gpu, half = torch.device("cuda"), torch.bfloat16
-    monkeypatch.setattr(blocks, "resolve_backend", lambda *_: "triton")
-    monkeypatch.setattr(blocks, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(attention_paths, "resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr(attention_paths, "why_not_triton", lambda *_: None)
 
     def path(**options) -> str:
-        return blocks.attention_paths(config, gpu, half, **options)["observed"]
+        return attention_paths.attention_paths(config, gpu, half, **options)["observed"]
 
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
     assert path() == "flash_attn"

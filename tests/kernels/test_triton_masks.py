@@ -222,7 +222,10 @@ def test_rows_without_any_key_give_zeros_and_no_nan(own):
         assert (normalizer[:, :, 2:] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("own, group", [(False, 1), (True, 1), (True, 4)])
+@pytest.mark.parametrize(
+    "own, group",
+    [(True, 1), *(pytest.param(*case, marks=pytest.mark.soak) for case in ((False, 1), (True, 4)))],
+)
 def test_tiles_that_no_row_sees_are_not_read(own, group):
     """The first document, and what comes after the rows that are looked at, hold NaN."""
     case = Case(96, 96, group, group, own=own, first="window")

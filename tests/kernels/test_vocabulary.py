@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ebwm_kernels.vocabulary import autograd as vocabulary
+from ebwm_kernels.vocabulary import softmax_cross_entropy
 from ebwm_kernels.vocabulary.api import vocabulary_descend_reference, vocabulary_embed_reference
 from ebwm_kernels.vocabulary.autograd import (
     vocabulary_cross_entropy,
@@ -22,7 +23,7 @@ ROWS, V, D = 11, 23, 6
 
 @pytest.fixture(params=[1, 4, 1000], ids=lambda rows: f"chunks_of_{rows}_rows")
 def chunk_rows(request, monkeypatch):
-    monkeypatch.setattr(vocabulary, "CHUNK_BYTES", 4 * V * request.param)
+    monkeypatch.setattr(softmax_cross_entropy, "CHUNK_BYTES", 4 * V * request.param)
 
 
 def problem(dtype=torch.float64):
@@ -54,6 +55,13 @@ def reference_loss(x, weight, hidden, targets, update, clamps=NO_CLAMPS):
     return F.cross_entropy(state, targets, ignore_index=IGNORE), state.detach()
 
 
+def z_loss(x, weight, hidden, targets, update, clamps):
+    """The mean of logsumexp^2 over the rows that count, in plain autograd."""
+    moves = moving(x, x.softmax(-1), update)
+    state = vocabulary_descend_reference(weight, hidden, **moves, clamps=clamps)
+    return state.logsumexp(-1)[targets != IGNORE].square().mean()
+
+
 def loss_of(operation, p, weight, hidden, targets):
     if operation == "descend":
         return vocabulary_descend(weight, hidden, targets, probabilities=p)[1]
@@ -68,15 +76,27 @@ def assert_close(ours, plain):
 @pytest.mark.parametrize("keep_state", [False, True])
 @pytest.mark.parametrize(
     "clamps",
-    [NO_CLAMPS, Clamps(0.05, None), Clamps(None, 1.0), Clamps(0.3, 0.9)],
-    ids=["free", "change", "state", "both"],
+    [NO_CLAMPS, Clamps(0.05, None), Clamps(None, 1.0), Clamps(0.3, 0.9), Clamps(0.3, 2.0, 1.5)],
+    ids=["free", "change", "state", "both", "soft"],
 )
-def test_descend_and_score_equal_plain_autograd(chunk_rows, update, keep_state, clamps):
+@pytest.mark.parametrize("z_weight", [0.0, 0.1])
+def test_descend_and_score_equal_plain_autograd(chunk_rows, update, keep_state, clamps, z_weight):
     x, p, weight, hidden, targets, _ = problem()
+    z_sum = torch.ones((), dtype=torch.float64)
     state, loss = vocabulary_descend(
-        weight, hidden, targets, **moving(x, p, update), keep_state=keep_state, clamps=clamps
+        weight,
+        hidden,
+        targets,
+        **moving(x, p, update),
+        keep_state=keep_state,
+        clamps=clamps,
+        z_weight=z_weight,
+        z_sum=z_sum,
     )
     plain_loss, plain = reference_loss(x, weight, hidden, targets, update, clamps)
+    z_term = z_loss(x, weight, hidden, targets, update, clamps)
+    assert_close(z_sum - 1, z_weight * z_term.detach())
+    plain_loss = plain_loss + z_weight * z_term
     assert_close(loss, plain_loss)
     assert_close(
         torch.autograd.grad(3 * loss, [weight, hidden]),

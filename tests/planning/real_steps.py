@@ -1,14 +1,10 @@
 """A real training step of a small model, and what it is seen to do."""
 
-import weakref
-
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ebwm_kernels.attention import ops as attention_ops
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.model.conditions import example_conditions
+from ebwm_scale.planning.live_bytes import InsideAttention
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.world_model import WorldModel
 
@@ -82,28 +78,7 @@ def training_step(config, mode, build=WorldModel, **options):
     return mode
 
 
-ATTENTION = {
-    # by name: importing diffusers makes PyTorch build the overload objects anew
-    operation._qualname: operation._init_fn
-    for operation in (
-        attention_ops._attention,
-        attention_ops._gradient,
-        attention_ops._double_backward,
-    )
-}
-
-
-class Inside(TorchDispatchMode):
-    """Sees what the attention operations do inside, which a dispatch mode passes over."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.name() not in ATTENTION:
-            return self.see(function, args, kwargs or {})
-        with self:
-            return ATTENTION[function.name()](*args, **(kwargs or {}))
-
-
-class Counted(Inside):
+class Counted(InsideAttention):
     """FLOPs of matrix products and of scaled_dot_product_attention.
 
     torch.utils.flop_counter does not know addmm_ nor the attention that runs on a CPU; the formulas
@@ -139,28 +114,3 @@ class Counted(Inside):
         assert function.namespace != "ebwm", f"{function} was not looked into"
         assert name not in ("addbmm", "convolution", "_scaled_mm"), f"{name} is not counted"
         return function(*args, **kwargs)
-
-
-class Live(Inside):
-    """The peak of bytes in tensors that are alive: what an allocator without waste would need."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
-
-    def see(self, function, args, kwargs):
-        result = function(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.untyped_storage()._cdata not in self.sizes
-            ):
-                storage = tensor.untyped_storage()
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, key):
-        self.now -= self.sizes.pop(key)

@@ -111,6 +111,24 @@ def test_dry_run_arithmetic():
     assert "fingerprint" not in without and "throughput" not in without
 
 
+def test_a_dry_run_counts_what_the_steps_of_a_ramp_hold():
+    """20 steps of 6, 30 of 24 samples, which are 35 whole steps; 0.5 s for one of these."""
+    train = {"global_batch_size": 24, "micro_batch_size": 3, "max_steps": 50}
+    train["batch_ramp"] = [[20, 6]]
+    config = configuration(train=train)
+    plain = configuration(train={**train, "batch_ramp": [], "max_steps": 35})
+    texts = [
+        describe(c, WorldModel(c), world_size=2, data_summary=DATA, seconds_per_step=500.0)
+        for c in (config, plain)
+    ]
+    lines = {line.split("  ")[1]: line for line in texts[0].splitlines() if line.startswith("  ")}
+    assert "ramp" in lines and "6 (20 steps), 24" in lines["ramp"]
+    hours = 35 * 500 / 3600
+    assert f"{hours:.2f} h" in lines["time left"] and "for 50 steps" in lines["time left"]
+    flops = [line for text in texts for line in text.splitlines() if "all training steps" in line]
+    assert flops[0] == flops[1] and "TFLOP" in flops[0]
+
+
 def test_dry_run_refuses_a_batch_that_does_not_divide():
     config = configuration(train={"global_batch_size": 24})
     with pytest.raises(ConfigError, match="5 processes"):

@@ -17,6 +17,17 @@ FLOP_CASES = {
     "truncate, loss of every step": {"refinement": {"num_steps": 2, "graph": "truncate"}},
     "full": {"refinement": {"num_steps": 3, "graph": "full", "loss": "last"}},
     "full, loss of every step": {"refinement": {"num_steps": 2, "graph": "full"}},
+    "one step of full": {"refinement": {"num_steps": 1, "graph": "full"}},
+    "one step of full, zeros, mirror": {
+        "state": {"initial": "zeros"},
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "refinement": {"num_steps": 1, "graph": "full", "update": "mirror"},
+    },
+    "last of full, zeros, mirror, workspace": {
+        "state": {"initial": "zeros", "workspace": 5},
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "refinement": {"num_steps": 3, "graph": "full", "backprop_steps": 1, "update": "mirror"},
+    },
     "last two of full": {
         "refinement": {"num_steps": 4, "graph": "full", "backprop_steps": 2},
     },
@@ -46,6 +57,16 @@ FLOP_CASES = {
     "one block": {"model": {"num_layers": 1}},
     "tied": {"state": {"tie_embedding": True}},
     "anchored": {"model": {"predicted_input": "anchored"}},
+    "normed heads": {"model": {"qk_norm": True}},
+    "no own keys": {
+        "model": {"own_keys": False, "num_kv_heads": 2, "energy_head": ["linear", "direct"]}
+    },
+    "no own keys, block recomputed": {
+        "model": {"own_keys": False},
+        "refinement": {"recompute": "block"},
+    },
+    "soft cap": {"model": {"logit_softcap": 3.0}, "refinement": {"num_steps": 3}},
+    "z-loss": {"train": {"z_loss": 1e-3}, "refinement": {"num_steps": 3}},
     "logits": {"refinement": {"update": "logits", "num_steps": 3, "graph": "truncate"}},
     "logits, every step": {"refinement": {"update": "logits"}},
     "mirror": {"refinement": {"update": "mirror", "num_steps": 3}, "state": {"map_scale": 3.0}},

@@ -1,8 +1,9 @@
 """The closed forms of planning/memory.py against what a real training step keeps."""
 
 import pytest
-from real_steps import CONDITIONS, FRAMES, SAMPLES, Live, configuration, training_step
+from real_steps import CONDITIONS, FRAMES, SAMPLES, configuration, training_step
 
+from ebwm_scale.planning.live_bytes import LiveBytes
 from ebwm_scale.planning.memory import memory_estimate
 from ebwm_scale.planning.parameters import count_parameters
 from ebwm_scale.world_model import WorldModel
@@ -35,12 +36,25 @@ MEMORY_CASES = {
         "model": {"kind": "baseline", "predicts": "change"},
     },
     "text, full": {"refinement": {"graph": "full"}},
+    "text, normed heads, soft cap and z-loss": {
+        "model": {"qk_norm": True, "num_layers": 4, "logit_softcap": 30.0},
+        "train": {"z_loss": 1e-4},
+        "refinement": {"num_steps": 3},
+    },
     "text, shallow with all terms": {
         "model": {
             "num_layers": 4,
             "predicted_layers": 1,
             "predicted_input": "anchored",
             "energy_head": ["linear", "quadratic", "bilinear", "context"],
+        },
+    },
+    "text, the context alone": {
+        "model": {
+            "num_layers": 4,
+            "own_keys": False,
+            "qk_norm": True,
+            "energy_head": ["linear", "direct"],
         },
     },
     "text, shallow, a block at a time": {
@@ -170,7 +184,7 @@ def test_memory_estimate_is_near_the_peak_of_live_tensors(case):
     config = configuration(**(options | {"model": model}), context_length=32, vocabulary_size=4000)
     accumulating = config.replace(train=config.train.replace(global_batch_size=2 * SAMPLES))
     estimate = memory_estimate(accumulating, world_size=1, micro_batch=SAMPLES)
-    measured = training_step(config, Live()).peak / 2**30
+    measured = training_step(config, LiveBytes()).peak / 2**30
     # A shallow stream's lower blocks get their gradients when the states are gone: parts whose
     # peaks lie further apart are added up.
     # Of frames this small the estimate is 14 % low; with conditions between them as well.
@@ -185,7 +199,7 @@ def test_the_float32_sums_of_a_bfloat16_model_are_counted():
     options = {"context_length": 32, "vocabulary_size": 4000, "model": model}
     refinement = {"num_steps": 3, "recompute": "block"}
     config = configuration(train={"precision": "bf16"}, refinement=refinement, **options)
-    measured = training_step(config, Live(), lambda c: WorldModel(c).bfloat16()).peak / 2**30
+    measured = training_step(config, LiveBytes(), lambda c: WorldModel(c).bfloat16()).peak / 2**30
     accumulating = config.replace(train=config.train.replace(global_batch_size=2 * SAMPLES))
     estimate = memory_estimate(accumulating, world_size=1, micro_batch=SAMPLES)
     # the copy that an update works on, which a step does not touch
@@ -224,7 +238,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(conditioning, update):
             context_length=32,
             vocabulary_size=4000,
         )
-        peaks.append(training_step(config, Live()).peak)
+        peaks.append(training_step(config, LiveBytes()).peak)
     assert peaks[1] < 1.1 * peaks[0]
 
 
@@ -237,5 +251,5 @@ def test_memory_of_a_graph_through_the_last_steps_does_not_grow_with_the_steps_i
             context_length=32,
             vocabulary_size=4000,
         )
-        peaks.append(training_step(config, Live()).peak)
+        peaks.append(training_step(config, LiveBytes()).peak)
     assert peaks[1] < 1.02 * peaks[0]

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 from ebwm_scale import plan as command
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.config.load import load_config
 from ebwm_scale.core.errors import ConfigError
+from ebwm_scale.planning.flops import run_flops, step_flops
+from ebwm_scale.planning.gpu_time import (
+    TRAFFIC_SHARE,
+    asked,
+    device_seconds,
+    host_seconds,
+)
 from ebwm_scale.planning.hardware import HEADROOM, MACHINES
 from ebwm_scale.planning.memory import memory_estimate
 from ebwm_scale.planning.parameters import count_parameters
@@ -144,11 +152,41 @@ def test_stage_3_gathers_blocks_for_every_sweep():
 
 
 def test_time_grows_with_the_work():
-    seconds = lambda *overrides: compute_seconds(config_of(*overrides), MACHINES["h100"], samples=8)
+    seconds = lambda *overrides: compute_seconds(
+        config_of(*overrides), MACHINES["h100"], samples=128
+    )
     assert (
         seconds("refinement.num_steps=4") > 1.7 * seconds()
-        and seconds("model.kind=baseline") < seconds() / 4
+        and seconds("model.kind=baseline") < seconds() / 2.5
     )
+
+
+def test_a_small_batch_takes_the_time_of_its_launches_and_a_large_one_that_of_its_bytes():
+    config, machine = config_of(), MACHINES["h100"]
+    given = {"samples": 2, "micro_batch": 2}
+    assert compute_seconds(config, machine, samples=2) == host_seconds(config, machine, **given)
+    assert host_seconds(config, machine, **given) > 3 * device_seconds(config, machine, **given)
+    slow = dataclasses.replace(machine, memory_bandwidth=machine.memory_bandwidth / 2)
+    given = {"samples": 128, "micro_batch": 128}
+    usual = compute_seconds(config, machine, samples=128)
+    assert usual == device_seconds(config, machine, **given)
+    moved = asked(config, machine, 128).pointwise_bytes
+    assert compute_seconds(config, slow, samples=128) - usual == pytest.approx(
+        moved / (3350e9 * TRAFFIC_SHARE)
+    )
+
+
+def test_micro_batches_and_tiles_multiply_the_launches():
+    config, machine = config_of(), MACHINES["h100"]
+    host = lambda size: host_seconds(config, machine, samples=32, micro_batch=size)
+    assert 3.5 * host(32) < host(8) < 4 * host(32)
+    small = asked(config_of("refinement.tile_rows=512"), machine, 32)
+    assert small.launches > 14 * asked(config, machine, 32).launches
+
+
+def test_every_gpu_of_the_table_has_a_bandwidth():
+    for machine in MACHINES.values():
+        assert (machine.memory_bandwidth > 0) == machine.assumed
 
 
 def test_the_command_recommends_and_prices_a_run(capsys):
@@ -174,9 +212,52 @@ def test_the_command_recommends_and_prices_a_run(capsys):
         code == 0
         and "recommended: deepspeed.zero_stage=0 train.micro_batch_size=16" in out
         and "GPU-hours" in out
-        and "assumed utilisations" in out
+        and "on assumed rates" in out
+        and "tools/gpu/session.py" in out
     )
     assert command.main(["--machines"]) == 0 and "h200" in capsys.readouterr().out
+
+
+RAMPED = ("train.batch_ramp=[[100, 32], [50, 64]]", "train.max_steps=400")
+
+
+def test_every_batch_of_a_ramp_is_planned_for():
+    """The micro-batch divides all of them; a short step costs what a run of such steps does."""
+    machine = MACHINES["h100"]
+    ramped = plan(config_of(*RAMPED), machine, nodes=1)
+    assert [p.micro_batch for p in ramped if p.fits] == [4] * 4  # of 32, 64 and 256 over 8
+    full = plan(config_of(), machine, nodes=1, micro_batch=4)
+    small = [
+        plan(config_of(f"train.global_batch_size={size}"), machine, nodes=1, micro_batch=4)
+        for size in (32, 64)
+    ]
+    ramp = BatchRamp.of(config_of(*RAMPED).train)
+    for stage, p in enumerate(ramped):
+        assert p.step_s == full[stage].step_s and p.memory == full[stage].memory
+        assert p.ramp_s == tuple(plans[stage].step_s for plans in small)
+        expected = 100 * p.ramp_s[0] + 50 * p.ramp_s[1] + 250 * p.step_s
+        assert p.run_s(ramp, 400) == pytest.approx(expected)
+        assert p.run_s(ramp, 120) == pytest.approx(100 * p.ramp_s[0] + 20 * p.ramp_s[1])
+        as_if_all_were_whole = p.step_s * ramp.samples_before(400) / 256
+        if stage < 3:  # each step is communicated; at stage 3 each micro-batch is
+            assert p.run_s(ramp, 400) > as_if_all_were_whole
+
+
+def test_the_command_counts_the_steps_flops_and_days_of_a_ramp(capsys):
+    arguments = ["--config", str(ROOT / "configs" / "nlp" / "anchored.yaml"), "--set"]
+    sizes = ["model.vocabulary_size=32000", "data.context_length=256", "train.precision=bf16"]
+    command.main([*arguments, *sizes, "train.global_batch_size=256", *RAMPED])
+    out = capsys.readouterr().out
+    samples = 100 * 32 + 50 * 64 + 250 * 256
+    config = load_config(arguments[1], [*sizes, "train.global_batch_size=256", *RAMPED])
+    flops = run_flops(config)
+    assert f"{samples * 256:.3g} tokens are 400 steps and {flops:.3g} FLOPs" in out
+    assert "ramp 32 (100 steps), 64 (50 steps), 256: figures per step are of the last" in out
+    one_by_one = sum(
+        sum(step_flops(config, samples=BatchRamp.of(config.train).size(step)).values())
+        for step in range(400)
+    )
+    assert flops == pytest.approx(one_by_one)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ thinking alike.
 import pytest
 import test_grouped_refinement as grouped
 import torch
-from test_refinement import B, S, build, compare
+from plain_autograd import B, S, build, compare
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError

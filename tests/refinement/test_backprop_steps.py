@@ -1,6 +1,6 @@
 """A graph through the last steps alone: exact in float64, and cheap in front of them.
 
-The reference (test_refinement.py) detaches the state and the workspace where the graph begins, and
+The reference (plain_autograd.py) detaches the state and the workspace where the graph begins, and
 scores the steps from there.
 """
 
@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_refinement import ALL_TERMS, B, build, compare, gradients
+from plain_autograd import ALL_TERMS, B, build, compare, gradients
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.config.schema import RefinementConfig
@@ -121,3 +121,25 @@ def test_the_loss_is_that_of_the_differentiated_steps():
 def test_a_graph_that_cannot_be_cut_off_is_refused(refinement, said):
     with pytest.raises(ConfigError, match=said):
         config_from_dict({"refinement": refinement})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, MIRROR_FROM_ZEROS, {"kind": "embedding"}],
+    ids=["probabilities", "mirror", "frames"],
+)
+def test_one_step_under_full_is_that_of_detach_to_the_bit_and_keeps_no_graph(options):
+    """There is no further step for a graph to reach, so the cheaper passes serve it."""
+    found = []
+    for graph in ("full", "detach"):
+        refinement = {"num_steps": 1, "graph": graph, "loss": "every"}
+        refinement |= options.get("refinement", {})
+        model, observed, targets = build(**{**options, "refinement": refinement})
+        (step,) = plan_steps(model.config.refinement, range(1), training=True)
+        assert step.needs_graph and not step.keep_graph
+        output = model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(1, 2))
+        found.append(gradients(model, output.loss))
+    full, detach = found
+    assert any(gradient is not None for gradient in full.values())
+    for name, gradient in full.items():
+        assert gradient is detach[name] is None or torch.equal(gradient, detach[name]), name

@@ -7,9 +7,9 @@ The reference knows no candidates: all V logits in plain autograd, and a mask.
 import itertools
 from unittest import mock
 
+import plain_autograd as plain
 import pytest
 import test_grouped_refinement as grouped
-import test_refinement as plain
 import torch
 from torch.nn import functional as F
 
@@ -299,9 +299,9 @@ def test_the_targets_are_among_the_candidates_and_not():
     kept = []
     right = candidates.candidates_loss
 
-    def noted(values, tail, target, chosen, *rest):
+    def noted(values, tail, target, chosen, *rest, **options):
         kept.append(chosen.place_of(targets.flatten())[1])
-        return right(values, tail, target, chosen, *rest)
+        return right(values, tail, target, chosen, *rest, **options)
 
     with mock.patch.object(candidates, "candidates_loss", noted):
         model(observed, targets, sample_ids=torch.arange(B), source=NoiseSource(5, 6))

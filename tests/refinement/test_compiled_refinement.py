@@ -1,5 +1,5 @@
 """A compiled refinement step gives the gradients of the eager one, whose own are held against plain
-autograd in test_refinement.py.
+autograd in plain_autograd.py.
 """
 
 import pytest

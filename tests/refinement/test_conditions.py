@@ -7,9 +7,9 @@ one attention, its mask written out by pairs. Conditions are rows of the observe
 import itertools
 from unittest import mock
 
+import plain_autograd as plain
 import pytest
 import test_grouped_refinement as grouped
-import test_refinement as plain
 import torch
 from torch.nn import functional as F
 
@@ -172,7 +172,7 @@ def defined_energy(model, candidate, observed, landscape, fed=None, workspace=No
 
 
 def compare(model, observed, targets, conditions):
-    """The loss and every gradient against the definition, see test_refinement.compare."""
+    """The loss and every gradient against the definition, see plain_autograd.compare."""
     defined = plain.reference_loss
     forward = model.forward
 

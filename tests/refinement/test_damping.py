@@ -1,7 +1,7 @@
 """Damped steps are exact in float64: alpha, beta and decay of step i = 1, 2, .. over i ** p."""
 
 import pytest
-from test_refinement import build, compare
+from plain_autograd import build, compare
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.config.schema import RefinementConfig

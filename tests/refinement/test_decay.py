@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_refinement import B, S, V, build, compare
+from plain_autograd import B, S, V, build, compare
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError

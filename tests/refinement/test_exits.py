@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from plain_autograd import B, build, compare
 from test_candidates import compare as compare_candidates
-from test_refinement import B, build, compare
 
 from ebwm_scale.checkpoint.released_ebt import hparams_of
 from ebwm_scale.config.load import config_from_dict

@@ -9,14 +9,14 @@ import contextlib
 import itertools
 from unittest import mock
 
+import plain_autograd as plain
 import pytest
-import test_refinement as plain
 import torch
 from torch.nn import functional as F
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.config.resolved import reencoded_blocks
-from ebwm_scale.model import blocks
+from ebwm_scale.model import attention
 from ebwm_scale.model.energy_transformer import EnergyTransformer
 from ebwm_scale.model.rotary import RotaryTable
 from ebwm_scale.refinement.noise import NoiseSource
@@ -93,8 +93,10 @@ def rotated(x, positions, network):
     return torch.stack(columns, -1)
 
 
-def sees(row, column, num_positions, group_size):
+def sees(row, column, num_positions, group_size, *, own_keys=True):
     """Rows and columns: observed positions 0 .. S - 1, then candidates S .. 2 S - 1."""
+    if column >= num_positions and not own_keys:
+        return False
     of_column = column % num_positions // group_size
     of_row = row % num_positions // group_size
     if column < num_positions:  # an observed key
@@ -118,7 +120,10 @@ def both_streams(layer, o, p, network, modulations):
     k = rotated(heads(attention.wk), positions, network).repeat_interleave(shared, 1)
     v = heads(attention.wv).repeat_interleave(shared, 1)
     mask = torch.tensor(
-        [[sees(row, column, S, size) for column in range(2 * S)] for row in range(2 * S)]
+        [
+            [sees(row, column, S, size, own_keys=attention.own_keys) for column in range(2 * S)]
+            for row in range(2 * S)
+        ]
     )
     scores = (q @ k.mT) * attention.head_dimension**-0.5
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
@@ -132,7 +137,7 @@ def both_streams(layer, o, p, network, modulations):
 def defined_energy(model, candidate, observed, landscape, fed=None, workspace=None):
     """Both streams through every block, and the head's terms written out.
 
-    fed, workspace: as in test_refinement.reference_energy.
+    fed, workspace: as in plain_autograd.reference_energy.
     """
     network, settings = model.network, model.config.model
     of_observed, _ = network.modulations_of(landscape, predicted=False)
@@ -171,6 +176,8 @@ def energy_of_terms(model, n, candidate, o, workspace):
         if workspace is not None:
             own = network.content.workspace.weight / refinement.workspace_step_size
             energy = energy - torch.einsum("bsi,ij,bsj->bs", workspace, own, n)
+    if "direct" in settings.energy_head:
+        energy = energy - units * torch.einsum("bsi,bsi->bs", candidate, n)
     if "context" in settings.energy_head:
         h = network.content.context_norm(o)
         context = network.content.context.weight
@@ -209,6 +216,10 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
         {"kind": "embedding", "state": {"initial": "most_recent"}, "data": GRID},
         {
             "data": GRID,
+            "model": {"own_keys": False, "num_kv_heads": 1, "energy_head": ["linear", "direct"]},
+        },
+        {
+            "data": GRID,
             "model": {"energy_head": ["linear", "bilinear"]},
             "state": {"workspace": 5, "workspace_initial": "random_noise"},
             "refinement": {"tile_rows": 4},
@@ -233,6 +244,7 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
         "heads",
         "adaln",
         "frames",
+        "context_alone",
         "workspace",
         "encoded_again",
         "momentum",
@@ -262,8 +274,10 @@ def test_a_baseline_of_groups_is_the_definition():
 @contextlib.contextmanager
 def broken_attention(name, **wrong):
     """One of the two streams' attentions with another group size."""
-    right = getattr(blocks, name)
-    with mock.patch.object(blocks, name, lambda *a, **options: right(*a, **{**options, **wrong})):
+    right = getattr(attention, name)
+    with mock.patch.object(
+        attention, name, lambda *a, **options: right(*a, **{**options, **wrong})
+    ):
         yield
 
 

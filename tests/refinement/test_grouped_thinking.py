@@ -26,6 +26,7 @@ CASES = {
         },
     },
     "adaln": {"model": {"conditioning": "adaln", "predicted_input": "anchored"}},
+    "no own keys": {"data": GRID, "model": {"own_keys": False, "num_kv_heads": 1}},
     "frames": {"kind": "embedding", "state": {"initial": "most_recent"}},
 }
 

@@ -16,7 +16,7 @@ from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.generation import Session
 from ebwm_scale.inference.scoring import last_states
 from ebwm_scale.inference.thinking import ThinkingConfig
-from ebwm_scale.model import blocks
+from ebwm_scale.model import attention
 from ebwm_scale.model.documents import document_starts, last_document
 from ebwm_scale.refinement import inner_gradient
 from ebwm_scale.refinement.noise import NoiseSource
@@ -165,13 +165,13 @@ def test_the_comparison_notices_a_stream_that_sees_another_document(stream, monk
     model = build(refinement={"tile_rows": 5})
     if stream == "observed":
         monkeypatch.setattr(
-            blocks,
+            attention,
             "observed_attention",
             lambda *x, first_visible, **o: observed_attention(*x, **o),  # noqa: PLW0108
         )
     elif stream == "predicted":
         monkeypatch.setattr(
-            blocks,
+            attention,
             "energy_attention",
             lambda *x, first_visible, **o: energy_attention(*x, **o),  # noqa: PLW0108
         )

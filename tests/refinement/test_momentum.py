@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_refinement import B, S, build, compare
+from plain_autograd import B, S, build, compare
 
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import ConfigError
@@ -10,7 +10,7 @@ from ebwm_scale.inference import thinking
 from ebwm_scale.inference.energy_functions import SequenceEnergy
 from ebwm_scale.inference.initial_states import SequenceSampler
 from ebwm_scale.inference.thinking import ThinkingConfig, think
-from ebwm_scale.refinement import loop as refinement_loop
+from ebwm_scale.refinement import moving
 from ebwm_scale.refinement.decay import decay_energy
 from ebwm_scale.refinement.momentum import carried_from, motion_of
 from ebwm_scale.refinement.noise import NoiseSource
@@ -66,16 +66,14 @@ def test_momentum_is_exact_where_the_graph_goes_through_the_last_steps(case):
 @pytest.mark.parametrize("graph", ["detach", "full"])
 @pytest.mark.parametrize("case", ["mirror_from_zeros", "workspace", "frames"])
 def test_the_comparison_notices_a_step_that_goes_on_with_nothing(monkeypatch, case, graph):
-    monkeypatch.setattr(refinement_loop, "carried_from", lambda motion, momentum: None)
+    monkeypatch.setattr(moving, "carried_from", lambda motion, momentum: None)
     with pytest.raises(AssertionError):
         compare(*build(**with_momentum(case, graph)), num_steps=3)
 
 
 def test_the_comparison_notices_a_motion_whose_graph_is_lost(monkeypatch):
     """Breaks the second order on purpose: losses and states stay right."""
-    monkeypatch.setattr(
-        refinement_loop, "motion_of", lambda *arguments: motion_of(*arguments).detach()
-    )
+    monkeypatch.setattr(moving, "motion_of", lambda *arguments: motion_of(*arguments).detach())
     with pytest.raises(AssertionError):
         compare(*build(**with_momentum("mirror_from_zeros", "full")), num_steps=3)
 

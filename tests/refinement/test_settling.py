@@ -4,9 +4,9 @@ before, for all rows of a group together, and by the rows that are asked for.
 
 import pytest
 import torch
+from plain_autograd import build as build_positions
 from test_grouped_refinement import GRID
 from test_grouped_refinement import build as build_groups
-from test_refinement import build as build_positions
 
 from ebwm_scale.core.errors import ConfigError
 from ebwm_scale.evaluation.answers import Instances, answers, see_answers

@@ -1,5 +1,6 @@
 """The curves of a report, from logs of every length and with numbers of every kind."""
 
+import functools
 import json
 import math
 import re
@@ -22,7 +23,8 @@ from run_folders import (
 )
 
 from ebwm_scale.core.rows import Rows
-from ebwm_scale.reporting.curves import POINTS, read_metrics
+from ebwm_scale.reporting.curves import MAX_PARTS, POINTS, read_metrics
+from ebwm_scale.reporting.norm_plots import draw_norms
 from ebwm_scale.reporting.plots import (
     draw_profile,
     draw_training_loss,
@@ -41,7 +43,7 @@ def test_baseline_curve_is_drawn(tmp_path, without_plots):
         "after step 1",
         "after step 2",
         "unigram entropy",
-        "initial random state",
+        "initial state",
     ]
     caption, names = drawn(draw_validation, run, base)
     assert "Transformer++" in names and "Transformer++ goes on to step 90" in caption
@@ -203,3 +205,47 @@ def test_page_stays_small_with_many_rows(tmp_path):
     page = page_of(tmp_path)
     assert len(page.encode()) < 1_500_000
     assert "100,000 logged steps" in page and "20,000 save" in page
+
+
+def norms_at(step: int, num_layers: int = 3) -> dict:
+    """Smaller from layer to layer, and from step to step."""
+    layers = {f"layer_{n}": 2.0 / (n + 1) / step for n in range(num_layers)}
+    parts = {**layers, "attention": 0.5, "embeddings": 0.25}
+    return {
+        part: {"gradient": norm, "weight": 10 * norm, "update": norm / 100}
+        for part, norm in parts.items()
+    }
+
+
+def test_norms_are_drawn_by_layer_where_they_were_measured(tmp_path):
+    """Of the rows that have them, with what is in no layer in the sentence below."""
+    rows = [training_row(step, [5.0, 4.5]) for step in range(1, 9)]
+    for row in rows[1::2]:
+        row["norms"] = norms_at(row["step"])
+    rows.append(validation_row(8, [5.0, 4.5]))
+    page = page_of(run_folder(tmp_path, rows, max_steps=8))
+    Reader(page)
+    for title in ("Gradient norms by layer", "Weight norms by layer", "Update norms by layer"):
+        assert title in page
+    run = read_run(tmp_path)
+    curve = run.training.norms["layer_1", "gradient"]
+    assert curve.x.tolist() == [2, 4, 6, 8]
+    assert curve.mean == pytest.approx([1 / 2, 1 / 4, 1 / 6, 1 / 8])
+    caption, names = drawn(functools.partial(draw_norms, kind="gradient"), tmp_path)
+    assert names == ["layer 0", "layer 1", "layer 2"]
+    assert "0.08333 in layer 2, which is the smallest of 3, and 0.25 in layer 0" in caption
+    assert "attention 0.5, embeddings 0.25" in caption
+    assert "Before the step" in drawn(functools.partial(draw_norms, kind="weight"), tmp_path)[0]
+
+
+def test_a_page_without_norms_has_no_plots_of_them_and_junk_in_their_place_draws(tmp_path):
+    assert "norms by layer" not in page_of(run_folder(tmp_path / "without"))
+    many = {f"layer_{n}": {"gradient": 1.0} for n in range(5000)}
+    junk = [7, [], {"layer_0": 3}, {"layer_x": {"gradient": 1}, "<b>": {"gradient": 1}}, many]
+    junk.append({"layer_0": {"gradient": math.nan, "weight": 0.0, "update": "1e999"}})
+    rows = [training_row(n + 1, [5.0, 4.5], norms=norms) for n, norms in enumerate(junk)]
+    page = page_of(run_folder(tmp_path / "junk", rows))
+    assert "Gradient norms by layer" in page and "layer_x" not in page
+    assert "Weight norms by layer" not in page
+    assert not re.search(r'\bd="[^"]*(nan|inf)', page)
+    assert len(read_run(tmp_path / "junk").training.norms) <= MAX_PARTS * 3

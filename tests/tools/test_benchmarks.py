@@ -53,6 +53,7 @@ def test_a_step_is_measured_beside_the_baseline_and_profiled():
     assert sum(row["flops"].values()) == row["flops_total"]
 
 
+@pytest.mark.soak
 def test_a_sweep_is_one_process_per_value_and_a_plot(tmp_path):
     rows = run(
         "bench_step.py",
@@ -104,6 +105,7 @@ def test_kernels_are_measured_against_pytorch_math_and_float64(tmp_path):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.soak
 def test_reading_is_measured_against_plain_webdataset_on_the_same_shards(tmp_path, monkeypatch):
     sys.path.insert(0, str(TOOLS))
     import bench_data

@@ -11,10 +11,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools" / "gpu"))
+sys.path.insert(0, str(ROOT / "tests" / "refinement"))
 
+import graphed_step  # noqa: E402
 import session  # noqa: E402
 import smoke  # noqa: E402
+import smoke_fused  # noqa: E402
 from attention_levels import CORRECT, Case, call_of, levels  # noqa: E402
+from operation_recorder import Recorders  # noqa: E402
+
+from ebwm_scale.refinement import graphed  # noqa: E402
 
 pytestmark = pytest.mark.unit
 
@@ -136,3 +142,48 @@ def test_the_cases_have_every_kind_of_call():
         named = levels(smoke.REFERENCE, call_of(small, torch.float64, "cpu"))
         assert {"O", "dQ", "gQ", "dO"} <= named.keys()
         assert all(torch.isfinite(tensor).all() for tensor in named.values())
+
+
+@pytest.mark.parametrize("name", smoke_fused.OPERATIONS)
+def test_a_fused_operation_that_is_right_passes_and_one_that_is_wrong_does_not(name, monkeypatch):
+    """With plain PyTorch in Triton's place, and with what is half a per cent off."""
+    right = smoke_fused.numbers
+
+    def plain(name, backend, given):
+        return right(name, "reference", given)
+
+    monkeypatch.setattr(smoke_fused, "numbers", plain)
+    row = smoke_fused.check(name, torch.float32, "cpu", 4, 192)
+    assert row["right"], row
+
+    def wrong(name, backend, given):
+        found = plain(name, backend, given)
+        return found if backend == "reference" else [*found[:-1], 1.005 * found[-1]]
+
+    monkeypatch.setattr(smoke_fused, "numbers", wrong)
+    row = smoke_fused.check(name, torch.float32, "cpu", 4, 192)
+    assert not row["right"] and row["wrong"]
+
+
+def test_a_graphed_step_is_compared_with_an_eager_one(monkeypatch):
+    """Here a recording that is run again eagerly stands for a graph, and one that does nothing for
+    a wrong one.
+    """
+    monkeypatch.setattr(graphed, "DEVICES", ("cpu",))
+    small = ["model.num_layers=1", "model.width=16", "model.num_heads=2"]
+    small += ["model.vocabulary_size=11", "data.context_length=4"]
+
+    def row_of(capture):
+        make = lambda say: graphed.GraphedRefinement(capture, say)
+        return graphed_step.compared(small, 2, "cpu", torch.float32, make)
+
+    def runs_once(function):
+        function()
+        return lambda: None
+
+    row = row_of(runs_once)
+    assert row["replays"] == 6 and not row["ok"] and row["difference"] > graphed_step.LIMIT
+    row = row_of(Recorders())
+    assert row["ok"] and row["difference"] == 0 and row["eager_ms"] > 0 and row["said"] == []
+    monkeypatch.setattr(graphed, "DEVICES", ())
+    assert not row_of(Recorders())["ok"]

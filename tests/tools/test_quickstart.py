@@ -72,6 +72,7 @@ def test_the_reasoning_quick_start_ends_with_a_page_and_goes_on_where_it_was(
     assert json.loads((folder / "solving.json").read_text())["steps"] == results[0]["steps"]
 
 
+@pytest.mark.soak
 def test_the_quick_start_of_a_world_ends_with_a_page_of_what_is_imagined_and_planned(
     small, monkeypatch, capfd
 ):

@@ -72,7 +72,12 @@ def test_cells_of_strips_are_reached_from_their_neighbours():
 @pytest.mark.parametrize(
     "tool, arguments, rows",
     [
-        (study_stability, ["--steps", "2", "--seeds", "1"], len(study_stability.FORMS)),
+        pytest.param(
+            study_stability,
+            ["--steps", "2", "--seeds", "1"],
+            len(study_stability.FORMS),
+            marks=pytest.mark.soak,
+        ),
         (
             study_hops,
             [

@@ -142,6 +142,10 @@ def test_an_import_takes_no_setting_that_reaches_beyond_the_folder(converted, tm
         "checkpoint.remote": "s3://somebody/else",
         "deepspeed.raw": {"compile": {"backend": "other.peoples.module"}},
         "logging.wandb": "online",
+        "evaluation.sets": [{"name": "code", "manifest": "/home/other/code.json"}],
+        "evaluation.tasks": ["theirs"],
+        "evaluation.tasks_path": "/home/other/tasks",
+        "checkpoint.best": {"metric": "sets/code/loss"},
     }
     mixture = {"data.manifest": None, "data.sources": [{"manifest": "/x", "weight": 1.0}]}
     for number, changes in enumerate((hostile, mixture)):

@@ -265,7 +265,7 @@ SMALL = {"bytes": "size=4M", "files": "size=64M,nr_inodes=60"}
     "what, logged",
     [
         ("bytes", 1),
-        ("files", 1000),
+        pytest.param("files", 1000, marks=pytest.mark.soak),
         pytest.param("bytes", 1000, marks=pytest.mark.soak),
         pytest.param("files", 1, marks=pytest.mark.soak),
     ],

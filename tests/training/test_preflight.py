@@ -250,7 +250,7 @@ def test_a_dry_run_answers_signals_at_once(runs, number):
         seconds = time.monotonic() - sent
     finally:
         end(process)
-    assert process.returncode == 1 and seconds < 5, output
+    assert process.returncode == 1 and seconds < 15, output
     assert f"{number.name}: the dry run is given up; nothing was started" in output
     assert "Traceback" not in output
 

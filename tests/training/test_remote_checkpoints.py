@@ -85,7 +85,8 @@ def test_a_copy_is_the_checkpoint_and_old_ones_follow_those_at_home(url, tmp_pat
     for step in (1, 2, 3):
         folder = write_checkpoint(run, step)
         copies.begin(folder)
-        while not (told := copies.told()):
+        deadline = time.monotonic() + 30
+        while not (told := copies.told()) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert told == [(step, None)]
         if step == 2:
@@ -130,27 +131,67 @@ def test_an_address_that_is_none_is_one_line(tmp_path):
 
 
 @pytest.mark.multiprocess
-def test_a_run_goes_on_on_an_empty_machine(runs, tmp_path):
+@pytest.mark.parametrize("where", [pytest.param("file", marks=pytest.mark.soak), "s3"])
+def test_a_run_goes_on_on_an_empty_machine(runs, tmp_path, where, request):
     """Killed, its folder gone: the copy leads to the bits of the run that nobody disturbed."""
     runs.run("whole")
-    away = {"checkpoint.remote": f"file://{tmp_path}/away"}
-    killed = runs.interrupt("moved", signal.SIGKILL, after="step 8/8", overrides=away)
-    assert killed in (-signal.SIGKILL, 0)
-    names = RemoteStore(away["checkpoint.remote"]).checkpoints()
-    assert names and names[0] in ("step_000003", "step_000006")
+    variables = request.getfixturevalue("object_store") if where == "s3" else {}
+    url = f"{BUCKET}/{tmp_path.name}/run" if where == "s3" else f"file://{tmp_path}/away"
+    options = {"overrides": {"checkpoint.remote": url}}
+    store = RemoteStore(url)
+    stopped = runs.start("moved", variables=variables | {"EBWM_FAULTS": "hang@step=7"}, **options)
+    kill_with_a_copy(stopped, store, "step_000006")
+    options["variables"] = variables
     shutil.rmtree(runs.folder / "moved")
-    output = runs.run("moved", overrides=away, flags=("--resume",))
-    assert f"fetched {names[0]}" in output and f"resumed at step {int(names[0][5:])}" in output
+    output = runs.run("moved", flags=("--resume",), **options)
+    assert "fetched step_000006" in output and "resumed at step 6" in output
     assert same(runs.state("moved"), runs.state("whole")) == []
     assert runs.rows("moved") == runs.rows("whole")
     events = (runs.folder / "moved" / "events.jsonl").read_text().splitlines()
     steps = [row["step"] for row in map(json.loads, events) if row["event"] == "remote"]
-    assert steps[-1] == 8
-    assert RemoteStore(away["checkpoint.remote"]).checkpoints()[0] == "step_000008"
-    away_rows = (tmp_path / "away" / "metrics.jsonl").read_text()
-    assert away_rows == (runs.folder / "moved" / "metrics.jsonl").read_text()
-    refused = runs.run("another", overrides=away, expect=2)
+    assert steps[-1] == 8 and store.checkpoints()[0] == "step_000008"
+    store.get("metrics.jsonl", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == (
+        runs.folder / "moved" / "metrics.jsonl"
+    ).read_bytes()
+    refused = runs.run("another", expect=2, **options)
     assert "already holds a run" in refused and not (runs.folder / "another").exists()
+
+
+def kill_with_a_copy(process, store, name):
+    """SIGKILL to a run once that checkpoint of it is away from home."""
+    deadline = time.monotonic() + 240
+    try:
+        while name not in store.checkpoints() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=240)
+    finally:
+        end(process)
+    assert process.returncode == -signal.SIGKILL and name in store.checkpoints()
+
+
+@pytest.mark.soak
+@pytest.mark.multiprocess
+def test_a_run_killed_again_and_again_on_empty_machines_is_the_run_of_one(
+    runs, tmp_path, object_store
+):
+    """Each time at another moment of a save or a copy, and each time with nothing but the store."""
+    longer = {"train.max_steps": 60, "checkpoint.every_steps": 2}
+    runs.run("whole_again", overrides=longer)
+    url = f"{BUCKET}/{tmp_path.name}/again"
+    options = {"overrides": longer | {"checkpoint.remote": url}, "variables": object_store}
+    hang = object_store | {"EBWM_FAULTS": "hang@step=12"}
+    first = runs.start("again", overrides=options["overrides"], variables=hang)
+    kill_with_a_copy(first, RemoteStore(url), "step_000010")
+    for step in (19, 30, 41, 52):
+        shutil.rmtree(runs.folder / "again")
+        resumed = {"flags": ("--resume",), **options}
+        runs.interrupt("again", signal.SIGKILL, after=f"step {step}/60", **resumed)
+    shutil.rmtree(runs.folder / "again")
+    runs.run("again", flags=("--resume",), **options)
+    assert same(runs.state("again"), runs.state("whole_again")) == []
+    assert runs.rows("again") == runs.rows("whole_again")
 
 
 def test_a_store_that_is_away_for_a_while_is_said_and_tried_again(tmp_path, monkeypatch):
@@ -159,7 +200,8 @@ def test_a_store_that_is_away_for_a_while_is_said_and_tried_again(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(RemoteStore, "put", lambda *_: (_ for _ in ()).throw(OSError("no route")))
         copies.begin(write_checkpoint(run, 1))
-        while not (told := copies.told()):
+        deadline = time.monotonic() + 30
+        while not (told := copies.told()) and time.monotonic() < deadline:
             time.sleep(0.01)
     assert told == [(1, "OSError: no route")]
     copies.begin(write_checkpoint(run, 2))

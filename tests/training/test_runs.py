@@ -6,6 +6,7 @@ import json
 import signal
 
 import pytest
+import tracked_rows
 from training_runs import same
 
 import ebwm_scale
@@ -201,19 +202,27 @@ def test_resuming_a_finished_run_adds_nothing(runs, reference):
     assert runs.rows("reference") == before
 
 
-def test_tracking_offline_keeps_one_run_id_over_a_resume_and_changes_no_loss(runs, reference):
+def test_after_kill_9_and_resume_every_tracker_has_the_rows_of_metrics_jsonl(runs, reference):
+    """Killed at step 7, resumed at 6: no row is dropped or doubled, no loss changes."""
     pytest.importorskip("wandb", reason="the extra `tracking` is not installed")
-    runs.interrupt(
-        "tracked", signal.SIGTERM, after="step 2/8", overrides={"logging.wandb": "offline"}
-    )
-    identity = (runs.folder / "tracked" / "wandb_id").read_text()
-    runs.run("tracked", overrides={"logging.wandb": "offline"}, flags=("--resume",))
-    assert (runs.folder / "tracked" / "wandb_id").read_text() == identity
-    assert all(
-        identity in folder.name
-        for folder in (runs.folder / "tracked" / "wandb").glob("offline-run-*")
-    )
+    pytest.importorskip("tensorboard", reason="the extra `tracking` is not installed")
+    tracked = {"logging.wandb": "offline", "logging.tensorboard": True, "logging.profile": [8, 1]}
+    faults = {"EBWM_FAULTS": "kill@step=7"}
+    runs.run("tracked", expect=-signal.SIGKILL, overrides=tracked, variables=faults)
+    folder = runs.folder / "tracked"
+    identity = (folder / "wandb_id").read_text()
+    runs.run("tracked", overrides=tracked, flags=("--resume",))
+    assert (folder / "wandb_id").read_text() == identity
+    assert len(list((folder / "wandb").glob(f"offline-run-*-{identity}"))) == 2
     assert runs.rows("tracked") == runs.rows("reference")
+    expected = tracked_rows.of_metrics(folder)
+    assert len(expected) == 10  # 8 steps and 2 evaluations
+    assert tracked_rows.of_wandb(folder) == expected
+    assert tracked_rows.of_tensorboard(folder) == tracked_rows.as_float32(expected)
+    assert sorted(file.name for file in (folder / "profile").iterdir()) == [
+        "steps_000008-000008_rank_0.memory.json",
+        "steps_000008-000008_rank_0.trace.json.gz",
+    ]
 
 
 def test_a_run_shorter_than_the_logging_interval_has_a_report_and_bad_lines_do_not_stop_a_resume(

@@ -136,7 +136,7 @@ def test_a_second_signal_leaves_at_once_and_unsaved(runs, first, second):
         numbers=(first, second),
         variables={"EBWM_FAULTS": "hang@step=2"},
     )
-    assert code == 1 and seconds < 2
+    assert code == 1 and seconds < 10  # the step hangs for ever
     assert (
         f"{second.name} after {first.name}: leaving at once, unsaved" in output
         and not (runs.folder / name / "checkpoints").exists()

@@ -66,7 +66,7 @@ def test_time_in_which_nobody_looked_does_not_count(looks, passed):
     assert [running.passed() for _ in looks] == passed
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_run_that_was_suspended_for_longer_than_a_hang_may_take_finishes(runs, size):
     name, port = f"suspended_{size}", str(free_port())
     variables = {"EBWM_FAULTS": "slow@step=4,seconds=14"}  # on waking still in it

@@ -45,6 +45,7 @@ def test_a_killed_run_repeats_no_document_and_loses_none(runs, raw_text):
 
 
 @pytest.mark.multiprocess
+@pytest.mark.soak
 def test_two_processes_give_the_losses_of_one_and_go_on_where_it_was(runs, raw_text):
     if not (runs.folder / "whole").exists():
         runs.run("whole", overrides=raw_text)

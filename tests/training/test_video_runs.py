@@ -105,6 +105,7 @@ def test_every_recipe_trains_and_resumes_bitwise_after_a_kill(runs, recipe):
         )
 
 
+@pytest.mark.soak
 def test_two_processes_give_the_losses_of_one(runs):
     overrides = VIDEO | RECIPES["anchored"]
     runs.run("one", overrides=overrides)

@@ -12,7 +12,12 @@ from ebwm_scale import think
 from ebwm_scale.checkpoint.convert import export_run, import_run
 from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.checkpoint.reader import CheckpointReader
+from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import CheckpointError, ConfigError
+from ebwm_scale.core.world import World
+from ebwm_scale.data.loading.observation import Observation
+from ebwm_scale.data.loading.opening import open_splits
+from ebwm_scale.training.validation import validate
 from ebwm_scale.training.weight_average import WeightAverage
 
 DECAY = 0.4
@@ -83,7 +88,7 @@ def test_averaging_changes_no_step_and_a_killed_run_ends_with_the_same_average(
 @pytest.mark.parametrize(
     "parts",
     [
-        [(1, 0), (2, 1)],
+        pytest.param([(1, 0), (2, 1)], marks=pytest.mark.soak),
         pytest.param([(1, 0), (2, 1), (2, 3), (1, 2)], marks=pytest.mark.soak),
     ],
     ids=len,
@@ -157,3 +162,54 @@ def test_where_there_is_no_average_it_is_said_in_one_line(averaged, plain, tmp_p
     with pytest.raises(CheckpointError, match="is a converted folder, which holds one set"):
         load_checkpoint(tmp_path / "one", weights="ema")
     assert not (tmp_path / "no").exists()
+
+
+VALIDATED = {**AVERAGED, "evaluation.every_steps": 3, "evaluation.max_samples": 8}
+
+
+def validation_losses(runs, name) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in runs.rows(name) if "split" in row}
+
+
+@pytest.fixture(scope="module")
+def validated(runs):
+    runs.run("validated", overrides={**VALIDATED, "evaluation.weights": "ema"})
+    return runs.folder / "validated"
+
+
+def test_a_run_may_validate_its_average_which_changes_no_step(runs, validated, averaged):
+    """The loss of the average that its last checkpoint holds; the state is that of other runs."""
+    assert same(runs.state("validated"), runs.state("averaged")) == []
+    model, config = load_checkpoint(validated, weights="ema")
+    trained, _ = load_checkpoint(validated)
+    splits = open_splits([(config.data.manifest, 1.0)], ("validation",), verify="sizes")
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    observe = Observation(splits["validation"].manifest, world.device)
+    losses = [
+        validate(m, splits["validation"], config, world, observe, context_length=16, batch_size=4)
+        for m in (model, trained)
+    ]
+    found = validation_losses(runs, "validated")
+    assert sorted(found) == [3, 6]
+    assert found[6] == pytest.approx(losses[0]["loss"], rel=1e-6)
+    assert abs(found[6] - losses[1]["loss"]) > 1e-3
+
+
+@pytest.mark.multiprocess
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_validated_average_is_the_same_at_every_stage(runs, validated, stage):
+    overrides = {
+        **VALIDATED,
+        "evaluation.weights": "ema",
+        "deepspeed.zero_stage": stage,
+        "refinement.recompute": "block" if stage == 3 else "none",
+    }
+    runs.run(f"validated_{stage}", overrides=overrides, processes=2)
+    expected = validation_losses(runs, "validated")
+    assert validation_losses(runs, f"validated_{stage}") == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_average_that_is_not_kept_cannot_be_validated():
+    with pytest.raises(ConfigError, match="evaluation.weights is ema without train.ema"):
+        config_from_dict({"evaluation": {"weights": "ema"}})

@@ -49,6 +49,7 @@ def test_a_world_trains_and_resumes_bitwise_after_a_kill(runs):
     assert same(runs.state("killed"), runs.state("one")) == []
 
 
+@pytest.mark.soak
 def test_two_processes_with_accumulation_give_the_losses_of_one(runs):
     runs.run("whole", overrides=WORLD)
     runs.run("cut", overrides=WORLD | {"train.micro_batch_size": 1}, processes=2)

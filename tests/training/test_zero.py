@@ -49,6 +49,18 @@ def test_two_processes_train_the_reference_at_every_stage(recipe):
     assert all((row["numbers_resident_between_steps"] == 0) == (row["stage"] == 3) for row in rows)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("recipe", ["algorithm_1", "baseline"])
+def test_fused_operations_train_the_reference_where_gradients_are_partitioned(recipe):
+    """In Triton's interpreter; attention is PyTorch's."""
+    code, rows = checked(
+        "--processes", "2", "--recipe", recipe, "--precision", "fp32", "--stages", "2",
+        "--checkpoint", "none", "--fused",
+    )  # fmt: skip
+    assert code == 0, rows
+    assert [row["fused"] for row in rows] == [True]
+
+
 def test_heads_shallow_streams_workspaces_candidates_and_exits_train_the_reference():
     """exits: learned, with momentum and the penalty on steps that do not shrink."""
     code, rows = checked(
@@ -71,6 +83,13 @@ def test_heads_shallow_streams_workspaces_candidates_and_exits_train_the_referen
     assert code == 0 and len(rows) == 12, rows
 
 
+@pytest.mark.soak
+def test_normed_heads_a_soft_cap_and_a_z_loss_train_the_reference():
+    options = ["--recipe", "stable", "--precision", "fp32", "--checkpoint", "none", "block"]
+    code, rows = checked("--processes", "2", *options)
+    assert code == 0 and len(rows) == 8, rows
+
+
 def test_looped_blocks_train_the_reference_without_and_with_partitioned_parameters():
     options = ["--recipe", "looped", "--precision", "fp32", "--stages", "0", "2", "3"]
     code, rows = checked("--processes", "2", *options, "--checkpoint", "none")
@@ -84,6 +103,7 @@ def test_groups_and_worlds_train_the_reference_without_and_with_partitioned_para
     assert code == 0 and len(rows) == 4, rows
 
 
+@pytest.mark.soak
 def test_accumulated_micro_batches_train_the_same_at_every_stage():
     code, rows = checked(
         "--processes",

@@ -40,6 +40,8 @@ TINY = {
 }
 # Variables that no library reads while it is imported.
 READ_LATE = {"EBWM_FAULTS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+READ_LATE |= {"AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+READ_LATE |= {"AWS_DEFAULT_REGION"}
 
 
 @pytest.fixture(scope="session")

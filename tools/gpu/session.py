@@ -14,8 +14,10 @@ TRITON_CACHE_DIR names one.
     environment     versions, device, driver, tools that are there          environment.json
     prewarm         all programs compiled, on all cores                     prewarm.log
     smoke           every level against float64                             smoke.jsonl
+    fused           the fused pointwise operations against float64          smoke_fused.jsonl
     kernels         time of each kernel at the sizes of training            kernels.jsonl
     steps           training steps, and a trace of one                      steps.jsonl and a trace
+    graphs          steps replayed as CUDA graphs beside eager ones         graphed_step.jsonl
     yardsticks      matrix product, copy, PyTorch's attention               yardsticks.jsonl
     sanitizer       memcheck and racecheck of a short smoke test            sanitizer.log
     tiles           candidates for the table of tiles                       tiles.jsonl
@@ -71,6 +73,7 @@ def parts(out: Path) -> list[Part]:
         return (python, *STEP, *arguments)
 
     smoke = tool("smoke", "--quick")
+    fused = (python, "tools/compile_fused.py", "--architecture", "sm_90", "--width", "768", "1024")
     sequences = ("--sequence", "1024", "--batch", "8")
     steps = (
         step("--size", "small", *sequences, "--compare", "baseline"),
@@ -82,10 +85,12 @@ def parts(out: Path) -> list[Part]:
     )
     return [
         Part("environment", (), 20),
-        Part("prewarm", (tool("prewarm"),), 90, "prewarm.log"),
+        Part("prewarm", (tool("prewarm"), fused), 90, "prewarm.log"),
         Part("smoke", (tool("smoke", "--output", f"{out}/smoke.jsonl"),), 90, essential=True),
+        Part("fused", (tool("smoke_fused", "--output", f"{out}/smoke_fused.jsonl"),), 60),
         Part("kernels", (tool("kernel_times", "--output", f"{out}/kernels.jsonl"),), 60),
         Part("steps", steps, 180, "steps.jsonl"),
+        Part("graphs", (tool("graphed_step", "--output", f"{out}/graphed_step.jsonl"),), 60),
         Part("yardsticks", (tool("yardsticks", "--output", f"{out}/yardsticks.jsonl"),), 45),
         Part("sanitizer", sanitized(smoke), 80, "sanitizer.log"),
         Part(

@@ -29,21 +29,27 @@ _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file: key.field is its name, offset where its content begins in the archive."""
+    """A regular file: key.field is its name, offset where its `size` bytes begin in the archive."""
 
     key: str
     field: str
     offset: int
     content: bytes
+    size: int
 
 
 def walk(
-    stream: BinaryIO, name: str, *, wanted: Callable[[str], bool] = lambda path: True
+    stream: BinaryIO,
+    name: str,
+    *,
+    wanted: Callable[[str], bool] = lambda path: True,
+    largest: int = MAX_MEMBER_BYTES,
 ) -> Iterator[Member]:
     """The members of an archive that is read once, front to back.
 
     name: for messages. wanted: whether a member of that path is held; others are read past, and
-    given without content. Raises DataError at the first unsoundness.
+    given without content. largest: bytes that a member may have. Raises DataError at the first
+    unsoundness.
 
     All members yielded before the error are whole; the sample that was being read is not, so a
     caller drops it (see `samples`).
@@ -68,7 +74,7 @@ def walk(
             ) from None
         extended = info.type in _EXTENDED
         size = info.size if extended or long_size is None else long_size
-        allowed = MAX_EXTENDED_BYTES if extended else MAX_MEMBER_BYTES
+        allowed = MAX_EXTENDED_BYTES if extended else largest
         if not 0 <= size <= allowed:
             what = "an extended header" if extended else "a member"
             raise DataError(
@@ -119,6 +125,7 @@ def walk(
             field,
             offset,
             read(stream, size, name, offset, path),
+            size,
         )
         offset += _padded(size)
 

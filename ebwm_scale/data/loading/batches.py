@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ebwm_scale.config.batch_ramp import BatchRamp
 from ebwm_scale.core.errors import CheckpointError, DataError, UserError
 from ebwm_scale.core.forking import parents_objects_kept
 from ebwm_scale.data.format.content import Sample
@@ -31,6 +32,7 @@ from ebwm_scale.data.format.manifest import Manifest
 from ebwm_scale.data.format.shards import ShardedSplit
 from ebwm_scale.data.loading.mixture import MixedOrder, MixedSplit
 from ebwm_scale.data.loading.quarantine import BadSample, read_or_replace
+from ebwm_scale.data.loading.skipped import Ranges, positions_of
 from ebwm_scale.data.order import SampleOrder
 
 STATE_VERSION = 1
@@ -109,9 +111,10 @@ class BatchLoader:
     split: as opened by open_sources.  context_length: observed tokens per sample, at most what the
     shards were packed for.  seed, window_shards: of SampleOrder.  num_workers: reading processes;
     with any number the batches are the same. known_bad: quarantined samples by id; what is found
-    while reading is added to `found`. Raises DataError at construction if the blocks are too short,
-    and from next() if nothing readable is near a damaged sample; ValueError if global_batch_size
-    does not divide over the ranks and micro batches.
+    while reading is added to `found`. skipped: positions that are left out;
+    ramp: batches before they have global_batch_size samples. Raises DataError at
+    construction if the blocks are too short, and from next() if nothing readable is near a damaged
+    sample; ValueError if global_batch_size does not divide over the ranks and micro batches.
     """
 
     def __init__(
@@ -128,6 +131,8 @@ class BatchLoader:
         num_workers: int,
         first_step: int = 0,
         known_bad: dict[int, BadSample] | None = None,
+        skipped: Ranges = (),
+        ramp: BatchRamp | None = None,
     ):
         check_context(split.manifest, context_length)
         if not 0 <= rank < world_size or first_step < 0 or num_workers < 0:
@@ -144,17 +149,19 @@ class BatchLoader:
                 f"global_batch_size {global_batch_size} is not a multiple of {world_size} ranks x "
                 f"micro_batch_size {micro_batch_size}"
             )
-        self.micro_batches_per_step = global_batch_size // world_size // micro_batch_size
+        ramp = ramp or BatchRamp((), global_batch_size)
+        self.micro_batches_per_step = ramp.final // world_size // micro_batch_size  # of a full one
         order = split.order(seed=seed, window_shards=window_shards)
         split.keep(window_shards=window_shards)
         self.found: list[BadSample] = []
         requests = _Requests(
             order,
-            global_batch_size=global_batch_size,
+            ramp=ramp,
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
             first_step=first_step,
+            skipped=skipped,
         )
         options: dict[str, Any] = {}
         if num_workers:
@@ -247,29 +254,36 @@ class _Requests:
         self,
         order: SampleOrder | MixedOrder,
         *,
-        global_batch_size: int,
+        ramp: BatchRamp,
         micro_batch_size: int,
         rank: int,
         world_size: int,
         first_step: int,
+        skipped: Ranges = (),
     ):
         self.order = order
-        self.global_batch_size = global_batch_size
+        self.skipped = skipped
+        self.ramp = ramp
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
         self.first_step = first_step
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        per_rank, step = self.global_batch_size // self.world_size, self.first_step
+        step = self.first_step
         while True:
-            start = step * self.global_batch_size + self.rank * per_rank
+            per_rank = self.ramp.size(step) // self.world_size
+            start = self.ramp.samples_before(step) + self.rank * per_rank
             for first in range(start, start + per_rank, self.micro_batch_size):
-                yield (
-                    self.order.samples(first, self.micro_batch_size),
-                    np.arange(first, first + self.micro_batch_size, dtype=np.int64),
-                )
+                positions = positions_of(first, self.micro_batch_size, self.skipped)
+                yield self._samples(positions), positions
             step += 1
+
+    def _samples(self, positions: np.ndarray) -> np.ndarray:
+        """Of rising positions, a run of neighbours at a time."""
+        ends = np.flatnonzero(np.diff(positions) != 1) + 1
+        runs = np.split(positions, ends)
+        return np.concatenate([self.order.samples(int(run[0]), len(run)) for run in runs])
 
 
 class _Reader(Dataset):

@@ -79,13 +79,17 @@ class StreamIndexes:
                     listed[name] = shard
         self.listed = listed if wanted == listed.keys() else {}
 
+    def named(self, url: str) -> ShardInfo | None:
+        """What the manifest says of a shard, if the stream is that dataset's."""
+        return self.listed.get(shard_name(url) or "")
+
     def of(self, url: str) -> Checksums | None:
         """The checksums of a shard; None if it has no index.
 
         DataError for an index that is damaged, OSError for one that cannot be read.
         """
         name = shard_name(url)
-        shard = None if name is None else self.listed.get(name)
+        shard = self.named(url)
         if shard is not None and (self.manifest.folder / shard.index_path).exists():
             return Checksums(load_index(self.manifest, shard))
         content = None
@@ -133,7 +137,7 @@ def _beside(url: str, *, must_answer: bool) -> bytes | None:
 
     place = re.split(r"[?#]", url)[0]
     query = url[len(place) :]  # with its mark
-    if _is_signed(query[1:]):
+    if is_signed(query[1:]):
         return None  # a signature is for one address alone
     try:
         opened: Any = fsspec.open(f"{place.removesuffix('.tar')}.index.json{query}", "rb")
@@ -152,5 +156,6 @@ def _beside(url: str, *, must_answer: bool) -> bytes | None:
     return content
 
 
-def _is_signed(query: str) -> bool:
+def is_signed(query: str) -> bool:
+    """Whether the query of an address holds a signature, which is for that address alone."""
     return bool(re.search(r"(?i)(sig|signature|token|credential)[^=&]*=", query))

@@ -25,7 +25,7 @@ import torch
 from ebwm_scale.config.permissions import PIPE, refuse_pipes
 from ebwm_scale.core.errors import ConfigError, DataError
 from ebwm_scale.core.plain_text import shorten
-from ebwm_scale.core.redaction import redacted
+from ebwm_scale.core.redaction import redacted, redacted_error
 from ebwm_scale.data.format import tar
 from ebwm_scale.data.format.content import Sample, decode_conditions, decode_sample
 from ebwm_scale.data.format.manifest import Manifest
@@ -37,6 +37,7 @@ from ebwm_scale.data.loading.batches import (
     to_tensors,
 )
 from ebwm_scale.data.loading.quarantine import BadSample
+from ebwm_scale.data.loading.shard_cache import ShardCache
 from ebwm_scale.data.loading.stream_checks import Checksums, StreamIndexes, no_report
 from ebwm_scale.data.order import permutation
 
@@ -54,8 +55,9 @@ class StreamLoader:
     shards: URLs, paths, and `pipe:COMMAND`, which a shell runs and which only allow_pipe lets
     through; {000..127} stands for a range.  manifest: what the samples are.  buffer: samples
     shuffled together. first_shard: where in the order of shards to start.  report: is told, once,
-    of shards without checksums. Raises ConfigError for fewer shards than ranks and for commands
-    without allow_pipe, DataError from next() when shard after shard is unreadable.
+    of shards without checksums. cache_folder: where shards behind addresses are kept, up to
+    cache_bytes (data/loading/shard_cache.py). Raises ConfigError for fewer shards than ranks and
+    for commands without allow_pipe, DataError from next() when shard after shard is unreadable.
     """
 
     def __init__(
@@ -74,11 +76,16 @@ class StreamLoader:
         first_shard: int = 0,
         report: Callable[[str], None] = no_report,
         allow_pipe: bool = False,
+        cache_folder: str | None = None,
+        cache_bytes: int = 0,
     ):
         self.shards = check_stream(shards, world_size)
         refuse_pipes(self.shards, allow_pipe=allow_pipe)
         check_context(manifest, context_length)
         self._indexes = StreamIndexes(self.shards, manifest, report)
+        self._cache = None
+        if cache_folder is not None:
+            self._cache = ShardCache(cache_folder, cache_bytes, open_shard, report)
         self.manifest = manifest
         self.context_length = context_length
         self.buffer = buffer
@@ -169,7 +176,7 @@ class StreamLoader:
         length = self.context_length + content.group_size
         try:
             checksums = self._indexes.of(url)
-            with open_shard(url) as stream:
+            with self._opened(url) as stream:
                 for key, fields in tar.samples(stream, redacted(url)):
                     sample_id = (number << 32) + row
                     row += 1
@@ -181,10 +188,15 @@ class StreamLoader:
                         continue
                     yield sample_id, content.first(sample, length)
         except ImportError as error:  # the same for every shard
-            raise DataError(f"{redacted(url)}: {_line(error)}; install it with pip") from None
+            raise DataError(f"{redacted(url)}: {_line(error, url)}; install it with pip") from None
         except Exception as error:  # noqa: BLE001 (a file system of fsspec raises what its client does)
-            reason = str(error) if isinstance(error, DataError) else _line(error)
+            reason = str(error) if isinstance(error, DataError) else _line(error, url)
             self._bad(url, (number << 32) + row, None, None, reason)
+
+    def _opened(self, url: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        if self._cache is None:
+            return open_shard(url)
+        return self._cache.open(url, self._indexes.named(url))
 
     def _checked(
         self,
@@ -210,7 +222,7 @@ class StreamLoader:
     def _bad(
         self, url: str, sample_id: int, key: str | None, offset: int | None, reason: str
     ) -> None:
-        self._last_reason = redacted(reason)
+        self._last_reason = redacted_error(reason, url)
         self.found.append(
             BadSample(
                 split="train",
@@ -282,6 +294,6 @@ def open_shard(url: str) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _line(error: Exception) -> str:
+def _line(error: Exception, url: str) -> str:
     """What a library says of its failure, on one line."""
-    return shorten(f"{type(error).__name__}: {error}")
+    return shorten(f"{type(error).__name__}: {redacted_error(error, url)}")

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import tarfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,40 +29,19 @@ import numpy as np
 
 from ebwm_scale.core.disk import replacement
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.files import file_sha256
 from ebwm_scale.data.format.content import _SUFFIX, _pillow, encode_image
 from ebwm_scale.data.format.tar import walk
-from ebwm_scale.data.prepare.decoding import Picture, not_watched, pictures
+from ebwm_scale.data.prepare.decoding import not_watched
 from ebwm_scale.data.prepare.findings import Findings
-from ebwm_scale.data.walking import Report, walk_files
-
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".m4v",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".mpg",
-    ".mpeg",
-    ".ts",
-    ".wmv",
-    ".flv",
-    ".ogv",
-    ".gif",
+from ebwm_scale.data.prepare.video_sources import (
+    IMAGE_RATE,
+    OnScreen,
+    Video,
+    pictures_of_file,
 )
-_SHOWN_KINDS = 8
-_PART_FORMAT = 2  # counts changes of what a part file of the same video and settings holds
+
+_PART_FORMAT = 3  # counts changes of what a part file of the same video and settings holds
 _EPSILON_S = 1e-3  # a frame whose time stamp is rounded to just after t still counts as shown at t
-
-
-@dataclass(frozen=True)
-class Video:
-    """A file, known by the hash of its content."""
-
-    name: str
-    path: Path
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,8 @@ class ClipConfig:
 
     stored: jpeg or webp; quality: of it; crops: windows taken along the longer side; zooms: 1 for
     windows as large as the frame allows, 2 for half of that, with twice as many windows along each
-    side, and so on.
+    side, and so on. stream: number of the video stream in each file, None for the one that players
+    show. image_rate: images a second, of folders of images.
     """
 
     context_length: int
@@ -84,6 +63,8 @@ class ClipConfig:
     zooms: tuple[int, ...]
     stored: str
     quality: int
+    stream: int | None = None
+    image_rate: float = IMAGE_RATE
 
     @property
     def span_s(self) -> float:
@@ -106,49 +87,6 @@ class Clip:
     frames: tuple[int, ...]
 
 
-def find_videos(inputs: Sequence[str | Path], *, report: Report = print) -> list[Video]:
-    """All videos in the given files and folders (recursive), one of each content, sorted by it.
-
-    Raises DataError when there is none.
-    """
-    found: dict[str, Video] = {}
-    others: Counter[str] = Counter()
-    for source in map(Path, inputs):
-        if not source.exists():
-            raise DataError(
-                f"{source}: no such file or folder; give video files, or folders with them"
-            )
-        if source.is_file():
-            named = [(source.name, source)]
-        else:
-            inside = list(walk_files(source, report=report))
-            others.update(p.suffix.lower() or "no suffix" for p in inside if not _is_video(p))
-            named = [(p.relative_to(source).as_posix(), p) for p in inside if _is_video(p)]
-        for name, path in named:
-            try:
-                digest = file_sha256(path)
-            except OSError as error:
-                report(f"warning: {path}: skipped: {error.strerror}")
-                continue
-            if digest in found:
-                report(f"{path}: the same bytes as {found[digest].path}, taken once")
-            found.setdefault(digest, Video(name, path, digest))
-    if others:
-        ranked = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
-        kinds = ", ".join(f"{count} x {suffix}" for suffix, count in ranked[:_SHOWN_KINDS])
-        report(f"no videos, left out: {others.total()} files ({kinds})")
-    if not found:
-        raise DataError(
-            f"{', '.join(map(str, inputs)) or 'no input'}: no video found; looked for "
-            f"{', '.join('*' + s for s in VIDEO_SUFFIXES)}"
-        )
-    return sorted(found.values(), key=lambda video: video.digest)
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
 def make_part(
     video: Video, part: Path, config: ClipConfig, moved: Callable[[], None] = not_watched
 ) -> None:
@@ -161,7 +99,10 @@ def make_part(
         replacement(part) as temporary,
         tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        clips = _write_frames(video, config, tar, findings, moved)
+        with video.shown(
+            part.parent, findings, moved, stream=config.stream, image_rate=config.image_rate
+        ) as shown:
+            clips = _write_frames(video, shown, config, tar, findings, moved)
         about = {
             "clips": [dataclasses.asdict(clip) for clip in clips],
             "findings": dataclasses.asdict(findings),
@@ -210,7 +151,7 @@ class Shown:
 
 
 def shown_at(
-    shown: Iterable[Picture], interval_s: float, offsets_s: Sequence[float]
+    shown: Iterable[OnScreen], interval_s: float, offsets_s: Sequence[float]
 ) -> Iterator[Shown]:
     """What is on screen in each piece of a video at offset + k * interval after its start.
 
@@ -250,7 +191,7 @@ def frames_from(
     """
     frames: list[np.ndarray] = []
     piece: int | None = None
-    for picture in pictures(path, findings, moved):
+    for picture in pictures_of_file(path, findings, moved):
         if frames and picture.piece != piece:
             break
         piece = picture.piece
@@ -305,6 +246,7 @@ def _places(room: float, count: int) -> list[float]:
 
 def _write_frames(
     video: Video,
+    shown: Iterable[OnScreen],
     config: ClipConfig,
     tar: tarfile.TarFile,
     findings: Findings,
@@ -323,18 +265,18 @@ def _write_frames(
     count = 0
     length_s = longest_s = 0.0  # of all pieces, of the longest
 
-    def watched() -> Iterator[Picture]:
+    def watched() -> Iterator[OnScreen]:
         nonlocal length_s, longest_s
         start_s, piece = 0.0, None
-        for picture in pictures(video.path, findings, moved):
+        for picture in shown:
             if picture.piece != piece:
                 start_s, piece = picture.begin_s, picture.piece
             length_s += picture.end_s - picture.begin_s
             longest_s = max(longest_s, picture.end_s - start_s)
             yield picture
 
-    shown = shown_at(watched(), config.interval_s, phases)
-    for _, group in itertools.groupby(shown, key=lambda one: one.piece):
+    chosen = shown_at(watched(), config.interval_s, phases)
+    for _, group in itertools.groupby(chosen, key=lambda one: one.piece):
         numbers: list[dict[int, int]] = [{} for _ in phases]  # k -> number of the first window
         for one in group:
             numbers[one.offset][one.k] = count

@@ -59,17 +59,22 @@ class Picture:
 
 
 def pictures(
-    path: Path, findings: Findings | None = None, moved: Callable[[], None] = not_watched
+    path: Path,
+    findings: Findings | None = None,
+    moved: Callable[[], None] = not_watched,
+    *,
+    number: int | None = None,
 ) -> Iterator[Picture]:
     """The sound pictures of a video; findings: filled in on the way; moved: called at each packet.
 
-    Raises DataError if the file is no video, or no sound picture comes out of it.
+    number: which of its video streams, from 0, covers not counted; default: the one that a player
+    shows. Raises DataError if the file is no video, or no sound picture comes out of it.
     """
     av = import_av()
     findings = Findings() if findings is None else findings
     try:
         with _open(av, path) as container:
-            stream = _main_stream(path, container, findings)
+            stream = _stream(path, container, number, findings)
             yield from _pictures(av, path, container, stream, findings, moved)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be decoded: {_words(error)}") from None
@@ -107,8 +112,10 @@ def _open(av, path: Path):
         ) from None
 
 
-def _main_stream(path: Path, container, findings: Findings):
-    """The video that a player shows: never a cover picture or a preview."""
+def _stream(path: Path, container, number: int | None, findings: Findings):
+    """The video stream of that number, else the one that a player shows: never a cover picture or
+    a preview.
+    """
     from av.stream import Disposition
 
     not_the_video = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -120,6 +127,13 @@ def _main_stream(path: Path, container, findings: Findings):
     if not known:
         raise DataError(f"{path}: its video is in a format that PyAV does not decode")
     findings.other_streams = len(videos) - 1
+    if number is not None:
+        if number >= len(videos):
+            has = "a single video stream" if len(videos) == 1 else f"{len(videos)} video streams"
+            raise DataError(f"{path}: has {has}: none of number {number}, counted from 0")
+        if videos[number] not in known:
+            raise DataError(f"{path}: video stream {number} is in a format that is not decoded")
+        return videos[number]
     moving = [s for s in known if s.frames != 1] or known  # 0: not told
     best = container.streams.best("video")
     if best in moving:
@@ -161,6 +175,7 @@ def _pictures(
             broken = True
         if broken and last_shape is not None:
             piece += 1
+        findings.interlaced += bool(frame.interlaced_frame)
         broken = False
         waiting = Picture(piece, time_s, time_s, shape, frame)
     if waiting is not None:

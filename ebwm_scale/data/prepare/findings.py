@@ -25,6 +25,8 @@ class Findings:
     out_of_order: int = 0  # timestamps not after the one before
     without_time: int = 0  # pictures without a timestamp
     changes: int = 0  # of size or orientation
+    interlaced: int = 0  # pictures of which one field is stored
+    damaged_images: int = 0  # of a folder of images, left out
     other_streams: int = 0  # further videos in the same file
 
     def damage(self, time_s: float) -> None:
@@ -54,6 +56,10 @@ class Findings:
                     "damage, because no key frame follows"
                 ),
             ),
+            (
+                self.damaged_images,
+                f"{_count(self.damaged_images, 'image')} left out as damaged{at}",
+            ),
             (self.unreadable, f"{_count(self.unreadable, 'place')} where the file is unreadable"),
             (
                 self.without_picture,
@@ -71,6 +77,10 @@ class Findings:
                 f"{_count(self.without_time, 'picture')} without a timestamp spaced evenly",
             ),
             (self.changes, f"{_count(self.changes, 'change')} of size or orientation"),
+            (
+                self.interlaced,
+                f"{_count(self.interlaced, 'interlaced picture')} of which one field is taken",
+            ),
             (self.other_streams, f"{_count(self.other_streams, 'other video stream')} not used"),
         ]
         return [phrase for count, phrase in result if count]

@@ -15,6 +15,8 @@ from fractions import Fraction
 
 import numpy as np
 
+from ebwm_scale.data.prepare.fields import upper_field
+
 MAX_PIXELS = 2**26  # of a picture, before and after its pixels are made square: twice 8K
 _LONGEST_SIDE = 2**15
 _TOLERANCE = 0.0175  # tan(1 degree): a matrix nearer to a quarter turn than this is one
@@ -95,6 +97,8 @@ class Shape:
     def picture(self, frame) -> np.ndarray:
         """A decoded frame as uint8 (height, width, 3), as it is shown."""
         width, height = self.scaled()
+        if frame.interlaced_frame:
+            frame = upper_field(frame)
         pixels = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
         return np.ascontiguousarray(self.orientation.apply(pixels))
 

@@ -42,14 +42,7 @@ from ebwm_scale.data.format.writer import (
     staged_folder,
     write_manifest,
 )
-from ebwm_scale.data.prepare.clips import (
-    ClipConfig,
-    Video,
-    find_videos,
-    make_part,
-    read_findings,
-    read_frames,
-)
+from ebwm_scale.data.prepare.clips import ClipConfig, make_part, read_findings, read_frames
 from ebwm_scale.data.prepare.encoding import (
     BATCH,
     ENCODER_FILE,
@@ -60,8 +53,9 @@ from ebwm_scale.data.prepare.encoding import (
 )
 from ebwm_scale.data.prepare.findings import Findings, total
 from ebwm_scale.data.prepare.video_config import VideoDatasetConfig
+from ebwm_scale.data.prepare.video_sources import Video, find_videos
 from ebwm_scale.data.prepare.video_split import Clips, split_clips
-from ebwm_scale.data.prepare.workers import STILL_S, each_in_a_process
+from ebwm_scale.data.prepare.workers import LIMIT_S, STILL_S, each_in_a_process
 from ebwm_scale.data.walking import Report
 
 _OURS = (*DATASET_FILES, ENCODER_FILE)
@@ -75,14 +69,18 @@ def make_video_dataset(
     like: str | Path | None = None,
     workers: int | None = None,
     still_s: float = STILL_S,
+    limit_s: float = LIMIT_S,
+    images: bool = False,
+    captions: bool = True,
     report: Report = print,
     progress: Progress = no_progress,
 ) -> Path:
     """Decode, split, encode and write a dataset folder; returns the path of its manifest.
 
     like: a video dataset whose encoder, statistics and frame size to use, so that the two can be
-    mixed.  still_s: seconds after which a decoder that does not move is ended.  Videos that cannot
-    be decoded are reported and left out, as is what is damaged in the others.  Finished videos are
+    mixed.  still_s: seconds after which a decoder that does not move is ended; limit_s: after which
+    any is.  images, captions: see find_videos.  Videos that cannot be decoded are reported and left
+    out, as is what is damaged in the others.  Finished videos are
     kept beside the output until it is complete: a killed run goes on.  A complete dataset of the
     same videos and settings is kept; one of others is refused.  Raises DataError.
     """
@@ -100,16 +98,17 @@ def make_video_dataset(
             encoder=content.encoder_name,
             patches=content.grid is not None,
         )
-    videos = find_videos(inputs, report=report)
+    videos = find_videos(inputs, images=images, captions=captions, report=report)
     refuse_foreign_files(output, ours=_OURS)
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    if not config.patches:
-        del settings["patches"]  # as datasets of before have it
+    for name in ("patches", "stream", "image_rate"):
+        if getattr(config, name) == getattr(VideoDatasetConfig, name):
+            del settings[name]  # as datasets of before have it
     source = {
         "inputs": [Path(i).resolve().name for i in inputs],
         "num_videos": len(videos),
         "like": None if other is None else other.fingerprint,
-        "videos_sha256": hashlib.sha256("\n".join(v.digest for v in videos).encode()).hexdigest(),
+        "videos_sha256": _hash(videos),
     }
     values: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -128,6 +127,7 @@ def make_video_dataset(
                 config.clips,
                 workers=workers or os.cpu_count() or 1,
                 still_s=still_s,
+                limit_s=limit_s,
                 report=report,
                 progress=progress,
             )
@@ -155,6 +155,10 @@ def make_video_dataset(
     return manifest.path
 
 
+def _hash(videos: Sequence[Video]) -> str:
+    return hashlib.sha256("\n".join(video.identity for video in videos).encode()).hexdigest()
+
+
 def _make_parts(
     videos: Sequence[Video],
     folder: Path,
@@ -162,6 +166,7 @@ def _make_parts(
     *,
     workers: int,
     still_s: float,
+    limit_s: float,
     report: Report,
     progress: Progress,
 ) -> list[tuple[Video, Path]]:
@@ -179,7 +184,7 @@ def _make_parts(
     def decode(video: Video, moved: Callable[[], None]) -> None:
         make_part(video, paths[video], config, moved)
 
-    outcomes = each_in_a_process(waiting, decode, workers=workers, still_s=still_s)
+    outcomes = each_in_a_process(waiting, decode, workers=workers, still_s=still_s, limit_s=limit_s)
     for outcome in tracked(outcomes, "videos", progress, total=len(waiting)):
         if outcome.problem is not None:
             path = outcome.task.path
@@ -274,6 +279,7 @@ def _write_split(
                     "start_s": round(clip.start_s, 6),
                     "zoom": clip.zoom,
                     "crop": clip.crop,
+                    **video.about(),
                 }
                 writer.add(
                     {**fields, CLIP_FIELD: json.dumps(about).encode()},

@@ -8,6 +8,7 @@ from typing import Any
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.format.content import STORED
 from ebwm_scale.data.prepare.clips import ClipConfig
+from ebwm_scale.data.prepare.video_sources import IMAGE_RATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class VideoDatasetConfig:
     gap_s: float | None = None
     seed: int = 0
     samples_per_shard: int = 512
+    stream: int | None = None  # number of the video stream in each file; None: what players show
+    image_rate: float = IMAGE_RATE  # images a second, of folders of images
 
     def __post_init__(self):
         for name in (
@@ -55,6 +58,10 @@ class VideoDatasetConfig:
             raise DataError(f"zooms are {list(self.zooms)}: must be whole numbers from 1 on")
         if self.stride_s is not None and self.stride_s <= 0:
             raise DataError(f"stride is {self.stride_s}: must be above 0 seconds")
+        if self.stream is not None and self.stream < 0:
+            raise DataError(f"stream is {self.stream}: must be 0 or above")
+        if not 0 < self.image_rate <= 1000:
+            raise DataError(f"image rate is {self.image_rate}: must be above 0 and at most 1000")
         if not 1 <= self.quality <= 100:
             raise DataError(f"quality is {self.quality}: must be from 1 to 100")
         if self.stored not in STORED or self.split not in ("auto", "video", "time"):
@@ -75,4 +82,6 @@ class VideoDatasetConfig:
             zooms=tuple(self.zooms),
             quality=self.quality,
             stored="jpeg" if self.stored == "embedding" else self.stored,
+            stream=self.stream,
+            image_rate=self.image_rate,
         )

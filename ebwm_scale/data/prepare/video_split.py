@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.data.prepare.clips import (
-    Clip,
-    Video,
-    read_clips,
-)
+from ebwm_scale.data.prepare.clips import Clip, read_clips
 from ebwm_scale.data.prepare.splitting import split_documents
 from ebwm_scale.data.prepare.video_config import VideoDatasetConfig
+from ebwm_scale.data.prepare.video_sources import Video
 from ebwm_scale.data.walking import Report
 
 Clips = list[tuple[Video, Path, list[Clip]]]  # of each video, in order

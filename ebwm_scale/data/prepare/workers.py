@@ -8,6 +8,7 @@ Native decoders of files from anywhere can do both; no time-out inside a process
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -22,6 +23,7 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.forking import parents_objects_kept
 
 STILL_S = 120.0  # without a move, until a worker is ended
+LIMIT_S = 6 * 3600.0  # in all, of one task
 _LOOK_EVERY_S = 0.5
 _END_WITHIN_S = 5.0
 
@@ -43,18 +45,19 @@ def each_in_a_process(
     *,
     workers: int = 1,
     still_s: float = STILL_S,
+    limit_s: float = math.inf,
     what: str = "the decoder",
     look: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome]:
     """The outcome of function(task, moved) for each task, as they end; up to `workers` at a time.
 
     what: does it, for messages of a crash. DataError and OSError in a function are problems, as are
-    a crash and `still_s` seconds without a call of moved. Workers are ended when the iteration is
-    left. look: is called about twice a second while they work.
+    a crash, `still_s` seconds without a call of moved, and more than `limit_s` in all. Workers are
+    ended when the iteration is left. look: is called about twice a second while they work.
     """
     waiting = deque(tasks)
     running: list[_Worker] = []
-    look_every_s = min(_LOOK_EVERY_S, still_s / 4)
+    look_every_s = min(_LOOK_EVERY_S, still_s / 4, limit_s / 4)
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -62,7 +65,7 @@ def each_in_a_process(
             multiprocessing.connection.wait([w.receiver for w in running], timeout=look_every_s)
             look()
             for worker in list(running):
-                outcome = worker.outcome(still_s, look_every_s)
+                outcome = worker.outcome(still_s, limit_s, look_every_s)
                 if outcome is not None:
                     running.remove(worker)
                     worker.end()
@@ -83,6 +86,7 @@ class _Worker:
         self._moves = context.RawValue("Q", 0)
         self._seen_moves = 0
         self._still_s = 0.0
+        self._worked_s = 0.0
         self._looked_at = time.monotonic()
         self._process = context.Process(
             target=_work, args=(task, function, self._moves, sender, os.getpid()), daemon=True
@@ -91,7 +95,7 @@ class _Worker:
             self._process.start()
         sender.close()  # so that the worker's end is the end of what can be received
 
-    def outcome(self, still_s: float, look_every_s: float) -> Outcome | None:
+    def outcome(self, still_s: float, limit_s: float, look_every_s: float) -> Outcome | None:
         """What became of the task, if that is known by now."""
         if self.receiver.poll():
             try:
@@ -100,11 +104,15 @@ class _Worker:
                 return Outcome(self.task, problem=self._how_it_ended())
         now = time.monotonic()
         # Time in which this process did not run (suspended, asleep) is not held against a worker.
-        self._still_s += min(now - self._looked_at, 4 * look_every_s)
+        passed_s = min(now - self._looked_at, 4 * look_every_s)
+        self._still_s += passed_s
+        self._worked_s += passed_s
         self._looked_at = now
         if self._moves.value != self._seen_moves:
             self._seen_moves = self._moves.value
             self._still_s = 0.0
+        if self._worked_s >= limit_s:
+            return Outcome(self.task, problem=f"took more than {limit_s:g} s and was ended")
         if self._still_s < still_s:
             return None
         return Outcome(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ebwm_scale.core.errors import DataError
-from ebwm_scale.core.redaction import redacted
+from ebwm_scale.core.redaction import redacted, redacted_error
 from ebwm_scale.data.loading.quarantine import BadSample
 from ebwm_scale.data.order import permutation
 from ebwm_scale.data.prepare.packing import token_dtype
@@ -243,15 +243,17 @@ class Lane:
             self.notes += left_out.lines()
 
     def _end(self, strand: Strand, place: Place, num_read: int, reason: str) -> None:
+        address = str(strand.source.place)
+        reason = redacted_error(reason, address)
         self._ends[place.epoch, place.strand] = num_read
         self.found.append(
             BadSample(
                 split="train",
                 sample_id=(strand.number << 32) + num_read,
-                shard=redacted(strand.source.place),
+                shard=redacted(address),
                 key=None,
                 offset=None,
-                reason=f"{redacted(reason)}; its documents from {num_read} on are left out",
+                reason=f"{reason}; its documents from {num_read} on are left out",
                 replaced_by=-1,
             )
         )

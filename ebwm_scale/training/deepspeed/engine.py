@@ -14,7 +14,8 @@ from ebwm_scale.core.world import World
 from ebwm_scale.planning.parameters import count_parameters
 from ebwm_scale.training.deepspeed.partitioned import partitioned
 from ebwm_scale.training.deepspeed.zero_state import ZeroState
-from ebwm_scale.training.optimizer import new_optimizer
+from ebwm_scale.training.muon import Matrix, MuonAndAdamW
+from ebwm_scale.training.optimizer import BLOCK_MATRIX, new_optimizer
 from ebwm_scale.training.schedule import learning_rate
 from ebwm_scale.training.weight_average import WeightAverage
 from ebwm_scale.world_model import WorldModel
@@ -112,6 +113,8 @@ class Engine:
         if needs_manual_gathering(config):
             self.optimizer.parameter_offload._remove_module_hooks()
         self.average: WeightAverage | None = None
+        if isinstance(self.state.inner, MuonAndAdamW) and config.deepspeed.zero_stage > 0:
+            self._share_matrices(self.state.inner)
         if config.train.ema is not None:
             self.average = WeightAverage(config.train.ema)
             self.average.begin(self.state.weights())
@@ -128,12 +131,32 @@ class Engine:
             average=self.average,
         )
 
+    def _share_matrices(self, optimizer: MuonAndAdamW) -> None:
+        """Tell Muon which parts of its matrices this process has."""
+        matrices = []
+        for name, p in self.module.named_parameters():
+            if p.requires_grad and BLOCK_MATRIX.fullmatch(name):
+                shape = torch.Size(getattr(p, "ds_shape", p.shape))
+                matrices.append(Matrix(shape, self.state.place_of(p), self.state.group_of(p)))
+        optimizer.share(
+            matrices, rank=self.world.rank, world_size=self.world.size, device=self.world.device
+        )
+
     def set_learning_rates(self, step: int) -> float:
         """Every group's learning rate at an optimizer step; returns the model's."""
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_scale"]
         return rate
+
+    def set_accumulation(self, accumulation: int) -> None:
+        """Micro-batches of the step that begins: a batch may be larger than the one before it."""
+        if accumulation == self.accumulation:
+            return
+        self.accumulation = accumulation
+        micro = self.deepspeed.train_micro_batch_size_per_gpu()
+        self.deepspeed.set_train_batch_size(accumulation * micro * self.world.size)
+        self.deepspeed.micro_steps = 0  # a step ends where a multiple of the new number does
 
     def forward(self, *arguments, **options):
         return self.deepspeed(*arguments, **options)

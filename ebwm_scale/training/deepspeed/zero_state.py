@@ -18,12 +18,21 @@ they are: with nothing changed, the continued run is bitwise the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ebwm_scale.checkpoint.parameter_shard import AVERAGE, MOMENTS, MOMENTUM, ParameterShard
+from ebwm_scale.checkpoint.parameter_shard import (
+    AVERAGE,
+    MOMENTS,
+    MOMENTUM,
+    OF_WEIGHTS,
+    ParameterShard,
+)
 from ebwm_scale.training.deepspeed.partitioned import partitioned
+from ebwm_scale.training.place import Place
 from ebwm_scale.training.weight_average import WeightAverage
 
 
@@ -72,6 +81,18 @@ class ZeroState:
             if owned and values and values["weight"].numel():
                 yield ParameterShard(name, start, values)
 
+    def places(self) -> Iterator[tuple[str, Place]]:
+        """What this process updates, of each parameter that is learned: over all processes each
+        number once.
+        """
+        for index, (name, p) in enumerate(self.module.named_parameters()):
+            if not p.requires_grad:
+                continue
+            place = self.place_of(p)
+            is_owned = self.stage > 0 or index % self.world_size == self.rank
+            if is_owned and place is not None and place.count:
+                yield name, place
+
     def weights(self) -> dict[str, Tensor]:
         """Views of the float32 weights that this process updates, flat, by parameter."""
         found = {}
@@ -81,6 +102,43 @@ class ZeroState:
                 if values and values["weight"].numel():
                     found[name] = values["weight"]
         return found
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it forward passes use the weights' average; behind it what they used before, to
+        the bit. Every rank must enter it. Takes a copy of the model.
+        """
+        kept = []
+        with torch.no_grad():
+            for name, p in self.module.named_parameters():
+                if not p.requires_grad:
+                    continue
+                used = partitioned(p).ds_tensor if self.stage == 3 else p.data
+                kept.append((used, used.clone()))
+                self._use_average(name, p, used)
+        try:
+            yield
+        finally:
+            for used, before in kept:
+                used.copy_(before)
+
+    def _use_average(self, name: str, p: nn.Parameter, used: Tensor) -> None:
+        """Write the average into what the forward pass uses: of stage 3 this process's part.
+
+        Before the first update the average is the weights.
+        """
+        start, values = self._with_average(name, p)
+        mine = values.get(AVERAGE, values.get("weight"))
+        if self.stage in (0, 3):
+            if mine is not None:
+                used.view(-1)[: mine.numel()].copy_(mine)
+            return
+        whole = torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
+        if mine is not None:
+            whole[start : start + mine.numel()].copy_(mine)
+        if self.world_size > 1:
+            dist.all_reduce(whole)  # each number is one process's
+        used.view(-1).copy_(whole)
 
     def step_count(self) -> float:
         """Updates AdamW has made, the same for all parameters; skipped ones do not count."""
@@ -119,44 +177,42 @@ class ZeroState:
         """(start, kind -> flat view) of what this process updates of p; no values where that is
         nothing.
         """
+        place = self.place_of(p)
+        if place is None:
+            return 0, {}
+        state = self.inner.state.get(place.tensor, {})
+        kinds = (*MOMENTS, MOMENTUM, *OF_WEIGHTS)
+        kept = {key: place.part_of(state[key]) for key in kinds if key in state}
+        return place.start, {"weight": place.part_of(place.tensor.detach()), **kept}
+
+    def place_of(self, p: nn.Parameter) -> Place | None:
+        """Where this process keeps its part of p; None where it has none."""
         if self.stage == 3:
-            return self._local_partition(p)
+            return self._partition_of(p)
         if not p.requires_grad or self.stage == 0:
-            master = self.masters.get(id(p), p)
-            state = self.inner.state.get(master, {})
-            return 0, {
-                "weight": master.detach().view(-1),
-                **{key: state[key].view(-1) for key in (*MOMENTS, MOMENTUM) if key in state},
-            }
+            return Place(self.masters.get(id(p), p), 0, 0, p.numel())
         mapping = getattr(p, "_hp_mapping", None)
         if mapping is None:
-            return 0, {}
+            return None
         address = mapping.hp_fragment_address
-        flat = self.optimizer.single_partition_of_fp32_groups[self._group_of(p)]
-        part = slice(address.start, address.start + address.numel)
-        state = self.inner.state.get(flat, {})
-        return mapping.lp_fragment_address.start, {
-            "weight": flat.detach()[part],
-            **{key: state[key][part] for key in MOMENTS if key in state},
-        }
+        flat = self.optimizer.single_partition_of_fp32_groups[self.group_of(p)]
+        return Place(flat, address.start, mapping.lp_fragment_address.start, address.numel)
 
-    def _local_partition(self, p: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+    def _partition_of(self, p: nn.Parameter) -> Place:
         own = partitioned(p).ds_tensor
         size = getattr(own, "ds_numel", own.numel())
         start = self.rank * size
         count = max(0, min(size, partitioned(p).ds_numel - start))
         if not p.requires_grad:
-            return start, {"weight": own.detach().view(-1)[:count]}
+            return Place(own, 0, start, count)
         group, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(p)]
-        flat = self.optimizer.fp32_partitioned_groups_flat[group]
-        state = self.inner.state.get(flat, {})
-        part = slice(offset, offset + count)
-        return start, {
-            "weight": flat.detach()[part],
-            **{key: state[key][part] for key in MOMENTS if key in state},
-        }
+        return Place(self.optimizer.fp32_partitioned_groups_flat[group], offset, start, count)
 
-    def _group_of(self, p: nn.Parameter) -> int:
+    def group_of(self, p: nn.Parameter) -> int:
+        """The number of its group among the optimizer's, alike on all processes."""
+        if self.stage == 3:
+            part, _, _ = self.optimizer.grad_position[self.optimizer.get_param_id(p)]
+            return self.optimizer.sub_group_to_group_id[part]
         return next(
             i for i, group in enumerate(self.optimizer.bit16_groups) if any(p is q for q in group)
         )
@@ -164,7 +220,11 @@ class ZeroState:
     def _create_moments(self, step_count: float) -> None:
         """The optimizer makes its state in its first update; here it is needed before."""
         if self.stage == 3:
-            updated = [(tensor, False) for tensor in self.optimizer.fp32_partitioned_groups_flat]
+            group_of = self.optimizer.sub_group_to_group_id
+            updated = [
+                (tensor, "momentum" in self.inner.param_groups[group_of[index]])
+                for index, tensor in enumerate(self.optimizer.fp32_partitioned_groups_flat)
+            ]
         else:
             updated = [
                 (tensor, "momentum" in group)
@@ -175,6 +235,7 @@ class ZeroState:
             state = self.inner.state[tensor]
             if not is_muons:
                 state["step"] = torch.tensor(step_count, dtype=torch.float32)
-            for key in (MOMENTUM,) if is_muons else MOMENTS:
+            kinds = getattr(self.inner, "kinds", MOMENTS)
+            for key in (MOMENTUM,) if is_muons else kinds:
                 if key not in state:
                     state[key] = torch.zeros_like(tensor)

@@ -136,7 +136,7 @@ class Call:
     def _over_keys(
         self, kernel, tensors, num_keys: int, heads: int, sharing: int, with_keys: bool, flags
     ) -> None:
-        tile = self._tile(kernel, with_keys)
+        tile = self._tile(kernel, with_keys, sharing > 1)
         bytes_per_head = sharing * self.num_rows * self._row_bytes()
         self._run(
             kernel,
@@ -165,9 +165,9 @@ class Call:
         """Of a key and its value, or a query and its cotangent."""
         return (self.head.d + self.value.d) * self.dtype.itemsize
 
-    def _tile(self, kernel, with_keys: bool) -> Tile:
+    def _tile(self, kernel, with_keys: bool, sharing: bool = False) -> Tile:
         padded = max(self.head.padded, self.value.padded)
-        return tile_for(kernel.__name__, self.architecture, padded, self.dtype, with_keys)
+        return tile_for(kernel.__name__, self.architecture, padded, self.dtype, with_keys, sharing)
 
     def _run(self, kernel, tile: Tile, num_programs: int, tensors, sizes, flags) -> None:
         if num_programs == 0:

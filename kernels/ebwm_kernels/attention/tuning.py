@@ -2,7 +2,7 @@
 
 Nothing is timed at import or at a first call: the table is data.
 
-The rows were chosen by what the compiler makes of them (no registers spilled, shared memory that
+The rows were chosen by what the compiler makes of them (no want of registers, shared memory that
 fits, tensor cores in use), which `tools/compile_kernels.py` shows and
 tests/kernels/test_attention_compiled.py holds them to, not by timing; `tools/bench_kernels.py
 --tune` times alternatives on a GPU and prints rows for this file.
@@ -47,7 +47,7 @@ HALF = {
             "_gradient_key": Tile(64, 32, 8, 2),
             "_tangent": Tile(64, 32, 4, 2),
             "_second_own": Tile(32, 16, 4, 1),
-            "_second_query": Tile(64, 32, 4, 2),
+            "_second_query": Tile(64, 32, 8, 2),
             "_second_key": Tile(64, 32, 8, 2),
         },
         96: {
@@ -108,18 +108,31 @@ HALF = {
         },
     },
 }
-HALF["sm_86"] = HALF["sm_80"]  # 8.6, 8.9 and 12.x: 99 KiB of shared memory per block
+# 8.6, 8.9 and 12.x: 99 KiB of shared memory per block.
+HALF["sm_86"] = HALF["sm_80"] | {
+    128: HALF["sm_80"][128] | {"_forward": Tile(32, 64, 4, 2)},
+}
 # 10.0 and 10.3 keep sums of products in tensor memory, 512 columns for all programs of a
 # multiprocessor: what is wider on Hopper is halved.
 HALF["sm_100"] = HALF["sm_90"] | {
     64: HALF["sm_90"][64] | {"_second_query": Tile(64, 64, 8, 2)},
-    128: HALF["sm_90"][128] | {"_second_key": Tile(32, 64, 8, 2)},
+    128: HALF["sm_90"][128]
+    | {
+        "_gradient_query": Tile(64, 64, 4, 2),
+        "_second_query": Tile(64, 32, 8, 2),
+        "_second_key": Tile(32, 64, 8, 2),
+    },
 }
 KEYS = {
     "sm_80": {
         64: {},
         96: {"_second_query": Tile(32, 16, 4, 2)},
         128: {"_tangent": Tile(32, 64, 8, 2), "_second_query": Tile(32, 64, 8, 2)},
+        192: {
+            "_tangent": Tile(16, 32, 8, 2),
+            "_second_query": Tile(16, 32, 8, 2),
+            "_second_key": Tile(16, 32, 8, 2),
+        },
         256: {
             "_tangent": Tile(16, 32, 4, 2),
             "_second_query": Tile(16, 32, 4, 2),
@@ -129,6 +142,7 @@ KEYS = {
     "sm_90": {
         64: {},
         128: {"_tangent": Tile(64, 32, 4, 2)},
+        192: {"_tangent": Tile(16, 32, 8, 2), "_second_query": Tile(16, 32, 4, 2)},
         256: {"_tangent": Tile(16, 32, 4, 2), "_second_query": Tile(16, 32, 4, 2)},
     },
 }
@@ -138,11 +152,21 @@ SMALL_HEADS = {
     for architecture in ("sm_80", "sm_86")
     for kernel, tile in (
         ("_gradient_query", Tile(64, 32, 4, 2)),
-        ("_second_key", Tile(32, 32, 4, 2)),
+        ("_second_key", Tile(32, 32, 8, 2)),
     )
 }
-KEYS["sm_86"] = KEYS["sm_80"]
+KEYS["sm_86"] = KEYS["sm_80"] | {
+    256: KEYS["sm_80"][256] | {"_second_query": Tile(16, 32, 8, 2)},
+}
 KEYS["sm_100"] = KEYS["sm_90"]
+# Query heads that share a key head are one more loop of a kernel over keys, around the others: at
+# 128 padded columns its registers need smaller tiles.
+SHARING = {
+    ("sm_80", "_second_key"): Tile(32, 32, 8, 2),
+    ("sm_86", "_second_key"): Tile(32, 32, 8, 2),
+    ("sm_90", "_gradient_key"): Tile(32, 64, 8, 2),
+    ("sm_90", "_second_key"): Tile(32, 32, 8, 2),
+}
 
 # float32 in three TF32 passes takes twice the shared memory and more registers: small tiles for all
 # architectures, and head dimensions to 128.
@@ -165,6 +189,51 @@ SINGLE_KEYS = {
     128: {"_tangent": Tile(16, 32, 8, 1)},
 }
 SINGLE_EXCEPT[96] = SINGLE_EXCEPT[128]
+# Where those spill more than 16 bytes. Further stages leave the compiler registers: what it loads
+# ahead waits in shared memory. (padded head dimension, with keys, kernel) -> tile. For three of
+# them no tile was found: _second_query at 96 (10.x, 12.x) and 128, and _tangent at 128 (8.x). A
+# program's 16 rows of Q, A and G, the fewest that tensor cores take, fill its registers.
+SINGLE_ON = {
+    "sm_80": {
+        (32, True, "_second_key"): Tile(32, 16, 4, 1),
+        (64, True, "_forward"): Tile(16, 32, 4, 2),
+        (64, True, "_second_query"): Tile(16, 32, 8, 2),
+        (128, True, "_tangent"): Tile(16, 32, 8, 2),
+    },
+    "sm_86": {
+        (16, False, "_gradient_key"): Tile(16, 32, 4, 2),
+        (16, True, "_gradient_key"): Tile(16, 32, 4, 2),
+        (16, True, "_second_query"): Tile(16, 32, 8, 2),
+        (64, False, "_forward"): Tile(16, 32, 4, 2),
+        (64, True, "_forward"): Tile(16, 32, 4, 2),
+        (64, False, "_tangent"): Tile(16, 32, 8, 2),
+        (64, True, "_tangent"): Tile(16, 32, 8, 2),
+        (64, False, "_gradient_key"): Tile(32, 32, 4, 1),
+        (64, True, "_gradient_key"): Tile(32, 32, 4, 1),
+        (64, True, "_second_query"): Tile(16, 16, 8, 1),
+        (96, True, "_second_query"): Tile(16, 16, 8, 3),
+        (96, True, "_tangent"): Tile(16, 32, 8, 2),
+        (128, True, "_forward"): Tile(16, 32, 8, 1),
+        (128, False, "_gradient_query"): Tile(16, 16, 4, 1),
+        (128, True, "_gradient_query"): Tile(16, 16, 4, 1),
+        (128, True, "_tangent"): Tile(16, 16, 4, 2),
+    },
+    "sm_90": {
+        (96, True, "_second_query"): Tile(16, 16, 8, 2),
+        (128, True, "_second_query"): Tile(16, 16, 8, 2),
+        (128, True, "_tangent"): Tile(16, 32, 8, 3),
+    },
+    "sm_100": {
+        (64, True, "_second_query"): Tile(16, 16, 8, 1),
+        (96, True, "_second_query"): Tile(16, 16, 8, 2),
+        (96, True, "_second_key"): Tile(16, 16, 4, 2),
+        (96, True, "_tangent"): Tile(16, 16, 8, 1),
+        (128, False, "_second_query"): Tile(16, 32, 8, 2),
+        (128, True, "_second_query"): Tile(16, 16, 8, 2),
+        (128, False, "_tangent"): Tile(16, 32, 8, 2),
+        (128, True, "_tangent"): Tile(16, 32, 8, 3),
+    },
+}
 MAX_HEAD_DIMENSION = {
     torch.float16: 256,
     torch.bfloat16: 256,
@@ -186,22 +255,38 @@ def part_for(architecture: str, padded_d: int, dtype: torch.dtype) -> int:
 
 
 def tile_for(
-    kernel: str, architecture: str, padded_d: int, dtype: torch.dtype, with_keys: bool
+    kernel: str,
+    architecture: str,
+    padded_d: int,
+    dtype: torch.dtype,
+    with_keys: bool,
+    sharing: bool = False,
 ) -> Tile:
     """The tile of a kernel: padded_d is a key of PADDED; with_keys where there are cotangents on dK
-    and dV, or groups of own keys.
+    and dV, or groups of own keys; sharing where a program serves several query heads.
     """
     if architecture == "interpreter":  # small, and rows != keys, so that tests meet many tiles
         return Tile(16, 32, 4, 1) if kernel in OVER_KEYS else Tile(32, 16, 4, 1)
     if dtype == torch.float32:
+        found = SINGLE_ON[architecture].get((padded_d, with_keys, kernel))
+        if found is not None:
+            return found
         bucket = max(padded_d, 64)
         tile = SINGLE_EXCEPT[bucket].get(kernel, SINGLE)
         return SINGLE_KEYS[bucket].get(kernel, tile) if with_keys else tile
-    bucket = next(size for size in HALF[architecture] if padded_d <= size)
-    tile = HALF[architecture][bucket][kernel]
+    if sharing and padded_d == 128 and (architecture, kernel) in SHARING:
+        return SHARING[architecture, kernel]
+    tile = _for_size(HALF[architecture], padded_d)[kernel]
     if padded_d <= 32:
         tile = SMALL_HEADS.get((architecture, kernel), tile)
-    return KEYS[architecture][bucket].get(kernel, tile) if with_keys else tile
+    if with_keys:
+        tile = _for_size(KEYS[architecture], padded_d).get(kernel, tile)
+    return tile
+
+
+def _for_size(tiles: dict[int, dict[str, Tile]], padded_d: int) -> dict[str, Tile]:
+    """The tiles of the smallest size that a table has for padded_d."""
+    return next(of_kernel for size, of_kernel in tiles.items() if padded_d <= size)
 
 
 def architecture_of(capability: tuple[int, int]) -> str | None:

@@ -16,7 +16,8 @@ With clamps, the change x' - x is bounded by Clamps.change and then x' by Clamps
 number; r is zero where one of them binds.
 
 Everything here is for states that carry no gradient (refinement.graph detach and truncate);
-`vocabulary_descend_reference` is the step in plain autograd, for one that does (full). Nothing
+`vocabulary_descend_reference` is the step in plain autograd, for one that does (full), whose fused
+passes are in graph_steps.py. Nothing
 differentiates the loss a second time, so its gradient needs no graph:
 
     vocabulary_embed      x -> p, e

@@ -38,6 +38,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebwm_kernels.autograd_rules import refuse_graph, refuse_transforms, without_autocast
+from ebwm_kernels.fused.launches import runs_fused
+from ebwm_kernels.vocabulary import fused_rows
 from ebwm_kernels.vocabulary.autograd import _accumulate_matmul, _take_unspent
 from ebwm_kernels.vocabulary.formulas import (
     NO_CLAMPS,
@@ -171,6 +173,7 @@ def first_candidates(
     grad_buffer: Tensor | None = None,
     clamps: Clamps = NO_CLAMPS,
     out: Tensor | None = None,
+    backend: str = "auto",
 ) -> FirstCandidates:
     """The first step, over all V tokens, and the `count` candidates of further ones, below V.
 
@@ -178,11 +181,15 @@ def first_candidates(
     and clamps as in `vocabulary_descend`; no gradient flows into either. values, tail and target
     carry first-order gradients of weight and hidden, which exist once: a second backward through
     them raises. grad_buffer (V, D): receives weight's gradient, by addition, in the backward;
-    autograd gets none. out (rows, V): memory for x_1.
+    autograd gets none. out (rows, V): memory for x_1. backend: as in pointwise.py; with clamps and
+    through the softmax it is plain PyTorch in each.
     """
     refuse_transforms("first_candidates", PLAIN["first_candidates"])
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
-    ids, values, tail, target, state = _FirstCandidates.apply(
+    is_sum = clamps == NO_CLAMPS and (x is None or probabilities is None)
+    fused = is_sum and runs_fused(backend, weight, "first_candidates")
+    first = _FusedFirstCandidates if fused else _FirstCandidates
+    ids, values, tail, target, state = first.apply(
         weight,
         hidden,
         targets,
@@ -250,17 +257,26 @@ def candidates_loss(
     candidates: Candidates,
     targets: Tensor,
     count: Tensor | float | None = None,
+    *,
+    z_weight: float = 0.0,
+    z_sum: Tensor | None = None,
 ) -> Tensor:
     """The cross-entropy over all V tokens, a scalar, in plain operations.
 
     values (rows, K): x_C; tail, target (rows,): of `first_candidates`; targets (rows,) int64,
-    IGNORE where a row does not count; count: as in `vocabulary_descend`.
+    IGNORE where a row does not count; count, z_weight, z_sum: as in `vocabulary_descend`.
     """
     rows = CrossEntropyRows(targets, count, values.dtype)
     place, is_candidate = candidates.place_of(rows.target)
     of_target = torch.where(is_candidate, values.gather(1, place[:, None]).squeeze(1), target)
     log_normalizer = torch.logaddexp(values.logsumexp(-1), tail)
-    return ((log_normalizer - of_target) * rows.share).sum()
+    loss = ((log_normalizer - of_target) * rows.share).sum()
+    if not z_weight:
+        return loss
+    z_term = z_weight * (log_normalizer.square() * rows.share).sum()
+    if z_sum is not None:
+        z_sum += z_term.detach()
+    return loss + z_term
 
 
 class _FirstCandidates(torch.autograd.Function):
@@ -319,6 +335,67 @@ class _FirstCandidates(torch.autograd.Function):
         if ctx.through_softmax:
             _through_softmax_(probabilities, grad)
         grad = grad.to(weight.dtype)
+        grad_hidden = (grad @ weight).to(hidden.dtype)
+        grad_weight = _accumulate_matmul(ctx.grad_buffer, grad.T, hidden.to(weight.dtype))
+        return grad_weight, grad_hidden, *(None,) * 9
+
+
+class _FusedFirstCandidates(torch.autograd.Function):
+    """The same by the kernels of fused/candidate_kernels.py: x_1 is kept, and read once for each of
+    the choice and the gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        weight,
+        hidden,
+        targets,
+        count,
+        probabilities,
+        x,
+        needs_grad,
+        keep_state,
+        grad_buffer,
+        clamps,
+        out,
+    ):
+        ctx.set_materialize_grads(False)
+        state = fused_rows.step(weight, hidden, probabilities, x, out, clamps)
+        ids, normalizer = fused_rows.choose(state, count)
+        values = state.gather(1, ids)
+        of_target = values.new_zeros(len(values))
+        if targets is not None:
+            targets = targets.clamp(min=0)
+            of_target = state.gather(1, targets[:, None]).squeeze(1)
+        tail = normalizer[:, 0] + normalizer[:, 1].log()
+        if needs_grad:
+            ctx.save_for_backward(weight, hidden, targets, ids, state, normalizer)
+            ctx.grad_buffer = grad_buffer
+        ctx.spent = False
+        kept = state if keep_state else state.new_empty(0)
+        ctx.mark_non_differentiable(ids, kept)
+        return ids, values, tail, of_target, kept
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, _, grad_values, grad_tail, grad_target, *__):
+        _refuse_second_derivative("first_candidates", grad_values, grad_tail, grad_target)
+        _take_unspent(ctx, "first_candidates")
+        weight, hidden, targets, ids, state, normalizer = ctx.saved_tensors
+        if grad_tail is None:
+            grad_tail = state.new_zeros(len(state))
+        if grad_values is None:
+            grad_values = state.new_zeros(ids.shape)
+        if grad_target is None:
+            targets = None
+        grad = fused_rows.rest_gradient(
+            state, normalizer, targets, grad_tail, grad_target, weight.dtype
+        )
+        if targets is not None and grad_target is not None:
+            of_candidate = torch.where(ids == targets[:, None], grad_target[:, None], 0.0)
+            grad_values = grad_values + of_candidate
+        grad.scatter_(1, ids, grad_values.to(grad.dtype))
         grad_hidden = (grad @ weight).to(hidden.dtype)
         grad_weight = _accumulate_matmul(ctx.grad_buffer, grad.T, hidden.to(weight.dtype))
         return grad_weight, grad_hidden, *(None,) * 9

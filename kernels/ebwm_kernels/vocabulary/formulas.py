@@ -12,11 +12,13 @@ from torch import Tensor
 
 class Clamps(NamedTuple):
     """Bounds, above zero, on the absolute change of each number of a state in a step, and on its
-    absolute value after it; None: no bound.
+    absolute value after it; None: no bound. soft: c of c tanh(x / c), which the state becomes after
+    the other two: a bound with a slope everywhere.
     """
 
     change: float | None = None
     state: float | None = None
+    soft: float | None = None
 
 
 NO_CLAMPS = Clamps()
@@ -29,6 +31,8 @@ def clamped_step(x: Tensor | None, move: Tensor, clamps: Clamps) -> Tensor:
     state = move if x is None else x + move
     if clamps.state is not None:
         state = state.clamp(-clamps.state, clamps.state)
+    if clamps.soft is not None:
+        state = clamps.soft * (state / clamps.soft).tanh()
     return state
 
 
@@ -70,7 +74,10 @@ def _step(
     out: Tensor | None,
     clamps: Clamps,
 ) -> tuple[Tensor, Tensor | None]:
-    """(x' (rows, V), where no clamp binds (rows, V) or None for everywhere)."""
+    """(x' (rows, V), its slope (rows, V) by x + move, or None for 1 everywhere).
+
+    The slope of hard clamps alone is boolean: where none binds.
+    """
     if clamps == NO_CLAMPS:
         return _move(weight, hidden, probabilities, x, out), None
     start = probabilities if x is None else x
@@ -86,6 +93,11 @@ def _step(
         inside = _within(state, clamps.state)
         free = inside if free is None else free.logical_and_(inside)
         state.clamp_(-clamps.state, clamps.state)
+    if clamps.soft is not None:
+        state.div_(clamps.soft).tanh_()
+        slope = 1 - state.square()
+        free = slope if free is None else slope.mul_(free)
+        state.mul_(clamps.soft)
     return state, free
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.data.prepare.reading.left_out import LeftOut
-from ebwm_scale.data.prepare.reading.opening import label, open_seekable
+from ebwm_scale.data.prepare.reading.opening import label, open_seekable, what_it_says
 from ebwm_scale.data.prepare.reading.selection import NoSuchField, Selection
 from ebwm_scale.data.prepare.reading.source import Source
 from ebwm_scale.data.prepare.reading.taking import Document, Taker
@@ -198,13 +198,13 @@ def _arrow_errors(source: Source) -> Iterator[None]:
         yield
     except library.ArrowException as error:
         raise DataError(
-            f"{label(source)}: not a sound {source.kind} file ({shorten(str(error))}); copy it "
-            "again, or leave it out"
+            f"{label(source)}: not a sound {source.kind} file ({what_it_says(error, source)}); "
+            "copy it again, or leave it out"
         ) from None
     except OSError as error:  # pyarrow's own word for damaged data
         raise DataError(
-            f"{label(source)}: cannot be read as {source.kind} ({shorten(str(error))}); copy it "
-            "again, or leave it out"
+            f"{label(source)}: cannot be read as {source.kind} ({what_it_says(error, source)}); "
+            "copy it again, or leave it out"
         ) from None
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import printable, shorten
-from ebwm_scale.core.redaction import redacted
+from ebwm_scale.core.redaction import redacted, redacted_error
 from ebwm_scale.data.prepare.reading.source import Source, is_url
 
 _BUFFER_BYTES = 2**20
@@ -74,6 +74,11 @@ def label(source: Source) -> str:
     return printable(redacted(source.place))
 
 
+def what_it_says(error: BaseException, source: Source) -> str:
+    """A library's words about the source, without its secrets, on one line."""
+    return shorten(redacted_error(error, str(source.place)))
+
+
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL and the path in it; DataError where a package is missing."""
     import fsspec
@@ -89,14 +94,15 @@ def file_system(url: str) -> tuple[Any, str]:
         ) from None
     except ValueError as error:
         raise DataError(
-            f"{printable(redacted(url))}: no such kind of address ({shorten(redacted(str(error)))})"
-            "; give a path, or an address that fsspec knows, such as s3://, gs://, hf:// or https://"
+            f"{printable(redacted(url))}: no such kind of address "
+            f"({shorten(redacted_error(error, url))}); give a path, or an address that fsspec "
+            "knows, such as s3://, gs://, hf:// or https://"
         ) from None
 
 
 def remote_error(url: str, error: BaseException) -> DataError:
     """What a file system says of its failure, in one line."""
-    said = f"{type(error).__name__}: {shorten(redacted(str(error)), 160)}"
+    said = f"{type(error).__name__}: {shorten(redacted_error(error, url), 160)}"
     return DataError(
         f"{printable(redacted(url))}: cannot be read ({said}); check the address, the network and "
         "the credentials"
@@ -264,7 +270,7 @@ class _Checked(io.RawIOBase):
                 "data: truncated; copy or download it again"
             ) from None
         except (OSError, zlib.error, lzma.LZMAError) as error:
-            said = shorten(str(error))
+            said = what_it_says(error, self._source)
             what = f"its .{self._source.compression} data are damaged"
             if not self._source.compression:
                 what = "it cannot be read"

@@ -147,7 +147,9 @@ def common_kind(name: str, kinds: Sequence[tuple[str, Kind]]) -> Kind:
     for where, kind in kinds[1:]:
         if kind.width != first.width:
             raise DataError(
-                f"{where}: {name} has {kind.width} numbers a step, {first_where} has {first.width}"
+                f"{where}: {name} has {kind.width} numbers a step, {first_where} has "
+                f"{first.width}: all episodes of a dataset have one width; leave the others out, "
+                f"or name another column with --map {name}=KEY"
             )
         if kind.is_discrete != first.is_discrete:
             raise DataError(

@@ -1,0 +1,53 @@
+"""The tables of docs/performance.md and docs/kernels.md about GPUs say what result files say."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def result(name: str) -> list[dict]:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())["steps"]
+
+
+def by_form(rows: list[dict]) -> dict[tuple[str, str], dict]:
+    return {(row["size"], row.get("form", "default")): row for row in rows}
+
+
+def test_the_counted_steps_are_those_of_their_files():
+    text = (ROOT / "docs/performance.md").read_text()
+    after = by_form(result("count_step"))
+    before = by_form(result("count_step_before") + result("count_baseline_before"))
+    assert len(after) == 6
+    for (size, form), row in after.items():
+        old = before[size, form]
+        name = size if form == "default" else f"{size}, {form}"
+        cells = [name, old["total"]["launches"], row["total"]["launches"]]
+        cells.append(row["launches_with_graph"] or "")
+        for kind in ("pointwise", "products"):
+            cells += [f"{one[kind]['gigabytes']:.1f} GB" for one in (old, row)]
+        line = "| " + " | ".join(map(str, cells)) + " |"
+        assert line in text, line
+
+
+def test_the_counted_forms_are_those_of_their_files():
+    text = (ROOT / "docs/performance.md").read_text()
+    before = by_form(result("count_forms_before"))
+    counted = 0
+    for key, row in by_form(result("count_forms")).items():
+        if key[1] in ("default", "Transformer++"):
+            continue
+        old = before[key]
+        cells = [str(one["total"]["launches"]) for one in (old, row)]
+        cells += [f"{one['pointwise']['gigabytes']:.1f} GB" for one in (old, row)]
+        assert f"| {' | '.join(cells)} |" in text, (key, cells)
+        counted += 1
+    assert counted == 6
+
+
+def test_the_errors_of_whole_steps_are_those_of_their_file():
+    text = (ROOT / "docs/kernels.md").read_text()
+    rows = result("fused_step_errors")
+    assert rows
+    for row in rows:
+        assert f"{row['gradients']:.1e} beside {row['plain_gradients']:.1e}" in text, row
