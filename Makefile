@@ -7,13 +7,17 @@
 #   make lock         requirements/test.lock, the versions of a whole test environment
 #   make docs         the documentation and its reference, as pages in site/
 #   make test         environment and every test that this machine can run, in WORKERS processes of one thread each
-#                     (one more than two cores: some wait for Slurm, for a signal or for a disk)
+#                     (one more than two cores: some wait for Slurm, for a signal or for a disk); what fails runs once more, alone
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 DATA   ?= data
 WORKERS ?= 3
+# What failed beside other tests runs once more, alone. A machine that stalls can fail tests of several
+# processes, signals and time-outs; a defect fails twice. Both summaries stay in the output.
+ALONE   = echo "make test: once more, alone, what failed beside other tests"; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -v
 # The versions to install; another file for another PyTorch.
 CONSTRAINTS ?= constraints.txt
 
@@ -44,7 +48,8 @@ docs: $(VENV)/.installed-docs
 	@echo "site/index.html"
 
 test: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder || \
+		{ code=$$?; test $$code -eq 1 || exit $$code; $(ALONE); }
 
 soak: $(VENV)/.installed-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "soak or not soak"

@@ -3,8 +3,8 @@ promised for. Off unless EBWM_FAULTS is set.
 
     EBWM_FAULTS="kill@step=7,rank=1; enospc@save=2; enospc@write=5,times=100"
 
-A fault is action@place=number[,rank=r][,seconds=s][,times=t]; without rank it happens on all, with
-times at that many visits in a row. Places:
+A fault is action@place=number[,rank=r][,seconds=s][,times=t][,until=file]; without rank it happens
+on all, with times at that many visits in a row. Places:
 
     step        before the update that follows n updates: the first is number 0
     batch       the same for the step that holds the n-th batch of the order of data
@@ -18,7 +18,8 @@ times at that many visits in a row. Places:
 Actions:
 
     kill        SIGKILL to this process
-    hang        sleep, seconds=... or for ever
+    hang        sleep, seconds=... or for ever; with until=FILE, make FILE.reached and sleep until
+                there is a FILE: what is to happen meanwhile can be timed by what is on disk
     slow        sleep 1 s, or seconds=...
     enospc      OSError: no space left on device
     nan         the loss becomes NaN (step and batch only)
@@ -35,6 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ebwm_scale.core.errors import ConfigError
@@ -52,6 +54,7 @@ class Fault:
     rank: int | None
     seconds: float | None
     times: int
+    until: Path | None
 
     def is_due(self, place: str, number: int, rank: int) -> bool:
         if place != self.place or self.rank not in (None, rank):
@@ -95,7 +98,9 @@ class Faults:
 def _happen(fault: Fault) -> str | None:
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault.action == "hang":
+    if fault.action == "hang" and fault.until is not None:
+        _wait_for(fault.until)
+    elif fault.action == "hang":
         time.sleep(fault.seconds or 10**6)
     if fault.action == "slow":
         time.sleep(fault.seconds or 1.0)
@@ -104,16 +109,23 @@ def _happen(fault: Fault) -> str | None:
     return fault.action
 
 
+def _wait_for(file: Path) -> None:
+    file.with_name(f"{file.name}.reached").touch()
+    while not file.exists():
+        time.sleep(0.02)
+
+
 def _parse(text: str) -> Fault:
     match = re.fullmatch(
-        r"(\w+)@(\w+)=(\d+)((?:,(?:rank=\d+|times=\d+|seconds=\d+(?:\.\d+)?))*)",
-        text.replace(" ", ""),
+        r"(\w+)@(\w+)=(\d+)((?:,(?:rank=\d+|times=\d+|seconds=\d+(?:\.\d+)?|until=[^,;=]+))*)",
+        re.sub(r"\s*([@=,])\s*", r"\1", text),
     )
-    if not match or match[1] not in ACTIONS or match[2] not in PLACES:
+    allowed = ("hang",) if "until=" in text else ACTIONS
+    if not match or match[1] not in allowed or match[2] not in PLACES:
         raise ConfigError(
             f"EBWM_FAULTS: {text!r} is no fault; expected action@place=number[,rank=r][,seconds=s]"
-            f"[,times=t] with an action of {', '.join(ACTIONS)} and a place of "
-            f"{', '.join(PLACES)}, for example kill@step=7,rank=1"
+            f"[,times=t], or hang@place=number,until=file, with an action of {', '.join(ACTIONS)} "
+            f"and a place of {', '.join(PLACES)}, for example kill@step=7,rank=1"
         )
     options = dict(option.split("=") for option in match[4].split(",")[1:])
     return Fault(
@@ -123,4 +135,5 @@ def _parse(text: str) -> Fault:
         int(options["rank"]) if "rank" in options else None,
         float(options["seconds"]) if "seconds" in options else None,
         int(options.get("times", 1)),
+        Path(options["until"]) if "until" in options else None,
     )

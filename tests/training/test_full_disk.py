@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gates import Gate
 from training_runs import end, same
 
 from ebwm_scale.config.schema import Config
@@ -230,6 +231,8 @@ def fill(disk: Path, what: str) -> None:
 
 def filled_while_training(runs, disk, what, *, overrides, free_again=False):
     """(exit code, output) of a run whose disk is filled during its fifth step."""
+    fifth = Gate(disk.parent / "fifth", "step=4")
+    seventh = Gate(disk.parent / "seventh", "step=6")
     command = runs.command("on_a_disk", overrides=overrides)
     command[command.index("--run-dir") + 1] = str(disk / "run")
     process = subprocess.Popen(
@@ -239,19 +242,23 @@ def filled_while_training(runs, disk, what, *, overrides, free_again=False):
         text=True,
         cwd=runs.folder,
         start_new_session=True,
-        env={**os.environ, "EBWM_FAULTS": "slow@step=4,seconds=4; slow@step=6,seconds=4"},
+        env={**os.environ, "EBWM_FAULTS": f"{fifth.fault}; {seventh.fault}"},
     )
     try:
         saved = disk / "run" / "checkpoints" / "step_000003" / "manifest.json"
         deadline = time.monotonic() + 120
         while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(1)
+        fifth.wait_until_reached(process)
+        time.sleep(1)  # what is written beside the save
         fill(disk, what)
+        fifth.open()
+        seventh.wait_until_reached(process)
         if free_again:
-            time.sleep(5)  # in step 7
+            time.sleep(2)  # in which the save of step 6 fails
             for filler in disk.glob("filler*"):
                 filler.unlink()
+        seventh.open()
         output, _ = process.communicate(timeout=120)
     finally:
         end(process)

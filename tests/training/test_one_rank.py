@@ -13,6 +13,7 @@ import subprocess
 import time
 
 import pytest
+from gates import Gate
 from training_runs import end
 
 
@@ -84,11 +85,12 @@ def test_what_one_rank_is_refused_for_refuses_all(runs, tmp_path, kind):
 
 def test_a_signal_to_one_rank_before_training_stops_all(runs, tmp_path):
     mine = {"--run-dir": tmp_path / "run"}
-    processes = start_ranks(
-        runs, "early", [mine, mine], variables={"EBWM_FAULTS": "slow@start=1,seconds=5"}
-    )
-    time.sleep(4)  # its flag stands before the imports, which take seconds
+    gate = Gate(runs.folder / "early.gate", "start=1,rank=1")
+    processes = start_ranks(runs, "early", [mine, mine], variables={"EBWM_FAULTS": gate.fault})
+    gate.wait_until_reached(processes[1])
     processes[1].send_signal(signal.SIGTERM)
+    time.sleep(0.5)  # to be heard
+    gate.open()
     codes, lines = ended(processes)
     assert codes == [75, 75], lines
     assert "stopped before the model was built" in "\n".join(lines[0])

@@ -3,7 +3,6 @@ itself once it does not."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,9 +12,9 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from gates import Gate
 from training_runs import end, same
 
 from ebwm_scale.checkpoint import load as loading
@@ -231,37 +230,22 @@ def test_a_beat_is_seen_and_a_process_that_lost_the_folder_leaves_with_77(tmp_pa
 
 
 def test_a_second_start_is_refused_and_the_first_goes_on(runs, whole):
-    first = runs.start("busy", variables={"EBWM_FAULTS": "slow@step=4,seconds=12"})
+    gate = Gate(runs.folder / "busy.gate", "step=4")
+    first = runs.start("busy", variables={"EBWM_FAULTS": gate.fault})
     try:
-        saved, deadline = runs.folder / "busy" / "checkpoints" / "latest", time.monotonic() + 120
-        while not saved.exists() and first.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        gate.wait_until_reached(first)
         for flags in (("--resume",), ()):
             output = runs.run("busy", flags=flags, expect=2)
             assert f"is in use by {socket.gethostname()} {first.pid}" in output
             assert len(output.strip().splitlines()) == 1, output
         assert first.poll() is None
+        gate.open()
         output, _ = first.communicate(timeout=120)
     finally:
         end(first)
     assert first.returncode == 0 and "taken over" not in output
     assert runs.rows("busy") == runs.rows("whole")
     assert same(runs.state("busy"), runs.state("whole")) == []
-
-
-def listens(pid: int) -> bool:
-    """Whether the process waits for connections, as torch's process group does from its start."""
-    mine = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            mine.add(os.readlink(descriptor))
-    lines = [
-        line
-        for name in ("tcp", "tcp6")
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-    ]
-    waiting = {line.split()[9] for line in lines if line.split()[3] == "0A"}
-    return any(f"socket:[{inode}]" in mine for inode in waiting)
 
 
 def test_a_checkpoint_rotated_away_while_it_is_loaded_is_followed_by_the_newer_one(runs):
@@ -273,19 +257,19 @@ def test_a_checkpoint_rotated_away_while_it_is_loaded_is_followed_by_the_newer_o
     checkpoints = runs.folder / "rotated" / "checkpoints"
     newer = checkpoints.parent / "newer"
     (checkpoints / "step_000008").rename(newer)
+    gate = Gate(runs.folder / "rotated.gate", "start=1")
     process = runs.start(
         "rotated",
         flags=("--resume", "--accept-new-rate"),
         overrides={"evaluation.every_steps": 0, "train.max_steps": 10},
-        variables={"EBWM_FAULTS": "slow@start=1,seconds=4"},
+        variables={"EBWM_FAULTS": gate.fault},
     )
     try:
-        deadline = time.monotonic() + 120
-        while not listens(process.pid) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        gate.wait_until_reached(process)
         assert not (checkpoints.parent / "owner").exists()
         newer.rename(checkpoints / "step_000008")
         shutil.rmtree(checkpoints / "step_000006")
+        gate.open()
         output, _ = process.communicate(timeout=120)
     finally:
         end(process)

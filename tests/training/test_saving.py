@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from gates import Gate
 from training_runs import end
 
 from ebwm_scale.checkpoint.parameter_shard import ParameterShard
@@ -187,10 +188,11 @@ def test_a_process_that_was_replaced_is_asked_before_each_publication(tmp_path):
 
 def test_an_immutable_file_of_an_old_checkpoint_costs_a_warning_and_nothing_else(runs):
     """The case itself, where files can be made immutable: every later checkpoint is there."""
+    gate = Gate(runs.folder / "protected.gate", "step=3")
     process = runs.start(
         "protected",
         overrides={"checkpoint.every_steps": 1, "checkpoint.keep_last": 1},
-        variables={"EBWM_FAULTS": "slow@step=3,seconds=3"},
+        variables={"EBWM_FAULTS": gate.fault},
     )
     checkpoints = runs.folder / "protected" / "checkpoints"
     protected, deadline = checkpoints / "step_000003", time.monotonic() + 120
@@ -202,6 +204,7 @@ def test_an_immutable_file_of_an_old_checkpoint_costs_a_warning_and_nothing_else
         )
         if made.returncode:
             pytest.skip(f"no file can be made immutable here: {made.stderr.strip()}")
+        gate.open()
         output, _ = process.communicate(timeout=120)
     finally:
         subprocess.run(["chattr", "-R", "-i", str(checkpoints)], capture_output=True)

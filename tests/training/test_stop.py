@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from gates import Gate
 from training_runs import end, same
 
 
@@ -15,18 +16,20 @@ def reference(runs):
     return runs.run("whole", afresh=True, overrides={"train.micro_batch_size": 1})
 
 
-def signalled(runs, name, *, when, numbers=(signal.SIGUSR1,), **options):
-    """Start a run, send signals once `when` says so (a predicate of nothing); (exit code, output,
-    seconds from the last signal to the end).
+def signalled(runs, name, *, at, numbers=(signal.SIGUSR1,), released=True, **options):
+    """Start a run and send it signals while it waits at a place (of core/faults.py); (exit code,
+    output, seconds from the last signal to the end). Not released: it would wait for ever.
     """
-    process, deadline = runs.start(name, **options), time.monotonic() + 120
+    gate = Gate(runs.folder / f"{name}.gate", at)
+    process = runs.start(name, variables={"EBWM_FAULTS": gate.fault}, **options)
     try:
-        while not when(process) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        gate.wait_until_reached(process)
         for number in numbers:
             process.send_signal(number)
-            time.sleep(0.3)
+            time.sleep(0.5)  # to be heard before the next one: two that wait come in any order
         start = time.monotonic()
+        if released:
+            gate.open()
         output, _ = process.communicate(timeout=120)
     finally:
         end(process)
@@ -45,11 +48,6 @@ def handler_stands(process):
         return False
 
 
-def logged(runs, name, step):
-    path = runs.folder / name / "metrics.jsonl"
-    return lambda process: path.exists() and any(row["step"] == step for row in runs.rows(name))
-
-
 def finished_as_whole(runs, name, **options):
     runs.run(name, flags=("--resume",), **options)
     assert runs.rows(name) == runs.rows("whole")
@@ -58,9 +56,18 @@ def finished_as_whole(runs, name, **options):
 
 def test_a_signal_while_torch_is_imported_stops_before_the_model_is_built(runs, reference):
     overrides = {"train.micro_batch_size": 1}
-    code, output, _ = signalled(
-        runs, "early", when=handler_stands, overrides=overrides, afresh=True
+    process, deadline = (
+        runs.start("early", overrides=overrides, afresh=True),
+        time.monotonic() + 120,
     )
+    try:
+        while not handler_stands(process) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        end(process)
+    code = process.returncode
     assert code == 75 and "stopped before the model was built (SIGUSR1)" in output
     assert not (runs.folder / "early" / "checkpoints").exists()
 
@@ -70,13 +77,7 @@ def test_between_two_micro_batches_the_step_is_given_up_and_done_again(runs, ref
     saved is step 5.
     """
     overrides = {"train.micro_batch_size": 1}
-    code, output, _ = signalled(
-        runs,
-        "between",
-        when=logged(runs, "between", 5),
-        overrides=overrides,
-        variables={"EBWM_FAULTS": "slow@step=5,seconds=3"},
-    )
+    code, output, _ = signalled(runs, "between", at="step=5", overrides=overrides)
     assert code == 75 and "stopped at step 5 (SIGUSR1)" in output
     finished_as_whole(runs, "between", overrides=overrides)
 
@@ -89,13 +90,7 @@ def test_an_evaluation_is_given_up_its_step_is_saved_and_the_resumed_run_makes_u
     The row is missing at the stop, and there in the end, once and in its place.
     """
     overrides = {"train.micro_batch_size": 1}
-    code, output, _ = signalled(
-        runs,
-        "evaluating",
-        when=logged(runs, "evaluating", 4),
-        overrides=overrides,
-        variables={"EBWM_FAULTS": "slow@evaluation=1,seconds=3"},
-    )
+    code, output, _ = signalled(runs, "evaluating", at="evaluation=1", overrides=overrides)
     assert code == 75 and "stopped at step 4 (SIGUSR1)" in output
     assert not any(row.get("split") for row in runs.rows("evaluating"))
     finished_as_whole(runs, "evaluating", overrides=overrides)
@@ -104,13 +99,7 @@ def test_an_evaluation_is_given_up_its_step_is_saved_and_the_resumed_run_makes_u
 @pytest.mark.soak
 def test_the_last_evaluation_too_and_the_best_checkpoint_is_known_in_the_end(runs, reference):
     overrides = {"train.micro_batch_size": 1}
-    code, output, _ = signalled(
-        runs,
-        "last",
-        when=logged(runs, "last", 8),
-        overrides=overrides,
-        variables={"EBWM_FAULTS": "slow@evaluation=2,seconds=3"},
-    )
+    code, output, _ = signalled(runs, "last", at="evaluation=2", overrides=overrides)
     assert code == 75 and "stopped at step 8 (SIGUSR1)" in output
     finished_as_whole(runs, "last", overrides=overrides)
     loss = lambda name: json.loads(
@@ -130,13 +119,9 @@ def test_the_last_evaluation_too_and_the_best_checkpoint_is_known_in_the_end(run
 def test_a_second_signal_leaves_at_once_and_unsaved(runs, first, second):
     name = f"twice_{second.name}"
     code, output, seconds = signalled(
-        runs,
-        name,
-        when=logged(runs, name, 2),
-        numbers=(first, second),
-        variables={"EBWM_FAULTS": "hang@step=2"},
+        runs, name, at="step=2", numbers=(first, second), released=False
     )
-    assert code == 1 and seconds < 10  # the step hangs for ever
+    assert code == 1 and seconds < 60  # the step hangs for ever
     assert (
         f"{second.name} after {first.name}: leaving at once, unsaved" in output
         and not (runs.folder / name / "checkpoints").exists()
@@ -153,24 +138,18 @@ def test_a_second_signal_leaves_at_once_and_unsaved(runs, first, second):
 def test_sigterm_and_sigusr1_together_are_one_ending(runs, first, second):
     """As Slurm sends them where preemption has no grace time."""
     name = f"together_{first.name}"
-    code, output, _ = signalled(
-        runs,
-        name,
-        when=logged(runs, name, 2),
-        numbers=(first, second),
-        variables={"EBWM_FAULTS": "slow@step=2,seconds=3"},
-    )
+    code, output, _ = signalled(runs, name, at="step=2", numbers=(first, second))
     assert code == 75 and f"stopped at step 3 ({first.name})" in output
 
 
 def test_a_process_whose_run_was_taken_over_writes_nothing_more(runs):
     """What a node that comes back from the dead would do to the run that went on elsewhere."""
-    process = runs.start("taken", variables={"EBWM_FAULTS": "slow@step=2,seconds=3"})
+    gate = Gate(runs.folder / "taken.gate", "step=2")
+    process = runs.start("taken", variables={"EBWM_FAULTS": gate.fault})
     try:
-        deadline = time.monotonic() + 120
-        while not logged(runs, "taken", 2)(process) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        gate.wait_until_reached(process)
         (runs.folder / "taken" / "owner").write_text("another")
+        gate.open()
         output, _ = process.communicate(timeout=120)
     finally:
         end(process)
