@@ -27,6 +27,8 @@ CASES = [  # B, H, H_kv, S, C, d, offset, own, causal
     Case(1, 1, 1, 9, 4, 24, 2),
     Case(1, 1, 1, 6, 6, 80),
     Case(1, 1, 1, 6, 6, 96),
+    Case(1, 1, 1, 20, 20, 128),  # beyond 96 columns dQ sums up in two loops
+    Case(1, 1, 1, 20, 20, 128, 0, False),
     Case(1, 1, 1, 20, 20, 256),
     Case(1, 1, 1, 1, 2, 16, 1, False),
     Case(2, 4, 2, 17, 17, 32, 0, False),

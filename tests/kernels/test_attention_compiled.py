@@ -28,10 +28,9 @@ MOST_REGISTERS = 255  # of a thread
 SINGLE_SPILLS = {16: 16, 32: 0, 64: 16, 96: 16, 128: 16}
 SINGLE_SPILLS_MORE = {("_second_query", 96): 24, ("_second_query", 128): 72, ("_tangent", 128): 24}
 # Without masks on the first three architectures: nothing to 64, and beyond it four registers, ten
-# on 8.6. One program of 225 has more.
+# on 8.6.
 PLAIN_ARCHITECTURES = ("sm_80", "sm_86", "sm_90")
 PLAIN_SPILLS = {"sm_80": 16, "sm_86": 40, "sm_90": 16}
-PLAIN_SPILLS_MORE = {("_second_query", "sm_90", 128, "causal"): 32}
 HALF_DIMENSIONS = ("16", "32", "64", "96", "128", "192", "256")
 PLAIN, GROUPS, FIRST_VISIBLE, SHARING = [], ["--groups"], ["--first-visible"], ["--sharing"]
 ALL_MASKS = GROUPS + FIRST_VISIBLE
@@ -164,10 +163,7 @@ def test_float16_programs_fit_as_bfloat16_ones_do(architecture, masks):
 
 def plain_spills(row: dict) -> int:
     """What a float32 program without masks may spill, in bytes, at any number of registers."""
-    architecture, head_dimension = row["architecture"], row["head_dimension"]
-    usual = 0 if head_dimension <= 64 else PLAIN_SPILLS[architecture]
-    place = (row["kernel"], architecture, head_dimension, row["use"])
-    return PLAIN_SPILLS_MORE.get(place, usual)
+    return 0 if row["head_dimension"] <= 64 else PLAIN_SPILLS[row["architecture"]]
 
 
 def test_the_recorded_float32_programs_without_masks_spill_no_more_than_is_allowed():

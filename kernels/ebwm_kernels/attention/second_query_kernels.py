@@ -3,7 +3,7 @@
     kernel            what it computes                               products per tile of keys
     _tangent          mu, gG, phi, D; or the tangent of O alone      3, with B and C 5
     _second_own       gk*, gv*, z*, ds* of a single own key          none
-    _second_query     gQ                                             4, with B and C 7
+    _second_query     gQ                                             4, with B and C 7, or 9
 
 Letters and layouts are those of query_kernels.py. KEYS says that there are cotangents B, C on the
 context's dK, dV; on those of own keys there always are.
@@ -279,6 +279,11 @@ def _second_over(
     KEYS: tl.constexpr,
 ):
     """gq + Z K + dS B and left_over + rowsum(Z) over keys start .. end - 1."""
+    # Four bytes and more than 96 columns: the registers do not hold all rows of a key at once. What
+    # C and dS multiply has a loop of its own then, and P and dS are computed again, two products.
+    apart: tl.constexpr = (
+        KEYS and HEAD.padded > 96 and K[0].dtype.element_ty.primitive_bitwidth > 16
+    )
     for first_key in range(start, end, BN):
         keys = first_key + tl.arange(0, BN)
         k = rows_of(K, first_key, num_keys, BN, HEAD)
@@ -288,14 +293,25 @@ def _second_over(
             b = rows_of(B, first_key, num_keys, BN, HEAD)
             sd += scores(q, b, HEAD)
         ds = p * (scores(g, rows_of(V, first_key, num_keys, BN, VALUE), HEAD) - delta[:, None])
-        if KEYS:
+        if KEYS and not apart:
             gq = add_mix(gq, ds, b, HEAD)
         z = ds * (sd * scale - mu[:, None]) - p * phi[:, None]
-        if KEYS:
+        if KEYS and not apart:
             z += p * scores(g, rows_of(CV, first_key, num_keys, BN, VALUE), HEAD)
         z = z.to(K[0].dtype.element_ty)
         left_over += tl.sum(z.to(HEAD.acc), 1)
         gq = add_mix(gq, z, k, HEAD)
+    if apart:
+        for first_key in range(start, end, BN):
+            keys = first_key + tl.arange(0, BN)
+            k = rows_of(K, first_key, num_keys, BN, HEAD)
+            p = weights_of(q, k, normalizer, inside(keys, first, last, LOWER), factor, HEAD)
+            ds = p * (scores(g, rows_of(V, first_key, num_keys, BN, VALUE), HEAD) - delta[:, None])
+            gq = add_mix(gq, ds, rows_of(B, first_key, num_keys, BN, HEAD), HEAD)
+            z = p * scores(g, rows_of(CV, first_key, num_keys, BN, VALUE), HEAD)
+            z = z.to(K[0].dtype.element_ty)
+            left_over += tl.sum(z.to(HEAD.acc), 1)
+            gq = add_mix(gq, z, k, HEAD)
     return gq, left_over
 
 
