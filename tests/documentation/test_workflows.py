@@ -93,6 +93,9 @@ def test_every_step_of_the_workflows_runs_what_there_is(tmp_path, python, row, s
     assert scripts
     for script in scripts:
         environment |= dict(line.split("=", 1) for line in for_later_steps.read_text().splitlines())
+        if "apt-get" in script:  # a browser for a runner of GitHub's: no test installs one
+            subprocess.run([*BASH[:-1], "-n", *BASH[-1:], script], check=True)
+            continue
         if "make " not in script:  # what prepares the folder is quick: it is run
             done = subprocess.run([*BASH, script], env=environment, **run)
             assert done.returncode == 0, f"{script}: {done.stderr}"

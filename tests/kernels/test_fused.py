@@ -278,7 +278,7 @@ def test_the_vocabularys_passes_are_plain_pytorch(operation):
         plain = step_numbers(operation, "reference", dtype)
         for index, true in enumerate(exact):
             # of a tensor, whose numbers' roundings average out, and of one number
-            rounding = torch.finfo(dtype).eps / (8 if true.dim() else 1)
+            rounding = torch.finfo(dtype).eps * (1 / 8 if true.dim() else 4)
             allowed = 1.5 * error(plain[index], true) + rounding
             assert error(ours[index], true) <= allowed, (dtype, index)
 
@@ -315,7 +315,7 @@ def test_the_loss_of_transformer_plus_plus_is_plain_pytorchs(monkeypatch):
         ours = cross_entropy_numbers("triton", dtype)
         plain = cross_entropy_numbers("reference", dtype)
         for index, true in enumerate(exact):
-            rounding = torch.finfo(dtype).eps / (8 if true.dim() else 1)
+            rounding = torch.finfo(dtype).eps * (1 / 8 if true.dim() else 4)
             assert error(ours[index], true) <= 1.5 * error(plain[index], true) + rounding, index
 
 
