@@ -100,7 +100,8 @@ def test_world_size_and_accumulation_only_cut_the_global_batch(split, reference,
     )
 
 
-def test_thirty_two_ranks_take_the_batches_of_one(split):
+@pytest.mark.parametrize("size", [8, pytest.param(32, marks=pytest.mark.soak)])
+def test_many_ranks_take_the_batches_of_one(split, size):
     def positions_and_ids(world_size):
         loaders = [
             loader(split, rank=rank, world_size=world_size, global_batch_size=96)
@@ -118,7 +119,7 @@ def test_thirty_two_ranks_take_the_batches_of_one(split):
         )
         return taken
 
-    assert positions_and_ids(32) == positions_and_ids(1)
+    assert positions_and_ids(size) == positions_and_ids(1)
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])

@@ -60,7 +60,7 @@ def sources(tmp_path):
     }
 
 
-@pytest.mark.parametrize("bucket_bytes", [2**25, 2**9])
+@pytest.mark.parametrize("bucket_bytes", [pytest.param(2**25, marks=pytest.mark.soak), 2**9])
 def test_one_of_each_is_kept_across_sources(sources, tmp_path, monkeypatch, bucket_bytes):
     monkeypatch.setattr(runs_module, "_BUCKET_BYTES", bucket_bytes)
     manifest, said = make([sources["a"], sources["b"]], tmp_path / "out", deduplicate=True)

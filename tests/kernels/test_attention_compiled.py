@@ -83,14 +83,14 @@ def check(rows: list[dict], allowed_spills: int = 0) -> None:
             assert row["warpgroup_instructions"], row
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", [pytest.param("sm_80", marks=pytest.mark.soak), "sm_90"])
 def test_common_half_precision_programs_fit_without_spills(architecture):
     rows = compiled("--architecture", architecture, "--head-dimension", "64")
     assert len(rows) == PROGRAMS["energy"] + PROGRAMS["causal"]
     check(rows)
 
 
-@pytest.mark.parametrize("architecture", ["sm_100", "sm_120"])
+@pytest.mark.parametrize("architecture", ["sm_100", pytest.param("sm_120", marks=pytest.mark.soak)])
 def test_common_programs_fit_blackwell(architecture):
     """Tensor memory on 10.x, 99 KiB of shared memory on 12.x."""
     kernels = ("--kernel", "_forward", "_gradient_query", "_second_query", "_second_key")

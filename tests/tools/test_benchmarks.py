@@ -70,6 +70,7 @@ def test_a_sweep_is_one_process_per_value_and_a_plot(tmp_path):
     assert "expected one of vocabulary" in run("bench_step.py", "--sweep", "size=1,2", expect=2)
 
 
+@pytest.mark.soak
 def test_kernels_are_measured_against_pytorch_math_and_float64(tmp_path):
     rows = run(
         "bench_kernels.py",
@@ -123,6 +124,7 @@ def test_reading_is_measured_against_plain_webdataset_on_the_same_shards(tmp_pat
     )
 
 
+@pytest.mark.soak
 @pytest.mark.multiprocess
 def test_raw_text_is_measured_beside_the_same_text_as_prepared_shards(tmp_path):
     sys.path.insert(0, str(TOOLS))

@@ -50,6 +50,7 @@ def run(monkeypatch, *arguments, modality="reasoning"):
     return quickstart.main()
 
 
+@pytest.mark.soak
 def test_the_reasoning_quick_start_ends_with_a_page_and_goes_on_where_it_was(
     small, monkeypatch, capfd
 ):

@@ -26,6 +26,7 @@ def manifest(tmp_path_factory) -> Path:
     )
 
 
+@pytest.mark.soak
 def test_a_study_goes_on_and_takes_the_neighbours_of_the_best(manifest, tmp_path, monkeypatch):
     monkeypatch.setattr(study_width, "RATES", (0.001, 0.01, 0.1))
     monkeypatch.setattr(study_width, "HELD_OUT", 8)

@@ -73,6 +73,7 @@ def test_the_commands_of_the_page_lead_from_shards_to_what_is_solved(tmp_path, m
     assert "0 problems" in capsys.readouterr().out
 
 
+@pytest.mark.soak
 def test_the_task_of_ones_own_that_the_page_shows_is_made_trained_and_evaluated(
     tmp_path, monkeypatch
 ):
