@@ -1,14 +1,14 @@
 """What waiting threads cost: an energy model trained with OpenMP threads that spin for a moment and
-then sleep (passive: what ebwm_scale sets), that sleep at once (sleeping) and that spin (active, near
-to the usual default), alone and beside other work.
+then sleep (passive: what ebwm_scale sets), that sleep at once (sleeping) and that spin (active,
+near to the usual default), alone and beside other work.
 
     python tools/bench_waiting.py data/sample-64/manifest.json --output results/waiting_threads.json
         [--config configs/quickstart.yaml] [--steps 40] [--threads 2] [--others 2] [--rounds 3]
 
 The others are processes of this tool that only count; start with an otherwise idle machine. Runs
-take turns: passive, sleeping, active, and so on, `--rounds` times alone, then beside the others. Seconds are
-those of whole runs, start and end included, by the clock and of CPU. All runs have the same losses,
-or the tool says which have not.
+take turns: passive, sleeping, active, and so on, `--rounds` times alone, then beside the others.
+Seconds are those of whole runs, start and end included, by the clock and of CPU. All runs have the
+same losses, or the tool says which have not.
 """
 
 from __future__ import annotations
