@@ -7,9 +7,13 @@ model, config = ebwm_scale.load_checkpoint("runs/quickstart")
 import os
 from typing import Literal
 
-# Threads of OpenMP that wait for work sleep. By default they spin, and a training beside other work
-# takes several times as long. Read when torch is loaded; what the user has set is kept.
+# Threads of OpenMP that wait for work spin for a moment and then sleep. By default they spin for
+# long, and a training beside other work takes several times as long. Where they sleep at once, a
+# model of small operations can take ten times as long on a machine of its own, for each of them
+# wakes a thread. Read when torch is loaded; what the user has set is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if os.environ["OMP_WAIT_POLICY"].lower() == "passive":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 

@@ -25,5 +25,6 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                   # INFO: prints which net
 # export NCCL_IB_HCA=mlx5                               # InfiniBand adapters to use, by prefix
 # export NCCL_NET_GDR_LEVEL=PHB                         # GPUs and adapters under one host bridge exchange data directly
 
-# 4. Threads. Those that wait sleep; by default they spin, which costs jobs that share a machine several times their time.
+# 4. Threads. Those that wait spin for a moment and then sleep; by default they spin for long, which costs jobs that share a machine several times their time.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+if [ "$OMP_WAIT_POLICY" = passive ]; then export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}; fi

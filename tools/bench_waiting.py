@@ -1,14 +1,14 @@
-"""What waiting threads cost: the quick start's energy model trained with OpenMP threads that sleep
-while they wait (OMP_WAIT_POLICY=passive, what ebwm_scale sets) and that spin (active, the usual
-default), alone and beside other work.
+"""What waiting threads cost: an energy model trained with OpenMP threads that spin for a moment and
+then sleep (passive: what ebwm_scale sets), that sleep at once (sleeping) and that spin (active,
+near to the usual default), alone and beside other work.
 
     python tools/bench_waiting.py data/sample-64/manifest.json --output results/waiting_threads.json
-        [--steps 40] [--threads 2] [--others 2] [--rounds 3]
+        [--config configs/quickstart.yaml] [--steps 40] [--threads 2] [--others 2] [--rounds 3]
 
 The others are processes of this tool that only count; start with an otherwise idle machine. Runs
-take turns: passive, active, and so on, `--rounds` times alone, then beside the others. Seconds are
-those of whole runs, start and end included, by the clock and of CPU. All runs have the same losses,
-or the tool says which have not.
+take turns: passive, sleeping, active, and so on, `--rounds` times alone, then beside the others.
+Seconds are those of whole runs, start and end included, by the clock and of CPU. All runs have the
+same losses, or the tool says which have not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ from ebwm_scale.core.provenance import provenance
 from ebwm_scale.core.rows import Rows
 
 ROOT = Path(__file__).resolve().parent.parent
-POLICIES = ("passive", "active")
+POLICIES = {
+    "passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"},
+    "sleeping": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
+    "active": {"OMP_WAIT_POLICY": "active"},
+}
 COUNT = "while True: pass"
 
 
@@ -41,6 +45,9 @@ COUNT = "while True: pass"
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("manifest", type=Path)
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "configs" / "quickstart.yaml", help="what is trained"
+    )
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of a run")
     parser.add_argument("--others", type=int, default=2, help="processes beside it")
@@ -50,6 +57,7 @@ def main() -> int:
     result: dict[str, Any] = {
         key: getattr(options, key) for key in ("steps", "threads", "others", "rounds")
     }
+    result["config"] = options.config.name
     losses: dict[str, list[float]] = {}
     for place, num_others in (("alone", 0), ("beside", options.others)):
         with busy_processes(num_others):
@@ -90,14 +98,13 @@ def rounds(
 
 def train(options: argparse.Namespace, policy: str) -> tuple[dict[str, float], list[float]]:
     """({"wall_s", "cpu_s"} of a whole run, its training losses)."""
-    environment = os.environ | {
-        "OMP_WAIT_POLICY": policy,
-        "OMP_NUM_THREADS": str(options.threads),
-    }
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    environment.pop("GOMP_SPINCOUNT", None)  # ours, where this tool itself has it
+    environment |= POLICIES[policy]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         words = [sys.executable, str(ROOT / "ebwm_scale" / "train.py")]
-        words += ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--run-dir", str(run)]
+        words += ["--config", str(options.config), "--run-dir", str(run)]
         words += ["--set", f"data.manifest={options.manifest}", "logging.every_steps=1"]
         words += [f"train.max_steps={options.steps}", f"evaluation.every_steps={options.steps}"]
         words += ["checkpoint.every_steps=0"]
@@ -118,16 +125,17 @@ def cpu_of_children() -> float:
 
 
 def medians(measured: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """By policy, and how many times as much spinning takes, paired by round."""
+    """By policy, and how many times as much as `passive` the others take, paired by round."""
     result: dict[str, Any] = {
         policy: {key: statistics.median(run[key] for run in runs) for key in ("wall_s", "cpu_s")}
         for policy, runs in measured.items()
     }
-    pairs = list(zip(measured["active"], measured["passive"]))
-    result["active_over_passive"] = {
-        key: statistics.median(active[key] / passive[key] for active, passive in pairs)
-        for key in ("wall_s", "cpu_s")
-    }
+    for policy in ("sleeping", "active"):
+        pairs = list(zip(measured[policy], measured["passive"]))
+        result[f"{policy}_over_passive"] = {
+            key: statistics.median(other[key] / ours[key] for other, ours in pairs)
+            for key in ("wall_s", "cpu_s")
+        }
     return result
 
 

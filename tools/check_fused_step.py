@@ -28,6 +28,7 @@ from pathlib import Path
 from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are decorated
 
 import numpy as np

@@ -20,6 +20,7 @@ import sys
 import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import Tensor

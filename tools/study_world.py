@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 from torch import Tensor

@@ -68,7 +68,20 @@ def test_frames_of_one_colour_are_no_division_by_zero():
         height=16,
         width=16,
     )
-    assert encoder.encode(frames(2, 16, 16)).isfinite().all()
+    assert not encoder.encode(frames(2, 16, 16)).any()
+
+
+def test_what_no_training_frame_showed_is_not_magnified():
+    """Training frames that differ in a single number vary in one direction."""
+    grey = torch.full((32, 16, 16, 3), 100, dtype=torch.uint8)
+    grey[:, :8] += torch.arange(32, dtype=torch.uint8).view(32, 1, 1, 1)
+    encoder, _ = fit_pca([grey], patch=8, components=6, height=16, width=16)
+    assert encoder.num_varying() == 1
+    unseen = encoder.encode(frames(20, 16, 16))
+    assert unseen.abs().max() < 50
+    assert torch.equal(unseen.view(20, 4, 6)[..., 1:], torch.zeros(20, 4, 5))
+    back = encoder.decode(encoder.encode(grey))
+    assert (back.int() - grey.int()).abs().max() <= 1
 
 
 def test_a_transformers_backbone_gives_its_pooled_output(tmp_path):

@@ -31,7 +31,7 @@ from ebwm_scale.data.prepare.worlds.columns import ColumnConfig
 from ebwm_scale.data.prepare.worlds.config import WorldDatasetConfig
 from ebwm_scale.data.prepare.worlds.dataset import make_world_dataset
 from ebwm_scale.data.prepare.worlds.opening import open_source
-from ebwm_scale.data.prepare.worlds.source import Wanted
+from ebwm_scale.data.prepare.worlds.source import FRAMES, Wanted
 
 pytestmark = pytest.mark.multiprocess
 needs_gymnasium = pytest.mark.skipif(
@@ -461,6 +461,7 @@ def test_a_recording_is_the_environment_as_it_was_played(tmp_path, tool):
     lines = said.splitlines()
     kinds = "action (5 values), proprio (2 numbers)"
     assert lines[-3] == f"conditions: {kinds}; kept: reward, terminated"
+    assert lines[-4] == f"frames: {manifest.source['keys'][FRAMES]}"
     assert lines[-2] == "episodes left out: none"
     repeated = [
         (e.conditions["action"][1:] == e.conditions["action"][:-1]).mean()
@@ -578,7 +579,7 @@ class Stopping:
     def __init__(self, source, folder):
         self.source, self.folder = source, folder
         self.kind, self.name, self.fps = source.kind, source.name, source.fps
-        self.digest, self.groups = source.digest, source.groups
+        self.digest, self.groups, self.keys = source.digest, source.groups, source.keys
 
     def read(self, group, moved):
         if group == self.groups[2]:
@@ -657,3 +658,24 @@ def test_a_path_without_episodes_says_what_is_looked_for(tmp_path):
         open_source(str(tmp_path), Wanted())
     with pytest.raises(DataError, match="holds no .npz file"):
         open_source(f"npz:{tmp_path}", Wanted())
+
+
+@pytest.mark.parametrize(
+    "shape, is_picture",
+    [
+        ((7, 7, 3), False),  # MiniGrid: object, colour and state of a cell
+        ((21, 79), False),  # NetHack: letters on a screen
+        ((10, 10, 4), False),  # MinAtar
+        ((24, 32, 3), True),
+        ((3, 64, 64), True),
+        ((84, 84), True),
+    ],
+)
+def test_small_arrays_of_bytes_are_codes_and_no_pictures(shape, is_picture):
+    """Frames are drawn then; whoever wants the codes names them."""
+    observation = {"image": np.zeros(shape, np.uint8), "direction": 2}
+    keys = environments.chosen_keys(Wanted(), observation, {}, "a world")
+    assert keys[FRAMES] == ("observation/image" if is_picture else "render")
+    named = Wanted(keys={FRAMES: "observation/image"})
+    keys = environments.chosen_keys(named, observation, {}, "a world")
+    assert keys[FRAMES] == "observation/image"

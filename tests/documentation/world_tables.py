@@ -15,6 +15,7 @@ JUDGES = {  # (recipe, judge) -> its name on the page
     ("energy", "prediction_error"): "distance from its prediction",
     ("transformer++", "prediction_error"): "distance from Transformer++'s",
 }
+BASELINES = ("transformer++", "transformer++-4")  # of two layers, and of four
 WRONG = ("another_action", "another_time", "another_episode")
 
 
@@ -36,14 +37,16 @@ def row(*cells):
 
 
 def error_rows():
-    """World, frames ahead, energy model, Transformer++, by how much lower, last frame, actions."""
+    """World, frames ahead, energy model, Transformer++ of two and of four layers, by how much lower
+    than each, last frame, actions.
+    """
     rows = []
     for name, study in studies():
-        energy, plain = [study["recipes"][recipe] for recipe in ("energy", "transformer++")]
-        gains = study["against"]["energy"]["transformer++"]
-        for ours, theirs, gain in zip(energy["errors"], plain["errors"], gains, strict=True):
-            cells = [ours["model"], theirs["model"], gain["gain"], ours["persistence"]]
-            cells.append(ours["gain_over_shuffled_actions"])
+        for place, ours in enumerate(study["recipes"]["energy"]["errors"]):
+            cells = [ours["model"]]
+            cells += [study["recipes"][other]["errors"][place]["model"] for other in BASELINES]
+            cells += [study["against"]["energy"][other][place]["gain"] for other in BASELINES]
+            cells += [ours["persistence"], ours["gain_over_shuffled_actions"]]
             rows.append(row(name, ours["horizon"], *map(shown, cells)))
     return rows
 
@@ -84,12 +87,14 @@ def noise_rows():
 ACTORS = {  # an actor of a study of planning -> its name on the page
     "energy, cem": "energy model, CEM",
     "transformer++, cem": "Transformer++, CEM",
+    "transformer++-4, cem": "Transformer++ of four layers, CEM",
     "energy, gradient": "energy model, gradient",
     "transformer++, gradient": "Transformer++, gradient",
+    "transformer++-4, gradient": "Transformer++ of four layers, gradient",
     "persistence": "planning with the last frame",
     "random": "random actions",
 }
-PLANNED = {"two-rooms": "two rooms"}
+PLANNED = {"two-rooms": "two rooms", "minigrid": "MiniGrid"}
 
 
 def plan_rows():

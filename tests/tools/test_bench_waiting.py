@@ -42,13 +42,13 @@ def test_runs_take_turns_alone_and_beside_others(tmp_path, monkeypatch, others, 
         return {"wall_s": seconds, "cpu_s": seconds / 2}, [3.0, 2.0]
 
     assert main(monkeypatch, tmp_path / "r.json", train) == 0
-    turns = ["passive", "active"] * 2
+    turns = ["passive", "sleeping", "active"] * 2
     assert asked == [(policy, 0) for policy in turns] + [(policy, 2) for policy in turns]
     assert all(process.poll() is not None for process in others)
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["alone"]["passive"] == {"wall_s": 2.0, "cpu_s": 1.0}
-    assert result["alone"]["active_over_passive"]["wall_s"] == (8 / 2 + 10 / 2) / 2
-    assert result["beside"]["active_over_passive"]["cpu_s"] == (12 / 2 + 14 / 2) / 2
+    assert result["alone"]["active_over_passive"]["wall_s"] == (9 / 2 + 12 / 2) / 2
+    assert result["beside"]["sleeping_over_passive"]["cpu_s"] == (14 / 2 + 17 / 2) / 2
     assert result["commit"] and result["machine"]
 
 

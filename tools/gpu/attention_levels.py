@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from torch import Tensor

@@ -8,6 +8,10 @@ the training frames.
 Components are ordered by variance, and each has variance 1 over the training patches. Back to a
 frame: mean + (c * scale) @ basis^T, which is the best linear reconstruction from C numbers per
 patch.
+
+Directions in which the training patches do not vary, beyond the rounding to bytes, are zero for
+every patch: divided by their scale, what was never seen before would be thousands of times as large
+as all that was.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.core.errors import DataError
+
+ROUNDING = (1 / 255) ** 2 / 12  # variance that rounding to bytes gives a direction
 
 
 class PcaEncoder:
@@ -57,6 +63,10 @@ class PcaEncoder:
         components = embeddings.to(self.mean.device).reshape(len(embeddings), -1, self.components)
         patches = self.mean + (components * self.scale) @ self.basis.T
         return from_patches(patches, self.patch, self._places)
+
+    def num_varying(self) -> int:
+        """How many of the components are not zero for every patch."""
+        return int(self.basis.any(0).sum())
 
     def groups(self) -> Tensor:
         return torch.arange(self.components).repeat(self.dimension // self.components)
@@ -97,11 +107,12 @@ def fit_pca(
     vectors = (
         vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     )  # the sign of a component is free: make it one
-    kept = values[:components].clamp(min=1e-8)  # frames of one colour have no variance to scale by
+    kept, directions = values[:components], vectors[:, :components]
+    varies = kept > ROUNDING
     parameters = {
         "mean": mean.float(),
-        "basis": vectors[:, :components].float().contiguous(),
-        "scale": kept.sqrt().float(),
+        "basis": (directions * varies).float().contiguous(),
+        "scale": torch.where(varies, kept, 1.0).sqrt().float(),
     }
     share = float(values[:components].sum() / values.sum().clamp(min=1e-12))
     return PcaEncoder(

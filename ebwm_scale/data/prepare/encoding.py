@@ -114,6 +114,11 @@ def fit_encoder(
             f"pca: {settings['components']} components of {settings['patch']} x "
             f"{settings['patch']} patches hold {share:.1%} of the variance of the training frames"
         )
+        if encoder.num_varying() < settings["components"]:
+            report(
+                f"pca: the training frames vary in {encoder.num_varying()} directions only; the "
+                "other components are zero: fewer of them hold as much"
+            )
     else:
         encoder = build_encoder(name, settings, height=height, width=width, patches=patches)
     return FittedEncoder(encoder, *_statistics(encoder, frames))

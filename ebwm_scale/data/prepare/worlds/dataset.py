@@ -64,7 +64,7 @@ from ebwm_scale.data.prepare.worlds.parts import (
     make_parts,
     stored_episode,
 )
-from ebwm_scale.data.prepare.worlds.source import Source, Wanted
+from ebwm_scale.data.prepare.worlds.source import FRAMES, Source, Wanted
 from ebwm_scale.data.walking import Report
 
 _OURS = (*DATASET_FILES, ENCODER_FILE, EPISODES_FOLDER)
@@ -98,7 +98,7 @@ def make_world_dataset(
     about: dict[str, Any] = {
         "kind": source.kind,
         "name": source.name,
-        "keys": dict(wanted.keys),
+        "keys": {**source.keys, **wanted.keys},
         "like": None if other is None else other.fingerprint,
         "episodes_sha256": source.digest,
     }
@@ -447,6 +447,8 @@ def _summarize(manifest: Manifest, config: WorldDatasetConfig, report: Report) -
             f"{f' x {content.group_size} patches' if content.grid else ''}, in "
             f"{len(split.shards)} shards of {size:.1f} MiB"
         )
+    if FRAMES in manifest.source["keys"]:
+        report(f"frames: {manifest.source['keys'][FRAMES]}")
     words = [
         f"{c.name} ({f'{c.num_values} values' if c.is_discrete else f'{c.width} numbers'})"
         for c in content.conditions

@@ -12,15 +12,25 @@ from ebwm_scale.core.errors import DataError
 from ebwm_scale.data.format.content import MAX_IMAGE_PIXELS, _pillow
 
 _COLOURS = (1, 3, 4)  # grey, red green blue, and with a transparency, which is left out
+# Smaller arrays of bytes are codes of cells (MiniGrid's 7 x 7 x 3, NetHack's 21 x 79 letters).
+LEAST_SIDE = 24
 
 
 def looks_like_image(shape: tuple[int, ...], dtype: np.dtype) -> bool:
-    """Whether an array of an observation is a picture: (h, w), (h, w, c) or (c, h, w) of bytes."""
-    if dtype != np.uint8:
+    """Whether an array of an observation is a picture: (h, w), (h, w, c) or (c, h, w) of bytes, of
+    at least LEAST_SIDE pixels a side.
+    """
+    if dtype != np.uint8 or len(shape) not in (2, 3):
         return False
-    if len(shape) == 2:
-        return min(shape) >= 8
-    return len(shape) == 3 and (shape[2] in _COLOURS or shape[0] in _COLOURS)
+    sides = shape
+    if len(shape) == 3:
+        if shape[2] in _COLOURS:
+            sides = shape[:2]
+        elif shape[0] in _COLOURS:
+            sides = shape[1:]
+        else:
+            return False
+    return min(sides) >= LEAST_SIDE
 
 
 def sized(frames: np.ndarray, height: int, width: int, where: str) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from ebwm_scale.core.errors import DataError
 from ebwm_scale.core.plain_text import shorten
 from ebwm_scale.data.prepare.worlds.columns import RawEpisode
-from ebwm_scale.data.prepare.worlds.images import looks_like_image
+from ebwm_scale.data.prepare.worlds.images import LEAST_SIDE, looks_like_image
 from ebwm_scale.data.prepare.worlds.source import FRAMES, Wanted, folder_digest, needed
 from ebwm_scale.data.prepare.worlds.spaces import ActionSpace
 
@@ -60,8 +60,9 @@ class MinariSource:
         ]
         if not images and FRAMES not in wanted.keys:
             raise DataError(
-                f"{folder}: no observation is a picture (it has {', '.join(sorted(there))}); take "
-                "a dataset with pictures, or record the environment"
+                f"{folder}: no observation is a picture of at least {LEAST_SIDE} pixels a side (it "
+                f"has {', '.join(sorted(there))}); name one with --camera, take a dataset with "
+                "pictures, or record the environment"
             )
         if len(images) > 1 and FRAMES not in wanted.keys:
             raise DataError(

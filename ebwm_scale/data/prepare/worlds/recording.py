@@ -82,6 +82,7 @@ class RecordedSource:
             "policy": self.policy.identity,
             "steps": config.steps,
             "seed": config.seed,
+            "keys": self.keys,
             "gymnasium": importlib.metadata.version("gymnasium"),
         }
         self.recipe = hashlib.sha256(canonical_json(recipe)).hexdigest()

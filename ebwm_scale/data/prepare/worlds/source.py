@@ -67,6 +67,7 @@ class Source(Protocol):
 
     kind, name: for the manifest. digest: sha256 of all that decides what comes out. fps: frames a
     second, None where nobody says. groups: names of episodes, in order; known without reading them.
+    keys: what of the source each column is taken from.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Source(Protocol):
     digest: str
     fps: float | None
     groups: list[list[str]]
+    keys: dict[str, str]
 
     def read(self, group: list[str], moved: Callable[[], None]) -> Iterator[RawEpisode]:
         """The episodes of a group, one after the other; `moved` is called at each step. Raises
