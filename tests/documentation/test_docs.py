@@ -330,15 +330,21 @@ def test_the_page_on_recipes_quotes_the_study_of_optimizers():
 
 def test_the_page_on_training_quotes_what_waiting_threads_cost():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    result = json.loads((ROOT / "results" / "waiting_threads.json").read_text())
+    result = json.loads((ROOT / "results" / "waiting_threads_world.json").read_text())
     for place, start in (("alone", "| alone on two cores |"), ("beside", "| beside two processes")):
         (row,) = [line for line in text.splitlines() if line.startswith(start)]
-        for policy in ("passive", "active"):
+        for policy in ("passive", "sleeping", "active"):
             seconds = result[place][policy]
             assert f" {seconds['wall_s']:.1f}, {seconds['cpu_s']:.1f} |" in row, (place, policy)
-    alone, beside = (result[place]["active_over_passive"] for place in ("alone", "beside"))
+    alone, beside = result["alone"], result["beside"]["active_over_passive"]
+    assert f"({alone['active_over_passive']['wall_s']:.2f} times as long)" in text
+    assert alone["active_over_passive"]["wall_s"] > 0.97  # nothing is lost
     assert f"takes {beside['wall_s']:.2f} times as long and {beside['cpu_s']:.2f} times" in text
-    assert f"takes {alone['wall_s']:.2f} of its time, for {alone['cpu_s']:.2f} times" in text
+    assert f"takes {alone['sleeping_over_passive']['wall_s']:.1f} times as long" in text
+    other = json.loads((ROOT / "results" / "waiting_threads.json").read_text())["alone"]
+    # there, `passive` slept at once
+    took = [f"{other[policy]['wall_s']:.1f}" for policy in ("passive", "active")]
+    assert f"it took {took[0]} s where spinning took {took[1]}" in text
 
 
 def test_the_page_on_recipes_quotes_the_study_of_candidates():
