@@ -148,6 +148,7 @@ def test_a_mistake_in_the_configuration_is_not_tried_twice(jobs):
     assert "max_stepz" in jobs.output("mistake") and "max_steps" in jobs.output("mistake")
 
 
+@pytest.mark.soak
 def test_a_sweep_shows_the_failed_run_and_resubmission_finishes_it(jobs, sweep):
     output, folder, later, frozen = sweep
     assert output.count("job ") == 3 and len(frozen) == 3

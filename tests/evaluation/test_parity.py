@@ -53,6 +53,7 @@ def test_a_change_of_one_part_in_a_million_is_seen(part, tmp_path):
     assert max(check_case(tmp_path / "changed.safetensors").values()) > 1e-10
 
 
+@pytest.mark.soak
 def test_the_tool_prints_a_line_per_case_and_says_no(tmp_path):
     tool = [sys.executable, str(ROOT / "tools" / "check_parity.py")]
     result = subprocess.run(

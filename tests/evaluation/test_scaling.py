@@ -214,6 +214,7 @@ def test_a_study_that_means_nothing_is_refused(tmp_path, content, message):
     assert message in tool("start", tmp_path / "s.yaml", "--run-dir", tmp_path / "r", expect=2)
 
 
+@pytest.mark.soak
 def test_results_are_rebuilt_into_a_page_from_data_alone(tmp_path):
     content = {
         "title": "t",

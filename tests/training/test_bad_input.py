@@ -117,6 +117,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(runs):
     assert verify(newest).step == 6
 
 
+@pytest.mark.soak
 def test_a_full_disk_while_saving_is_a_warning_and_training_goes_on(runs):
     """No file may grow beyond 60 kB: metrics fit, checkpoints do not."""
     command = runs.command("full_disk")

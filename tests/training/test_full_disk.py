@@ -311,6 +311,7 @@ def test_room_made_while_it_runs_is_enough_to_lose_nothing_but_a_checkpoint(
     assert "step 6: the checkpoint could not be written" in output
 
 
+@pytest.mark.soak
 def test_a_console_that_takes_nothing_ends_no_run(runs):
     """/dev/full: every write to it fails as on a full disk. And a pipe that nobody reads."""
     for name, output in (("full", "/dev/full"), ("unread", None)):

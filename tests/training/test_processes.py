@@ -124,6 +124,7 @@ def test_a_port_in_use_is_one_line_that_says_what_to_pass(runs, taken_port):
     assert "Traceback" not in output and not (runs.folder / "taken").exists()
 
 
+@pytest.mark.soak
 def test_under_the_deepspeed_launcher_a_port_in_use_ends_all_processes_with_2(runs, taken_port):
     program = Path(sys.executable).parent / "deepspeed"
     train = runs.command("deepspeed")[1:]

@@ -31,7 +31,7 @@ def finished_as(runs, name, whole="whole"):
     "fault",
     [
         "kill@step=5",
-        "kill@evaluation=1",
+        pytest.param("kill@evaluation=1", marks=pytest.mark.soak),
         "kill@io=7",
         pytest.param("kill@save=2", marks=pytest.mark.soak),
         *(

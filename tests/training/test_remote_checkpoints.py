@@ -10,6 +10,7 @@ import time
 import urllib.request
 
 import pytest
+from gates import Gate
 from training_runs import end, free_port, same
 
 from ebwm_scale.checkpoint.files import manifest_text
@@ -139,7 +140,16 @@ def test_a_run_goes_on_on_an_empty_machine(runs, tmp_path, where, request):
     url = f"{BUCKET}/{tmp_path.name}/run" if where == "s3" else f"file://{tmp_path}/away"
     options = {"overrides": {"checkpoint.remote": url}}
     store = RemoteStore(url)
-    stopped = runs.start("moved", variables=variables | {"EBWM_FAULTS": "hang@step=7"}, **options)
+    gate = Gate(runs.folder / "moved.gate", "step=6")
+    faults = {"EBWM_FAULTS": f"{gate.fault}; hang@step=7"}
+    stopped = runs.start("moved", variables=variables | faults, **options)
+    saved = runs.folder / "moved" / "checkpoints" / "latest"
+    gate.wait_until_reached(stopped)
+    deadline = time.monotonic() + 60
+    while saved.read_text() != "step_000006\n" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)  # the copy begins where the loop sees that the save is done: at the next step
+    gate.open()
     kill_with_a_copy(stopped, store, "step_000006")
     options["variables"] = variables
     shutil.rmtree(runs.folder / "moved")

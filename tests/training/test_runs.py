@@ -93,7 +93,9 @@ def test_resume_after_kill_is_bitwise_equal(runs, reference, kind):
     assert same(runs.state(broken), runs.state(whole)) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.soak), signal.SIGINT]
+)
 def test_a_signal_saves_leaves_with_75_and_resumes_exactly(runs, reference, number):
     name = f"signal_{number.name}"
     assert runs.interrupt(name, number, after="step 2/8") == 75

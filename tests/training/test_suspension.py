@@ -107,6 +107,7 @@ print("values", world.all_gather_object(world.rank), flush=True)
 """
 
 
+@pytest.mark.soak
 def test_a_collective_that_was_suspended_goes_on():
     port = str(free_port())
     processes = [
