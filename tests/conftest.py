@@ -6,7 +6,6 @@ And the order: what takes longest comes first.
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as ebwm_scale does, before torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch

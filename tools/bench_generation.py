@@ -13,15 +13,15 @@ trapezoid rule. Peak memory is of the growing process, for --num-steps and four 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import ebwm_scale  # noqa: F401 (before torch is loaded: how its threads wait)
+
+# isort: split
 
 import torch
 

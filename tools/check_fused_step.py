@@ -27,8 +27,9 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import ebwm_scale  # noqa: F401 (before torch is loaded: how its threads wait)
+
+# isort: split
 os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are decorated
 
 import numpy as np

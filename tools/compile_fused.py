@@ -19,8 +19,9 @@ import os
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import ebwm_scale  # noqa: F401 (before torch is loaded: how its threads wait)
+
+# isort: split
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch

@@ -16,14 +16,14 @@ intervals over samples; `gain` is what the first steps' loss loses by the second
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import ebwm_scale  # noqa: F401 (before torch is loaded: how its threads wait)
+
+# isort: split
 
 import torch
 from torch import Tensor

@@ -18,13 +18,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import ebwm_scale  # noqa: F401 (before torch is loaded: how its threads wait)
+
+# isort: split
 
 import numpy as np
 import torch

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from attention_levels import LARGE, Case, call_of, levels

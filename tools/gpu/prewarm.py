@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.pop("TRITON_INTERPRET", None)  # before the kernels are decorated
 
 import torch
