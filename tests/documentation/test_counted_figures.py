@@ -51,3 +51,7 @@ def test_the_errors_of_whole_steps_are_those_of_their_file():
     assert rows
     for row in rows:
         assert f"{row['gradients']:.1e} beside {row['plain_gradients']:.1e}" in text, row
+    single = [row for row in rows if row["precision"] == "float32"]
+    least = min(row["least_quotient"] for row in single)
+    largest = max(row["largest_quotient"] for row in single)
+    assert f"between {least:.1f} and {largest:.1f}" in text, (least, largest)
