@@ -1,6 +1,7 @@
 """A whole step with fused operations is no further from the exact one than 1.5 times plain PyTorch,
 in float32, bfloat16 and under autocast: tools/check_fused_step.py, whose result file says so of
-every form. Which rounding a step magnifies differs between models, so what is held is the median of many.
+every form. Which rounding a step magnifies differs between models, so what is held is the median of
+many.
 """
 
 import json
