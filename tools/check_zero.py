@@ -61,6 +61,7 @@ RECIPES = {
         "loss_weights": "exits",
         "momentum": 0.5,
         "spectral_penalty": 0.5,
+        "level_weight": 0.2,
         "num_steps": 3,
     },
     "world": {"graph": "full", "step_size": 0.5},

@@ -198,6 +198,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("refinement.momentum", refinement.momentum, (0.0,)),
         ("refinement.accept", refinement.accept, ("always",)),
         ("refinement.spectral_penalty", refinement.spectral_penalty, (0.0,)),
+        ("refinement.level_weight", refinement.level_weight, (0.0,)),
         ("refinement.decay", refinement.decay, (0.0,)),
         ("state.workspace", state.workspace, (None,)),
         ("refinement.reencode", refinement.reencode, ("none",)),

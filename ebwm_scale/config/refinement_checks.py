@@ -39,6 +39,7 @@ def check_refinement(config: Config, require: Require) -> None:
     )
     _check_accept(config, require)
     _check_spectral_penalty(config, require)
+    _check_level(config, require)
     _check_loss_weights(config, require)
     _check_candidates(config, require)
     _check_reencoding(config, require)
@@ -126,6 +127,23 @@ def _check_spectral_penalty(config: Config, require: Require) -> None:
         config.state.kind == "embedding" or refinement.update == "mirror",
         f"{given} with refinement.update {refinement.update}: a move is measured in front of a "
         "linear map, use mirror or 0",
+    )
+
+
+def _check_level(config: Config, require: Require) -> None:
+    refinement = config.refinement
+    if refinement.level_weight == 0:
+        return
+    given = f"refinement.level_weight is {refinement.level_weight}"
+    require(
+        refinement.num_steps > 1,
+        f"{given} with refinement.num_steps 1: the first step starts from a state whose energy is "
+        "not asked for; use more steps or leave the key out",
+    )
+    require(
+        refinement.candidates is None,
+        f"{given} with refinement.candidates {refinement.candidates}: the loss of a state of "
+        "candidates is not at hand where a step starts; leave one of the two out",
     )
 
 

@@ -190,6 +190,9 @@ class RefinementConfig(Section):
     """Weight in the training loss of steps that move further than spectral_bound times the one
     before, see refinement/spectral_penalty.py."""
     spectral_bound: Positive = 0.8
+    level_weight: NotNegative = 0.0
+    """Weight in the training loss of what the energy of a state is off the state's own loss, see
+    refinement/energy_level.py: asks for an energy that can judge."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the state and of a workspace that a step forgets: the energy has a minimum then."""
     change_clamp: Positive | None = None

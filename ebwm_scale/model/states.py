@@ -142,6 +142,10 @@ class VocabularyState:
         """Token ids (B, S); IGNORE where a position does not count."""
         return Targets(values, (values != IGNORE).sum())
 
+    def scored(self, values: Tensor) -> Tensor:
+        """(B, S), bool: which positions of target values count."""
+        return values != IGNORE
+
     def embed(self, x: Tensor | CandidateState) -> EmbeddedState:
         """x (B, S, V) is overwritten where it can be."""
         if isinstance(x, CandidateState):
@@ -449,6 +453,10 @@ class EmbeddingState:
     def targets(self, values: Tensor) -> Targets:
         """Embeddings (B, S, size)."""
         return Targets(values, values.new_tensor(values.shape[:-1].numel()))
+
+    def scored(self, values: Tensor) -> Tensor:
+        """(B, S), bool: all positions of target values count."""
+        return values.new_ones(values.shape[:-1], dtype=torch.bool)
 
     def embed(self, x: Tensor | CandidateState) -> EmbeddedState:
         """x (B, S, size)."""

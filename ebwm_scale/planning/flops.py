@@ -31,6 +31,7 @@ from ebwm_scale.config.resolved import (
 )
 from ebwm_scale.config.schema import Config
 from ebwm_scale.model.energy_transformer import one_context_serves_all
+from ebwm_scale.refinement.energy_level import EnergyLevel
 from ebwm_scale.refinement.step_plan import (
     StepPlan,
     graph_spans_steps,
@@ -245,8 +246,9 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         "predicted_forward": 2.0 * N * (rows * (predicted + head) + modulation),
         "inner_gradient": 2.0 * N * rows * (predicted + head),
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy
-        # itself is not in the loss.
-        "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head),
+        # itself is in the loss only where its level is.
+        "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head)
+        + 4.0 * rows * head * _num_levels(config, N),
         "workspace": _workspace_flops(config, z, rows),
         "acceptance": _acceptance_flops(config, z, samples),
         "recomputation": G * _recomputation(config, z, samples)
@@ -263,6 +265,14 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     else:
         parts["vocabulary"] = of_states + _candidate_flops(config, z, rows)
     return {part: value for part, value in parts.items() if value}
+
+
+def _num_levels(config: Config, num_steps: int) -> int:
+    """Steps with a term of `refinement.level_weight`."""
+    if config.refinement.level_weight == 0:
+        return 0
+    plan = plan_steps(config.refinement, range(num_steps), training=True)
+    return sum(EnergyLevel.has_term(step) for step in plan)
 
 
 def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
@@ -329,6 +339,10 @@ def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
         # M2 n and its way back; two products of the latter's gradient, and under full two of
         # dE/dw's, which later steps read.
         term = 2 * N + 2 * G + 2 * moves_with_graph
+        # The energy itself is in the loss where dE/dw may not be.
+        if not config.refinement.spectral_penalty:
+            levels = _num_levels(config, N)
+            term += 2 * min(levels, 1 if is_full else levels)
         flops += 2.0 * rows * z.width**2 * term
     return flops
 

@@ -174,8 +174,11 @@ def memory_estimate(
             * (sharing * z.observed_positions + z.offset + z.own_keys)
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
+    # What the level of an energy is compared with is the loss of a copy of the state.
+    levels = config.refinement.level_weight > 0
     if config.state.kind == "embedding":
-        parts["states"] = 4.0 * rows * V * FRAME_STATES * (z.graph_steps if full else 1)
+        states = FRAME_STATES * (z.graph_steps if full else 1) + levels
+        parts["states"] = 4.0 * rows * V * states
     elif baseline:  # W's gradient exists from the forward on
         parts["vocabulary"] = element * V * D * num_training_losses(config.model)
         of_chunk = _chunk_logits(4.0 * rows * V, half, device)
@@ -188,7 +191,7 @@ def memory_estimate(
         )
         soft = config.model.logit_softcap is not None
         clamps += soft
-        scored_alone = clamps + (config.train.z_loss > 0)
+        scored_alone = clamps + (config.train.z_loss > 0) + levels
         candidates = num_candidates(config) if z.steps > 1 else None
         if candidates is not None:  # further steps keep nothing of the state's size
             states = 1 if starts_uniform(config) else STATES[update]
@@ -204,7 +207,7 @@ def memory_estimate(
                 # The only state is gone before the first gradient of a weight but the map's.
                 workspace = max(workspace, state)
                 states = 0
-            states += 0.25 * (clamps > 0) + soft + (config.refinement.noise > 0)
+            states += 0.25 * (clamps > 0) + soft + (config.refinement.noise > 0) + levels
             states += live_steps - 1
         parts["vocabulary"] = state * (states + half / 2) + V * D * element * (
             2 * (config.state.map_scale != 1) + half

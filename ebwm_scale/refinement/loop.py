@@ -23,6 +23,7 @@ w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 With `refinement.momentum` a step goes on with a share of the one before it (momentum.py).
 With `refinement.damping` later steps are shorter, alpha / i^p of step i = 1, 2, .., beta too.
 With `refinement.decay` a step starts from a share of x and z (decay.py).
+With `refinement.level_weight` the loss also asks that E(x_i) is the loss of x_i (energy_level.py).
 With `refinement.accept: lower` a row whose energy a step does not lower stays (acceptance.py).
 
 With `refinement.candidates` the steps after the first move the most probable tokens alone
@@ -48,7 +49,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config.schema import RefinementConfig
-from ebwm_scale.model.states import EmbeddingState, VocabularyState
+from ebwm_scale.model.states import EmbeddingState, Targets, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.acceptance import Acceptance
 from ebwm_scale.refinement.contexts import ContextCache
@@ -57,6 +58,7 @@ from ebwm_scale.refinement.deferred_backward import (
     StepwiseBackward,
     fp32_grad_buffer,
 )
+from ebwm_scale.refinement.energy_level import EnergyLevel
 from ebwm_scale.refinement.exits import exit_objective, with_exit_weights
 from ebwm_scale.refinement.graphed import Computed, GivenTensors, RefinementResult
 from ebwm_scale.refinement.inner_gradient import inner_gradient
@@ -270,7 +272,7 @@ class RefinementLoop:
         if self.targets is not None and num_scored is not None:
             self.targets = self.targets._replace(count=num_scored)
         self.num_rows = num_rows
-        # Of `refinement.spectral_penalty` and `train.z_loss`, summed over tiles.
+        # Of `refinement.spectral_penalty`, `level_weight` and `train.z_loss`, summed over tiles.
         self.penalty: Tensor | float = 0.0
         self.losses: list[Tensor] = []  # per step, summed over tiles
         self.energies: list[Tensor] = []
@@ -286,6 +288,7 @@ class RefinementLoop:
         targets = None if self.targets is None else self.targets.slice(samples, positions)
         shape = (samples.stop - samples.start, positions.stop - positions.start)
         penalty = self._spectral_penalty()
+        level = self._energy_level(targets)
         keeps_moves = penalty is not None
         x = MovingState(
             self.state_space, self.step_size, self.config, noise, shape, keeps_moves=keeps_moves
@@ -297,7 +300,7 @@ class RefinementLoop:
         random_factor = noise.step_size_factor()
         pending_backwards: list[tuple[Tensor, StepPlan]] = []
         for step in self.plan:
-            x.embed(step)
+            costs = x.embed(step, level)
             w = z.embed(step)
             context = contexts.of_step(step, x.vectors, w)
             energy, energy_grad, workspace_grad = inner_gradient(
@@ -318,12 +321,14 @@ class RefinementLoop:
                 )
             z_move = z.move(workspace_grad, factors, step)
             loss, z_term, x_move = x.move(energy_grad, factors, targets, step)
-            term = None
+            terms = []
             if penalty is not None and x_move is not None:
-                term = penalty.of_step(step, x_move, factors.of_alpha, z_move)
+                terms.append(penalty.of_step(step, x_move, factors.of_alpha, z_move))
+            if level is not None and costs is not None:
+                terms.append(level.of_step(energy, costs))
             if step.needs_graph and self.with_backward:
                 assert loss is not None, "a backward is run for targets only"
-                pending_backwards.append((self._objective(loss * step.loss_weight, term), step))
+                pending_backwards.append((self._objective(loss * step.loss_weight, terms), step))
             # With the full graph a step's loss waits for the last step's: one backward for all.
             if step.ends_graph:
                 back_propagate(pending_backwards, contexts)
@@ -336,12 +341,25 @@ class RefinementLoop:
                 )
         return x.whole()
 
-    def _objective(self, loss: Tensor, term: Tensor | None) -> Tensor:
-        """What is back-propagated of a step: its weighted loss with its term of the penalty."""
-        if term is None:
-            return loss
-        self.penalty = self.penalty + term.detach()
-        return loss + term
+    def _objective(self, loss: Tensor, terms: list[Tensor | None]) -> Tensor:
+        """What is back-propagated of a step: its weighted loss, and what else it adds."""
+        for term in terms:
+            if term is not None:
+                self.penalty = self.penalty + term.detach()
+                loss = loss + term
+        return loss
+
+    def _energy_level(self, targets: Targets | None) -> EnergyLevel | None:
+        """For a tile; None where it has no part in the loss."""
+        if not self.with_backward or targets is None or self.config.level_weight == 0:
+            return None
+        return EnergyLevel(
+            self.config,
+            self.plan,
+            self.state_space,
+            targets,
+            group_size=self.network.group_size,
+        )
 
     def _spectral_penalty(self) -> SpectralPenalty | None:
         """For a tile; None where it has no part in the loss."""

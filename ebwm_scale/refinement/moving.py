@@ -19,6 +19,7 @@ from ebwm_scale.config.schema import RefinementConfig
 from ebwm_scale.model.candidates import CandidateState, whole_state, with_noise
 from ebwm_scale.model.states import EmbeddedState, EmbeddingState, Targets, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
+from ebwm_scale.refinement.energy_level import EnergyLevel
 from ebwm_scale.refinement.momentum import carried_from, motion_of, plus_carried
 from ebwm_scale.refinement.sampling import NoiseSampler
 from ebwm_scale.refinement.step_plan import StepPlan
@@ -85,8 +86,11 @@ class MovingState:
         """x (b, s, size) after a step, if it was asked for."""
         return None if self.x is None else whole_state(self.x)
 
-    def embed(self, step: StepPlan) -> None:
-        """Where the step starts: the initial state, or the last one, with Langevin noise."""
+    def embed(self, step: StepPlan, level: EnergyLevel | None = None) -> Tensor | None:
+        """Where the step starts: the initial state, or the last one, with Langevin noise.
+
+        Returns what the rows' states cost (b, s), where `level` has a term for the step.
+        """
         langevin = self.noise.langevin(step.index)
         starts = step.index == 0
         self.at_zero = starts and langevin is None and self.noise.starts_at_zero()
@@ -95,6 +99,10 @@ class MovingState:
         if langevin is not None:
             assert self.x is not None, "the plan keeps every state under Langevin noise"
             self.x = with_noise(self.x, langevin)
+        costs = None
+        if level is not None and level.has_term(step):
+            assert isinstance(self.x, Tensor), "the plan keeps every state, which is whole"
+            costs = level.costs(self.x)  # before `embed` below may overwrite it
         with torch.set_grad_enabled(step.needs_graph):
             if self.at_zero:
                 self.embedded = self.space.embed_zeros(self.shape)
@@ -102,6 +110,7 @@ class MovingState:
                 assert self.x is not None, "a step gives a state or the next embedded one"
                 self.embedded = self.space.embed(self.x)
         self.x = None  # `embedded` has what is needed: a second reference costs memory
+        return costs
 
     def move(
         self, energy_grad: Tensor, factors: StepFactors, targets: Targets | None, step: StepPlan

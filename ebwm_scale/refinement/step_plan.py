@@ -28,7 +28,7 @@ class StepPlan:
     keep_graph: the next state carries this step's graph (`refinement.graph: full`, where several
     steps have one: a single step costs less as under `detach`, and has the same gradients).
     keep_state: the next state itself is needed, not only what enters the next step: somebody asked
-    for it, noise is added to it, or the graph begins there.
+    for it, noise is added to it, its loss is compared with its energy, or the graph begins there.
     loss_weight: of the step's loss in what is back-propagated; 0 without a graph.
     scale: factor on the sizes of the step, alpha and beta (`refinement.damping`).
     encoded_before: the step before which the context that this one reads is encoded; 0 is the
@@ -97,6 +97,7 @@ def plan_steps(
             # Langevin noise is added to the state itself, and a graph through steps begins at one.
             starts_graph = config.graph == "full" and needs_graph[i + 1] and not needs_graph[i]
             keep_state = config.noise > 0 or config.accept == "lower" or starts_graph
+            keep_state = keep_state or config.level_weight > 0
         keep_graph = needs_graph[i] and is_spanned
         shares_context = not is_last and 0 < encoded_before[i] == encoded_before[i + 1]
         readers = [j for j in range(num_steps) if encoded_before[j] == i]

@@ -199,6 +199,49 @@ FLOP_CASES = {
             "graph": "full",
         },
     },
+    "levels": {"refinement": {"level_weight": 0.1, "num_steps": 3}},
+    "levels, from zeros": {
+        "state": {"initial": "zeros"},
+        "refinement": {"level_weight": 0.1, "num_steps": 3, "update": "mirror"},
+    },
+    "levels, full": {"refinement": {"level_weight": 0.1, "update": "logits", "graph": "full"}},
+    "levels, other terms": {
+        "model": {"energy_head": ["quadratic", "bilinear", "direct", "context"]},
+        "refinement": {"level_weight": 0.1, "num_steps": 3},
+    },
+    "levels, workspace, last two of full": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {
+            "level_weight": 0.1,
+            "num_steps": 3,
+            "update": "mirror",
+            "graph": "full",
+            "backprop_steps": 2,
+        },
+    },
+    "levels, workspace": {
+        "model": {"energy_head": ["linear", "bilinear"]},
+        "state": {"workspace": 5},
+        "refinement": {"level_weight": 0.1, "num_steps": 3},
+    },
+    "levels, workspace, penalty": {
+        "model": {"energy_head": ["bilinear", "direct"]},
+        "state": {"workspace": 5, "initial": "zeros"},
+        "refinement": {
+            "level_weight": 0.1,
+            "spectral_penalty": 1.0,
+            "num_steps": 3,
+            "update": "mirror",
+        },
+    },
+    "levels, workspace, encoded again": {
+        "model": {"energy_head": ["bilinear"]},
+        "state": {"workspace": 5},
+        "refinement": {"level_weight": 0.1, "num_steps": 3, "reencode": "all", "graph": "full"},
+    },
+    "levels, block recomputed": {"refinement": {"level_weight": 0.1, "recompute": "block"}},
+    "levels of frames": {"state": FRAMES, "refinement": {"level_weight": 0.1}},
     "momentum of frames": {"state": FRAMES, "refinement": {"momentum": 0.5, "graph": "full"}},
     "workspace, encoded again": {
         "state": {"workspace": 5},

@@ -175,6 +175,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     velocity = z_velocity = torch.zeros(())
     moved = added = torch.zeros(())  # of the penalty: in front of the map
     lengths, penalties = None, []
+    level_terms = []
     shrunk = 1.0 if config.accept == "always" else torch.ones((), dtype=torch.float64)
     scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
@@ -214,6 +215,8 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             if not has_graph(config, i, num_steps):
                 fed = [None if u is None else u.detach() for u in fed]
         energy = reference_energy(model, candidate, embedded_observed, landscape, fed, workspace)
+        if config.level_weight and i > 0 and has_graph(config, i, num_steps):
+            level_terms.append(level_term(model, x.detach(), energy, targets))
         by = x if kind == "vocabulary" and config.update == "logits" else moving
         if has_workspace:
             gradient, z_gradient = torch.autograd.grad(energy.sum(), (by, z), create_graph=True)
@@ -285,6 +288,7 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         if config.graph == "truncate" and not last:
             losses[-1] = losses[-1].detach()
     penalty = config.spectral_penalty * sum(penalties) / max(1, len(penalties))
+    penalty = penalty + config.level_weight * sum(level_terms) / max(1, len(level_terms))
     if config.loss == "last":
         return losses[-1] + penalty
     if config.loss_weights == "exits":
@@ -299,6 +303,26 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
         weights = torch.tensor(config.loss_weights[-num_steps:], dtype=torch.float64)
     weights[:scored_from] = 0
     return (weights / weights.sum() * torch.stack(losses)).sum() + penalty
+
+
+def level_term(model, x, energy, targets):
+    """Mean over scored rows of (energy - loss)^2; of groups, of their means."""
+    size = model.network.group_size
+    if model.config.state.kind == "embedding":
+        costs = F.smooth_l1_loss(x, targets, reduction="none").mean(-1)
+        scored = torch.ones_like(costs)
+    else:
+        flat = F.cross_entropy(x.flatten(0, 1), targets.flatten(), reduction="none")
+        costs, scored = flat.view(targets.shape), (targets != -100).to(x.dtype)
+    total = 0
+    for sample in range(x.shape[0]):
+        for start in range(0, x.shape[1], size):
+            rows = (sample, slice(start, start + size))
+            count = scored[rows].sum()
+            if count > 0:
+                cost = costs[rows].sum() / count
+                total = total + count * (energy[rows].mean() - cost) ** 2
+    return total / scored.sum()
 
 
 @torch.no_grad()

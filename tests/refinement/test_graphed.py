@@ -54,6 +54,7 @@ OPTIONS = {
         "refinement.momentum=0.5",
         "refinement.decay=0.1",
         "refinement.spectral_penalty=0.1",
+        "refinement.level_weight=0.1",
     ],
     "accept only if lower": [
         "refinement.accept=lower",

@@ -97,6 +97,7 @@ CASES: dict[str, dict] = {
             "loss_weights": "exits",
             "momentum": 0.5,
             "spectral_penalty": 0.5,
+            "level_weight": 0.2,
             "num_steps": 3,
         },
     },
