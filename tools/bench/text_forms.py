@@ -42,6 +42,10 @@ FORMS = {
         1,
         [*SHALLOW, "model.energy_head=[linear,direct]", "model.own_keys=false"],
     ),
+    "direct; the context alone": (
+        1,
+        [*SHALLOW, "model.energy_head=[direct]", "model.own_keys=false"],
+    ),
 }
 
 
