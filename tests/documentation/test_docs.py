@@ -317,6 +317,19 @@ def test_the_page_on_recipes_quotes_the_energies_of_several_starts():
         assert [point["num_starts"] for point in result["starts"]] == [1, 2, 4, 8]
 
 
+def test_the_page_on_recipes_quotes_the_energies_that_know_their_level():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in ("one_term_noise", "one_term_noise_two", "one_term_noise_level", "one_term"):
+        path = ROOT / "results" / "evaluation" / name / "evaluation.json"
+        result = json.loads(path.read_text())
+        losses = {point["num_steps"]: f"{point['mean']:.3f}" for point in result["steps"]}
+        rank = with_its_interval(result["energy"]["rank_correlation_with_error"], 3)
+        told = with_its_interval(result["out_of_distribution"]["auroc"], 3)
+        starts = ", ".join(f"{point['mean']:.3f}" for point in (result["starts"] or [])[1:])
+        cells = [losses[result["trained_steps"]], losses[4], rank, told, starts, f"`{name}/`"]
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in text, cells
+
+
 def test_the_page_on_recipes_quotes_the_seeds_of_the_studies_base():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     seeds = {}

@@ -46,9 +46,8 @@ def test_a_step_is_measured_beside_the_baseline_and_profiled():
         and row["cpu_ratio"] > 1
         and row["peak_memory_gib"] > 0
     )
-    assert (
-        sum(row["profile"].values()) == pytest.approx(1, abs=1e-3)
-        and "ebwm::attention_double_backward" in row["profile"]
+    assert sum(row["profile"].values()) == pytest.approx(1, abs=1e-3) and any(
+        "attention" in name for name in row["profile"]
     )
     assert sum(row["flops"].values()) == row["flops_total"]
 
