@@ -488,6 +488,42 @@ def test_the_table_of_the_readme_quotes_its_result_files():
     )
 
 
+def test_the_pages_quote_the_scaling_of_text():
+    study = json.loads((ROOT / "results" / "scaling" / "text.json").read_text())
+    losses = {(run["form"], run["point"], run["seed"]): run["loss"] for run in study["runs"]}
+    flops = {(run["form"], run["point"]): run["flops"] for run in study["runs"]}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    seeds = ("33", "1", "2")
+    pairs = [[losses[form, "w128", seed] for seed in seeds] for form in ("transformer++", "energy")]
+    assert readme_row("text, width 128") == tuple(f"{statistics.fmean(u):.3f}" for u in pairs)
+    gap = seed_interval([a - b for a, b in zip(*pairs)])
+    shown = "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**gap)
+    assert f"ends {shown} below it" in readme and f"by {shown};" in page and gap["low"] > 0
+    assert f"{gap['mean']:.3f} below it at 128" in (ROOT / "docs" / "results.md").read_text()
+    points = ("w32", "w64", "w96", "w128")
+    shares = {
+        other: [flops["energy", point] / flops[other, point] for point in points]
+        for other in ("transformer++", "looped-2x2")
+    }
+    least, most = min(shares["transformer++"]), max(shares["transformer++"])
+    assert f"costs {least:.2f} to {most:.2f} times the FLOPs" in page
+    above = {
+        (other, point): seed_interval(
+            [losses[other, point, seed] - losses["energy", point, seed] for seed in seeds]
+        )
+        for other in ("looped-2x2", "transformer++-4")
+        for point in points
+    }
+    assert signs(above.values()) == "0000" + "00+-"
+    for point, sign, word in (("w96", 1, "above"), ("w128", -1, "below")):
+        gap = above["transformer++-4", point]
+        low, high = sorted((sign * gap["low"], sign * gap["high"]))
+        assert f"{sign * gap['mean']:.3f} [{low:.3f}, {high:.3f}] {word} it" in page, point
+    least, most = min(shares["looped-2x2"]), max(shares["looped-2x2"])
+    assert f"at {least:.2f} to {most:.2f} of their FLOPs" in page
+
+
 def test_the_page_on_exploring_quotes_how_long_a_first_answer_took():
     text = (ROOT / "docs" / "exploring.md").read_text(encoding="utf-8")
     runs = json.loads((ROOT / "results" / "explore_first_answer.json").read_text())["runs"]
@@ -529,7 +565,7 @@ def after_its_trained_steps(recipe: dict) -> dict:
 REASONING = ("reachability", "sudoku", "shortest_path")
 
 
-@pytest.mark.parametrize("family", REASONING)
+@pytest.mark.parametrize("family", [*REASONING, "muon_sudoku"])
 def test_the_page_on_reasoning_quotes_its_studies(family):
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
     study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
@@ -589,12 +625,41 @@ def test_the_page_on_reasoning_quotes_the_studies_of_one_layer():
             assert shown in text, shown
 
 
+def test_the_page_on_reasoning_says_only_what_the_study_with_muon_says():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_muon_sudoku.json").read_text())
+    energy, against = study["recipes"]["energy"], study["against"]["energy"]
+    assert all(len(recipe["seeds"]) == 3 for recipe in study["recipes"].values())
+    for other, signs_of_both in (("transformer++-4", "++"), ("looped-4x4", "00")):
+        gained = against[other]
+        assert signs([gained["fall_of_loss"], gained["rise_of_solved"]]) == signs_of_both
+    assert signs([against["transformer++-16"]["fall_of_loss"]]) == "0"
+    assert against["transformer++-16"]["rise_of_solved"]["low"] >= 0
+    steps = [point["gain_over_previous"]["fall_of_loss"] for point in energy["steps"][1:4]]
+    assert signs(steps) == "++0"
+    beyond = energy["beyond_trained"]["16"]
+    rise = {key: -beyond["fall_of_loss"][key] for key in ("mean", "low", "high")}
+    assert f"loss is {rise['mean']:.3f} [{rise['high']:.3f}, {rise['low']:.3f}] higher" in text
+    assert with_its_interval(beyond["rise_of_solved"], 3) in text
+    assert signs([beyond["rise_of_solved"]]) == "0"
+    stopped = energy["settling"]
+    taken = ", ".join(f"{seed['mean_steps']['mean']:.1f}" for seed in stopped)
+    ranks = [seed["rank_correlation_of_steps_with_difficulty"]["mean"] for seed in stopped]
+    assert f"takes {taken} steps" in text
+    assert f"rank correlations {', '.join(f'{rank:.2f}' for rank in ranks)}" in text
+
+
 def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for family in ("reachability", "sudoku"):
+    rows = [
+        ("reachability", "transformer++-4"),
+        ("muon_sudoku", "transformer++-4"),
+        ("muon_sudoku", "looped-4x4"),
+    ]
+    for family, other in rows:
         study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
         cells = []
-        for name in ("transformer++-4", "energy"):
+        for name in (other, "energy"):
             trained = after_its_trained_steps(study["recipes"][name])
             cells.append(", ".join(f"{share:.2f}" for share in trained["solved"]["seeds"]))
         assert f"| {cells[0]} | {cells[1]} | `results/reasoning_{family}.json` |" in text

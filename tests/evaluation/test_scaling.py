@@ -268,16 +268,17 @@ def test_the_committed_studies_say_what_the_documentation_says(tmp_path):
                 ), (path.name, fit["what"], form)
 
 
-def test_the_documentation_has_the_tables_of_the_study_of_text():
+@pytest.mark.parametrize("name", ["text", "text_adamw"])
+def test_the_documentation_has_the_tables_of_the_studies_of_text(name):
     """As `scaling_study.py tables` prints them; and every run had the best rate that was found."""
     document = (ROOT / "docs" / "scaling.md").read_text()
-    result = ROOT / "results" / "scaling" / "text.json"
+    result = ROOT / "results" / "scaling" / f"{name}.json"
     study = json.loads(result.read_text())
     printed = tool("tables", result)
     for line in printed.splitlines():
         assert line in document, line
-    names = ("scaling_text_rates.json", "scaling_text_rates_narrow.json")
-    rates = [json.loads((ROOT / "results" / name).read_text()) for name in names]
+    files = sorted((ROOT / "results").glob(f"scaling_{name}_rates*.json"))
+    rates = [json.loads(file.read_text()) for file in files]
     for line in rate_table(rates):
         assert line in document, line
     tried = [run for rate in rates for run in rate["runs"]]
