@@ -18,7 +18,7 @@ WORKERS ?= 3
 # processes, signals and time-outs; a defect fails twice. Both summaries stay in the output.
 ALONE   = echo "make test: once more, alone, what failed beside other tests"; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(HANGS) --last-failed --last-failed-no-failures none -v
-# A test that hangs fails after so many seconds. The longest takes a tenth of it.
+# A test that hangs fails after so many seconds. The longest takes about two minutes.
 HANGS   = --timeout 600
 # The versions to install; another file for another PyTorch.
 CONSTRAINTS ?= constraints.txt

@@ -8,9 +8,9 @@ is
 
 with c_i the loss of the state x_i that step i starts from, without a gradient. So E learns the loss
 that is to be expected of a state, whose slope is the one to descend. E(x_i) is there anyway: the
-term costs no product. The first step starts from noise or from zeros, whose level says nothing, and
-has no term; neither has a step without a graph. Rows that see each other (a group, whose targets
-need not all be scored) have one energy and one loss, their means.
+term costs no product of a block. The first step starts from noise or from zeros, whose level says
+nothing, and has no term; neither has a step without a graph. Rows that see each other (a group,
+whose targets need not all be scored) have one energy and one loss, their means.
 
 With the graph through all steps the term's gradient reaches the steps before too, as if c_i were
 constant.

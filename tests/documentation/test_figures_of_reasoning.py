@@ -1,0 +1,122 @@
+"""The figures of the page on reasoning are those of its result files."""
+
+import json
+
+import pytest
+from quoted import (
+    ROOT,
+    after_its_trained_steps,
+    rows_of,
+    signs,
+    with_its_interval,
+)
+
+REASONING = ("reachability", "sudoku", "shortest_path")
+
+
+@pytest.mark.parametrize("family", [*REASONING, "muon_sudoku"])
+def test_the_page_on_reasoning_quotes_its_studies(family):
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
+    unit = study["recipes"]["transformer++-4"]["training_flops"]
+    for recipe in study["recipes"].values():
+        trained = after_its_trained_steps(recipe)
+        row = (
+            f"| {len(recipe['seeds'])} | {recipe['parameters']:,} "
+            f"| {recipe['training_flops'] / unit:.1f} | {with_its_interval(trained['loss'], 3)} "
+            f"| {with_its_interval(trained['solved'], 2)} |"
+        )
+        assert row in text, row
+    energy = study["recipes"]["energy"]
+    for point in energy["steps"]:
+        row = (
+            f"| {point['num_steps']} | {with_its_interval(point['loss'], 3)} "
+            f"| {with_its_interval(point['solved'], 2)} |"
+        )
+        if "gain_over_previous" in point:
+            row += f" {with_its_interval(point['gain_over_previous']['fall_of_loss'], 3)} |"
+        assert row in text, row
+    for other in study["against"]["energy"].values():
+        assert with_its_interval(other["rise_of_solved"], 2) in text
+        assert with_its_interval(other["fall_of_loss"], 3) in text
+
+
+@pytest.mark.parametrize("family", ["sudoku", "shortest_path"])
+def test_the_page_on_reasoning_quotes_the_looped_runs(family):
+    """One run each, beside the same layers passed once, on the same instances."""
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    name = f"results/reasoning_looped_{family}.json"
+    recipes = json.loads((ROOT / name).read_text())["recipes"]
+    (line,) = [line for line in text.splitlines() if f"`{name}`" in line]
+    looped = {step["num_steps"]: step["solved"]["mean"] for step in recipes["looped-4x4"]["steps"]}
+    (once,) = (step["solved"]["mean"] for step in recipes["transformer++-4"]["steps"])
+    assert f"{looped[4]:.2f} in one run" in line and f"{once:.2f}" in line
+    if family == "sudoku":
+        assert f"{looped[6]:.2f} when passed six times" in line
+    assert all(recipe["seeds"] == ["seed-33"] for recipe in recipes.values())
+
+
+def test_the_page_on_reasoning_quotes_the_studies_of_one_layer():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    for family in ("reachability", "sudoku"):
+        study = json.loads((ROOT / "results" / f"reasoning_one_layer_{family}.json").read_text())
+        for name in ("energy", "transformer++"):
+            trained = after_its_trained_steps(study["recipes"][name])
+            assert with_its_interval(trained["solved"], 2) in text, (family, name)
+    tries = json.loads((ROOT / "results" / "reasoning_tries.json").read_text())
+    for row in tries["rows"]:
+        if row["answered"].startswith(("mazes of 6", "Sudokus")):
+            shown = ", ".join(
+                f"{point['loss']:.3f} ({point['solved']:.2f})"
+                for point in row["after"]
+                if point["num_steps"] in (1, 2, 4, 8, 16, 32)
+            )
+            assert shown in text, shown
+
+
+def test_the_page_on_reasoning_says_only_what_the_study_with_muon_says():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_muon_sudoku.json").read_text())
+    energy, against = study["recipes"]["energy"], study["against"]["energy"]
+    assert all(len(recipe["seeds"]) == 3 for recipe in study["recipes"].values())
+    for other, signs_of_both in (("transformer++-4", "++"), ("looped-4x4", "00")):
+        gained = against[other]
+        assert signs([gained["fall_of_loss"], gained["rise_of_solved"]]) == signs_of_both
+    assert signs([against["transformer++-16"]["fall_of_loss"]]) == "0"
+    assert against["transformer++-16"]["rise_of_solved"]["low"] >= 0
+    steps = [point["gain_over_previous"]["fall_of_loss"] for point in energy["steps"][1:4]]
+    assert signs(steps) == "++0"
+    beyond = energy["beyond_trained"]["16"]
+    rise = {key: -beyond["fall_of_loss"][key] for key in ("mean", "low", "high")}
+    assert f"loss is {rise['mean']:.3f} [{rise['high']:.3f}, {rise['low']:.3f}] higher" in text
+    assert with_its_interval(beyond["rise_of_solved"], 3) in text
+    assert signs([beyond["rise_of_solved"]]) == "0"
+    stopped = energy["settling"]
+    taken = ", ".join(f"{seed['mean_steps']['mean']:.1f}" for seed in stopped)
+    ranks = [seed["rank_correlation_of_steps_with_difficulty"]["mean"] for seed in stopped]
+    assert f"takes {taken} steps" in text
+    assert f"rank correlations {', '.join(f'{rank:.2f}' for rank in ranks)}" in text
+
+
+def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [
+        ("reachability", "transformer++-4"),
+        ("muon_sudoku", "transformer++-4"),
+        ("muon_sudoku", "looped-4x4"),
+    ]
+    for family, other in rows:
+        study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
+        cells = []
+        for name in (other, "energy"):
+            trained = after_its_trained_steps(study["recipes"][name])
+            cells.append(", ".join(f"{share:.2f}" for share in trained["solved"]["seeds"]))
+        assert f"| {cells[0]} | {cells[1]} | `results/reasoning_{family}.json` |" in text
+
+
+def test_the_page_on_reasoning_quotes_the_runs_before_the_study_with_muon():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    for row in rows_of("reasoning_muon_tries.jsonl")[1:]:
+        loss = f"{row['losses'][-1]:.3f}"
+        is_listed = row["tried"] in ("Transformer++", "passed four times")
+        assert (loss if is_listed else f"{row['tried']} {loss}") in text, row
