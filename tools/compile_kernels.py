@@ -161,13 +161,13 @@ def usage_of(compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _output("cuobjdump", "--dump-resource-usage", file.name)
+        usage = output_of("cuobjdump", "--dump-resource-usage", file.name)
         registers, stack, local = (
             int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL")
         )
         spills = 0
         if stack + local:
-            spills = len(re.findall(r"\b(?:LDL|STL)\b", _output("nvdisasm", "-c", file.name)))
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", output_of("nvdisasm", "-c", file.name)))
     return {
         "registers": registers,
         "spilled_bytes": stack + local,
@@ -197,7 +197,7 @@ def _report(work: Work, tile: Tile, flags: dict, compiled) -> dict:
     }
 
 
-def _output(program: str, *arguments: str) -> str:
+def output_of(program: str, *arguments: str) -> str:
     return subprocess.run(
         [str(TOOLS / program), *arguments], capture_output=True, text=True, check=True
     ).stdout
