@@ -3,7 +3,7 @@
 report what the compiler made of them.
 
     python tools/compile_kernels.py --architecture sm_90 --head-dimension 64 128
-        [--kernel _second_key ...] [--tile ROWS,KEYS,WARPS,STAGES ...]
+        [--kernel _second_key ...] [--tile ROWS,KEYS,WARPS,STAGES[,REGISTERS] ...]
         [--groups] [--first-visible] [--sharing] [--not-causal] [--heads 16] [--heads-first]
 
 The levels of kernels/ebwm_kernels/attention/triton_backend.py run as they do on a GPU, on tiny
@@ -105,8 +105,7 @@ def compile_use(work: Work) -> list[dict]:
         compiled = kernel.run(
             *pointers,
             **named,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **launches.options_of(tile),
             grid=(num_programs,),
             warmup=True,
         )
@@ -185,7 +184,8 @@ def _report(work: Work, tile: Tile, flags: dict, compiled) -> dict:
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     return {
         **work._asdict(),
-        "tile": list(tile),
+        "tile": list(tile[:4]),
+        "register_limit": tile.registers,
         **flags,
         **usage,
         "shared_limit_kib": limit,
@@ -214,7 +214,10 @@ def main() -> int:
     )
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument(
-        "--tile", nargs="+", default=[None], help="ROWS,KEYS,WARPS,STAGES instead of the table's"
+        "--tile",
+        nargs="+",
+        default=[None],
+        help="ROWS,KEYS,WARPS,STAGES[,REGISTERS] instead of the table's",
     )
     parser.add_argument("--use", nargs="+", default=list(USES), choices=USES)
     parser.add_argument("--not-causal", action="store_true")

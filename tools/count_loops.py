@@ -107,8 +107,8 @@ def main() -> int:
 
 def row_of(row: dict) -> dict:
     """What the file holds of a program."""
-    kept = ("kernel", "architecture", "head_dimension", "use", "tile", "second", "registers")
-    kept += ("spilled_bytes", "shared_kib", "loops")
+    kept = ("kernel", "architecture", "head_dimension", "use", "tile", "register_limit", "second")
+    kept += ("registers", "spilled_bytes", "shared_kib", "loops")
     return {name: row[name] for name in kept if name in row}
 
 

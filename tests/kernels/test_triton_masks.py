@@ -20,9 +20,20 @@ from ebwm_kernels.attention.visibility import Shape, same_group, visible_keys
 
 OBSTACLE = why_not_triton(torch.device("cpu"), torch.float64, 64)
 if OBSTACLE is None:
-    from ebwm_kernels.attention import launches, triton_backend
+    from ebwm_kernels.attention import (
+        key_kernels,
+        launches,
+        query_kernels,
+        second_query_kernels,
+        triton_backend,
+    )
 
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"Triton's interpreter: {OBSTACLE}")
+
+
+# Keys that a row sees. In the wide one all rows of a tile see the tiles in the middle, and not those
+# on both sides of them.
+WINDOWS = {"window": 2, "wide window": 62}
 
 
 class Case(NamedTuple):
@@ -50,9 +61,9 @@ class Case(NamedTuple):
             starts = (0, 5, 21), (0, 18, 33)
             firsts = [sum(torch.where(rows >= s, s - p, 0) for p, s in _steps(x)) for x in starts]
             return torch.stack(firsts).int() // self.group * self.group
-        if self.first == "window":
+        if self.first in WINDOWS:
             last = (rows // self.group + 1) * self.context_group + self.offset
-            return (last - 2).clamp(min=0).expand(1, -1).contiguous()
+            return (last - WINDOWS[self.first]).clamp(min=0).expand(1, -1).contiguous()
         return None
 
 
@@ -74,6 +85,9 @@ CASES = [
     Case(40, 40, 4, 4, first="documents", H=2),
     Case(40, 44, own=False, offset=4, first="window"),
     Case(40, 40, 2, 2, first="window", keys=False),
+    Case(100, 100, first="wide window", keys=False),
+    Case(100, 104, own=False, offset=4, first="wide window", H=2),
+    Case(100, 100, 4, 4, first="wide window"),
     Case(6, 8, 3, 3, offset=2, d=40, d_v=16),
     Case(5, 7, own=False, causal=False, d=16, d_v=40),
 ]
@@ -242,6 +256,19 @@ def test_tiles_that_no_row_sees_are_not_read(own, group):
             assert mine is right is None or torch.equal(mine[:, :, 32:64], right[:, :, 32:64]), (
                 level
             )
+
+
+@pytest.mark.parametrize("kernels", ["query", "second query", "key"])
+def test_the_comparison_notices_a_tile_without_its_mask(kernels, monkeypatch):
+    """Every tile that fits between the first and the last place is taken for one that all see."""
+    modules = {"query": query_kernels, "second query": second_query_kernels, "key": key_kernels}
+
+    def too_many(start, end, common, common_end, SIZE, WHOLE):
+        return start, end, start, start + (end - start) // SIZE * SIZE
+
+    monkeypatch.setattr(modules[kernels], "tiles_of", too_many)
+    with pytest.raises(AssertionError):
+        check(Case(40, 40, own=False))
 
 
 @pytest.mark.parametrize("broken", ["own keys", "last row", "first key", "tangent", "groups"])

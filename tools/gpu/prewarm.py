@@ -73,8 +73,7 @@ def compile_case(work: tuple[Case, torch.dtype, str]) -> str | None:
         kernel.run(
             *pointers,
             **named,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **launches.options_of(tile),
             grid=(num_programs,),
             warmup=True,
         )

@@ -73,6 +73,58 @@ def my_rows(S, heads, all_heads, heads_at_once, BM: tl.constexpr):
     return sample, head - sample * heads, head * S, (num_tiles - 1 - tile) * BM
 
 
+# ---------------------------------------------------------------------------------- tiles of a loop
+
+
+@triton.constexpr_function
+def has_whole_tiles(precision):
+    """Whether tiles that all rows see in full have a loop of their own, without masks.
+
+    Not where float32 is multiplied in three passes: masks are little beside them, and registers
+    are short.
+    """
+    return precision == "ieee"
+
+
+@triton.jit
+def tiles_of(start, end, common, common_end, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    """The tiles of SIZE places that cover start .. end - 1: (start, end, where the whole ones
+    begin, and end). Whole are those in common .. common_end - 1, the places that all rows see.
+    """
+    if WHOLE:
+        whole_end = start + tl.maximum(tl.minimum(common_end, end) - start, 0) // SIZE * SIZE
+        whole = start + tl.cdiv(tl.maximum(common - start, 0), SIZE) * SIZE
+        whole = tl.minimum(whole, whole_end)
+    else:
+        whole, whole_end = start, start
+    return start, end, whole, whole_end
+
+
+@triton.jit
+def steps_over(tiles, EDGES: tl.constexpr, LOWER: tl.constexpr):
+    """(start, end) of the loop over the whole tiles, or over those at the EDGES: behind them, and
+    with LOWER before them as well.
+    """
+    start, end, whole, whole_end = tiles
+    if not EDGES:
+        first, last = whole, whole_end
+    elif LOWER:
+        first, last = start, end - (whole_end - whole)
+    else:
+        first, last = whole_end, end
+    return first, last
+
+
+@triton.jit
+def tile_at(step, tiles, EDGES: tl.constexpr, LOWER: tl.constexpr):
+    """The first place of the tile of a step of this loop."""
+    place = step
+    if EDGES and LOWER:
+        _, _, whole, whole_end = tiles
+        place += tl.where(step < whole, 0, whole_end - whole)
+    return place
+
+
 @triton.jit
 def inside(places, first, last, LOWER: tl.constexpr):
     """(tile rows, places): whether a place lies in the interval of the tile's row; without LOWER
@@ -208,6 +260,27 @@ def rows_of_context(
 
 
 @triton.jit
+def common_rows(
+    LAST_ROW,
+    sample,
+    key,
+    S,
+    C,
+    offset,
+    group_size,
+    context_group,
+    BN: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """(start, end) of the rows that see every one of these context keys; there may be none."""
+    start = _first_row(tl.minimum(key + BN, C) - 1, offset, group_size, context_group, MASK)
+    end = S
+    if MASK.lower:
+        end = tl.load(LAST_ROW + sample * C + key)
+    return start, end
+
+
+@triton.jit
 def rows_of_own(key, S, group_size, BN: tl.constexpr):
     """(start, end, first, last) of the rows that see own keys key .. key + BN - 1."""
     return own_keys(key, S, group_size, BN)
@@ -237,6 +310,7 @@ def rows_of_keys(
     OWN: tl.constexpr,
     BN: tl.constexpr,
 ):
+    """(start, end, first, last) of the rows that see keys key .. key + BN - 1."""
     if OWN:
         start, end, first, last = rows_of_own(key, S, group_size, BN)
     else:

@@ -19,10 +19,15 @@ import triton.language as tl
 
 from ebwm_kernels.attention.intervals import (
     SIZES,
+    common_rows,
+    has_whole_tiles,
     head_and_row,
     inside,
     my_keys,
     rows_of_keys,
+    steps_over,
+    tile_at,
+    tiles_of,
 )
 from ebwm_kernels.attention.row_tiles import (
     LOG2_E,
@@ -37,10 +42,23 @@ from ebwm_kernels.attention.spoiled_keys import gradient_again, second_again
 
 
 @triton.jit
-def _weights(k, q, normalizer, visible, factor, HEAD: tl.constexpr):
-    """P' of a tile, exp(score - L) where a pair exists and 0 elsewhere."""
-    score = scores(k, q, HEAD) * factor
-    return tl.where(visible, tl.exp2(score - normalizer[None, :]), 0.0)
+def _weights(
+    k,
+    q,
+    normalizer,
+    rows,
+    first,
+    last,
+    factor,
+    HEAD: tl.constexpr,
+    LOWER: tl.constexpr,
+    EDGES: tl.constexpr,
+):
+    """P' of a tile, exp(score - L) where a pair exists and 0 elsewhere; all exist but at EDGES."""
+    p = tl.exp2(scores(k, q, HEAD) * factor - normalizer[None, :])
+    if EDGES:
+        p = tl.where(inside(rows, first, last, LOWER), p, 0.0)
+    return p
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -81,19 +99,31 @@ def _gradient_key(
         LAST_ROW, sample, key, S, C, offset, group_size, context_group, MASK, OWN, BN
     )
     LOWER: tl.constexpr = MASK.causal or OWN
+    WHOLE: tl.constexpr = not OWN and has_whole_tiles(HEAD.precision)
+    common, common_end = start, start
+    if WHOLE:
+        common, common_end = common_rows(
+            LAST_ROW, sample, key, S, C, offset, group_size, context_group, BN, MASK
+        )
+    tiles = tiles_of(start, end, common, common_end, BM, WHOLE)
     k, v = load(K, AT.K, seen, C, BN, HEAD), load(V, AT.V, seen, C, BN, VALUE)
     dk, dv = zeros(BN, HEAD), zeros(BN, VALUE)
-    tiles = tl.cdiv(tl.maximum(end - start, 0), BM)
-    for step in range(sharing * tiles):
-        head, row = head_and_row(step, tiles, key_head, sharing, start, SHARED, BM)
-        place, rows = (sample, head, row), row + tl.arange(0, BM)
-        own = (sample * (heads * sharing) + head) * S
-        q, g = load(Q, AT.Q, place, S, BM, HEAD), load(G, AT.G, place, S, BM, VALUE)
-        normalizer, delta = statistic(L + own, rows, S) * LOG2_E, statistic(DELTA + own, rows, S)
-        p = _weights(k, q, normalizer, inside(rows, first, last, LOWER), factor, HEAD)
-        dv = add_mix(dv, p, g, HEAD)
-        ds = p * (scores(v, g, HEAD) - delta[None, :])
-        dk = add_mix(dk, ds, q, HEAD)
+    for EDGES in tl.static_range(not WHOLE, 2):
+        start, end = steps_over(tiles, EDGES, LOWER)
+        num_steps = tl.cdiv(tl.maximum(end - start, 0), BM)
+        for step in range(sharing * num_steps):
+            head, row = head_and_row(step, num_steps, key_head, sharing, start, SHARED, BM)
+            row = tile_at(row, tiles, EDGES, LOWER)
+            place, rows = (sample, head, row), row + tl.arange(0, BM)
+            own = (sample * (heads * sharing) + head) * S
+            q = load(Q, AT.Q, place, S, BM, HEAD, not EDGES)
+            g = load(G, AT.G, place, S, BM, VALUE, not EDGES)
+            normalizer = statistic(L + own, rows, S) * LOG2_E
+            delta = statistic(DELTA + own, rows, S)
+            p = _weights(k, q, normalizer, rows, first, last, factor, HEAD, LOWER, EDGES)
+            dv = add_mix(dv, p, g, HEAD)
+            ds = p * (scores(v, g, HEAD) - delta[None, :])
+            dk = add_mix(dk, ds, q, HEAD)
     store(DK, AT.DK, seen, C, dk, BN, HEAD, scale)
     store(DV, AT.DV, seen, C, dv, BN, VALUE)
     if MASK.causal or MASK.lower or OWN:
@@ -148,31 +178,44 @@ def _second_key(
         LAST_ROW, sample, key, S, C, offset, group_size, context_group, MASK, OWN, BN
     )
     LOWER: tl.constexpr = MASK.causal or OWN
+    # Beyond 96 columns K, V, B and C leave no registers for a second loop.
+    FITS: tl.constexpr = not KEYS or HEAD.padded <= 96
+    WHOLE: tl.constexpr = FITS and not OWN and has_whole_tiles(HEAD.precision)
+    common, common_end = start, start
+    if WHOLE:
+        common, common_end = common_rows(
+            LAST_ROW, sample, key, S, C, offset, group_size, context_group, BN, MASK
+        )
+    tiles = tiles_of(start, end, common, common_end, BM, WHOLE)
     k, v = load(K, AT.K, seen, C, BN, HEAD), load(V, AT.V, seen, C, BN, VALUE)
     if KEYS:
         b, c = load(B, AT.B, seen, C, BN, HEAD), load(CV, AT.CV, seen, C, BN, VALUE)
     gk, gv = zeros(BN, HEAD), zeros(BN, VALUE)
-    tiles = tl.cdiv(tl.maximum(end - start, 0), BM)
-    for step in range(sharing * tiles):
-        head, row = head_and_row(step, tiles, key_head, sharing, start, SHARED, BM)
-        place, rows = (sample, head, row), row + tl.arange(0, BM)
-        own = (sample * (heads * sharing) + head) * S
-        q, a = load(Q, AT.Q, place, S, BM, HEAD), load(A, AT.A, place, S, BM, HEAD)
-        normalizer, mu = statistic(L + own, rows, S) * LOG2_E, statistic(MU + own, rows, S)
-        phi, delta = statistic(PHI + own, rows, S), statistic(DELTA + own, rows, S)
-        p = _weights(k, q, normalizer, inside(rows, first, last, LOWER), factor, HEAD)
-        sd = scores(k, a, HEAD)
-        if KEYS:
-            sd += scores(b, q, HEAD)
-        sd = sd * scale - mu[None, :]
-        g = load(G, AT.G, place, S, BM, VALUE)
-        gv = add_mix(gv, p * sd, g, HEAD)
-        ds = p * (scores(v, g, HEAD) - delta[None, :])
-        gk = add_mix(gk, ds, a, HEAD)
-        z = ds * sd - p * phi[None, :]
-        if KEYS:
-            z += p * scores(c, g, HEAD)
-        gk = add_mix(gk, z, q, HEAD)
+    for EDGES in tl.static_range(not WHOLE, 2):
+        start, end = steps_over(tiles, EDGES, LOWER)
+        num_steps = tl.cdiv(tl.maximum(end - start, 0), BM)
+        for step in range(sharing * num_steps):
+            head, row = head_and_row(step, num_steps, key_head, sharing, start, SHARED, BM)
+            row = tile_at(row, tiles, EDGES, LOWER)
+            place, rows = (sample, head, row), row + tl.arange(0, BM)
+            own = (sample * (heads * sharing) + head) * S
+            q = load(Q, AT.Q, place, S, BM, HEAD, not EDGES)
+            a = load(A, AT.A, place, S, BM, HEAD, not EDGES)
+            normalizer, mu = statistic(L + own, rows, S) * LOG2_E, statistic(MU + own, rows, S)
+            phi, delta = statistic(PHI + own, rows, S), statistic(DELTA + own, rows, S)
+            p = _weights(k, q, normalizer, rows, first, last, factor, HEAD, LOWER, EDGES)
+            sd = scores(k, a, HEAD)
+            if KEYS:
+                sd += scores(b, q, HEAD)
+            sd = sd * scale - mu[None, :]
+            g = load(G, AT.G, place, S, BM, VALUE, not EDGES)
+            gv = add_mix(gv, p * sd, g, HEAD)
+            ds = p * (scores(v, g, HEAD) - delta[None, :])
+            gk = add_mix(gk, ds, a, HEAD)
+            z = ds * sd - p * phi[None, :]
+            if KEYS:
+                z += p * scores(c, g, HEAD)
+            gk = add_mix(gk, z, q, HEAD)
     store(GK, AT.GK, seen, C, gk, BN, HEAD, scale)
     store(GV, AT.GV, seen, C, gv, BN, VALUE)
     if MASK.causal or MASK.lower or OWN:

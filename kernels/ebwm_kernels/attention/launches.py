@@ -23,6 +23,7 @@ from ebwm_kernels.attention.tuning import (
     architecture_of,
     padded_for,
     part_for,
+    sum_columns_for,
     tile_for,
 )
 from ebwm_kernels.attention.visibility import Shape
@@ -65,6 +66,7 @@ class Call:
             align=alignment_of(d, self.dtype),
             acc=tl.float64 if self.dtype == torch.float64 else tl.float32,
             precision=precision_for(self.dtype),
+            sum_columns=sum_columns_for(self.architecture, self.dtype),
         )
 
     # ------------------------------------------------------------------------------------- tensors
@@ -195,7 +197,12 @@ class Call:
 
 def launch(kernel, num_programs: int, pointers, named: dict[str, Any], tile: Tile) -> None:
     """tools/compile_kernels.py compiles here instead, so that it reports what is launched."""
-    kernel[(num_programs,)](*pointers, **named, num_warps=tile.warps, num_stages=tile.stages)
+    kernel[(num_programs,)](*pointers, **named, **options_of(tile))
+
+
+def options_of(tile: Tile) -> dict[str, int | None]:
+    """What Triton's compiler is told of a tile, beside its sizes."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "maxnreg": tile.registers}
 
 
 @functools.cache

@@ -31,17 +31,23 @@ from ebwm_kernels.attention.intervals import (
     SIZES,
     common_keys,
     context_keys,
+    has_whole_tiles,
     inside,
     my_rows,
     own_keys,
+    steps_over,
+    tile_at,
+    tiles_of,
 )
 from ebwm_kernels.attention.row_tiles import (
     LOG2_E,
     add_mix,
     add_scaled,
+    add_sums,
     head_of,
     load,
     mean_row,
+    no_sums,
     put_statistic,
     row_dot,
     rows_of,
@@ -49,16 +55,31 @@ from ebwm_kernels.attention.row_tiles import (
     scores,
     statistic,
     store,
+    sums_of,
     zeros,
 )
 from ebwm_kernels.attention.spoiled_rows import gradient_again, mix_again
 
 
 @triton.jit
-def weights_of(q, k, normalizer, visible, factor, HEAD: tl.constexpr):
-    """P of a tile, exp(score - L) where a pair exists and 0 elsewhere."""
-    score = scores(q, k, HEAD) * factor
-    return tl.where(visible, tl.exp2(score - normalizer[:, None]), 0.0)
+def weights_of(
+    q,
+    k,
+    normalizer,
+    first_key,
+    first,
+    last,
+    factor,
+    HEAD: tl.constexpr,
+    BN: tl.constexpr,
+    LOWER: tl.constexpr,
+    EDGES: tl.constexpr,
+):
+    """P of a tile, exp(score - L) where a pair exists and 0 elsewhere; all exist but at EDGES."""
+    p = tl.exp2(scores(q, k, HEAD) * factor - normalizer[:, None])
+    if EDGES:
+        p = tl.where(inside(first_key + tl.arange(0, BN), first, last, LOWER), p, 0.0)
+    return p
 
 
 # ------------------------------------------------------------------------------------------ forward
@@ -70,8 +91,7 @@ def _softmax_over(
     K,
     V,
     num_keys,
-    start,
-    end,
+    tiles,
     first,
     last,
     row_max,
@@ -81,23 +101,29 @@ def _softmax_over(
     HEAD: tl.constexpr,
     VALUE: tl.constexpr,
     BN: tl.constexpr,
+    WHOLE: tl.constexpr,
     LOWER: tl.constexpr,
     EMPTY: tl.constexpr,
 ):
-    """The online softmax over keys start .. end - 1; EMPTY where a row may have met none yet."""
-    for first_key in range(start, end, BN):
-        keys = first_key + tl.arange(0, BN)
-        k, v = rows_of(K, first_key, num_keys, BN, HEAD), rows_of(V, first_key, num_keys, BN, VALUE)
-        score = scores(q, k, HEAD) * factor
-        score = tl.where(inside(keys, first, last, LOWER), score, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(score, 1))
-        finite_max = new_max
-        if EMPTY:
-            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weight, shrink = tl.exp2(score - finite_max[:, None]), tl.exp2(row_max - finite_max)
-        total = total * shrink + tl.sum(weight, 1)
-        mixed = add_mix(scaled(mixed, shrink, HEAD), weight, v, HEAD)
-        row_max = new_max
+    """The online softmax over these tiles of keys; EMPTY where a row may have met none yet."""
+    for EDGES in tl.static_range(not WHOLE, 2):
+        start, end = steps_over(tiles, EDGES, LOWER)
+        for step in range(start, end, BN):
+            first_key = tile_at(step, tiles, EDGES, LOWER)
+            k = rows_of(K, first_key, num_keys, BN, HEAD, not EDGES)
+            v = rows_of(V, first_key, num_keys, BN, VALUE, not EDGES)
+            score = scores(q, k, HEAD) * factor
+            if EDGES:
+                keys = first_key + tl.arange(0, BN)
+                score = tl.where(inside(keys, first, last, LOWER), score, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(score, 1))
+            finite_max = new_max
+            if EMPTY and EDGES:
+                finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weight, shrink = tl.exp2(score - finite_max[:, None]), tl.exp2(row_max - finite_max)
+            total = total * shrink + tl.sum(weight, 1)
+            mixed = add_mix(scaled(mixed, shrink, HEAD), weight, v, HEAD)
+            row_max = new_max
     return row_max, total, mixed
 
 
@@ -137,6 +163,11 @@ def _forward(
     start, end, first, last = context_keys(
         FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
+    common, common_end = common_keys(
+        FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
+    )
+    WHOLE: tl.constexpr = has_whole_tiles(HEAD.precision)
+    tiles = tiles_of(start, end, common, common_end, BN, WHOLE)
     q = load(Q, AT.Q, place, S, BM, HEAD)
     if OWN and not MASK.groups:
         row_max = row_dot(q, load(KO, AT.KO, place, S, BM, HEAD), HEAD) * factor
@@ -148,18 +179,19 @@ def _forward(
         mixed = zeros(BM, VALUE)
     EMPTY: tl.constexpr = MASK.lower and (MASK.groups or not OWN)
     row_max, total, mixed = _softmax_over(
-        q, k_head, v_head, C, start, end, first, last,
-        row_max, total, mixed, factor, HEAD, VALUE, BN, MASK.lower, EMPTY,
+        q, k_head, v_head, C, tiles, first, last,
+        row_max, total, mixed, factor, HEAD, VALUE, BN, WHOLE, MASK.lower, EMPTY,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
+        tiles = tiles_of(start, end, start, start, BN, False)
         k_own, v_own = (
             head_of(KO, AT.KO, sample, head, HEAD),
             head_of(VO, AT.VO, sample, head, VALUE),
         )
         row_max, total, mixed = _softmax_over(
-            q, k_own, v_own, S, start, end, first, last,
-            row_max, total, mixed, factor, HEAD, VALUE, BN, True, EMPTY,
+            q, k_own, v_own, S, tiles, first, last,
+            row_max, total, mixed, factor, HEAD, VALUE, BN, False, True, EMPTY,
         )  # fmt: skip
     if EMPTY:
         total = tl.where(total > 0, total, 1.0)  # no key at all: O = 0, L = -inf
@@ -182,8 +214,7 @@ def _gradient_over(
     K,
     V,
     num_keys,
-    start,
-    end,
+    tiles,
     first,
     last,
     normalizer,
@@ -194,16 +225,20 @@ def _gradient_over(
     HEAD: tl.constexpr,
     VALUE: tl.constexpr,
     BN: tl.constexpr,
+    WHOLE: tl.constexpr,
     LOWER: tl.constexpr,
 ):
-    """dq + dS K and left_over + rowsum(dS) over keys start .. end - 1."""
-    for first_key in range(start, end, BN):
-        keys = first_key + tl.arange(0, BN)
-        k, v = rows_of(K, first_key, num_keys, BN, HEAD), rows_of(V, first_key, num_keys, BN, VALUE)
-        p = weights_of(q, k, normalizer, inside(keys, first, last, LOWER), factor, HEAD)
-        ds = (p * (scores(g, v, HEAD) - delta[:, None])).to(K[0].dtype.element_ty)
-        left_over += tl.sum(ds.to(HEAD.acc), 1)
-        dq = add_mix(dq, ds, k, HEAD)
+    """dq + dS K and left_over + rowsum(dS) over these tiles of keys."""
+    for EDGES in tl.static_range(not WHOLE, 2):
+        start, end = steps_over(tiles, EDGES, LOWER)
+        for step in range(start, end, BN):
+            first_key = tile_at(step, tiles, EDGES, LOWER)
+            k = rows_of(K, first_key, num_keys, BN, HEAD, not EDGES)
+            v = rows_of(V, first_key, num_keys, BN, VALUE, not EDGES)
+            p = weights_of(q, k, normalizer, first_key, first, last, factor, HEAD, BN, LOWER, EDGES)
+            ds = (p * (scores(g, v, HEAD) - delta[:, None])).to(K[0].dtype.element_ty)
+            left_over = add_sums(left_over, ds, HEAD)
+            dq = add_mix(dq, ds, k, HEAD)
     return dq, left_over
 
 
@@ -254,6 +289,11 @@ def _gradient_query(
     start, end, first, last = context_keys(
         FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
+    common, common_end = common_keys(
+        FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
+    )
+    WHOLE: tl.constexpr = has_whole_tiles(HEAD.precision)
+    tiles = tiles_of(start, end, common, common_end, BN, WHOLE)
     q, g = load(Q, AT.Q, place, S, BM, HEAD), load(G, AT.G, place, S, BM, VALUE)
     normalizer = statistic(L + own, rows, S) * LOG2_E
     delta = row_dot(load(O, AT.O, place, S, BM, VALUE), g, HEAD)
@@ -264,25 +304,25 @@ def _gradient_query(
         ds_own = p_own * (row_dot(g, load(VO, AT.VO, place, S, BM, VALUE), HEAD) - delta)
         store(DKO, AT.DKO, place, S, scaled(q, ds_own * scale, HEAD), BM, HEAD)
         store(DVO, AT.DVO, place, S, scaled(g, p_own, HEAD), BM, VALUE)
-        dq, left_over = scaled(k_self, ds_own, HEAD), ds_own
+        dq, left_over = scaled(k_self, ds_own, HEAD), no_sums(BM, HEAD) + ds_own[:, None]
     else:
-        dq, left_over = zeros(BM, HEAD), tl.zeros([BM], HEAD.acc)
+        dq, left_over = zeros(BM, HEAD), no_sums(BM, HEAD)
     dq, left_over = _gradient_over(
-        q, g, k_head, v_head, C, start, end, first, last,
-        normalizer, delta, dq, left_over, factor, HEAD, VALUE, BN, MASK.lower,
+        q, g, k_head, v_head, C, tiles, first, last,
+        normalizer, delta, dq, left_over, factor, HEAD, VALUE, BN, WHOLE, MASK.lower,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
+        tiles = tiles_of(start, end, start, start, BN, False)
         k_own, v_own = (
             head_of(KO, AT.KO, sample, head, HEAD),
             head_of(VO, AT.VO, sample, head, VALUE),
         )
         dq, left_over = _gradient_over(
-            q, g, k_own, v_own, S, start, end, first, last,
-            normalizer, delta, dq, left_over, factor, HEAD, VALUE, BN, True,
+            q, g, k_own, v_own, S, tiles, first, last,
+            normalizer, delta, dq, left_over, factor, HEAD, VALUE, BN, False, True,
         )  # fmt: skip
-    start, end = common_keys(FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK)
-    dq = add_scaled(dq, mean_row(k_head, start, end, HEAD), -left_over, HEAD)
+    dq = add_scaled(dq, mean_row(k_head, common, common_end, HEAD), -sums_of(left_over), HEAD)
     store(DQ, AT.DQ, place, S, dq, BM, HEAD, scale)
     if MASK.causal or MASK.lower or MASK.groups:
         gradient_again(

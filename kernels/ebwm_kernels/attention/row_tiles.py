@@ -35,6 +35,7 @@ class Head(NamedTuple):
     align: int  # columns that every row's place is a multiple of
     acc: Any  # the type of sums and statistics: float32, and float64 in tests
     precision: str  # of tl.dot: its input_precision
+    sum_columns: int  # columns of a product that sums rows: see add_sums; 0 where none is
 
 
 class Strides(NamedTuple):
@@ -72,14 +73,25 @@ def _place(head, first_row, num_rows, part: tl.constexpr, COUNT: tl.constexpr, H
 
 
 @triton.jit
-def rows_of(head, first_row, num_rows, COUNT: tl.constexpr, HEAD: tl.constexpr):
+def rows_of(
+    head,
+    first_row,
+    num_rows,
+    COUNT: tl.constexpr,
+    HEAD: tl.constexpr,
+    ALL: tl.constexpr = False,
+):
     """Rows first_row .. first_row + COUNT - 1 of a head, in parts (COUNT, part); zeros beyond
-    num_rows and d.
+    num_rows and d. ALL where no row is beyond num_rows.
     """
     parts = ()
     for part in tl.static_range(HEAD.padded // HEAD.part):
         addresses, mask = _place(head, first_row, num_rows, part, COUNT, HEAD)
-        parts += (tl.load(addresses, mask=mask, other=0.0),)
+        if ALL and HEAD.d == HEAD.padded:
+            rows = tl.load(addresses)
+        else:
+            rows = tl.load(addresses, mask=mask, other=0.0)
+        parts += (rows,)
     return parts
 
 
@@ -92,10 +104,18 @@ def put(head, first_row, num_rows, parts, COUNT: tl.constexpr, HEAD: tl.constexp
 
 
 @triton.jit
-def load(pointer, strides, place, num_rows, COUNT: tl.constexpr, HEAD: tl.constexpr):
+def load(
+    pointer,
+    strides,
+    place,
+    num_rows,
+    COUNT: tl.constexpr,
+    HEAD: tl.constexpr,
+    ALL: tl.constexpr = False,
+):
     """rows_of a tensor, where place is (sample, head, first row)."""
     head = head_of(pointer, strides, place[0], place[1], HEAD)
-    return rows_of(head, place[2], num_rows, COUNT, HEAD)
+    return rows_of(head, place[2], num_rows, COUNT, HEAD, ALL)
 
 
 @triton.jit
@@ -169,6 +189,34 @@ def add_mix(total, weights, rows, HEAD: tl.constexpr):
         product = tl.dot(weights_, rows[part], input_precision=HEAD.precision)
         parts += (total[part] + product.to(HEAD.acc),)
     return parts
+
+
+@triton.jit
+def no_sums(num_rows: tl.constexpr, HEAD: tl.constexpr):
+    """Sums of rows to start with: (num_rows, columns of a product), all alike, or (num_rows, 1)."""
+    columns: tl.constexpr = max(HEAD.sum_columns, 1)
+    return tl.zeros([num_rows, columns], HEAD.acc)
+
+
+@triton.jit
+def add_sums(total, weights, HEAD: tl.constexpr):
+    """total + sums of the rows of weights, which are of the inputs' type.
+
+    As a product with ones: half precisions come in pairs in a register, which a sum would take
+    apart, number by number. float32 has nothing to take apart.
+    """
+    if HEAD.sum_columns > 0:
+        ones = tl.full([weights.shape[1], HEAD.sum_columns], 1.0, weights.dtype)
+        total += tl.dot(weights, ones, input_precision=HEAD.precision).to(HEAD.acc)
+    else:
+        total += tl.sum(weights.to(HEAD.acc), 1)[:, None]
+    return total
+
+
+@triton.jit
+def sums_of(total):
+    """The sum of each row, (num_rows,)."""
+    return tl.sum(total, 1) / total.shape[1]
 
 
 @triton.jit

@@ -23,18 +23,23 @@ from ebwm_kernels.attention.intervals import (
     SIZES,
     common_keys,
     context_keys,
-    inside,
+    has_whole_tiles,
     my_rows,
     own_keys,
+    steps_over,
+    tile_at,
+    tiles_of,
 )
 from ebwm_kernels.attention.query_kernels import weights_of
 from ebwm_kernels.attention.row_tiles import (
     LOG2_E,
     add_mix,
     add_scaled,
+    add_sums,
     head_of,
     load,
     mean_row,
+    no_sums,
     put_statistic,
     row_dot,
     rows_of,
@@ -42,6 +47,7 @@ from ebwm_kernels.attention.row_tiles import (
     scores,
     statistic,
     store,
+    sums_of,
     zeros,
 )
 from ebwm_kernels.attention.spoiled_rows import second_again, tangent_again
@@ -56,8 +62,7 @@ def _tangent_over(
     B,
     CV,
     num_keys,
-    start,
-    end,
+    tiles,
     first,
     last,
     normalizer,
@@ -69,23 +74,28 @@ def _tangent_over(
     HEAD: tl.constexpr,
     VALUE: tl.constexpr,
     BN: tl.constexpr,
+    WHOLE: tl.constexpr,
     LOWER: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """mu + rowsum(P Sdot) and moved + (P Sdot) V + P C over keys start .. end - 1, Sdot without its
+    """mu + rowsum(P Sdot) and moved + (P Sdot) V + P C over these tiles of keys, Sdot without its
     centre.
     """
-    for first_key in range(start, end, BN):
-        keys = first_key + tl.arange(0, BN)
-        k, v = rows_of(K, first_key, num_keys, BN, HEAD), rows_of(V, first_key, num_keys, BN, VALUE)
-        p = weights_of(q, k, normalizer, inside(keys, first, last, LOWER), factor, HEAD)
-        sd = scores(a, k, HEAD)
-        if KEYS:
-            sd += scores(q, rows_of(B, first_key, num_keys, BN, HEAD), HEAD)
-            moved = add_mix(moved, p, rows_of(CV, first_key, num_keys, BN, VALUE), HEAD)
-        weighted = p * (sd * scale - centre[:, None])
-        mu += tl.sum(weighted, 1)
-        moved = add_mix(moved, weighted, v, HEAD)
+    for EDGES in tl.static_range(not WHOLE, 2):
+        start, end = steps_over(tiles, EDGES, LOWER)
+        for step in range(start, end, BN):
+            first_key = tile_at(step, tiles, EDGES, LOWER)
+            k = rows_of(K, first_key, num_keys, BN, HEAD, not EDGES)
+            v = rows_of(V, first_key, num_keys, BN, VALUE, not EDGES)
+            p = weights_of(q, k, normalizer, first_key, first, last, factor, HEAD, BN, LOWER, EDGES)
+            sd = scores(a, k, HEAD)
+            if KEYS:
+                sd += scores(q, rows_of(B, first_key, num_keys, BN, HEAD, not EDGES), HEAD)
+                c = rows_of(CV, first_key, num_keys, BN, VALUE, not EDGES)
+                moved = add_mix(moved, p, c, HEAD)
+            weighted = p * (sd * scale - centre[:, None])
+            mu += tl.sum(weighted, 1)
+            moved = add_mix(moved, weighted, v, HEAD)
     return mu, moved
 
 
@@ -150,6 +160,8 @@ def _tangent(
     common, common_end = common_keys(
         FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
+    WHOLE: tl.constexpr = has_whole_tiles(HEAD.precision)
+    tiles = tiles_of(start, end, common, common_end, BN, WHOLE)
     a = load(A, AT.A, place, S, BM, HEAD)
     centre = row_dot(a, mean_row(k_head, common, common_end, HEAD), HEAD) * scale
     q = load(Q, AT.Q, place, S, BM, HEAD)
@@ -165,11 +177,12 @@ def _tangent(
         mu = tl.zeros([BM], HEAD.acc)
         moved = zeros(BM, VALUE)
     mu, moved = _tangent_over(
-        q, a, k_head, v_head, b_head, c_head, C, start, end, first, last,
-        normalizer, centre, mu, moved, factor, scale, HEAD, VALUE, BN, MASK.lower, KEYS,
+        q, a, k_head, v_head, b_head, c_head, C, tiles, first, last,
+        normalizer, centre, mu, moved, factor, scale, HEAD, VALUE, BN, WHOLE, MASK.lower, KEYS,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
+        tiles = tiles_of(start, end, start, start, BN, False)
         k_own, v_own = (
             head_of(KO, AT.KO, sample, head, HEAD),
             head_of(VO, AT.VO, sample, head, VALUE),
@@ -179,8 +192,8 @@ def _tangent(
             head_of(CO, AT.CO, sample, head, VALUE),
         )
         mu, moved = _tangent_over(
-            q, a, k_own, v_own, b_own, c_own, S, start, end, first, last,
-            normalizer, centre, mu, moved, factor, scale, HEAD, VALUE, BN, True, True,
+            q, a, k_own, v_own, b_own, c_own, S, tiles, first, last,
+            normalizer, centre, mu, moved, factor, scale, HEAD, VALUE, BN, False, True, True,
         )  # fmt: skip
     out = load(O, AT.O, place, S, BM, VALUE)
     moved = add_scaled(moved, out, -mu, HEAD)
@@ -260,8 +273,7 @@ def _second_over(
     B,
     CV,
     num_keys,
-    start,
-    end,
+    tiles,
     first,
     last,
     normalizer,
@@ -275,42 +287,47 @@ def _second_over(
     HEAD: tl.constexpr,
     VALUE: tl.constexpr,
     BN: tl.constexpr,
+    WHOLE: tl.constexpr,
     LOWER: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """gq + Z K + dS B and left_over + rowsum(Z) over keys start .. end - 1."""
+    """gq + Z K + dS B and left_over + rowsum(Z) over these tiles of keys."""
     # Four bytes and more than 96 columns: the registers do not hold all rows of a key at once. What
     # C and dS multiply has a loop of its own then, and P and dS are computed again, two products.
     apart: tl.constexpr = (
         KEYS and HEAD.padded > 96 and K[0].dtype.element_ty.primitive_bitwidth > 16
     )
-    for first_key in range(start, end, BN):
-        keys = first_key + tl.arange(0, BN)
-        k = rows_of(K, first_key, num_keys, BN, HEAD)
-        p = weights_of(q, k, normalizer, inside(keys, first, last, LOWER), factor, HEAD)
-        sd = scores(a, k, HEAD)
-        if KEYS:  # in this order: others cost up to hundreds of registers
-            b = rows_of(B, first_key, num_keys, BN, HEAD)
-            sd += scores(q, b, HEAD)
-        ds = p * (scores(g, rows_of(V, first_key, num_keys, BN, VALUE), HEAD) - delta[:, None])
-        if KEYS and not apart:
-            gq = add_mix(gq, ds, b, HEAD)
-        z = ds * (sd * scale - mu[:, None]) - p * phi[:, None]
-        if KEYS and not apart:
-            z += p * scores(g, rows_of(CV, first_key, num_keys, BN, VALUE), HEAD)
-        z = z.to(K[0].dtype.element_ty)
-        left_over += tl.sum(z.to(HEAD.acc), 1)
-        gq = add_mix(gq, z, k, HEAD)
+    for EDGES in tl.static_range(not WHOLE, 2):
+        start, end = steps_over(tiles, EDGES, LOWER)
+        for step in range(start, end, BN):
+            first_key = tile_at(step, tiles, EDGES, LOWER)
+            k = rows_of(K, first_key, num_keys, BN, HEAD, not EDGES)
+            p = weights_of(q, k, normalizer, first_key, first, last, factor, HEAD, BN, LOWER, EDGES)
+            sd = scores(a, k, HEAD)
+            if KEYS:  # in this order: others cost up to hundreds of registers
+                b = rows_of(B, first_key, num_keys, BN, HEAD, not EDGES)
+                sd += scores(q, b, HEAD)
+            v = rows_of(V, first_key, num_keys, BN, VALUE, not EDGES)
+            ds = p * (scores(g, v, HEAD) - delta[:, None])
+            if KEYS and not apart:
+                gq = add_mix(gq, ds, b, HEAD)
+            z = ds * (sd * scale - mu[:, None]) - p * phi[:, None]
+            if KEYS and not apart:
+                c = rows_of(CV, first_key, num_keys, BN, VALUE, not EDGES)
+                z += p * scores(g, c, HEAD)
+            z = z.to(K[0].dtype.element_ty)
+            left_over = add_sums(left_over, z, HEAD)
+            gq = add_mix(gq, z, k, HEAD)
     if apart:
+        start, end, _, _ = tiles
         for first_key in range(start, end, BN):
-            keys = first_key + tl.arange(0, BN)
             k = rows_of(K, first_key, num_keys, BN, HEAD)
-            p = weights_of(q, k, normalizer, inside(keys, first, last, LOWER), factor, HEAD)
+            p = weights_of(q, k, normalizer, first_key, first, last, factor, HEAD, BN, LOWER, True)
             ds = p * (scores(g, rows_of(V, first_key, num_keys, BN, VALUE), HEAD) - delta[:, None])
             gq = add_mix(gq, ds, rows_of(B, first_key, num_keys, BN, HEAD), HEAD)
             z = p * scores(g, rows_of(CV, first_key, num_keys, BN, VALUE), HEAD)
             z = z.to(K[0].dtype.element_ty)
-            left_over += tl.sum(z.to(HEAD.acc), 1)
+            left_over = add_sums(left_over, z, HEAD)
             gq = add_mix(gq, z, k, HEAD)
     return gq, left_over
 
@@ -368,18 +385,24 @@ def _second_query(
     start, end, first, last = context_keys(
         FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
+    common, common_end = common_keys(
+        FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
+    )
+    WHOLE: tl.constexpr = has_whole_tiles(HEAD.precision)
+    tiles = tiles_of(start, end, common, common_end, BN, WHOLE)
     q, a = load(Q, AT.Q, place, S, BM, HEAD), load(A, AT.A, place, S, BM, HEAD)
     g = load(G, AT.G, place, S, BM, VALUE)
     normalizer, mu = statistic(L + own, rows, S) * LOG2_E, statistic(MU + own, rows, S)
     phi, delta = statistic(PHI + own, rows, S), statistic(DELTA + own, rows, S)
-    gq, left_over = zeros(BM, HEAD), tl.zeros([BM], HEAD.acc)
+    gq, left_over = zeros(BM, HEAD), no_sums(BM, HEAD)
     gq, left_over = _second_over(
-        q, a, g, k_head, v_head, b_head, c_head, C, start, end, first, last,
+        q, a, g, k_head, v_head, b_head, c_head, C, tiles, first, last,
         normalizer, mu, phi, delta,
-        gq, left_over, factor, scale, HEAD, VALUE, BN, MASK.lower, KEYS,
+        gq, left_over, factor, scale, HEAD, VALUE, BN, WHOLE, MASK.lower, KEYS,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
+        tiles = tiles_of(start, end, start, start, BN, False)
         k_own, v_own = (
             head_of(KO, AT.KO, sample, head, HEAD),
             head_of(VO, AT.VO, sample, head, VALUE),
@@ -389,17 +412,16 @@ def _second_query(
             head_of(CO, AT.CO, sample, head, VALUE),
         )
         gq, left_over = _second_over(
-            q, a, g, k_own, v_own, b_own, c_own, S, start, end, first, last,
+            q, a, g, k_own, v_own, b_own, c_own, S, tiles, first, last,
             normalizer, mu, phi, delta,
-            gq, left_over, factor, scale, HEAD, VALUE, BN, True, True,
+            gq, left_over, factor, scale, HEAD, VALUE, BN, False, True, True,
         )  # fmt: skip
     elif OWN:  # in the epilogue: nothing of it lives through the loop
         z_own = statistic(Z + own, rows, S)
-        left_over += z_own
+        left_over += z_own[:, None]
         gq = add_scaled(gq, load(KO, AT.KO, place, S, BM, HEAD), z_own, HEAD)
         gq = add_scaled(gq, load(BO, AT.BO, place, S, BM, HEAD), statistic(DS + own, rows, S), HEAD)
-    start, end = common_keys(FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK)
-    gq = add_scaled(gq, mean_row(k_head, start, end, HEAD), -left_over, HEAD)
+    gq = add_scaled(gq, mean_row(k_head, common, common_end, HEAD), -sums_of(left_over), HEAD)
     store(GQ, AT.GQ, place, S, gq, BM, HEAD, scale)
     if MASK.causal or MASK.lower or MASK.groups:
         second_again(

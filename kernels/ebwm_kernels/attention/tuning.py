@@ -20,6 +20,9 @@ class Tile(NamedTuple):
     keys: int  # keys of a tile (BN)
     warps: int
     stages: int  # of the software pipeline over the inner loop
+    # Of a thread, at most: where the compiler takes a few more than it needs, and one program fewer
+    # fits a multiprocessor.
+    registers: int | None = None
 
 
 KERNELS = (
@@ -42,13 +45,13 @@ PADDED = {16: 16, 32: 32, 64: 64, 96: 32, 128: 128, 192: 64, 256: 256}
 HALF = {
     "sm_80": {
         64: {
-            "_forward": Tile(128, 64, 8, 2),
-            "_gradient_query": Tile(128, 64, 8, 2),
-            "_gradient_key": Tile(64, 32, 8, 2),
-            "_tangent": Tile(64, 32, 4, 2),
+            "_forward": Tile(128, 64, 8, 3),
+            "_gradient_query": Tile(128, 64, 8, 3),
+            "_gradient_key": Tile(64, 32, 8, 3),
+            "_tangent": Tile(64, 32, 4, 3, 168),
             "_second_own": Tile(32, 16, 4, 1),
-            "_second_query": Tile(64, 32, 8, 2),
-            "_second_key": Tile(64, 32, 8, 2),
+            "_second_query": Tile(64, 32, 8, 3),
+            "_second_key": Tile(64, 32, 8, 3),
         },
         96: {
             "_forward": Tile(64, 64, 4, 2),
@@ -60,13 +63,13 @@ HALF = {
             "_second_key": Tile(16, 64, 4, 2),
         },
         128: {
-            "_forward": Tile(64, 64, 8, 2),
-            "_gradient_query": Tile(64, 64, 8, 2),
-            "_gradient_key": Tile(64, 32, 8, 2),
-            "_tangent": Tile(64, 64, 8, 2),
+            "_forward": Tile(64, 64, 8, 3),
+            "_gradient_query": Tile(64, 64, 8, 3),
+            "_gradient_key": Tile(64, 32, 8, 2, 128),
+            "_tangent": Tile(64, 64, 8, 3),
             "_second_own": Tile(32, 16, 8, 1),
-            "_second_query": Tile(64, 64, 8, 2),
-            "_second_key": Tile(64, 32, 8, 2),
+            "_second_query": Tile(64, 64, 8, 3),
+            "_second_key": Tile(64, 32, 8, 3),
         },
         256: {
             "_forward": Tile(64, 32, 8, 2),
@@ -80,22 +83,22 @@ HALF = {
     },
     "sm_90": {
         64: {
-            "_forward": Tile(64, 64, 4, 2),
-            "_gradient_query": Tile(64, 64, 4, 2),
-            "_gradient_key": Tile(32, 64, 4, 2),
-            "_tangent": Tile(64, 64, 4, 2),
+            "_forward": Tile(64, 64, 4, 3),
+            "_gradient_query": Tile(64, 64, 4, 3),
+            "_gradient_key": Tile(32, 64, 4, 3),
+            "_tangent": Tile(64, 64, 4, 3),
             "_second_own": Tile(32, 16, 4, 1),
-            "_second_query": Tile(64, 64, 4, 2),
-            "_second_key": Tile(32, 64, 4, 2),
+            "_second_query": Tile(64, 64, 4, 3, 168),
+            "_second_key": Tile(32, 64, 4, 3, 168),
         },
         128: {
-            "_forward": Tile(64, 64, 4, 2),
-            "_gradient_query": Tile(64, 64, 8, 2),
-            "_gradient_key": Tile(32, 128, 8, 2),
-            "_tangent": Tile(64, 64, 4, 2),
+            "_forward": Tile(64, 64, 4, 3),
+            "_gradient_query": Tile(64, 64, 8, 3),
+            "_gradient_key": Tile(32, 128, 8, 3),
+            "_tangent": Tile(64, 32, 4, 2),
             "_second_own": Tile(32, 16, 8, 1),
-            "_second_query": Tile(64, 32, 4, 2),
-            "_second_key": Tile(32, 128, 8, 2),
+            "_second_query": Tile(64, 32, 4, 3),
+            "_second_key": Tile(32, 128, 8, 3),
         },
         256: {
             "_forward": Tile(64, 64, 8, 2),
@@ -108,24 +111,35 @@ HALF = {
         },
     },
 }
+
+
+def _two_stages(tiles: dict[int, dict[str, Tile]]) -> dict[int, dict[str, Tile]]:
+    """The same tiles where memory, or what is known of the registers, is not enough for more."""
+    return {
+        size: {
+            kernel: tile._replace(stages=min(tile.stages, 2), registers=None)
+            for kernel, tile in of_kernel.items()
+        }
+        for size, of_kernel in tiles.items()
+    }
+
+
 # 8.6, 8.9 and 12.x: 99 KiB of shared memory per block.
-HALF["sm_86"] = HALF["sm_80"] | {
-    128: HALF["sm_80"][128] | {"_forward": Tile(32, 64, 4, 2)},
-}
+HALF["sm_86"] = _two_stages(HALF["sm_80"])
+HALF["sm_86"][128]["_forward"] = Tile(32, 64, 4, 2)
 # 10.0 and 10.3 keep sums of products in tensor memory, 512 columns for all programs of a
 # multiprocessor: what is wider on Hopper is halved.
-HALF["sm_100"] = HALF["sm_90"] | {
-    64: HALF["sm_90"][64] | {"_second_query": Tile(64, 64, 8, 2)},
-    128: HALF["sm_90"][128]
-    | {
-        "_gradient_query": Tile(64, 64, 4, 2),
-        "_second_query": Tile(64, 32, 8, 2),
-        "_second_key": Tile(32, 64, 8, 2),
-    },
+HALF["sm_100"] = _two_stages(HALF["sm_90"])
+HALF["sm_100"][64]["_second_query"] = Tile(64, 64, 8, 2)
+HALF["sm_100"][128] |= {
+    "_gradient_query": Tile(64, 64, 4, 2),
+    "_tangent": Tile(64, 64, 4, 2),
+    "_second_query": Tile(64, 32, 8, 2),
+    "_second_key": Tile(32, 64, 8, 2),
 }
 KEYS = {
     "sm_80": {
-        64: {},
+        64: {"_tangent": Tile(64, 32, 4, 2, 168), "_second_key": Tile(64, 32, 8, 2)},
         96: {"_second_query": Tile(32, 16, 4, 2)},
         128: {"_tangent": Tile(32, 64, 8, 2), "_second_query": Tile(32, 64, 8, 2)},
         192: {
@@ -140,8 +154,12 @@ KEYS = {
         },
     },
     "sm_90": {
-        64: {},
-        128: {"_tangent": Tile(64, 32, 4, 2)},
+        64: {"_second_query": Tile(64, 64, 4, 2), "_second_key": Tile(32, 64, 4, 3)},
+        128: {
+            "_tangent": Tile(64, 32, 4, 2),
+            "_second_query": Tile(64, 32, 4, 2),
+            "_second_key": Tile(32, 128, 8, 2),
+        },
         192: {"_tangent": Tile(16, 32, 8, 2), "_second_query": Tile(16, 32, 4, 2)},
         256: {"_tangent": Tile(16, 32, 4, 2), "_second_query": Tile(16, 32, 4, 2)},
     },
@@ -155,10 +173,9 @@ SMALL_HEADS = {
         ("_second_key", Tile(32, 32, 8, 2)),
     )
 }
-KEYS["sm_86"] = KEYS["sm_80"] | {
-    256: KEYS["sm_80"][256] | {"_second_query": Tile(16, 32, 8, 2)},
-}
-KEYS["sm_100"] = KEYS["sm_90"]
+KEYS["sm_86"] = _two_stages(KEYS["sm_80"])
+KEYS["sm_86"][256]["_second_query"] = Tile(16, 32, 8, 2)
+KEYS["sm_100"] = KEYS["sm_90"] | {64: {}, 128: {"_tangent": Tile(64, 32, 4, 2)}}
 # Query heads that share a key head are one more loop of a kernel over keys, around the others: at
 # 128 padded columns its registers need smaller tiles.
 SHARING = {
@@ -252,6 +269,15 @@ def part_for(architecture: str, padded_d: int, dtype: torch.dtype) -> int:
     if architecture == "interpreter":  # small, so that tests meet several
         return min(padded_d, 32)
     return min(PADDED[padded_d], 64) if dtype == torch.float32 else PADDED[padded_d]
+
+
+def sum_columns_for(architecture: str, dtype: torch.dtype) -> int:
+    """Columns of the product that sums rows, as few as the tensor cores in use take; 0 where rows
+    are summed without one (row_tiles.add_sums).
+    """
+    if dtype == torch.float32:
+        return 0
+    return 16 if architecture == "sm_100" else 8
 
 
 def tile_for(
