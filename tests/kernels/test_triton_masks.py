@@ -31,8 +31,8 @@ if OBSTACLE is None:
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"Triton's interpreter: {OBSTACLE}")
 
 
-# Keys that a row sees. In the wide one all rows of a tile see the tiles in the middle, and not those
-# on both sides of them.
+# Keys that a row sees. In the wide one, all rows of a tile see the tiles in the middle, and some
+# rows those on both sides.
 WINDOWS = {"window": 2, "wide window": 62}
 
 
