@@ -35,7 +35,7 @@ class Head(NamedTuple):
     align: int  # columns that every row's place is a multiple of
     acc: Any  # the type of sums and statistics: float32, and float64 in tests
     precision: str  # of tl.dot: its input_precision
-    sum_columns: int  # columns of a product that sums rows: see add_sums; 0 where none is
+    sum_columns: int  # of the product that sums rows: add_sums; 1 where it is no product
 
 
 class Strides(NamedTuple):
@@ -79,7 +79,7 @@ def rows_of(
     num_rows,
     COUNT: tl.constexpr,
     HEAD: tl.constexpr,
-    ALL: tl.constexpr = False,
+    ALL=False,
 ):
     """Rows first_row .. first_row + COUNT - 1 of a head, in parts (COUNT, part); zeros beyond
     num_rows and d. ALL where no row is beyond num_rows.
@@ -111,7 +111,7 @@ def load(
     num_rows,
     COUNT: tl.constexpr,
     HEAD: tl.constexpr,
-    ALL: tl.constexpr = False,
+    ALL=False,
 ):
     """rows_of a tensor, where place is (sample, head, first row)."""
     head = head_of(pointer, strides, place[0], place[1], HEAD)
@@ -193,8 +193,8 @@ def add_mix(total, weights, rows, HEAD: tl.constexpr):
 
 @triton.jit
 def no_sums(num_rows: tl.constexpr, HEAD: tl.constexpr):
-    """Sums of rows to start with: (num_rows, columns of a product), all alike, or (num_rows, 1)."""
-    columns: tl.constexpr = max(HEAD.sum_columns, 1)
+    """Sums of rows to start with: (num_rows, HEAD.sum_columns), which are all alike."""
+    columns: tl.constexpr = HEAD.sum_columns
     return tl.zeros([num_rows, columns], HEAD.acc)
 
 
@@ -205,7 +205,7 @@ def add_sums(total, weights, HEAD: tl.constexpr):
     As a product with ones: half precisions come in pairs in a register, which a sum would take
     apart, number by number. float32 has nothing to take apart.
     """
-    if HEAD.sum_columns > 0:
+    if HEAD.sum_columns > 1:
         ones = tl.full([weights.shape[1], HEAD.sum_columns], 1.0, weights.dtype)
         total += tl.dot(weights, ones, input_precision=HEAD.precision).to(HEAD.acc)
     else:

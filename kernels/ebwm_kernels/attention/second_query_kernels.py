@@ -388,7 +388,9 @@ def _second_query(
     common, common_end = common_keys(
         FIRST, sample, row, S, C, offset, group_size, context_group, BM, MASK
     )
-    WHOLE: tl.constexpr = has_whole_tiles(HEAD.precision)
+    # Beyond 96 columns Q, A and G leave no registers for a second loop with two ends per row.
+    FITS: tl.constexpr = not MASK.lower or HEAD.padded <= 96
+    WHOLE: tl.constexpr = FITS and has_whole_tiles(HEAD.precision)
     tiles = tiles_of(start, end, common, common_end, BN, WHOLE)
     q, a = load(Q, AT.Q, place, S, BM, HEAD), load(A, AT.A, place, S, BM, HEAD)
     g = load(G, AT.G, place, S, BM, VALUE)

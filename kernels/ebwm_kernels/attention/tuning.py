@@ -272,11 +272,11 @@ def part_for(architecture: str, padded_d: int, dtype: torch.dtype) -> int:
 
 
 def sum_columns_for(architecture: str, dtype: torch.dtype) -> int:
-    """Columns of the product that sums rows, as few as the tensor cores in use take; 0 where rows
+    """Columns of the product that sums rows, as few as the tensor cores in use take; 1 where rows
     are summed without one (row_tiles.add_sums).
     """
     if dtype == torch.float32:
-        return 0
+        return 1
     return 16 if architecture == "sm_100" else 8
 
 
