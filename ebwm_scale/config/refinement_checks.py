@@ -136,11 +136,6 @@ def _check_level(config: Config, require: Require) -> None:
         return
     given = f"refinement.level_weight is {refinement.level_weight}"
     require(
-        refinement.num_steps > 1,
-        f"{given} with refinement.num_steps 1: the first step starts from a state whose energy is "
-        "not asked for; use more steps or leave the key out",
-    )
-    require(
         refinement.candidates is None,
         f"{given} with refinement.candidates {refinement.candidates}: the loss of a state of "
         "candidates is not at hand where a step starts; leave one of the two out",

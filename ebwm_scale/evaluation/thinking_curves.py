@@ -110,7 +110,12 @@ def evaluate(
     }
     if config.state.initial == "random_noise":
         say(f"starts: {', '.join(map(str, starts))}")
-        result.update(_starts(model, config, batches, starts, seed, progress))
+        result.update(_starts(model, config, batches, starts, trained, seed, progress))
+        fewer = [n for n in sorted(set(steps)) if n < trained]
+        result["starts_of_fewer_steps"] = [
+            {"num_steps": n} | _starts(model, config, batches, starts, n, seed, progress)
+            for n in fewer
+        ]
     else:
         result["starts"] = None  # every start is the same: the initial state is not random
 
@@ -210,26 +215,35 @@ def _think(model, batch, config: ThinkingConfig, start: int = 0) -> tuple[Tensor
 
 
 def _starts(
-    model, config: Config, batches, starts: Sequence[int], seed: int, progress: Progress
+    model,
+    config: Config,
+    batches,
+    starts: Sequence[int],
+    num_steps: int,
+    seed: int,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Best of K starts by energy, and the spread of energy over starts against the error."""
+    """Best of K starts by energy, and the spread of energy over starts against the error.
+
+    below_any: how far the loss of the best is below the mean of the K, paired by sample.
+    """
     errors, energies = [], []
+    thinking = ThinkingConfig(num_steps=num_steps, seed=seed)
     for k in range(max(starts)):
         tracked_batches = tracked(batches, f"start {k + 1}", progress)
-        pairs = [
-            _think(model, batch, ThinkingConfig(seed=seed), start=k) for batch in tracked_batches
-        ]
+        pairs = [_think(model, batch, thinking, start=k) for batch in tracked_batches]
         errors.append(torch.cat([error for error, _ in pairs]))
         energies.append(torch.cat([energy for _, energy in pairs]))
     errors, energies = torch.stack(errors), torch.stack(energies)  # (K, samples, S)
     rows = []
     for k in sorted(set(starts)):
         best = energies[:k].argmin(0, keepdim=True)
-        rows.append(
-            {"num_starts": k}
-            | _estimate(errors[:k].gather(0, best)[0], config)
-            | {"mean_energy": float(energies[:k].amin(0).mean())}
-        )
+        lowest = errors[:k].gather(0, best)[0]
+        row = {"num_starts": k} | _estimate(lowest, config)
+        row["mean_energy"] = float(energies[:k].amin(0).mean())
+        if k > 1:
+            row["below_any"] = bootstrap_ci((errors[:k].mean(0) - lowest).double().mean(1))
+        rows.append(row)
     result: dict[str, Any] = {"starts": rows}
     if max(starts) > 1:
         result["uncertainty"] = {

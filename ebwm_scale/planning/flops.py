@@ -239,7 +239,9 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     modulation = z.modulation_weights + z.final_modulation
     head = z.width if z.linear else 0
     accepts = config.refinement.accept == "lower"
-    energies_alone = N * (accepts and config.refinement.recompute != "block")
+    by_block = config.refinement.recompute == "block"
+    energies_alone = N * (accepts and not by_block)
+    measures_end = config.refinement.level_weight > 0
     parts = {
         "observed": observed["products"],
         "conditions": conditions,
@@ -248,15 +250,19 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
         # Per weight: two products for the double backward of dx = dy W, two for x W; the energy
         # itself is in the loss only where its level is.
         "outer_backward": G * (8.0 * rows * predicted + 4.0 * modulation + 2.0 * rows * head)
-        + 4.0 * rows * head * _num_levels(config, N),
+        + 4.0 * rows * head * _num_measured(config, N),
+        "level": _level_flops(config, z, samples),
         "workspace": _workspace_flops(config, z, rows),
         "acceptance": _acceptance_flops(config, z, samples),
-        "recomputation": G * _recomputation(config, z, samples)
-        + (config.refinement.recompute == "block")
-        * (observed["recomputation"] + (N - G) * _forward_again(z, samples)),
+        "recomputation": (G + measures_end * by_block) * _recomputation(config, z, samples)
+        + by_block * (observed["recomputation"] + (N - G) * _forward_again(z, samples)),
         "attention_observed": observed["attention"],
         "attention_predicted": z.attention(
-            samples, forward=N + energies_alone, inner=N, first_order=G, second_order=G
+            samples,
+            forward=N + energies_alone + measures_end,
+            inner=N + measures_end * by_block,
+            first_order=G + measures_end,
+            second_order=G + measures_end * by_block,
         ),
     }
     of_states = state_product * _state_products(config, z)
@@ -267,12 +273,33 @@ def step_flops(config: Config, *, samples: int, num_steps: int | None = None) ->
     return {part: value for part, value in parts.items() if value}
 
 
-def _num_levels(config: Config, num_steps: int) -> int:
-    """Steps with a term of `refinement.level_weight`."""
+def _num_measured(config: Config, num_steps: int) -> int:
+    """Steps whose own energy is in the loss, by `refinement.level_weight`."""
     if config.refinement.level_weight == 0:
         return 0
     plan = plan_steps(config.refinement, range(num_steps), training=True)
-    return sum(EnergyLevel.has_term(step) for step in plan)
+    return sum(EnergyLevel.at_start(step) for step in plan)
+
+
+def _level_flops(config: Config, z: StepSizes, samples: int) -> float:
+    """Of `refinement.level_weight` where the last step ended: the state and its workspace into the
+    predicted stream, forward and back. Under full graphs the way back goes on through the steps.
+    """
+    if config.refinement.level_weight == 0:
+        return 0.0
+    rows = samples * z.positions
+    is_full = graph_spans_steps(config.refinement, z.steps)
+    head = z.width if z.linear else 0
+    predicted = z.predicted_layers * z.predicted_block_weights + z.content_weights
+    flops = 6.0 * (rows * (predicted + head) + z.modulation_weights + z.final_modulation)
+    if config.refinement.recompute == "block":  # a step whose slopes nobody reads
+        flops += rows * (6.0 * predicted + 4.0 * head)
+    flops += 2.0 * rows * z.state * z.width * (2 + is_full)
+    if z.workspace:
+        flops += 2.0 * rows * z.width * z.workspace * (2 + is_full)
+    if z.workspace_term:
+        flops += 6.0 * rows * z.width**2
+    return flops
 
 
 def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
@@ -316,7 +343,7 @@ def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
 
 def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
     """Of its map, its steps and the head's term in it; the last step's z is computed only where a
-    penalty reads how it moved.
+    penalty reads how it moved, or a level where it ended.
     """
     if not z.workspace:
         return 0.0
@@ -326,6 +353,9 @@ def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
     # Into each step, and Z's gradient; under full that of z too, but for the first one.
     products = N + G + moves_with_graph
     moves = N - 1
+    if config.refinement.level_weight:
+        moves = N
+        moves_with_graph = G if is_full else 0
     if config.refinement.spectral_penalty:
         moves = N
         pairs = sum(
@@ -339,10 +369,9 @@ def _workspace_flops(config: Config, z: StepSizes, rows: int) -> float:
         # M2 n and its way back; two products of the latter's gradient, and under full two of
         # dE/dw's, which later steps read.
         term = 2 * N + 2 * G + 2 * moves_with_graph
-        # The energy itself is in the loss where dE/dw may not be.
-        if not config.refinement.spectral_penalty:
-            levels = _num_levels(config, N)
-            term += 2 * min(levels, 1 if is_full else levels)
+        # The energy itself is in the loss where dE/dw is not.
+        if not config.refinement.spectral_penalty and not is_full:
+            term += 2 * _num_measured(config, N)
         flops += 2.0 * rows * z.width**2 * term
     return flops
 

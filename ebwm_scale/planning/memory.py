@@ -39,6 +39,8 @@ CONTEXT_TERM_D = 4  # the last output, normed, the readout and its cotangent
 CONTENT_D = 4
 # per step: embedded state, final norm's input and its cotangent, g, -alpha g, its gradient
 OUTSIDE_D = 6
+# of what a step keeps of the predicted stream: its first order alone (refinement.level_weight)
+FIRST_ORDER_SHARE = 0.4
 # of a workspace, per step: w, dE/dw and its gradient; z and its change
 WORKSPACE_D, WORKSPACE_Z = 3, 2
 # score blocks alive at once in the double backward: P, tangent, centred, dP, Z, dS
@@ -97,6 +99,7 @@ def memory_estimate(
     offloaded = config.deepspeed.offload != "none"
     by_block = config.refinement.recompute == "block" and not baseline
     D, F, K, V = z.width, z.feed_forward, z.keys, z.state
+    levels = config.refinement.level_weight > 0
     parts = {
         "weights": element * num_parameters / (world_size if stage == 3 else 1),
         "gradients": num_parameters
@@ -163,6 +166,8 @@ def memory_estimate(
             + element * micro_batch * z.observed_positions * D
         )
         kept, recomputed = _predicted_kept(config, z, live_steps)
+        if levels:  # where the last step ended
+            kept += FIRST_ORDER_SHARE * _predicted_kept(config, z, 1)[0]
         if z.workspace:  # w, dE/dw and its gradient; z and its change, in float32
             kept += live_steps * WORKSPACE_D * D
             parts["refined_workspace"] = 4.0 * rows * z.workspace * WORKSPACE_Z * live_steps
@@ -174,8 +179,6 @@ def memory_estimate(
             * (sharing * z.observed_positions + z.offset + z.own_keys)
         )
         workspace += 4 * ATTENTION_BLOCKS * scores + element * rows * recomputed
-    # What the level of an energy is compared with is the loss of a copy of the state.
-    levels = config.refinement.level_weight > 0
     if config.state.kind == "embedding":
         states = FRAME_STATES * (z.graph_steps if full else 1) + levels
         parts["states"] = 4.0 * rows * V * states
@@ -199,6 +202,7 @@ def memory_estimate(
             states += config.refinement.replay
         elif full:  # autograd keeps what each clamp was given
             states = (FULL_STATES[update] + clamps) * z.graph_steps + scores + FULL_TRANSIENT
+            states += levels  # that the last step ended in, inside the predicted stream
         else:  # a byte per number says where a clamp binds
             states = STATES[update]
             if update == "mirror" and starts_uniform(config) and scored_alone == 0:
@@ -207,7 +211,7 @@ def memory_estimate(
                 # The only state is gone before the first gradient of a weight but the map's.
                 workspace = max(workspace, state)
                 states = 0
-            states += 0.25 * (clamps > 0) + soft + (config.refinement.noise > 0) + levels
+            states += 0.25 * (clamps > 0) + soft + (config.refinement.noise > 0)
             states += live_steps - 1
         parts["vocabulary"] = state * (states + half / 2) + V * D * element * (
             2 * (config.state.map_scale != 1) + half

@@ -100,6 +100,32 @@ def energy_of(
     return network.energy(candidates, context.visible_to(positions), landscape, workspace)
 
 
+def energy_to_learn(
+    network: EnergyTransformer,
+    candidates: Tensor,
+    context: Context,
+    positions: slice,
+    landscape: int,
+    *,
+    config: RefinementConfig,
+    workspace: Tensor | None = None,
+) -> Tensor:
+    """E (B, s) alone, differentiable once; arguments as those of inner_gradient."""
+    if config.recompute == "block":  # which gathers a block when its turn comes
+        energy, *_ = inner_gradient(
+            network,
+            candidates,
+            context,
+            positions,
+            landscape,
+            needs_graph=True,
+            config=config,
+            workspace=workspace,
+        )
+        return energy
+    return network.energy(candidates, context.visible_to(positions), landscape, workspace)
+
+
 def _run_compiled(
     network: EnergyTransformer,
     candidates: Tensor,

@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from ebwm_scale.config.schema import RefinementConfig
+from ebwm_scale.model.context import Context
 from ebwm_scale.model.states import EmbeddingState, Targets, VocabularyState
 from ebwm_scale.model.workspace import WorkspaceState
 from ebwm_scale.refinement.acceptance import Acceptance
@@ -61,7 +62,7 @@ from ebwm_scale.refinement.deferred_backward import (
 from ebwm_scale.refinement.energy_level import EnergyLevel
 from ebwm_scale.refinement.exits import exit_objective, with_exit_weights
 from ebwm_scale.refinement.graphed import Computed, GivenTensors, RefinementResult
-from ebwm_scale.refinement.inner_gradient import inner_gradient
+from ebwm_scale.refinement.inner_gradient import energy_to_learn, inner_gradient
 from ebwm_scale.refinement.moving import MovingState, MovingWorkspace, StepFactors
 from ebwm_scale.refinement.sampling import NoiseSampler
 from ebwm_scale.refinement.spectral_penalty import SpectralPenalty
@@ -293,7 +294,13 @@ class RefinementLoop:
         x = MovingState(
             self.state_space, self.step_size, self.config, noise, shape, keeps_moves=keeps_moves
         )
-        z = MovingWorkspace(self.workspace, self.config, noise, keeps_moves=keeps_moves)
+        z = MovingWorkspace(
+            self.workspace,
+            self.config,
+            noise,
+            keeps_moves=keeps_moves,
+            keeps_end=level is not None,
+        )
         acceptance = None
         if self.config.accept == "lower":
             acceptance = Acceptance(self.network, self.config, x, z)
@@ -325,7 +332,9 @@ class RefinementLoop:
             if penalty is not None and x_move is not None:
                 terms.append(penalty.of_step(step, x_move, factors.of_alpha, z_move))
             if level is not None and costs is not None:
-                terms.append(level.of_step(energy, costs))
+                terms.append(level.of_state(energy, costs))
+            if level is not None and level.at_end(step):
+                terms.append(self._level_of_end(level, x, z, context, positions, step))
             if step.needs_graph and self.with_backward:
                 assert loss is not None, "a backward is run for targets only"
                 pending_backwards.append((self._objective(loss * step.loss_weight, terms), step))
@@ -348,6 +357,28 @@ class RefinementLoop:
                 self.penalty = self.penalty + term.detach()
                 loss = loss + term
         return loss
+
+    def _level_of_end(
+        self,
+        level: EnergyLevel,
+        x: MovingState,
+        z: MovingWorkspace,
+        context: Context,
+        positions: slice,
+        step: StepPlan,
+    ) -> Tensor:
+        """The level's term of where the last step ended, which no step measures."""
+        costs = x.embed_end(step, level)
+        energy = energy_to_learn(
+            self.network,
+            x.vectors,
+            context,
+            positions,
+            step.landscape,
+            config=self.config,
+            workspace=z.embed(step),
+        )
+        return level.of_state(energy, costs)
 
     def _energy_level(self, targets: Targets | None) -> EnergyLevel | None:
         """For a tile; None where it has no part in the loss."""

@@ -100,7 +100,7 @@ class MovingState:
             assert self.x is not None, "the plan keeps every state under Langevin noise"
             self.x = with_noise(self.x, langevin)
         costs = None
-        if level is not None and level.has_term(step):
+        if level is not None and level.at_start(step):
             assert isinstance(self.x, Tensor), "the plan keeps every state, which is whole"
             costs = level.costs(self.x)  # before `embed` below may overwrite it
         with torch.set_grad_enabled(step.needs_graph):
@@ -110,6 +110,18 @@ class MovingState:
                 assert self.x is not None, "a step gives a state or the next embedded one"
                 self.embedded = self.space.embed(self.x)
         self.x = None  # `embedded` has what is needed: a second reference costs memory
+        return costs
+
+    def embed_end(self, step: StepPlan, level: EnergyLevel) -> Tensor:
+        """Where the last step ended, to measure its energy: `vectors` are its own then.
+
+        Returns what the rows' states cost (b, s).
+        """
+        assert isinstance(self.x, Tensor), "the plan keeps every state, which is whole"
+        costs = level.costs(self.x)
+        # `embed` may overwrite what it is given.
+        state = self.x.clone() if step.keep_whole else self.x
+        self.embedded = self.space.embed(state)
         return costs
 
     def move(
@@ -139,7 +151,7 @@ class MovingState:
 class MovingWorkspace:
     """The workspaces z (b, s, width) of a tile's rows, from step to step; none for a model without.
 
-    keeps_moves: as for MovingState.
+    keeps_moves: as for MovingState. keeps_end: where the last step ends is asked for.
     """
 
     def __init__(
@@ -149,10 +161,12 @@ class MovingWorkspace:
         noise: NoiseSampler,
         *,
         keeps_moves: bool = False,
+        keeps_end: bool = False,
     ):
         self.workspace = workspace
         self.config = config
         self.keeps_moves = keeps_moves
+        self.keeps_end = keeps_end or keeps_moves
         self.z = None if workspace is None else noise.initial_workspace()
         self.motion: Tensor | None = None  # n of the step before
 
@@ -167,11 +181,11 @@ class MovingWorkspace:
     def move(
         self, workspace_grad: Tensor | None, factors: StepFactors, step: StepPlan
     ) -> Tensor | None:
-        """Take the step along dE/dw (b, s, D); nobody reads where the last one ends.
+        """Take the step along dE/dw (b, s, D); the last one only where `keeps_end`.
 
         Returns what it moved by (b, s, width), where `keeps_moves`.
         """
-        if self.workspace is None or (step.is_last and not self.keeps_moves):
+        if self.workspace is None or (step.is_last and not self.keeps_end):
             return None
         assert self.z is not None and workspace_grad is not None, "it entered the step"
         with torch.set_grad_enabled(step.needs_graph if self.keeps_moves else step.keep_graph):

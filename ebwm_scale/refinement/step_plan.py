@@ -92,7 +92,7 @@ def plan_steps(
     for i, landscape in enumerate(landscapes):
         is_last = i == num_steps - 1
         if is_last:
-            keep_state = keep_last_state
+            keep_state = keep_last_state or (needs_graph[i] and config.level_weight > 0)
         else:
             # Langevin noise is added to the state itself, and a graph through steps begins at one.
             starts_graph = config.graph == "full" and needs_graph[i + 1] and not needs_graph[i]

@@ -98,6 +98,23 @@ def _texts_table(result: dict[str, Any], unit: str) -> dict[str, Any]:
     }
 
 
+def _sentences_of_starts(result: dict[str, Any]) -> list[str]:
+    """Whether the lowest of several starts is better than any, by steps; older files do not say."""
+    lines = []
+    of_trained = {"num_steps": result["trained_steps"], "starts": result.get("starts") or []}
+    for found in [*result.get("starts_of_fewer_steps", []), of_trained]:
+        for point in found["starts"][:MAX_POINTS]:
+            if "below_any" not in point:
+                continue
+            below = point["below_any"]
+            verdict = by_sign(below, "better than", "worse than", "no better than")
+            lines.append(
+                f"After {found['num_steps']} steps the lowest energy of {point['num_starts']} "
+                f"starts is {verdict} any of them: its loss is {with_interval(below)} lower."
+            )
+    return lines
+
+
 def _sentences(result: dict[str, Any]) -> list[str]:
     lines = []
     if "gain_of_later_steps" in result:
@@ -129,6 +146,7 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             "Spread of energy over starts against the error: rank correlation "
             f"{with_interval(spread)}."
         )
+    lines += _sentences_of_starts(result)
     if "out_of_distribution" in result:
         lines.append(
             "Real text is told from shuffled text by its energy with an AUROC of "

@@ -143,15 +143,32 @@ def test_the_page_on_recipes_quotes_the_energies_of_several_starts():
 
 def test_the_page_on_recipes_quotes_the_energies_that_know_their_level():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    for name in ("one_term_noise", "one_term_noise_two", "one_term_noise_level", "one_term"):
+    results = {}
+    for name in ("noise", "noise_one_level", "noise_two", "noise_level", "", "level"):
+        name = f"one_term_{name}".rstrip("_")
         path = ROOT / "results" / "evaluation" / name / "evaluation.json"
-        result = json.loads(path.read_text())
+        result = results[name] = json.loads(path.read_text())
         losses = {point["num_steps"]: f"{point['mean']:.3f}" for point in result["steps"]}
         rank = with_its_interval(result["energy"]["rank_correlation_with_error"], 3)
         told = with_its_interval(result["out_of_distribution"]["auroc"], 3)
         starts = ", ".join(f"{point['mean']:.3f}" for point in (result["starts"] or [])[1:])
         cells = [losses[result["trained_steps"]], losses[4], rank, told, starts, f"`{name}/`"]
         assert f"| {' | '.join(cells)} |".replace("|  |", "| |") in text, cells
+    told = [results[f"one_term_{name}"] for name in ("noise_one_level", "noise_level", "level")]
+    told = sorted(result["out_of_distribution"]["auroc"]["mean"] for result in told)
+    assert f"in {told[0]:.2f} to {told[-1]:.2f} of pairs" in text
+    two_steps = results["one_term_noise_level"]
+    after_both = [point["below_any"] for point in two_steps["starts"][1:]]
+    assert f"with two steps {with_its_interval(after_both[0], 3)} for two starts" in text
+    assert all(below["high"] < 0 for below in after_both[1:])
+    after_one = [
+        point["below_any"] for point in two_steps["starts_of_fewer_steps"][0]["starts"][1:]
+    ]
+    first, second, third = (with_its_interval(below, 3) for below in after_one)
+    assert f"of 2, 4 and 8 is {first}, {second} and {third} below any" in text
+    assert all(below["low"] > 0 for below in after_one)
+    one_step = results["one_term_noise_one_level"]["starts"][1:]
+    assert all(point["below_any"]["high"] < 0 for point in one_step)
 
 
 def test_the_page_on_recipes_quotes_the_seeds_of_the_studies_base():

@@ -14,6 +14,7 @@ from test_think_command import LENGTH, text, video  # noqa: F401  (fixtures)
 from ebwm_scale import evaluate as evaluation
 from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.core.errors import DataError, UserError
+from ebwm_scale.core.progress import no_progress
 from ebwm_scale.core.world import World
 from ebwm_scale.data.format.shards import open_split
 from ebwm_scale.data.loading.observation import Observation
@@ -84,12 +85,38 @@ def test_losses_are_those_of_validation_and_perplexity_is_the_exponential_of_the
         )
 
 
+def test_the_lowest_of_several_starts_is_compared_with_their_mean(monkeypatch):
+    """Three starts whose energies order their losses, or order them the wrong way round."""
+    errors = torch.tensor([[1.0, 2.0], [2.0, 4.0], [3.0, 3.0]])  # (starts, positions)
+    batch = thinking_curves.SequenceBatch(torch.arange(1), *[torch.zeros(1, 2).long()] * 2, {})
+    for sign in (1, -1):
+        monkeypatch.setattr(
+            thinking_curves,
+            "_think",
+            lambda model, batch, thinking, start, sign=sign: (
+                errors[start][None],
+                sign * errors[start][None],
+            ),
+        )
+        config = config_from_dict({"model": {"vocabulary_size": 5}})
+        found = thinking_curves._starts(None, config, [batch], [1, 2, 3], 2, 0, no_progress)
+        gains = [row["below_any"]["mean"] for row in found["starts"][1:]]
+        # Means of two starts: 1.5 and 3; of three: 2 and 3. Lowest losses: 1 and 2, highest with
+        # two 2 and 4, with three 3 and 4.
+        best = {1: [0.75, 1.0], -1: [-0.75, -1.0]}
+        assert gains == pytest.approx(best[sign])
+
+
 def test_every_part_is_there_and_the_page_says_it(text):
     result = run(*model_for(text))
     assert [p["num_steps"] for p in result["steps"]] == [1, 2, 3] and [
         p["num_starts"] for p in result["starts"]
     ] == [1, 3]
     assert result["starts"][1]["mean_energy"] <= result["starts"][0]["mean_energy"]
+    first, several = result["starts"]
+    assert "below_any" not in first
+    assert several["below_any"]["low"] <= several["below_any"]["mean"]
+    assert [p["num_steps"] for p in result["starts_of_fewer_steps"]] == [1]
     assert (
         len(result["energy"]["deciles"]) == 10
         and 0 <= result["allocation"]["saved"] < 1
@@ -105,6 +132,8 @@ def test_every_part_is_there_and_the_page_says_it(text):
         "rank correlation",
         "shuffled",
         "strongest eigenvalue of a further step",
+        "After 1 steps the lowest energy of 3 starts is",
+        "After 2 steps the lowest energy of 3 starts is",
     ):
         assert words in page, words
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")

@@ -199,6 +199,13 @@ FLOP_CASES = {
             "graph": "full",
         },
     },
+    "levels of one step, adaLN": {
+        "model": {"conditioning": "adaln"},
+        "refinement": {"level_weight": 0.1, "num_steps": 1},
+    },
+    "levels, undone steps": {
+        "refinement": {"level_weight": 0.1, "accept": "lower", "update": "mirror"}
+    },
     "levels": {"refinement": {"level_weight": 0.1, "num_steps": 3}},
     "levels, from zeros": {
         "state": {"initial": "zeros"},

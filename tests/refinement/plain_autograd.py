@@ -20,7 +20,7 @@ from ebwm_scale.config.resolved import reencoded_blocks
 from ebwm_scale.model import attention, blocks, norm
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.sampling import TrainingNoise
-from ebwm_scale.refinement.step_plan import has_graph, last_encoding
+from ebwm_scale.refinement.step_plan import graph_spans_steps, has_graph, last_encoding
 from ebwm_scale.world_model import WorldModel
 
 V, B, S = 13, 3, 5
@@ -287,6 +287,12 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
             losses[-1] = losses[-1] + model.config.train.z_loss * x.logsumexp(-1).square().mean()
         if config.graph == "truncate" and not last:
             losses[-1] = losses[-1].detach()
+    if config.level_weight:
+        if not graph_spans_steps(config, num_steps):
+            x, z = x.detach(), z.detach()
+        e, w = embedded(model, x, z if has_workspace else None)
+        energy = reference_energy(model, e, embedded_observed, landscape, fed, w)
+        level_terms.append(level_term(model, x.detach(), energy, targets))
     penalty = config.spectral_penalty * sum(penalties) / max(1, len(penalties))
     penalty = penalty + config.level_weight * sum(level_terms) / max(1, len(level_terms))
     if config.loss == "last":
@@ -345,14 +351,20 @@ def lowers(model, before, after, energy_of):
             energy = energy + decay / model.workspace_step_size * z.square().sum(-1) / 2
         return energy.unflatten(1, (-1, size)).sum(-1)
 
-    x, z = after
+    fall = whole(*before) - whole(*after, energy_of(*embedded(model, *after)))
+    return (fall > 0).repeat_interleave(size, 1)[..., None]
+
+
+def embedded(model, x, z):
+    """What enters the predicted stream: e of states x (B, S, size), w of workspaces z or None."""
     if model.config.state.kind == "embedding":
         e = F.linear(x, model.frame_projection.weight, model.frame_projection.bias)
     else:
-        e = x.softmax(-1) @ (model.state_map * model.config.state.map_scale)
+        tied = model.config.state.tie_embedding
+        weight = model.token_embedding.weight if tied else model.state_map
+        e = x.softmax(-1) @ (weight * model.config.state.map_scale)
     w = None if z is None else z @ model.network.workspace_map.weight.T
-    fall = whole(*before) - whole(x, z, energy_of(e, w))
-    return (fall > 0).repeat_interleave(size, 1)[..., None]
+    return e, w
 
 
 def length_of_group(model, move):

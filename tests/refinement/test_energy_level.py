@@ -59,6 +59,13 @@ def test_it_is_exact_where_the_last_step_is_scored_alone(graph):
     )
 
 
+@pytest.mark.parametrize("graph", ["detach", "full"])
+@pytest.mark.parametrize("case", ["probabilities", "logits", "mirror_from_zeros", "frames"])
+def test_a_single_step_has_the_level_of_where_it_ends(case, graph):
+    options = levelled(case, graph, num_steps=1, loss_weights=None)
+    compare(*build(**options), num_steps=1)
+
+
 def test_it_is_exact_where_the_graph_goes_through_the_last_steps():
     options = levelled("mirror_from_zeros", "full", num_steps=4, backprop_steps=2)
     compare(*build(**options), num_steps=4)
@@ -88,8 +95,8 @@ def test_positions_that_are_not_scored_have_no_level():
 
 
 def broken_term(monkeypatch, change):
-    right = EnergyLevel.of_step
-    monkeypatch.setattr(EnergyLevel, "of_step", lambda self, *given: change(right, self, *given))
+    right = EnergyLevel.of_state
+    monkeypatch.setattr(EnergyLevel, "of_state", lambda self, *given: change(right, self, *given))
 
 
 @pytest.mark.parametrize("graph", ["detach", "full"])
@@ -98,6 +105,13 @@ def test_the_comparison_notices_a_level_that_loses_its_gradient(monkeypatch, gra
     broken_term(monkeypatch, lambda right, self, energy, c: right(self, energy.detach(), c))
     with pytest.raises(AssertionError):
         compare(*build(**levelled("mirror_from_zeros", graph)), num_steps=3)
+
+
+def test_the_comparison_notices_an_end_that_is_left_out(monkeypatch):
+    """Breaks it on purpose: the energy of the last state alone."""
+    monkeypatch.setattr(EnergyLevel, "at_end", staticmethod(lambda step: False))
+    with pytest.raises(AssertionError):
+        compare(*build(**levelled("mirror_from_zeros", "detach")), num_steps=3)
 
 
 def test_the_comparison_notices_a_loss_that_is_not_taken_as_given(monkeypatch):
@@ -116,14 +130,15 @@ def test_evaluation_knows_no_term():
     assert torch.equal(*losses)
 
 
-def test_the_first_step_and_steps_without_a_graph_have_no_term():
+def test_every_state_that_a_differentiated_step_starts_from_or_ends_at_has_a_term():
     config = config_from_dict(
         {"refinement": {"num_steps": 4, "level_weight": 1.0, "graph": "full"}}
     )
     for graph, expected in (("detach", [1, 2, 3]), ("truncate", [3]), ("full", [1, 2, 3])):
         refinement = config.refinement.model_copy(update={"graph": graph})
         plan = plan_steps(refinement, [0] * 4, training=True)
-        assert [step.index for step in plan if EnergyLevel.has_term(step)] == expected, graph
+        assert [step.index for step in plan if EnergyLevel.at_start(step)] == expected, graph
+        assert [step.index for step in plan if EnergyLevel.at_end(step)] == [3], graph
 
 
 def test_descending_the_term_brings_energies_to_their_losses():
@@ -146,7 +161,6 @@ def test_descending_the_term_brings_energies_to_their_losses():
 @pytest.mark.parametrize(
     "refinement, message",
     [
-        ({"num_steps": 1}, "level_weight is 0.5 with refinement.num_steps 1"),
         ({"candidates": 4}, "level_weight is 0.5 with refinement.candidates 4"),
         ({"level_weight": -1.0}, "level_weight"),
     ],
