@@ -11,9 +11,10 @@ from typing import Literal
 # long, and a training beside other work takes several times as long. Where they sleep at once, a
 # model of small operations can take ten times as long on a machine of its own, for each of them
 # wakes a thread. Read when torch is loaded; what the user has set is kept.
+SPINS = "1000"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if os.environ["OMP_WAIT_POLICY"].lower() == "passive":
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import ebwm_scale  # noqa: F401 (before torch is loaded: how its threads wait)
+
+# isort: split
+
 import compile_kernels
 from compile_kernels import USES, Work, compile_use
 

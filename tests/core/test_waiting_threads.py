@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import ebwm_scale
+
 ROOT = Path(__file__).resolve().parents[2]
 NAME, SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 # Other commands are modules of ebwm_scale, which is imported before them.
@@ -19,7 +21,7 @@ SCRIPTS = sorted([*(ROOT / "tools").rglob("*.py"), ROOT / "ebwm_scale" / "train.
 @pytest.mark.parametrize(
     "user, policy, spins",
     [
-        ({}, "PASSIVE", "1000"),
+        ({}, "PASSIVE", ebwm_scale.SPINS),
         ({NAME: "active"}, "ACTIVE", "30000000000"),
         ({SPINS: "0"}, "PASSIVE", "0"),
     ],

@@ -55,3 +55,25 @@ def test_the_errors_of_whole_steps_are_those_of_their_file():
     least = min(row["least_quotient"] for row in single)
     largest = max(row["largest_quotient"] for row in single)
     assert f"between {least:.1f} and {largest:.1f}" in text, (least, largest)
+
+
+def test_the_page_on_kernels_quotes_the_instructions_of_their_loops():
+    text = (ROOT / "docs/kernels.md").read_text()
+    parts = json.loads((ROOT / "results/attention_loops.json").read_text())
+    before, after = (quoted_loops(parts[part]["programs"]) for part in ("before", "after"))
+    assert before.keys() == after.keys() and len(before) == 6
+    for kernel, (masked,) in before.items():
+        whole, edges = after[kernel]
+        assert f"| `{kernel}` | {masked} | {whole} | {edges} |" in text, kernel
+        assert whole < masked
+
+
+def quoted_loops(programs: list[dict]) -> dict[str, list[int]]:
+    """Kernel -> instructions of its loops; of 9.0 at 64 columns with own keys."""
+    found = {}
+    for program in programs:
+        place = (program["architecture"], program["head_dimension"], program["use"])
+        if place == ("sm_90", 64, "energy") and program["loops"]:
+            loops = program["loops"]
+            found[program["kernel"]] = [loop["instructions"] for loop in loops]
+    return found
