@@ -53,7 +53,7 @@ RECIPES = {
     },
     "shallow": {"update": "mirror", "loss_weights": "rising", "reencode": 2},
     "groups": {"graph": "full", "loss": "last"},
-    "workspace": {"graph": "full", "loss": "last"},
+    "workspace": {"graph": "full", "loss": "last", "level_weight": 0.2},
     "candidates": {"graph": "full", "update": "mirror", "candidates": 9, "num_steps": 3},
     "exits": {
         "graph": "full",
@@ -61,7 +61,6 @@ RECIPES = {
         "loss_weights": "exits",
         "momentum": 0.5,
         "spectral_penalty": 0.5,
-        "level_weight": 0.2,
         "num_steps": 3,
     },
     "world": {"graph": "full", "step_size": 0.5},

@@ -62,7 +62,9 @@ def test_fused_operations_train_the_reference_where_gradients_are_partitioned(re
 
 
 def test_heads_shallow_streams_workspaces_candidates_and_exits_train_the_reference():
-    """exits: learned, with momentum and the penalty on steps that do not shrink."""
+    """workspace: with energies that know their level. exits: learned, with momentum and the penalty
+    on steps that do not shrink.
+    """
     code, rows = checked(
         "--processes",
         "2",
