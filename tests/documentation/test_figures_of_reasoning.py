@@ -14,7 +14,10 @@ from quoted import (
 REASONING = ("reachability", "sudoku", "shortest_path")
 
 
-@pytest.mark.parametrize("family", [*REASONING, "muon_sudoku"])
+MUON = ("muon_sudoku", "muon_reachability", "muon_shortest_path")
+
+
+@pytest.mark.parametrize("family", [*REASONING, *MUON])
 def test_the_page_on_reasoning_quotes_its_studies(family):
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
     study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
@@ -98,9 +101,73 @@ def test_the_page_on_reasoning_says_only_what_the_study_with_muon_says():
     assert f"rank correlations {', '.join(f'{rank:.2f}' for rank in ranks)}" in text
 
 
+def solved(recipe: dict, num_steps: int) -> dict:
+    (point,) = [point for point in recipe["steps"] if point["num_steps"] == num_steps]
+    return point["solved"]
+
+
+@pytest.mark.parametrize(
+    "family, seeds, less_loss, more_solved",
+    [("muon_reachability", 3, "+00", "+00"), ("muon_shortest_path", 2, "0--", "000")],
+)
+def test_the_page_on_reasoning_says_only_what_mazes_with_muon_say(
+    family, seeds, less_loss, more_solved
+):
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
+    recipes = study["recipes"]
+    against = [study["against"]["energy"][name] for name in list(recipes)[1:]]
+    assert list(recipes) == ["energy", "transformer++-4", "looped-4x4", "transformer++-16"]
+    numbers = [len(recipe["seeds"]) for recipe in recipes.values()]
+    assert numbers == [seeds, seeds, seeds, 1]
+    assert signs([other["fall_of_loss"] for other in against]) == less_loss
+    assert signs([other["rise_of_solved"] for other in against]) == more_solved
+    energy = recipes["energy"]
+    stopped = energy["settling"]
+    taken = ", ".join(f"{seed['mean_steps']['mean']:.1f}" for seed in stopped)
+    ranks = [seed["rank_correlation_of_steps_with_difficulty"]["mean"] for seed in stopped]
+    assert f"takes {taken} steps" in text
+    assert ", ".join(f"{rank:.2f}" for rank in ranks) in text
+    of_larger = {}
+    for name in ("energy", "looped-4x4"):
+        (of_larger[name],) = recipes[name]["larger"].values()
+    four, sixteen = (with_its_interval(solved(of_larger["energy"], n), 3) for n in (4, 16))
+    assert f"it solves {four} after four steps and {sixteen} after sixteen" in text
+    # one seed's later steps do nothing
+    gains = energy["steps"][1]["gain_over_previous"]["rise_of_solved"]["seeds"]
+    assert sum(abs(gain) < 0.01 for gain in gains) == 1, gains
+
+
+def test_the_page_on_reasoning_quotes_the_mazes_that_were_too_many_steps_or_too_large():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_muon_reachability.json").read_text())
+    energy, looped = study["recipes"]["energy"], study["recipes"]["looped-4x4"]
+    beyond = energy["beyond_trained"]["16"]["fall_of_loss"]
+    rise = f"{-beyond['mean']:.3f} [{-beyond['high']:.3f}, {-beyond['low']:.3f}]"
+    assert f"the loss is {rise} higher" in text
+    four, many = (solved(looped, n)["mean"] for n in (4, 16))
+    assert f"they solve {many:.2f} in place of {four:.2f}" in text
+    (of_larger,) = looped["larger"].values()
+    four, eight = (with_its_interval(solved(of_larger, n), 3) for n in (4, 8))
+    assert f"passed four times {four}, passed eight times {eight}" in text
+    one = solved(energy, 1)["seeds"][1]
+    assert f"{one:.2f} are solved after one step and after four" in text
+    assert f"{solved(energy, 4)['seeds'][1]:.2f}" == f"{one:.2f}"
+
+
+def test_the_page_on_reasoning_quotes_the_runs_beside_the_studies_of_mazes():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    for row in rows_of("reasoning_muon_tries_mazes.jsonl")[1:]:
+        family = {"reachability": "mazes", "shortest-path": "shortest paths"}[row["family"]]
+        rate = row["settings"][0].split("=")[1]
+        line = f"* {family}, {row['tried']}, rate {rate}: {row['losses'][-1]:.4f}"
+        assert line in text, line
+
+
 def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [
+        ("muon_reachability", "transformer++-4"),
         ("reachability", "transformer++-4"),
         ("muon_sudoku", "transformer++-4"),
         ("muon_sudoku", "looped-4x4"),
