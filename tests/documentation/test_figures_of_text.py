@@ -237,6 +237,20 @@ def test_the_page_on_training_quotes_what_waiting_threads_cost():
     assert f"it took {took[0]} s where spinning took {took[1]}" in text
 
 
+def test_the_page_on_training_quotes_what_a_longer_moment_brings_and_costs():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "results" / "waiting_threads_xxs.json").read_text())
+    alone, beside = (
+        {policy: result[place][policy]["wall_s"] for policy in ("passive", "active", "spins_5000")}
+        for place in ("alone", "beside")
+    )
+    assert f"{alone['passive']:.1f} s alone, where spinning takes {alone['active']:.1f}" in text
+    assert f"`GOMP_SPINCOUNT=5000` {alone['spins_5000']:.1f}." in text
+    assert f"it is {beside['passive']:.1f} s, with 5000 {beside['spins_5000']:.1f}" in text
+    assert f"and spinning {beside['active']:.0f}." in text
+    assert alone["spins_5000"] < alone["passive"] < beside["passive"] < beside["spins_5000"]
+
+
 def test_the_page_on_recipes_quotes_the_study_of_candidates():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     result = json.loads((ROOT / "results" / "candidates.json").read_text())
