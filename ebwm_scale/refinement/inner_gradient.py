@@ -73,7 +73,6 @@ def inner_gradient(
     return found[0], found[1], found[2] if workspace is not None else None
 
 
-@torch.no_grad()
 def energy_of(
     network: EnergyTransformer,
     candidates: Tensor,
@@ -83,47 +82,27 @@ def energy_of(
     *,
     config: RefinementConfig,
     workspace: Tensor | None = None,
+    needs_graph: bool = False,
 ) -> Tensor:
-    """E (B, s) alone, without a graph; arguments as those of inner_gradient."""
-    if config.recompute == "block":  # which gathers a block when its turn comes
+    """E (B, s) alone; arguments as those of inner_gradient.
+
+    Without a graph, or under needs_graph differentiable once.
+    """
+    with torch.set_grad_enabled(needs_graph):
+        if config.recompute != "block":
+            return network.energy(candidates, context.visible_to(positions), landscape, workspace)
+        # It gathers a block when its turn comes.
         energy, *_ = inner_gradient(
             network,
             candidates,
             context,
             positions,
             landscape,
-            needs_graph=False,
+            needs_graph=needs_graph,
             config=config,
             workspace=workspace,
         )
         return energy
-    return network.energy(candidates, context.visible_to(positions), landscape, workspace)
-
-
-def energy_to_learn(
-    network: EnergyTransformer,
-    candidates: Tensor,
-    context: Context,
-    positions: slice,
-    landscape: int,
-    *,
-    config: RefinementConfig,
-    workspace: Tensor | None = None,
-) -> Tensor:
-    """E (B, s) alone, differentiable once; arguments as those of inner_gradient."""
-    if config.recompute == "block":  # which gathers a block when its turn comes
-        energy, *_ = inner_gradient(
-            network,
-            candidates,
-            context,
-            positions,
-            landscape,
-            needs_graph=True,
-            config=config,
-            workspace=workspace,
-        )
-        return energy
-    return network.energy(candidates, context.visible_to(positions), landscape, workspace)
 
 
 def _run_compiled(

@@ -62,7 +62,7 @@ from ebwm_scale.refinement.deferred_backward import (
 from ebwm_scale.refinement.energy_level import EnergyLevel
 from ebwm_scale.refinement.exits import exit_objective, with_exit_weights
 from ebwm_scale.refinement.graphed import Computed, GivenTensors, RefinementResult
-from ebwm_scale.refinement.inner_gradient import energy_to_learn, inner_gradient
+from ebwm_scale.refinement.inner_gradient import energy_of, inner_gradient
 from ebwm_scale.refinement.moving import MovingState, MovingWorkspace, StepFactors
 from ebwm_scale.refinement.sampling import NoiseSampler
 from ebwm_scale.refinement.spectral_penalty import SpectralPenalty
@@ -369,7 +369,7 @@ class RefinementLoop:
     ) -> Tensor:
         """The level's term of where the last step ended, which no step measures."""
         costs = x.embed_end(step, level)
-        energy = energy_to_learn(
+        energy = energy_of(
             self.network,
             x.vectors,
             context,
@@ -377,6 +377,7 @@ class RefinementLoop:
             step.landscape,
             config=self.config,
             workspace=z.embed(step),
+            needs_graph=True,
         )
         return level.of_state(energy, costs)
 
