@@ -155,6 +155,19 @@ def test_the_page_on_reasoning_quotes_the_mazes_that_were_too_many_steps_or_too_
     assert f"{solved(energy, 4)['seeds'][1]:.2f}" == f"{one:.2f}"
 
 
+def test_readme_and_results_quote_what_is_solved_of_mazes_at_equal_flops():
+    study = json.loads((ROOT / "results" / "reasoning_muon_reachability.json").read_text())
+    shares = [
+        f"{after_its_trained_steps(study['recipes'][name])['solved']['mean']:.2f}"
+        for name in ("transformer++-16", "looped-4x4", "energy")
+    ]
+    deep, looped, energy = shares
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"With Muon it is {deep}, {looped} and {energy}." in readme
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"{energy} of the mazes beside {deep} and {looped}." in results
+
+
 def test_the_page_on_reasoning_quotes_the_runs_beside_the_studies_of_mazes():
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
     for row in rows_of("reasoning_muon_tries_mazes.jsonl")[1:]:

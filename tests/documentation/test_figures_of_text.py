@@ -171,6 +171,18 @@ def test_the_page_on_recipes_quotes_the_energies_that_know_their_level():
     assert all(point["below_any"]["high"] < 0 for point in one_step)
 
 
+def test_no_try_made_the_lowest_of_several_starts_better_after_the_trained_steps():
+    tries = rows_of("starts_tries.jsonl")[1:]
+    as_trained = [
+        row
+        for row in tries
+        if f"refinement.num_steps={row['steps_of_thinking']}" in row["settings"]
+    ]
+    assert len(as_trained) == 2
+    for row in as_trained:
+        assert all(above["high"] > 0 for above in row["lowest_above_any"].values()), row
+
+
 def test_the_page_on_recipes_quotes_the_seeds_of_the_studies_base():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     seeds = {}
