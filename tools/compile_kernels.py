@@ -39,7 +39,7 @@ from triton.runtime import driver
 
 from ebwm_kernels.attention import launches, triton_backend
 from ebwm_kernels.attention.tensors import Cotangents, Inputs
-from ebwm_kernels.attention.tuning import KERNELS, Tile, tile_for
+from ebwm_kernels.attention.tuning import KERNELS, Tile, has_joint_tiles, tile_for
 from ebwm_kernels.attention.visibility import Shape
 from ebwm_scale.core.arguments import ArgumentParser
 
@@ -116,13 +116,13 @@ def compile_use(work: Work) -> list[dict]:
         flags = {
             name.lower(): value
             for name, value in named.items()
-            if name in ("OWN", "KEYS", "SECOND", "SHARED")
+            if name in ("OWN", "KEYS", "SECOND", "SHARED", "JOINT")
         }
         rows.append(_report(work, tile, flags, compiled) | {"seconds": round(seconds, 1)})
 
     tiles = TILES_OF.get(work.architecture, work.architecture)
     launches.architecture = lambda device: tiles
-    launches.tile_for = tile_for if work.tile is None else lambda *_: work.tile
+    launches.tile_for = tile_for if work.tile is None else lambda *_, **__: work.tile
     launches.launch = launch
     _run_levels(work)
     return rows
@@ -145,6 +145,12 @@ def _run_levels(work: Work) -> None:
     triton_backend.gradient(q, inputs, output, shape, with_keys=True)
     triton_backend.double_backward(Cotangents(q, *keys, *own), q, inputs, output, shape)
     triton_backend.tangent(Cotangents(q, k, k, *own), inputs, output, shape)
+    if work.use == "energy" and not work.groups and has_joint_tiles(work.head_dimension, dtype):
+        cotangents = Cotangents(q, None, None, *own)
+        _, statistics = triton_backend.double_backward_up(cotangents, q, inputs, output, shape)
+        triton_backend.double_backward_down(
+            cotangents, q, q, statistics, inputs, output, shape, with_keys=True
+        )
 
 
 def _zeros(work: Work, heads: int, dtype: torch.dtype) -> torch.Tensor:

@@ -50,7 +50,13 @@ CREATES = {"new_full", "new_zeros", "new_ones", "zeros_like", "ones_like", "full
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "addmv"}
 # Programs that Triton launches for an operation of attention, own keys without groups
 # (kernels/ebwm_kernels/attention/triton_backend.py).
-ATTENTION_LAUNCHES = {"attention": 1, "attention_gradient": 1, "attention_double_backward": 4}
+ATTENTION_LAUNCHES = {
+    "attention": 1,
+    "attention_gradient": 1,
+    "attention_double_backward": 4,
+    "attention_double_backward_up": 1,
+    "attention_double_backward_down": 2,
+}
 
 # Of PyTorch's operations on lists, per kernel (aten/src/ATen/native/cuda/MultiTensorApply.cuh):
 # numbers of a piece, pieces, and tensors where a kernel reads one list and writes another.
@@ -253,6 +259,8 @@ class _Counter(TorchDispatchMode):
             launches = _foreach_launches(args[0])
         if name == "attention_gradient":
             launches += args[-2]  # with_keys
+        if name == "attention_double_backward_down":
+            launches += args[-1]  # the same
         flops = 0
         if func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)

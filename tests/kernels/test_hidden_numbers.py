@@ -15,6 +15,7 @@ from ebwm_kernels.attention.row_blocks import ROWS
 INF, NAN = float("inf"), float("nan")
 OF_ROWS = {"forward": (0,), "gradient": (0, 3, 4), "double_backward": (0, 1, 4, 5), "tangent": (0,)}
 OF_KEYS = {"gradient": (1, 2), "double_backward": (2, 3)}
+OF_ROWS["joint"], OF_KEYS["joint"] = OF_ROWS["double_backward"], OF_KEYS["double_backward"]
 
 
 def poisoned(task, keys: slice, rows: slice, number: float = INF):
@@ -37,6 +38,7 @@ def poisoned(task, keys: slice, rows: slice, number: float = INF):
             *(spoil(x, rows) for x in own),
         ],
         grad=spoil(task.grad, rows),
+        g_out=spoil(task.g_out, rows),
         cotangents=type(task.cotangents)(
             spoil(a, rows),
             spoil(b, keys),

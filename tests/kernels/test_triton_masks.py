@@ -115,9 +115,15 @@ def definition(inputs: list[Tensor], first_visible: Tensor | None, shape: Shape)
 class Problem(NamedTuple):
     inputs: list[Tensor]  # q, K, V [, k*, v*]
     grad: Tensor
+    g_out: Tensor  # the loss's own gradient on the output
     cotangents: Cotangents
     first_visible: Tensor | None
     shape: Shape
+
+    @property
+    def joins(self) -> bool:
+        """Whether the ordinary backward can be part of the double backward (joint.py)."""
+        return len(self.inputs) == 5 and self.shape.group_size == self.shape.context_group == 1
 
     def levels(self, implementation) -> dict[str, tuple[Tensor | None, ...]]:
         """Every level of an implementation (triton_backend, reference)."""
@@ -128,12 +134,29 @@ class Problem(NamedTuple):
         first = implementation.gradient(self.grad, *at, with_keys=True)
         second = implementation.double_backward(self.cotangents, self.grad, *at)
         tangent = implementation.tangent(self.cotangents, *at)
-        return {
+        results = {
             "forward": (output.out,),
             "gradient": first,
             "double_backward": second,
             "tangent": (tangent,),
         }
+        if self.joins:
+            results["joint"] = self._joint(implementation, *at)
+        return results
+
+    def _joint(self, implementation, *at) -> tuple[Tensor, ...]:
+        """The double backward with the ordinary backward of g_out: one after the other in the
+        reference.
+        """
+        if implementation is not triton_backend:
+            g_grad, *rest = implementation.double_backward(self.cotangents, self.grad, *at)
+            ordinary = implementation.gradient(self.g_out, *at, with_keys=True)
+            return g_grad, *(x + y for x, y in zip(rest, ordinary))
+        g_grad, statistics = implementation.double_backward_up(self.cotangents, self.grad, *at)
+        rest = implementation.double_backward_down(
+            self.cotangents, self.grad, self.g_out, statistics, *at, with_keys=True
+        )
+        return g_grad, *rest
 
     def exact(self) -> dict[str, tuple[Tensor, ...]]:
         """The same by autograd and torch.func.jvp of the definition."""
@@ -151,6 +174,12 @@ class Problem(NamedTuple):
             [gradient for gradient, _ in pairs],
             [grad, *inputs],
             [cotangent for _, cotangent in pairs],
+            retain_graph=True,
+        )
+        joint = torch.autograd.grad(
+            [out, *(gradient for gradient, _ in pairs)],
+            [grad, *inputs],
+            [self.g_out, *(cotangent for _, cotangent in pairs)],
         )
         tangents = [
             torch.zeros_like(u) if t is None else t
@@ -166,6 +195,7 @@ class Problem(NamedTuple):
             "gradient": first,
             "double_backward": second,
             "tangent": (tangent,),
+            "joint": joint,
         }
 
 
@@ -189,9 +219,9 @@ def problem(case: Case) -> Problem:
     a, b, c, *own = draw_inputs()
     cotangents = Cotangents(a, *((b, c) if case.keys else (None, None)), *(own or (None, None)))
     shape = Shape(0.3, case.offset, case.causal, case.group, case.context_group)
-    return Problem(
-        draw_inputs(), draw(case.H, case.S, case.d_v), cotangents, case.first_visible(), shape
-    )
+    inputs, grad = draw_inputs(), draw(case.H, case.S, case.d_v)
+    g_out = draw(case.H, case.S, case.d_v)
+    return Problem(inputs, grad, g_out, cotangents, case.first_visible(), shape)
 
 
 def check(case: Case) -> None:
@@ -246,7 +276,7 @@ def test_tiles_that_no_row_sees_are_not_read(own, group):
     rows = torch.arange(96, dtype=torch.int32)
     task = problem(case)._replace(first_visible=(rows // 32 * 32)[None])
     clean = task.levels(triton_backend)
-    tensors = [*task.inputs, task.grad, *(u for u in task.cotangents if u is not None)]
+    tensors = [*task.inputs, task.grad, task.g_out, *(u for u in task.cotangents if u is not None)]
     for tensor in tensors:
         tensor[:, :, :32] = float("nan")
         tensor[:, :, 64:] = float("nan")

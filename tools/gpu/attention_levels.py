@@ -1,7 +1,8 @@
-"""Calls of attention that the GPU's programs share: sizes, random tensors, and all four levels of
-one backend on them.
+"""Calls of attention that the GPU's programs share: sizes, random tensors, and all levels of one
+backend on them.
 
     forward -> gradient (what refinement takes) -> double_backward (what training takes) -> tangent
+    joint: the double backward with the ordinary backward, where the kernels have it (joint.py)
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
 import torch
 from torch import Tensor
 
-from ebwm_kernels.attention.tensors import Cotangents, Inputs
+from ebwm_kernels.attention.tensors import Cotangents, Inputs, Output
+from ebwm_kernels.attention.tuning import has_joint_tiles
 from ebwm_kernels.attention.visibility import Shape
 
 NAMES = {
@@ -23,6 +25,7 @@ NAMES = {
     "gradient": ("dQ", "dK", "dV", "dk*", "dv*"),
     "double_backward": ("gG", "gQ", "gK", "gV", "gk*", "gv*"),
     "tangent": ("dO",),
+    "joint": ("joint gG", "joint gQ", "joint gK", "joint gV", "joint gk*", "joint gv*"),
 }
 
 
@@ -78,10 +81,12 @@ LARGE = (
 
 
 class Call(NamedTuple):
-    """All that the levels are given."""
+    """All that the levels are given. joins: whether there is a joint pass."""
 
     inputs: Inputs
     grad: Tensor
+    g_out: Tensor
+    joins: bool
     cotangents: Cotangents
     tangents: Cotangents
     shape: Shape
@@ -97,6 +102,8 @@ class Call(NamedTuple):
         return Call(
             Inputs(*wide(self.inputs)),
             self.grad.double(),
+            self.g_out.double(),
+            self.joins,
             Cotangents(*wide(self.cotangents)),
             Cotangents(*wide(self.tangents)),
             self.shape,
@@ -115,6 +122,8 @@ def call_of(case: Case, dtype: torch.dtype, device: str, seed: int = 1) -> Call:
     q, grad, on_q = (draw(case.heads, case.rows) for _ in range(3))
     k, v, on_k, on_v = (draw(case.key_heads, case.keys) for _ in range(4))
     own = [draw(case.heads, case.rows) if case.own else None for _ in range(4)]
+    g_out = draw(case.heads, case.rows)
+    joins = case.own and case.group == 1 and has_joint_tiles(case.d, dtype)
     first_visible = None
     if case.documents is not None:
         rows = torch.arange(case.rows, device=device)
@@ -125,10 +134,26 @@ def call_of(case: Case, dtype: torch.dtype, device: str, seed: int = 1) -> Call:
     return Call(
         Inputs(q, k, v, own[0], own[1], first_visible),
         grad,
+        g_out,
+        joins,
         Cotangents(on_q, *on_keys, own[2], own[3]),
         Cotangents(on_q, on_k, on_v, own[2], own[3]),
         case.shape,
     )
+
+
+def joint(backend: ModuleType, call: Call, output: Output) -> tuple[Tensor, ...]:
+    """gG, and the sums of both backwards: of Triton's one pass, or of the reference's two."""
+    at = (call.inputs, output, call.shape)
+    if not hasattr(backend, "double_backward_up"):
+        g_grad, *second = backend.double_backward(call.cotangents, call.grad, *at)
+        ordinary = backend.gradient(call.g_out, *at, with_keys=True)
+        return g_grad, *(x + y for x, y in zip(second, ordinary))
+    g_grad, statistics = backend.double_backward_up(call.cotangents, call.grad, *at)
+    rest = backend.double_backward_down(
+        call.cotangents, call.grad, call.g_out, statistics, *at, with_keys=True
+    )
+    return g_grad, *rest
 
 
 def levels(backend: ModuleType, call: Call) -> dict[str, Tensor]:
@@ -142,6 +167,8 @@ def levels(backend: ModuleType, call: Call) -> dict[str, Tensor]:
         ),
         "tangent": (backend.tangent(call.tangents, call.inputs, output, call.shape),),
     }
+    if call.joins:
+        results["joint"] = joint(backend, call, output)
     return {
         name: tensor
         for level, tensors in results.items()

@@ -39,6 +39,13 @@ VALUE_PRODUCTS = {
 }
 
 
+# The halves of Triton's double backward (joint.py): products and those of values among them, the
+# second without and with gradients of K and V, and what the ordinary backward adds, all of values.
+UP = (3, 1)
+DOWN = ((4, 1), (10, 3))
+DOWN_JOINT = (1, 3)
+
+
 def _flops(
     products: int,
     value_products: int,
@@ -143,6 +150,69 @@ def _(
     shape = Shape(scale, offset, causal, group_size, context_group)
     products = PRODUCTS[backend]["double_backward"][b is not None]
     value_products = VALUE_PRODUCTS[backend]["double_backward"][b is not None]
+    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
+
+
+@register_flop_formula(torch.ops.ebwm.attention_double_backward_up, get_raw=True)
+def _(
+    a,
+    b_self,
+    c_self,
+    grad,
+    q,
+    k,
+    v,
+    k_self,
+    v_self,
+    first_visible,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    group_size,
+    context_group,
+    backend,
+    *,
+    out_val=None,
+):
+    shape = Shape(scale, offset, causal, group_size, context_group)
+    return _flops(*UP, q, k, v, k_self, first_visible, shape)
+
+
+@register_flop_formula(torch.ops.ebwm.attention_double_backward_down, get_raw=True)
+def _(
+    a,
+    b_self,
+    c_self,
+    grad,
+    mu,
+    phi,
+    delta,
+    g_out,
+    q,
+    k,
+    v,
+    k_self,
+    v_self,
+    first_visible,
+    out,
+    log_normalizer,
+    scale,
+    offset,
+    causal,
+    group_size,
+    context_group,
+    backend,
+    with_keys,
+    *,
+    out_val=None,
+):
+    shape = Shape(scale, offset, causal, group_size, context_group)
+    products, value_products = DOWN[with_keys]
+    if g_out is not None:
+        more = DOWN_JOINT[with_keys]
+        products, value_products = products + more, value_products + more
     return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
 
 

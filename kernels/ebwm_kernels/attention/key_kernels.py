@@ -2,11 +2,12 @@
 
     kernel          what it computes     products per tile of rows
     _gradient_key   dK, dV               4
-    _second_key     gK, gV               6, with B and C 8
+    _second_key     gK, gV               6, with B and C 8; two more if JOINT
 
 The letters and layouts are those of query_kernels.py. OWN says that the keys are the queries' own,
 in groups (dk*, dv*, gk*, gv*): K, V, B, C are then the own keys' tensors and every head has its
-own. Tiles are (keys, rows). No other program writes to these keys, so there are no atomics.
+own. JOINT is that of second_query_kernels.py. Tiles are (keys, rows). No other program writes to
+these keys, so there are no atomics.
 """
 
 # As in row_tiles.py.
@@ -142,12 +143,14 @@ def _second_key(
     LAST_ROW,
     L,
     G,
+    GO,
     A,
     B,
     CV,
     MU,
     PHI,
     DELTA,
+    RHO,
     GK,
     GV,
     AT,
@@ -168,10 +171,14 @@ def _second_key(
     OWN: tl.constexpr,
     SHARED: tl.constexpr,
     KEYS: tl.constexpr,
+    JOINT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys."""
+    """gK = s (Z' Q + dS' A), gV = (P (Sdot - mu))' G, over all heads that share the keys.
+
+    JOINT: s Y' Q and P' gO are added.
+    """
     sample, key_head, key = my_keys(C, heads, all_heads, heads_at_once, BN)
     seen = (sample, key_head, key)
     start, end, first, last = rows_of_keys(
@@ -213,6 +220,10 @@ def _second_key(
             ds = p * (scores(v, g, HEAD) - delta[None, :])
             gk = add_mix(gk, ds, a, HEAD)
             z = ds * sd - p * phi[None, :]
+            if JOINT:
+                g_out = load(GO, AT.GO, place, S, BM, VALUE, not EDGES)
+                gv = add_mix(gv, p, g_out, HEAD)
+                z += p * (scores(v, g_out, HEAD) - statistic(RHO + own, rows, S)[None, :])
             if KEYS:
                 z += p * scores(c, g, HEAD)
             gk = add_mix(gk, z, q, HEAD)
@@ -220,7 +231,7 @@ def _second_key(
     store(GV, AT.GV, seen, C, gv, BN, VALUE)
     if MASK.causal or MASK.lower or OWN:
         second_again(
-            Q, K, V, LAST_ROW, L, G, A, B, CV, MU, PHI, DELTA, GK, GV, AT, S, C, offset,
+            Q, K, V, LAST_ROW, L, G, GO, A, B, CV, MU, PHI, DELTA, RHO, GK, GV, AT, S, C, offset,
             group_size, context_group, sharing, heads, all_heads, heads_at_once, scale, factor,
-            HEAD, VALUE, MASK, OWN, SHARED, KEYS, BM, BN,
+            HEAD, VALUE, MASK, OWN, SHARED, KEYS, JOINT, BM, BN,
         )  # fmt: skip

@@ -35,7 +35,7 @@ ALIGNMENT = 16  # bytes, of every tensor a kernel reads: a load is 16 bytes
 
 
 # One number per row, (B, H, S), and what visibility gives: the tensors that always lie alike.
-STATISTICS = frozenset({"FIRST", "LAST_ROW", "L", "DELTA", "MU", "PHI", "Z", "DS"})
+STATISTICS = frozenset({"FIRST", "LAST_ROW", "L", "DELTA", "MU", "PHI", "RHO", "Z", "DS"})
 
 
 class Call:
@@ -111,7 +111,7 @@ class Call:
 
     def over_rows(self, kernel, *tensors: Tensor | None, with_keys: bool = False, **flags) -> None:
         """One program per tile of query rows of a head; a tensor that is None is not read."""
-        tile = self._tile(kernel, with_keys or self.own_groups)
+        tile = self._tile(kernel, with_keys or self.own_groups, flags.get("JOINT", False))
         bytes_per_head = self.num_keys * self._row_bytes()
         sharing = self.heads // self.key_heads
         self._run(
@@ -138,7 +138,7 @@ class Call:
     def _over_keys(
         self, kernel, tensors, num_keys: int, heads: int, sharing: int, with_keys: bool, flags
     ) -> None:
-        tile = self._tile(kernel, with_keys, sharing > 1)
+        tile = self._tile(kernel, with_keys, flags.get("JOINT", False), sharing > 1)
         bytes_per_head = sharing * self.num_rows * self._row_bytes()
         self._run(
             kernel,
@@ -167,9 +167,17 @@ class Call:
         """Of a key and its value, or a query and its cotangent."""
         return (self.head.d + self.value.d) * self.dtype.itemsize
 
-    def _tile(self, kernel, with_keys: bool, sharing: bool = False) -> Tile:
+    def _tile(self, kernel, with_keys: bool, joint: bool, sharing: bool = False) -> Tile:
         padded = max(self.head.padded, self.value.padded)
-        return tile_for(kernel.__name__, self.architecture, padded, self.dtype, with_keys, sharing)
+        return tile_for(
+            kernel.__name__,
+            self.architecture,
+            padded,
+            self.dtype,
+            with_keys,
+            sharing=sharing,
+            joint=joint,
+        )
 
     def _run(self, kernel, tile: Tile, num_programs: int, tensors, sizes, flags) -> None:
         if num_programs == 0:

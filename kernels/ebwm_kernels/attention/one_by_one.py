@@ -168,6 +168,7 @@ def second_one_by_one(
     q,
     a,
     g,
+    g_out,
     K,
     V,
     B,
@@ -181,6 +182,7 @@ def second_one_by_one(
     mu,
     phi,
     delta,
+    rho,
     gq,
     factor,
     scale,
@@ -188,15 +190,19 @@ def second_one_by_one(
     VALUE: tl.constexpr,
     LOWER: tl.constexpr,
     KEYS: tl.constexpr,
+    JOINT: tl.constexpr,
 ):
-    """gq + Z K + dS B over keys start .. end - 1."""
+    """gq + Z K + dS B over keys start .. end - 1; JOINT: Z + Y for Z."""
     for key in range(start, end):
         sees = sees_one(key, first, last, LOWER)
         k = rows_of(K, key, num_keys, 1, HEAD)
         p = weights_of_one(q, k, normalizer, factor, HEAD)
-        ds = p * (row_dot(g, rows_of(V, key, num_keys, 1, VALUE), VALUE) - delta)
+        v = rows_of(V, key, num_keys, 1, VALUE)
+        ds = p * (row_dot(g, v, VALUE) - delta)
         sd = row_dot(a, k, HEAD)
         e = -phi
+        if JOINT:
+            e += row_dot(g_out, v, VALUE) - rho
         if KEYS:
             b = rows_of(B, key, num_keys, 1, HEAD)
             sd += row_dot(q, b, HEAD)

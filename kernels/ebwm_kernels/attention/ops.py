@@ -6,7 +6,8 @@ who computes them.
     ebwm::attention_double_backward   A, B, C [, b*, c*], ...   -> gG, gQ, gK, gV [, gk*, gv*]
     ebwm::attention_tangent           Q., K., V. [, k*., v*.]   -> O., for forward mode
 
-The backward of each is the next one; the last has none: a third derivative raises.
+The backward of each is the next one; the last has none: a third derivative raises. In Triton the
+last waits for the ordinary backward where both come (joint.py).
 
 O and L enter the second and third as constants: the formulas (attention/reference.py) hold what
 depends on them. Registered with torch.library, since nested autograd.Functions are differentiated
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,23 @@ from torch.library import custom_op, register_autograd
 from ebwm_kernels.attention import reference
 from ebwm_kernels.attention.definition import attention_definition
 from ebwm_kernels.attention.implementation import Implementation
+from ebwm_kernels.attention.joint import (
+    first_half,
+    joined_backward,
+    may_join,
+    take_waiting,
+    wait_for,
+)
+from ebwm_kernels.attention.schema import (
+    COTANGENTS,
+    INPUTS,
+    NUM_INPUTS,
+    NUM_REST,
+    OUTPUT,
+    REST,
+    empty_for_none,
+    parts_of,
+)
 from ebwm_kernels.attention.tensors import (
     Cotangents,
     Inputs,
@@ -158,22 +176,6 @@ def _implementation(backend: str) -> Implementation:
     return reference
 
 
-def _empty_for_none(results: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """The results of an operation: empty in place of None."""
-    return tuple(like.new_empty(0) if x is None else x for x in results)
-
-
-# What every operation is given: tensors.Inputs, and visibility.Shape with the backend.
-INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? k_self, Tensor? v_self, Tensor? first_visible"
-OUTPUT = "Tensor out, Tensor log_normalizer"
-COTANGENTS = "Tensor a, Tensor? b, Tensor? c, Tensor? b_self, Tensor? c_self"
-REST = (
-    "float scale, SymInt offset, bool causal, SymInt group_size, SymInt context_group, str backend"
-)
-NUM_INPUTS = len(Inputs._fields)
-NUM_REST = len(Shape._fields) + 1
-
-
 def _shape_and_backend(rest: Sequence) -> tuple[Shape, Implementation]:
     *numbers, backend = rest
     return Shape(*numbers), _implementation(backend)
@@ -201,18 +203,25 @@ def _setup_attention(ctx, inputs, output):
 
 
 def _backward_attention(ctx, grad, _):
-    if grad is None:
+    waiting = take_waiting(ctx)
+    if grad is None and not waiting:
         return (None,) * (NUM_INPUTS + NUM_REST)
     # read once: a checkpoint recomputes for each reading
     *inputs, out, log_normalizer = ctx.saved_tensors
     with_keys = needs_grad(ctx, 1) or needs_grad(ctx, 2)
-    tensors = (grad, *inputs, out.detach(), log_normalizer.detach())
-    if _is_transformed():
-        result = Gradient.apply(*tensors, (*ctx.rest, with_keys))
+    output = (out.detach(), log_normalizer.detach())
+    if waiting:
+        saved = (*inputs, *output)
+        result = joined_backward(waiting, grad, saved, ctx.rest, with_keys=with_keys)
+    elif _is_transformed():
+        result = Gradient.apply(grad, *inputs, *output, (*ctx.rest, with_keys))
     else:
-        result = torch.ops.ebwm.attention_gradient(
-            *tensors, *ctx.rest, with_keys, is_traced_without_graph()
-        )
+        joins = may_join(Inputs(*inputs), ctx.rest, with_keys=with_keys)
+        output = (out, output[1]) if joins else output
+        numbers = (*ctx.rest, with_keys, is_traced_without_graph())
+        result = torch.ops.ebwm.attention_gradient(grad, *inputs, *output, *numbers)
+        if joins:
+            wait_for(result[0], ctx)
     dq, dk, dv, dk_self, dv_self = result
     own = (None, None) if inputs[3] is None else (dk_self, dv_self)
     keys = (dk, dv) if with_keys else (None, None)
@@ -236,16 +245,10 @@ def _gradient(grad, *arguments):
     *inputs_and_rest, with_keys, compiled = arguments
     if compiled:
         refuse_kept_graph("attention")
-    inputs, output, rest = _parts(inputs_and_rest)
+    inputs, output, rest = parts_of(inputs_and_rest)
     shape, implementation = _shape_and_backend(rest)
     result = implementation.gradient(grad, inputs, output, shape, with_keys=with_keys)
-    return _empty_for_none(result, result.q)
-
-
-def _parts(arguments: Sequence) -> tuple[Inputs, Output, Sequence]:
-    """Inputs, output and the rest of an operation's arguments."""
-    end = NUM_INPUTS + len(Output._fields)
-    return Inputs(*arguments[:NUM_INPUTS]), Output(*arguments[NUM_INPUTS:end]), arguments[end:]
+    return empty_for_none(result, result.q)
 
 
 @_gradient.register_fake
@@ -253,7 +256,7 @@ def _(_grad, q, k, v, k_self, v_self, *rest):
     with_keys = rest[-2]
     keys = (k, v) if with_keys else (None, None)
     tensors = (q, *keys, k_self, v_self)
-    return _empty_for_none((None if x is None else empty_gradient(x) for x in tensors), q)
+    return empty_for_none((None if x is None else empty_gradient(x) for x in tensors), q)
 
 
 def _setup_gradient(ctx, inputs, output):
@@ -278,6 +281,10 @@ def _backward_gradient(ctx, a, b, c, b_self, c_self):
         b_self = _or_zeros(b_self, k_self)
         c_self = _or_zeros(c_self, v_self)
     tensors = (a, b, c, b_self, c_self, *saved)
+    cotangents = Cotangents(a, b, c, b_self, c_self)
+    g_grad = first_half(ctx, cotangents, saved[0], saved[1:], ctx.rest)
+    if g_grad is not None:
+        return g_grad, *(None,) * (num_arguments - 1)
     if _is_transformed():
         result = DoubleBackward.apply(*tensors, tuple(ctx.rest))
     else:
@@ -305,17 +312,17 @@ register_autograd("ebwm::attention_gradient", _backward_gradient, setup_context=
 )
 @without_autocast
 def _double_backward(a, b, c, b_self, c_self, grad, *arguments):
-    inputs, output, rest = _parts(arguments)
+    inputs, output, rest = parts_of(arguments)
     shape, implementation = _shape_and_backend(rest)
     cotangents = Cotangents(a, b, c, b_self, c_self)
     result = implementation.double_backward(cotangents, grad, inputs, output, shape)
-    return _empty_for_none(result, result.q)
+    return empty_for_none(result, result.q)
 
 
 @_double_backward.register_fake
 def _(_a, _b, _c, _b_self, _c_self, grad, q, k, v, k_self, v_self, *_rest):
     tensors = (grad, q, k, v, k_self, v_self)
-    return _empty_for_none((None if x is None else empty_gradient(x) for x in tensors), q)
+    return empty_for_none((None if x is None else empty_gradient(x) for x in tensors), q)
 
 
 # -------------------------------------------------------------------------------------- the tangent
@@ -328,7 +335,7 @@ def _(_a, _b, _c, _b_self, _c_self, grad, q, k, v, k_self, v_self, *_rest):
 )
 @without_autocast
 def _tangent(a, b, c, b_self, c_self, *arguments):
-    inputs, output, rest = _parts(arguments)
+    inputs, output, rest = parts_of(arguments)
     shape, implementation = _shape_and_backend(rest)
     return implementation.tangent(Cotangents(a, b, c, b_self, c_self), inputs, output, shape)
 

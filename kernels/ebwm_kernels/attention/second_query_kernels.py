@@ -3,10 +3,12 @@
     kernel            what it computes                               products per tile of keys
     _tangent          mu, gG, phi, D; or the tangent of O alone      3, with B and C 5
     _second_own       gk*, gv*, z*, ds* of a single own key          none
-    _second_query     gQ                                             4, with B and C 7, or 9
+    _second_query     gQ                                             4, with B and C 7, or 9;
+                                                                     one more if JOINT
 
 Letters and layouts are those of query_kernels.py. KEYS says that there are cotangents B, C on the
-context's dK, dV; on those of own keys there always are.
+context's dK, dV; on those of own keys there always are. JOINT says that the ordinary backward of
+the loss's gradient gO on O is part of it (joint.py): rho = rowsum(gO O), Y = P (gO V' - rho).
 
 A row's phi is G . gG: no second pass over the keys for statistics.
 """
@@ -216,14 +218,17 @@ def _second_own(
     Q,
     KO,
     VO,
+    O,
     L,
     G,
+    GO,
     A,
     BO,
     CO,
     MU,
     PHI,
     DELTA,
+    RHO,
     GKO,
     GVO,
     Z,
@@ -237,11 +242,13 @@ def _second_own(
     factor,
     HEAD: tl.constexpr,
     VALUE: tl.constexpr,
+    JOINT: tl.constexpr,
     BM: tl.constexpr,
 ):
     """A single own key's column: gk* = s (z* q + ds* A), gv* = p* (sd* - mu) G, and z*, ds* for gQ.
 
-    Groups of own keys have _second_key instead.
+    JOINT: z* + y* in place of z*, gv* + p* gO, and rho for the kernels after it. Groups of own keys
+    have _second_key instead.
     """
     sample, head, own, row = my_rows(S, heads, all_heads, heads_at_once, BM)
     place, rows = (sample, head, row), row + tl.arange(0, BM)
@@ -256,9 +263,16 @@ def _second_own(
     pd = p_own * (sd_own * scale - statistic(MU + own, rows, S))
     e_own = row_dot(g, load(CO, AT.CO, place, S, BM, VALUE), HEAD) - statistic(PHI + own, rows, S)
     z = pd * dp_own + p_own * e_own
+    g_v_self = scaled(g, pd, HEAD)
+    if JOINT:
+        g_out = load(GO, AT.GO, place, S, BM, VALUE)
+        rho = row_dot(g_out, load(O, AT.O, place, S, BM, VALUE), HEAD)
+        put_statistic(RHO + own, rows, S, rho)
+        z += p_own * (row_dot(g_out, load(VO, AT.VO, place, S, BM, VALUE), HEAD) - rho)
+        g_v_self = add_scaled(g_v_self, g_out, p_own, HEAD)
     g_k_self = add_scaled(scaled(q, scale * z, HEAD), a, scale * ds, HEAD)
     store(GKO, AT.GKO, place, S, g_k_self, BM, HEAD)
-    store(GVO, AT.GVO, place, S, scaled(g, pd, HEAD), BM, VALUE)
+    store(GVO, AT.GVO, place, S, g_v_self, BM, VALUE)
     put_statistic(Z + own, rows, S, z)
     put_statistic(DS + own, rows, S, ds)
 
@@ -268,6 +282,7 @@ def _second_over(
     q,
     a,
     g,
+    g_out,
     K,
     V,
     B,
@@ -280,6 +295,7 @@ def _second_over(
     mu,
     phi,
     delta,
+    rho,
     gq,
     left_over,
     factor,
@@ -290,8 +306,9 @@ def _second_over(
     WHOLE: tl.constexpr,
     LOWER: tl.constexpr,
     KEYS: tl.constexpr,
+    JOINT: tl.constexpr,
 ):
-    """gq + Z K + dS B and left_over + rowsum(Z) over these tiles of keys."""
+    """gq + Z K + dS B and left_over + rowsum(Z) over these tiles of keys; JOINT: Z + Y for Z."""
     # Four bytes and more than 96 columns: the registers do not hold all rows of a key at once. What
     # C and dS multiply has a loop of its own then, and P and dS are computed again, two products.
     apart: tl.constexpr = (
@@ -312,6 +329,8 @@ def _second_over(
             if KEYS and not apart:
                 gq = add_mix(gq, ds, b, HEAD)
             z = ds * (sd * scale - mu[:, None]) - p * phi[:, None]
+            if JOINT:
+                z += p * (scores(g_out, v, HEAD) - rho[:, None])
             if KEYS and not apart:
                 c = rows_of(CV, first_key, num_keys, BN, VALUE, not EDGES)
                 z += p * scores(g, c, HEAD)
@@ -342,6 +361,7 @@ def _second_query(
     FIRST,
     L,
     G,
+    GO,
     A,
     B,
     CV,
@@ -350,6 +370,7 @@ def _second_query(
     MU,
     PHI,
     DELTA,
+    RHO,
     Z,
     DS,
     GQ,
@@ -370,10 +391,14 @@ def _second_query(
     MASK: tl.constexpr,
     OWN: tl.constexpr,
     KEYS: tl.constexpr,
+    JOINT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """gQ = s (Z K + dS B + z* k* + ds* b*); Z of a row sums to zero, see _gradient_query."""
+    """gQ = s (Z K + dS B + z* k* + ds* b*); Z of a row sums to zero, see _gradient_query.
+
+    JOINT: s (Y K + y* k*) is added, of which the same holds; z* + y* comes from _second_own.
+    """
     sample, head, own, row = my_rows(S, heads, all_heads, heads_at_once, BM)
     place, rows = (sample, head, row), row + tl.arange(0, BM)
     k_head = head_of(K, AT.K, sample, head // sharing, HEAD)
@@ -396,11 +421,14 @@ def _second_query(
     g = load(G, AT.G, place, S, BM, VALUE)
     normalizer, mu = statistic(L + own, rows, S) * LOG2_E, statistic(MU + own, rows, S)
     phi, delta = statistic(PHI + own, rows, S), statistic(DELTA + own, rows, S)
+    g_out, rho = g, delta
+    if JOINT:
+        g_out, rho = load(GO, AT.GO, place, S, BM, VALUE), statistic(RHO + own, rows, S)
     gq, left_over = zeros(BM, HEAD), no_sums(BM, HEAD)
     gq, left_over = _second_over(
-        q, a, g, k_head, v_head, b_head, c_head, C, tiles, first, last,
-        normalizer, mu, phi, delta,
-        gq, left_over, factor, scale, HEAD, VALUE, BN, WHOLE, MASK.lower, KEYS,
+        q, a, g, g_out, k_head, v_head, b_head, c_head, C, tiles, first, last,
+        normalizer, mu, phi, delta, rho,
+        gq, left_over, factor, scale, HEAD, VALUE, BN, WHOLE, MASK.lower, KEYS, JOINT,
     )  # fmt: skip
     if OWN and MASK.groups:
         start, end, first, last = own_keys(row, S, group_size, BM)
@@ -414,9 +442,9 @@ def _second_query(
             head_of(CO, AT.CO, sample, head, VALUE),
         )
         gq, left_over = _second_over(
-            q, a, g, k_own, v_own, b_own, c_own, S, tiles, first, last,
-            normalizer, mu, phi, delta,
-            gq, left_over, factor, scale, HEAD, VALUE, BN, False, True, True,
+            q, a, g, g_out, k_own, v_own, b_own, c_own, S, tiles, first, last,
+            normalizer, mu, phi, delta, rho,
+            gq, left_over, factor, scale, HEAD, VALUE, BN, False, True, True, JOINT,
         )  # fmt: skip
     elif OWN:  # in the epilogue: nothing of it lives through the loop
         z_own = statistic(Z + own, rows, S)
@@ -427,7 +455,7 @@ def _second_query(
     store(GQ, AT.GQ, place, S, gq, BM, HEAD, scale)
     if MASK.causal or MASK.lower or MASK.groups:
         second_again(
-            Q, K, V, KO, VO, FIRST, L, G, A, B, CV, BO, CO, MU, PHI, DELTA, Z, DS, GQ, AT, S, C,
-            offset, group_size, context_group, sharing, heads, all_heads, heads_at_once, scale,
-            factor, HEAD, VALUE, MASK, OWN, KEYS, BM, BN,
+            Q, K, V, KO, VO, FIRST, L, G, GO, A, B, CV, BO, CO, MU, PHI, DELTA, RHO, Z, DS, GQ, AT,
+            S, C, offset, group_size, context_group, sharing, heads, all_heads, heads_at_once,
+            scale, factor, HEAD, VALUE, MASK, OWN, KEYS, JOINT, BM, BN,
         )  # fmt: skip

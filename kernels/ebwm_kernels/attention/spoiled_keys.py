@@ -88,12 +88,14 @@ def second_again(
     LAST_ROW,
     L,
     G,
+    GO,
     A,
     B,
     CV,
     MU,
     PHI,
     DELTA,
+    RHO,
     GK,
     GV,
     AT,
@@ -114,6 +116,7 @@ def second_again(
     OWN: tl.constexpr,
     SHARED: tl.constexpr,
     KEYS: tl.constexpr,
+    JOINT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -145,6 +148,10 @@ def second_again(
                     e += row_dot(c, g, VALUE)
                 sd = sd * scale - tl.load(MU + own)
                 gv = add_seen(gv, g, p * sd, sees, VALUE)
+                if JOINT:
+                    g_out = load(GO, AT.GO, place, S, 1, VALUE)
+                    gv = add_seen(gv, g_out, p, sees, VALUE)
+                    e += row_dot(v, g_out, VALUE) - tl.load(RHO + own)
                 ds = p * (row_dot(v, g, VALUE) - tl.load(DELTA + own))
                 gk = add_seen(gk, a, ds, sees, HEAD)
                 gk = add_seen(gk, q, ds * sd + p * e, sees, HEAD)

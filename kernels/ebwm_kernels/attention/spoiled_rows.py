@@ -274,6 +274,7 @@ def second_again(
     FIRST,
     L,
     G,
+    GO,
     A,
     B,
     CV,
@@ -282,6 +283,7 @@ def second_again(
     MU,
     PHI,
     DELTA,
+    RHO,
     Z,
     DS,
     GQ,
@@ -302,6 +304,7 @@ def second_again(
     MASK: tl.constexpr,
     OWN: tl.constexpr,
     KEYS: tl.constexpr,
+    JOINT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -321,13 +324,16 @@ def second_again(
             phi, delta = statistic(PHI + own, rows, S), statistic(DELTA + own, rows, S)
             q, a = load(Q, AT.Q, place, S, PART, HEAD), load(A, AT.A, place, S, PART, HEAD)
             g = load(G, AT.G, place, S, PART, VALUE)
+            g_out, rho = g, delta
+            if JOINT:
+                g_out, rho = load(GO, AT.GO, place, S, PART, VALUE), statistic(RHO + own, rows, S)
             start, end, first, last = context_keys(
                 FIRST, sample, part, S, C, offset, group_size, context_group, PART, MASK
             )
             gq = second_one_by_one(
-                q, a, g, k_head, v_head, b_head, c_head, C, start, end, first, last,
-                normalizer, mu, phi, delta, zeros(PART, HEAD), factor, scale,
-                HEAD, VALUE, MASK.lower, KEYS,
+                q, a, g, g_out, k_head, v_head, b_head, c_head, C, start, end, first, last,
+                normalizer, mu, phi, delta, rho, zeros(PART, HEAD), factor, scale,
+                HEAD, VALUE, MASK.lower, KEYS, JOINT,
             )  # fmt: skip
             if OWN and MASK.groups:
                 start, end, first, last = own_keys(part, S, group_size, PART)
@@ -340,8 +346,9 @@ def second_again(
                     head_of(CO, AT.CO, sample, head, VALUE),
                 )
                 gq = second_one_by_one(
-                    q, a, g, k_own, v_own, b_own, c_own, S, start, end, first, last,
-                    normalizer, mu, phi, delta, gq, factor, scale, HEAD, VALUE, True, True,
+                    q, a, g, g_out, k_own, v_own, b_own, c_own, S, start, end, first, last,
+                    normalizer, mu, phi, delta, rho, gq, factor, scale, HEAD, VALUE, True, True,
+                    JOINT,
                 )  # fmt: skip
             elif OWN:
                 z_own, ds_own = statistic(Z + own, rows, S), statistic(DS + own, rows, S)

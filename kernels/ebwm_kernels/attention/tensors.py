@@ -73,6 +73,16 @@ class SecondGradients(NamedTuple):
     v_self: Tensor | None
 
 
+class Statistics(NamedTuple):
+    """What the first half of a double backward leaves for the second: mu, phi and D of each row,
+    (B, H, S), in the precision of statistics (attention/reference.py).
+    """
+
+    mu: Tensor
+    phi: Tensor
+    delta: Tensor
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision of sums and statistics: float32 for half precisions."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

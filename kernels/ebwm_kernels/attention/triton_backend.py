@@ -3,9 +3,12 @@ kernels are in query_kernels.py, second_query_kernels.py and key_kernels.py.
 
     forward            _forward
     gradient           _gradient_query; _gradient_key over groups of own keys, and over the context
-    double_backward    _tangent; _second_own, or _second_key over groups of own keys;
-                       _second_query; _second_key over the context
+    double_backward    up: _tangent
+                       down: _second_own, or _second_key over groups of own keys; _second_query;
+                       _second_key over the context
     tangent            _tangent
+
+Its second half takes the ordinary backward with it where that is at hand (joint.py).
 
 No kernel writes where another program writes, so there are no atomics and results are the same
 every time. A query's first weight comes from its own key, where it has a single one, else from
@@ -24,7 +27,14 @@ from ebwm_kernels.attention.key_kernels import _gradient_key, _second_key
 from ebwm_kernels.attention.launches import Call, empty_for, ready
 from ebwm_kernels.attention.query_kernels import _forward, _gradient_query
 from ebwm_kernels.attention.second_query_kernels import _second_own, _second_query, _tangent
-from ebwm_kernels.attention.tensors import Cotangents, Gradients, Inputs, Output, SecondGradients
+from ebwm_kernels.attention.tensors import (
+    Cotangents,
+    Gradients,
+    Inputs,
+    Output,
+    SecondGradients,
+    Statistics,
+)
 from ebwm_kernels.attention.visibility import Shape
 
 
@@ -74,8 +84,7 @@ def tangent(tangents: Cotangents, inputs: Inputs, output: Output, shape: Shape) 
     """As reference.tangent."""
     call = Call(inputs, shape)
     moved = call.empty_output()
-    output = Output(ready(output.out), ready(output.log_normalizer))
-    _tangent_into(moved, call, _ready(tangents), None, output, None)
+    _tangent_into(moved, call, tangents, None, output, None)
     return moved
 
 
@@ -84,49 +93,96 @@ def double_backward(
 ) -> SecondGradients:
     """As reference.double_backward."""
     call = Call(inputs, shape)
-    result = SecondGradients(
-        grad=empty_for(grad),
+    g_grad, statistics = _up(call, cotangents, grad, output)
+    rest = _down(call, cotangents, grad, None, statistics, inputs, output, with_keys=True)
+    assert rest.k is not None and rest.v is not None, "they were asked for"
+    return SecondGradients(g_grad, rest.q, rest.k, rest.v, rest.k_self, rest.v_self)
+
+
+def double_backward_up(
+    cotangents: Cotangents, grad: Tensor, inputs: Inputs, output: Output, shape: Shape
+) -> tuple[Tensor, Statistics]:
+    """As joint.double_backward_up."""
+    return _up(Call(inputs, shape), cotangents, grad, output)
+
+
+def double_backward_down(
+    cotangents: Cotangents,
+    grad: Tensor,
+    g_out: Tensor | None,
+    statistics: Statistics,
+    inputs: Inputs,
+    output: Output,
+    shape: Shape,
+    *,
+    with_keys: bool,
+) -> Gradients:
+    """As joint.double_backward_down."""
+    call = Call(inputs, shape)
+    return _down(call, cotangents, grad, g_out, statistics, inputs, output, with_keys=with_keys)
+
+
+def _up(
+    call: Call, cotangents: Cotangents, grad: Tensor, output: Output
+) -> tuple[Tensor, Statistics]:
+    g_grad = empty_for(grad)
+    statistics = Statistics(call.statistic(), call.statistic(), call.statistic())
+    _tangent_into(g_grad, call, cotangents, grad, output, statistics)
+    return g_grad, statistics
+
+
+def _down(
+    call: Call,
+    cotangents: Cotangents,
+    grad: Tensor,
+    g_out: Tensor | None,
+    statistics: Statistics,
+    inputs: Inputs,
+    output: Output,
+    *,
+    with_keys: bool,
+) -> Gradients:
+    result = Gradients(
         q=empty_for(inputs.q),
-        k=empty_for(inputs.k),
-        v=empty_for(inputs.v),
+        k=empty_for(inputs.k) if with_keys else None,
+        v=empty_for(inputs.v) if with_keys else None,
         k_self=empty_for(inputs.k_self),
         v_self=empty_for(inputs.v_self),
     )
-    grad = ready(grad)
-    output = Output(ready(output.out), ready(output.log_normalizer))
     a, b, c, b_self, c_self = _ready(cotangents)
-    statistics = (call.statistic(), call.statistic(), call.statistic())
-    cotangents = Cotangents(a, b, c, b_self, c_self)
-    _tangent_into(result.grad, call, cotangents, grad, output, statistics)
-    of_rows = (output.log_normalizer, grad, a)
-    own = (*statistics, result.k_self, result.v_self)
+    out, log_normalizer = ready(output.out), ready(output.log_normalizer)
+    rho = None if g_out is None else call.statistic()
+    of_rows = (log_normalizer, ready(grad), ready(g_out), a)
+    numbers = (*statistics, rho)
+    is_joint = {"JOINT": g_out is not None}
     z = ds = None
     if call.own_groups:
-        call.over_own_keys(_second_key, *call.own_keys, *of_rows, b_self, c_self, *own, KEYS=True)
+        own = (*numbers, result.k_self, result.v_self)
+        own_cotangents = (b_self, c_self)
+        call.over_own_keys(
+            _second_key, *call.own_keys, *of_rows, *own_cotangents, *own, KEYS=True, **is_joint
+        )
     elif call.own:
         z, ds = call.statistic(), call.statistic()
-        own_tensors = (call.q, call.k_self, call.v_self)
-        call.over_rows(_second_own, *own_tensors, *of_rows, b_self, c_self, *own, z, ds)
-    has_keys = {"KEYS": b is not None, "with_keys": b is not None}
+        call.over_rows(
+            _second_own,
+            *(call.q, call.k_self, call.v_self, out),
+            *of_rows,
+            *(b_self, c_self, *numbers, result.k_self, result.v_self, z, ds),
+            **is_joint,
+        )
+    flags = {"KEYS": b is not None, "with_keys": b is not None, **is_joint}
     call.over_rows(
         _second_query,
         *call.tensors,
         *of_rows,
-        b,
-        c,
-        b_self,
-        c_self,
-        *statistics,
-        z,
-        ds,
-        result.q,
+        *(b, c, b_self, c_self, *numbers, z, ds, result.q),
         OWN=call.own,
-        **has_keys,
+        **flags,
     )
-    context = call.context_keys
-    call.over_keys(
-        _second_key, *context, *of_rows, b, c, *statistics, result.k, result.v, **has_keys
-    )
+    if with_keys:
+        of_keys = (b, c, *numbers, result.k, result.v)
+        call.over_keys(_second_key, *call.context_keys, *of_rows, *of_keys, **flags)
     return result
 
 
@@ -140,17 +196,18 @@ def _tangent_into(
     tangents: Cotangents,
     grad: Tensor | None,
     output: Output,
-    statistics: tuple[Tensor, Tensor, Tensor] | None,
+    statistics: Statistics | None,
 ) -> None:
     """Write the tangent of O; with `statistics`, which it fills, for the double backward of
     `grad`.
     """
+    tangents = _ready(tangents)
     has_keys = tangents.key is not None
     call.over_rows(
         _tangent,
         *call.tensors,
-        *output,
-        grad,
+        *(ready(output.out), ready(output.log_normalizer)),
+        ready(grad),
         *tangents,
         moved,
         *(statistics or (None, None, None)),

@@ -185,6 +185,22 @@ SHARING = {
     ("sm_90", "_second_key"): Tile(32, 32, 8, 2),
 }
 
+# With the ordinary backward (joint.py), to 128 padded columns: beyond them Q, A, G and gO leave the
+# loops no registers.
+JOINT = {
+    "sm_80": {
+        64: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(64, 32, 8, 2)},
+        128: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(32, 32, 8, 2)},
+    },
+    "sm_90": {
+        64: {"_second_query": Tile(64, 64, 4, 3, 232), "_second_key": Tile(32, 64, 4, 3)},
+        128: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(32, 32, 8, 2)},
+    },
+}
+JOINT["sm_86"] = JOINT["sm_80"]
+JOINT["sm_100"] = _two_stages(JOINT["sm_90"])
+LARGEST_JOINT = 128
+
 # float32 in three TF32 passes takes twice the shared memory and more registers: small tiles for all
 # architectures, and head dimensions to 128.
 SINGLE = Tile(16, 32, 4, 1)
@@ -280,19 +296,34 @@ def sum_columns_for(architecture: str, dtype: torch.dtype) -> int:
     return 16 if architecture == "sm_100" else 8
 
 
+def has_joint_tiles(d: int, dtype: torch.dtype) -> bool:
+    """Whether the second half of a double backward can take the ordinary backward with it: in half
+    precision, and where every size is known to the interpreter (float64).
+    """
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    return dtype == torch.float64 or (is_half and d <= LARGEST_JOINT)
+
+
 def tile_for(
     kernel: str,
     architecture: str,
     padded_d: int,
     dtype: torch.dtype,
     with_keys: bool,
+    *,
     sharing: bool = False,
+    joint: bool = False,
 ) -> Tile:
     """The tile of a kernel: padded_d is a key of PADDED; with_keys where there are cotangents on dK
-    and dV, or groups of own keys; sharing where a program serves several query heads.
+    and dV, or groups of own keys; sharing where a program serves several query heads; joint where
+    the ordinary backward is part of it (has_joint_tiles).
     """
     if architecture == "interpreter":  # small, and rows != keys, so that tests meet many tiles
         return Tile(16, 32, 4, 1) if kernel in OVER_KEYS else Tile(32, 16, 4, 1)
+    if joint:
+        of_joint = _for_size(JOINT[architecture], padded_d)
+        if kernel in of_joint:
+            return of_joint[kernel]
     if dtype == torch.float32:
         found = SINGLE_ON[architecture].get((padded_d, with_keys, kernel))
         if found is not None:
