@@ -8,14 +8,14 @@ gradient of a cotangent G on O, and A, b*, c* what the loss sends to these:
     ordinary backward        gO         -> the same five     the layers below go on with it
 
 Both of the last read Q, K, V and compute the weights again. So the second half waits at the node of
-the ordinary backward, and one pass computes the sum of both: with E = rowsum(gO O)
+the ordinary backward, and one pass computes the sum of both: with rho = rowsum(gO O)
 
-    Y   = P (gO V' - E)                     y* = p* (gO.v* - E)
+    Y   = P (gO V' - rho)                   y* = p* (gO.v* - rho)
     gQ += s (Y K + y* k*)                   gK += s Y' Q            gV += P' gO
     gk* += s y* q                           gv* += p* gO
 
 that is Z + Y for Z in the formulas of reference.py, and 3 + 5 + 8 products in place of
-3 + 4 + 6 + 3 + 4. (rho in the kernels is E.)
+3 + 4 + 6 + 3 + 4.
 
 The node of the gradient has an edge to the node of the ordinary backward, so that autograd runs it
 first: O is one of its arguments, though no gradient flows there. What waits belongs to one run of
