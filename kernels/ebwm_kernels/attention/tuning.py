@@ -189,15 +189,19 @@ SHARING = {
 # loops no registers.
 JOINT = {
     "sm_80": {
+        32: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(32, 32, 8, 2)},
         64: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(64, 32, 8, 2)},
+        96: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(16, 64, 8, 2)},
         128: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(32, 32, 8, 2)},
     },
     "sm_90": {
         64: {"_second_query": Tile(64, 64, 4, 3, 232), "_second_key": Tile(32, 64, 4, 3)},
+        96: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(16, 64, 8, 2)},
         128: {"_second_query": Tile(64, 32, 8, 2), "_second_key": Tile(32, 32, 8, 2)},
     },
 }
-JOINT["sm_86"] = JOINT["sm_80"]
+JOINT["sm_86"] = _two_stages(JOINT["sm_80"])
+JOINT["sm_86"][128]["_second_query"] = Tile(32, 32, 4, 2)
 JOINT["sm_100"] = _two_stages(JOINT["sm_90"])
 LARGEST_JOINT = 128
 
