@@ -10,7 +10,8 @@ float64.
         on a GPU: best tiles, as rows for kernels/ebwm_kernels/attention/tuning.py
 
 Levels: forward; inner_gradient (q, k*, v* or q, K, V); backward (first order, all inputs);
-double_backward. Implementations:
+double_backward; both_backwards, what a loss behind an inner gradient asks for: the double backward
+and the ordinary one, in one pass where the kernels have it. Implementations:
     energy     energy_attention (own key per query; what a refinement step uses)
     causal     causal_attention (cotangents on dK and dV as well)
     math       the energy attention through PyTorch's scaled_dot_product_attention, MATH backend,
@@ -46,7 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ebwm_kernels.attention import tuning as attention_tuning
 from ebwm_kernels.attention.energy import energy_attention_definition
 from ebwm_kernels.attention.ops import PRODUCTS, resolve_backend
-from ebwm_kernels.attention.tuning import KERNELS, Tile, padded_for, tile_for
+from ebwm_kernels.attention.tuning import KERNELS, Tile, has_joint_tiles, padded_for, tile_for
 from ebwm_kernels.attention.visibility import visible_pairs
 from ebwm_scale.core.arguments import ArgumentParser
 
@@ -59,6 +60,7 @@ CANDIDATES = [
     for stages in (1, 2, 3)
     if rows * keys <= 128 * 64 and not (warps == 8 and rows * keys < 64 * 32)
 ]
+JOINT_PRODUCTS = 16  # kernels/ebwm_kernels/attention/joint.py
 LEVEL_OF = {
     "_forward": "forward",
     "_gradient_query": "inner_gradient",
@@ -128,7 +130,8 @@ class Problem:
             self.c,
             self.b_self,
             self.c_self,
-        ) = (draw() for _ in range(11))
+            self.g_out,
+        ) = (draw() for _ in range(12))
         self.backend = resolve_backend("auto", device, dtype, d, "bench_kernels")
         self.rest = (d**-0.5, 0, True, 1, 1, self.backend)
 
@@ -147,21 +150,32 @@ class Problem:
             else (self.a, self.b, self.c, None, None)
         )
 
-        def gradient(with_keys):
-            return ops.attention_gradient(
-                self.grad, *tensors, out, normalizer, *self.rest, with_keys, False
-            )
+        at = (*tensors, out, normalizer, *self.rest)
+        joins = own and self.backend == "triton" and has_joint_tiles(self.d, self.q.dtype)
 
+        def gradient(with_keys, grad=self.grad):
+            return ops.attention_gradient(grad, *at, with_keys, False)
+
+        def double_backward():
+            return ops.attention_double_backward(*cotangents, self.grad, *at)
+
+        def both_backwards():
+            if joins:
+                direction = (self.a, self.b_self, self.c_self, self.grad)
+                g_grad, *statistics = ops.attention_double_backward_up(*direction, *at)
+                return g_grad, *ops.attention_double_backward_down(
+                    *direction, *statistics, self.g_out, *at, True
+                )
+            g_grad, *second = double_backward()
+            return g_grad, *(x + y for x, y in zip(second, gradient(True, self.g_out)))
+
+        apart = made["double_backward"][not own] + made["gradient"][True]
         return {
             "forward": (lambda: ops.attention(*tensors, *self.rest)[0], made["forward"]),
             "inner_gradient": (lambda: gradient(not own), made["gradient"][not own]),
             "backward": (lambda: gradient(True), made["gradient"][True]),
-            "double_backward": (
-                lambda: ops.attention_double_backward(
-                    *cotangents, self.grad, *tensors, out, normalizer, *self.rest
-                ),
-                made["double_backward"][not own],
-            ),
+            "double_backward": (double_backward, made["double_backward"][not own]),
+            "both_backwards": (both_backwards, JOINT_PRODUCTS if joins else apart),
         }
 
     def autograd(self, attention) -> dict:
@@ -188,6 +202,15 @@ class Problem:
             ),
             "double_backward": (
                 lambda: torch.autograd.grad(inner, [grad, *leaves], cotangents, retain_graph=True),
+                None,
+            ),
+            "both_backwards": (
+                lambda: torch.autograd.grad(
+                    [*inner, out],
+                    [grad, *leaves],
+                    [*cotangents, self.g_out],
+                    retain_graph=True,
+                ),
                 None,
             ),
         }
@@ -266,6 +289,7 @@ def implementations(problem: Problem, device: torch.device, names: list[str]):
 # gQ, gk*, .. come in another order from autograd: G, q, k*, v*, K, V against G, q, K, V, k*, v*.
 ORDER = {
     "double_backward": [0, 1, 4, 5, 2, 3],
+    "both_backwards": [0, 1, 4, 5, 2, 3],
     "inner_gradient": [0, 3, 4],
     "backward": [0, 3, 4, 1, 2],
     "forward": [0],
@@ -318,8 +342,8 @@ def tune(problem: Problem, timer: Timer, dtype: torch.dtype) -> None:
                 continue
             times = {}
             for tile in CANDIDATES:
-                launches.tile_for = lambda name, *rest, t=tile, k=kernel: (
-                    t if name == k else tile_for(name, *rest)
+                launches.tile_for = lambda name, *rest, t=tile, k=kernel, **more: (
+                    t if name == k else tile_for(name, *rest, **more)
                 )
                 try:
                     times[tile] = timer(problem.ours(own)[LEVEL_OF[kernel]][0])[0]

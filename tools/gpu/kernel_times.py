@@ -4,7 +4,8 @@
         [--tiles ROWS,KEYS,WARPS,STAGES ..]
 
 Device time between events around each launch, the median over repeats; memory that was just
-written is in the cache where it fits, as it is in a training step. One line per case and kernel.
+written is in the cache where it fits, as it is in a training step. One line per case and kernel,
+"joint" those with the ordinary backward in them.
 With --tiles each kernel is timed with each of them in place of the table's, where it compiles.
 """
 
@@ -24,7 +25,7 @@ from attention_levels import LARGE, Case, call_of, levels
 from json_lines import JsonLines
 
 from ebwm_kernels.attention import launches, triton_backend
-from ebwm_kernels.attention.tuning import KERNELS, Tile, tile_for
+from ebwm_kernels.attention.tuning import Tile, tile_for
 from ebwm_scale.core.arguments import ArgumentParser
 
 Marks = list[tuple[str, Tile, torch.cuda.Event, torch.cuda.Event]]
@@ -64,10 +65,8 @@ def measure(case: Case, tile: Tile | None, repeats: int) -> Iterator[dict]:
     except Exception as error:  # noqa: BLE001  such as a tile that takes too much memory
         yield about | {"failed": f"{type(error).__name__}: {error}"[:600]}
         return
-    for kernel in KERNELS:
+    for kernel in sorted({name for name, *_ in marks}):
         times = [start.elapsed_time(end) for name, _, start, end in marks if name == kernel]
-        if not times:
-            continue
         tiles = {used for name, used, _, _ in marks if name == kernel}
         yield about | {
             "kernel": kernel,
@@ -89,7 +88,8 @@ def marked(marks: Marks, tile: Tile | None) -> Iterator[None]:
         start.record()
         launch(kernel, num_programs, pointers, named, used)
         end.record()
-        marks.append((kernel.__name__, used, start, end))
+        joint = " joint" if named.get("JOINT") else ""
+        marks.append((kernel.__name__ + joint, used, start, end))
 
     launches.launch = timed
     launches.tile_for = tile_for if tile is None else lambda *_, **__: tile
