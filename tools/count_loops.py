@@ -29,6 +29,8 @@ from ebwm_kernels.attention.tuning import KERNELS
 from ebwm_scale.core.arguments import ArgumentParser
 from ebwm_scale.core.provenance import provenance
 
+# Before and after loops without masks; with the ordinary backward in them (joint.py).
+PARTS = ("before", "after", "joint")
 LABEL = re.compile(r"^(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w[\w.]*)(.*);")
 TARGET = re.compile(r"\(?(\.L_x_\d+)\)?")
@@ -86,7 +88,7 @@ def main() -> int:
     parser.add_argument("--head-dimension", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--use", nargs="+", default=list(USES), choices=USES)
-    parser.add_argument("--part", choices=("before", "after"), default="after", help="of the file")
+    parser.add_argument("--part", choices=PARTS, default="after", help="of the file")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="the counts, as a file")
     arguments = parser.parse_args()
     compile_kernels.usage_of = with_loops(compile_kernels.usage_of)
@@ -112,6 +114,7 @@ def main() -> int:
 def row_of(row: dict) -> dict:
     """What the file holds of a program."""
     kept = ("kernel", "architecture", "head_dimension", "use", "tile", "register_limit", "second")
+    kept += ("joint",)
     kept += ("registers", "spilled_bytes", "shared_kib", "loops")
     return {name: row[name] for name in kept if name in row}
 

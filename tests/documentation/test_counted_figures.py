@@ -57,6 +57,10 @@ def test_the_errors_of_whole_steps_are_those_of_their_file():
     assert f"between {least:.1f} and {largest:.1f}" in text, (least, largest)
 
 
+# What the joint kernels are in place of, beside their own form without the ordinary backward.
+APART = {"_second_query": "_gradient_query", "_second_key": "_gradient_key"}
+
+
 def test_the_page_on_kernels_quotes_the_instructions_of_their_loops():
     text = (ROOT / "docs/kernels.md").read_text()
     parts = json.loads((ROOT / "results/attention_loops.json").read_text())
@@ -66,14 +70,21 @@ def test_the_page_on_kernels_quotes_the_instructions_of_their_loops():
         whole, edges = after[kernel]
         assert f"| `{kernel}` | {masked} | {whole} | {edges} |" in text, kernel
         assert whole < masked
+    joint = quoted_loops(parts["joint"]["programs"], of_joint=True)
+    assert len(joint) == 2
+    for kernel, (whole, edges) in joint.items():
+        assert f"| `{kernel}` with the ordinary backward |  | {whole} | {edges} |" in text, kernel
+        apart = after[kernel][0] + after[APART[kernel]][0]
+        assert whole < apart, (kernel, whole, apart)
 
 
-def quoted_loops(programs: list[dict]) -> dict[str, list[int]]:
+def quoted_loops(programs: list[dict], of_joint: bool = False) -> dict[str, list[int]]:
     """Kernel -> instructions of its loops; of 9.0 at 64 columns with own keys."""
     found = {}
     for program in programs:
         place = (program["architecture"], program["head_dimension"], program["use"])
-        if place == ("sm_90", 64, "energy") and program["loops"]:
+        joint = program.get("joint", False)
+        if place == ("sm_90", 64, "energy") and program["loops"] and joint == of_joint:
             loops = program["loops"]
             found[program["kernel"]] = [loop["instructions"] for loop in loops]
     return found

@@ -272,8 +272,8 @@ def test_every_tile_of_the_table_computes_the_same(monkeypatch):
             monkeypatch.setattr(
                 launches,
                 "tile_for",
-                lambda kernel, a, d, dtype, *rest: attention_tuning.tile_for(
-                    kernel, a, d, torch.bfloat16, *rest
+                lambda kernel, a, d, dtype, *rest, **more: attention_tuning.tile_for(
+                    kernel, a, d, torch.bfloat16, *rest, **more
                 ),
             )
             check(case, "triton")
