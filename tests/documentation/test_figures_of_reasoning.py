@@ -106,36 +106,86 @@ def solved(recipe: dict, num_steps: int) -> dict:
     return point["solved"]
 
 
+def stopping_in_words(energy: dict) -> tuple[str, str]:
+    """(Steps, rank correlations with the difficulty) of thinking that stops, seed by seed."""
+    stopped = energy["settling"]
+    taken = ", ".join(f"{seed['mean_steps']['mean']:.1f}" for seed in stopped)
+    ranks = [seed["rank_correlation_of_steps_with_difficulty"]["mean"] for seed in stopped]
+    return taken, ", ".join(f"{rank:.2f}" for rank in ranks)
+
+
 @pytest.mark.parametrize(
-    "family, seeds, less_loss, more_solved",
-    [("muon_reachability", 3, "+00", "+00"), ("muon_shortest_path", 2, "0--", "000")],
+    "family, more_seeds, signs_of_both",
+    [("muon_reachability", 1, ("+00", "+00")), ("muon_shortest_path", 0, ("0-", "0-"))],
 )
 def test_the_page_on_reasoning_says_only_what_mazes_with_muon_say(
-    family, seeds, less_loss, more_solved
+    family, more_seeds, signs_of_both
 ):
+    """more_seeds: whether sixteen layers are there, with a single one."""
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
     study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
     recipes = study["recipes"]
     against = [study["against"]["energy"][name] for name in list(recipes)[1:]]
-    assert list(recipes) == ["energy", "transformer++-4", "looped-4x4", "transformer++-16"]
+    names = ["energy", "transformer++-4", "looped-4x4", "transformer++-16"]
+    assert list(recipes) == names[: 3 + more_seeds]
     numbers = [len(recipe["seeds"]) for recipe in recipes.values()]
-    assert numbers == [seeds, seeds, seeds, 1]
-    assert signs([other["fall_of_loss"] for other in against]) == less_loss
-    assert signs([other["rise_of_solved"] for other in against]) == more_solved
-    energy = recipes["energy"]
-    stopped = energy["settling"]
-    taken = ", ".join(f"{seed['mean_steps']['mean']:.1f}" for seed in stopped)
-    ranks = [seed["rank_correlation_of_steps_with_difficulty"]["mean"] for seed in stopped]
-    assert f"takes {taken} steps" in text
-    assert ", ".join(f"{rank:.2f}" for rank in ranks) in text
+    assert numbers == [3, 3, 3, 1][: 3 + more_seeds]
+    for gained, expected in zip(("fall_of_loss", "rise_of_solved"), signs_of_both):
+        assert signs([other[gained] for other in against]) == expected
+    taken, ranks = stopping_in_words(recipes["energy"])
+    assert f"takes {taken} steps" in text and f"{ranks}." in text
     of_larger = {}
     for name in ("energy", "looped-4x4"):
         (of_larger[name],) = recipes[name]["larger"].values()
     four, sixteen = (with_its_interval(solved(of_larger["energy"], n), 3) for n in (4, 16))
     assert f"it solves {four} after four steps and {sixteen} after sixteen" in text
-    # one seed's later steps do nothing
+    looped = with_its_interval(solved(of_larger["looped-4x4"], 4), 3)
+    assert f"the layers passed four times {looped}" in text
+
+
+def test_the_page_on_reasoning_says_which_steps_pay_on_shortest_paths():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_muon_shortest_path.json").read_text())
+    energy, looped = study["recipes"]["energy"], study["recipes"]["looped-4x4"]
+    gains = [point["gain_over_previous"] for point in energy["steps"][1:4]]
+    for kind in ("fall_of_loss", "rise_of_solved"):
+        assert signs([gain[kind] for gain in gains]) == "++0"
+        assert all(of_seed > 0 for gain in gains[:2] for of_seed in gain[kind]["seeds"])
+    one, three = (f"{solved(energy, n)['mean']:.2f}" for n in (1, 3))
+    assert f"After the first it solves {one}, after the third {three};" in text
+    for seed in energy["settling"]:
+        assert signs([seed["gain_over_trained"]["fall_of_loss"]]) == "0"
+    beyond = energy["beyond_trained"]["16"]["fall_of_loss"]
+    rise = f"{-beyond['mean']:.3f} [{-beyond['high']:.3f}, {-beyond['low']:.3f}]"
+    assert f"after sixteen the loss is {rise} higher" in text
+    four, many = (solved(looped, n)["mean"] for n in (4, 16))
+    assert f"{many:.2f} solved in place of {four:.2f}" in text
+    (last,) = [point for point in energy["steps"] if point["num_steps"] == 4]
+    ends = [f"{loss:.4f}" for loss in last["loss"]["seeds"]]
+    assert f"{ends[0]}, {ends[1]} and {ends[2]}" in text
+
+
+def test_damped_steps_on_shortest_paths_were_stable_and_did_little():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_muon_shortest_path_damped.json").read_text())
+    energy, deep = study["recipes"]["energy"], study["recipes"]["transformer++-16"]
+    four, of_deep = solved(energy, 4), solved(deep, 1)
+    assert f"It solved {four['mean']:.2f}, and sixteen layers {of_deep['mean']:.2f} in" in text
+    assert -energy["beyond_trained"]["16"]["fall_of_loss"]["mean"] < 0.002
+    for recipe in (study["against"]["energy"][name] for name in ("looped-4x4", "transformer++-16")):
+        assert signs([recipe["fall_of_loss"]]) == "-"  # both others are ahead
+    assert idle_seeds(energy) == 1
+
+
+def test_the_page_on_mazes_says_that_one_seed_s_later_steps_do_nothing():
+    study = json.loads((ROOT / "results" / "reasoning_muon_reachability.json").read_text())
+    assert idle_seeds(study["recipes"]["energy"]) == 1
+
+
+def idle_seeds(energy: dict) -> int:
+    """With how many seeds the second step solves next to nothing more."""
     gains = energy["steps"][1]["gain_over_previous"]["rise_of_solved"]["seeds"]
-    assert sum(abs(gain) < 0.01 for gain in gains) == 1, gains
+    return sum(abs(gain) < 0.01 for gain in gains)
 
 
 def test_the_page_on_reasoning_quotes_the_mazes_that_were_too_many_steps_or_too_large():
