@@ -114,24 +114,15 @@ def stopping_in_words(energy: dict) -> tuple[str, str]:
     return taken, ", ".join(f"{rank:.2f}" for rank in ranks)
 
 
-@pytest.mark.parametrize(
-    "family, more_seeds, signs_of_both",
-    [("muon_reachability", 1, ("+00", "+00")), ("muon_shortest_path", 0, ("0-", "0-"))],
-)
-def test_the_page_on_reasoning_says_only_what_mazes_with_muon_say(
-    family, more_seeds, signs_of_both
-):
-    """more_seeds: whether sixteen layers are there, with a single one."""
+def test_the_page_on_reasoning_says_only_what_mazes_with_muon_say():
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
-    study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
+    study = json.loads((ROOT / "results" / "reasoning_muon_reachability.json").read_text())
     recipes = study["recipes"]
     against = [study["against"]["energy"][name] for name in list(recipes)[1:]]
-    names = ["energy", "transformer++-4", "looped-4x4", "transformer++-16"]
-    assert list(recipes) == names[: 3 + more_seeds]
-    numbers = [len(recipe["seeds"]) for recipe in recipes.values()]
-    assert numbers == [3, 3, 3, 1][: 3 + more_seeds]
-    for gained, expected in zip(("fall_of_loss", "rise_of_solved"), signs_of_both):
-        assert signs([other[gained] for other in against]) == expected
+    assert list(recipes) == ["energy", "transformer++-4", "looped-4x4", "transformer++-16"]
+    assert [len(recipe["seeds"]) for recipe in recipes.values()] == [3, 3, 3, 1]
+    for gained in ("fall_of_loss", "rise_of_solved"):
+        assert signs([other[gained] for other in against]) == "+00"
     taken, ranks = stopping_in_words(recipes["energy"])
     assert f"takes {taken} steps" in text and f"{ranks}." in text
     of_larger = {}
@@ -139,30 +130,83 @@ def test_the_page_on_reasoning_says_only_what_mazes_with_muon_say(
         (of_larger[name],) = recipes[name]["larger"].values()
     four, sixteen = (with_its_interval(solved(of_larger["energy"], n), 3) for n in (4, 16))
     assert f"it solves {four} after four steps and {sixteen} after sixteen" in text
-    looped = with_its_interval(solved(of_larger["looped-4x4"], 4), 3)
-    assert f"the layers passed four times {looped}" in text
 
 
 def test_the_page_on_reasoning_says_which_steps_pay_on_shortest_paths():
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
     study = json.loads((ROOT / "results" / "reasoning_muon_shortest_path.json").read_text())
-    energy, looped = study["recipes"]["energy"], study["recipes"]["looped-4x4"]
+    recipes, against = study["recipes"], study["against"]["energy"]
+    energy, looped = recipes["energy"], recipes["looped-4x4"]
+    assert all(len(recipe["seeds"]) == 3 for recipe in recipes.values())
     gains = [point["gain_over_previous"] for point in energy["steps"][1:4]]
     for kind in ("fall_of_loss", "rise_of_solved"):
         assert signs([gain[kind] for gain in gains]) == "++0"
         assert all(of_seed > 0 for gain in gains[:2] for of_seed in gain[kind]["seeds"])
-    one, three = (f"{solved(energy, n)['mean']:.2f}" for n in (1, 3))
-    assert f"After the first it solves {one}, after the third {three};" in text
-    for seed in energy["settling"]:
-        assert signs([seed["gain_over_trained"]["fall_of_loss"]]) == "0"
-    beyond = energy["beyond_trained"]["16"]["fall_of_loss"]
-    rise = f"{-beyond['mean']:.3f} [{-beyond['high']:.3f}, {-beyond['low']:.3f}]"
-    assert f"after sixteen the loss is {rise} higher" in text
+        assert signs([against["transformer++-4"][kind], against["looped-4x4"][kind]]) == "+0"
+    second, third = (with_its_interval(gain["rise_of_solved"], 2) for gain in gains[:2])
+    assert f"the second solves {second} more, the third {third}." in text
+    assert f"after twelve it solves {solved(energy, 12)['mean']:.2f}." in text
     four, many = (solved(looped, n)["mean"] for n in (4, 16))
-    assert f"{many:.2f} solved in place of {four:.2f}" in text
-    (last,) = [point for point in energy["steps"] if point["num_steps"] == 4]
-    ends = [f"{loss:.4f}" for loss in last["loss"]["seeds"]]
-    assert f"{ends[0]}, {ends[1]} and {ends[2]}" in text
+    assert f"{many:.2f} solved after sixteen in place of {four:.2f}" in text
+    lost = [seed["gain_over_trained"]["fall_of_loss"] for seed in energy["settling"]]
+    assert sorted(signs(lost)) == ["-", "-", "0"]
+    (larger,), (of_looped,) = energy["larger"].values(), looped["larger"].values()
+    three, twelve = (with_its_interval(solved(larger, n), 3) for n in (3, 12))
+    assert f"it solves {three} after three steps and {twelve} after twelve" in text
+    assert f"passed four times {with_its_interval(solved(of_looped, 4), 3)}" in text
+    more = energy["parameters"] / looped["parameters"] - 1
+    assert f"It has {100 * more:.0f} % more parameters" in text
+
+
+def test_the_page_on_reasoning_says_what_weights_that_rise_do_on_shortest_paths():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_muon_shortest_path.json").read_text())
+    rising = study["recipes"]["energy-rising"]
+    ends = ", ".join(f"{loss:.3f}" for loss in rising["steps"][3]["loss"]["seeds"])
+    assert f"end at {ends} with the three seeds" in text
+    assert signs([rising["steps"][2]["gain_over_previous"]["fall_of_loss"]]) == "+"
+    taken, ranks = stopping_in_words(rising)
+    assert f"takes {taken} steps, with rank correlations of {ranks}" in text
+    for seed in rising["settling"]:
+        assert signs([seed["gain_over_trained"]["fall_of_loss"]]) == "0"
+
+
+def test_the_page_on_reasoning_says_what_is_solved_of_larger_mazes_that_are_read():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    study = json.loads((ROOT / "results" / "reasoning_muon_inside.json").read_text())
+    few, many = study["recipes"].values()
+    (a, b, c), (d, e, f) = shares_of_larger(few, (1, 4, 16))
+    shown = f"it solves {a} after one step, {b} after four and {c} after sixteen;"
+    assert f"{shown} of 8 by 8 {d}, {e} and {f}." in text
+    (a, b, c), (d, e, f) = shares_of_larger(many, (1, 10, 15))
+    shown = f"of 7 by 7 {a} after one, {b} after ten and {c} after fifteen;"
+    assert f"{shown} of 8 by 8 {d}, {e} and {f}." in text
+    for recipe, more in ((few, "16"), (many, "15")):  # what more than the trained steps adds
+        for name in INSIDE:
+            beyond = recipe["larger"][name]["beyond_trained"][more]["rise_of_solved"]
+            assert beyond["low"] <= 0
+
+
+INSIDE = ("inside-larger-7", "inside-larger-8")
+
+
+def shares_of_larger(recipe: dict, numbers: tuple[int, ...]) -> list[list[str]]:
+    """What is solved of each larger size after these numbers of steps."""
+    return [
+        [f"{solved(recipe['larger'][name], number)['mean']:.2f}" for number in numbers]
+        for name in INSIDE
+    ]
+
+
+def test_the_page_on_reasoning_quotes_the_runs_beside_the_study_of_shortest_paths():
+    text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
+    names = {"reachability": "mazes", "sudoku": "Sudokus", "shortest-path": "shortest paths"}
+    names["hops"] = "look-ups of one to six hops"
+    rows = rows_of("reasoning_muon_tries_steps.jsonl")[1:]
+    assert len(rows) == 11
+    for row in rows:
+        start = f"* {names[row['family']]}, {row['tried']}, seed {row['seed']}"
+        assert f"{start}: {row['losses'][-1]:.4f}" in text, row
 
 
 def test_damped_steps_on_shortest_paths_were_stable_and_did_little():
@@ -216,6 +260,21 @@ def test_readme_and_results_quote_what_is_solved_of_mazes_at_equal_flops():
     assert f"With Muon it is {deep}, {looped} and {energy}." in readme
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert f"{energy} of the mazes beside {deep} and {looped}." in results
+
+
+def test_the_readme_quotes_what_is_solved_of_shortest_paths():
+    study = json.loads((ROOT / "results" / "reasoning_muon_shortest_path.json").read_text())
+    energy, once, looped = (
+        f"{after_its_trained_steps(study['recipes'][name])['solved']['mean']:.2f}"
+        for name in ("energy", "transformer++-4", "looped-4x4")
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = (
+        f"It solves {energy}, Transformer++ of its layers {once}, and passed four times {looped}"
+    )
+    assert f"{shown}, to which no difference shows" in readme
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"Shortest paths: {energy} beside {looped} of the same passed four times" in results
 
 
 def test_the_page_on_reasoning_quotes_the_runs_beside_the_studies_of_mazes():
