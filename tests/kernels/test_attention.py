@@ -95,6 +95,10 @@ def test_large_scores_and_a_large_common_key_keep_the_gradients(case, backend):
     [SMALL, pytest.param(SMALL_PLAIN, marks=pytest.mark.soak)],
     ids=["energy", "causal"],
 )
+# the interpreter takes a minute, and is compared with plain autograd above
+@pytest.mark.parametrize(
+    "backend", ["reference", pytest.param("triton", marks=[INTERPRETED, pytest.mark.soak])]
+)
 def test_gradcheck_and_gradgradcheck(case, backend):
     """Context of energy_attention included: it is differentiable twice with respect to all five."""
     case = case._replace(B=1, H=2, H_kv=1, S=3, C=4, offset=1)
