@@ -202,8 +202,9 @@ def test_the_page_on_reasoning_quotes_the_runs_beside_the_study_of_shortest_path
     text = (ROOT / "docs" / "reasoning.md").read_text(encoding="utf-8")
     names = {"reachability": "mazes", "sudoku": "Sudokus", "shortest-path": "shortest paths"}
     names["hops"] = "look-ups of one to six hops"
+    names["shortest-path-inside"] = "shortest paths in a common square"
     rows = rows_of("reasoning_muon_tries_steps.jsonl")[1:]
-    assert len(rows) == 11
+    assert len(rows) == 13
     for row in rows:
         start = f"* {names[row['family']]}, {row['tried']}, seed {row['seed']}"
         assert f"{start}: {row['losses'][-1]:.4f}" in text, row

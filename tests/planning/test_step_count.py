@@ -52,6 +52,21 @@ def test_a_step_of_medium_stays_within_its_launches_and_bytes():
     assert planned.pointwise_bytes == pytest.approx(count.pointwise.bytes, rel=0.03)
 
 
+def test_what_the_joint_pass_of_attention_saves_is_what_the_page_says(monkeypatch):
+    """kernels/ebwm_kernels/attention/joint.py: counted with it and without."""
+    joint = counted("medium")
+    monkeypatch.setattr(attention_ops, "may_join", lambda *_, **__: False)
+    apart = counted("medium")
+    shown = [
+        f"{one.total.launches} launches, {one.pointwise.bytes / 1e9:.1f} GB and "
+        f"{one.total.flops / 1e12:.1f} TFLOP"
+        for one in (apart, joint)
+    ]
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert f"from {shown[0]} to {shown[1].replace(' launches', '')}" in text
+    assert apart.total.launches - joint.total.launches == 7 * 24 * 2  # layers, steps
+
+
 # Gigabytes of pointwise traffic of a step of xxs; in plain PyTorch 131, 137, 78, 93, 87.
 BOUNDS = {"logits": 58, "clamped": 47, "z-loss": 47, "full graph": 54, "64 candidates": 36}
 

@@ -8,6 +8,7 @@ from test_fused_step import OBSTACLE, step
 
 from ebwm_kernels.attention import ops
 
+# Triton has wheels for Linux x86-64 alone, and there the test extra brings it.
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"Triton's interpreter: {OBSTACLE}")
 # Name in test_fused_step.OPTIONS -> passes of two layers and two steps that join.
 JOINED = {

@@ -13,12 +13,16 @@ use for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ebwm_kernels.attention.ops import PRODUCTS
+from ebwm_kernels.attention.schema import NUM_INPUTS, NUM_REST
+from ebwm_kernels.attention.tensors import Inputs
 from ebwm_kernels.attention.visibility import Shape, hidden_pairs, visible_pairs
 
 # Of ops.PRODUCTS, those whose inner or outer dimension is that of values; the others have that of
@@ -71,176 +75,51 @@ def _is_unknown(x: Tensor) -> bool:
     return x.is_meta or isinstance(x, FakeTensor)
 
 
+def _flops_of(made: tuple[int, int], arguments: Sequence) -> int:
+    """FLOPs of (products, those of values among them); arguments: an operation's from q on."""
+    inputs = Inputs(*arguments[:NUM_INPUTS])
+    rest = arguments[-NUM_REST:]
+    q, k, v, k_self, _, first_visible = inputs
+    return _flops(*made, q, k, v, k_self, first_visible, Shape(*rest[:-1]))
+
+
+def _made(level: str, backend: str, with_keys: bool | None = None) -> tuple[int, int]:
+    """(Products, those of values among them) of a level."""
+    products, of_values = PRODUCTS[backend][level], VALUE_PRODUCTS[backend][level]
+    if with_keys is None:
+        return products, of_values
+    return products[with_keys], of_values[with_keys]
+
+
 @register_flop_formula(torch.ops.ebwm.attention, get_raw=True)
-def _(
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-    *,
-    out_val=None,
-):
-    shape = Shape(scale, offset, causal, group_size, context_group)
-    products = PRODUCTS[backend]["forward"]
-    value_products = VALUE_PRODUCTS[backend]["forward"]
-    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
+def _(*arguments, out_val=None):
+    return _flops_of(_made("forward", arguments[-1]), arguments)
 
 
 @register_flop_formula(torch.ops.ebwm.attention_gradient, get_raw=True)
-def _(
-    grad,
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    out,
-    log_normalizer,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-    with_keys,
-    compiled,
-    *,
-    out_val=None,
-):
-    shape = Shape(scale, offset, causal, group_size, context_group)
-    products = PRODUCTS[backend]["gradient"][with_keys]
-    value_products = VALUE_PRODUCTS[backend]["gradient"][with_keys]
-    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
+def _(_grad, *arguments, out_val=None):
+    *arguments, with_keys, _compiled = arguments
+    return _flops_of(_made("gradient", arguments[-1], with_keys), arguments)
 
 
 @register_flop_formula(torch.ops.ebwm.attention_double_backward, get_raw=True)
-def _(
-    a,
-    b,
-    c,
-    b_self,
-    c_self,
-    grad,
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    out,
-    log_normalizer,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-    *,
-    out_val=None,
-):
-    shape = Shape(scale, offset, causal, group_size, context_group)
-    products = PRODUCTS[backend]["double_backward"][b is not None]
-    value_products = VALUE_PRODUCTS[backend]["double_backward"][b is not None]
-    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
+def _(_a, b, _c, _b_self, _c_self, _grad, *arguments, out_val=None):
+    return _flops_of(_made("double_backward", arguments[-1], b is not None), arguments)
 
 
 @register_flop_formula(torch.ops.ebwm.attention_double_backward_up, get_raw=True)
-def _(
-    a,
-    b_self,
-    c_self,
-    grad,
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    out,
-    log_normalizer,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-    *,
-    out_val=None,
-):
-    shape = Shape(scale, offset, causal, group_size, context_group)
-    return _flops(*UP, q, k, v, k_self, first_visible, shape)
+def _(_a, _b_self, _c_self, _grad, *arguments, out_val=None):
+    return _flops_of(UP, arguments)
 
 
 @register_flop_formula(torch.ops.ebwm.attention_double_backward_down, get_raw=True)
-def _(
-    a,
-    b_self,
-    c_self,
-    grad,
-    mu,
-    phi,
-    delta,
-    g_out,
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    out,
-    log_normalizer,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-    with_keys,
-    *,
-    out_val=None,
-):
-    shape = Shape(scale, offset, causal, group_size, context_group)
-    products, value_products = DOWN[with_keys]
-    if g_out is not None:
-        more = DOWN_JOINT[with_keys]
-        products, value_products = products + more, value_products + more
-    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
+def _(_a, _b_self, _c_self, _grad, _mu, _phi, _delta, g_out, *arguments, out_val=None):
+    *arguments, with_keys = arguments
+    products, of_values = DOWN[with_keys]
+    more = 0 if g_out is None else DOWN_JOINT[with_keys]
+    return _flops_of((products + more, of_values + more), arguments)
 
 
 @register_flop_formula(torch.ops.ebwm.attention_tangent, get_raw=True)
-def _(
-    a,
-    b,
-    c,
-    b_self,
-    c_self,
-    q,
-    k,
-    v,
-    k_self,
-    v_self,
-    first_visible,
-    out,
-    log_normalizer,
-    scale,
-    offset,
-    causal,
-    group_size,
-    context_group,
-    backend,
-    *,
-    out_val=None,
-):
-    shape = Shape(scale, offset, causal, group_size, context_group)
-    products = PRODUCTS[backend]["tangent"][b is not None]
-    value_products = VALUE_PRODUCTS[backend]["tangent"][b is not None]
-    return _flops(products, value_products, q, k, v, k_self, first_visible, shape)
+def _(_a, b, _c, _b_self, _c_self, *arguments, out_val=None):
+    return _flops_of(_made("tangent", arguments[-1], b is not None), arguments)

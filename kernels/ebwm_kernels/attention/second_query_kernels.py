@@ -444,7 +444,7 @@ def _second_query(
         gq, left_over = _second_over(
             q, a, g, g_out, k_own, v_own, b_own, c_own, S, tiles, first, last,
             normalizer, mu, phi, delta, rho,
-            gq, left_over, factor, scale, HEAD, VALUE, BN, False, True, True, JOINT,
+            gq, left_over, factor, scale, HEAD, VALUE, BN, False, True, True, False,
         )  # fmt: skip
     elif OWN:  # in the epilogue: nothing of it lives through the loop
         z_own = statistic(Z + own, rows, S)

@@ -348,7 +348,7 @@ def second_again(
                 gq = second_one_by_one(
                     q, a, g, g_out, k_own, v_own, b_own, c_own, S, start, end, first, last,
                     normalizer, mu, phi, delta, rho, gq, factor, scale, HEAD, VALUE, True, True,
-                    JOINT,
+                    False,
                 )  # fmt: skip
             elif OWN:
                 z_own, ds_own = statistic(Z + own, rows, S), statistic(DS + own, rows, S)

@@ -92,9 +92,9 @@ def double_backward(
     cotangents: Cotangents, grad: Tensor, inputs: Inputs, output: Output, shape: Shape
 ) -> SecondGradients:
     """As reference.double_backward."""
-    call = Call(inputs, shape)
-    g_grad, statistics = _up(call, cotangents, grad, output)
-    rest = _down(call, cotangents, grad, None, statistics, inputs, output, with_keys=True)
+    at = (inputs, output, shape)
+    g_grad, statistics = double_backward_up(cotangents, grad, *at)
+    rest = double_backward_down(cotangents, grad, None, statistics, *at, with_keys=True)
     assert rest.k is not None and rest.v is not None, "they were asked for"
     return SecondGradients(g_grad, rest.q, rest.k, rest.v, rest.k_self, rest.v_self)
 
@@ -102,8 +102,12 @@ def double_backward(
 def double_backward_up(
     cotangents: Cotangents, grad: Tensor, inputs: Inputs, output: Output, shape: Shape
 ) -> tuple[Tensor, Statistics]:
-    """As joint.double_backward_up."""
-    return _up(Call(inputs, shape), cotangents, grad, output)
+    """gG, and what the second half needs (joint.py)."""
+    call = Call(inputs, shape)
+    g_grad = empty_for(grad)
+    statistics = Statistics(call.statistic(), call.statistic(), call.statistic())
+    _tangent_into(g_grad, call, cotangents, grad, output, statistics)
+    return g_grad, statistics
 
 
 def double_backward_down(
@@ -117,31 +121,13 @@ def double_backward_down(
     *,
     with_keys: bool,
 ) -> Gradients:
-    """As joint.double_backward_down."""
+    """gQ, gK, gV, gk*, gv*, with what the ordinary backward of g_out adds (joint.py).
+
+    g_out: (B, H, S, d_v) or None; only for own keys, one per query, whose kernel makes rho.
+    """
     call = Call(inputs, shape)
-    return _down(call, cotangents, grad, g_out, statistics, inputs, output, with_keys=with_keys)
-
-
-def _up(
-    call: Call, cotangents: Cotangents, grad: Tensor, output: Output
-) -> tuple[Tensor, Statistics]:
-    g_grad = empty_for(grad)
-    statistics = Statistics(call.statistic(), call.statistic(), call.statistic())
-    _tangent_into(g_grad, call, cotangents, grad, output, statistics)
-    return g_grad, statistics
-
-
-def _down(
-    call: Call,
-    cotangents: Cotangents,
-    grad: Tensor,
-    g_out: Tensor | None,
-    statistics: Statistics,
-    inputs: Inputs,
-    output: Output,
-    *,
-    with_keys: bool,
-) -> Gradients:
+    is_single = call.own and not call.own_groups
+    assert g_out is None or is_single, "joint.may_join"
     result = Gradients(
         q=empty_for(inputs.q),
         k=empty_for(inputs.k) if with_keys else None,
@@ -160,7 +146,7 @@ def _down(
         own = (*numbers, result.k_self, result.v_self)
         own_cotangents = (b_self, c_self)
         call.over_own_keys(
-            _second_key, *call.own_keys, *of_rows, *own_cotangents, *own, KEYS=True, **is_joint
+            _second_key, *call.own_keys, *of_rows, *own_cotangents, *own, KEYS=True, JOINT=False
         )
     elif call.own:
         z, ds = call.statistic(), call.statistic()
