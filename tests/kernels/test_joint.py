@@ -194,6 +194,16 @@ def test_it_is_counted_as_21_products():
     assert counter.get_total_flops() == 21 * 2 * heads * pairs * d
 
 
+def test_the_gradient_s_node_has_an_edge_to_that_of_the_ordinary_backward():
+    """So autograd runs it first, whatever threads and devices it has: in one thread the order of
+    creation alone would do.
+    """
+    *tensors, _ = inputs()
+    out = ours(*tensors)
+    (inner,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
+    assert out.grad_fn in [node for node, _ in inner.grad_fn.next_functions]
+
+
 def test_a_graph_that_is_kept_gives_the_same_twice():
     tensors = inputs()
     loss = two_layers(ours, *tensors)

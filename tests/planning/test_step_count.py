@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ebwm_kernels.attention import launches as attention_launches
+from ebwm_kernels.attention import ops as attention_ops
 from ebwm_kernels.attention import triton_backend
 from ebwm_kernels.attention.ops import TRITON_INSTALLED
 from ebwm_kernels.attention.tensors import Cotangents, Inputs
