@@ -26,6 +26,11 @@ def check_refinement(config: Config, require: Require) -> None:
         "a compiled step decides itself what it keeps; use none",
     )
     _check_backprop_steps(config, require)
+    require(
+        refinement.damping > 0 or refinement.damping_after == 1,
+        f"refinement.damping_after is {refinement.damping_after} with refinement.damping 0: no "
+        "step is damped; give damping a power, such as 3, or leave damping_after out",
+    )
     has_logits = config.state.kind == "embedding" or refinement.update != "probabilities"
     require(
         refinement.decay == 0 or has_logits,

@@ -21,7 +21,8 @@ With `state.workspace` numbers z beside x are refined by the same energy, and no
 w = Z z enters beside e, and z_(i+1) = z_i - beta * dE/dz (model/workspace.py).
 
 With `refinement.momentum` a step goes on with a share of the one before it (momentum.py).
-With `refinement.damping` later steps are shorter, alpha / i^p of step i = 1, 2, .., beta too.
+With `refinement.damping` later steps are shorter, alpha / i^p of step i = 1, 2, .., beta too;
+with `damping_after` those beyond the first k, alpha (k / i)^p.
 With `refinement.decay` a step starts from a share of x and z (decay.py).
 With `refinement.level_weight` the loss also asks that E(x_i) is the loss of x_i (energy_level.py).
 With `refinement.accept: lower` a row whose energy a step does not lower stays (acceptance.py).

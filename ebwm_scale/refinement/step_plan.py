@@ -123,8 +123,9 @@ def plan_steps(
 
 
 def step_scale(config: RefinementConfig, index: int) -> float:
-    """Factor on alpha and beta of step `index`, by `refinement.damping`."""
-    return (index + 1) ** -config.damping
+    """Factor on alpha and beta of step `index`, by `refinement.damping` and `damping_after`."""
+    number = max(config.damping_after, index + 1)
+    return (number / config.damping_after) ** -config.damping
 
 
 def last_encoding(config: RefinementConfig, index: int) -> int:

@@ -104,6 +104,7 @@ CASES = {
         "refinement": {"num_steps": 3, "decay": 0.3, "update": "mirror"},
     },
     "damping": TEXT | {"refinement": {"damping": 1.0, "num_steps": 3}},
+    "damping_after": TEXT | {"refinement": {"damping": 2.0, "damping_after": 2, "num_steps": 4}},
     "workspace, damping, decay": {
         "model": {"vocabulary_size": 31, "energy_head": ["bilinear"]},
         "state": {"workspace": 5},

@@ -179,7 +179,8 @@ def reference_loss(model, observed, targets, *, num_steps, source, sample_ids):
     shrunk = 1.0 if config.accept == "always" else torch.ones((), dtype=torch.float64)
     scored_from = max(0, num_steps - (config.backprop_steps or num_steps))
     for i, landscape in enumerate(model.landscapes(num_steps)):
-        scale = shrunk / (i + 1) ** config.damping
+        beyond = max(1.0, (i + 1) / config.damping_after)
+        scale = shrunk / beyond**config.damping
         last = i == num_steps - 1
         if config.graph != "full" or i <= scored_from:
             x = x.detach()
