@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from preloaded import PreloadedRun
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "kernels" / "README.md"])
@@ -114,25 +115,19 @@ HELP = {}
 def help_of(target):
     if target not in HELP:
         start = ["-m", target] if target.startswith("ebwm_scale.") else [str(ROOT / target)]
-        done = subprocess.run(
-            [sys.executable, *start, "--help"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=ROOT,
-        )
-        assert done.returncode == 0, done.stderr
-        HELP[target] = done.stdout
-        choice = re.search(r"\{([a-z,-]+)\} \.\.\.", done.stdout)
+        HELP[target] = output_of([*start, "--help"])
+        choice = re.search(r"\{([a-z,-]+)\} \.\.\.", HELP[target])
         for part in choice[1].split(",") if choice else []:
-            HELP[target] += subprocess.run(
-                [sys.executable, *start, part, "--help"],
-                capture_output=True,
-                text=True,
-                timeout=120,
-                cwd=ROOT,
-            ).stdout
+            HELP[target] += output_of([*start, part, "--help"])
     return HELP[target]
+
+
+def output_of(command):
+    """What a script or module says that ends well."""
+    run = PreloadedRun(command, ROOT, {})
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    return output
 
 
 def test_there_are_commands():

@@ -144,8 +144,8 @@ def test_one_program_serves_all_sizes_and_scales():
 def test_a_tile_that_does_not_fit_is_reported():
     """The compiler itself accepts it: memory is held against the limits here."""
     process = run_tool(
-        *("--architecture", "sm_86", "--head-dimension", "256", "--use", "energy"),
-        *("--kernel", "_tangent", "--tile", "64,64,8,2"),
+        *("--architecture", "sm_86", "--head-dimension", "256", "--use", "causal"),
+        *("--kernel", "_forward", "--tile", "64,64,4,3"),
     )
     assert process.returncode == 1 and not json.loads(process.stdout.splitlines()[0])["fits"]
 

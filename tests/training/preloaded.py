@@ -1,8 +1,9 @@
-"""Runs of train.py whose libraries are imported already: more than half of what a tiny run costs.
+"""Runs of train.py, and of other scripts and modules, whose libraries are imported already: more
+than half of what a tiny run costs.
 
 One process per test session imports torch, DeepSpeed and matplotlib, nothing of ebwm_scale, and
 forks for each run. The run is a process like any other: its own session, folder, environment and
-output, signals and an exit code; train.py runs in it from its first line. What a fork shares with
+output, signals and an exit code; the script runs in it from its first line. What a fork shares with
 its siblings is Python's hash seed; so what runs are compared with is started afresh.
 """
 
@@ -179,6 +180,11 @@ if __name__ == "__main__":
     import runpy
 
     command = serve(int(sys.argv[1]))
-    sys.argv = command
-    sys.path[0] = str(Path(command[0]).parent)
-    runpy.run_path(command[0], run_name="__main__")
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        sys.path[0] = os.getcwd()
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path[0] = str(Path(command[0]).parent)
+        runpy.run_path(command[0], run_name="__main__")
