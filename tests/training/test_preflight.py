@@ -5,12 +5,12 @@ is written.
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from preloaded import PreloadedRun
 from training_runs import ROOT, TINY, end
 
 from ebwm_scale.config.load import config_from_dict
@@ -29,19 +29,12 @@ def configuration(dataset, **sections):
     return config_from_dict(values)
 
 
-def doctor(config: Path, run_dir: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "ebwm_scale.doctor", "--config", str(config)),
-            *("--run-dir", str(run_dir)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-    )
+def doctor(config: Path, run_dir: Path) -> tuple[int, str]:
+    """Its exit code, and what it says."""
+    command = ["-m", "ebwm_scale.doctor", "--config", str(config), "--run-dir", str(run_dir)]
+    run = PreloadedRun(command, ROOT, {})
+    output, _ = run.communicate(timeout=200)
+    return run.wait(), output
 
 
 REFUSED = {
@@ -71,8 +64,8 @@ def test_the_dry_run_the_doctor_and_training_refuse_it_in_the_same_words(runs, n
         said.append(next(line for line in output.splitlines() if part in line))
         assert "Traceback" not in output
     assert said[0] == said[1]
-    done = doctor(runs.folder / f"{name}.yaml", runs.folder / name)
-    assert done.returncode == 2 and said[0] in done.stdout and "1 missing" in done.stdout
+    code, output = doctor(runs.folder / f"{name}.yaml", runs.folder / name)
+    assert code == 2 and said[0] in output and "1 missing" in output
     assert not (runs.folder / name).exists()
 
 
