@@ -250,34 +250,6 @@ def test_the_page_on_reasoning_quotes_the_mazes_that_were_too_many_steps_or_too_
     assert f"{solved(energy, 4)['seeds'][1]:.2f}" == f"{one:.2f}"
 
 
-def test_readme_and_results_quote_what_is_solved_of_mazes_at_equal_flops():
-    study = json.loads((ROOT / "results" / "reasoning_muon_reachability.json").read_text())
-    shares = [
-        f"{after_its_trained_steps(study['recipes'][name])['solved']['mean']:.2f}"
-        for name in ("transformer++-16", "looped-4x4", "energy")
-    ]
-    deep, looped, energy = shares
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"With Muon it is {deep}, {looped} and {energy}." in readme
-    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert f"{energy} of the mazes beside {deep} and {looped}." in results
-
-
-def test_the_readme_quotes_what_is_solved_of_shortest_paths():
-    study = json.loads((ROOT / "results" / "reasoning_muon_shortest_path.json").read_text())
-    energy, once, looped = (
-        f"{after_its_trained_steps(study['recipes'][name])['solved']['mean']:.2f}"
-        for name in ("energy", "transformer++-4", "looped-4x4")
-    )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = (
-        f"It solves {energy}, Transformer++ of its layers {once}, and passed four times {looped}"
-    )
-    assert f"{shown}, to which no difference shows" in readme
-    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert f"Shortest paths: {energy} beside {looped} of the same passed four times" in results
-
-
 def test_the_page_on_reasoning_quotes_the_runs_beside_the_studies_of_mazes():
     text = (ROOT / "docs" / "reasoning-forms.md").read_text(encoding="utf-8")
     for row in rows_of("reasoning_muon_tries_mazes.jsonl")[1:]:
@@ -285,23 +257,6 @@ def test_the_page_on_reasoning_quotes_the_runs_beside_the_studies_of_mazes():
         rate = row["settings"][0].split("=")[1]
         line = f"* {family}, {row['tried']}, rate {rate}: {row['losses'][-1]:.4f}"
         assert line in text, line
-
-
-def test_the_readme_quotes_what_is_solved_of_mazes_and_sudokus():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [
-        ("muon_reachability", "transformer++-4"),
-        ("reachability", "transformer++-4"),
-        ("muon_sudoku", "transformer++-4"),
-        ("muon_sudoku", "looped-4x4"),
-    ]
-    for family, other in rows:
-        study = json.loads((ROOT / "results" / f"reasoning_{family}.json").read_text())
-        cells = []
-        for name in (other, "energy"):
-            trained = after_its_trained_steps(study["recipes"][name])
-            cells.append(", ".join(f"{share:.2f}" for share in trained["solved"]["seeds"]))
-        assert f"| {cells[0]} | {cells[1]} | `results/reasoning_{family}.json` |" in text
 
 
 def test_the_page_on_reasoning_quotes_the_runs_before_the_study_with_muon():
