@@ -183,7 +183,7 @@ class RefinementConfig(Section):
     damping: NotNegative = 0.0
     """p: alpha and beta of step i = 1, 2, .. are over i ** p, also beyond the trained steps."""
     damping_after: Count = 1
-    """k: with damping the first k steps keep their length, step i > k has that times (k / i) ** p."""
+    """k: the first k steps keep their length, and damping gives step i > k (k / i) ** p of it."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """mu: a step of the state and of a workspace goes on with so much of the one before it."""
     accept: Literal["always", "lower"] = "always"
