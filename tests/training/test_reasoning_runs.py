@@ -20,7 +20,7 @@ pytestmark = pytest.mark.multiprocess
 ROOT = training_runs.ROOT
 SMALL = [
     "model.num_layers=1",
-    "model.width=16",
+    "model.width=24",
     "train.max_steps=2",
     "train.global_batch_size=8",
     "schedule.warmup_steps=1",
@@ -60,7 +60,9 @@ def test_the_commands_of_the_page_lead_from_shards_to_what_is_solved(tmp_path, m
             words = [
                 str(ROOT / word) if word.endswith((".py", ".yaml")) else word for word in words
             ]
-            subprocess.run([sys.executable, *words, *SMALL], check=True, timeout=240)
+            has_workspace = words[2].endswith("reachability.yaml")  # replay refuses one
+            settings = SMALL[:-1] if has_workspace else SMALL
+            subprocess.run([sys.executable, *words, *settings], check=True, timeout=240)
     run = Path("runs/products")
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     entropy = json.loads(Path("data/products/manifest.json").read_text())
