@@ -24,6 +24,7 @@ from ebwm_scale.core.errors import UserError
 from ebwm_scale.core.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
+BASELINE, ENERGY = "Transformer++, for comparison", "the energy-based world model"
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 MAZE, LARGER_MAZE = 6, 8  # cells a side
 NUM_MAZES, HELD_OUT_MAZES = 48_000, 500
@@ -98,30 +99,15 @@ def main() -> int:
 
     name = "quickstart" + ("" if arguments.modality == "text" else f"_{arguments.modality}")
     baseline, energy = arguments.runs / f"{name}_baseline", arguments.runs / name
-    for title, run in (
-        ("Transformer++, for comparison", baseline),
-        ("the energy-based world model", energy),
-    ):
-        announce(f"training {title}: {run}")
-        code = subprocess.run(
-            [
-                *launcher(),
-                str(ROOT / "ebwm_scale" / "train.py"),
-                "--config",
-                str(ROOT / "configs" / f"{run.name}.yaml"),
-                "--run-dir",
-                str(run),
-                "--set",
-                f"data.manifest={manifest}",
-                "--resume",
-            ]
-        ).returncode
-        if code:
-            print(
-                f"training ended with exit code {code}; repeat the command to go on",
-                file=sys.stderr,
-            )
-            return code
+    is_narrow = arguments.modality == "reasoning"
+    train = train_at_once if is_narrow and has_cores_for_two() else train_in_turn
+    code = train(baseline, energy, manifest, announce)
+    if code:
+        print(
+            f"training ended with exit code {code}; repeat the command to go on",
+            file=sys.stderr,
+        )
+        return code
 
     from ebwm_scale.report import write_report
 
@@ -305,6 +291,68 @@ def video_dataset(
         config,
         progress=progress,
     )
+
+
+def train_in_turn(baseline: Path, energy: Path, manifest: Path, announce) -> int:
+    """Train both models, one after the other. The exit code of the first that fails, or 0."""
+    for title, run in ((BASELINE, baseline), (ENERGY, energy)):
+        announce(f"training {title}: {run}")
+        code = subprocess.run(training(run, manifest)).returncode
+        if code:
+            return code
+    return 0
+
+
+def train_at_once(baseline: Path, energy: Path, manifest: Path, announce) -> int:
+    """Train both models, of one thread each, side by side. The exit code of one that fails, or 0.
+
+    Transformer++ writes to a file beside its run folder. It ends with this process, kill -9 aside.
+    """
+    said = baseline.with_suffix(".log")
+    said.parent.mkdir(parents=True, exist_ok=True)
+    announce(f"training {BASELINE}: {baseline}, on a core of its own; it writes to {said}")
+    with said.open("w", encoding="utf-8") as output:
+        beside = subprocess.Popen(
+            training(baseline, manifest), stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        announce(f"training {ENERGY}: {energy}")
+        code = subprocess.run(training(energy, manifest)).returncode
+        if code:
+            return code
+        code = beside.wait()
+    finally:
+        if beside.poll() is None:
+            beside.terminate()
+            beside.wait()
+    if code:
+        last = said.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+        print("\n".join([f"{BASELINE} says in {said}:", *last]), file=sys.stderr)
+    return code
+
+
+def has_cores_for_two() -> bool:
+    """Whether two processes of one thread find a core each; GPUs are for one training at a time."""
+    import torch
+
+    from ebwm_scale.data.prepare.scanning import num_cores
+
+    return not torch.cuda.is_available() and num_cores() > 1
+
+
+def training(run: Path, manifest: Path) -> list[str]:
+    """The command that trains a run by the configuration of its name, or goes on with it."""
+    return [
+        *launcher(),
+        str(ROOT / "ebwm_scale" / "train.py"),
+        "--config",
+        str(ROOT / "configs" / f"{run.name}.yaml"),
+        "--run-dir",
+        str(run),
+        "--set",
+        f"data.manifest={manifest}",
+        "--resume",
+    ]
 
 
 def launcher() -> list[str]:

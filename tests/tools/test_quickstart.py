@@ -62,8 +62,8 @@ def test_the_reasoning_quick_start_ends_with_a_page_and_goes_on_where_it_was(
     assert [result["grid"] for result in results] == [[6, 6], [8, 8]]
     assert [result["num_samples"] for result in results] == [12, 6]
     for result in results:
-        assert result["trained_steps"] == 6
-        assert [point["num_steps"] for point in result["steps"]] == list(range(1, 7))
+        assert result["trained_steps"] == 3
+        assert [point["num_steps"] for point in result["steps"]] == [1, 2, 3]
         assert result["against"]["kind"] == "baseline" and result["examples"]["mark"] == "+"
     page = (folder / "solving.html").read_text(encoding="utf-8")
     assert "Does thinking pay?" in page and "Transformer++" in page and 'class="state"' in page
@@ -133,3 +133,24 @@ def test_the_two_models_of_the_reasoning_quick_start_are_of_one_size_and_data_or
     batches = quickstart.NUM_MAZES // energy.train.global_batch_size
     assert energy.train.max_steps == batches  # each maze is seen once
     assert energy.refinement.num_steps in quickstart.MOST_STEPS
+
+
+def test_a_training_beside_another_that_fails_is_named_and_one_that_runs_ends_with_it(
+    monkeypatch, tmp_path, capsys
+):
+    programs = {
+        "sound": [sys.executable, "-c", "print('trained')"],
+        "failed": [sys.executable, "-c", "print('a reason'); raise SystemExit(3)"],
+        "endless": [sys.executable, "-c", "import time; time.sleep(600)"],
+    }
+    monkeypatch.setattr(quickstart, "training", lambda run, manifest: programs[run.name])
+
+    def code_of(baseline: str, energy: str) -> int:
+        runs = (tmp_path / "runs" / baseline, tmp_path / "runs" / energy)
+        return quickstart.train_at_once(*runs, tmp_path / "manifest.json", lambda stage: None)
+
+    assert code_of("sound", "sound") == 0
+    assert (tmp_path / "runs" / "sound.log").read_text() == "trained\n"
+    assert code_of("failed", "sound") == 3
+    assert "a reason" in capsys.readouterr().err
+    assert code_of("endless", "failed") == 3  # and returns
