@@ -129,6 +129,16 @@ def test_the_pages_quote_what_one_term_alone_is_worth_and_costs():
     assert f"ends at {tries[-1]['validation_loss_per_step'][0]:.3f}" in text
 
 
+def test_the_page_on_recipes_quotes_the_steps_that_pay_on_tasks_and_not_on_text():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = rows_of("text_steps_tries.jsonl")[1:]
+    for row in rows:
+        line = f"* {row['tried']}: {row['losses'][-1]:.3f} at {row['training_flops']:.2f}"
+        assert line in text, line
+    one, *further = (row["losses"][-1] for row in rows if row["config"] == "quickstart")
+    assert len(further) == 2 and one < min(further)
+
+
 def test_the_page_on_recipes_quotes_the_energies_of_several_starts():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for name in ("direct_noise", "direct_noise_two", "direct_noise_langevin"):
