@@ -99,8 +99,8 @@ def main() -> int:
 
     name = "quickstart" + ("" if arguments.modality == "text" else f"_{arguments.modality}")
     baseline, energy = arguments.runs / f"{name}_baseline", arguments.runs / name
-    is_narrow = arguments.modality == "reasoning"
-    train = train_at_once if is_narrow and has_cores_for_two() else train_in_turn
+    takes_one_core = arguments.modality == "reasoning"  # OMP_NUM_THREADS above
+    train = train_at_once if takes_one_core and has_cores_for_two() else train_in_turn
     code = train(baseline, energy, manifest, announce)
     if code:
         print(
