@@ -24,6 +24,7 @@ from ebwm_scale.core.errors import UserError
 from ebwm_scale.core.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 60.0  # seconds for a training that was asked to end
 BASELINE, ENERGY = "Transformer++, for comparison", "the energy-based world model"
 VOCABULARY_SIZE, CONTEXT_LENGTH = 2048, 64
 MAZE, LARGER_MAZE = 6, 8  # cells a side
@@ -322,13 +323,21 @@ def train_at_once(baseline: Path, energy: Path, manifest: Path, announce) -> int
             return code
         code = beside.wait()
     finally:
-        if beside.poll() is None:
-            beside.terminate()
-            beside.wait()
+        end(beside)
     if code:
         last = said.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
         print("\n".join([f"{BASELINE} says in {said}:", *last]), file=sys.stderr)
     return code
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ask a process to save and end, and end it where it does not in time."""
+    process.terminate()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def has_cores_for_two() -> bool:

@@ -135,6 +135,9 @@ def test_the_two_models_of_the_reasoning_quick_start_are_of_one_size_and_data_or
     assert energy.refinement.num_steps in quickstart.MOST_STEPS
 
 
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+
+
 def test_a_training_beside_another_that_fails_is_named_and_one_that_runs_ends_with_it(
     monkeypatch, tmp_path, capsys
 ):
@@ -142,7 +145,9 @@ def test_a_training_beside_another_that_fails_is_named_and_one_that_runs_ends_wi
         "sound": [sys.executable, "-c", "print('trained')"],
         "failed": [sys.executable, "-c", "print('a reason'); raise SystemExit(3)"],
         "endless": [sys.executable, "-c", "import time; time.sleep(600)"],
+        "deaf": [sys.executable, "-c", DEAF],
     }
+    monkeypatch.setattr(quickstart, "PATIENCE", 3.0)
     monkeypatch.setattr(quickstart, "training", lambda run, manifest: programs[run.name])
 
     def code_of(baseline: str, energy: str) -> int:
@@ -154,3 +159,4 @@ def test_a_training_beside_another_that_fails_is_named_and_one_that_runs_ends_wi
     assert code_of("failed", "sound") == 3
     assert "a reason" in capsys.readouterr().err
     assert code_of("endless", "failed") == 3  # and returns
+    assert code_of("deaf", "failed") == 3
