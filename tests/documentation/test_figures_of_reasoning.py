@@ -12,6 +12,9 @@ from quoted import (
     with_its_interval,
 )
 
+from ebwm_scale.config.load import load_config
+from ebwm_scale.refinement.step_plan import step_scale
+
 FAMILIES = ("sudoku", "reachability", "shortest_path")
 KINDS = ("fall_of_loss", "rise_of_solved")
 OTHERS = ("transformer++-4", "looped-4x4")
@@ -113,6 +116,17 @@ def test_what_the_looped_form_does_when_it_is_passed_more_often():
         looped = study_of(family)["recipes"]["looped-4x4"]
         a, b = (after(looped, n)["solved"]["mean"] for n in (4, 16))
         assert f"solves {b:.2f} in place of {a:.2f}." in page(), family
+    looped = study_of("reachability")["recipes"]["looped-4x4"]
+    four, sixteen = (after(looped, n)["solved"]["seeds"] for n in (4, 16))
+    assert sum(many < few - 0.01 for few, many in zip(four, sixteen)) == 2
+    assert "falls with two of three seeds" in page()
+
+
+def test_all_steps_beyond_the_trained_ones_are_as_long_together_as_the_page_says():
+    refinement = load_config("quickstart_reasoning").refinement
+    assert refinement.damping_after == refinement.num_steps == 3
+    length = sum(step_scale(refinement, index) for index in range(3, 10_000))
+    assert f"together {length:.2f} trained steps long" in page()
 
 
 def test_larger_mazes_are_not_solved():
