@@ -4,6 +4,7 @@ training steps.
 """
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_the_two_models_of_the_reasoning_quick_start_are_of_one_size_and_data_or
     assert energy.refinement.num_steps in quickstart.MOST_STEPS
 
 
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+ENDLESS = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+DEAF = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {ENDLESS}"
 
 
 def test_a_training_beside_another_that_fails_is_named_and_one_that_runs_ends_with_it(
@@ -144,7 +146,8 @@ def test_a_training_beside_another_that_fails_is_named_and_one_that_runs_ends_wi
     programs = {
         "sound": [sys.executable, "-c", "print('trained')"],
         "failed": [sys.executable, "-c", "print('a reason'); raise SystemExit(3)"],
-        "endless": [sys.executable, "-c", "import time; time.sleep(600)"],
+        "failed_late": [sys.executable, "-c", "import time; time.sleep(2); raise SystemExit(3)"],
+        "endless": [sys.executable, "-c", ENDLESS],
         "deaf": [sys.executable, "-c", DEAF],
     }
     monkeypatch.setattr(quickstart, "PATIENCE", 3.0)
@@ -158,5 +161,8 @@ def test_a_training_beside_another_that_fails_is_named_and_one_that_runs_ends_wi
     assert (tmp_path / "runs" / "sound.log").read_text() == "trained\n"
     assert code_of("failed", "sound") == 3
     assert "a reason" in capsys.readouterr().err
-    assert code_of("endless", "failed") == 3  # and returns
-    assert code_of("deaf", "failed") == 3
+    for name in ("endless", "deaf"):
+        assert code_of(name, "failed_late") == 3
+        process = int((tmp_path / "runs" / f"{name}.log").read_text())
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
