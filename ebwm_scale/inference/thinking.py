@@ -202,6 +202,8 @@ def _think_comparing(
     z = noise.initial_workspace()
     z_result = z  # of all rows, as result is
     motion = z_motion = None  # of the step before, with momentum
+    # The first energy is of the first encoding, also where another start has gone further before.
+    function.begin_step(0, measured_in, state.embed().vectors, _mapped(workspace, z))
     energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
     added = _added_by_decay(model, x, z, energy)
     if watch is not None:

@@ -254,6 +254,7 @@ def test_thinking_over_all_positions_takes_the_best_start_of_the_last(accept_onl
                 dataclasses.replace(config, num_starts=1),
                 noise=noise,
             )
+            torch.testing.assert_close(alone.trace[:, 0, -1], thought.trace[:, row, start])
             torch.testing.assert_close(alone.energy[0, -1], thought.energy[row, start])
             torch.testing.assert_close(alone.state[0, -1], thought.state[row, start])
     assert torch.equal(prediction.energy, thought.energy.amin(1))
