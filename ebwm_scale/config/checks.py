@@ -162,14 +162,14 @@ def _check_model(config: Config, require: Require) -> None:
         "does; take bilinear, or model.conditioning adaln",
     )
     require(
-        model.loops == 1 or model.kind == "baseline",
-        f"model.loops is {model.loops}: only a baseline passes its blocks again, an energy model "
-        "takes refinement.num_steps; leave the key out",
-    )
-    require(
         model.loop_loss == "last" or model.loops > 1,
         f"model.loop_loss is {model.loop_loss} with model.loops {model.loops}: there is one loss; "
         "leave the key out",
+    )
+    require(
+        model.loop_loss == "last" or model.kind == "baseline",
+        f"model.loop_loss is {model.loop_loss}: only a baseline is scored after each pass, an "
+        "energy model by refinement.loss; leave the key out",
     )
     is_frame_baseline = model.kind == "baseline" and config.state.kind == "embedding"
     require(

@@ -84,7 +84,8 @@ class ModelConfig(Section):
     energy_head: Annotated[tuple[HeadTerm, ...], BeforeValidator(as_tuples)] = ("linear",)
     """Terms of the energy behind the last block, see model/energy_head.py; released: linear."""
     loops: Annotated[int, Field(gt=0, le=10**4)] = 1
-    """Of a baseline: passes through the same blocks, see model/baseline.py; 1: Transformer++."""
+    """Times that the observed stream passes its blocks: of a baseline see model/baseline.py, of an
+    energy model the candidates see the last pass."""
     loop_loss: Literal["last", "every"] = "last"
     """Of a looped baseline: the loss after the last pass, or the mean over those after each."""
     vocabulary_size: Annotated[int, Field(gt=0, le=10**8)] | None = None

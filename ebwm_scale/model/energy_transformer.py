@@ -10,6 +10,11 @@ are passed again with the predictions e added to it:
     stream  = network.add_predictions(front, e)     o_t + U e_t
     context = network.context_of(network.advance(stream, landscape, number of blocks))
 
+Looped (`model.loops` n), the observed stream is read n times, as a looped baseline reads it
+(baseline.py), and candidates see the last pass:
+
+    h_1 = blocks(o)      h_(i+1) = blocks(h_i + o)      what is encoded: h_(n-1) + o
+
 The observed stream passes all blocks, the predicted stream the last `model.predicted_layers` of
 them. `model.predicted_input: anchored` adds to a candidate what the observed stream has where the
 predicted one enters: the embedding of o_t, or, in front of a later block, its state at position t.
@@ -35,7 +40,7 @@ Step conditioning (`model.conditioning`) tells refinement steps apart by a lands
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,6 +57,9 @@ from ebwm_scale.model.module_list import ModuleList
 from ebwm_scale.model.norm import Modulation, RMSNorm
 from ebwm_scale.model.rotary import Rotary, RotaryTable
 from ebwm_scale.model.sequence import SequencePart
+
+Advance = Callable[..., ObservedStream]
+"""As EnergyTransformer.advance."""
 
 
 class EnergyTransformer(nn.Module):
@@ -97,6 +105,7 @@ class EnergyTransformer(nn.Module):
                 "use default, adaln, adaln_zero or predicted_only"
             )
         self.group_size = group_size
+        self.num_loops = config.loops
         self.num_conditions = num_conditions
         self.conditioning = config.conditioning
         self.num_landscapes = num_landscapes
@@ -200,14 +209,30 @@ class EnergyTransformer(nn.Module):
         return self.context_of(self.advance(stream, landscape, len(self.layers)))
 
     def start(
-        self, observed: Tensor, landscape: int, first_visible: Tensor | None = None
+        self,
+        observed: Tensor,
+        landscape: int,
+        first_visible: Tensor | None = None,
+        advance: Advance | None = None,
     ) -> ObservedStream:
-        """The observed stream (B, S, D) in front of the first block; first_visible: Context."""
-        rows, offset = self.prepend_landscape(observed, landscape)
-        return ObservedStream(rows, offset, first_visible=first_visible)
+        """The observed stream (B, S, D) in front of the first block, before its last pass.
 
-    def advance(self, stream: ObservedStream, landscape: int, stop: int) -> ObservedStream:
-        """The stream in front of block `stop`; stop = number of blocks: behind the last one."""
+        first_visible: Context. advance: what takes it through the passes before; default: ours.
+        """
+        advance = advance or self.advance
+        rows, offset = self.prepend_landscape(observed, landscape)
+        stream = ObservedStream(rows, offset, first_visible=first_visible)
+        for _ in range(self.num_loops - 1):
+            passed = advance(stream, landscape, len(self.layers), whole=True)
+            stream = replace(stream, rows=passed.rows + rows)
+        return stream
+
+    def advance(
+        self, stream: ObservedStream, landscape: int, stop: int, *, whole: bool = False
+    ) -> ObservedStream:
+        """The stream in front of block `stop`; stop = number of blocks: behind the last one, where
+        the head reads it, or with `whole`.
+        """
         if stop == stream.block:
             return stream
         modulations, _ = self.modulations_of(landscape, predicted=False)
@@ -219,7 +244,7 @@ class EnergyTransformer(nn.Module):
             layer = self.layers[index]
             if index == self.first_predicted:
                 entry = rows
-            if self.goes_behind(index):
+            if whole or self.goes_behind(index):
                 keys, values, rows = layer.observed_with_keys(
                     rows, rotary, modulations[index], stream.first_visible
                 )
@@ -230,7 +255,7 @@ class EnergyTransformer(nn.Module):
         return replace(stream, rows=rows, block=stop, keys_values=tuple(keys_values), entry=entry)
 
     def goes_behind(self, block: int) -> bool:
-        """Whether the observed stream behind a block is read.
+        """Whether the last pass of the observed stream is read behind a block.
 
         Of the last one only the keys and values are, unless the head reads more.
         """

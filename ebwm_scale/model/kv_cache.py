@@ -8,8 +8,8 @@
 The same formulas as training, for rows that stand at the end of their own context (see
 closed_form.py). Row b sees the first lengths[b] entries of its cache; what lies behind is masked.
 All blocks' keys and values are kept, also where the predicted stream passes the last ones only:
-a further observed position reads them. A looped baseline has keys and values of its own for each
-pass of a block.
+a further observed position reads them. A looped network has keys and values of its own for each
+pass of a block; candidates see those of the last one.
 
 In a sequence of groups of P positions, read "group" for "position": lengths are multiples of P,
 what is appended is a group, and K candidates for the next one are K P rows, one candidate after the
@@ -105,13 +105,16 @@ class LandscapeKVCache:
         self.context_group = network.context_group
         self.is_energy = isinstance(network, EnergyTransformer)
         self.offset = 0  # rows in front of the context: the landscape's token
-        self.layers = list(network.layers)  # in the order in which they are passed
-        if isinstance(network, BaselineTransformer):
-            self.layers *= network.num_loops
+        # In the order in which they are passed.
+        self.layers = list(network.layers) * network.num_loops
         self.modulations: Sequence[Modulation | None] = [None] * len(self.layers)
+        self.first_predicted = 0  # of the layers above, the first that candidates pass
         if isinstance(network, EnergyTransformer):
             self.offset = int(network.conditioning == "time_embed")
-            self.modulations, _ = network.modulations_of(landscape, predicted=False)
+            modulations, _ = network.modulations_of(landscape, predicted=False)
+            self.modulations = list(modulations) * network.num_loops
+            before_last_pass = len(self.layers) - len(network.layers)
+            self.first_predicted = before_last_pass + network.first_predicted
         self.capacity = capacity + self.offset
         self.keys: list[Tensor] = []  # per passed layer (B, H_kv, capacity, d)
         self.values: list[Tensor] = []
@@ -223,15 +226,14 @@ class LandscapeKVCache:
             factors = factors.repeat(1, num_candidates, 1)
         factors = factors[:, None]
         mask = self._mask(self.lengths)
-        first = network.first_predicted
         readout = self._for_each(self.readout, num_candidates)
         anchor = self._for_each(self.anchor, num_candidates)
         p = embedded if anchor is None else embedded + anchor
         kept = []
-        for index, modulation in enumerate(modulations):
-            seen = self._seen(first + index)
+        passed = range(self.first_predicted, len(self.layers))
+        for index, modulation in zip(passed, modulations):
             p, block = block_forward(
-                network.layers[first + index], p, factors, *seen, mask, modulation
+                self.layers[index], p, factors, *self._seen(index), mask, modulation
             )
             kept.append(block)
         energy, normed = head_forward(network, p, final, embedded, readout)
@@ -239,21 +241,16 @@ class LandscapeKVCache:
             return energy, None
 
         gradient, direct = head_backward(network, p, normed, final, embedded, readout)
-        for index in reversed(range(len(kept))):
+        for index, modulation in zip(reversed(passed), reversed(modulations)):
             gradient = block_backward(
-                network.layers[first + index],
-                gradient,
-                kept.pop(),
-                factors,
-                *self._seen(first + index),
-                modulations[index],
+                self.layers[index], gradient, kept.pop(), factors, *self._seen(index), modulation
             )
         if direct is not None:
             gradient = gradient + direct
         return energy, gradient
 
     def _begins_again(self, index: int) -> bool:
-        """Whether a further pass of a looped baseline begins here, see model/baseline.py."""
+        """Whether a further pass of a looped network begins here, see model/baseline.py."""
         return index > 0 and index % len(self.network.layers) == 0
 
     def _keep_anchor(self, index: int, last: Tensor) -> None:
@@ -261,7 +258,7 @@ class LandscapeKVCache:
         network = self.network
         if not isinstance(network, EnergyTransformer) or not network.is_anchored:
             return
-        if index == network.first_predicted:
+        if index == self.first_predicted:
             self.anchor = last
 
     def _keep_readout(self, last: Tensor) -> None:
@@ -275,7 +272,7 @@ class LandscapeKVCache:
         """Of the last block only the keys and values are read, unless a head reads its output."""
         if not isinstance(self.network, EnergyTransformer) or self.network.reads_output:
             return True
-        return index + 1 < len(self.network.layers)
+        return index + 1 < len(self.layers)
 
     def _seen(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as far as any row has them."""

@@ -72,6 +72,7 @@ class StepSizes:
     keys: int
     feed_forward: int
     layers: int
+    loops: int  # passes of the observed stream
     predicted_layers: int  # blocks of the predicted stream
     state: int  # V: vocabulary size, or dimension of a frame embedding
     positions: int
@@ -116,6 +117,7 @@ class StepSizes:
             keys=keys,
             feed_forward=sizes.feed_forward_width,
             layers=sizes.num_layers,
+            loops=model.loops,
             predicted_layers=sizes.predicted_layers,
             state=state_size(config),
             positions=context_length(config),
@@ -305,8 +307,8 @@ def _level_flops(config: Config, z: StepSizes, samples: int) -> float:
 def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
     """Of encoding the observed stream, again before further steps too; by kind.
 
-    Of the last block only keys and values exist, unless the head reads more; adaLN of the final
-    norm is computed but not used. A pass through some blocks computes the adaLN of all of them.
+    Of the last pass's last block only keys and values exist, unless the head reads more; adaLN of
+    the final norm is computed but not used. A pass through some blocks computes the adaLN of all of them.
     """
     rows = samples * z.positions
     observed_rows = samples * (z.observed_positions + z.offset)
@@ -325,6 +327,8 @@ def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
     if z.first_reencoded:
         in_front = z.first_reencoded
         parts.append((z.fronts, in_front * z.block_weights, 0, in_front, in_front))
+    earlier = Passes(z.fronts.forward * (z.loops - 1), z.fronts.backward * (z.loops - 1))
+    parts.append((earlier, z.layers * z.block_weights, 0, z.layers, z.layers))
     feedback = z.again.forward + z.again.backward + z.graph_predictions
     if z.workspace:  # a workspace has a matrix of its own; what starts it has no gradient
         feedback *= 2

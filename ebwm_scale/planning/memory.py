@@ -155,6 +155,8 @@ def memory_estimate(
             + z.layers * 2 * K
             + K * config.model.qk_norm
         )
+        of_pass = z.layers * (D if by_block else observed_block + 2 * K)
+        kept += (z.loops - 1) * of_pass
         if z.reads_output:
             kept += CONTEXT_TERM_D * D
             kept += 0 if by_block else observed_block - LAST_OBSERVED_D * D

@@ -114,7 +114,12 @@ def energy_and_gradients(
 
 
 def advance(
-    network: EnergyTransformer, stream: ObservedStream, landscape: int, stop: int
+    network: EnergyTransformer,
+    stream: ObservedStream,
+    landscape: int,
+    stop: int,
+    *,
+    whole: bool = False,
 ) -> ObservedStream:
     """`network.advance` one block at a time; with a graph where gradients are enabled."""
     if stop == stream.block:
@@ -129,7 +134,7 @@ def advance(
         inputs += layers[-1].inputs
     # The predicted stream enters in front of layers[first], where it has not done so before.
     first = max(0, network.first_predicted - stream.block)
-    goes_behind = network.goes_behind(stop - 1)
+    goes_behind = whole or network.goes_behind(stop - 1)
     entry, rows, *flat = _Encode.apply(layers, first, goes_behind, stream.rows, *inputs)
     if network.first_predicted >= stop:
         entry = None

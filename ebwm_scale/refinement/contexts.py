@@ -4,7 +4,8 @@ Step 0, and every step without `refinement.reencode`, reads the first encoding: 
 alone, encoded once for all steps and tiles that read it. With `refinement.reencode` a further step
 reads one that the predictions before it shaped (e_t: position t's embedded candidate):
 
-    front    the observed stream in front of the blocks that are encoded again, once per landscape
+    front    the observed stream in front of the blocks that are encoded again, once per landscape,
+             behind all earlier passes (`model.loops`)
     first    the rest of the blocks on front
     again    the rest of the blocks on front + U e (+ Uz w, of mapped workspaces)
 
@@ -99,7 +100,9 @@ class ContextCache:
 
     def _front(self, landscape: int) -> ObservedStream:
         def encode() -> ObservedStream:
-            stream = self.network.start(self.observed, landscape, self.first_visible)
+            stream = self.network.start(
+                self.observed, landscape, self.first_visible, self.advance
+            )
             return self.advance(stream, landscape, self.network.first_reencoded)
 
         stream = self._once(FRONT, landscape, encode)

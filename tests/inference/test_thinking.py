@@ -86,6 +86,31 @@ CASES = {
     },
     "every other step encoded again": TEXT
     | {"refinement": {"reencode": "all", "reencode_every": 2, "num_steps": 4}},
+    "looped": {
+        "model": {
+            "vocabulary_size": 31,
+            "loops": 3,
+            "predicted_input": "anchored",
+            "predicted_layers": 2,
+            "energy_head": ["direct", "context"],
+        }
+    },
+    "looped, adaln, all layers": {
+        "model": {"vocabulary_size": 31, "loops": 2, "conditioning": "adaln"},
+    },
+    "looped, time_embed": {
+        "model": {
+            "vocabulary_size": 31,
+            "loops": 2,
+            "conditioning": "time_embed",
+            "own_keys": False,
+            "predicted_layers": 1,
+        },
+    },
+    "looped, encoded again": {
+        "model": {"vocabulary_size": 31, "loops": 2},
+        "refinement": {"reencode": 2, "num_steps": 3},
+    },
     "workspace": {
         "model": {"vocabulary_size": 31, "energy_head": ["bilinear", "context"]},
         "state": {"workspace": 5, "workspace_initial": "random_noise"},
@@ -147,6 +172,7 @@ CASES = {
     "video, decay": VIDEO | {"refinement": {"decay": 0.3, "num_steps": 3}},
     "video, momentum": VIDEO | {"refinement": {"momentum": 0.7, "num_steps": 4}},
     "video, encoded again": VIDEO | {"refinement": {"reencode": 1}},
+    "video, looped": VIDEO | {"model": {"loops": 3, "predicted_input": "anchored"}},
     "video, shallow": VIDEO
     | {
         "model": {

@@ -222,8 +222,8 @@ def test_a_cache_whose_loops_share_keys_is_seen(monkeypatch):
 
 
 def test_what_no_loop_belongs_to_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"model.loops is 2: only a baseline passes its blocks"):
-        config_from_dict({"model": {"loops": 2}})
+    with pytest.raises(ConfigError, match=r"model.loop_loss is every: only a baseline is scored"):
+        config_from_dict({"model": {"loops": 2, "loop_loss": "every"}})
     with pytest.raises(ConfigError, match=r"model.loop_loss is every with model.loops 1"):
         config_from_dict({"model": {"kind": "baseline", "loop_loss": "every"}})
     with pytest.raises(ConfigError, match=r"model.loops is 3 \(only one pass\)"):

@@ -94,6 +94,19 @@ MEMORY_CASES = {
         "refinement": {"reencode": 2, "num_steps": 3, "graph": "full"},
         "model": {"num_layers": 4},
     },
+    "text, looped": {
+        "refinement": {"num_steps": 1, "update": "mirror"},
+        "model": {"loops": 3, "num_layers": 2, "predicted_layers": 1},
+        "state": {"initial": "zeros"},
+    },
+    "text, looped, full": {
+        "refinement": {"num_steps": 2, "graph": "full"},
+        "model": {"loops": 2},
+    },
+    "text, looped, blocks recomputed": {
+        "refinement": {"num_steps": 2, "recompute": "block"},
+        "model": {"loops": 3},
+    },
     "text, workspace": {
         "model": {"energy_head": ["bilinear", "context"]},
         "state": {"workspace": 64},

@@ -114,6 +114,12 @@ def reference_energy(model, candidate, observed, landscape, fed=None, workspace=
     at_predicted = rotary.slice(offset + 1, S)
     first = settings.num_layers - settings.predicted_layers
     p = candidate if workspace is None else candidate + workspace
+    entered = o
+    for _ in range(settings.loops - 1):
+        for layer, modulation in zip(network.layers, of_observed):
+            pair = layer.keys_values(o, at_observed, modulation)
+            o = layer.forward_observed(o, *pair, at_observed, modulation)
+        o = o + entered
     for index, layer in enumerate(network.layers):
         if fed is not None and index == settings.num_layers - reencoded_blocks(model.config):
             change = fed[0] @ network.feedback.weight.T

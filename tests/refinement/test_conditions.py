@@ -155,6 +155,10 @@ def defined_energy(model, candidate, observed, landscape, fed=None, workspace=No
     o, p = observed, candidate
     if workspace is not None:
         p = p + workspace
+    for _ in range(settings.loops - 1):
+        for index, layer in enumerate(network.layers):
+            o, _ = both_streams(layer, o, p, model, (of_observed[index], None))
+        o = o + observed
     for index, layer in enumerate(network.layers):
         if fed is not None and index == again:
             o = o + among_conditions(fed[0] @ network.feedback.weight.T)
@@ -217,6 +221,7 @@ CASES = {
         "state": {"workspace": 5},
         "refinement": {"reencode": "all", "recompute": "block"},
     },
+    "looped": {"data": LINE, "model": {"loops": 3, "predicted_layers": 1}},
     "tokens": {"data": LINE, "kind": "vocabulary", "refinement": {"update": "mirror"}},
 }
 

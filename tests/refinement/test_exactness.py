@@ -332,6 +332,48 @@ def test_an_observed_stream_that_is_encoded_again_is_exact(graph, name, options)
 @pytest.mark.parametrize(
     "name, options",
     {
+        "plain": {"model": {"loops": 3}},
+        "direct_from_zeros": {
+            "model": {
+                "loops": 3,
+                "predicted_layers": 1,
+                "predicted_input": "anchored",
+                "own_keys": False,
+                "energy_head": ["direct"],
+            },
+            "state": {"initial": "zeros", "map_scale": 7.0},
+            "refinement": {"update": "mirror", "tile_rows": 3},
+        },
+        "all_terms_of_adaln": {
+            "model": {"loops": 2, "conditioning": "adaln", "energy_head": ALL_TERMS},
+            "refinement": {"recompute": "step", "loss": "last"},
+        },
+        "time_embed_by_block": {
+            "model": {"loops": 2, "conditioning": "time_embed", "num_kv_heads": 2},
+            "refinement": {"recompute": "block", "num_steps": 3},
+        },
+        "encoded_again": {
+            "model": {"loops": 2, "predicted_input": "anchored"},
+            "state": {"workspace": 6},
+            "refinement": {"reencode": "all", "num_steps": 3},
+        },
+        "last_block_encoded_again_by_block": {
+            "model": {"loops": 3, "energy_head": CONTENT},
+            "refinement": {"reencode": 1, "num_steps": 3, "recompute": "block"},
+        },
+        "frames": {"kind": "embedding", "model": {"loops": 2, "predicted_layers": 1}},
+    }.items(),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_observed_stream_that_is_read_several_times_is_exact(graph, name, options):
+    options = {**options, "refinement": {**options.get("refinement", {}), "graph": graph}}
+    compare(*build(**options), num_steps=options["refinement"].get("num_steps", 2))
+
+
+@pytest.mark.parametrize("graph", ["detach", "truncate", "full"])
+@pytest.mark.parametrize(
+    "name, options",
+    {
         "plain": {"state": {"workspace": 6}, "refinement": {"num_steps": 3}},
         "bilinear": {
             "model": {"energy_head": CONTENT, "predicted_input": "anchored"},

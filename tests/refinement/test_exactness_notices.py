@@ -71,6 +71,26 @@ def test_the_comparison_notices_an_encoding_that_loses_a_gradient(monkeypatch, l
         compare(model, observed, targets)
 
 
+@pytest.mark.parametrize("lost", ["input", "gradient"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_the_comparison_notices_a_further_reading_that_loses_something(
+    monkeypatch, lost, recompute
+):
+    """The input that is added again, or the gradient of the pass before."""
+    model, observed, targets = build(model={"loops": 2}, refinement={"recompute": recompute})
+    right = EnergyTransformer.start
+
+    def broken(self, observed, *rest):
+        stream = right(self, observed, *rest)
+        if lost == "input":
+            return dataclasses.replace(stream, rows=stream.rows - observed)
+        return dataclasses.replace(stream, rows=observed + (stream.rows - observed).detach())
+
+    monkeypatch.setattr(EnergyTransformer, "start", broken)
+    with pytest.raises(AssertionError):
+        compare(model, observed, targets)
+
+
 def test_the_comparison_notices_a_clamp_that_lets_gradients_through(monkeypatch):
     from ebwm_kernels.vocabulary import autograd as vocabulary
 

@@ -62,6 +62,7 @@ OPTIONS = {
         "refinement.num_steps=3",
     ],
     "encoded again": ["refinement.reencode=all", "refinement.num_steps=3"],
+    "read twice": ["model.loops=2"],
     "frames from the last": [*FRAMES, "state.initial=most_recent"],
 }
 

@@ -147,6 +147,10 @@ def defined_energy(model, candidate, observed, landscape, fed=None, workspace=No
     if workspace is not None:
         p = p + workspace
     again = settings.num_layers - reencoded_blocks(model.config)
+    for _ in range(settings.loops - 1):
+        for index, layer in enumerate(network.layers):
+            o, _ = both_streams(layer, o, p, network, (of_observed[index], None))
+        o = o + observed
     for index, layer in enumerate(network.layers):
         if fed is not None and index == again:
             o = o + fed[0] @ network.feedback.weight.T
@@ -231,6 +235,11 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
         },
         {
             "data": GRID,
+            "model": {"loops": 2, "predicted_input": "anchored", "predicted_layers": 1},
+            "refinement": {"recompute": "block", "tile_rows": 4},
+        },
+        {
+            "data": GRID,
             "model": {"energy_head": ["linear", "bilinear"]},
             "state": {"workspace": 5, "initial": "zeros"},
             "refinement": {"momentum": 0.6, "tile_rows": 4, "update": "mirror"},
@@ -247,6 +256,7 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
         "context_alone",
         "workspace",
         "encoded_again",
+        "looped",
         "momentum",
     ],
 )

@@ -154,6 +154,11 @@ def test_the_same_where_predictions_shape_the_context(recompute, monkeypatch):
     check(monkeypatch, refinement=refinement, state={"workspace": 5})
 
 
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_the_same_where_the_context_is_read_several_times(recompute, monkeypatch):
+    check(monkeypatch, refinement={"recompute": recompute}, model={"loops": 3})
+
+
 def test_the_function_that_is_compiled_gets_the_documents(monkeypatch):
     """Uncompiled here; test_compiled_refinement.py compiles it."""
     monkeypatch.setattr(inner_gradient, "_compiled", lambda: inner_gradient._gradient_inside)

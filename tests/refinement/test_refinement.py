@@ -22,8 +22,9 @@ from ebwm_scale.world_model import WorldModel
 
 @pytest.mark.parametrize("kind", ["vocabulary", "embedding"])
 @pytest.mark.parametrize("conditioning", ["default", "time_embed"])
+@pytest.mark.parametrize("loops", [1, 3])
 @pytest.mark.parametrize("reencode", ["none", "all", 2])
-def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning, reencode):
+def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning, reencode, loops):
     """The anchor in front of a later block, the context term and a context that predictions shaped
     have seen o_1 .. o_t only.
     """
@@ -31,6 +32,7 @@ def test_what_comes_later_changes_no_earlier_prediction(kind, conditioning, reen
         kind=kind,
         model={
             "conditioning": conditioning,
+            "loops": loops,
             "num_layers": 3,
             "predicted_layers": 2,
             "predicted_input": "anchored",

@@ -85,6 +85,10 @@ CASES: dict[str, dict] = {
         "state": {"workspace": 6, **ZEROS},
         "refinement": {"graph": "full", "update": "mirror", "reencode": 2},
     },
+    "read_twice": {
+        "model": {"loops": 2, "predicted_layers": 2, "energy_head": ["direct"], **ANCHORED},
+        "data": {"mask_documents": True, "mask_document_starts": True, "eos_id": EOS},
+    },
     "candidates": {
         "model": {"energy_head": ["bilinear"]},
         "state": {"map_scale": 3.0, **ZEROS},
