@@ -73,8 +73,9 @@ def _of_model(run: Run) -> Facts:
     facts: Facts = [("Model", _settings(run, "model", MODEL_KEYS))]
     for name, count in parameters_of(run).items():
         facts.append((f"Parameters, {name.replace('_', ' ')}", f"{count:,}"))
-    if run.is_looped:
-        facts.append(("Loops", str(run.setting("model", "loops"))))
+    loops = run.setting("model", "loops")
+    if isinstance(loops, int) and loops > 1:
+        facts.append(("Loops", str(loops)))
     if run.refines:
         facts.append(("Refinement", _settings(run, "refinement", REFINEMENT_KEYS)))
     return facts

@@ -337,6 +337,21 @@ def test_thinking_that_forgets_to_encode_again_is_seen(monkeypatch):
     assert not torch.allclose(got, uncached(model, prompt), atol=1e-6)
 
 
+@pytest.mark.parametrize("lost", ["input", "last pass"])
+def test_a_cache_that_reads_otherwise_than_training_is_seen(monkeypatch, lost):
+    model = model_of(CASES["looped"])
+    prompt = prompt_of(model, 4)
+    right = uncached(model, prompt)
+    if lost == "input":
+        cache = kv_cache.LandscapeKVCache
+        monkeypatch.setattr(cache, "_begins_again", lambda self, index: False)
+    session = Session(model, [prompt], ThinkingConfig(seed=SEED))
+    if lost == "last pass":
+        for context in session.cache.contexts.values():
+            context.first_predicted -= len(model.network.layers)
+    assert not torch.allclose(session.predict().state[0], right, atol=1e-6)
+
+
 @pytest.mark.parametrize("state", [TEXT, VIDEO])
 def test_a_baseline_with_a_cache_agrees_too(state):
     model = model_of(

@@ -228,3 +228,6 @@ def test_what_no_loop_belongs_to_is_refused_in_one_line():
         config_from_dict({"model": {"kind": "baseline", "loop_loss": "every"}})
     with pytest.raises(ConfigError, match=r"model.loops is 3 \(only one pass\)"):
         hparams_of(build()[0].config)
+    energy = {"model": {"loops": 2, "vocabulary_size": V}}
+    with pytest.raises(ConfigError, match=r"model.loops is 2 \(only one pass\)"):
+        hparams_of(config_from_dict(energy))

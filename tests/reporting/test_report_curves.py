@@ -56,6 +56,15 @@ def test_report_of_a_baseline_run_makes_no_claims_about_refinement(tmp_path):
     assert "there is nothing to refine" in page
 
 
+def test_a_report_says_how_often_an_energy_model_reads(tmp_path):
+    run_folder(tmp_path, [training_row(10, [5.0])])
+    assert not re.search(r"Loops</t[hd]>", page_of(tmp_path))
+    settings = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    settings["model"]["loops"] = 3
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert re.search(r"Loops</t[hd]>\s*<td>3</td>", page_of(tmp_path))
+
+
 def test_the_curves_of_a_looped_baseline_are_named_by_their_loop(tmp_path):
     rows = [training_row(10, [5.0], energy_per_step=None), validation_row(20, [4.5, 4.0, 3.9])]
     run_folder(tmp_path, rows, kind="baseline")

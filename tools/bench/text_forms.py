@@ -1,6 +1,6 @@
 """What a training step of the forms of docs/recipes.md costs beside Transformer++'s, on one thread.
 
-    python tools/bench/text_forms.py [--rounds 3] [--steps 60] [--output FILE]
+    python tools/bench/text_forms.py [--forms NAME ..] [--rounds 3] [--steps 60] [--output FILE]
 
 Each measurement is a process of tools/bench_step.py in which steps of both kinds take turns; the
 forms take turns too, so that what else a machine does is shared. `cpu_ratio` is the median of the
@@ -30,6 +30,7 @@ BASE = [
     "refinement.step_size=2",
 ]
 SHALLOW = ["model.predicted_layers=1", "refinement.loss=every"]
+DIRECT = [*SHALLOW, "model.energy_head=[direct]", "model.own_keys=false"]
 # name: (steps, what is set)
 FORMS = {
     "two steps through both layers": (2, ["refinement.graph=full", "refinement.loss=last"]),
@@ -42,29 +43,32 @@ FORMS = {
         1,
         [*SHALLOW, "model.energy_head=[linear,direct]", "model.own_keys=false"],
     ),
-    "direct; the context alone": (
-        1,
-        [*SHALLOW, "model.energy_head=[direct]", "model.own_keys=false"],
-    ),
+    "direct; the context alone": (1, DIRECT),
+    "direct; read twice": (1, [*DIRECT, "model.loops=2"]),
+    "direct; read three times": (1, [*DIRECT, "model.loops=3"]),
 }
 
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="NAME", help="default: all"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
-    ratios: dict[str, list[float]] = {name: [] for name in FORMS}
+    forms = {name: FORMS[name] for name in arguments.forms}
+    ratios: dict[str, list[float]] = {name: [] for name in forms}
     flops = {}
     for _ in range(arguments.rounds):
-        for name, (num_steps, options) in FORMS.items():
+        for name, (num_steps, options) in forms.items():
             row = measured(num_steps, options, arguments.steps, "--compare", "baseline")
             ratios[name].append(row["cpu_ratio"])
             flops[name] = row["flops_total"]
     baseline = measured(1, [], arguments.steps, "--model", "baseline")
     result = {"transformer++": {"peak_memory_gib": baseline["peak_memory_gib"]}}
-    for name, (num_steps, options) in FORMS.items():
+    for name, (num_steps, options) in forms.items():
         alone = measured(num_steps, options, arguments.steps)
         result[name] = {
             "cpu_ratio": statistics.median(ratios[name]),
