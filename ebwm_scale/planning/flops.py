@@ -308,7 +308,8 @@ def _observed_flops(z: StepSizes, samples: int) -> dict[str, float]:
     """Of encoding the observed stream, again before further steps too; by kind.
 
     Of the last pass's last block only keys and values exist, unless the head reads more; adaLN of
-    the final norm is computed but not used. A pass through some blocks computes the adaLN of all of them.
+    the final norm is computed but not used. A pass through some blocks computes the adaLN of all of
+    them.
     """
     rows = samples * z.positions
     observed_rows = samples * (z.observed_positions + z.offset)

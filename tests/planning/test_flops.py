@@ -156,19 +156,19 @@ FLOP_CASES = {
     "every other step again, truncate": {
         "refinement": {"reencode": 1, "reencode_every": 2, "num_steps": 3, "graph": "truncate"},
     },
-    "looped": {
+    "read three times": {
         "refinement": {"num_steps": 1},
         "model": {"loops": 3, "own_keys": False, "energy_head": ["direct"], "predicted_layers": 1},
     },
-    "looped, adaln, full": {
+    "read twice, adaln, full": {
         "refinement": {"graph": "full"},
         "model": {"loops": 2, "conditioning": "adaln", "energy_head": ["linear", "context"]},
     },
-    "looped, block recomputed, truncate": {
+    "read twice, block recomputed, truncate": {
         "refinement": {"recompute": "block", "graph": "truncate"},
         "model": {"loops": 2, "num_layers": 3},
     },
-    "looped, last blocks again, full": {
+    "read twice, last blocks again, full": {
         "refinement": {"reencode": 2, "num_steps": 3, "graph": "full"},
         "model": {"loops": 2, "num_layers": 3, "conditioning": "time_embed"},
     },

@@ -94,16 +94,16 @@ MEMORY_CASES = {
         "refinement": {"reencode": 2, "num_steps": 3, "graph": "full"},
         "model": {"num_layers": 4},
     },
-    "text, looped": {
+    "text, read three times": {
         "refinement": {"num_steps": 1, "update": "mirror"},
         "model": {"loops": 3, "num_layers": 2, "predicted_layers": 1},
         "state": {"initial": "zeros"},
     },
-    "text, looped, full": {
+    "text, read twice, full": {
         "refinement": {"num_steps": 2, "graph": "full"},
         "model": {"loops": 2},
     },
-    "text, looped, blocks recomputed": {
+    "text, read three times, blocks recomputed": {
         "refinement": {"num_steps": 2, "recompute": "block"},
         "model": {"loops": 3},
     },

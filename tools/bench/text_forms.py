@@ -51,9 +51,7 @@ FORMS = {
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="NAME", help="default: all"
-    )
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=None)
