@@ -100,9 +100,7 @@ class ContextCache:
 
     def _front(self, landscape: int) -> ObservedStream:
         def encode() -> ObservedStream:
-            stream = self.network.start(
-                self.observed, landscape, self.first_visible, self.advance
-            )
+            stream = self.network.start(self.observed, landscape, self.first_visible, self.advance)
             return self.advance(stream, landscape, self.network.first_reencoded)
 
         stream = self._once(FRONT, landscape, encode)
