@@ -87,7 +87,7 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    def configuration(kind: str):
+    def configuration(kind: str, *more: str):
         return load_config(
             None,
             [
@@ -101,13 +101,14 @@ def main() -> int:
                 f"train.precision={arguments.precision}",
                 *arguments.set,
                 *(WITHOUT_FURTHER_STEPS if kind == "baseline" else ()),
+                *more,
             ],
         )
 
     config = configuration(arguments.model)
     runs = [(config, Stepper(config, arguments))]
     if arguments.compare:
-        baseline = configuration(arguments.compare)
+        baseline = configuration(arguments.compare, "model.loops=1")
         runs.append((baseline, Stepper(baseline, arguments)))
     for _, stepper in runs:
         stepper.step()
