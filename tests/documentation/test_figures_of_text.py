@@ -129,6 +129,92 @@ def test_the_pages_quote_what_one_term_alone_is_worth_and_costs():
     assert f"ends at {tries[-1]['validation_loss_per_step'][0]:.3f}" in text
 
 
+READINGS = {
+    "transformer++": "Transformer++, two layers",
+    "looped-2x4": "the same, passed four times",
+    "transformer++-5": "Transformer++, five layers",
+    "transformer++-7": "Transformer++, seven layers",
+    "energy-1": "energy model, read once (the quick start)",
+    "energy-2": "energy model, read twice",
+    "energy-3": "energy model, read three times",
+}
+
+
+TRIES_OF_READINGS = {
+    "transformer++-7-full": "Transformer++ of seven layers at the quick start's rates",
+    "transformer++-7-quarter": "at a quarter of them",
+}
+
+
+def readings():
+    """recipe -> losses of seeds 0, 1, 2, and training FLOPs in those of two layers."""
+    rows = json.loads((ROOT / "results" / "worth_text_loops.json").read_text())["rows"]
+    flops = {row["recipe"]: row["flops"] for row in rows}
+    relative = {recipe: value / flops["transformer++"] for recipe, value in flops.items()}
+    return losses_of("worth_text_loops.json"), relative
+
+
+def test_the_page_on_recipes_quotes_what_several_readings_are_worth():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    losses, flops = readings()
+    for recipe, title in READINGS.items():
+        figures = " | ".join(f"{loss:.3f}" for loss in losses[recipe])
+        row = f"| {title} | {flops[recipe]:.2f} | {figures} | "
+        assert f"{row}{statistics.fmean(losses[recipe]):.3f} |" in text, row
+    for other in ("looped-2x4", "transformer++-5", "transformer++-7", "energy-1", "transformer++"):
+        cells = [READINGS[other]]
+        for ours in ("energy-2", "energy-3"):
+            gap = seed_interval([a - b for a, b in zip(losses[ours], losses[other])])
+            cells.append("{mean:.3f} [{low:.3f}, {high:.3f}]".format(**gap))
+        assert f"| {' | '.join(cells)} |" in text, cells
+    for recipe, title in TRIES_OF_READINGS.items():
+        (loss,) = losses[recipe]
+        assert f"{title} {loss:.3f}" in text, recipe
+
+
+def test_what_the_pages_say_of_several_readings():
+    losses, flops = readings()
+    pages = {name: (ROOT / name).read_text() for name in ("README.md", "docs/results.md")}
+    pages["docs/recipes.md"] = (ROOT / "docs/recipes.md").read_text()
+
+    def less_than(other, ours="energy-3"):
+        return seed_interval([b - a for a, b in zip(losses[ours], losses[other])])
+
+    once, plain = less_than("energy-1"), less_than("transformer++")
+    assert all(with_its_interval(once, 3) in page for page in pages.values())
+    for name in ("docs/results.md", "docs/recipes.md"):
+        assert f"{with_its_interval(plain, 3)} below" in pages[name]
+    assert signs([once, plain]) == "++"
+    for ours, deeper in (("energy-2", "transformer++-5"), ("energy-3", "transformer++-7")):
+        equal = [less_than(other, ours) for other in (deeper, "looped-2x4")]
+        assert signs(equal) == "00"
+        assert min(gap["mean"] for gap in equal) > 0
+        assert flops[ours] < flops[deeper] < flops["looped-2x4"]
+        assert all(a < b for a, b in zip(losses[ours], losses["looped-2x4"]))
+        share = f"{flops[ours] / flops['looped-2x4']:.2f}"
+        assert share in pages["docs/recipes.md"]
+    study = json.loads((ROOT / "results" / "worth_text_loops.json").read_text())
+    sizes = {row["recipe"]: row["parameters"] for row in study["rows"]}
+    assert sizes["energy-3"] == sizes["looped-2x4"]
+    line = f"{sizes['energy-3']:,} parameters beside the embeddings where seven layers have "
+    assert f"{line}{sizes['transformer++-7']:,}" in pages["docs/recipes.md"]
+    four_times, three_readings = readme_row("text, layers passed four times")
+    assert four_times == ", ".join(f"{loss:.3f}" for loss in losses["looped-2x4"])
+    assert three_readings == ", ".join(f"{loss:.3f}" for loss in losses["energy-3"])
+
+
+def test_the_page_on_recipes_quotes_what_several_readings_cost():
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    forms = json.loads((ROOT / "results" / "text_loops_cost.json").read_text())["forms"]
+    plain = forms["transformer++"]["peak_memory_gib"]
+    for title in ("twice", "three times"):
+        form = forms[f"direct; read {title}"]
+        memory = form["peak_memory_gib"] / plain
+        low, high = min(form["cpu_ratios"]), max(form["cpu_ratios"])
+        line = f"read {title} {form['cpu_ratio']:.2f} Transformer++ steps ({low:.2f} to {high:.2f})"
+        assert f"{line} and {memory:.2f} times its memory" in text, line
+
+
 def test_the_page_on_recipes_quotes_the_steps_that_pay_on_tasks_and_not_on_text():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     rows = rows_of("text_steps_tries.jsonl")[1:]
