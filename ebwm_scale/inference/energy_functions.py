@@ -39,6 +39,10 @@ class EnergyFunction(Protocol):
         """Energies (B, K), dE/d embedded (B, K, D), and dE/d workspace where there is one."""
         ...
 
+    def restart(self) -> None:
+        """Tell that thinking begins: what comes next reads the first encoding."""
+        ...
+
     def begin_step(
         self, step: int, landscape: int, embedded: Tensor, workspace: Tensor | None = None
     ) -> bool:
@@ -77,6 +81,9 @@ class CachedEnergy:
                 "a cache has no closed form with a workspace, and this model was trained with "
                 "state.workspace: think over the whole sequence (SequenceEnergy)"
             )
+
+    def restart(self) -> None:
+        """A cache holds the first encoding alone."""
 
     def begin_step(
         self, step: int, landscape: int, embedded: Tensor, workspace: Tensor | None = None
@@ -120,13 +127,14 @@ class SequenceEnergy:
         energy = of_groups(energy.detach(), self.model.network.group_size)
         return energy, gradients[0], gradients[1] if workspace is not None else None
 
+    def restart(self) -> None:
+        self.again = None
+
     @torch.no_grad()
     def begin_step(
         self, step: int, landscape: int, embedded: Tensor, workspace: Tensor | None = None
     ) -> bool:
         config = self.model.config.refinement
-        if step == 0:
-            self.again = None
         if step == 0 or last_encoding(config, step) < step:
             return False
         network = self.model.energy_network

@@ -121,6 +121,7 @@ def think(
     """
     if model.config.refinement.accept == "lower":
         config = replace(config, accept_only_if_lower=True)
+    energy_function.restart()  # another start may have gone further with it
     if config.compares:
         return _think_comparing(model, energy_function, x, config, noise, asked, watch)
     return _think_plainly(model, energy_function, x, config, noise, with_energy, watch)
@@ -202,8 +203,6 @@ def _think_comparing(
     z = noise.initial_workspace()
     z_result = z  # of all rows, as result is
     motion = z_motion = None  # of the step before, with momentum
-    # The first energy is of the first encoding, also where another start has gone further before.
-    function.begin_step(0, measured_in, state.embed().vectors, _mapped(workspace, z))
     energy = _energy_of(state, function, measured_in, _mapped(workspace, z))
     added = _added_by_decay(model, x, z, energy)
     if watch is not None:

@@ -53,6 +53,16 @@ def test_a_step_is_measured_beside_the_baseline_and_profiled():
     assert sum(row["flops"].values()) == row["flops_total"]
 
 
+def test_a_form_that_reads_twice_is_compared_with_blocks_that_are_passed_once():
+    compared = []
+    for loops in (1, 2):
+        options = ("--compare", "baseline", "--set", f"model.loops={loops}")
+        (row,) = run("bench_step.py", *SMALL, *options)
+        compared.append((row["flops_total"], row["compared_flops"]))
+    (once, plain), (twice, beside) = compared
+    assert twice > once and beside == plain
+
+
 @pytest.mark.soak
 def test_a_sweep_is_one_process_per_value_and_a_plot(tmp_path):
     rows = run(
