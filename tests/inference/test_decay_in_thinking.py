@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_thinking import CASES, LENGTH, SEED, model_of, prompt_of
+from thinking_cases import CASES, LENGTH, SEED, model_of, prompt_of
 
 from ebwm_scale.inference import thinking
 from ebwm_scale.inference.energy_functions import SequenceEnergy, of_groups
