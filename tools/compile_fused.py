@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import ebwm_scale  # noqa: F401 (before torch is loaded: how its threads wait)
 
@@ -147,6 +148,16 @@ def run_vocabulary(dtype: torch.dtype) -> None:
         vocabulary.state_gradient(
             state, normalizer, target=target, share=share, of_loss=of_loss, of_x=of_x,
             z_weight=0.0, keep=keep, dtype=dtype,
+        )  # fmt: skip
+    # the same within clamps, and through the softmax
+    kept: dict[str, Any] = {"keep_state": True, "keep_normalizer": True, "form": everything}
+    vocabulary.softmax_rows(move, state, **kept, **scored)
+    vocabulary.softmax_rows(move, state, through=state, **kept, **scored)
+    for through in (None, state):
+        vocabulary.step_gradient(
+            move, state, through=through, form=everything, normalizer=normalizer, target=target,
+            share=share, of_loss=of_loss, of_state=state, keep_start=True,
+            keep_p=through is not None, **wide,
         )  # fmt: skip
     # candidates
     vocabulary.softmax_rows(move, None, keep_state=True, **wide)

@@ -29,7 +29,19 @@ FORMS = {
     "clamped": ["refinement.change_clamp=1", "refinement.state_clamp=10"],
     "z-loss": ["train.z_loss=1e-4"],
     "full graph": ["refinement.update=mirror", "refinement.graph=full"],
+    "full graph, logits": ["refinement.update=logits", "refinement.graph=full"],
+    "full graph, clamped": [
+        "refinement.update=mirror",
+        "refinement.graph=full",
+        "refinement.change_clamp=1",
+        "refinement.state_clamp=10",
+    ],
     "64 candidates": ["refinement.candidates=64"],
+    "64 candidates, clamped": [
+        "refinement.candidates=64",
+        "refinement.change_clamp=1",
+        "refinement.state_clamp=10",
+    ],
 }
 
 

@@ -250,33 +250,35 @@ class VocabularyState:
 
     @property
     def _fuses_graph(self) -> bool:
-        """Whether steps whose states carry a graph run fused: not with clamps, nor through the
-        softmax.
-        """
-        if self.clamps != NO_CLAMPS or self.update_rule == "logits":
-            return False
+        """Whether steps whose states carry a graph run fused."""
         return is_fused(self.backend, self.weight)
 
     def _embed_with_graph(self, rows: Tensor, shape: torch.Size) -> EmbeddedState:
-        probabilities_move = self.update_rule == "probabilities"
+        keep_p = self.update_rule != "mirror"
         state, probabilities, vectors = embed_with_graph(
-            rows, self.weight, keep_p=probabilities_move, grad_buffer=self.grad_buffer
+            rows, self.weight, keep_p=keep_p, grad_buffer=self.grad_buffer
         )
-        vectors = vectors.unflatten(0, shape)
+        vectors, state = vectors.unflatten(0, shape), state.unflatten(0, shape)
         if probabilities is not None:
-            return EmbeddedState(vectors, probabilities=probabilities.unflatten(0, shape))
-        return EmbeddedState(vectors, state=state.unflatten(0, shape))
+            probabilities = probabilities.unflatten(0, shape)
+        if self.update_rule == "probabilities":
+            return EmbeddedState(vectors, probabilities=probabilities)
+        return EmbeddedState(vectors, probabilities=probabilities, state=state)
 
     def _fused_update_with_graph(
         self, embedded: EmbeddedState, direction: Tensor, targets: Targets | None
     ) -> StateUpdate:
         """The same as _update_with_graph."""
-        start = embedded.probabilities if embedded.state is None else embedded.state
+        start, through = embedded.probabilities, None
+        if embedded.state is not None:
+            start, through = embedded.state, embedded.probabilities
         state, loss, z_term = descend_with_graph(
             self.weight,
             direction.flatten(0, 1),
             None if targets is None else targets.values.flatten(),
             start=_as_rows(start),
+            through=_as_rows(through),
+            clamps=self.clamps,
             count=None if targets is None else targets.count,
             grad_buffer=self.grad_buffer,
             z_weight=self.z_weight,

@@ -9,13 +9,20 @@ from torch import Tensor
 from ebwm_kernels.fused import candidate_kernels
 from ebwm_kernels.fused.candidate_kernels import choose_rows
 from ebwm_kernels.fused.launches import why_not_fused
+from ebwm_kernels.vocabulary import fused_rows
 from ebwm_kernels.vocabulary.candidates import first_candidates, top_candidates
+from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 
 # The test extra installs Triton where it has wheels, on Linux x86-64; elsewhere nothing is fused.
 OBSTACLE = why_not_fused(torch.device("cpu"), torch.float64)
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"Triton's interpreter: {OBSTACLE}")
 ROWS, V, WIDTH, K = 9, 23, 6, 5
+CLAMPS = {
+    "": NO_CLAMPS,
+    "bounds": Clamps(change=0.7, state=5.0),
+    "a soft bound": Clamps(soft=2.0),
+}
 
 
 def numbers(update: str, backend: str, dtype: torch.dtype) -> list[Tensor]:
@@ -28,13 +35,16 @@ def numbers(update: str, backend: str, dtype: torch.dtype) -> list[Tensor]:
     hidden = draw(ROWS, WIDTH).half().to(states).requires_grad_()
     targets = torch.randint(V, (ROWS,), generator=generator)
     targets[3] = IGNORE
+    update, _, bounds = update.partition(", within ")
     moves = {"mirror": {"x": x}, "probabilities": {"probabilities": x.softmax(-1)}}
+    moves["logits"] = {"x": x, "probabilities": x.softmax(-1)}
     first = first_candidates(
         weight,
-        hidden,
+        5 * hidden if update == "logits" else hidden,  # the softmax shortens moves
         None if update == "from zeros, without targets" else targets,
         K,
         **moves.get(update, {}),
+        clamps=CLAMPS[bounds],
         keep_state=True,
         backend=backend,
     )
@@ -52,7 +62,16 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
-UPDATES = ["mirror", "probabilities", "from zeros", "from zeros, without targets"]
+UPDATES = [
+    "mirror",
+    "probabilities",
+    "logits",
+    "from zeros",
+    "from zeros, without targets",
+    "mirror, within bounds",
+    "probabilities, within a soft bound",
+    "logits, within bounds",
+]
 
 
 @pytest.mark.parametrize("update", UPDATES)
@@ -103,3 +122,17 @@ def test_the_comparison_notices_a_missing_gradient(broken, monkeypatch):
     monkeypatch.setattr(candidate_kernels, "rest_gradient", without)
     with pytest.raises(AssertionError):
         test_the_first_step_is_plain_pytorch("mirror")
+
+
+@pytest.mark.parametrize("lost", ["clamps", "softmax"])
+def test_the_comparison_notices_a_gradient_that_is_not_pulled_back(lost, monkeypatch):
+    right = fused_rows.pulled_back
+
+    def without(grad, move, start, through, clamps):
+        if lost == "clamps":
+            return right(grad, move, start, through, NO_CLAMPS)
+        return right(grad, move, start, None, clamps)
+
+    monkeypatch.setattr(fused_rows, "pulled_back", without)
+    with pytest.raises(AssertionError):
+        test_the_first_step_is_plain_pytorch("logits, within bounds")

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebwm_kernels.fused import vocabulary as fused_vocabulary
-from ebwm_kernels.fused.launches import why_not_fused
+from ebwm_kernels.fused.launches import Tile, why_not_fused
 from ebwm_kernels.vocabulary.api import vocabulary_descend_reference, vocabulary_embed_reference
+from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps
 from ebwm_kernels.vocabulary.graph_steps import descend_with_graph, embed_with_graph
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 
@@ -18,7 +19,27 @@ from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
 OBSTACLE = why_not_fused(torch.device("cpu"), torch.float64)
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"Triton's interpreter: {OBSTACLE}")
 ROWS, V, WIDTH = 9, 23, 6
-FORMS = ["mirror", "probabilities", "mirror, last loss alone", "mirror, z-loss"]
+FORMS = [
+    "mirror",
+    "probabilities",
+    "logits",
+    "mirror, last loss alone",
+    "mirror, z-loss",
+    "logits, z-loss",
+    "logits, last loss alone",
+    "mirror, no targets",
+    "logits, no targets",
+    "mirror, bounds",
+    "probabilities, bounds",
+    "logits, bounds",
+    "mirror, soft bound",
+    "logits, all bounds, z-loss",
+]
+CLAMPS = {
+    "bounds": Clamps(change=0.7, state=1.1),
+    "soft bound": Clamps(soft=2.0),
+    "all bounds": Clamps(change=0.7, state=1.1, soft=2.0),
+}
 
 
 def plain_embed(x, weight, *, keep_p):
@@ -26,8 +47,12 @@ def plain_embed(x, weight, *, keep_p):
     return x, p if keep_p else None, embedded
 
 
-def plain_descend(weight, hidden, targets, *, start, z_weight):
-    state = vocabulary_descend_reference(weight, hidden, x=start)
+def plain_descend(weight, hidden, targets, *, start, through, clamps, z_weight):
+    state = vocabulary_descend_reference(
+        weight, hidden, x=start, probabilities=through, clamps=clamps
+    )
+    if targets is None:
+        return state, None, None
     loss = F.cross_entropy(state, targets, ignore_index=IGNORE)
     z_term = z_weight * state.logsumexp(-1)[targets != IGNORE].square().mean()
     return state, loss + z_term, z_term.detach() if z_weight else None
@@ -47,17 +72,34 @@ def numbers(form: str, fused: bool, dtype: torch.dtype) -> list[Tensor]:
     second = draw(WIDTH, WIDTH).half().to(states)
     targets = torch.randint(V, (ROWS,), generator=generator)
     targets[3] = IGNORE
-    z_weight = 0.1 if form.endswith("z-loss") else 0.0
-    probabilities_move = form == "probabilities"
-    x, first_loss, _ = descend(weight, hidden, targets, start=None, z_weight=z_weight)
-    x, p, embedded = embed(x, weight, keep_p=probabilities_move)
-    direction = (embedded.to(states) @ second).sin()
-    start = p if probabilities_move else x
-    last, loss, z_term = descend(weight, direction, targets, start=start, z_weight=z_weight)
-    total = 2 * loss + last.cos().sum() / 100
-    if "last loss alone" not in form:
-        total = total + 3 * first_loss
-    found = [first_loss, loss, last, *torch.autograd.grad(total, [weight, hidden])]
+    if "no targets" in form:
+        targets = None
+    update, *parts = form.split(", ")
+    choices = {
+        "clamps": next((CLAMPS[part] for part in parts if part in CLAMPS), NO_CLAMPS),
+        "z_weight": 0.1 if "z-loss" in parts else 0.0,
+    }
+    reach = V if update == "logits" else 1  # the softmax shortens moves
+    start = through = None
+    if update == "logits":  # as embed_zeros has them
+        start, through = (torch.tensor(n, dtype=states).expand(ROWS, V) for n in (0.0, 1 / V))
+    x, first_loss, _ = descend(
+        weight, reach * hidden, targets, start=start, through=through, **choices
+    )
+    x, p, embedded = embed(x, weight, keep_p=update != "mirror")
+    direction = reach * (embedded.to(states) @ second).sin()
+    start, through = {"mirror": (x, None), "probabilities": (p, None), "logits": (x, p)}[update]
+    last, loss, z_term = descend(
+        weight, direction, targets, start=start, through=through, **choices
+    )
+    total = last.cos().sum() / 100
+    found = [last]
+    if loss is not None and first_loss is not None:
+        total = total + 2 * loss
+        found += [first_loss, loss]
+        if "last loss alone" not in parts:
+            total = total + 3 * first_loss
+    found += torch.autograd.grad(total, [weight, hidden])
     if z_term is not None:
         found.append(z_term)
     return [u.detach().double() for u in found]
@@ -81,6 +123,15 @@ def test_steps_with_a_graph_are_plain_autograd(form):
                 dtype,
                 index,
             )
+
+
+@pytest.mark.parametrize("form", ["mirror", "logits, all bounds, z-loss"])
+def test_rows_that_take_several_tiles_are_plain_autograd_too(form, monkeypatch):
+    for name in ("TILE", "THROUGH_TILE"):
+        monkeypatch.setattr(fused_vocabulary, name, Tile(1, 8, 4))
+    exact = numbers(form, False, torch.float64)
+    for ours, plain in zip(numbers(form, True, torch.float64), exact, strict=True):
+        assert error(ours, plain) < 1e-10
 
 
 def test_a_buffer_receives_the_maps_gradient():
@@ -114,10 +165,20 @@ def test_a_second_derivative_is_refused(operation):
         torch.autograd.grad(out, x, create_graph=True)
 
 
-@pytest.mark.parametrize("part", ["softmax_gradient", "state_gradient"])
-def test_the_comparison_notices_a_gradient_that_does_not_arrive(part, monkeypatch):
-    """What the next step adds to a state's gradient is dropped."""
+@pytest.mark.parametrize(
+    "part, lost, form",
+    [
+        ("softmax_gradient", {"of_x": None}, "mirror"),
+        ("state_gradient", {"of_x": None}, "mirror"),
+        ("step_gradient", {"of_state": None}, "logits"),
+        ("step_gradient", {"form": fused_vocabulary.PLAIN_SUM}, "mirror, bounds"),
+        ("step_gradient", {"form": fused_vocabulary.PLAIN_SUM}, "logits, bounds"),
+        ("softmax_gradient", {"of_p": None}, "logits"),
+    ],
+)
+def test_the_comparison_notices_a_gradient_that_does_not_arrive(part, lost, form, monkeypatch):
+    """What the next step adds to a state's gradient is dropped, or what clamps do to it."""
     right = getattr(fused_vocabulary, part)
-    monkeypatch.setattr(fused_vocabulary, part, lambda *x, of_x, **o: right(*x, of_x=None, **o))
+    monkeypatch.setattr(fused_vocabulary, part, lambda *x, **given: right(*x, **given | lost))
     with pytest.raises(AssertionError):
-        test_steps_with_a_graph_are_plain_autograd("mirror")
+        test_steps_with_a_graph_are_plain_autograd(form)

@@ -26,6 +26,12 @@ OPTIONS = {
     "transformer++": ["model.kind=baseline"],
     "full graph": ["refinement.graph=full", "refinement.loss=last"],
     "full graph, mirror": ["refinement.graph=full", "refinement.update=mirror", "train.z_loss=0.1"],
+    "full graph, logits, clamped": [
+        "refinement.graph=full",
+        "refinement.update=logits",
+        "refinement.change_clamp=0.05",
+        "refinement.state_clamp=2",
+    ],
     "the context alone": ["model.own_keys=false"],
 }
 

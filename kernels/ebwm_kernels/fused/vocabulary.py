@@ -20,6 +20,7 @@ from ebwm_kernels.fused.vocabulary_kernels import (
     _softmax_gradient,
     _softmax_rows,
     _state_gradient,
+    _step_gradient,
 )
 
 TILE = Tile(1, 2048, 8)
@@ -227,6 +228,73 @@ def state_gradient(
         assert dx is not None, "it was asked for"
         rounded = dx
     return dx, rounded
+
+
+class StepGradients(NamedTuple):
+    """Of a step's move, in its dtype, and where they are asked for of its start and of p, all
+    (rows, V).
+    """
+
+    of_move: Tensor
+    of_start: Tensor | None
+    of_p: Tensor | None
+
+
+def step_gradient(
+    move: Tensor,
+    start: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    through: Tensor | None,
+    form: Form,
+    normalizer: Tensor | None,
+    target: Tensor | None,
+    share: Tensor | None,
+    of_loss: Tensor | None,
+    of_state: Tensor | None,
+    keep_start: bool,
+    keep_p: bool,
+) -> StepGradients:
+    """The gradients of a step with clamps or through the softmax; arguments as in softmax_rows.
+
+    normalizer (rows, 2), target, share: of its loss, with of_loss () its gradient; None without
+    one. of_state (rows, V): what else arrives at x', or None. keep_..: whether it is asked for.
+    """
+    num_rows, size = move.shape
+    of_move = torch.empty_like(move)
+    of_start, of_p = (
+        torch.empty(num_rows, size, dtype=dtype, device=move.device) if keep else None
+        for keep in (keep_start, keep_p)
+    )
+    read = {"MOVE": move, "START": start, "GIVEN_P": through}
+    read |= {"NORMALIZER": normalizer, "TARGET": target, "SHARE": share}
+    read |= {"OF_LOSS": of_loss, "OF_STATE": of_state}
+    again = ()
+    if through is not None:
+        again = ("MOVE", "GIVEN_P", "MOVE", "GIVEN_P", "START", "OF_STATE")
+    launches.launch(
+        _step_gradient,
+        num_rows,
+        read,
+        {"OF_MOVE": of_move, "OF_START": of_start, "OF_P": of_p},
+        tile=TILE if through is None else THROUGH_TILE,
+        again=again,
+        V=size,
+        HAS_START=start is not None,
+        ONE_NUMBER=start is not None and is_one_number(start),
+        THROUGH=through is not None,
+        ONE_P=through is not None and is_one_number(through),
+        CHANGE=form.change or 0.0,
+        BOUND=form.state or 0.0,
+        SOFT=form.soft or 0.0,
+        Z_WEIGHT=form.z_weight,
+        HAS_LOSS=of_loss is not None,
+        HAS_STATE=of_state is not None,
+        KEEP_START=keep_start,
+        KEEP_P=keep_p,
+        ACC=sums_of(dtype),
+    )
+    return StepGradients(of_move, of_start, of_p)
 
 
 def is_one_number(x: Tensor) -> bool:

@@ -9,7 +9,8 @@
 and, for states that carry a graph, the gradients of softmax and loss:
 
     _softmax_gradient    p * (g - p.g), and what else arrives at x
-    _state_gradient      (p - onehot(y)) share, and what else arrives at x'
+    _state_gradient      r = (p - onehot(y)) share, and what else arrives at x'
+    _step_gradient       r pulled back through clamps and softmax to move, start and given p
 
 A move through the softmax is p * (u - p.u): a reading for p.u comes first, and the residual r is
 pulled back to p * (slope r - p.(slope r)), whose sum is found beside m and s.
@@ -83,13 +84,16 @@ def _step(
     SOFT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(x', its slope by start + move) of some columns; x' is LOWEST where there are none."""
+    """(x', its slope by start, its slope by the move behind the softmax) of some columns; x' is
+    LOWEST where there are none.
+    """
     x = tl.load(MOVE + place, mask=exists, other=0.0).to(ACC)
     slope = tl.full(x.shape, 1.0, ACC)
+    free = slope
     if THROUGH:
         x = _numbers(GIVEN_P, place, exists, ONE_P, ACC) * (x - mean)
     if CHANGE > 0:
-        x, slope = _within(x, CHANGE)
+        x, free = _within(x, CHANGE)
     if HAS_START:
         x += _numbers(START, place, exists, ONE_NUMBER, ACC)
     if BOUND > 0:
@@ -100,7 +104,7 @@ def _step(
         x = _tanh(x / soft)
         slope *= 1.0 - x * x
         x *= soft
-    return tl.where(exists, x, LOWEST), slope
+    return tl.where(exists, x, LOWEST), slope, slope * free
 
 
 @triton.jit
@@ -160,7 +164,7 @@ def _softmax_rows(
     for start in range(0, V, BC):
         exists = start + column < V
         place = row * V + start + column
-        x, slope = _step(
+        x, _, slope = _step(
             MOVE, START, GIVEN_P, mean, place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P,
             CHANGE, BOUND, SOFT, ACC,
         )  # fmt: skip
@@ -204,7 +208,7 @@ def _softmax_rows(
         for start in range(0, V, BC):
             exists = start + column < V
             place = row * V + start + column
-            x, slope = _step(
+            x, _, slope = _step(
                 MOVE, START, GIVEN_P, mean, place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P,
                 CHANGE, BOUND, SOFT, ACC,
             )  # fmt: skip
@@ -329,13 +333,130 @@ def _state_gradient(
     target = tl.load(TARGET + row).to(tl.int32)
     share = tl.load(SHARE + row).to(ACC) * tl.load(OF_LOSS).to(ACC)
     x = tl.load(X + place, mask=exists, other=LOWEST).to(ACC)
-    dx = tl.exp(x - m) / s
-    if Z_WEIGHT > 0:
-        dx *= 1.0 + 2.0 * tl.full([], Z_WEIGHT, ACC) * (m + tl.log(s))
-    dx = tl.where(column == target, dx - 1.0, dx) * share
-    if HAS_X:
-        dx += tl.load(OF_X + place, mask=exists, other=0.0).to(ACC)
+    dx = _arriving(
+        x, m, s, share, column == target, OF_X, place, exists, Z_WEIGHT, True, HAS_X, ACC
+    )  # fmt: skip
     if KEEP_DX:
         tl.store(DX + place, dx.to(DX.dtype.element_ty), mask=exists)
     if KEEP_ROUNDED:
         tl.store(ROUNDED + place, dx.to(ROUNDED.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _step_gradient(
+    MOVE,
+    START,
+    GIVEN_P,
+    NORMALIZER,
+    TARGET,
+    SHARE,
+    OF_LOSS,
+    OF_STATE,
+    OF_MOVE,
+    OF_START,
+    OF_P,
+    V: tl.constexpr,
+    HAS_START: tl.constexpr,
+    ONE_NUMBER: tl.constexpr,
+    THROUGH: tl.constexpr,
+    ONE_P: tl.constexpr,
+    CHANGE: tl.constexpr,
+    BOUND: tl.constexpr,
+    SOFT: tl.constexpr,
+    Z_WEIGHT: tl.constexpr,
+    HAS_LOSS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    KEEP_START: tl.constexpr,
+    KEEP_P: tl.constexpr,
+    ACC: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """The gradients of a step's move u as it was given, of its start and of the given p.
+
+    r arrives at x', and g = slope r at the move behind the softmax, v = p * (u - p.u). Of u it is
+    p * (g - p.g), of p (u - p.u) * g - (p.g) u. Slopes are found again from what the step read.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BC)
+    m = 0.0
+    s = 1.0
+    share = 0.0
+    target = -1
+    if HAS_LOSS:
+        m = tl.load(NORMALIZER + 2 * row).to(ACC)
+        s = tl.load(NORMALIZER + 2 * row + 1).to(ACC)
+        share = tl.load(SHARE + row).to(ACC) * tl.load(OF_LOSS).to(ACC)
+        target = tl.load(TARGET + row).to(tl.int32)
+    mean = 0.0
+    pull = 0.0
+    if THROUGH:
+        sums = tl.zeros([BC], ACC)
+        for start in range(0, V, BC):
+            exists = start + column < V
+            place = row * V + start + column
+            u = tl.load(MOVE + place, mask=exists, other=0.0).to(ACC)
+            sums += _numbers(GIVEN_P, place, exists, ONE_P, ACC) * u
+        mean = tl.sum(sums, 0)
+        sums = tl.zeros([BC], ACC)
+        for start in range(0, V, BC):
+            exists = start + column < V
+            place = row * V + start + column
+            x, _, slope = _step(
+                MOVE, START, GIVEN_P, mean, place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P,
+                CHANGE, BOUND, SOFT, ACC,
+            )  # fmt: skip
+            r = _arriving(
+                x, m, s, share, start + column == target, OF_STATE, place, exists, Z_WEIGHT,
+                HAS_LOSS, HAS_STATE, ACC,
+            )  # fmt: skip
+            sums += _numbers(GIVEN_P, place, exists, ONE_P, ACC) * slope * r
+        pull = tl.sum(sums, 0)
+    for start in range(0, V, BC):
+        exists = start + column < V
+        place = row * V + start + column
+        x, of_start, slope = _step(
+            MOVE, START, GIVEN_P, mean, place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P,
+            CHANGE, BOUND, SOFT, ACC,
+        )  # fmt: skip
+        r = _arriving(
+            x, m, s, share, start + column == target, OF_STATE, place, exists, Z_WEIGHT,
+            HAS_LOSS, HAS_STATE, ACC,
+        )  # fmt: skip
+        if KEEP_START:
+            of_start *= r
+            tl.store(OF_START + place, of_start.to(OF_START.dtype.element_ty), mask=exists)
+        g = slope * r
+        if KEEP_P:
+            u = tl.load(MOVE + place, mask=exists, other=0.0).to(ACC)
+            of_p = (u - mean) * g - pull * u
+            tl.store(OF_P + place, of_p.to(OF_P.dtype.element_ty), mask=exists)
+        if THROUGH:
+            g = _numbers(GIVEN_P, place, exists, ONE_P, ACC) * (g - pull)
+        tl.store(OF_MOVE + place, g.to(OF_MOVE.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _arriving(
+    x,
+    m,
+    s,
+    share,
+    is_target,
+    OF_STATE,
+    place,
+    exists,
+    Z_WEIGHT: tl.constexpr,
+    HAS_LOSS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """What arrives at x' in some columns: the loss's gradient, and what the next step adds."""
+    r = tl.zeros(x.shape, ACC)
+    if HAS_LOSS:
+        r = tl.exp(x - m) / s
+        if Z_WEIGHT > 0:
+            r *= 1.0 + 2.0 * tl.full([], Z_WEIGHT, ACC) * (m + tl.log(s))
+        r = tl.where(is_target, r - 1.0, r) * share
+    if HAS_STATE:
+        r += tl.load(OF_STATE + place, mask=exists, other=0.0).to(ACC)
+    return r

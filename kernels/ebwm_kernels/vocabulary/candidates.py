@@ -181,13 +181,11 @@ def first_candidates(
     and clamps as in `vocabulary_descend`; no gradient flows into either. values, tail and target
     carry first-order gradients of weight and hidden, which exist once: a second backward through
     them raises. grad_buffer (V, D): receives weight's gradient, by addition, in the backward;
-    autograd gets none. out (rows, V): memory for x_1. backend: as in pointwise.py; with clamps and
-    through the softmax it is plain PyTorch in each.
+    autograd gets none. out (rows, V): memory for x_1. backend: as in pointwise.py.
     """
     refuse_transforms("first_candidates", PLAIN["first_candidates"])
     needs_grad = torch.is_grad_enabled() and (weight.requires_grad or hidden.requires_grad)
-    is_sum = clamps == NO_CLAMPS and (x is None or probabilities is None)
-    fused = is_sum and runs_fused(backend, weight, "first_candidates")
+    fused = runs_fused(backend, weight, "first_candidates")
     first = _FusedFirstCandidates if fused else _FirstCandidates
     ids, values, tail, target, state = first.apply(
         weight,
@@ -342,7 +340,8 @@ class _FirstCandidates(torch.autograd.Function):
 
 class _FusedFirstCandidates(torch.autograd.Function):
     """The same by the kernels of fused/candidate_kernels.py: x_1 is kept, and read once for each of
-    the choice and the gradient.
+    the choice and the gradient. With clamps or through the softmax the move is kept too, and the
+    gradient of x_1 is pulled back to it.
     """
 
     @staticmethod
@@ -361,7 +360,10 @@ class _FusedFirstCandidates(torch.autograd.Function):
         out,
     ):
         ctx.set_materialize_grads(False)
-        state = fused_rows.step(weight, hidden, probabilities, x, out, clamps)
+        start, through = (probabilities, None) if x is None else (x, probabilities)
+        move = hidden.to(weight.dtype) @ weight.T
+        dtype = state_dtype(weight)
+        state, *_ = fused_rows.moved_state(move, start, through, clamps, None, dtype, out=out)
         ids, normalizer = fused_rows.choose(state, count)
         values = state.gather(1, ids)
         of_target = values.new_zeros(len(values))
@@ -370,8 +372,10 @@ class _FusedFirstCandidates(torch.autograd.Function):
             of_target = state.gather(1, targets[:, None]).squeeze(1)
         tail = normalizer[:, 0] + normalizer[:, 1].log()
         if needs_grad:
-            ctx.save_for_backward(weight, hidden, targets, ids, state, normalizer)
-            ctx.grad_buffer = grad_buffer
+            ctx.is_sum = through is None and clamps == NO_CLAMPS
+            kept = (None, None, None) if ctx.is_sum else (move, start, through)
+            ctx.save_for_backward(weight, hidden, targets, ids, state, normalizer, *kept)
+            ctx.grad_buffer, ctx.clamps = grad_buffer, clamps
         ctx.spent = False
         kept = state if keep_state else state.new_empty(0)
         ctx.mark_non_differentiable(ids, kept)
@@ -382,20 +386,22 @@ class _FusedFirstCandidates(torch.autograd.Function):
     def backward(ctx, _, grad_values, grad_tail, grad_target, *__):
         _refuse_second_derivative("first_candidates", grad_values, grad_tail, grad_target)
         _take_unspent(ctx, "first_candidates")
-        weight, hidden, targets, ids, state, normalizer = ctx.saved_tensors
+        weight, hidden, targets, ids, state, normalizer, *kept = ctx.saved_tensors
         if grad_tail is None:
             grad_tail = state.new_zeros(len(state))
         if grad_values is None:
             grad_values = state.new_zeros(ids.shape)
         if grad_target is None:
             targets = None
-        grad = fused_rows.rest_gradient(
-            state, normalizer, targets, grad_tail, grad_target, weight.dtype
-        )
+        dtype = weight.dtype if ctx.is_sum else state.dtype
+        grad = fused_rows.rest_gradient(state, normalizer, targets, grad_tail, grad_target, dtype)
         if targets is not None and grad_target is not None:
             of_candidate = torch.where(ids == targets[:, None], grad_target[:, None], 0.0)
             grad_values = grad_values + of_candidate
         grad.scatter_(1, ids, grad_values.to(grad.dtype))
+        if not ctx.is_sum:
+            move, start, through = kept
+            grad = fused_rows.pulled_back(grad, move, start, through, ctx.clamps)
         grad_hidden = (grad @ weight).to(hidden.dtype)
         grad_weight = _accumulate_matmul(ctx.grad_buffer, grad.T, hidden.to(weight.dtype))
         return grad_weight, grad_hidden, *(None,) * 9

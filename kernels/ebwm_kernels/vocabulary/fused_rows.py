@@ -66,18 +66,10 @@ def step(
     clamps: Clamps,
 ) -> Tensor:
     """x' of formulas._step."""
-    from ebwm_kernels.fused.vocabulary import Form, softmax_rows
-
-    rows = softmax_rows(
-        hidden.to(weight.dtype) @ weight.T,
-        _given(probabilities if x is None else x),
-        dtype=state_dtype(weight),
-        through=None if x is None else _given(probabilities),
-        form=Form(*clamps),
-        keep_state=True if out is None else out,
-    )
-    assert rows.state is not None, "it was asked for"
-    return rows.state
+    move = hidden.to(weight.dtype) @ weight.T
+    start, through = (probabilities, None) if x is None else (x, probabilities)
+    state, *_ = moved_state(move, start, through, clamps, None, state_dtype(weight), out=out)
+    return state
 
 
 def step_and_residual(
@@ -146,26 +138,80 @@ def softmax_and_normalizer(
     return rows.p, rounded, rows.normalizer
 
 
-def scored_state(
-    weight: Tensor, hidden: Tensor, start: Tensor | None, score: CrossEntropyRows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x' = start + W h, its loss, its normalizer)."""
+def moved_state(
+    move: Tensor,
+    start: Tensor | None,
+    through: Tensor | None,
+    clamps: Clamps,
+    score: CrossEntropyRows | None,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x' in dtype, its loss, its normalizer where there is a score) of the move W h.
+
+    through p: the move goes through the softmax. out: memory for x'.
+    """
     from ebwm_kernels.fused.vocabulary import Form, softmax_rows
 
     rows = softmax_rows(
-        hidden.to(weight.dtype) @ weight.T,
+        move,
         _given(start),
-        dtype=state_dtype(weight),
-        form=Form(z_weight=score.z_weight),
-        target=score.target,
-        share=score.share,
-        keep_state=True,
-        keep_normalizer=True,
+        dtype=dtype,
+        through=_given(through),
+        form=Form(*clamps, 0.0 if score is None else score.z_weight),
+        target=None if score is None else score.target,
+        share=None if score is None else score.share,
+        keep_state=True if out is None else out,
+        keep_normalizer=score is not None,
     )
-    if rows.z_term is not None:
+    if score is not None and rows.z_term is not None:
         score.z_term = rows.z_term
-    assert rows.state is not None and rows.normalizer is not None, "they were asked for"
+    assert rows.state is not None, "it was asked for"
     return rows.state, rows.loss, rows.normalizer
+
+
+def step_gradient(
+    move: Tensor,
+    start: Tensor | None,
+    through: Tensor | None,
+    of_loss: Tensor | None,
+    of_state: Tensor | None,
+    *,
+    clamps: Clamps,
+    z_weight: float,
+    dtype: torch.dtype,
+    **given,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As fused.vocabulary.step_gradient."""
+    from ebwm_kernels.fused import vocabulary
+
+    return vocabulary.step_gradient(
+        move,
+        _given(start),
+        dtype=dtype,
+        through=_given(through),
+        form=vocabulary.Form(*clamps, z_weight),
+        of_loss=of_loss,
+        of_state=None if of_state is None else _rows(of_state),
+        **given,
+    )
+
+
+def pulled_back(
+    of_state: Tensor,
+    move: Tensor,
+    start: Tensor | None,
+    through: Tensor | None,
+    clamps: Clamps,
+) -> Tensor:
+    """The gradient of the move alone, of that of x'."""
+    gradients = step_gradient(
+        move, start, through, None, of_state,
+        clamps=clamps, z_weight=0.0, dtype=of_state.dtype, normalizer=None, target=None,
+        share=None, keep_start=False, keep_p=False,
+    )  # fmt: skip
+    return gradients[0]
 
 
 def softmax_gradient(

@@ -2,7 +2,8 @@
 loss of a later step has a gradient of an earlier one's state.
 
     embed      x -> x, p, e = p W       p = softmax(x)
-    descend    h, start -> x' = start + W h, and its loss
+    descend    h, start -> x' = start + W h, and its loss; with clamps, or through the softmax
+               h, start, p -> x' = start + p * (u - p.u), u = W h
 
 What they compute is api.py's `vocabulary_embed_reference` and `vocabulary_descend_reference` with
 the cross-entropy of CrossEntropyRows; plain autograd of those reads and writes tensors of the
@@ -12,12 +13,16 @@ normalizers; a backward makes of them
     of x:    p * (g - p.g) + what else arrives,    g = (gradient of e) W^T + gradient of p
     of x':   r = (p' - onehot(y)) / n + what arrives from the next step; of h: r W
 
+With clamps or through the softmax u is kept too, and r is pulled back to u, start and p by a kernel
+that finds the slopes again (fused/vocabulary_kernels.py).
+
 `embed` returns x under another name, and what reads that one adds its gradient in the kernel that
-computes the rest. First order, as all of the vocabulary's operations. Without clamps, and where x'
-is a sum: other steps are plain autograd.
+computes the rest. First order, as all of the vocabulary's operations.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +30,7 @@ from torch import Tensor
 from ebwm_kernels.autograd_rules import refuse_graph, refuse_transforms, without_autocast
 from ebwm_kernels.vocabulary import fused_rows
 from ebwm_kernels.vocabulary.autograd import _accumulate_matmul
-from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, state_dtype
+from ebwm_kernels.vocabulary.formulas import NO_CLAMPS, Clamps, state_dtype
 from ebwm_kernels.vocabulary.softmax_cross_entropy import CrossEntropyRows
 
 # What is differentiable in every mode, by operation.
@@ -56,6 +61,8 @@ def descend_with_graph(
     targets: Tensor | None,
     *,
     start: Tensor | None = None,
+    through: Tensor | None = None,
+    clamps: Clamps = NO_CLAMPS,
     count: Tensor | float | None = None,
     grad_buffer: Tensor | None = None,
     z_weight: float = 0.0,
@@ -63,11 +70,12 @@ def descend_with_graph(
     """(x' = start + hidden @ weight.T, its loss, the z-loss's part of it without a graph).
 
     weight (V, D); hidden (rows, D); start (rows, V) or None; targets (rows,) int64 or None, and no
-    loss then; count and z_weight as in `vocabulary_descend`, grad_buffer as in `embed_with_graph`.
+    loss then. through p (rows, V), with its own graph: the move goes through the softmax. clamps,
+    count and z_weight as in `vocabulary_descend`, grad_buffer as in `embed_with_graph`.
     """
     refuse_transforms("descend_with_graph", PLAIN["descend_with_graph"])
     state, loss, z_term = _Descend.apply(
-        weight, hidden, targets, start, count, grad_buffer, z_weight
+        weight, hidden, targets, start, through, clamps, count, grad_buffer, z_weight
     )
     if targets is None:
         return state, None, None
@@ -102,20 +110,21 @@ class _Embed(torch.autograd.Function):
 
 class _Descend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, hidden, targets, start, count, grad_buffer, z_weight):
+    def forward(ctx, weight, hidden, targets, start, through, clamps, count, grad_buffer, z_weight):
         ctx.set_materialize_grads(False)
+        dtype = state_dtype(weight)
         score = None
-        if targets is None:
-            normalizer = None
-            state = fused_rows.step(weight, hidden, None, start, None, NO_CLAMPS)
-            loss = z_term = state.new_zeros(())
-        else:
-            score = CrossEntropyRows(targets, count, state_dtype(weight), z_weight)
-            state, loss, normalizer = fused_rows.scored_state(weight, hidden, start, score)
-            z_term = score.z_term
-        kept = (None, None) if score is None else (score.target, score.share)
-        ctx.save_for_backward(weight, hidden, state, normalizer, *kept)
-        ctx.grad_buffer, ctx.z_weight = grad_buffer, z_weight
+        if targets is not None:
+            score = CrossEntropyRows(targets, count, dtype, z_weight)
+        move = hidden.to(weight.dtype) @ weight.T
+        state, loss, normalizer = fused_rows.moved_state(move, start, through, clamps, score, dtype)
+        z_term = state.new_zeros(()) if score is None else score.z_term
+        ctx.is_sum = through is None and clamps == NO_CLAMPS
+        ctx.has_targets = score is not None
+        scored = (None, None) if score is None else (score.target, score.share)
+        kept = (state, None, None) if ctx.is_sum else (move, start, through)
+        ctx.save_for_backward(weight, hidden, normalizer, *scored, *kept)
+        ctx.grad_buffer, ctx.z_weight, ctx.clamps = grad_buffer, z_weight, clamps
         ctx.mark_non_differentiable(z_term)
         return state, loss, z_term
 
@@ -123,26 +132,44 @@ class _Descend(torch.autograd.Function):
     @without_autocast
     def backward(ctx, of_state, of_loss, _):
         _refuse_second_derivative("descend_with_graph", of_state, of_loss)
-        weight, hidden, state, normalizer, target, share = ctx.saved_tensors
-        needs_start = ctx.needs_input_grad[3]
+        weight, hidden, *kept = ctx.saved_tensors
+        if not ctx.has_targets:
+            of_loss = None  # of a loss that no step has
         if of_state is None and of_loss is None:
-            return (None,) * 7
-        if of_loss is None or target is None:
-            if of_state is None:  # of a loss that no step has
-                return (None,) * 7
-            grad, rounded = of_state, of_state.to(weight.dtype)
-        else:
-            grad, rounded = fused_rows.state_gradient(
-                state, normalizer, target, share, of_loss, of_state, weight.dtype,
-                z_weight=ctx.z_weight, keep=needs_start,
-            )  # fmt: skip
+            return (None,) * 9
+        of_move, of_start, of_p = _of_step(ctx, weight.dtype, kept, of_loss, of_state)
         grad_weight = grad_hidden = None
         if ctx.needs_input_grad[0]:
             right = hidden.to(weight.dtype)
-            grad_weight = _accumulate_matmul(ctx.grad_buffer, rounded.T, right)
+            grad_weight = _accumulate_matmul(ctx.grad_buffer, of_move.T, right)
         if ctx.needs_input_grad[1]:
-            grad_hidden = (rounded @ weight).to(hidden.dtype)
-        return grad_weight, grad_hidden, None, grad if needs_start else None, None, None, None
+            grad_hidden = (of_move @ weight).to(hidden.dtype)
+        return grad_weight, grad_hidden, None, of_start, of_p, None, None, None, None
+
+
+def _of_step(
+    ctx, dtype: torch.dtype, kept: list[Any], of_loss: Tensor | None, of_state: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the move W h, in dtype, of start and of p. kept: as _Descend keeps it."""
+    normalizer, target, share, *step = kept
+    needs_start, needs_p = ctx.needs_input_grad[3:5]
+    if not ctx.is_sum:
+        move, start, through = step
+        return fused_rows.step_gradient(
+            move, start, through, of_loss, of_state,
+            clamps=ctx.clamps, z_weight=ctx.z_weight, dtype=state_dtype(move),
+            normalizer=normalizer, target=target, share=share,
+            keep_start=needs_start, keep_p=needs_p,
+        )  # fmt: skip
+    if of_loss is None:
+        assert of_state is not None, "something has a gradient"
+        return of_state.to(dtype), of_state if needs_start else None, None
+    state, *_ = step
+    of_start, of_move = fused_rows.state_gradient(
+        state, normalizer, target, share, of_loss, of_state, dtype,
+        z_weight=ctx.z_weight, keep=needs_start,
+    )  # fmt: skip
+    return of_move, of_start if needs_start else None, None
 
 
 def _refuse_second_derivative(operation: str, *gradients: Tensor | None) -> None:
