@@ -138,6 +138,23 @@ def test_larger_mazes_are_not_solved():
     assert f"{line}by the layers passed four times {four}." in page()
 
 
+def test_larger_mazes_that_are_read_are_solved_no_better_after_more_steps_than_were_trained():
+    energy = study_of("inside")["recipes"]["energy"]
+    assert len(energy["seeds"]) == energy["trained_steps"] == 3
+    risen = []
+    for name, size in (("seven", "7 by 7"), ("eight", "8 by 8")):
+        larger = energy["larger"][name]
+        beyond = larger["beyond_trained"]["12"]
+        solved = [with_its_interval(after(larger, n)["solved"], 3) for n in (1, 3, 12)]
+        more = with_its_interval(beyond["rise_of_solved"], 4)
+        assert f"| {size} | {' | '.join(solved)} | {more} |" in page()
+        gains = [after(larger, n)["gain_over_previous"]["rise_of_solved"] for n in (2, 3)]
+        assert signs([*gains, beyond["rise_of_solved"]]) == {"seven": "++0"}.get(name, "000")
+        assert all(with_its_interval(gain, 3) in page() for gain in gains)
+        risen.append(f"{-beyond['fall_of_loss']['mean']:.2f}")
+    assert f"the loss rises by {' and '.join(risen)}" in page()
+
+
 def test_the_page_quotes_the_runs_beside_the_studies():
     text = page()
     names = {"sudoku": "Sudokus", "reachability": "mazes"}
