@@ -184,6 +184,7 @@ def hparams_of(config: Config) -> dict[str, Any]:
         ("model.predicted_input", model.predicted_input, ("state",)),
         ("model.predicted_layers", model.predicted_layers, (None, model.num_layers)),
         ("model.own_keys", model.own_keys, (True,)),
+        ("model.reach", model.reach, (None,)),
         ("model.energy_head", list(model.energy_head), (["linear"],)),
         (
             "model.conditioning",

@@ -161,6 +161,7 @@ def _check_model(config: Config, require: Require) -> None:
         "model.energy_head has direct, whose energy has no weights to start at 0, as adaln_zero's "
         "does; take bilinear, or model.conditioning adaln",
     )
+    _check_reach(config, require)
     require(
         model.loop_loss == "last" or model.loops > 1,
         f"model.loop_loss is {model.loop_loss} with model.loops {model.loops}: there is one loss; "
@@ -181,6 +182,24 @@ def _check_model(config: Config, require: Require) -> None:
         model.predicts == "state" or is_frame_baseline,
         f"model.predicts is {model.predicts}: "
         "only a baseline of frame embeddings adds it to the last frame, leave the key out",
+    )
+
+
+def _check_reach(config: Config, require: Require) -> None:
+    """That the data has a grid is asked when the data is known: model.reach.reach_of."""
+    model = config.model
+    if model.reach is None:
+        return
+    given = f"model.reach is {model.reach}"
+    require(
+        model.attention_backend != "triton",
+        f"{given} with model.attention_backend triton: kernels know no grid, attention within "
+        "reach is plain PyTorch; use auto, which keeps all other kernels",
+    )
+    require(
+        model.observed_backend == "auto",
+        f"{given} with model.observed_backend {model.observed_backend}: attention within reach is "
+        "plain PyTorch; use auto",
     )
 
 

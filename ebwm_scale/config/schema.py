@@ -81,6 +81,9 @@ class ModelConfig(Section):
     """The predicted stream passes the last so many blocks; default: all."""
     own_keys: bool = True
     """Candidates attend to themselves beside the context; false: to the context alone, for less."""
+    reach: Annotated[int, Field(ge=0, le=10**4)] | None = None
+    """grids: cells see those at most so many rows and columns away, see model/reach.py; default:
+    all."""
     energy_head: Annotated[tuple[HeadTerm, ...], BeforeValidator(as_tuples)] = ("linear",)
     """Terms of the energy behind the last block, see model/energy_head.py; released: linear."""
     loops: Annotated[int, Field(gt=0, le=10**4)] = 1

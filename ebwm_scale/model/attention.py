@@ -20,6 +20,7 @@ from ebwm_scale.config.resolved import model_sizes
 from ebwm_scale.config.schema import ModelConfig
 from ebwm_scale.model.fused import is_fused, joined_product
 from ebwm_scale.model.norm import RMSNorm
+from ebwm_scale.model.reach import reach_of
 from ebwm_scale.model.rotary import Rotary
 from ebwm_scale.model.sequence import SequencePart
 
@@ -33,15 +34,23 @@ class Attention(nn.Module):
     group_size: positions per group. num_conditions: further ones in the observed stream.
     Of a sequence cut over processes, rows are those of `part`, and keys and values those of all
     positions and of this process's share of the heads (sequence.py).
+    With model.reach, rows that lie on a grid see what is near alone (reach.py).
     """
 
     part: SequencePart | None = None
 
-    def __init__(self, config: ModelConfig, group_size: int = 1, num_conditions: int = 0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        group_size: int = 1,
+        num_conditions: int = 0,
+        grid: tuple[int, int] | None = None,
+    ):
         super().__init__()
         sizes = model_sizes(config)
         self.group_size = group_size
         self.context_group = group_size + num_conditions
+        self.reach = reach_of(config.reach, grid, num_conditions)
         self.own_keys = config.own_keys
         self.num_heads = sizes.num_heads
         self.num_kv_heads = sizes.num_kv_heads
@@ -94,6 +103,9 @@ class Attention(nn.Module):
     def _attend_observed(
         self, q: Tensor, keys: Tensor, values: Tensor, first_visible: Tensor | None
     ) -> Tensor:
+        if self.reach is not None:
+            attended = self.reach.observed(q, keys, values)
+            return self.wo(attended.transpose(1, 2).flatten(2))
         attended = observed_attention(
             self._of_all_positions(q),
             keys,
@@ -144,6 +156,9 @@ class Attention(nn.Module):
         """
         q, *keys_values = own
         keys_values = [self._per_query_head(x) for x in keys_values]
+        if self.reach is not None:
+            own_keys_values = (keys_values[0], keys_values[1]) if keys_values else None
+            return self.reach.predicted(q, *context, offset, own_keys_values)
         attend: Callable[..., Tensor] = energy_attention if keys_values else causal_attention
         return attend(
             q,

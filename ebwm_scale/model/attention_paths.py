@@ -32,6 +32,11 @@ def attention_paths(
     Raises ValueError where the configuration forces a backend that cannot run.
     """
     d = model_sizes(config).head_dimension
+    pointwise = _pointwise_path(config, device, dtype)
+    if config.reach is not None:
+        path = "plain PyTorch (model.reach: kernels know no grid)"
+        streams = ("observed", "predicted") if config.kind == "energy" else ("observed",)
+        return dict.fromkeys(streams, path) | {"pointwise": pointwise}
     observed = resolve_observed_backend(
         config.observed_backend,
         device,
@@ -56,6 +61,10 @@ def attention_paths(
         if config.attention_backend == "auto" and obstacle:
             predicted += f" (triton: {obstacle})"
         paths["predicted"] = predicted
+    return paths | {"pointwise": pointwise}
+
+
+def _pointwise_path(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     pointwise = resolve_fused(
         config.attention_backend,
         device,
@@ -66,5 +75,4 @@ def attention_paths(
     obstacle = why_not_fused(device, dtype, model_sizes(config).width)
     if config.attention_backend == "auto" and obstacle:
         pointwise += f" (triton: {obstacle})"
-    paths["pointwise"] = pointwise
-    return paths
+    return pointwise

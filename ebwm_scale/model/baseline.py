@@ -50,7 +50,7 @@ class BaselineTransformer(nn.Module):
         self.num_loops = config.loops
         self.num_conditions = num_conditions
         self.layers = ModuleList(
-            Block(config, group_size, num_conditions) for _ in range(sizes.num_layers)
+            Block(config, group_size, num_conditions, grid) for _ in range(sizes.num_layers)
         )
         self.norm = RMSNorm(sizes.width, config.norm_epsilon, config.attention_backend)
         self.rotary = RotaryTable(

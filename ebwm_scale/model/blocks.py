@@ -48,11 +48,17 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and beside a residual."""
 
-    def __init__(self, config: ModelConfig, group_size: int = 1, num_conditions: int = 0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        group_size: int = 1,
+        num_conditions: int = 0,
+        grid: tuple[int, int] | None = None,
+    ):
         super().__init__()
         width = model_sizes(config).width
         self.attention_norm = RMSNorm(width, config.norm_epsilon, config.attention_backend)
-        self.attention = Attention(config, group_size, num_conditions)
+        self.attention = Attention(config, group_size, num_conditions, grid)
         self.ffn_norm = RMSNorm(width, config.norm_epsilon, config.attention_backend)
         self.feed_forward = FeedForward(config)
 

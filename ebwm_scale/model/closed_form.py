@@ -69,19 +69,21 @@ def block_forward(
     values: Tensor,
     mask: Tensor | None,
     modulation: Modulation | None,
+    near_own: Tensor | None = None,
 ) -> tuple[Tensor, Kept]:
     """Candidates p (B, K, D) through a block.
 
     keys, values (B, H_kv, C, d); factors: rotations of the candidates' position, complex
-    (B, 1, 1, d / 2), with groups of every row's, (B, 1, K, d / 2); mask (B, 1, 1, C): True is not
-    seen.
+    (B, 1, 1, d / 2), with groups of every row's, (B, 1, K, d / 2); mask (B, 1, 1 or K, C): True is
+    not seen. near_own (P, P): which of its group a row sees; None: all.
     """
     normed = attention_input(layer, p, modulation)
     attention = layer.attention
     if attention.own_keys:
         heads = _heads(layer, normed)
         attended, q, k_self, v_self, weights = attend_with_self(
-            *_ready_heads(layer, heads, factors), keys, values, mask, attention.group_size
+            *_ready_heads(layer, heads, factors),
+            *(keys, values, mask, attention.group_size, near_own),
         )
         q_heads, k_heads = heads[:2]
     else:
@@ -250,7 +252,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention (B, H, K, d) of rows q (B, H, K, d) over keys, values (B, H_kv, C, d).
 
-    mask (B, 1, 1, C): True is not seen. Returns (that, q, weights), the last two as Kept has them.
+    mask (B, 1, 1 or K, C): True is not seen. Returns (that, q, weights), the last two as Kept has
+    them.
     """
     shape = q.shape
     q, scores = _scores(q, keys, mask)
@@ -266,10 +269,11 @@ def attend_with_self(
     values: Tensor,
     mask: Tensor | None,
     group_size: int = 1,
+    near_own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `attend`, where each row also sees its own key and value k_self, v_self (B, H_kv, K, d).
 
-    With groups: those of its group.
+    With groups: those of its group, or of them those that near_own (P, P) says.
     Returns ((B, H, K, d), q, k_self, v_self, weights), the last four as Kept has them.
     """
     shape = q.shape
@@ -278,7 +282,11 @@ def attend_with_self(
     if groups > 1:
         k_self = k_self[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
         v_self = v_self[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    weights = torch.cat([scores, own_scores(q, k_self, group_size)], -1).softmax(-1)
+    of_own = own_scores(q, k_self, group_size)
+    if near_own is not None:
+        of_own = of_own.unflatten(-2, (-1, group_size)).masked_fill(~near_own, -torch.inf)
+        of_own = of_own.flatten(-3, -2)
+    weights = torch.cat([scores, of_own], -1).softmax(-1)
     if group_size == 1:
         out = torch.addcmul(weights[..., :-1] @ values, weights[..., -1:], v_self)
     else:
@@ -317,6 +325,8 @@ def _scores(q: Tensor, keys: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
     q = (q * q.shape[-1] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
     scores = q @ keys.transpose(-1, -2)
     if mask is not None:
+        if mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, groups, 1)
         scores = scores.masked_fill_(mask, float("-inf"))
     return q, scores
 

@@ -115,7 +115,7 @@ class EnergyTransformer(nn.Module):
         self.first_predicted = sizes.num_layers - sizes.predicted_layers
         self.first_reencoded = sizes.num_layers - reencoded_blocks if reencoded_blocks else 0
         self.layers = ModuleList(
-            Block(config, group_size, num_conditions) for _ in range(sizes.num_layers)
+            Block(config, group_size, num_conditions, grid) for _ in range(sizes.num_layers)
         )
         self.norm = RMSNorm(width, config.norm_epsilon, config.attention_backend)
         self.head = None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ebwm_scale.model.baseline import BaselineTransformer
 from ebwm_scale.model.energy_transformer import EnergyTransformer
+from ebwm_scale.model.reach import reach_of
 from ebwm_scale.model.rotary import RotaryTable
 
 
@@ -18,7 +19,7 @@ def regroup(
 ) -> None:
     """Have a network read sequences of groups of another size; its parameters stay.
 
-    Raises ValueError as RotaryTable does.
+    Raises ValueError as RotaryTable and reach_of do.
     """
     table = network.rotary
     network.rotary = RotaryTable(
@@ -28,6 +29,9 @@ def regroup(
     for layer in network.layers:
         layer.attention.group_size = group_size
         layer.attention.context_group = network.context_group
+        if layer.attention.reach is not None:
+            cells = layer.attention.reach.cells
+            layer.attention.reach = reach_of(cells, grid, table.num_conditions)
 
 
 def of_groups(energy: Tensor, group_size: int) -> Tensor:

@@ -103,6 +103,7 @@ class LandscapeKVCache:
         self.landscape = landscape
         self.group_size = network.group_size
         self.context_group = network.context_group
+        self.reach = network.layers[0].attention.reach
         self.is_energy = isinstance(network, EnergyTransformer)
         self.offset = 0  # rows in front of the context: the landscape's token
         # In the order in which they are passed.
@@ -165,7 +166,7 @@ class LandscapeKVCache:
         places = self._next_places(self.context_group)
         factors = self._factors(places, x)[:, None]
         self.longest += self.context_group
-        mask = self._mask(self.lengths + self.context_group)
+        mask = self._mask(self.lengths + self.context_group, self.context_group)
         for index, (layer, modulation) in enumerate(zip(self.layers, self.modulations)):
             if self._begins_again(index):
                 x = x + observed
@@ -225,7 +226,12 @@ class LandscapeKVCache:
         if self.group_size > 1:
             factors = factors.repeat(1, num_candidates, 1)
         factors = factors[:, None]
-        mask = self._mask(self.lengths)
+        mask = self._mask(self.lengths, self.group_size)
+        near_own = None
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, num_candidates, 1)
+        if self.reach is not None:
+            near_own = self.reach.near_own(embedded.device)
         readout = self._for_each(self.readout, num_candidates)
         anchor = self._for_each(self.anchor, num_candidates)
         p = embedded if anchor is None else embedded + anchor
@@ -233,7 +239,7 @@ class LandscapeKVCache:
         passed = range(self.first_predicted, len(self.layers))
         for index, modulation in zip(passed, modulations):
             p, block = block_forward(
-                self.layers[index], p, factors, *self._seen(index), mask, modulation
+                self.layers[index], p, factors, *self._seen(index), mask, modulation, near_own
             )
             kept.append(block)
         energy, normed = head_forward(network, p, final, embedded, readout)
@@ -294,12 +300,20 @@ class LandscapeKVCache:
         table = self.network.rotary(self.capacity + 1 + self.context_group, like).factors
         return torch.view_as_complex(table[places])
 
-    def _mask(self, lengths: Tensor) -> Tensor | None:
-        """(B, 1, 1, longest), True where a row has no entry; None where every row has all."""
-        if bool((lengths == self.longest).all()):
-            return None
-        entries = torch.arange(self.longest, device=lengths.device)
-        return (entries >= lengths[:, None])[:, None, None]
+    def _mask(self, lengths: Tensor, num_rows: int) -> Tensor | None:
+        """(B, 1, 1, longest), True where a row has no entry; None where every row has all.
+
+        With model.reach (1 or B, 1, num_rows, longest): what the first so many rows of a group do
+        not see either.
+        """
+        mask = None
+        if not bool((lengths == self.longest).all()):
+            entries = torch.arange(self.longest, device=lengths.device)
+            mask = (entries >= lengths[:, None])[:, None, None]
+        if self.reach is None:
+            return mask
+        far = ~self.reach.near_context(self.longest, lengths.device)[None, None, :num_rows]
+        return far if mask is None else mask | far
 
 
 def _with_capacity(tensor: Tensor, capacity: int) -> Tensor:

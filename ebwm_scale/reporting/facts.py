@@ -20,6 +20,7 @@ MODEL_KEYS = (
     "predicted_input",
     "predicted_layers",
     "own_keys",
+    "reach",
     "energy_head",
 )
 REFINEMENT_KEYS = ("num_steps", "graph", "loss", "loss_weights", "update", "landscapes")

@@ -45,6 +45,7 @@ from ebwm_scale.data.loading.streaming import check_stream
 from ebwm_scale.data.text_stream.loader import cursors_of
 from ebwm_scale.data.text_stream.strands import TextStream, open_text_stream
 from ebwm_scale.model.attention_paths import attention_paths
+from ebwm_scale.model.reach import reach_of
 from ebwm_scale.training.downstream import check_downstream
 from ebwm_scale.training.extending import last_without_a_jump
 from ebwm_scale.training.schedule import RateChange, describe_schedule_changes, unusual_schedule
@@ -312,6 +313,10 @@ def warn_of_documents(check: RunCheck, filled: Config, manifest: Manifest) -> No
 def check_filled(config: Config) -> None:
     """ConfigError for a configuration that does not fit its data."""
     problems = filled_problems(config)
+    try:
+        reach_of(config.model.reach, resolved.grid(config))
+    except ValueError as error:
+        problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
 

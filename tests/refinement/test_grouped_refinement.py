@@ -18,6 +18,7 @@ from ebwm_scale.config.load import config_from_dict
 from ebwm_scale.config.resolved import reencoded_blocks
 from ebwm_scale.model import attention
 from ebwm_scale.model.energy_transformer import EnergyTransformer
+from ebwm_scale.model.reach import Reach
 from ebwm_scale.model.rotary import RotaryTable
 from ebwm_scale.refinement.noise import NoiseSource
 from ebwm_scale.refinement.tiling import tile_rows, tiles_of
@@ -25,6 +26,7 @@ from ebwm_scale.world_model import WorldModel
 
 B, V = 3, 13
 GRID = {"group_size": 4, "grid": [2, 2]}
+WIDE = {"group_size": 6, "grid": [2, 3]}  # with reach 1 its first and last columns are apart
 
 
 def build_model(*, kind, data, model=None, state=None, refinement=None):
@@ -93,10 +95,14 @@ def rotated(x, positions, network):
     return torch.stack(columns, -1)
 
 
-def sees(row, column, num_positions, group_size, *, own_keys=True):
+def sees(row, column, num_positions, group_size, *, own_keys=True, reach=None, grid=None):
     """Rows and columns: observed positions 0 .. S - 1, then candidates S .. 2 S - 1."""
     if column >= num_positions and not own_keys:
         return False
+    if reach is not None:
+        a, b = (coordinates(x % num_positions, group_size, grid)[1:] for x in (row, column))
+        if max(abs(i - j) for i, j in zip(a, b)) > reach:
+            return False
     of_column = column % num_positions // group_size
     of_row = row % num_positions // group_size
     if column < num_positions:  # an observed key
@@ -121,7 +127,15 @@ def both_streams(layer, o, p, network, modulations):
     v = heads(attention.wv).repeat_interleave(shared, 1)
     mask = torch.tensor(
         [
-            [sees(row, column, S, size, own_keys=attention.own_keys) for column in range(2 * S)]
+            [
+                sees(
+                    *(row, column, S, size),
+                    own_keys=attention.own_keys,
+                    reach=None if attention.reach is None else attention.reach.cells,
+                    grid=network.rotary.grid,
+                )
+                for column in range(2 * S)
+            ]
             for row in range(2 * S)
         ]
     )
@@ -244,6 +258,17 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
             "state": {"workspace": 5, "initial": "zeros"},
             "refinement": {"momentum": 0.6, "tile_rows": 4, "update": "mirror"},
         },
+        {
+            "data": WIDE,
+            "model": {"reach": 1, "num_kv_heads": 1, "energy_head": ["linear", "bilinear"]},
+            "state": {"workspace": 5},
+            "refinement": {"reencode": "all", "recompute": "block"},
+        },
+        {
+            "data": WIDE,
+            "model": {"reach": 1, "own_keys": False, "predicted_input": "anchored"},
+            "refinement": {"recompute": "step", "tile_rows": 6},
+        },
     ],
     ids=[
         "plain",
@@ -258,6 +283,8 @@ LOOPS = list(itertools.product(("detach", "truncate", "full"), ("every", "last")
         "encoded_again",
         "looped",
         "momentum",
+        "reach",
+        "reach_context_alone",
     ],
 )
 def test_groups_are_exact_to_second_order(graph, loss, options):
@@ -265,8 +292,9 @@ def test_groups_are_exact_to_second_order(graph, loss, options):
     compare(*build(**{**options, "refinement": refinement}))
 
 
-def test_a_baseline_of_groups_is_the_definition():
-    model, observed, targets = build(model={"kind": "baseline"}, data=GRID)
+@pytest.mark.parametrize("reach", [None, 0, 1])
+def test_a_baseline_of_groups_is_the_definition(reach):
+    model, observed, targets = build(model={"kind": "baseline", "reach": reach}, data=WIDE)
     network = model.network
     o = model.embed_observed(observed)
     for layer in network.layers:
@@ -297,6 +325,51 @@ def test_the_comparison_notices_rows_that_see_too_little(name):
     model, observed, targets = build()
     with pytest.raises(AssertionError), broken_attention(name, group_size=1):
         compare(model, observed, targets)
+
+
+@pytest.mark.parametrize("lost", ["near_own", "near_context"])
+def test_the_comparison_notices_rows_that_see_too_far(lost):
+    """Breaks what is within reach on purpose, of candidates and of the context."""
+    model, observed, targets = build(model={"reach": 1}, data=WIDE)
+    right = getattr(Reach, lost)
+    compare(model, observed, targets)
+    with (
+        pytest.raises(AssertionError),
+        mock.patch.object(Reach, lost, lambda self, *a: torch.ones_like(right(self, *a))),
+    ):
+        compare(model, observed, targets)
+
+
+@pytest.mark.parametrize("kind", ["energy", "baseline"])
+def test_a_reach_over_the_whole_grid_is_none(kind):
+    losses, gradients = [], []
+    for reach in (None, 2):
+        model, observed, targets = build(model={"reach": reach, "kind": kind}, data=WIDE)
+        options = {"sample_ids": torch.arange(B), "source": NoiseSource(1, 2)}
+        loss = model(observed, targets, **options).loss
+        losses.append(loss.detach())
+        gradients.append(plain.gradients(model, loss))
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-13)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-9, atol=1e-12)
+
+
+def test_what_a_cell_becomes_does_not_depend_on_the_size_of_the_grid():
+    """A task in the corner of a larger grid: cells that are out of reach of all that is new. With
+    relative positions and a reach the network says the same of them.
+    """
+    model, _, _ = build(model={"reach": 1, "num_layers": 1}, data=WIDE, num_groups=1)
+    generator = torch.Generator().manual_seed(4)
+    large = torch.randint(V, (B, 5, 7), generator=generator)
+    states = []
+    for rows, columns in ((4, 5), (5, 7)):
+        model.regroup(rows * columns, (rows, columns))
+        observed = large[:, :rows, :columns].flatten(1)
+        embedded = model.embed_observed(observed)
+        candidates = 0.3 * embedded.sin()
+        energy = model.network.energy(candidates, model.network.encode_context(embedded, 0), 0)
+        states.append(energy.unflatten(1, (rows, columns))[:, :3, :4])
+    torch.testing.assert_close(*states, rtol=1e-12, atol=1e-12)
 
 
 def test_the_comparison_notices_positions_of_another_kind():

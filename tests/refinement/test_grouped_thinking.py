@@ -4,7 +4,7 @@ rows stop and win together.
 
 import pytest
 import torch
-from test_grouped_refinement import GRID, V, build
+from test_grouped_refinement import GRID, WIDE, V, build
 
 from ebwm_scale.core.errors import UserError
 from ebwm_scale.inference.energy_functions import SequenceEnergy
@@ -26,6 +26,8 @@ CASES = {
         },
     },
     "adaln": {"model": {"conditioning": "adaln", "predicted_input": "anchored"}},
+    "reach": {"data": WIDE, "model": {"reach": 1, "num_kv_heads": 1}},
+    "reach, context alone": {"data": WIDE, "model": {"reach": 1, "own_keys": False}},
     "no own keys": {"data": GRID, "model": {"own_keys": False, "num_kv_heads": 1}},
     "frames": {"kind": "embedding", "state": {"initial": "most_recent"}},
 }
