@@ -201,6 +201,10 @@ def _check_reach(config: Config, require: Require) -> None:
         f"{given} with model.observed_backend {model.observed_backend}: attention within reach is "
         "plain PyTorch; use auto",
     )
+    require(
+        not config.refinement.compile,
+        f"{given} with refinement.compile: a compiled step knows no grid; use compile false",
+    )
 
 
 def _check_parametrization(config: Config, require: Require) -> None:

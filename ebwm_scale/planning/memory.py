@@ -45,6 +45,8 @@ FIRST_ORDER_SHARE = 0.4
 WORKSPACE_D, WORKSPACE_Z = 3, 2
 # score blocks alive at once in the double backward: P, tangent, centred, dP, Z, dS
 ATTENTION_BLOCKS = 6
+# of attention within reach, per row, key and head; of a block that is alone, with its backward
+OBSERVED_SCORES, PREDICTED_SCORES, BLOCK_SCORES = 1, 5, 10
 # (rows, V) tensors of a tile in kernels/ebwm_kernels/vocabulary/api.py
 STATES = {"probabilities": 2, "mirror": 3, "logits": 3}
 UNIFORM_MIRROR_STATES = 2  # what it moved by is added up in D numbers a row
@@ -140,6 +142,9 @@ def memory_estimate(
         observed_width += OBSERVED_ADALN_D
     normed_heads = (D + K) * config.model.qk_norm  # q and k in front of their norms
     observed_block = observed_width * D + OBSERVED_F * F + normed_heads
+    if config.model.reach is not None:  # attention in plain PyTorch: autograd keeps its scores
+        heads = model_sizes(config.model).num_heads
+        observed_block += OBSERVED_SCORES * heads * z.observed_positions
     if baseline:
         rows = micro_batch * z.positions
         observed_rows = micro_batch * z.observed_positions
@@ -276,6 +281,10 @@ def _predicted_kept(config: Config, z: StepSizes, live_steps: int) -> tuple[int,
         block -= OWN_KEYS_D * z.width
         normed = z.width
     block += NORMED_HEADS * normed * config.model.qk_norm
+    if config.model.reach is not None:
+        heads = model_sizes(config.model).num_heads
+        scores = BLOCK_SCORES if config.refinement.recompute == "block" else PREDICTED_SCORES
+        block += scores * heads * (z.observed_positions + z.own_keys)
     blocks = z.predicted_layers * block
     outside = (OUTSIDE_D * z.width + CONTENT_D * z.content_weights // z.width) * live_steps
     if config.refinement.recompute == "step":

@@ -29,6 +29,25 @@ MEMORY_CASES = {
     },
     "text, mirror": {"refinement": {"update": "mirror", "num_steps": 3}},
     "groups": {"data": {"group_size": 16}, "refinement": {"num_steps": 3}},
+    "grids within reach": {
+        "data": {"group_size": 16, "grid": [4, 4]},
+        "model": {"reach": 1, "num_layers": 4},
+        "refinement": {"num_steps": 3},
+    },
+    "grids within reach, full": {
+        "data": {"group_size": 16, "grid": [4, 4]},
+        "model": {"reach": 1, "num_layers": 4, "predicted_layers": 1},
+        "refinement": {"num_steps": 3, "graph": "full", "reencode": "all"},
+    },
+    "grids within reach, a block at a time": {
+        "data": {"group_size": 16, "grid": [4, 4]},
+        "model": {"reach": 1, "num_layers": 6},
+        "refinement": {"recompute": "block"},
+    },
+    "baseline of grids within reach": {
+        "data": {"group_size": 16, "grid": [4, 4]},
+        "model": {"reach": 1, "kind": "baseline", "num_layers": 4},
+    },
     "world": {"data": {"group_size": 4, "conditions": CONDITIONS}, "state": FRAMES},
     "baseline of a world": {
         "data": {"group_size": 4, "conditions": CONDITIONS},

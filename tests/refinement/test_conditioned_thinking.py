@@ -22,6 +22,7 @@ CASES = {
     "frame": {"data": FRAME},
     "line": {"data": LINE, "model": {"conditioning": "adaln", "predicted_input": "anchored"}},
     "grid": {"data": GRID, "model": WIDE, "state": {"initial": "most_recent"}},
+    "within_reach": {"data": GRID, "model": {"reach": 0, "num_kv_heads": 1}},
 }
 BEYOND_CACHE = {
     "encoded_again": {"data": GRID, "refinement": {"reencode": "all"}},

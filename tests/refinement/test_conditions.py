@@ -56,7 +56,16 @@ def rows_of(model, num_groups):
     return rows + [(time + 1, place(cell, group, data.grid), False) for time, cell in predicted]
 
 
-def sees(row, column):
+def is_far(row, column, data, reach):
+    """Whether two cells of a grid lie further apart than the reach; a condition is near to all."""
+    if reach is None or row[1][0] == data.grid[0] or column[1][0] == data.grid[0]:
+        return False
+    return max(abs(a - b) for a, b in zip(row[1], column[1])) > reach
+
+
+def sees(row, column, model):
+    if is_far(row, column, model.config.data, model.config.model.reach):
+        return False
     of_row, of_column = row[0] - (not row[2]), column[0] - (not column[2])
     if column[2]:
         return of_column <= of_row
@@ -96,7 +105,7 @@ def both_streams(layer, o, p, model, modulations):
     q = rotated(heads(attention.wq), coordinates)
     k = rotated(heads(attention.wk), coordinates).repeat_interleave(shared, 1)
     v = heads(attention.wv).repeat_interleave(shared, 1)
-    mask = torch.tensor([[sees(row, column) for column in rows] for row in rows])
+    mask = torch.tensor([[sees(row, column, model) for column in rows] for row in rows])
     scores = (q @ k.mT) * attention.head_dimension**-0.5
     weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     attended = attention.wo((weights @ v).transpose(1, 2).flatten(2)).split(
@@ -220,6 +229,11 @@ CASES = {
         "model": {"energy_head": ["linear", "bilinear"], "predicted_input": "anchored"},
         "state": {"workspace": 5},
         "refinement": {"reencode": "all", "recompute": "block"},
+    },
+    "within_reach": {
+        "data": GRID,
+        "model": {"reach": 0, "num_kv_heads": 1, "predicted_input": "anchored"},
+        "refinement": {"recompute": "block", "tile_rows": 4},
     },
     "looped": {"data": LINE, "model": {"loops": 3, "predicted_layers": 1}},
     "tokens": {"data": LINE, "kind": "vocabulary", "refinement": {"update": "mirror"}},
