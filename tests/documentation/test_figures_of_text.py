@@ -147,24 +147,35 @@ TRIES_OF_READINGS = {
 
 
 def readings():
-    """recipe -> losses of seeds 0, 1, 2, and training FLOPs in those of two layers."""
+    """recipe -> losses of seeds 0, 1, .., and training FLOPs in those of two layers."""
     rows = json.loads((ROOT / "results" / "worth_text_loops.json").read_text())["rows"]
     flops = {row["recipe"]: row["flops"] for row in rows}
     relative = {recipe: value / flops["transformer++"] for recipe, value in flops.items()}
+    seeds: dict[str, list[str]] = {}
+    for row in rows:
+        seeds.setdefault(row["recipe"], []).append(row["seed"])
+    first = [f"seed-{number}" for number in range(5)]
+    assert all(found == first[: len(found)] for found in seeds.values())
     return losses_of("worth_text_loops.json"), relative
+
+
+def differences(one: list[float], other: list[float]) -> list[float]:
+    """Paired by seed, of those that both have."""
+    return [a - b for a, b in zip(one, other)]
 
 
 def test_the_page_on_recipes_quotes_what_several_readings_are_worth():
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     losses, flops = readings()
     for recipe, title in READINGS.items():
-        figures = " | ".join(f"{loss:.3f}" for loss in losses[recipe])
+        figures = [f"{loss:.3f}" for loss in losses[recipe]]
+        figures = " | ".join([*figures, *[""] * (5 - len(figures))])
         row = f"| {title} | {flops[recipe]:.2f} | {figures} | "
         assert f"{row}{statistics.fmean(losses[recipe]):.3f} |" in text, row
     for other in ("looped-2x4", "transformer++-5", "transformer++-7", "energy-1", "transformer++"):
-        cells = [READINGS[other]]
+        cells = [READINGS[other], str(len(losses[other]))]
         for ours in ("energy-2", "energy-3"):
-            gap = seed_interval([a - b for a, b in zip(losses[ours], losses[other])])
+            gap = seed_interval(differences(losses[ours], losses[other]))
             cells.append("{mean:.3f} [{low:.3f}, {high:.3f}]".format(**gap))
         assert f"| {' | '.join(cells)} |" in text, cells
     for recipe, title in TRIES_OF_READINGS.items():
@@ -178,17 +189,25 @@ def test_what_the_pages_say_of_several_readings():
     pages["docs/recipes.md"] = (ROOT / "docs/recipes.md").read_text()
 
     def less_than(other, ours="energy-3"):
-        return seed_interval([b - a for a, b in zip(losses[ours], losses[other])])
+        return seed_interval(differences(losses[other], losses[ours]))
 
     once, plain = less_than("energy-1"), less_than("transformer++")
+    looped = less_than("looped-2x4")
     assert all(with_its_interval(once, 3) in page for page in pages.values())
+    assert all(with_its_interval(looped, 3) in page for page in pages.values())
     for name in ("docs/results.md", "docs/recipes.md"):
         assert f"{with_its_interval(plain, 3)} below" in pages[name]
-    assert signs([once, plain]) == "++"
+    assert signs([once, plain, less_than("transformer++", "energy-1")]) == "+++"
+    one_reading = with_its_interval(less_than("transformer++", "energy-1"), 3)
+    assert f"One reading ends {one_reading} below it" in pages["docs/recipes.md"]
+    five = with_its_interval(less_than("transformer++-5"), 3)
+    more = f"{flops['energy-3'] / flops['transformer++-5']:.2f} times their FLOPs"
+    assert f"{five} below five layers, at {more}" in pages["docs/recipes.md"]
     for ours, deeper in (("energy-2", "transformer++-5"), ("energy-3", "transformer++-7")):
         equal = [less_than(other, ours) for other in (deeper, "looped-2x4")]
-        assert signs(equal) == "00"
+        assert signs(equal) == "0+"
         assert min(gap["mean"] for gap in equal) > 0
+        assert with_its_interval(equal[1], 3) in pages["docs/recipes.md"]
         assert flops[ours] < flops[deeper] < flops["looped-2x4"]
         assert all(a < b for a, b in zip(losses[ours], losses["looped-2x4"]))
         share = f"{flops[ours] / flops['looped-2x4']:.2f}"
