@@ -28,6 +28,11 @@ def study_of(family: str) -> dict:
     return json.loads((ROOT / "results" / f"reasoning_last_{family}.json").read_text())
 
 
+def wider(family: str) -> dict:
+    path = ROOT / "results" / f"reasoning_parameters_{family}.json"
+    return json.loads(path.read_text())
+
+
 def after(recipe: dict, num_steps: int) -> dict:
     (point,) = [point for point in recipe["steps"] if point["num_steps"] == num_steps]
     return point
@@ -60,6 +65,41 @@ def test_the_page_quotes_its_studies(family):
         line = f"{with_its_interval(gained['fall_of_loss'], 3)} less loss, "
         line += f"{with_its_interval(gained['rise_of_solved'], 2)} more solved."
         assert line in text, line
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_equal_parameters_it_solves_more_with_every_seed(family):
+    study, other = study_of(family), wider(family)
+    energy, wide = study["recipes"]["energy"], other["recipes"]["transformer++-4-wide"]
+    assert wide["parameters"] == pytest.approx(energy["parameters"], rel=0.001)
+    assert wide["seeds"] == energy["seeds"] and len(wide["seeds"]) == 3
+    unit = study["recipes"]["transformer++-4"]["training_flops"]
+    ours, theirs = after_its_trained_steps(energy), after(wide, 1)
+    row = (
+        f"| Transformer++, the same layers, wider | 3 | {wide['parameters']:,} "
+        f"| {wide['training_flops'] / unit:.1f} | {with_its_interval(theirs['loss'], 3)} "
+        f"| {with_its_interval(theirs['solved'], 2)} |"
+    )
+    assert row in page(), row
+    assert all(a > b for a, b in zip(ours["solved"]["seeds"], theirs["solved"]["seeds"]))
+    assert ours["solved"]["low"] > theirs["solved"]["high"]
+
+
+def test_what_sixteen_layers_solve():
+    files = ("reasoning_muon_sudoku", "reasoning_muon_reachability")
+    files += ("reasoning_muon_shortest_path_damped",)
+    sixteen = []
+    for name in files:
+        study = json.loads((ROOT / "results" / f"{name}.json").read_text())
+        sixteen.append(study["recipes"]["transformer++-16"])
+    sudoku, mazes, paths = (after(recipe, 1)["solved"] for recipe in sixteen)
+    again = after(wider("reachability")["recipes"]["transformer++-16"], 1)["solved"]
+    assert f"solve {sudoku['mean']:.2f} of the Sudokus" in page() and len(sudoku["seeds"]) == 3
+    assert f"{mazes['mean']:.2f}" == f"{again['mean']:.2f}" == f"{paths['mean']:.2f}" == "0.99"
+    line = "0.99 of the mazes with each of two seeds, and 0.99 of the shortest paths in one run"
+    assert line in page()
+    energy = study_of("sudoku")["recipes"]["energy"]["parameters"]
+    assert f"{sixteen[0]['parameters'] / energy:.1f} times the parameters" in page()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
