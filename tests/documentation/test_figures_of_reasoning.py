@@ -28,6 +28,10 @@ def study_of(family: str) -> dict:
     return json.loads((ROOT / "results" / f"reasoning_last_{family}.json").read_text())
 
 
+def study_within_reach() -> dict:
+    return json.loads((ROOT / "results" / "reasoning_reach.json").read_text())
+
+
 def wider(family: str) -> dict:
     path = ROOT / "results" / f"reasoning_parameters_{family}.json"
     return json.loads(path.read_text())
@@ -193,6 +197,66 @@ def test_larger_mazes_that_are_read_are_solved_no_better_after_more_steps_than_w
         assert all(with_its_interval(gain, 3) in page() for gain in gains)
         risen.append(f"{-beyond['fall_of_loss']['mean']:.2f}")
     assert f"the loss rises by {' and '.join(risen)}" in page()
+
+
+def test_larger_mazes_are_solved_within_reach_and_better_with_more_steps_than_were_trained():
+    text, study = page(), study_within_reach()["recipes"]
+    energy, looped = study["energy"], study["looped-4x4"]
+    assert len(energy["seeds"]) == energy["trained_steps"] == 3 and len(looped["seeds"]) == 1
+    sizes = [energy["larger"][name] for name in ("seven", "eight")]
+    for number in (1, 2, 3, 4, 6, 9, 12):
+        cells = [str(number)]
+        for size in sizes:
+            cells.append(with_its_interval(after(size, number)["solved"], 3))
+            more = size["beyond_trained"].get(str(number))
+            cells.append("" if more is None else with_its_interval(more["rise_of_solved"], 4))
+        assert f"| {' | '.join(cells)} |" in text, cells
+    for size in sizes:
+        gains = [after(size, n)["gain_over_previous"]["rise_of_solved"] for n in (2, 3)]
+        more, twelve = (size["beyond_trained"][n]["rise_of_solved"] for n in ("4", "12"))
+        assert signs([*gains, more, twelve]) == "+++0"
+        assert min(more["seeds"]) > 0
+    more = [with_its_interval(s["beyond_trained"]["4"]["rise_of_solved"], 4) for s in sizes]
+    assert f"with every seed**: four steps {' and '.join(more)} more than three" in text
+    in_size = energy["beyond_trained"].values()
+    assert set(signs([beyond["rise_of_solved"] for beyond in in_size])) == {"0"}
+    assert f"{with_its_interval(after(energy, 3)['solved'], 3)} after three." in text
+
+
+def test_what_the_page_says_beside_it():
+    text, study = page(), study_within_reach()["recipes"]
+    energy, looped = study["energy"], study["looped-4x4"]
+    ours = [after(energy["larger"][name], 3)["solved"]["mean"] for name in ("seven", "eight")]
+    before = study_of("inside")["recipes"]["energy"]["larger"]
+    seeing_all = [after(before[name], 3)["solved"]["mean"] for name in ("seven", "eight")]
+    shown = [f"{share:.2f}" for share in (*ours, *seeing_all)]
+    assert f"it solves {shown[0]} of 7 by 7 and {shown[1]} of 8 by 8**" in text
+    assert f"see all others solve {shown[2]} and {shown[3]}." in text
+    more = with_its_interval(energy["larger"]["eight"]["beyond_trained"]["4"]["rise_of_solved"], 4)
+    line = f"it solves {shown[1]} of mazes of 8 by 8 after training on 4 to 6, in place of "
+    line += f"{shown[3]}. A step more than was trained adds {more}."
+    assert line in page("README.md")
+    passes = [
+        with_its_interval(after(looped["larger"][name], number)["solved"], 3)
+        for number in (4, 6)
+        for name in ("seven", "eight")
+    ]
+    line = f"one seed: {passes[0]} and {passes[1]}, after six passes {passes[2]} and {passes[3]}."
+    assert line in text
+    assert looped["training_flops"] == pytest.approx(energy["training_flops"], rel=0.05)
+    stopped = energy["settling"]
+    taken = ", ".join(f"{seed['mean_steps']['mean']:.1f}" for seed in stopped)
+    ranks = [seed["rank_correlation_of_steps_with_difficulty"] for seed in stopped]
+    line = f"takes {taken} steps with the three seeds; rank correlations with the difficulty "
+    assert line + ", ".join(f"{rank['mean']:.2f}" for rank in ranks) in text
+    assert signs(ranks) == "+++"
+
+
+def test_the_page_quotes_the_runs_before_it():
+    eight, *four = [row["larger"]["eight"] for row in rows_of("reasoning_reach_tries.jsonl")[1:]]
+    line = f"{eight['8'][0]:.3f} after eight and {eight['12'][0]:.3f} after twelve"
+    first, second = (" and ".join(f"{run[n][0]:.3f}" for run in four) for n in ("4", "6"))
+    assert f"{line}; two to four, seeds 33 and 1, {first} after four, {second} after six." in page()
 
 
 def test_the_page_quotes_the_runs_beside_the_studies():
