@@ -4,7 +4,7 @@ steps, for the table in docs/distributed.md.
     python tools/check_zero.py --processes 2 4 [--output results/zero_exactness.json]
         [--stages 0 1 2 3] [--checkpoint none step block] [--precision fp32 bf16]
         [--recipe S1 S2 algorithm_1 baseline looped shallow groups workspace candidates exits world
-                  stable read_twice]
+                  stable read_twice reach]
         [--accumulation 2] [--sequence 2] [--fused] [--break partition]
     python tools/check_zero.py --memory --processes 2 [--output results/zero_memory.json]
 
@@ -65,6 +65,7 @@ RECIPES = {
     },
     "world": {"graph": "full", "step_size": 0.5},
     "stable": {"update": "mirror", "num_steps": 3},
+    "reach": {"graph": "full", "loss": "last", "reencode": "all"},
 }
 # What a recipe asks of the model and its states.
 MODELS = {
@@ -80,6 +81,7 @@ MODELS = {
     "read_twice": {"loops": 2, "predicted_layers": 1, "energy_head": ["direct"]},
     "world": {"vocabulary_size": None},
     "stable": {"qk_norm": True, "num_kv_heads": 2, "logit_softcap": 6.0},
+    "reach": {"reach": 0},
 }
 Z_LOSSES = {"stable": 0.01}
 STATES = {
@@ -97,6 +99,7 @@ CONDITIONS = [
 DATA = {
     "groups": {"group_size": 4},
     "world": {"group_size": 4, "grid": [2, 2], "conditions": CONDITIONS},
+    "reach": {"group_size": 4, "grid": [2, 2]},
 }
 LIMITS = {
     "fp32": {"parameters": 3e-5, "gradients": 1e-5},

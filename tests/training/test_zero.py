@@ -100,10 +100,12 @@ def test_looped_blocks_train_the_reference_without_and_with_partitioned_paramete
 
 
 def test_groups_and_worlds_train_the_reference_without_and_with_partitioned_parameters():
-    """A world: frames of patches, with an action of numbers and one of buttons behind each."""
-    options = ["--recipe", "groups", "world", "--precision", "fp32", "--stages", "1", "3"]
+    """A world: frames of patches, with an action of numbers and one of buttons behind each. Within
+    reach: cells of a grid that see themselves alone, read again before the second step.
+    """
+    options = ["--recipe", "groups", "world", "reach", "--precision", "fp32", "--stages", "1", "3"]
     code, rows = checked("--processes", "2", *options, "--checkpoint", "block")
-    assert code == 0 and len(rows) == 4, rows
+    assert code == 0 and len(rows) == 6, rows
 
 
 @pytest.mark.soak
