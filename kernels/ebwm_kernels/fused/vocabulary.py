@@ -117,14 +117,7 @@ def softmax_rows(
         tile=TILE if through is None else THROUGH_TILE,
         again=again,
         V=size,
-        HAS_START=start is not None,
-        ONE_NUMBER=start is not None and is_one_number(start),
-        THROUGH=through is not None,
-        ONE_P=through is not None and is_one_number(through),
-        CHANGE=form.change or 0.0,
-        BOUND=form.state or 0.0,
-        SOFT=form.soft or 0.0,
-        Z_WEIGHT=form.z_weight,
+        **_constants_of(start, through, form),
         HAS_TARGET=target is not None,
         KEEP_STATE=state is not None,
         KEEP_P=p is not None,
@@ -280,14 +273,7 @@ def step_gradient(
         tile=TILE if through is None else THROUGH_TILE,
         again=again,
         V=size,
-        HAS_START=start is not None,
-        ONE_NUMBER=start is not None and is_one_number(start),
-        THROUGH=through is not None,
-        ONE_P=through is not None and is_one_number(through),
-        CHANGE=form.change or 0.0,
-        BOUND=form.state or 0.0,
-        SOFT=form.soft or 0.0,
-        Z_WEIGHT=form.z_weight,
+        **_constants_of(start, through, form),
         HAS_LOSS=of_loss is not None,
         HAS_STATE=of_state is not None,
         KEEP_START=keep_start,
@@ -295,6 +281,20 @@ def step_gradient(
         ACC=sums_of(dtype),
     )
     return StepGradients(of_move, of_start, of_p)
+
+
+def _constants_of(start: Tensor | None, through: Tensor | None, form: Form) -> dict:
+    """What a step is, as constants of its programs."""
+    return {
+        "HAS_START": start is not None,
+        "ONE_NUMBER": start is not None and is_one_number(start),
+        "THROUGH": through is not None,
+        "ONE_P": through is not None and is_one_number(through),
+        "CHANGE": form.change or 0.0,
+        "BOUND": form.state or 0.0,
+        "SOFT": form.soft or 0.0,
+        "Z_WEIGHT": form.z_weight,
+    }
 
 
 def is_one_number(x: Tensor) -> bool:

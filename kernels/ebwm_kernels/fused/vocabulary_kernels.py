@@ -401,31 +401,23 @@ def _step_gradient(
         for start in range(0, V, BC):
             exists = start + column < V
             place = row * V + start + column
-            x, _, slope = _step(
-                MOVE, START, GIVEN_P, mean, place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P,
-                CHANGE, BOUND, SOFT, ACC,
+            _, g = _of_step(
+                MOVE, START, GIVEN_P, OF_STATE, mean, m, s, share, start + column == target,
+                place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P, CHANGE, BOUND, SOFT,
+                Z_WEIGHT, HAS_LOSS, HAS_STATE, ACC,
             )  # fmt: skip
-            r = _arriving(
-                x, m, s, share, start + column == target, OF_STATE, place, exists, Z_WEIGHT,
-                HAS_LOSS, HAS_STATE, ACC,
-            )  # fmt: skip
-            sums += _numbers(GIVEN_P, place, exists, ONE_P, ACC) * slope * r
+            sums += _numbers(GIVEN_P, place, exists, ONE_P, ACC) * g
         pull = tl.sum(sums, 0)
     for start in range(0, V, BC):
         exists = start + column < V
         place = row * V + start + column
-        x, of_start, slope = _step(
-            MOVE, START, GIVEN_P, mean, place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P,
-            CHANGE, BOUND, SOFT, ACC,
-        )  # fmt: skip
-        r = _arriving(
-            x, m, s, share, start + column == target, OF_STATE, place, exists, Z_WEIGHT,
-            HAS_LOSS, HAS_STATE, ACC,
+        of_start, g = _of_step(
+            MOVE, START, GIVEN_P, OF_STATE, mean, m, s, share, start + column == target,
+            place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P, CHANGE, BOUND, SOFT,
+            Z_WEIGHT, HAS_LOSS, HAS_STATE, ACC,
         )  # fmt: skip
         if KEEP_START:
-            of_start *= r
             tl.store(OF_START + place, of_start.to(OF_START.dtype.element_ty), mask=exists)
-        g = slope * r
         if KEEP_P:
             u = tl.load(MOVE + place, mask=exists, other=0.0).to(ACC)
             of_p = (u - mean) * g - pull * u
@@ -433,6 +425,42 @@ def _step_gradient(
         if THROUGH:
             g = _numbers(GIVEN_P, place, exists, ONE_P, ACC) * (g - pull)
         tl.store(OF_MOVE + place, g.to(OF_MOVE.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _of_step(
+    MOVE,
+    START,
+    GIVEN_P,
+    OF_STATE,
+    mean,
+    m,
+    s,
+    share,
+    is_target,
+    place,
+    exists,
+    HAS_START: tl.constexpr,
+    ONE_NUMBER: tl.constexpr,
+    THROUGH: tl.constexpr,
+    ONE_P: tl.constexpr,
+    CHANGE: tl.constexpr,
+    BOUND: tl.constexpr,
+    SOFT: tl.constexpr,
+    Z_WEIGHT: tl.constexpr,
+    HAS_LOSS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """r with the slopes of some columns: (at start, at the move behind the softmax)."""
+    x, of_start, of_move = _step(
+        MOVE, START, GIVEN_P, mean, place, exists, HAS_START, ONE_NUMBER, THROUGH, ONE_P,
+        CHANGE, BOUND, SOFT, ACC,
+    )  # fmt: skip
+    r = _arriving(
+        x, m, s, share, is_target, OF_STATE, place, exists, Z_WEIGHT, HAS_LOSS, HAS_STATE, ACC
+    )  # fmt: skip
+    return of_start * r, of_move * r
 
 
 @triton.jit
