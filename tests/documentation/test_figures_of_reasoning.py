@@ -233,8 +233,8 @@ def test_what_the_page_says_beside_it():
     assert f"it solves {shown[0]} of 7 by 7 and {shown[1]} of 8 by 8**" in text
     assert f"see all others solve {shown[2]} and {shown[3]}." in text
     more = with_its_interval(energy["larger"]["eight"]["beyond_trained"]["4"]["rise_of_solved"], 4)
-    line = f"it solves {shown[1]} of mazes of 8 by 8 after training on 4 to 6, in place of "
-    line += f"{shown[3]}. A step more than was trained adds {more}."
+    line = f"it solves {shown[1]} of the shortest paths in mazes of 8 by 8 after training on 4 "
+    line += f"to 6, in place of {shown[3]}. A step more than was trained adds {more}."
     assert line in page("README.md")
     passes = [
         with_its_interval(after(looped["larger"][name], number)["solved"], 3)
