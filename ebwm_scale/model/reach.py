@@ -3,8 +3,8 @@ rows and columns away, in its own group and in every group that it sees at all.
 
 What a block does to a cell then depends on its neighbourhood alone, wherever that is and however
 large the grid, so that what is learned on small grids may hold on larger ones (docs/reasoning.md,
-larger mazes). Each refinement step carries what is known some cells further. Conditions of a group (conditions.py) lie on no cell: they
-see all rows and are seen by all.
+larger mazes). Each refinement step carries what is known some cells further. Conditions of a group
+(conditions.py) lie on no cell: they see all rows and are seen by all.
 
 Plain PyTorch, which computes all scores and sets those out of reach to -inf: differentiable as
 often as one likes.
