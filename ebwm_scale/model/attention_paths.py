@@ -31,12 +31,28 @@ def attention_paths(
 
     Raises ValueError where the configuration forces a backend that cannot run.
     """
+    paths = (
+        _paths_of_attention(config, device, dtype, has_groups, has_documents)
+        if config.reach is None
+        else _paths_within_reach(config)
+    )
+    return paths | {"pointwise": _pointwise_path(config, device, dtype)}
+
+
+def _paths_within_reach(config: ModelConfig) -> dict[str, str]:
+    path = "plain PyTorch (model.reach: kernels know no grid)"
+    streams = ("observed", "predicted") if config.kind == "energy" else ("observed",)
+    return dict.fromkeys(streams, path)
+
+
+def _paths_of_attention(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    has_groups: bool,
+    has_documents: bool,
+) -> dict[str, str]:
     d = model_sizes(config).head_dimension
-    pointwise = _pointwise_path(config, device, dtype)
-    if config.reach is not None:
-        path = "plain PyTorch (model.reach: kernels know no grid)"
-        streams = ("observed", "predicted") if config.kind == "energy" else ("observed",)
-        return dict.fromkeys(streams, path) | {"pointwise": pointwise}
     observed = resolve_observed_backend(
         config.observed_backend,
         device,
@@ -61,7 +77,7 @@ def attention_paths(
         if config.attention_backend == "auto" and obstacle:
             predicted += f" (triton: {obstacle})"
         paths["predicted"] = predicted
-    return paths | {"pointwise": pointwise}
+    return paths
 
 
 def _pointwise_path(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
