@@ -5,6 +5,8 @@ import os
 import pickle
 import random
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -457,6 +459,21 @@ def test_split_survives_pickling_and_many_shards(pristine, monkeypatch):
         split.read(len(split))
     with pytest.raises(IndexError):
         split.read(-1)
+
+
+def test_a_split_that_is_never_closed_ends_without_a_word(pristine):
+    """What another module holds outlives the modules that a split is made of."""
+    program = f"""
+import torch, ebwm_scale
+from ebwm_scale.data.format.shards import open_split
+split = open_split({str(pristine)!r}, "validation", verify="sizes")
+split.read(0)
+torch.kept = split
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_huge_dataset_is_checked_by_size_and_says_so(dataset, monkeypatch):

@@ -235,10 +235,13 @@ class ShardedSplit:
         """The first sample of the shard after this one's, counted around."""
         return self._ends[self.locate(sample_id)[0]] % len(self)
 
-    def close(self) -> None:
-        """Close the files; they open again when needed."""
+    def close(self, *, close_file: Callable[[int], None] = os.close) -> None:
+        """Close the files; they open again when needed.
+
+        close_file is bound here because modules are empty when a split ends with the interpreter.
+        """
         while self._files:
-            os.close(self._files.popitem()[1])
+            close_file(self._files.popitem()[1])
         self._indexes.clear()
         self._index_bytes = 0
 
