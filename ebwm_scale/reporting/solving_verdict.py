@@ -37,7 +37,7 @@ def judge_solving(result: dict[str, Any]) -> tuple[str, str, list[Check]] | None
     if "against" in result:
         checks.append(_against(result))
     if result["steps"][-1]["num_steps"] > trained:
-        checks.append(_goes_on(result))
+        checks += [_goes_on(result), _goes_further(result)]
     if "settling" in result:
         checks += _settling(result)
     return answer, sentence, checks
@@ -68,11 +68,15 @@ def _sentence(result: dict[str, Any], gain: dict[str, Interval]) -> str:
     trained = result["trained_steps"]
     word = word_for_steps(result)
     fall = show(gain["fall_of_loss"]["mean"])
+    last = max(points)
+    further = ""
+    if last > trained:
+        further = f", after {last} {points[last]['solved']['mean']:.1%}"
     return (
         f"After {trained} {word}s {points[trained]['solved']['mean']:.1%} of "
         f"{result['num_samples']:,} held-out instances are solved, after one {word} "
-        f"{points[1]['solved']['mean']:.1%}. The loss falls by {fall} nats per "
-        "scored token."
+        f"{points[1]['solved']['mean']:.1%}{further}. With the trained {word}s the loss falls by "
+        f"{fall} nats per scored token."
     )
 
 
@@ -132,6 +136,19 @@ def _goes_on(result: dict[str, Any]) -> Check:
         show_change(-fall["mean"]) + " nats",
         f"{last['num_steps']} {word}s against {trained}, loss lower by {with_interval(fall)}; "
         "asked for: not worse by a hundredth",
+    )
+
+
+def _goes_further(result: dict[str, Any]) -> Check:
+    trained, word = result["trained_steps"], word_for_steps(result)
+    last = result["steps"][-1]
+    rise = last["gain_over_trained"]["rise_of_solved"]
+    return Check(
+        by_sign(rise, "yes", "no", "unknown"),
+        f"More {word}s than were trained solve more",
+        _points(rise["mean"]),
+        f"{last['num_steps']} {word}s against {trained}, share of instances, paired: "
+        f"{with_interval(rise)}",
     )
 
 

@@ -167,7 +167,7 @@ def test_what_the_looped_form_does_when_it_is_passed_more_often():
 
 
 def test_all_steps_beyond_the_trained_ones_are_as_long_together_as_the_page_says():
-    refinement = load_config("quickstart_reasoning").refinement
+    refinement = load_config("studies/reasoning_last_base").refinement
     assert refinement.damping_after == refinement.num_steps == 3
     length = sum(step_scale(refinement, index) for index in range(3, 10_000))
     assert f"together {length:.2f} trained steps long" in page()

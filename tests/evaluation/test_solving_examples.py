@@ -270,6 +270,10 @@ def test_each_claim_follows_its_interval(results):
     for fall, mark in ((0.2, "yes"), (-0.9, "no")):
         found = verdict_of(results, steps__3__gain_over_trained__fall_of_loss=fall)
         assert found[2][goes_on] == mark
+    further = "More steps than were trained solve more"
+    for rise, mark in ((0.2, "yes"), (0.0, "unknown"), (-0.2, "no")):
+        found = verdict_of(results, steps__3__gain_over_trained__rise_of_solved=rise)
+        assert found[2][further] == mark
     harder = "Harder instances get more steps until they settle"
     path = "settling__rank_correlation_of_steps_with_difficulty"
     for correlation, mark in ((0.5, "yes"), (0.0, "unknown"), (-0.5, "no")):

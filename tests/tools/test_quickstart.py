@@ -60,7 +60,7 @@ def test_the_reasoning_quick_start_ends_with_a_page_and_goes_on_where_it_was(
     said = capfd.readouterr().out
     assert said.splitlines()[-1].endswith("Open the report: runs/quickstart_reasoning/solving.html")
     results = [json.loads((f / "solving.json").read_text()) for f in (folder, folder / "larger")]
-    assert [result["grid"] for result in results] == [[6, 6], [8, 8]]
+    assert [result["grid"] for result in results] == [[6, 6], [10, 10]]
     assert [result["num_samples"] for result in results] == [12, 6]
     for result in results:
         assert result["trained_steps"] == 3

@@ -176,13 +176,14 @@ SMALL_HEADS = {
 KEYS["sm_86"] = _two_stages(KEYS["sm_80"])
 KEYS["sm_86"][256]["_second_query"] = Tile(16, 32, 8, 2)
 KEYS["sm_100"] = KEYS["sm_90"] | {64: {}, 128: {"_tangent": Tile(64, 32, 4, 2)}}
-# Query heads that share a key head are one more loop of a kernel over keys, around the others: at
-# 128 padded columns its registers need smaller tiles.
+# Query heads that share a key head are one more loop of a kernel over keys, around the others: its
+# registers need smaller tiles, or no limit. (architecture, padded head dimension, kernel) -> tile.
 SHARING = {
-    ("sm_80", "_second_key"): Tile(32, 32, 8, 2),
-    ("sm_86", "_second_key"): Tile(32, 32, 8, 2),
-    ("sm_90", "_gradient_key"): Tile(32, 64, 8, 2),
-    ("sm_90", "_second_key"): Tile(32, 32, 8, 2),
+    ("sm_80", 128, "_second_key"): Tile(32, 32, 8, 2),
+    ("sm_86", 128, "_second_key"): Tile(32, 32, 8, 2),
+    ("sm_90", 64, "_second_key"): Tile(32, 64, 4, 3),
+    ("sm_90", 128, "_gradient_key"): Tile(32, 64, 8, 2),
+    ("sm_90", 128, "_second_key"): Tile(32, 32, 8, 2),
 }
 
 # With the ordinary backward (joint.py), to 128 padded columns: beyond them Q, A, G and gO leave the
@@ -246,7 +247,7 @@ SINGLE_ON = {
         (64, False, "_tangent"): Tile(16, 32, 8, 2),
         (64, True, "_tangent"): Tile(16, 32, 8, 2),
         (64, False, "_gradient_key"): Tile(32, 32, 4, 1),
-        (64, True, "_gradient_key"): Tile(32, 32, 4, 1),
+        (64, True, "_gradient_key"): Tile(32, 32, 8, 1),
         (64, True, "_second_query"): Tile(16, 16, 8, 1),
         (96, True, "_second_query"): Tile(16, 16, 8, 3),
         (96, True, "_tangent"): Tile(16, 32, 8, 2),
@@ -256,6 +257,7 @@ SINGLE_ON = {
         (128, True, "_tangent"): Tile(16, 16, 4, 2),
     },
     "sm_90": {
+        (64, True, "_second_query"): Tile(16, 32, 8, 2),
         (96, True, "_second_query"): Tile(16, 16, 8, 2),
         (128, True, "_second_query"): Tile(16, 16, 8, 2),
         (128, True, "_tangent"): Tile(16, 32, 8, 3),
@@ -335,8 +337,8 @@ def tile_for(
         bucket = max(padded_d, 64)
         tile = SINGLE_EXCEPT[bucket].get(kernel, SINGLE)
         return SINGLE_KEYS[bucket].get(kernel, tile) if with_keys else tile
-    if sharing and padded_d == 128 and (architecture, kernel) in SHARING:
-        return SHARING[architecture, kernel]
+    if sharing and (architecture, padded_d, kernel) in SHARING:
+        return SHARING[architecture, padded_d, kernel]
     tile = _for_size(HALF[architecture], padded_d)[kernel]
     if padded_d <= 32:
         tile = SMALL_HEADS.get((architecture, kernel), tile)
