@@ -2,7 +2,7 @@
 seeds, after each number of steps, with intervals over instances and seeds.
 
     python tools/study_reasoning.py runs/worth_mazes --output results/reasoning_mazes.json
-        [--larger data/mazes-larger-8/manifest.json ..] [--max-samples 512] [--times 4]
+        [--larger data/mazes-larger-8/manifest.json ..] [--max-samples 512] [--times 4] [--damping P]
 
 All runs answer the same held-out instances. Per recipe and number of steps (of a looped
 Transformer++ loops): loss and solved share, each seed's own, and their mean with a 95 % interval
@@ -34,6 +34,7 @@ from ebwm_scale.checkpoint.load import load_checkpoint
 from ebwm_scale.config.resolved import min_num_steps
 from ebwm_scale.config.schema import Config
 from ebwm_scale.core.arguments import ArgumentParser, command
+from ebwm_scale.core.errors import UserError
 from ebwm_scale.core.numerics import flush_denormals
 from ebwm_scale.core.provenance import provenance
 from ebwm_scale.data.format.content import difficulty_of
@@ -62,6 +63,12 @@ def main() -> int:
         type=int,
         default=4,
         help="thinking up to so many times the trained steps (default %(default)s)",
+    )
+    parser.add_argument(
+        "--damping",
+        type=float,
+        help="of an energy model's steps beyond the trained ones, in place of its own: training "
+        "does not know of it",
     )
     parser.add_argument(
         "--larger", type=Path, nargs="+", default=[], metavar="MANIFEST", help="other sizes"
@@ -101,7 +108,8 @@ class Measured:
     """A run's answers to held-out instances: per number of steps marks of every instance."""
 
     def __init__(self, run: Path, options: argparse.Namespace):
-        self.model, self.config = load_checkpoint(run)
+        self.model, config = load_checkpoint(run)
+        self.config = self.model.config = with_damping(config, options.damping)
         self.run = read_run(run) or {}
         self.trained = trained_steps(self.config) or 1
         most = 1 if trained_steps(self.config) is None else options.times * self.trained
@@ -139,6 +147,22 @@ class Measured:
         curve = [f"{float(marks.loss.mean()):.3f}" for marks in self.marks.values()]
         solved = [f"{float(marks.solved.mean()):.2f}" for marks in self.marks.values()]
         return f"loss {' '.join(curve)}; solved {' '.join(solved)} after {self.numbers} steps"
+
+
+def with_damping(config: Config, damping: float | None) -> Config:
+    """The configuration with another damping, where that is of steps beyond the trained ones."""
+    if damping is None or config.model.kind != "energy":
+        return config
+    refinement = config.refinement
+    after = refinement.damping_after
+    if after is None or after < refinement.num_steps:
+        raise UserError(
+            f"--damping {damping}: training saw the damping of these runs, "
+            f"refinement.damping_after is {after} and num_steps {refinement.num_steps}; leave it "
+            "out"
+        )
+    update = {"refinement": refinement.model_copy(update={"damping": damping})}
+    return config.model_copy(update=update)
 
 
 def interval(values: Tensor | np.ndarray) -> dict[str, Any]:

@@ -199,6 +199,56 @@ def test_larger_mazes_that_are_read_are_solved_no_better_after_more_steps_than_w
     assert f"the loss rises by {' and '.join(risen)}" in page()
 
 
+def larger_within_reach(family: str) -> tuple[dict, list[dict]]:
+    """The recipes of a family, and what its energy model does by size: 6, 8, 10 and 14."""
+    recipes = json.loads((ROOT / "results" / f"reasoning_reach_{family}.json").read_text())
+    energy = recipes["recipes"]["energy"]
+    assert len(energy["seeds"]) == energy["trained_steps"] == 3
+    names = [name.rsplit("-", 1)[1] for name in energy["larger"]]
+    assert names == ["8", "10", "14"]
+    return recipes["recipes"], [energy, *energy["larger"].values()]
+
+
+REACHED = ("reachability", "shortest_path")
+
+
+@pytest.mark.parametrize("family", REACHED)
+def test_the_page_quotes_what_is_solved_of_larger_mazes(family):
+    _, sizes = larger_within_reach(family)
+    for number in (1, 2, 3, 4, 6, 9, 12):
+        solved = [with_its_interval(after(size, number)["solved"], 3) for size in sizes]
+        assert f"| {' | '.join([str(number), *solved])} |" in page()
+    stopped = sizes[0]["settling"]
+    taken = ", ".join(f"{seed['mean_steps']['mean']:.1f}" for seed in stopped)
+    ranks = [seed["rank_correlation_of_steps_with_difficulty"] for seed in stopped]
+    line = f"takes {taken} steps on 6 by 6 with the three seeds; rank correlations "
+    assert line + ", ".join(f"{rank['mean']:.2f}" for rank in ranks) in page()
+    assert signs(ranks) == "+++"
+
+
+@pytest.mark.parametrize("family", REACHED)
+def test_thinking_longer_than_was_trained_solves_more_larger_mazes_with_every_seed(family):
+    _, (_, *larger) = larger_within_reach(family)
+    shown = []
+    for size in larger:
+        rise = size["beyond_trained"]["12"]["rise_of_solved"]
+        assert signs([rise]) == "+" and min(rise["seeds"]) > 0
+        shown.append(with_its_interval(rise, 3))
+    line = f"solve {shown[0]} more of 8 by 8, {shown[1]} of 10 by 10 and {shown[2]} of 14 by 14"
+    assert line in page()
+
+
+@pytest.mark.parametrize("family", REACHED)
+def test_the_page_says_what_the_looped_form_does_within_the_same_reach(family):
+    recipes, _ = larger_within_reach(family)
+    looped = recipes["looped-4x4"]
+    assert looped["training_flops"] == pytest.approx(recipes["energy"]["training_flops"], rel=0.05)
+    _, ten, fourteen = looped["larger"].values()
+    for number in (4, 16):
+        solved = [with_its_interval(after(size, number)["solved"], 3) for size in (ten, fourteen)]
+        assert " and ".join(solved) in page()
+
+
 def test_larger_mazes_are_solved_within_reach_and_better_with_more_steps_than_were_trained():
     text, study = page(), study_within_reach()["recipes"]
     energy, looped = study["energy"], study["looped-4x4"]

@@ -11,10 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import study_candidates
 import study_hops
+import study_reasoning
 import study_stability
 import study_uncertainty
 
 from ebwm_kernels.vocabulary.softmax_cross_entropy import IGNORE
+from ebwm_scale.config.load import load_config
+from ebwm_scale.core.errors import UserError
 
 
 def test_the_stated_entropy_of_the_chain_is_that_of_its_frequencies():
@@ -137,3 +140,15 @@ def test_a_study_of_candidates_needs_data_or_the_size_of_a_vocabulary(monkeypatc
     with pytest.raises(SystemExit) as stopped:
         study_candidates.main()
     assert stopped.value.code == 2 and "give a manifest" in capsys.readouterr().err
+
+
+def test_a_study_damps_the_steps_that_training_did_not_see_and_no_other():
+    config = load_config("quickstart_reasoning")
+    damped = study_reasoning.with_damping(config, 2.0)
+    assert damped.refinement.damping == 2 != config.refinement.damping
+    assert study_reasoning.with_damping(config, None) is config
+    baseline = load_config("quickstart_reasoning_baseline")
+    assert study_reasoning.with_damping(baseline, 2.0) is baseline
+    for seen in ("refinement.damping_after=2", "refinement.damping_after=null"):
+        with pytest.raises(UserError, match="training saw the damping of these runs"):
+            study_reasoning.with_damping(load_config("quickstart_reasoning", [seen]), 2.0)
