@@ -2,7 +2,8 @@
 seeds, after each number of steps, with intervals over instances and seeds.
 
     python tools/study_reasoning.py runs/worth_mazes --output results/reasoning_mazes.json
-        [--larger data/mazes-larger-8/manifest.json ..] [--max-samples 512] [--times 4] [--damping P]
+        [--larger data/mazes-larger-8/manifest.json ..] [--max-samples 512] [--times 4]
+        [--damping 2]
 
 All runs answer the same held-out instances. Per recipe and number of steps (of a looped
 Transformer++ loops): loss and solved share, each seed's own, and their mean with a 95 % interval
@@ -155,7 +156,7 @@ def with_damping(config: Config, damping: float | None) -> Config:
         return config
     refinement = config.refinement
     after = refinement.damping_after
-    if after is None or after < refinement.num_steps:
+    if after < refinement.num_steps:
         raise UserError(
             f"--damping {damping}: training saw the damping of these runs, "
             f"refinement.damping_after is {after} and num_steps {refinement.num_steps}; leave it "

@@ -144,11 +144,11 @@ def test_a_study_of_candidates_needs_data_or_the_size_of_a_vocabulary(monkeypatc
 
 def test_a_study_damps_the_steps_that_training_did_not_see_and_no_other():
     config = load_config("quickstart_reasoning")
-    damped = study_reasoning.with_damping(config, 2.0)
-    assert damped.refinement.damping == 2 != config.refinement.damping
+    damped = study_reasoning.with_damping(config, 1.0)
+    assert damped.refinement.damping == 1 != config.refinement.damping
     assert study_reasoning.with_damping(config, None) is config
     baseline = load_config("quickstart_reasoning_baseline")
     assert study_reasoning.with_damping(baseline, 2.0) is baseline
-    for seen in ("refinement.damping_after=2", "refinement.damping_after=null"):
+    for seen in ("refinement.damping_after=2", "refinement.damping_after=1"):
         with pytest.raises(UserError, match="training saw the damping of these runs"):
             study_reasoning.with_damping(load_config("quickstart_reasoning", [seen]), 2.0)
