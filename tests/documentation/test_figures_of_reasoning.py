@@ -221,19 +221,21 @@ def test_the_page_quotes_what_is_solved_of_larger_mazes(family):
     stopped = sizes[0]["settling"]
     taken = ", ".join(f"{seed['mean_steps']['mean']:.1f}" for seed in stopped)
     ranks = [seed["rank_correlation_of_steps_with_difficulty"] for seed in stopped]
-    line = f"takes {taken} steps on 6 by 6 with the three seeds; rank correlations "
-    assert line + ", ".join(f"{rank['mean']:.2f}" for rank in ranks) in page()
+    line = f"takes {taken} steps on 6 by 6 with the three seeds; rank correlations with the "
+    assert line + "difficulty " + ", ".join(f"{rank['mean']:.2f}" for rank in ranks) in page()
     assert signs(ranks) == "+++"
 
 
 @pytest.mark.parametrize("family", REACHED)
 def test_thinking_longer_than_was_trained_solves_more_larger_mazes_with_every_seed(family):
-    _, (_, *larger) = larger_within_reach(family)
-    shown = []
-    for size in larger:
-        rise = size["beyond_trained"]["12"]["rise_of_solved"]
-        assert signs([rise]) == "+" and min(rise["seeds"]) > 0
-        shown.append(with_its_interval(rise, 3))
+    _, (in_size, *larger) = larger_within_reach(family)
+    rises = [size["beyond_trained"]["12"]["rise_of_solved"] for size in larger]
+    assert signs(rises[1:]) == "++" and all(min(rise["seeds"]) > 0 for rise in rises)
+    assert "-" not in signs(list(in_size["beyond_trained"]["12"].values()))
+    shown = [with_its_interval(rise, 3) for rise in rises]
+    for size in (in_size, *larger):
+        for number in (2, 3):
+            assert signs([after(size, number)["gain_over_previous"]["rise_of_solved"]]) == "+"
     line = f"solve {shown[0]} more of 8 by 8, {shown[1]} of 10 by 10 and {shown[2]} of 14 by 14"
     assert line in page()
 
@@ -243,8 +245,9 @@ def test_the_page_says_what_the_looped_form_does_within_the_same_reach(family):
     recipes, _ = larger_within_reach(family)
     looped = recipes["looped-4x4"]
     assert looped["training_flops"] == pytest.approx(recipes["energy"]["training_flops"], rel=0.05)
+    assert len(looped["seeds"]) == 3
     _, ten, fourteen = looped["larger"].values()
-    for number in (4, 16):
+    for number in (4, 6, 16):
         solved = [with_its_interval(after(size, number)["solved"], 3) for size in (ten, fourteen)]
         assert " and ".join(solved) in page()
 
@@ -282,10 +285,6 @@ def test_what_the_page_says_beside_it():
     shown = [f"{share:.2f}" for share in (*ours, *seeing_all)]
     assert f"it solves {shown[0]} of 7 by 7 and {shown[1]} of 8 by 8**" in text
     assert f"see all others solve {shown[2]} and {shown[3]}." in text
-    more = with_its_interval(energy["larger"]["eight"]["beyond_trained"]["4"]["rise_of_solved"], 4)
-    line = f"it solves {shown[1]} of the shortest paths in mazes of 8 by 8 after training on 4 "
-    line += f"to 6, in place of {shown[3]}. A step more than was trained adds {more}."
-    assert line in page("README.md")
     passes = [
         with_its_interval(after(looped["larger"][name], number)["solved"], 3)
         for number in (4, 6)
@@ -300,6 +299,21 @@ def test_what_the_page_says_beside_it():
     line = f"takes {taken} steps with the three seeds; rank correlations with the difficulty "
     assert line + ", ".join(f"{rank['mean']:.2f}" for rank in ranks) in text
     assert signs(ranks) == "+++"
+
+
+def test_the_page_quotes_what_damping_does_to_twelve_steps():
+    found: dict[str, dict[float, float]] = {}
+    names = {"reachability": "reachable cells", "shortest_path": "shortest paths"}
+    for row in rows_of("reasoning_reach_damping.jsonl")[1:]:
+        size = row["cells_a_side"]
+        what = f"{names[row['family']]}, {size} by {size}, seed {row['seed']}"
+        found.setdefault(what, {})[row["damping"]] = row["solved_after"]["12"]
+    for what, solved in found.items():
+        dampings = ", ".join(f"{damping:g}" for damping in solved)
+        line = f"* {what}, damping {dampings}: {', '.join(f'{n:.3f}' for n in solved.values())}"
+        assert line in page(), line
+    shipped = (load_config(f"reasoning/{family}").refinement.damping for family in REACHED)
+    assert tuple(shipped) == (2, 3) and load_config("quickstart_reasoning").refinement.damping == 2
 
 
 def test_the_page_quotes_the_runs_before_it():
@@ -345,6 +359,26 @@ def test_the_readme_quotes_what_is_solved():
             for name in (other, "energy")
         )
         assert readme_row(start) == shown
+
+
+def test_the_readme_quotes_what_is_solved_of_larger_mazes():
+    recipes, (_, _, ten, fourteen) = larger_within_reach("reachability")
+    _, looped, _ = recipes["looped-4x4"]["larger"].values()
+    for start, passes, steps in (("mazes of 10 by 10", 4, 3), ("such mazes, four times", 16, 12)):
+        shown = tuple(
+            ", ".join(f"{share:.2f}" for share in after(size, number)["solved"]["seeds"])
+            for size, number in ((looped, passes), (ten, steps))
+        )
+        assert readme_row(start) == shown
+    three, twelve = (f"{after(fourteen, n)['solved']['mean']:.2f}" for n in (3, 12))
+    line = f"it solves {three} of 14 by 14 in the three trained steps, and {twelve} in twelve."
+    assert line in page("README.md")
+    most = max(looped["steps"], key=lambda point: point["solved"]["mean"])
+    assert most["num_steps"] == 6
+    line = f"Passed six times the looped form solves {most['solved']['mean']:.2f} of 10 by 10"
+    assert f"{line}; passed more often it breaks." in page("README.md")
+    worse = [looped["beyond_trained"][n]["rise_of_solved"] for n in ("8", "12", "16")]
+    assert signs(worse) == "---"
 
 
 def test_the_readme_quotes_what_thinking_on_is_worth():
