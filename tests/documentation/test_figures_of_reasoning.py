@@ -301,6 +301,24 @@ def test_what_the_page_says_beside_it():
     assert signs(ranks) == "+++"
 
 
+def test_the_page_quotes_its_quick_start_and_that_takes_minutes():
+    (run,) = json.loads((ROOT / "results/quickstart_reasoning/timing.json").read_text())["runs"]
+    solved, larger = run["solved_after_steps"], run["of_10_by_10_solved_after_steps"]
+    first, second = (
+        f"{found['1']:.2f}, {found['2']:.2f} and {found['3']:.2f}" for found in (solved, larger)
+    )
+    other = run["transformer_plus_plus_solved"]
+    assert run["of_10_by_10_transformer_plus_plus_solved"] == 0
+    for line in (
+        f"It took {run['wall_s']:.0f} seconds",
+        f"steps {first} of 500 mazes were solved; Transformer++ solved {other:.2f}.",
+        f"it was {second}, and {larger['12']:.2f} after twelve steps; Transformer++ solved none.",
+    ):
+        assert line in page(), line
+    assert run["wall_s"] < 600
+    assert round(run["wall_s"] / 60) == 8 and "in eight minutes on two cores" in page("README.md")
+
+
 def test_the_page_quotes_what_damping_does_to_twelve_steps():
     found: dict[str, dict[float, float]] = {}
     names = {"reachability": "reachable cells", "shortest_path": "shortest paths"}
