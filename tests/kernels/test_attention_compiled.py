@@ -26,7 +26,7 @@ MOST_REGISTERS = 255  # of a thread
 # times. And what the best tile that was found spills, by kernel and head dimension: at the smallest
 # tile that tensor cores take, the rows of a program alone fill its registers.
 SINGLE_SPILLS = {16: 16, 32: 0, 64: 16, 96: 16, 128: 16}
-SINGLE_SPILLS_MORE = {("_second_query", 96): 24, ("_second_query", 128): 72, ("_tangent", 128): 24}
+SINGLE_SPILLS_MORE = {("_second_query", 96): 24, ("_second_query", 128): 72, ("_tangent", 128): 32}
 # Without masks on the first three architectures: nothing to 64, and beyond it four registers, ten
 # on 8.6.
 PLAIN_ARCHITECTURES = ("sm_80", "sm_86", "sm_90")
@@ -192,6 +192,34 @@ def test_the_recorded_float32_programs_without_masks_spill_no_more_than_is_allow
         assert row["spilled_bytes"] <= plain_spills(row), row
 
 
+def test_the_programs_that_were_compiled_again_are_short_of_no_registers():
+    """Parts that the header names, whose rows are of the kernels as they are."""
+    path = Path(__file__).parents[2] / "results" / "compiled_kernels.jsonl"
+    header, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    again = {
+        (part, int(dimension))
+        for of_dimensions in header["compiled_again"]["parts"].values()
+        for dimension, parts in of_dimensions.items()
+        for part in parts
+    }
+    found = [row for row in rows if (part_of(row), row["head_dimension"]) in again]
+    assert {row["head_dimension"] for row in found} >= {64, 128}
+    assert {(part_of(row), row["head_dimension"]) for row in found} == again
+    for row in found:
+        check([row], allowed_spills=single_spills(row) if row["dtype"] == "float32" else 0)
+
+
+def part_of(row: dict) -> str:
+    masks = [mask for mask in ("groups", "first_visible", "sharing") if row[mask]]
+    return f"{row['architecture']} {row['dtype']} {'+'.join(masks) or 'plain'}"
+
+
+def single_spills(row: dict) -> int:
+    """What a float32 program may spill at its limit of registers, in bytes."""
+    place = (row["kernel"], row["head_dimension"])
+    return SINGLE_SPILLS_MORE.get(place, SINGLE_SPILLS[row["head_dimension"]])
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("masks", [PLAIN, ALL_MASKS], ids=name_of)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -201,9 +229,7 @@ def test_every_float32_program_fits_its_gpu_and_spills_few_registers_if_any(arch
         *("--head-dimension", "16", "32", "64", "96", "128"),
     )
     for row in rows:
-        place = (row["kernel"], row["head_dimension"])
-        usual = SINGLE_SPILLS[row["head_dimension"]]
-        check([row], allowed_spills=SINGLE_SPILLS_MORE.get(place, usual))
+        check([row], allowed_spills=single_spills(row))
         if masks == PLAIN and architecture in PLAIN_ARCHITECTURES:
             assert row["spilled_bytes"] <= plain_spills(row), row
 

@@ -229,7 +229,7 @@ SINGLE_KEYS = {
 SINGLE_EXCEPT[96] = SINGLE_EXCEPT[128]
 # Where those spill more than 16 bytes. Further stages leave the compiler registers: what it loads
 # ahead waits in shared memory. (padded head dimension, with keys, kernel) -> tile. For three of
-# them no tile was found: _second_query at 96 (10.x, 12.x) and 128, and _tangent at 128 (8.x). A
+# them no tile was found: _second_query at 96 (10.x, 12.x) and 128, and _tangent at 128. A
 # program's 16 rows of Q, A and G, the fewest that tensor cores take, fill its registers.
 SINGLE_ON = {
     "sm_80": {
@@ -252,6 +252,8 @@ SINGLE_ON = {
         (96, True, "_second_query"): Tile(16, 16, 8, 3),
         (96, True, "_tangent"): Tile(16, 32, 8, 2),
         (128, True, "_forward"): Tile(16, 32, 8, 1),
+        (128, False, "_gradient_key"): Tile(32, 16, 8, 1),
+        (128, True, "_gradient_key"): Tile(32, 16, 8, 1),
         (128, False, "_gradient_query"): Tile(16, 16, 4, 1),
         (128, True, "_gradient_query"): Tile(16, 16, 4, 1),
         (128, True, "_tangent"): Tile(16, 16, 4, 2),
