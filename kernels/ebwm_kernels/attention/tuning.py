@@ -182,6 +182,7 @@ SHARING = {
     ("sm_80", 128, "_second_key"): Tile(32, 32, 8, 2),
     ("sm_86", 128, "_second_key"): Tile(32, 32, 8, 2),
     ("sm_90", 64, "_second_key"): Tile(32, 64, 4, 3),
+    ("sm_90", 96, "_second_key"): Tile(16, 64, 8, 2),
     ("sm_90", 128, "_gradient_key"): Tile(32, 64, 8, 2),
     ("sm_90", 128, "_second_key"): Tile(32, 32, 8, 2),
 }
@@ -261,6 +262,7 @@ SINGLE_ON = {
     "sm_90": {
         (64, True, "_second_query"): Tile(16, 32, 8, 2),
         (96, True, "_second_query"): Tile(16, 16, 8, 2),
+        (96, True, "_tangent"): Tile(16, 32, 8, 2),
         (128, True, "_second_query"): Tile(16, 16, 8, 2),
         (128, True, "_tangent"): Tile(16, 32, 8, 3),
     },
